@@ -1,0 +1,287 @@
+"""One image file -> the square uint8 RGB crop that an encoder sees, or a status that says why not.
+
+Pixels equal Pillow's to within one step of 255: JPEG by libjpeg-turbo (`simplejpeg`) and an antialiased uint8 resize
+in torch, everything else by Pillow. EXIF orientation is applied, the first frame of an animation is taken, transparency
+is dropped as `Image.convert("RGB")` drops it (as torchvision's loader does), and images with more than 8 bits a channel
+are scaled to 8. What this module does not know: encoders, batches, feature files.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import stat
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+
+
+class Status(IntEnum):
+    """What became of an image; stored as one byte a row in the feature file."""
+
+    PENDING = 0
+    OK = 1
+    MISSING = 2
+    UNREADABLE = 3
+    CHANGED = 4
+    EMPTY = 5
+    NOT_AN_IMAGE = 6
+    TRUNCATED = 7
+    CORRUPT = 8
+    TOO_LARGE = 9
+    UNSUPPORTED = 10
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+# Trouble with the file system rather than with the bytes: tried again on every run.
+TRANSIENT = (Status.MISSING, Status.UNREADABLE, Status.CHANGED)
+
+# Pillow refuses images of more than twice its MAX_IMAGE_PIXELS; the same bound holds on the fast path.
+MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
+
+# A strip 60,000 pixels long and 2 high would be resized to gigabytes before the crop; beyond this ratio only the crop
+# is computed (Pillow's `box`), which is exact too but slower for ordinary shapes.
+MAX_ASPECT = 4
+
+
+class ImageError(Exception):
+    """An image that cannot be used: its status and a reason that names neither path nor position."""
+
+    def __init__(self, status: Status, reason: str):
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Evaluation preprocessing: resize, centre crop, normalise (timm's `center` and `squash` crop modes)."""
+
+    size: int  # side of the square crop, pixels
+    resize: int  # side that the short edge (center) or both edges (squash) are resized to, pixels
+    interpolation: str = "bicubic"  # bicubic, bilinear, lanczos, nearest
+    crop_mode: str = "center"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of pixels in [0, 1]
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def from_timm(cls, cfg: dict, image_size: int | None = None) -> Preprocess:
+        """From a timm data configuration (`timm.data.resolve_model_data_config`); `image_size` overrides the crop."""
+        _, height, width = cfg["input_size"]
+        if image_size is None and height != width:
+            raise UsageError(f"the model's input is {height}x{width}, not square; give --image-size")
+        size = image_size or height
+        if cfg["crop_mode"] not in ("center", "squash"):
+            raise ProtopruneError(f"crop mode {cfg['crop_mode']!r} is not supported; choose another encoder")
+        if cfg["interpolation"] not in ("bicubic", "bilinear", "lanczos", "nearest"):
+            raise ProtopruneError(f"interpolation {cfg['interpolation']!r} is not supported; choose another encoder")
+        resize = math.floor(size / (cfg["crop_pct"] or 1.0))
+        return cls(size, resize, cfg["interpolation"], cfg["crop_mode"], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+    def describe(self) -> dict:
+        """Everything that changes pixels, as plain values: part of the cache key and of the provenance."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "exif": "applied", "decode": "exact"}
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (h, w, 3) uint8 -> (size, size, 3) uint8, as torchvision's Resize and CenterCrop on a PIL image."""
+        height, width = pixels.shape[:2]
+        if self.crop_mode == "squash":
+            target = (self.resize, self.resize)
+        else:  # torchvision truncates the long edge
+            short = min(height, width)
+            target = tuple(
+                self.resize if edge == short else int(self.resize * edge / short) for edge in (height, width)
+            )
+        top, left = (round((edge - self.size) / 2.0) for edge in target)
+        if self.interpolation in ("bicubic", "bilinear") and max(target) <= MAX_ASPECT * self.resize:
+            resized = _resize_torch(pixels, target, self.interpolation)
+            return resized[top : top + self.size, left : left + self.size]
+        return _resize_pillow(pixels, target, (top, left), self.size, self.interpolation)
+
+
+def silence_libtiff() -> None:
+    """Stop libtiff from writing its own complaints to the terminal; Pillow still reports what cannot be read.
+
+    One damaged TIFF can print hundreds of lines from C. Pillow offers no switch, so the handlers of the library that
+    its wheels bundle are unset; elsewhere (a system libtiff) nothing changes.
+    """
+    import ctypes
+    import glob
+
+    import PIL
+
+    bundled = os.path.join(os.path.dirname(os.path.dirname(PIL.__file__)), "pillow.libs", "libtiff*")
+    for path in glob.glob(bundled):
+        library = ctypes.CDLL(path)
+        for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+
+
+def load(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> np.ndarray:
+    """The crop of one file, (s, s, 3) uint8; `size` and `mtime_ns` are what the listing saw.
+
+    Raises ImageError, and nothing else, when the image cannot be used.
+    """
+    data = _read(path, size, mtime_ns)
+    try:
+        return preprocess.apply(decode(data))
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError(Status.TOO_LARGE, "not enough memory to decode") from None
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An encoded image -> (h, w, 3) uint8 RGB, upright. Raises ImageError when it cannot be decoded."""
+    if not data:
+        raise ImageError(Status.EMPTY, "the file has zero bytes")
+    if data[:3] == b"\xff\xd8\xff":
+        pixels = _decode_jpeg(data)
+        if pixels is not None:
+            return pixels
+    return _decode_pillow(data)
+
+
+def _read(path: str, size: int, mtime_ns: int) -> bytes:
+    """The bytes of a file that is still the one that was listed."""
+    try:
+        # O_NONBLOCK: a named pipe called x.jpg must not hang the run.
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise ImageError(Status.UNREADABLE, "not a regular file")
+            data = file.read()
+            after = os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise ImageError(Status.MISSING, "no such file") from None
+    except OSError as error:
+        raise ImageError(Status.UNREADABLE, error.strerror or type(error).__name__) from None
+    if {(before.st_size, before.st_mtime_ns), (after.st_size, after.st_mtime_ns)} != {(size, mtime_ns)}:
+        raise ImageError(Status.CHANGED, "the file changed since it was listed")
+    return data
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """The fast path: plain upright YCbCr or grey JPEG. None for everything else, damaged files included."""
+    import simplejpeg
+
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or _exif_orientation(data) != 1:
+            return None
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")  # strict: a warning is an error, and Pillow decides
+    except ValueError:
+        return None
+
+
+def _exif_orientation(data: bytes) -> int:
+    """The orientation tag of a JPEG; 0 (ask Pillow) when there is one that cannot be read quickly."""
+    start = data.find(b"Exif\0\0", 0, 1 << 16)
+    if start < 0:
+        return 1
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        exif.load(data[start : start + (1 << 16)])
+        return exif.get(0x0112, 1)
+    except Exception:
+        return 0
+
+
+def _decode_pillow(data: bytes) -> np.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError:
+        raise ImageError(Status.TOO_LARGE, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
+    except UnidentifiedImageError:
+        raise ImageError(Status.NOT_AN_IMAGE, "not in any image format that Pillow knows") from None
+    except NotImplementedError as error:
+        raise ImageError(Status.UNSUPPORTED, _reason(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise every kind of error on damaged files
+        text = _reason(error)
+        cut = any(word in text.lower() for word in ("truncated", "unexpected end", "eof", "not enough data"))
+        raise ImageError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
+
+
+def _to_rgb(image):
+    """A loaded PIL image of any mode -> mode RGB; deep images are scaled to 8 bits, which `convert` would clip."""
+    from PIL import Image, ImageCms
+
+    if image.mode == "RGB":
+        return image
+    if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
+        return ImageCms.profileToProfile(
+            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # the way round a warning; the same pixels
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 or 32 bits -> uint8.
+
+    Unsigned values within 16 bits are shifted down from the smallest usual depth (8, 10, 12, 14, 16 bits) that holds
+    the largest of them, since scanners and microscopes store 12 bits in 16; others are stretched from least to most.
+    """
+    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 0xFFFF:
+        depth = max(8, math.ceil(int(values.max()).bit_length() / 2) * 2)
+        return (values.astype(np.uint16) >> (depth - 8)).astype(np.uint8)
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = values[finite].min(), values[finite].max()
+    scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
+    return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """The message without digits and addresses, so that reasons can be counted and stored once each."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.split(" <_io.")[0].split(" (")[0]
+    return text[:160]
+
+
+def _resize_torch(pixels: np.ndarray, target: tuple[int, int], interpolation: str) -> np.ndarray:
+    if target == pixels.shape[:2]:
+        return pixels
+    import torch
+
+    if not pixels.flags.writeable:
+        pixels = pixels.copy()
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+    resized = torch.nn.functional.interpolate(image, size=target, mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()  # (H, W, 3)
+
+
+def _resize_pillow(
+    pixels: np.ndarray, target: tuple[int, int], corner: tuple[int, int], size: int, interpolation: str
+) -> np.ndarray:
+    """Resize by computing the crop only: the box is the crop's place in the original, in fractions of a pixel."""
+    from PIL import Image
+
+    scale_y, scale_x = pixels.shape[0] / target[0], pixels.shape[1] / target[1]
+    top, left = corner
+    box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+    resample = Image.Resampling[interpolation.upper()]
+    return np.asarray(Image.fromarray(pixels).resize((size, size), resample, box=box))

@@ -1,0 +1,308 @@
+"""Images x encoder -> feature file: decode in threads, normalise and run on the device, write behind.
+
+Decoding threads fill a small ring of uint8 batches (pinned for a GPU) while the device works on an earlier one and a
+writer thread commits the one before that. Batches have a fixed shape and order, so a run that was killed goes on with
+the same batches and ends in the same bytes. This module wires images, an encoder and the feature file; it prints
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protoprune import features as feature_file
+from protoprune.decode import ImageError, Status, load, silence_libtiff
+from protoprune.encoders import Encoder
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import FeatureFile, PartialFile, partial_path
+from protoprune.images import ImageList
+
+if TYPE_CHECKING:
+    import torch
+
+_RING = 4  # batches in memory at once
+_BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass
+class EmbedReport:
+    """What a run did; every image of the list is in exactly one of embedded, unchanged and failures."""
+
+    out: str
+    n: int
+    embedded: int = 0  # images that went through the encoder or failed on the way, in this run
+    unchanged: int = 0  # images whose features an earlier run had left
+    dropped: int = 0  # images of the earlier file that are gone from the list
+    failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
+    device: str = ""
+    precision: str = ""
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failures.values())
+
+
+def embed(
+    images: ImageList,
+    encoder: Encoder,
+    out: str | os.PathLike = "features.h5",
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    store: str = "float16",
+    compile: bool = False,
+    overwrite: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EmbedReport:
+    """Embed `images` into the feature file `out`; only what an earlier run has not left there already.
+
+    batch_size and workers (decoding threads) default to what suits the device. `on_start(total, left)` is called once,
+    `on_progress(done, failed)` after every batch, with the numbers of this run.
+
+    Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder (unless
+    `overwrite`), cannot be written, or a feature overflows `store`.
+    """
+    out = os.fspath(out)
+    if store not in ("float16", "float32"):
+        raise UsageError(f"--store {store}: expected float16 or float32")
+    where = resolve_device(device)
+    precision = resolve_precision(precision, where, encoder)
+    provenance = {
+        "encoder": encoder.name,
+        "weights_sha256": encoder.digest,
+        "preprocess": json.dumps(encoder.preprocess.describe(), sort_keys=True),
+        "precision": precision,
+        "store": store,
+    }
+    report = EmbedReport(out, len(images), device=str(where), precision=precision)
+    with feature_file.lock(out):
+        if not _prepare(images, encoder, out, provenance, overwrite, report):
+            return report
+        partial = PartialFile(out)
+        try:
+            report.embedded, report.unchanged = len(partial.todo), partial.n - len(partial.todo)
+            if on_start:
+                on_start(partial.n, len(partial.todo))
+            if len(partial.todo):
+                forward, size = _forward(encoder, where, precision, compile, batch_size)
+                _run(images, encoder, partial, forward, where, size, workers or _cores(), on_progress)
+            partial.finish()
+        finally:
+            partial.close()
+        with FeatureFile(out) as done:
+            report.failures = done.failure_counts()
+    return report
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is the first of cuda, mps and cpu that works; anything else is taken at its word."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cuda, mps or cpu") from None
+    return device
+
+
+def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
+    """'auto' is bf16 where the hardware computes in it, else fp32: emulated bf16 is many times slower than fp32."""
+    import torch
+
+    if name not in PRECISIONS:
+        raise UsageError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if encoder.fp32_only or device.type == "mps":
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    native = (getattr(torch.cpu, check, lambda: False)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(native) else "fp32"
+
+
+def _prepare(
+    images: ImageList, encoder: Encoder, out: str, provenance: dict, overwrite: bool, report: EmbedReport
+) -> bool:
+    """Leave a partial file that holds exactly this run's rows; False when the finished file needs nothing."""
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for path in (partial_path(out), out):
+            if overwrite or not os.path.exists(path):
+                continue
+            source = stack.enter_context(FeatureFile(path))
+            differences = feature_file.key_differences(source.provenance, provenance)
+            if differences:
+                raise ProtopruneError(
+                    f"{path} holds other features ({'; '.join(differences)}); "
+                    "write to another file with -o, or replace it with --overwrite"
+                )
+            sources.append(source)
+        finished = sources[-1] if sources and sources[-1].path == out else None
+        if finished:
+            report.dropped = len(set(finished.paths).difference(images.paths))
+        if finished and len(sources) == 1 and feature_file.covers(finished, images):
+            report.unchanged, report.failures = finished.n, finished.failure_counts()
+            return False
+        if not sources or sources[0] is finished or not feature_file.same_plan(out, images):
+            feature_file.create_partial(out, images, encoder.dim, provenance, sources)
+    return True
+
+
+def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
+    """(function, batch size): uint8 batch (b, s, s, 3) on the host -> float32 features on the host, maybe not yet there.
+
+    A GPU that cannot hold the default batch gets half of it, and so on; a batch size that was asked for is an error.
+    """
+    import torch
+
+    size = batch_size or _BATCH.get(device.type, 32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    model = encoder.model
+    if isinstance(model, torch.nn.Module):
+        model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    if compile:
+        model = torch.compile(model)
+    mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
+    scale = 1 / (torch.tensor(encoder.preprocess.std, device=device).view(1, 3, 1, 1) * 255)
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, s, s), channels last in memory
+            features = model(((pixels.float() - mean) * scale).to(dtype)).float()
+            return features.to("cpu", non_blocking=True)
+
+    side = encoder.preprocess.size
+    while device.type == "cuda":
+        try:
+            forward(torch.zeros(size, side, side, 3, dtype=torch.uint8))
+            torch.cuda.synchronize(device)
+            break
+        except torch.cuda.OutOfMemoryError:
+            if batch_size is not None or size == 1:
+                raise ProtopruneError(
+                    f"a batch of {size} images does not fit on {device}; use --batch-size {max(1, size // 2)}"
+                ) from None
+            size //= 2
+            torch.cuda.empty_cache()
+    return forward, size
+
+
+def _run(images, encoder, partial, forward, device, batch_size, workers, on_progress) -> None:
+    """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
+    import torch
+
+    silence_libtiff()
+    side = encoder.preprocess.size
+    ring: SimpleQueue = SimpleQueue()
+    for _ in range(_RING):
+        ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+    batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
+    done = failed = 0
+    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writer:
+        ahead: deque = deque()
+        writing: deque[Future] = deque()
+        upcoming = iter(batches)
+
+        def decode_next() -> None:
+            rows = next(upcoming, None)
+            if rows is not None:
+                buffer = ring.get()
+                ahead.append((rows, buffer, _decode_batch(images, encoder, rows, buffer, decoders)))
+
+        try:
+            for _ in range(_RING - 2):
+                decode_next()
+            while ahead:
+                decode_next()
+                rows, buffer, parts = ahead.popleft()
+                outcome = [one for part in parts for one in part.result()]
+                features = forward(buffer)
+                ready = torch.cuda.Event() if device.type == "cuda" else None
+                if ready:
+                    ready.record()
+                writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
+                while len(writing) > 1 or (writing and not ahead):
+                    writing.popleft().result()
+                done += len(rows)
+                failed += sum(status != Status.OK for status, _ in outcome)
+                if on_progress:
+                    on_progress(done, failed)
+        except BaseException:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _decode_batch(images, encoder, rows, buffer, decoders) -> list[Future]:
+    """Start decoding `rows` into the first slots of `buffer`, in a few tasks a thread."""
+    pixels = buffer.numpy()
+    step = max(1, min(16, -(-len(rows) // (2 * decoders._max_workers))))
+
+    def decode_some(first: int) -> list[tuple[Status, str]]:
+        return [
+            _decode_one(images, encoder, int(rows[slot]), pixels[slot])
+            for slot in range(first, min(first + step, len(rows)))
+        ]
+
+    pixels[len(rows) :] = 0  # the last batch keeps the shape of the others
+    return [decoders.submit(decode_some, first) for first in range(0, len(rows), step)]
+
+
+def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
+    path = os.path.join(images.root, images.paths[row])
+    try:
+        slot[...] = load(path, int(images.size[row]), int(images.mtime_ns[row]), encoder.preprocess)
+        return Status.OK, ""
+    except ImageError as error:
+        slot[...] = 0
+        return error.status, error.reason
+
+
+def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -> None:
+    """Commit one batch; runs in the writer thread, in order."""
+    if ready is not None:
+        ready.synchronize()
+    ring.put(buffer)
+    status = np.array([status for status, _ in outcome], np.uint8)
+    values = features[: len(rows)].numpy()
+    dtype = partial.dtype
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    stored[status != Status.OK] = 0
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+    if len(bad):
+        _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
+    partial.commit(rows, stored, status, [reason for _, reason in outcome])
+
+
+def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
+    if np.isfinite(values).all():
+        raise ProtopruneError(
+            f"features of {count} images of a batch (first: row {row}) overflow {dtype} "
+            f"(largest {np.abs(values).max():.3g}); run again with --store float32 --overwrite"
+        )
+    raise ProtopruneError(
+        f"the encoder gave NaN or infinity for {count} images of a batch (first: row {row}); "
+        "run again with --precision fp32 --overwrite"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

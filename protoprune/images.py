@@ -1,0 +1,231 @@
+"""Folders and file lists -> sorted image paths with size, mtime and class labels.
+
+The id of an image is its path relative to the root, POSIX, sorted by code point; row i is the same image in every
+array of the program. Names that are not valid UTF-8 are carried as Python carries them (surrogateescape), so any name
+that Linux allows survives. This module knows nothing about pixels: see `decode`.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+
+# Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
+# file in the image folder into an image.
+_STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
+
+
+@dataclass
+class ImageList:
+    """The images of one run, in the order of every array that follows."""
+
+    root: str
+    paths: list[str]  # relative to root, POSIX, sorted by code point, unique
+    size: np.ndarray  # (n,) int64, bytes; -1 where the file cannot be examined
+    mtime_ns: np.ndarray  # (n,) int64; -1 where the file cannot be examined
+    labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
+    classes: list[str]
+    skipped: Counter = field(default_factory=Counter)  # suffix -> files that are not images by their name
+    unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
+    duplicates: int = 0  # list entries that named an image a second time
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file suffixes of every format that the installed Pillow can read."""
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    # MPO (stereo JPEG) has no opener of its own: Pillow's JPEG opener recognises it.
+    readable = (set(Image.OPEN) | {"MPO"}) - _STUB_FORMATS
+    return frozenset(suffix for suffix, name in suffixes.items() if name in readable)
+
+
+def list_folder(
+    root: str | os.PathLike, *, labels: bool = True, on_progress: Callable[[int], None] | None = None
+) -> ImageList:
+    """Every image below `root`, recursively.
+
+    Hidden files and folders are skipped, links are followed, and a link to one of its own parents is not entered
+    again. A file without a suffix counts as an image when Pillow recognises its content; what is left out for its
+    name is counted in `skipped`. Folders that cannot be listed are in `unreadable_folders`.
+
+    Raises UsageError when `root` is not a folder and ProtopruneError when it holds no image.
+    """
+    root = os.fspath(root)
+    if not os.path.isdir(root):
+        raise UsageError(f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; give an image folder")
+    skipped: Counter = Counter()
+    unreadable: list[tuple[str, str]] = []
+    found: list[tuple[str, int, int]] = []
+    for entry in _walk(root, skipped, unreadable):
+        found.append(entry)
+        if on_progress and len(found) % 10_000 == 0:
+            on_progress(len(found))
+    if not found:
+        raise ProtopruneError(_nothing_found(root, skipped, unreadable))
+    found.sort()
+    return _build(root, found, labels, skipped=skipped, unreadable_folders=unreadable)
+
+
+def list_paths(entries: Iterable[str], root: str | os.PathLike | None = None, *, labels: bool = True) -> ImageList:
+    """The images named by `entries`, absolute or relative to `root`, whatever their suffix.
+
+    Without `root` it is the current folder, or, when the entries are absolute, their deepest common folder. An entry
+    that does not exist is kept: it becomes a row with a failed status, never a silent loss.
+
+    Raises UsageError for an entry outside `root` and ProtopruneError for an empty list.
+    """
+    entries = [e for e in entries if e]
+    if not entries:
+        raise ProtopruneError("the list of images is empty; give one path a line")
+    root = os.fspath(root) if root is not None else _common_root(entries)
+    if not os.path.isdir(root):
+        raise UsageError(f"--root {root}: no such folder")
+    ids = [_relative_id(entry, root) for entry in entries]
+    unique = sorted(set(ids))
+    found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
+    return _build(root, found, labels, duplicates=len(ids) - len(unique))
+
+
+def split_list(data: bytes) -> list[str]:
+    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped."""
+    if b"\0" in data:
+        parts = data.split(b"\0")
+    else:
+        lines = data.split(b"\n")
+        crlf = len(lines) > 1 and all(line.endswith(b"\r") for line in lines[:-1])
+        parts = [line.removesuffix(b"\r") for line in lines] if crlf else lines
+    return [os.fsdecode(part) for part in parts if part]
+
+
+def _build(root: str, found: list[tuple[str, int, int]], labels: bool, **counts) -> ImageList:
+    paths = [path for path, _, _ in found]
+    label, classes = folder_labels(paths) if labels else (np.full(len(paths), -1, np.int32), [])
+    return ImageList(
+        root=os.path.abspath(root),
+        paths=paths,
+        size=np.array([size for _, size, _ in found], np.int64),
+        mtime_ns=np.array([mtime for _, _, mtime in found], np.int64),
+        labels=label,
+        classes=classes,
+        **counts,
+    )
+
+
+def folder_labels(paths: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Class labels from first-level folders: (n,) int32 and the class names, sorted as torchvision's ImageFolder does.
+
+    A tree has that shape when every image lies in a folder and there are at least two first-level folders; otherwise
+    every label is -1 and there are no classes.
+    """
+    first = [path.partition("/") for path in paths]
+    names = sorted({folder for folder, _, _ in first})
+    if len(names) < 2 or not all(rest for _, _, rest in first):
+        return np.full(len(paths), -1, np.int32), []
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[folder] for folder, _, _ in first], np.int32), names
+
+
+def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
+    """Yield (id, size, mtime_ns) of the images below root, in no particular order, depth first."""
+    stack: list[tuple[str, frozenset]] = [("", frozenset())]
+    while stack:
+        folder, ancestors = stack.pop()
+        try:
+            here = os.stat(os.path.join(root, folder))
+            identity = (here.st_dev, here.st_ino)
+            if identity in ancestors:  # a link back to a folder that we are in
+                continue
+            with os.scandir(os.path.join(root, folder)) as entries:
+                entries = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            unreadable.append((folder or ".", error.strerror or str(error)))
+            continue
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if _is_folder(entry):
+                stack.append((path, ancestors | {identity}))
+            elif _is_image_name(entry):
+                yield (path, *_size_and_mtime(entry.path))
+            else:
+                skipped[os.path.splitext(entry.name)[1].lower() or "(no suffix)"] += 1
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself
+        return False
+
+
+def _is_image_name(entry: os.DirEntry) -> bool:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix:
+        return suffix in image_suffixes()
+    from PIL import Image  # content-addressed stores have names without a suffix
+
+    try:
+        if not entry.is_file():
+            return False
+        with Image.open(entry.path):
+            return True
+    except Exception:
+        return False
+
+
+def _size_and_mtime(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
+
+
+def _common_root(entries: list[str]) -> str:
+    if not os.path.isabs(entries[0]):
+        return os.getcwd()
+    absolute = [os.path.dirname(e) for e in entries if os.path.isabs(e)]
+    return os.path.commonpath(absolute)
+
+
+def _relative_id(entry: str, root: str) -> str:
+    """Entry as an id; a lexical operation, so that links inside the root stay the names that the user gave them."""
+    if os.path.isabs(entry):
+        base = os.path.abspath(root)
+        path = os.path.relpath(os.path.normpath(entry), base)
+    else:
+        path = os.path.normpath(entry)
+    path = Path(path).as_posix() if os.sep != "/" else path
+    if path == ".." or path.startswith("../") or posixpath.isabs(path):
+        raise UsageError(f"{entry}: outside the root {root}; give --root a folder that holds every listed image")
+    return path
+
+
+def _nothing_found(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> str:
+    detail = ""
+    if skipped:
+        detail = f" ({sum(skipped.values())} other files: {describe_counts(skipped)})"
+    if unreadable:
+        detail += f" ({len(unreadable)} unreadable folders, first: {unreadable[0][0]}: {unreadable[0][1]})"
+    return f"{root}: no images found{detail}; give a folder that holds images, or a list of paths"
+
+
+def describe_counts(counts: Counter, most: int = 5) -> str:
+    """'.txt 10, .json 2 and 3 more kinds': the largest counts first, ties by name."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    text = ", ".join(f"{name} {count:,}" for name, count in ordered[:most])
+    return text + (f" and {len(ordered) - most} more kinds" if len(ordered) > most else "")
