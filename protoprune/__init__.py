@@ -1,1 +1,34 @@
+"""protoprune: which training images can be left out.
+
+The public API, imported on first use so that `import protoprune` costs nothing:
+
+    embed, list_folder, list_paths, load_encoder    images -> feature file
+    select, rank, prune                             feature file -> kept set
+    read_list, keep_only                            kept list -> data loader
+    FeatureFile, ProtopruneError
+"""
+
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "embed": "embed",
+    "load_encoder": "encoders",
+    "list_folder": "images",
+    "list_paths": "images",
+    "FeatureFile": "features",
+    "select": "pruning",
+    "rank": "pruning",
+    "prune": "pruning",
+    "read_list": "lists",
+    "keep_only": "lists",
+    "ProtopruneError": "errors",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
+    return getattr(import_module(f"protoprune.{_HOME[name]}"), name)

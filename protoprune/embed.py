@@ -134,7 +134,9 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
         return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    native = (getattr(torch.cpu, check, lambda: False)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    native = (
+        getattr(torch.cpu, check, lambda: False)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return "bf16" if any(native) else "fp32"
 
 

@@ -40,9 +40,13 @@ class EncoderInfo:
 CATALOGUE = {
     info.name: info
     for info in (
-        EncoderInfo("dino_vits16", "vit_small_patch16_224.dino", 384, 21.7, 224, "timm, Caron et al. 2021", "Apache-2.0"),
+        EncoderInfo(
+            "dino_vits16", "vit_small_patch16_224.dino", 384, 21.7, 224, "timm, Caron et al. 2021", "Apache-2.0"
+        ),
         EncoderInfo("dino_vits8", "vit_small_patch8_224.dino", 384, 21.7, 224, "timm, Caron et al. 2021", "Apache-2.0"),
-        EncoderInfo("dino_vitb16", "vit_base_patch16_224.dino", 768, 85.8, 224, "timm, Caron et al. 2021", "Apache-2.0"),
+        EncoderInfo(
+            "dino_vitb16", "vit_base_patch16_224.dino", 768, 85.8, 224, "timm, Caron et al. 2021", "Apache-2.0"
+        ),
         EncoderInfo(
             "dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", 384, 22.1, 518, "timm, Oquab et al. 2023", "Apache-2.0"
         ),
@@ -108,12 +112,14 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
 
     Raises UsageError for an unknown name and ProtopruneError when weights cannot be had or do not fit.
     """
-    _require_torch()
     info = CATALOGUE.get(name)
     if info is None and not name.startswith("timm:"):
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
     architecture = info.architecture if info else name.removeprefix("timm:")
     loaded = ""
+    if weights is None and info and info.url is None:
+        _hub_overlay(name, f"timm/{architecture}")  # an answer within a second, before torch is imported
+    _require_torch()
     if weights is None and (info is None or info.url is None):
         model = _published_timm_model(name, architecture, image_size)
     else:
@@ -223,8 +229,10 @@ def _hub_overlay(name: str, hub_id: str) -> dict | None:
 
     The hub's client retries for most of a minute without a network; one quick look first keeps the answer short.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
-
+    try:
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ImportError:  # it comes with timm, whose absence is reported on its own
+        return None
     error = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
     if error is None:
         return None
@@ -361,7 +369,9 @@ def _output_dim(model: torch.nn.Module, size: int, name: str) -> int:
             shape = model(torch.zeros(1, 3, size, size)).shape
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"--encoder {name} does not take images of {size} px ({reason}); give --image-size") from None
+            raise UsageError(
+                f"--encoder {name} does not take images of {size} px ({reason}); give --image-size"
+            ) from None
     if len(shape) != 2:
         raise UsageError(f"--encoder {name} gives features of shape {tuple(shape[1:])}, not one vector an image")
     return shape[1]

@@ -378,7 +378,9 @@ def _open(path: str, mode: str) -> h5py.File:
     if file.attrs["format_version"] != FORMAT_VERSION:
         version = file.attrs["format_version"]
         file.close()
-        raise ProtopruneError(f"{path}: feature file version {version}, this program reads {FORMAT_VERSION}; upgrade it")
+        raise ProtopruneError(
+            f"{path}: feature file version {version}, this program reads {FORMAT_VERSION}; upgrade it"
+        )
     return file
 
 

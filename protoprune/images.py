@@ -67,7 +67,9 @@ def list_folder(
     """
     root = os.fspath(root)
     if not os.path.isdir(root):
-        raise UsageError(f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; give an image folder")
+        raise UsageError(
+            f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; give an image folder"
+        )
     skipped: Counter = Counter()
     unreadable: list[tuple[str, str]] = []
     found: list[tuple[str, int, int]] = []

@@ -1,0 +1,65 @@
+"""The command line: parse, call, print. The only package that prints, and a thin skin over what Python users import.
+
+stdout carries a command's answer and nothing else; progress, summaries and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from typer.core import TyperGroup
+
+from protoprune import __version__
+from protoprune.cli.embed import embed, encoders
+from protoprune.cli.select import select
+from protoprune.cli.show import info, sheet
+from protoprune.errors import ProtopruneError
+
+
+class _Group(TyperGroup):
+    """Shows what the user can act on in one line, with the exit code that it carries."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except ProtopruneError as error:
+            typer.echo(f"error: {error}".encode(errors="backslashreplace").decode(), err=True)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # `| head`
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tells you which training images you can leave out.\n\n"
+    "protoprune embed ./images, then: protoprune select --keep 0.7 > kept.txt",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"protoprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+for command in (embed, select, info, sheet, encoders):
+    app.command()(command)
+
+
+def main() -> None:
+    """The `protoprune` program."""
+    app()

@@ -1,0 +1,193 @@
+"""`protoprune embed` and `protoprune encoders`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from protoprune.cli.progress import Progress, duration, say
+from protoprune.errors import ProtopruneError, UsageError
+
+
+def embed(
+    images: Annotated[str, typer.Argument(help="Image folder, a text file of paths, or - for paths on stdin.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
+    encoder: Annotated[
+        str, typer.Option(help="Encoder, see `protoprune encoders`; timm:NAME for others.")
+    ] = "dino_vits16",
+    weights: Annotated[Optional[Path], typer.Option(help="Local .pth, .pt or .safetensors for the encoder.")] = None,
+    root: Annotated[Optional[Path], typer.Option(help="Folder that listed paths are relative to.")] = None,
+    image_size: Annotated[
+        Optional[int], typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
+    workers: Annotated[str, typer.Option(help="Decoding threads, or auto (one a core).")] = "auto",
+    store: Annotated[str, typer.Option(help="Type of the stored features: float16 or float32.")] = "float16",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder: pays on a GPU.")] = False,
+    labels: Annotated[bool, typer.Option(help="Take classes from the first-level folders.")] = True,
+    errors: Annotated[Optional[Path], typer.Option(help="Write the images that failed to this CSV file.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
+) -> None:
+    """Turn a folder of images into a feature file; a second run does only what is new."""
+    started = time.monotonic()
+    size, threads = _number("--batch-size", batch_size), _number("--workers", workers)
+    found = _find_images(images, root, labels)
+    _say_found(found)
+    from protoprune.encoders import load_encoder
+
+    model = load_encoder(encoder, weights=weights, image_size=image_size)
+    if model.loaded:
+        say(f"weights: {model.loaded}")
+    from protoprune.embed import embed as run
+
+    _quiet_pillow()
+    with Progress("embed") as progress:
+        state = {"done": 0, "left": 0, "total": 0}
+
+        def on_start(total: int, left: int) -> None:
+            state.update(total=total, left=left)
+            if left < total:
+                say(f"{total - left:,} of {total:,} images are embedded already, {left:,} to go")
+            progress.start(left)
+
+        def on_progress(done: int, failed: int) -> None:
+            state["done"] = done
+            progress.update(done, failed)
+
+        try:
+            report = run(
+                found, model, out, device=device, precision=precision, batch_size=size, workers=threads, store=store,
+                compile=compile, overwrite=overwrite, on_start=on_start, on_progress=on_progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            done = state["total"] - state["left"] + state["done"]
+            progress.__exit__()
+            say(
+                f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same command again:"
+            )
+            say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
+            raise typer.Exit(130) from None
+    _say_report(report, model, time.monotonic() - started)
+    _finish(report, found, errors, strict)
+
+
+def _number(option: str, text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{option} {text}: expected auto or a number of at least 1")
+    return int(text)
+
+
+def _find_images(images: str, root: Path | None, labels: bool):
+    from protoprune.images import image_suffixes, list_folder, list_paths, split_list
+
+    if images == "-":
+        return list_paths(split_list(sys.stdin.buffer.read()), root, labels=labels)
+    if os.path.isdir(images):
+        if root is not None:
+            raise UsageError("--root goes with a list of paths; the folder itself is the root here")
+        return list_folder(images, labels=labels, on_progress=_say_listing if sys.stderr.isatty() else None)
+    if not os.path.exists(images):
+        raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
+    if os.path.splitext(images)[1].lower() in image_suffixes():
+        raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
+    from protoprune.lists import read_list
+
+    entries = read_list(images)
+    if not isinstance(entries, list):
+        raise UsageError(f"{images}: row indices do not name images; give a list of paths")
+    return list_paths(entries, root, labels=labels)
+
+
+def _say_listing(count: int) -> None:
+    print(f"\rlisting: {count:,} images", end="\r", file=sys.stderr, flush=True)
+
+
+def _say_found(found) -> None:
+    from protoprune.images import describe_counts
+
+    classes = f" in {len(found.classes):,} classes (first-level folders)" if found.classes else ""
+    say(f"{len(found):,} images{classes} under {found.root}")
+    if found.skipped:
+        say(
+            f"left out {sum(found.skipped.values()):,} files that are not images by name: {describe_counts(found.skipped)}"
+        )
+    if found.duplicates:
+        say(f"{found.duplicates:,} entries of the list named an image a second time")
+    for folder, reason in found.unreadable_folders[:5]:
+        say(f"warning: folder {folder}: {reason}; the images in it are missing")
+    if len(found.unreadable_folders) > 5:
+        say(f"warning: {len(found.unreadable_folders) - 5:,} more folders could not be read")
+
+
+def _quiet_pillow() -> None:
+    """Damaged files make Pillow warn by the hundred; each such file is counted and listed anyway."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _say_report(report, model, seconds: float) -> None:
+    if report.dropped:
+        say(f"{report.dropped:,} images of the earlier file are gone and were dropped")
+    if not report.embedded:
+        say(f"{report.out}: up to date, {report.n:,} images x {model.dim} ({model.name})")
+        return
+    rate = report.embedded / max(seconds, 1e-9)
+    say(
+        f"{report.out}: {report.n:,} images x {model.dim} ({model.name}, {report.precision}, {report.device}); "
+        f"{report.embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
+    )
+
+
+def _finish(report, found, errors: Path | None, strict: bool) -> None:
+    """Say what failed, write the list of it, and decide the exit code."""
+    from protoprune.features import FeatureFile
+    from protoprune.images import describe_counts
+    from protoprune.lists import manifest, write_file
+
+    if report.failed:
+        where = f"listed in {errors}" if errors else "list them with --errors FILE"
+        say(f"{report.failed:,} images could not be used: {describe_counts(report.failures, 10)} ({where})")
+    if errors:
+        with FeatureFile(report.out) as file:
+            rows = [(path, status.label, reason) for path, status, reason in file.failures()]
+        rows += [(folder + "/", "unreadable folder", reason) for folder, reason in found.unreadable_folders]
+        columns = list(zip(*rows, strict=True)) or [(), (), ()]
+        write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
+    if report.failed == report.n:
+        raise ProtopruneError(f"none of the {report.n:,} images could be used; see {errors or '--errors FILE'} for why")
+    if strict and (report.failed or found.unreadable_folders):
+        raise ProtopruneError("--strict: not everything could be read")
+
+
+def _again(arguments: list[str]) -> list[str]:
+    """The same arguments without --overwrite, which would throw away what is done."""
+    return [argument for argument in arguments if argument != "--overwrite"]
+
+
+def encoders() -> None:
+    """List the encoders that have short names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from protoprune.encoders import CATALOGUE
+
+    table = Table("name", "dim", "parameters", "input", "source", "licence", box=None, pad_edge=False)
+    for info in CATALOGUE.values():
+        table.add_row(
+            info.name, str(info.dim), f"{info.parameters:g} M", f"{info.input_size} px", info.source, info.licence
+        )
+    console = Console()
+    console.print(table)
+    console.print("timm:NAME loads any other timm model with its published weights.", style="dim", highlight=False)

@@ -1,0 +1,69 @@
+"""Progress on stderr: a rich bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+
+_PLAIN_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """One line on stderr; names that are not UTF-8 are shown escaped."""
+    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'8.4 s', '3m12s', '2h05m'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class Progress(AbstractContextManager):
+    """Call `start(total)` once and `update(done, failed)` as often as you like; rate and time left are its own."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self._bar = None
+        self._total = self._started = self._shown = 0
+
+    def start(self, total: int) -> None:
+        self._total, self._started = total, time.monotonic()
+        self._shown = self._started
+        if not sys.stderr.isatty() or not total:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn(self.what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:,.0f} img/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[failed]} failed"),
+        )
+        self._bar = Bar(*columns, console=Console(stderr=True))
+        self._bar.start()
+        self._task = self._bar.add_task(self.what, total=total, rate=0.0, failed=0)
+
+    def update(self, done: int, failed: int = 0) -> None:
+        now = time.monotonic()
+        rate = done / max(now - self._started, 1e-9)
+        if self._bar:
+            self._bar.update(self._task, completed=done, rate=rate, failed=failed)
+        elif now - self._shown >= _PLAIN_SECONDS or (done == self._total and self._shown > self._started):
+            self._shown = now
+            left = duration((self._total - done) / rate)
+            share = 100 * done / self._total
+            say(
+                f"{self.what} {done:,}/{self._total:,} ({share:.0f} %), {rate:,.0f} img/s, {left} left, {failed} failed"
+            )
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()

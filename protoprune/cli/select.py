@@ -1,0 +1,226 @@
+"""`protoprune select`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from protoprune.cli.progress import say
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from protoprune.pruning import Ranking, Selected
+
+Features = Annotated[Path, typer.Argument(help="Feature file that `protoprune embed` wrote.")]
+K = Annotated[str, typer.Option(help="Number of clusters, or auto: the number of classes, else about sqrt(images).")]
+Euclidean = Annotated[bool, typer.Option("--euclidean", help="Euclidean k-means instead of spherical.")]
+Iterations = Annotated[int, typer.Option(help="k-means iterations.")]
+Seed = Annotated[int, typer.Option(help="Seed of the clustering and of ties.")]
+Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
+TrainPoints = Annotated[Optional[int], typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
+Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
+Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
+
+
+def select(
+    features: Features = Path("features.h5"),
+    keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")] = ...,
+    order: Annotated[str, typer.Option(help="Which to keep first: hard, easy, middle or random.")] = "hard",
+    balance: Annotated[
+        float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")
+    ] = 0.0,
+    by: Annotated[Optional[str], typer.Option(help="Groups to balance: class or cluster.")] = None,
+    scores: Annotated[
+        Optional[Path], typer.Option(help="Rank by this score table (path, score; larger = harder).")
+    ] = None,
+    k: K = "auto",
+    euclidean: Euclidean = False,
+    iterations: Iterations = 25,
+    seed: Seed = 0,
+    restarts: Restarts = 1,
+    train_points: TrainPoints = None,
+    backend: Backend = "auto",
+    cache: Cache = True,
+    stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
+    out: Annotated[
+        Optional[Path], typer.Option("-o", "--out", help="Write the list here instead of to stdout.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices).")] = "txt",
+    null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
+    absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
+    root: Annotated[Optional[Path], typer.Option(help="Where the images are now [default: where they were].")] = None,
+    removed: Annotated[Optional[Path], typer.Option(help="Write the images that were not kept here.")] = None,
+    links: Annotated[Optional[Path], typer.Option(help="Make a folder of links to the kept images.")] = None,
+    hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False,
+    manifest: Annotated[Optional[Path], typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
+) -> None:
+    """Write the list of images to keep, on stdout or to -o FILE."""
+    from protoprune import pruning
+
+    _check_output(format, null, out, removed)
+    settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
+    settings["cache"] = cache
+    if scores is not None:
+        if stability:
+            raise UsageError("--stability compares clusterings; it does not go with --scores")
+        ranking = pruning.rank_by_table(features, scores)
+    else:
+        ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
+    chosen = pruning.prune(ranking, keep, order=order, seed=seed, balance=balance, by=by)
+    if not chosen.keep.any():
+        raise UsageError(f"--keep {keep:g} of {int(ranking.usable.sum()):,} images is none; keep more")
+    _say_ranking(ranking)
+    if restarts > 1 and scores is None:
+        share = pruning.restart_overlap(ranking, keep, order=order, seed=seed)
+        say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
+    _write(chosen, out, format, null, os.fspath(root or ranking.root), absolute, removed, links, hard_links, manifest)
+    _say_selected(chosen, keep, order, balance)
+    if stability:
+        _say_stability(pruning.stability(features, chosen, keep=keep, order=order, **settings))
+
+
+def number_of_clusters(text: str) -> int | None:
+    """'auto' -> None, a number -> itself."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--k {text}: expected auto or a whole number") from None
+
+
+def _check_output(format: str, null: bool, out: Path | None, removed: Path | None) -> None:
+    """Find out what cannot be written before the work is done."""
+    import numpy as np
+
+    from protoprune.lists import format_list
+
+    format_list([], np.empty(0), np.empty(0), format, null=null)
+    if format == "npy" and out is None and sys.stdout.isatty():
+        raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
+    for path in (out, removed):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist; make it first")
+
+
+def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
+    import numpy as np
+
+    from protoprune import lists
+
+    ranking = chosen.ranking
+
+    def text(mask) -> bytes:
+        rows = np.flatnonzero(mask)
+        paths = [os.fsdecode(ranking.ids[row]) for row in rows]
+        if absolute:
+            paths = [os.path.join(root, path) for path in paths]
+        return lists.format_list(paths, rows, ranking.scores[rows], format, null=null)
+
+    kept = text(chosen.keep)
+    if removed is not None:
+        lists.write_file(removed, text(ranking.usable & ~chosen.keep))
+    if manifest is not None:
+        kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
+        lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
+    if links is not None:
+        lists.write_links(links, root, chosen.kept_paths, hard=hard_links)
+    if out is not None:
+        lists.write_file(out, kept)
+    else:
+        lists.write_stdout(kept)
+
+
+def _columns(chosen: Selected) -> dict:
+    """The manifest: one row an image of the feature file, unusable ones included."""
+    import numpy as np
+
+    from protoprune.decode import Status
+
+    ranking, n = chosen.ranking, len(chosen.keep)
+    first = ranking.clusterings[0] if ranking.clusterings else None
+    return {
+        "path": ranking.paths,
+        "class": [ranking.classes[label] if label >= 0 else "" for label in ranking.labels],
+        "cluster": first.cluster if first else np.full(n, -1),
+        "distance": first.distance if first else np.full(n, np.nan),
+        "score": ranking.scores,
+        "rank": chosen.rank,
+        "keep": chosen.keep.astype(int),
+        "status": [Status(status).label for status in ranking.status],
+    }
+
+
+def _say_ranking(ranking: Ranking) -> None:
+    import numpy as np
+
+    from protoprune.decode import Status
+    from protoprune.images import describe_counts
+
+    excluded = ranking.status != Status.OK
+    say(f"{ranking.file}: {len(excluded):,} images")
+    if excluded.any():
+        from collections import Counter
+
+        why = Counter(Status(status).label for status in ranking.status[excluded])
+        say(f"excluded: {int(excluded.sum()):,} that could not be read ({describe_counts(why, 10)})")
+    if ranking.table is not None:
+        table = ranking.table
+        say(f"scores: {int(ranking.usable.sum()):,} images have one; {table.missing:,} have none and are not kept")
+        if table.unmatched_rows:
+            say(
+                f"scores: {len(table.unmatched_rows):,} rows of the table name no image (first: {table.unmatched_rows[0]})"
+            )
+    for one in ranking.clusterings[:1]:
+        points = int(ranking.usable.sum())
+        seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
+        kind = "spherical" if one.spherical else "Euclidean"
+        cached = " (from the cache)" if ranking.cached == len(ranking.clusterings) else ""
+        say(
+            f"k-means: k = {one.k:,} ({ranking.k_rule}), {kind}, {one.iterations} iterations on {seen} {points:,} images, "
+            f"seed {one.seed}, {one.backend}{cached}"
+        )
+        sizes = one.sizes()
+        empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
+        say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
+    values = ranking.scores[ranking.usable]
+    if len(values):
+        low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+        what = "distance" if ranking.clusterings else "score"
+        say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def _say_selected(chosen: Selected, keep: float, order: str, balance: float) -> None:
+    import numpy as np
+
+    ranking, usable = chosen.ranking, chosen.ranking.usable
+    kept, of = int(chosen.keep.sum()), int(usable.sum())
+    how = f"{order} first" if order != "random" else "at random"
+    say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
+    if not ranking.classes:
+        return
+    sizes = np.bincount(ranking.labels[usable], minlength=len(ranking.classes))
+    shares = np.bincount(ranking.labels[chosen.keep], minlength=len(sizes)) / np.maximum(sizes, 1)
+    shares[sizes == 0] = np.nan
+    low, high = np.nanargmin(shares), np.nanargmax(shares)
+    say(
+        f"classes: smallest kept share {100 * shares[low]:.1f} % ({ranking.classes[low]}), "
+        f"largest {100 * shares[high]:.1f} % ({ranking.classes[high]})"
+    )
+    gone = int((shares == 0).sum())
+    if gone:
+        say(f"warning: {gone} of {len(sizes)} classes lost every image; --balance 0.5 keeps some of each")
+    elif not balance and shares[high] > 2 * shares[low]:
+        say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
+
+
+def _say_stability(rows) -> None:
+    say("stability against this ranking:")
+    for row in rows:
+        say(
+            f"  k = {row.k:,}, seed {row.seed}: Spearman {row.spearman:.3f}, kept sets overlap by {100 * row.overlap:.1f} %"
+        )

@@ -1,0 +1,252 @@
+"""Kept lists, as files that other programs read, and their way into data loaders.
+
+txt holds one path a line (NUL-terminated with `null=True`), csv and jsonl add row index and score, npy holds row
+indices. Names are written as the bytes that the file system has; jsonl escapes what is not UTF-8. Every file appears
+complete, by rename. Knows nothing of features or scores' meaning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import split_list
+
+FORMATS = ("txt", "csv", "jsonl", "npy")
+
+
+def format_list(
+    paths: Sequence[str], rows: np.ndarray, scores: np.ndarray, format: str = "txt", *, null: bool = False
+) -> bytes:
+    """The file's bytes for `paths` with their row indices and scores (all of one length).
+
+    Raises UsageError for a format unknown, and for txt when a name holds a line break.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    if null and format != "txt":
+        raise UsageError(f"-0 goes with --format txt, not {format}")
+    if format == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(rows, np.int64))
+        return buffer.getvalue()
+    if format == "txt":
+        return _lines(paths, null)
+    if format == "jsonl":
+        records = (
+            {"path": p, "index": int(i), "score": _number(s)} for p, i, s in zip(paths, rows, scores, strict=True)
+        )
+        return "".join(json.dumps(record) + "\n" for record in records).encode()
+    return _csv(["path", "index", "score"], zip(paths, rows.tolist(), map(_number, scores), strict=True))
+
+
+def _lines(paths: Sequence[str], null: bool) -> bytes:
+    if not null:
+        broken = [path for path in paths if "\n" in path or path.endswith("\r")]
+        if broken:
+            raise UsageError(
+                f"{len(broken)} file names hold a line break (first: {broken[0]!r}); use -0 or --format jsonl"
+            )
+    end = "\0" if null else "\n"
+    return os.fsencode("".join(path + end for path in paths))
+
+
+def _csv(header: list[str], records: Iterable[Iterable]) -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(records)
+    return os.fsencode(buffer.getvalue())
+
+
+def _number(value: float) -> float | str:
+    """A float32 in its shortest exact form; empty where there is none."""
+    return float(str(np.float32(value))) if np.isfinite(value) else ""
+
+
+def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
+    """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
+
+    The format is taken from the suffix (.csv, .jsonl, .npy), anything else is txt, separated by NUL or line breaks.
+    """
+    source = os.fspath(source)
+    if not os.path.isfile(source):
+        raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
+    suffix = os.path.splitext(source)[1]
+    try:
+        if suffix == ".npy":
+            return np.load(source)
+        data = Path(source).read_bytes()
+        if suffix == ".jsonl":
+            return [json.loads(line)["path"] for line in data.splitlines() if line.strip()]
+        if suffix == ".csv":
+            return [record["path"] for record in csv.DictReader(io.StringIO(os.fsdecode(data), newline=""))]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error} column" if isinstance(error, KeyError) else str(error)
+        raise ProtopruneError(f"{source}: not a list that protoprune wrote ({reason})") from None
+    return split_list(data)
+
+
+def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
+    """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
+    values = [[_manifest_value(v) for v in column] for column in columns.values()]
+    if format == "csv":
+        return _csv(list(columns), zip(*values, strict=True))
+    records = (dict(zip(columns, (None if v == "" else v for v in record), strict=True)) for record in zip(*values))
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def _manifest_value(value):
+    if isinstance(value, (float, np.floating)):
+        return _number(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def write_file(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file so that it appears complete or not at all."""
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, hard: bool = False) -> None:
+    """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist or be empty.
+
+    Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
+    Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
+    building = f"{folder}.{os.getpid()}.tmp"
+    made: set[str] = set()
+    try:
+        os.makedirs(building)
+        for path in paths:
+            target, link = os.path.join(root, path), os.path.join(building, path)
+            parent = os.path.dirname(link)
+            if parent not in made:
+                os.makedirs(parent, exist_ok=True)
+                made.add(parent)
+            if not os.path.exists(target):
+                raise ProtopruneError(f"--links: {target} does not exist; embed again, or give --root where it is now")
+            (os.link if hard else os.symlink)(target, link)
+        os.replace(building, folder)
+    except OSError as error:
+        raise ProtopruneError(
+            f"--links {folder}: {error.strerror} ({error.filename2 or error.filename})"
+            + ("; hard links cannot cross file systems, use symbolic ones" if hard else "")
+        ) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # only links, and only what this call made
+
+
+def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | os.PathLike | None = None):
+    """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
+
+    - torchvision `ImageFolder` and other sets with `.samples`: a `torch.utils.data.Subset` (classes keep their numbers);
+    - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
+    - any iterable of dicts with `__key__` (WebDataset): an iterable of the kept samples, keys being paths without suffix.
+
+    `root` is the folder that the listed paths are relative to, by default the data set's own. Raises ProtopruneError
+    when a listed image is not in the data set, so that a wrong root can never train on less than was asked for; for
+    an iterable this is known, and raised, at its end.
+    """
+    if isinstance(kept, (str, os.PathLike)):
+        kept = read_list(kept)
+    if isinstance(kept, np.ndarray) or any(not isinstance(path, str) for path in kept):
+        raise UsageError("keep_only takes paths; row indices are for arrays in protoprune's own order of images")
+    if hasattr(dataset, "samples"):
+        from torch.utils.data import Subset
+
+        base = os.fspath(root if root is not None else dataset.root)
+        return Subset(dataset, _indices([sample[0] for sample in dataset.samples], kept, base))
+    if hasattr(dataset, "select") and hasattr(dataset, "features"):
+        paths = _hugging_face_paths(dataset)
+        base = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths])
+        return dataset.select(_indices(paths, kept, base))
+    if not hasattr(dataset, "__iter__"):
+        raise UsageError(
+            f"{type(dataset).__name__}: expected .samples, a Hugging Face data set, or samples with __key__"
+        )
+    return _KeptSamples(dataset, kept)
+
+
+def _indices(paths: list[str], kept: Iterable[str], root: str) -> list[int]:
+    wanted = set(kept)
+    base = os.path.join(os.path.abspath(root), "")
+    ids = [os.path.abspath(path).removeprefix(base) for path in paths]
+    _all_present(wanted - set(ids), len(wanted), f"under {root}")
+    return [index for index, one in enumerate(ids) if one in wanted]
+
+
+def _hugging_face_paths(dataset) -> list[str]:
+    import datasets
+
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise UsageError(f"the data set has no image column, only {', '.join(dataset.features)}")
+    undecoded = dataset.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+    paths = [record["path"] for record in undecoded[columns[0]]]
+    if not all(path and os.path.isabs(path) for path in paths):
+        raise UsageError("the data set does not know its files' paths; load it with load_dataset('imagefolder', …)")
+    return paths
+
+
+def _all_present(missing: set[str], listed: int, where: str) -> None:
+    if missing:
+        raise ProtopruneError(
+            f"{len(missing)} of {listed} listed images are not in the data set {where} "
+            f"(first: {min(missing)}); give the root that the list was made for"
+        )
+
+
+class _KeptSamples:
+    """The samples of a WebDataset-like iterable whose key is in the list; each pass checks that all were seen."""
+
+    def __init__(self, samples: Iterable[dict], kept: Iterable[str]):
+        self.samples = samples
+        self.keys = {_key(path): path for path in kept}
+
+    def __iter__(self) -> Iterator[dict]:
+        unseen = set(self.keys)
+        for sample in self.samples:
+            if sample["__key__"] in self.keys:
+                unseen.discard(sample["__key__"])
+                yield sample
+        _all_present({self.keys[key] for key in unseen}, len(self.keys), "(by key)")
+
+
+def _key(path: str) -> str:
+    """WebDataset's key of a file: its path up to the first dot of the file name."""
+    folder, _, name = path.rpartition("/")
+    stem = name.split(".", 1)[0]
+    return f"{folder}/{stem}" if folder else stem
+
+
+def write_stdout(data: bytes) -> None:
+    """The list on standard output. A reader that stops early (`| head`) is not an error."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit

@@ -1,0 +1,279 @@
+"""Features -> prototypes: k-means centroids, and each image's cluster and distance to its centroid.
+
+Spherical k-means on L2-normalised features with difficulty = 1 - cosine by default (Sorscher et al. 2022 and its
+released scores), Euclidean k-means on the raw features as the alternative. Lloyd's iterations run in faiss or, where a
+GPU is at hand but faiss has none, in torch; both start from the same images, so they agree to within rounding. Features
+are read in chunks: only the points that k-means trains on are held in memory. Knows nothing of files or selection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+
+# Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
+TRAIN_BYTES = 4 << 30
+BACKENDS = ("auto", "faiss", "torch")
+_CHUNK = 65_536
+_ARRAYS = ("centroids", "cluster", "distance")
+
+
+@dataclass
+class Clustering:
+    """One k-means clustering of n images of which m are usable; rows that are not have cluster -1 and distance NaN."""
+
+    centroids: np.ndarray  # (k, d) float32, of length 1 when spherical
+    cluster: np.ndarray  # (n,) int32
+    distance: np.ndarray  # (n,) float32: 1 - cosine when spherical, else the Euclidean distance
+    objective: float  # sum over images of the distance (spherical) or of its square
+    seed: int
+    spherical: bool
+    iterations: int
+    train_points: int  # how many points Lloyd's iterations saw
+    backend: str
+
+    @property
+    def k(self) -> int:
+        return len(self.centroids)
+
+    def sizes(self) -> np.ndarray:
+        """(k,) images a cluster; 0 for an empty one."""
+        return np.bincount(self.cluster[self.cluster >= 0], minlength=self.k)
+
+
+def auto_k(usable: int, classes: int = 0) -> int:
+    """The number of classes when it is known, else round(sqrt(images)); never fewer than 10 images a cluster on average.
+
+    ImageNet's 1000 in the paper is its number of classes; the square root gives 1,132 there. Results hardly depend on k.
+    """
+    return max(1, min(classes if classes >= 2 else round(math.sqrt(usable)), usable // 10))
+
+
+def cluster(
+    features,
+    k: int,
+    *,
+    usable: np.ndarray | None = None,
+    spherical: bool = True,
+    seed: int = 0,
+    iterations: int = 25,
+    train_points: int | None = None,
+    backend: str = "auto",
+) -> Clustering:
+    """Cluster the usable rows of `features`, (n, d) of any float type, an array or an HDF5 dataset.
+
+    `train_points` bounds the points that Lloyd's iterations see (default: all, up to TRAIN_BYTES); every image gets a
+    cluster in any case. Clusters can end up empty when images are identical; their centroids stay in the result.
+
+    Raises UsageError for a k that does not fit and ProtopruneError for NaN or infinite features.
+    """
+    n, d = features.shape
+    usable = np.ones(n, bool) if usable is None else usable
+    m = int(usable.sum())
+    _check(k, m, iterations, train_points, backend)
+    limit = min(m, train_points or max(TRAIN_BYTES // (4 * d), 256 * k))
+    rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(usable)
+    if limit < m:
+        rows = np.sort(rng.choice(rows, limit, replace=False))
+    points = _gather(features, rows, spherical)
+    start = points[np.sort(rng.choice(limit, k, replace=False))].copy()
+    engine, assign = _engine(backend)
+    centroids = engine(points, start, iterations, spherical, seed)
+    del points
+    labels, distance = np.full(n, -1, np.int32), np.full(n, np.nan, np.float32)
+    for first, chunk in _chunks(features):
+        here = np.flatnonzero(usable[first : first + len(chunk)])
+        if len(here):
+            x = _prepare(chunk[here], spherical, first + here)
+            nearest = assign(x, centroids, spherical)
+            labels[first + here] = nearest
+            distance[first + here] = _distance(x, centroids, nearest, spherical)
+    cost = distance[usable].astype(np.float64)
+    objective = float(cost.sum() if spherical else (cost**2).sum())
+    return Clustering(centroids, labels, distance, objective, seed, spherical, iterations, limit, engine.__name__[1:])
+
+
+def _check(k: int, m: int, iterations: int, train_points: int | None, backend: str) -> None:
+    if k < 1:
+        raise UsageError(f"--k {k}: expected at least 1; use --k auto")
+    if k > m:
+        raise UsageError(f"--k {k}: more clusters than usable images ({m:,}); use --k auto or at most {m}")
+    if iterations < 1:
+        raise UsageError(f"--iterations {iterations}: expected at least 1")
+    if train_points is not None and train_points < k:
+        raise UsageError(f"--train-points {train_points}: fewer than the {k} clusters; give at least {k}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
+
+
+def _chunks(features) -> Iterator[tuple[int, np.ndarray]]:
+    for first in range(0, features.shape[0], _CHUNK):
+        yield first, features[first : first + _CHUNK]
+
+
+def _gather(features, rows: np.ndarray, spherical: bool) -> np.ndarray:
+    """The given rows as (len(rows), d) float32, checked and normalised; reads slices only, since HDF5 is slow at rows."""
+    points = np.empty((len(rows), features.shape[1]), np.float32)
+    for first, chunk in _chunks(features):
+        low, high = np.searchsorted(rows, (first, first + len(chunk)))
+        if high > low:
+            points[low:high] = _prepare(chunk[rows[low:high] - first], spherical, rows[low:high])
+    return points
+
+
+def _prepare(x: np.ndarray, spherical: bool, rows: np.ndarray) -> np.ndarray:
+    """float32, normalised when spherical. A zero vector stays zero: its cosine with anything is 0, its distance 1."""
+    x = x.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    if len(bad):
+        raise ProtopruneError(
+            f"features of {len(bad)} images are NaN or infinite (first: row {rows[bad[0]]}); embed them again"
+        )
+    if spherical:
+        norm = np.linalg.norm(x, axis=1, keepdims=True)
+        x /= np.where(norm > 0, norm, 1)
+    return x
+
+
+def _distance(x: np.ndarray, centroids: np.ndarray, nearest: np.ndarray, spherical: bool) -> np.ndarray:
+    """Distance of each row of x to its centroid, from the definition rather than from the search's expansion."""
+    own = centroids[nearest]
+    if spherical:
+        return np.clip(1 - np.einsum("nd,nd->n", x, own), 0, 2)
+    return np.linalg.norm(x - own, axis=1)
+
+
+def _engine(backend: str):
+    """(Lloyd's iterations, assignment) of the backend; torch only where it has a GPU that faiss has not."""
+    if backend == "torch":
+        return _torch, _assign_torch
+    try:
+        import faiss
+    except ImportError:
+        if backend == "faiss":
+            raise ProtopruneError(
+                "faiss is not installed; run: pip install faiss-cpu, or use --backend torch"
+            ) from None
+        faiss = None
+    gpu_node = os.path.exists("/dev/nvidiactl")  # looked at first: importing torch costs seconds
+    if backend == "auto" and (faiss is None or (gpu_node and faiss.get_num_gpus() == 0)):
+        try:
+            import torch
+
+            if faiss is None or torch.cuda.is_available():
+                return _torch, _assign_torch
+        except ImportError:
+            if faiss is None:
+                raise ProtopruneError("clustering needs faiss or torch; run: pip install faiss-cpu") from None
+    return _faiss, _assign_faiss
+
+
+def _faiss(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bool, seed: int) -> np.ndarray:
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        len(start),
+        niter=iterations,
+        seed=seed,
+        spherical=spherical,
+        gpu=faiss.get_num_gpus() > 0,
+        max_points_per_centroid=len(points),  # faiss would silently train on 256 a centroid
+        min_points_per_centroid=1,
+    )
+    kmeans.train(points, init_centroids=start)
+    return kmeans.centroids
+
+
+def _assign_faiss(x: np.ndarray, centroids: np.ndarray, spherical: bool) -> np.ndarray:
+    import faiss
+
+    metric = faiss.METRIC_INNER_PRODUCT if spherical else faiss.METRIC_L2
+    return faiss.knn(x, centroids, 1, metric=metric)[1][:, 0].astype(np.int32)
+
+
+def _torch(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bool, seed: int) -> np.ndarray:
+    """Lloyd's iterations with the points on the device; an emptied cluster is given half of the largest one's place."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.from_numpy(points).to(device)
+    centroids = torch.from_numpy(start).to(device)
+    ones = torch.ones(len(x), device=device)
+    for _ in range(iterations):
+        nearest = _nearest_torch(x, centroids, spherical)
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
+        counts = torch.zeros(len(centroids), device=device).index_add_(0, nearest, ones)
+        centroids = sums / counts.clamp(min=1)[:, None]
+        _split_largest(centroids, counts)
+        if spherical:
+            centroids = torch.nn.functional.normalize(centroids, dim=1)
+    return centroids.cpu().numpy()
+
+
+def _split_largest(centroids, counts) -> None:
+    """Refill empty clusters as faiss does: a copy of the largest cluster's centroid, both nudged apart."""
+    for empty in (counts == 0).nonzero()[:, 0].tolist():
+        largest = int(counts.argmax())
+        centroids[empty] = centroids[largest]
+        centroids[empty, ::2] *= 1 + 1 / 1024
+        centroids[empty, 1::2] *= 1 - 1 / 1024
+        centroids[largest, ::2] *= 1 - 1 / 1024
+        centroids[largest, 1::2] *= 1 + 1 / 1024
+        counts[empty] = counts[largest] / 2
+        counts[largest] /= 2
+
+
+def _nearest_torch(x, centroids, spherical: bool):
+    import torch
+
+    offset = torch.zeros(len(centroids), device=x.device) if spherical else -0.5 * (centroids**2).sum(1)
+    rows = max(1, (1 << 28) // (4 * len(centroids)))  # a quarter of a gigabyte of similarities at a time
+    parts = [torch.addmm(offset, part, centroids.T).argmax(1) for part in x.split(rows)]
+    return torch.cat(parts)
+
+
+def _assign_torch(x: np.ndarray, centroids: np.ndarray, spherical: bool) -> np.ndarray:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    nearest = _nearest_torch(torch.from_numpy(x).to(device), torch.from_numpy(centroids).to(device), spherical)
+    return nearest.cpu().numpy().astype(np.int32)
+
+
+def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, bool]:
+    """The clustering of `content` (an id of the features) under these settings, from `folder` when it is there.
+
+    `compute(**settings)` is called otherwise and its result kept. Returns the clustering and whether it was found.
+    A folder that cannot be written or an entry that cannot be read costs time, never the answer.
+    """
+    key = json.dumps({"version": 1, "content": content, **settings}, sort_keys=True)
+    path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:24] + ".npz")
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:
+        if entry["key"].item() == key:
+            return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
+    result = compute(**settings)
+    plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, key=key, plain=json.dumps(plain), **{name: getattr(result, name) for name in _ARRAYS})
+        os.replace(temporary, path)
+    return result, False
+
+
+def consensus(clusterings: list[Clustering]) -> np.ndarray:
+    """(n,) float32: the mean distance over restarts from different seeds, which is what moves a kept set most."""
+    return np.mean([one.distance for one in clusterings], axis=0, dtype=np.float64).astype(np.float32)

@@ -1,0 +1,58 @@
+"""A contact sheet: the easiest and the hardest images side by side, as in figure 6 of Sorscher et al. 2022."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from protoprune.decode import ImageError, decode
+
+_GAP, _LABEL = 4, 14
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[str], Sequence[str]]], root: str, *, thumb: int = 96
+) -> tuple[bytes, int]:
+    """A PNG with one line a row: (title, easiest image paths, hardest image paths); `thumb` is their side in pixels.
+
+    Returns the PNG's bytes and how many images could not be read any more (grey squares on the sheet).
+    """
+    import io
+
+    from PIL import Image, ImageDraw
+
+    easy = max(len(one) for _, one, _ in rows)
+    hard = max(len(one) for _, _, one in rows)
+    cell = thumb + _GAP
+    middle = easy * cell + 3 * _GAP
+    line = cell + _LABEL
+    sheet = Image.new("RGB", (middle + hard * cell + _GAP, _LABEL + len(rows) * line + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, 1), "easiest (most prototypical)", fill="black")
+    draw.text((middle, 1), "hardest", fill="black")
+    unreadable = 0
+    for number, (title, easiest, hardest) in enumerate(rows):
+        top = _LABEL + number * line
+        draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")
+        for left, paths in ((_GAP, easiest), (middle, hardest)):
+            for column, path in enumerate(paths):
+                picture = _thumbnail(os.path.join(root, path), thumb)
+                unreadable += picture is None
+                place = (left + column * cell, top + _LABEL)
+                sheet.paste(picture or Image.new("RGB", (thumb, thumb), "lightgray"), place)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue(), unreadable
+
+
+def _thumbnail(path: str, side: int):
+    from PIL import Image, ImageOps
+
+    try:
+        with open(path, "rb") as file:
+            pixels = decode(file.read())
+    except (OSError, ImageError):
+        return None
+    return ImageOps.fit(Image.fromarray(np.ascontiguousarray(pixels)), (side, side), Image.Resampling.BICUBIC)
