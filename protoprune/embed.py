@@ -169,7 +169,7 @@ def _prepare(
 
 
 def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
-    """(function, batch size): uint8 batch (b, s, s, 3) on the host -> float32 features on the host, maybe not yet there.
+    """(function, batch size); the function takes a uint8 batch (b, s, s, 3) to float32 features, both on the host.
 
     A GPU that cannot hold the default batch gets half of it, and so on; a batch size that was asked for is an error.
     """

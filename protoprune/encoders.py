@@ -207,13 +207,10 @@ def _timm_model(architecture: str, image_size: int | None, **options) -> torch.n
 def _published_timm_model(name: str, architecture: str, image_size: int | None) -> torch.nn.Module:
     import timm
 
-    if architecture not in timm.list_pretrained() and architecture not in {
-        pretrained.split(".")[0] for pretrained in timm.list_pretrained()
-    }:
-        known = architecture.split(".")[0] in timm.list_models()
-        raise UsageError(
-            f"--encoder {name}: timm has {'no published weights for it; give --weights FILE' if known else 'no such model'}"
-        )
+    if not timm.is_model_pretrained(architecture):
+        known = timm.is_model(architecture)
+        why = "no published weights for it; give --weights FILE" if known else "no such model"
+        raise UsageError(f"--encoder {name}: timm has {why}")
     hub_id = timm.get_pretrained_cfg(architecture).hf_hub_id
     overlay = _hub_overlay(name, hub_id) if hub_id else None
     try:
@@ -315,7 +312,7 @@ def _read_weights(path: str) -> dict:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ProtopruneError(
-            f"--weights {path}: not a readable weight file ({reason[:120]}); give a .pth, .pt or .safetensors state dict"
+            f"--weights {path}: not readable ({reason[:120]}); give a .pth, .pt or .safetensors state dict"
         ) from None
 
 

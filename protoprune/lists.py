@@ -100,10 +100,12 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
 def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
     """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
     values = [[_manifest_value(v) for v in column] for column in columns.values()]
+    records = zip(*values, strict=True)
     if format == "csv":
-        return _csv(list(columns), zip(*values, strict=True))
-    records = (dict(zip(columns, (None if v == "" else v for v in record), strict=True)) for record in zip(*values))
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+        return _csv(list(columns), records)
+    blank = {"": None}
+    lines = (dict(zip(columns, (blank.get(v, v) for v in record), strict=True)) for record in records)
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _manifest_value(value):
@@ -163,9 +165,9 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
 def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | os.PathLike | None = None):
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
 
-    - torchvision `ImageFolder` and other sets with `.samples`: a `torch.utils.data.Subset` (classes keep their numbers);
+    - torchvision `ImageFolder`, other sets with `.samples`: a `torch.utils.data.Subset` (classes keep their numbers);
     - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
-    - any iterable of dicts with `__key__` (WebDataset): an iterable of the kept samples, keys being paths without suffix.
+    - an iterable of dicts with `__key__` (WebDataset): the kept samples; keys are paths without suffix.
 
     `root` is the folder that the listed paths are relative to, by default the data set's own. Raises ProtopruneError
     when a listed image is not in the data set, so that a wrong root can never train on less than was asked for; for

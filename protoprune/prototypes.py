@@ -52,9 +52,9 @@ class Clustering:
 
 
 def auto_k(usable: int, classes: int = 0) -> int:
-    """The number of classes when it is known, else round(sqrt(images)); never fewer than 10 images a cluster on average.
+    """The number of classes when it is known, else round(sqrt(images)); never under 10 images a cluster on average.
 
-    ImageNet's 1000 in the paper is its number of classes; the square root gives 1,132 there. Results hardly depend on k.
+    ImageNet's 1000 in the paper is its number of classes; the square root gives 1,132. Results hardly depend on k.
     """
     return max(1, min(classes if classes >= 2 else round(math.sqrt(usable)), usable // 10))
 
@@ -123,7 +123,7 @@ def _chunks(features) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _gather(features, rows: np.ndarray, spherical: bool) -> np.ndarray:
-    """The given rows as (len(rows), d) float32, checked and normalised; reads slices only, since HDF5 is slow at rows."""
+    """The given rows as (len(rows), d) float32, checked and normalised; read in slices, since HDF5 is slow at rows."""
     points = np.empty((len(rows), features.shape[1]), np.float32)
     for first, chunk in _chunks(features):
         low, high = np.searchsorted(rows, (first, first + len(chunk)))

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,10 @@ def embed(
     encoder: Annotated[
         str, typer.Option(help="Encoder, see `protoprune encoders`; timm:NAME for others.")
     ] = "dino_vits16",
-    weights: Annotated[Optional[Path], typer.Option(help="Local .pth, .pt or .safetensors for the encoder.")] = None,
-    root: Annotated[Optional[Path], typer.Option(help="Folder that listed paths are relative to.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local .pth, .pt or .safetensors for the encoder.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that listed paths are relative to.")] = None,
     image_size: Annotated[
-        Optional[int], typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
+        int | None, typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
@@ -33,7 +33,7 @@ def embed(
     store: Annotated[str, typer.Option(help="Type of the stored features: float16 or float32.")] = "float16",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder: pays on a GPU.")] = False,
     labels: Annotated[bool, typer.Option(help="Take classes from the first-level folders.")] = True,
-    errors: Annotated[Optional[Path], typer.Option(help="Write the images that failed to this CSV file.")] = None,
+    errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
 ) -> None:
@@ -71,9 +71,7 @@ def embed(
         except KeyboardInterrupt:
             done = state["total"] - state["left"] + state["done"]
             progress.__exit__()
-            say(
-                f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same command again:"
-            )
+            say(f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same again:")
             say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
             raise typer.Exit(130) from None
     _say_report(report, model, time.monotonic() - started)
@@ -119,9 +117,8 @@ def _say_found(found) -> None:
     classes = f" in {len(found.classes):,} classes (first-level folders)" if found.classes else ""
     say(f"{len(found):,} images{classes} under {found.root}")
     if found.skipped:
-        say(
-            f"left out {sum(found.skipped.values()):,} files that are not images by name: {describe_counts(found.skipped)}"
-        )
+        count = sum(found.skipped.values())
+        say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}")
     if found.duplicates:
         say(f"{found.duplicates:,} entries of the list named an image a second time")
     for folder, reason in found.unreadable_folders[:5]:

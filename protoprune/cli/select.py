@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ Euclidean = Annotated[bool, typer.Option("--euclidean", help="Euclidean k-means 
 Iterations = Annotated[int, typer.Option(help="k-means iterations.")]
 Seed = Annotated[int, typer.Option(help="Seed of the clustering and of ties.")]
 Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
-TrainPoints = Annotated[Optional[int], typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
+TrainPoints = Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
 Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 
@@ -33,9 +33,9 @@ def select(
     balance: Annotated[
         float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")
     ] = 0.0,
-    by: Annotated[Optional[str], typer.Option(help="Groups to balance: class or cluster.")] = None,
+    by: Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")] = None,
     scores: Annotated[
-        Optional[Path], typer.Option(help="Rank by this score table (path, score; larger = harder).")
+        Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
     ] = None,
     k: K = "auto",
     euclidean: Euclidean = False,
@@ -46,17 +46,15 @@ def select(
     backend: Backend = "auto",
     cache: Cache = True,
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
-    out: Annotated[
-        Optional[Path], typer.Option("-o", "--out", help="Write the list here instead of to stdout.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here instead of to stdout.")] = None,
     format: Annotated[str, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices).")] = "txt",
     null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
     absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
-    root: Annotated[Optional[Path], typer.Option(help="Where the images are now [default: where they were].")] = None,
-    removed: Annotated[Optional[Path], typer.Option(help="Write the images that were not kept here.")] = None,
-    links: Annotated[Optional[Path], typer.Option(help="Make a folder of links to the kept images.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
+    removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None,
+    links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None,
     hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False,
-    manifest: Annotated[Optional[Path], typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
     from protoprune import pruning
@@ -172,17 +170,15 @@ def _say_ranking(ranking: Ranking) -> None:
         table = ranking.table
         say(f"scores: {int(ranking.usable.sum()):,} images have one; {table.missing:,} have none and are not kept")
         if table.unmatched_rows:
-            say(
-                f"scores: {len(table.unmatched_rows):,} rows of the table name no image (first: {table.unmatched_rows[0]})"
-            )
+            say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
     for one in ranking.clusterings[:1]:
         points = int(ranking.usable.sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
         kind = "spherical" if one.spherical else "Euclidean"
         cached = " (from the cache)" if ranking.cached == len(ranking.clusterings) else ""
         say(
-            f"k-means: k = {one.k:,} ({ranking.k_rule}), {kind}, {one.iterations} iterations on {seen} {points:,} images, "
-            f"seed {one.seed}, {one.backend}{cached}"
+            f"k-means: k = {one.k:,} ({ranking.k_rule}), {kind}, {one.iterations} iterations on {seen} {points:,} "
+            f"images, seed {one.seed}, {one.backend}{cached}"
         )
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
@@ -221,6 +217,4 @@ def _say_selected(chosen: Selected, keep: float, order: str, balance: float) -> 
 def _say_stability(rows) -> None:
     say("stability against this ranking:")
     for row in rows:
-        say(
-            f"  k = {row.k:,}, seed {row.seed}: Spearman {row.spearman:.3f}, kept sets overlap by {100 * row.overlap:.1f} %"
-        )
+        say(f"  k {row.k:,}, seed {row.seed}: Spearman {row.spearman:.3f}, kept sets overlap {100 * row.overlap:.1f} %")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -52,8 +52,8 @@ def sheet(
     by: Annotated[str, typer.Option(help="One row for all, or one a class or cluster: none, class, cluster.")] = "none",
     count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row.")] = 8,
     rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
-    root: Annotated[Optional[Path], typer.Option(help="Where the images are now [default: where they were].")] = None,
-    scores: Annotated[Optional[Path], typer.Option(help="Rank by this score table instead.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
