@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections import Counter, deque
@@ -179,6 +180,8 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = encoder.model
     if isinstance(model, torch.nn.Module):
+        if dtype != torch.float32:
+            model = copy.deepcopy(model)  # rounding the weights must not change the caller's encoder
         model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     if compile:
         model = torch.compile(model)

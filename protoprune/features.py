@@ -196,10 +196,11 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
     """
     path = partial_path(out) + ".new"
     try:
+        # Once without HDF5, which cannot recover when the disk fills under it, and once for the file as it is.
+        _reserve(path, "wb", _estimated_size(images, dim, np.dtype(provenance["store"])))
         with h5py.File(path, "w") as file:
             _allocate(file, images, dim, provenance)
-        with open(path, "r+b") as raw:
-            os.posix_fallocate(raw.fileno(), 0, os.path.getsize(path))
+        _reserve(path, "r+b", os.path.getsize(path))
         with h5py.File(path, "r+") as file:
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
@@ -210,6 +211,18 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
             os.unlink(path)
         raise ProtopruneError(_disk_trouble(path, error)) from None
     os.replace(path, partial_path(out))
+
+
+def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
+    """Bytes of the file: what _allocate makes of these images, and a little for HDF5's own use."""
+    columns = 8 + 8 + 4 + 1 + 2 + 1  # size, mtime, label, status, reason, borrowed
+    names = sum(len(path) for path in images.paths) + len(images)
+    return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + 16_384
+
+
+def _reserve(path: str, mode: str, size: int) -> None:
+    with open(path, mode) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:

@@ -1,0 +1,388 @@
+"""The pipeline: equal to a plain reference, incremental, resumable after kill -9, and honest about what failed."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protoprune import features as feature_file
+from protoprune.decode import Preprocess, Status
+from protoprune.embed import embed, resolve_precision
+from protoprune.encoders import Encoder, load_encoder
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import FeatureFile, partial_path
+from protoprune.images import list_folder
+
+SIDE = 32
+
+
+class CountingModel:
+    """Mean colour of the four quadrants, and a count of the images that were really computed."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x):
+        self.batches.append(len(x))
+        return torch.nn.functional.avg_pool2d(x.float(), SIDE // 2).flatten(1)
+
+
+def fake_encoder(name="fake", digest="0" * 64) -> Encoder:
+    return Encoder(name, CountingModel(), 12, Preprocess(SIDE, SIDE), digest)
+
+
+def make_images(folder, count, start=0):
+    rng = np.random.default_rng(start)
+    for i in range(start, start + count):
+        path = folder / f"c{i % 3}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (SIDE + i % 5, SIDE, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_images(tmp_path / "images", 21)
+
+
+def run(images, out, encoder=None, **options):
+    options = {"device": "cpu", "precision": "fp32", "batch_size": 4, "workers": 2, **options}
+    return embed(list_folder(images), encoder or fake_encoder(), out, **options)
+
+
+def stored(out):
+    with FeatureFile(out) as file:
+        return dict(zip(file.paths, file.features[:], strict=True))
+
+
+def test_features_are_those_of_the_encoder(images, tmp_path):
+    encoder = fake_encoder()
+    report = run(images, tmp_path / "f.h5", encoder)
+    assert (report.n, report.embedded, report.unchanged, report.failed) == (21, 21, 0, 0)
+    for path, row in stored(tmp_path / "f.h5").items():
+        pixels = encoder.preprocess.apply(np.array(Image.open(images / path)))
+        expected = CountingModel()(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255)[0]
+        np.testing.assert_allclose(row, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
+def test_equals_timms_own_transform_and_forward_one_image_at_a_time(architecture, tmp_path):
+    """Cosine >= 0.9999 in fp32 against timm's create_transform + eager forward."""
+    import timm
+
+    model = timm.create_model(architecture, num_classes=0).eval()
+    weights = tmp_path / "w.pth"
+    torch.save(model.state_dict(), weights)
+    encoder = load_encoder(f"timm:{architecture}", weights=weights)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (w, h) in enumerate([(500, 375), (375, 500), (64, 64), (1200, 801), (33, 190)]):
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+        smooth.save(folder / f"{i}.jpg", quality=90, subsampling=i % 3)
+    run(folder, tmp_path / "f.h5", encoder, store="float32")
+    for path, row in stored(tmp_path / "f.h5").items():
+        with torch.inference_mode():
+            expected = model(transform(Image.open(folder / path).convert("RGB"))[None])[0]
+        cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(row), expected, dim=0)
+        assert cosine >= 0.9999, (path, float(cosine))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7, "workers": 5}, {"batch_size": 64}])
+def test_batch_size_and_workers_do_not_change_the_features(options, images, tmp_path):
+    run(images, tmp_path / "a.h5")
+    run(images, tmp_path / "b.h5", **options)
+    a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[path], b[path]) for path in a)
+
+
+def test_second_run_computes_nothing(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    encoder = fake_encoder()
+    report = run(images, tmp_path / "f.h5", encoder)
+    after = (tmp_path / "f.h5").stat()
+    assert encoder.model.batches == []
+    assert (report.embedded, report.unchanged) == (0, 21)
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_only_new_and_changed_images_are_computed_and_gone_ones_dropped(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    old = stored(tmp_path / "f.h5")
+    (images / "c0" / "0000.png").unlink()
+    Image.new("RGB", (SIDE, SIDE), "red").save(images / "c1" / "0001.png")
+    make_images(images, 2, start=100)
+    encoder = fake_encoder()
+    report = run(images, tmp_path / "f.h5", encoder)
+    new = stored(tmp_path / "f.h5")
+    assert (report.embedded, report.unchanged, report.dropped) == (3, 19, 1)
+    assert len(encoder.model.batches) == 1
+    assert "c0/0000.png" not in new
+    assert len(new) == 22
+    assert all(np.array_equal(old[path], new[path]) for path in old if path in new and path != "c1/0001.png")
+    assert not np.array_equal(old["c1/0001.png"], new["c1/0001.png"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"encoder": fake_encoder("other")}, "encoder"), ({"encoder": fake_encoder(digest="1" * 64)}, "weights"),
+     ({"store": "float32"}, "store")],
+)  # fmt: skip
+def test_other_features_are_refused_and_overwritten_on_request(change, named, images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = stored(tmp_path / "f.h5")
+    with pytest.raises(ProtopruneError, match=rf"{named}.*-o.*--overwrite"):
+        run(images, tmp_path / "f.h5", **change)
+    assert stored(tmp_path / "f.h5").keys() == before.keys()
+    assert not os.path.exists(partial_path(str(tmp_path / "f.h5")))
+    assert run(images, tmp_path / "f.h5", overwrite=True, **change).embedded == 21
+
+
+def test_every_failure_has_a_status_and_a_reason(images, tmp_path):
+    (images / "c0" / "empty.jpg").touch()
+    (images / "c0" / "text.png").write_text("not pixels")
+    good = (images / "c1" / "0001.png").read_bytes()
+    (images / "c1" / "cut.png").write_bytes(good[: len(good) // 2])
+    (images / "c2" / "gone.png").symlink_to("nowhere.png")
+    report = run(images, tmp_path / "f.h5")
+    assert report.failures == {"empty": 1, "not an image": 1, "truncated": 1, "missing": 1}
+    with FeatureFile(tmp_path / "f.h5") as file:
+        failures = {path: (status, bool(reason)) for path, status, reason in file.failures()}
+        assert failures == {
+            "c0/empty.jpg": (Status.EMPTY, True),
+            "c0/text.png": (Status.NOT_AN_IMAGE, True),
+            "c1/cut.png": (Status.TRUNCATED, True),
+            "c2/gone.png": (Status.MISSING, True),
+        }
+        assert not file.features[:][~file.usable].any()
+
+
+def test_damaged_images_are_not_tried_again_but_missing_ones_are(images, tmp_path):
+    (images / "c0" / "empty.jpg").touch()
+    (images / "c2" / "gone.png").symlink_to("later.bin")
+    run(images, tmp_path / "f.h5")
+    Image.new("RGB", (SIDE, SIDE)).save(images / "c2" / "later.bin", "PNG")
+    report = run(images, tmp_path / "f.h5")
+    assert (report.embedded, report.failures) == (1, {"empty": 1})
+
+
+def test_a_file_that_changes_after_the_listing_is_marked(images, tmp_path):
+    listed = list_folder(images)
+    Image.new("RGB", (SIDE, SIDE)).save(images / "c0" / "0000.png")
+    (images / "c1" / "0001.png").unlink()
+    report = embed(listed, fake_encoder(), tmp_path / "f.h5", device="cpu", precision="fp32")
+    assert report.failures == {"changed": 1, "missing": 1}
+    assert run(images, tmp_path / "f.h5").failures == {}
+
+
+@pytest.mark.parametrize(("value", "advice"), [(1e6, "--store float32"), (np.nan, "--precision fp32")])
+def test_overflow_and_nan_are_errors_not_values(value, advice, images, tmp_path):
+    encoder = fake_encoder()
+    encoder.model = lambda x: torch.full((len(x), 12), value)
+    with pytest.raises(ProtopruneError, match=advice):
+        run(images, tmp_path / "f.h5", encoder)
+    assert not (tmp_path / "f.h5").exists()
+    if np.isfinite(value):
+        assert run(images, tmp_path / "f.h5", encoder, store="float32", overwrite=True).failed == 0
+
+
+def test_a_second_process_on_the_same_file_is_refused(images, tmp_path):
+    holding, release = threading.Event(), threading.Event()
+
+    def hold():
+        with feature_file.lock(str(tmp_path / "f.h5")):
+            holding.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait(10)
+    try:
+        with pytest.raises(ProtopruneError, match="another protoprune is writing it"):
+            run(images, tmp_path / "f.h5")
+    finally:
+        release.set()
+        thread.join()
+    assert run(images, tmp_path / "f.h5").embedded == 21
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["f.h5"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(images, tmp_path):
+    encoder = fake_encoder()
+
+    def stop(done, failed):
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "f.h5", encoder, on_progress=stop)
+    assert not (tmp_path / "f.h5").exists()
+    again = fake_encoder()
+    report = run(images, tmp_path / "f.h5", again)
+    assert report.unchanged in (4, 8)  # the writer may have been one batch behind
+    assert sum(again.model.batches) < sum(encoder.model.batches) + 21
+    run(images, tmp_path / "whole.h5")
+    resumed, whole = stored(tmp_path / "f.h5"), stored(tmp_path / "whole.h5")
+    assert all(np.array_equal(resumed[path], whole[path]) for path in whole)
+
+
+def test_a_cut_run_is_carried_over_when_the_images_changed_meanwhile(images, tmp_path):
+    def stop(done, failed):
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "f.h5", on_progress=stop)
+    (images / "c0" / "0000.png").unlink()
+    make_images(images, 3, start=200)
+    report = run(images, tmp_path / "f.h5")
+    assert report.n == 23
+    assert report.unchanged >= 7
+
+
+def test_full_disk_is_one_clear_error_and_leaves_the_old_file(images, tmp_path):
+    """A file size limit stands in for a full disk: the space is asked for before the first image is decoded."""
+    run(images, tmp_path / "f.h5")
+    before = stored(tmp_path / "f.h5")
+    make_images(images, 3, start=300)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.path.insert(0, sys.argv[3]); from test_embed import run\n"
+        "from protoprune.errors import ProtopruneError\n"
+        "try: run(sys.argv[1], sys.argv[2])\n"
+        "except ProtopruneError as error: print(error)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(images), str(tmp_path / "f.h5"), os.path.dirname(__file__)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "cannot write (File too large)" in out.stdout, out
+    assert stored(tmp_path / "f.h5").keys() == before.keys()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["f.h5"]
+
+
+def test_precision_auto_is_fp32_where_bf16_would_be_emulated(monkeypatch):
+    device = torch.device("cpu")
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
+    assert resolve_precision("auto", device, fake_encoder()) == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert resolve_precision("auto", device, fake_encoder()) == "bf16"
+    assert resolve_precision("fp16", device, fake_encoder()) == "fp16"
+    with pytest.raises(UsageError, match=r"fp8.*expected one of auto, fp32"):
+        resolve_precision("fp8", device, fake_encoder())
+
+
+def test_half_precision_leaves_the_callers_encoder_alone(images, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE * SIDE, 12))
+    encoder = Encoder("linear", model, 12, Preprocess(SIDE, SIDE), "0")
+    before = model[1].weight.clone()
+    run(images, tmp_path / "half.h5", encoder, precision="bf16")
+    assert torch.equal(model[1].weight, before)
+    assert model[1].weight.dtype == torch.float32
+    run(images, tmp_path / "full.h5", encoder)
+    half, full = stored(tmp_path / "half.h5"), stored(tmp_path / "full.h5")
+    assert all(np.allclose(half[path], full[path], atol=0.05) for path in full)
+
+
+def test_bad_device_is_a_usage_error(images, tmp_path):
+    with pytest.raises(UsageError, match="--device abacus"):
+        run(images, tmp_path / "f.h5", device="abacus")
+
+
+def _embed_in_child(images, out, weights):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    encoder = load_encoder("timm:test_vit", weights=weights, image_size=32)
+    run(images, out, encoder, batch_size=4)
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path):
+    """kill -9 at random moments, at least 20 times, over several files; each run does only what is left."""
+    import timm
+
+    weights = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), weights)
+    images = make_images(tmp_path / "images", 240)
+    (images / "c0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    # A server that has imported torch and computed nothing forks children in milliseconds, and safely.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_embed", "timm", "protoprune.embed"])
+
+    def child(out):
+        process = context.Process(target=_embed_in_child, args=(images, out, weights))
+        process.start()
+        return process
+
+    whole = child(tmp_path / "whole.h5")
+    whole.join(100)
+    assert whole.exitcode == 0
+    clock = time.monotonic()
+    timed = child(tmp_path / "timed.h5")
+    timed.join(100)
+    length = time.monotonic() - clock
+    rng = random.Random(0)
+    kills = halfway = 0
+    for number in range(40):
+        out = tmp_path / f"{number}.h5"
+        while True:
+            process = child(out)
+            process.join(rng.uniform(0.02, length))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            if os.path.exists(partial_path(str(out))):
+                with FeatureFile(partial_path(str(out))) as partial:
+                    halfway += partial.finished().any()
+        with FeatureFile(out) as a, FeatureFile(tmp_path / "whole.h5") as b:
+            assert a.paths == b.paths
+            assert a.features[:].tobytes() == b.features[:].tobytes()
+            assert np.array_equal(a.status, b.status)
+            assert a.failures() == b.failures()
+        assert not out.with_name(out.name + ".partial").exists()
+        if kills >= 20:
+            break
+    assert kills >= 20
+    assert halfway >= 1, "no kill fell between the first and the last batch: this tested nothing"
+
+
+def test_resuming_computes_only_what_is_left(images, tmp_path):
+    """A partial file with 12 of 21 rows committed: the encoder sees the other 9 and no more."""
+
+    def stop(done, failed):
+        if done >= 12:
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "f.h5", on_progress=stop)
+    with FeatureFile(partial_path(str(tmp_path / "f.h5"))) as partial:
+        left = int((~partial.finished()).sum())
+    encoder = fake_encoder()
+    assert run(images, tmp_path / "f.h5", encoder).embedded == left
+    assert len(encoder.model.batches) == -(-left // 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu(images, tmp_path):
+    run(images, tmp_path / "cpu.h5")
+    run(images, tmp_path / "gpu.h5", device="cuda")
+    cpu, gpu = stored(tmp_path / "cpu.h5"), stored(tmp_path / "gpu.h5")
+    assert all(np.allclose(cpu[path], gpu[path], atol=1e-3) for path in cpu)

@@ -1,0 +1,180 @@
+"""Encoders: weight files in every usual wrapping, refusals that name tensors, and short answers without a network."""
+
+import time
+
+import pytest
+import timm
+import torch
+
+from protoprune import encoders
+from protoprune.encoders import CATALOGUE, load_encoder
+from protoprune.errors import ProtopruneError, UsageError
+
+WRAPPINGS = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model": lambda s: {"model": s},
+    "module.": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "backbone.": lambda s: {f"backbone.{k}": v for k, v in s.items()},
+    "dino": lambda s: {
+        "student": {f"module.backbone.{k}": v + 1 if v.is_floating_point() else v for k, v in s.items()},
+        "teacher": {f"backbone.{k}": v for k, v in s.items()} | {"head.mlp.weight": torch.zeros(2)},
+        "epoch": 1,
+    },
+    "student only": lambda s: {"student": {f"module.{k}": v for k, v in s.items()}},
+    "moco": lambda s: {
+        "state_dict": {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in s.items()}
+        | {f"module.encoder_q.{k}": v for k, v in s.items()}
+        | {"module.queue": torch.zeros(3)}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return {name: timm.create_model(name, num_classes=0).eval() for name in ("test_vit", "test_resnet")}
+
+
+def same_features(encoder, model):
+    size = encoder.preprocess.size
+    x = torch.rand(2, 3, size, size)
+    with torch.inference_mode():
+        return torch.equal(encoder(x), model(x))
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
+def test_weight_files_load_through_their_wrapping(architecture, wrapping, models, tmp_path):
+    model = models[architecture]
+    torch.save(WRAPPINGS[wrapping](model.state_dict()), tmp_path / "w.pth")
+    encoder = load_encoder(f"timm:{architecture}", weights=tmp_path / "w.pth")
+    assert same_features(encoder, model)
+    count = sum(not key.endswith("num_batches_tracked") for key in model.state_dict())
+    assert encoder.loaded.startswith(f"{count} of {count} tensors matched")
+    assert ("others ignored" in encoder.loaded) == (wrapping in ("dino", "moco"))
+
+
+def test_safetensors(models, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(models["test_vit"].state_dict(), tmp_path / "w.safetensors")
+    assert same_features(load_encoder("timm:test_vit", weights=tmp_path / "w.safetensors"), models["test_vit"])
+
+
+def test_the_digest_is_of_the_weights_not_of_the_file(models, tmp_path):
+    state = models["test_vit"].state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "b.pth")
+    changed = {**state, "cls_token": state["cls_token"] + 1}
+    torch.save(changed, tmp_path / "c.pth")
+    a, b, c = (load_encoder("timm:test_vit", weights=tmp_path / f"{name}.pth").digest for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (
+            lambda s: {k: v for k, v in s.items() if k != "blocks.0.attn.qkv.weight"},
+            "blocks.0.attn.qkv.weight is missing",
+        ),
+        (lambda s: {**s, "norm.weight": torch.zeros(3)}, r"norm.weight is \(3,\), not \(64,\)"),
+        (lambda s: {"fc.weight": torch.zeros(2, 2)}, "only 0 of"),
+    ],
+)
+def test_a_file_that_does_not_cover_the_backbone_is_refused(damage, named, models, tmp_path):
+    torch.save(damage(models["test_vit"].state_dict()), tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=named):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+
+
+def test_position_embeddings_follow_the_image_size(models, tmp_path):
+    torch.save(models["test_vit"].state_dict(), tmp_path / "w.pth")
+    encoder = load_encoder("timm:test_vit", weights=tmp_path / "w.pth", image_size=96)
+    assert encoder.preprocess.size == 96
+    assert encoder(torch.zeros(1, 3, 96, 96)).shape == (1, encoder.dim)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_unreadable_weights_are_one_line(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ProtopruneError, match="not readable") as caught:
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [("dino", {}, "unknown; one of dino_vits16"), ("timm:no_such_model", {}, "no such model"),
+     ("dino_vits16", {"weights": "/nowhere.pth"}, "no such file")],
+)  # fmt: skip
+def test_wrong_requests_are_usage_errors(name, options, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoders, "_hub_overlay", lambda name, hub_id: None)
+    with pytest.raises(UsageError, match=message):
+        load_encoder(name, **options)
+
+
+def test_an_image_size_that_does_not_fit_is_a_usage_error(models, tmp_path):
+    torch.save(models["test_vit"].state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="17"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth", image_size=17)
+
+
+def unplug(monkeypatch, tmp_path):
+    """No network for urllib, and no caches of an earlier one."""
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.mark.parametrize("name", ["dino_vits16", "timm:resnet50", "swav_resnet50", "dino_resnet50"])
+def test_without_a_network_the_answer_is_short_and_names_the_ways_on(name, monkeypatch, tmp_path):
+    unplug(monkeypatch, tmp_path)
+    started = time.monotonic()
+    with pytest.raises(ProtopruneError, match=r"cannot download .* from http.*--weights FILE.*--encoder mini"):
+        load_encoder(name)
+    assert time.monotonic() - started < 30  # the hub's own client alone would retry for 50 s
+
+
+def test_authors_files_are_cached_and_checked_against_the_first_download(monkeypatch, tmp_path):
+    import torch.hub
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(encoders, "_unreachable", lambda url: None)
+    model = timm.create_model("resnet50", num_classes=0)
+    state = {f"module.{k}": v for k, v in model.state_dict().items()} | {"module.prototypes.weight": torch.zeros(2, 2)}
+    downloads = []
+
+    def download(url, path, progress):
+        downloads.append(url)
+        torch.save(state, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    encoder = load_encoder("swav_resnet50")
+    assert (encoder.dim, encoder.preprocess.resize, encoder.preprocess.interpolation) == (2048, 256, "bilinear")
+    load_encoder("swav_resnet50")
+    assert downloads == [CATALOGUE["swav_resnet50"].url]
+    file = tmp_path / "hub" / "checkpoints" / "swav_800ep_pretrain.pth.tar"
+    file.write_bytes(file.read_bytes() + b"damage")
+    with pytest.raises(ProtopruneError, match=r"damaged.*delete it"):
+        load_encoder("swav_resnet50")
+
+
+@pytest.mark.parametrize("name", [name for name, info in CATALOGUE.items() if info.url is None and name != "mini"])
+def test_the_catalogue_tells_the_truth_about_timms_models(name):
+    info = CATALOGUE[name]
+    cfg = timm.get_pretrained_cfg(info.architecture)
+    assert cfg.input_size[1] == info.input_size
+    assert cfg.hf_hub_id == f"timm/{info.architecture}"
+    with torch.device("meta"):
+        model = timm.create_model(info.architecture, num_classes=0)
+    assert model.num_features == info.dim
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(info.parameters, abs=0.06)

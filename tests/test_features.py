@@ -1,0 +1,115 @@
+"""The feature file: its layout with plain h5py, names of any kind, and errors for what is no feature file."""
+
+import h5py
+import numpy as np
+import pytest
+
+from protoprune import features as feature_file
+from protoprune.decode import Status
+from protoprune.errors import ProtopruneError
+from protoprune.features import FeatureFile, PartialFile, create_partial
+from protoprune.images import ImageList, folder_labels
+
+PROVENANCE = {"encoder": "e", "weights_sha256": "0", "preprocess": "{}", "precision": "fp32", "store": "float16"}
+
+
+def images_of(paths, root="/data"):
+    paths = sorted(paths)
+    labels, classes = folder_labels(paths)
+    n = len(paths)
+    return ImageList(root, paths, np.arange(n, dtype=np.int64), np.arange(n, dtype=np.int64) + 5, labels, classes)
+
+
+def written(out, paths, features, status=None, reasons=None):
+    images = images_of(paths)
+    create_partial(str(out), images, features.shape[1], PROVENANCE, [])
+    partial = PartialFile(str(out))
+    status = np.full(len(paths), Status.OK, np.uint8) if status is None else status
+    partial.commit(partial.todo, features.astype(partial.dtype), status, reasons or [""] * len(paths))
+    partial.finish()
+    return images
+
+
+def test_layout_is_what_the_docstring_says_and_plain_h5py_reads_it(tmp_path):
+    features = np.arange(12, dtype=np.float32).reshape(4, 3)
+    written(tmp_path / "f.h5", ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/é.jpg"], features)
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert set(file) == {
+            "path", "size", "mtime_ns", "label", "classes", "features", "status", "reason", "reasons", "borrowed",
+            "committed",
+        }  # fmt: skip
+        assert bytes(file["path"][:]).decode().split("\0")[:-1] == ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/é.jpg"]
+        assert (file["features"].dtype, file["features"].chunks) == (np.float16, None)
+        np.testing.assert_array_equal(file["features"][:], features)
+        np.testing.assert_array_equal(file["label"][:], [0, 0, 1, 1])
+        assert file.attrs["encoder"] == "e"
+        assert file.attrs["root"] == "/data"
+
+
+def test_names_that_are_not_utf8_or_hold_line_breaks_survive(tmp_path):
+    names = [b"\xff\xfe.jpg".decode(errors="surrogateescape"), "line\nbreak.jpg", "plain.jpg", "\U0001f600.jpg"]
+    images = written(tmp_path / "f.h5", names, np.zeros((4, 2)))
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == images.paths == sorted(names)
+        assert b"\xff\xfe.jpg" in file.ids
+
+
+def test_a_root_that_is_not_utf8_survives(tmp_path):
+    images = images_of(["x.jpg"], root=b"/d\xff".decode(errors="surrogateescape"))
+    create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [])
+    with FeatureFile(feature_file.partial_path(str(tmp_path / "f.h5"))) as file:
+        assert file.provenance["root"] == images.root
+
+
+def test_reasons_are_stored_once_each_and_the_table_may_fill_up(tmp_path):
+    n = 1500
+    paths = [f"{i:05d}.jpg" for i in range(n)]
+    reasons = [f"reason {i % 1200:04d}" for i in range(n)]
+    written(tmp_path / "f.h5", paths, np.zeros((n, 1)), np.full(n, Status.CORRUPT, np.uint8), reasons)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        failures = file.failures()
+    assert len(failures) == n
+    assert all(status == Status.CORRUPT for _, status, _ in failures)
+    assert [reason for _, _, reason in failures[:1023]] == reasons[:1023]
+    assert failures[1100][2] == ""  # beyond the table; the status still tells
+    assert failures[1200][2] == "reason 0000"
+
+
+def test_rows_in_pieces_are_written_where_they_belong(tmp_path):
+    images = images_of([f"{i}.jpg" for i in range(9)])
+    create_partial(str(tmp_path / "old.h5"), images_of(["1.jpg", "4.jpg"]), 2, PROVENANCE, [])
+    old = PartialFile(str(tmp_path / "old.h5"))
+    old._file["size"][:], old._file["mtime_ns"][:] = [1, 4], [6, 9]  # as in `images`
+    old.commit(old.todo, np.array([[1, 1], [4, 4]], np.float16), np.array([1, 1], np.uint8), ["", ""])
+    old.finish()
+    with FeatureFile(tmp_path / "old.h5") as source:
+        create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [source])
+    partial = PartialFile(str(tmp_path / "f.h5"))
+    assert partial.todo.tolist() == [0, 2, 3, 5, 6, 7, 8]
+    rows = np.repeat(partial.todo[:, None], 2, 1).astype(np.float16)
+    partial.commit(partial.todo, rows, np.ones(7, np.uint8), [""] * 7)
+    partial.finish()
+    with FeatureFile(tmp_path / "f.h5") as file:
+        np.testing.assert_array_equal(file.features[:, 0], np.arange(9))
+        assert file.usable.all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not hdf5", "other hdf5", "other version"])
+def test_what_is_no_feature_file_is_one_clear_line(content, tmp_path):
+    path = tmp_path / "f.h5"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        with h5py.File(path, "w") as file:
+            file.attrs.update({"format": feature_file.FORMAT, "format_version": 99} if "version" in content else {})
+    with pytest.raises(ProtopruneError) as caught:
+        FeatureFile(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_finishing_early_is_a_mistake_of_ours(tmp_path):
+    create_partial(str(tmp_path / "f.h5"), images_of(["x.jpg"]), 2, PROVENANCE, [])
+    with pytest.raises(AssertionError):
+        PartialFile(str(tmp_path / "f.h5")).finish()
+    assert not (tmp_path / "f.h5").exists()
