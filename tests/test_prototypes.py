@@ -63,11 +63,10 @@ def test_objective_is_within_one_percent_of_scikit_learn_and_faiss(k, backend):
 
 def test_planted_outliers_are_the_hardest():
     """Direction: a flipped sign would rank the outliers easiest."""
-    x = blobs(500, 16, 5, 0.05)
+    x = blobs(500, 16, 1, 0.2)
     outliers = [3, 77, 401]
     x[outliers] = np.random.default_rng(1).normal(size=(3, 16)) * 2
-    rank = np.argsort(np.argsort(cluster(x, 20).distance))
-    assert rank[outliers].mean() > 0.9 * len(x)
+    assert set(np.argsort(cluster(x, 1).distance)[-3:]) == set(outliers)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
