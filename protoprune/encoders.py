@@ -84,6 +84,7 @@ CATALOGUE = {
             "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
             Preprocess(224, 256, "bilinear", **_IMAGENET),
         ),
+        EncoderInfo("mini", "patch dictionary", 192, 2.9, 64, "bundled, see docs/encoder-card.md", "Apache-2.0"),
     )
 }
 
@@ -115,6 +116,8 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
     info = CATALOGUE.get(name)
     if info is None and not name.startswith("timm:"):
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
+    if name == "mini":
+        return _bundled(weights, image_size)
     architecture = info.architecture if info else name.removeprefix("timm:")
     loaded = ""
     if weights is None and info and info.url is None:
@@ -129,6 +132,20 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
     model.eval().requires_grad_(False)
     preprocess = _preprocess(model, info, image_size)
     return Encoder(name, model, _output_dim(model, preprocess.size, name), preprocess, digest(model), loaded)
+
+
+def _bundled(weights, image_size: int | None) -> Encoder:
+    """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
+    _require_torch()
+    from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
+
+    if weights is not None:
+        raise UsageError("--weights does not go with --encoder mini, whose weights are bundled; name an architecture")
+    if image_size not in (None, MINI_INPUT_SIZE):
+        raise UsageError(f"--image-size {image_size}: the encoder mini takes {MINI_INPUT_SIZE} only")
+    model, sha256 = load_mini()
+    preprocess = Preprocess(MINI_INPUT_SIZE, MINI_INPUT_SIZE, mean=MINI_MEAN, std=MINI_STD)
+    return Encoder("mini", model, MINI_DIM, preprocess, sha256, fp32_only=True)
 
 
 def load_weights(model: torch.nn.Module, path: str) -> str:

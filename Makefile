@@ -1,0 +1,61 @@
+# `make` lists the targets. Everything runs in a virtual environment that the first target to need it sets up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# faiss for an NVIDIA GPU where there is one, for the CPU elsewhere: both install the module faiss, so never both.
+FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+READY := $(VENV)/.ready-$(FAISS)
+DEMO := .demo
+IMAGES ?= $(DEMO)/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint bench encoder reproduce-theory clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
+
+venv: $(READY) ## Set up the virtual environment (.venv).
+
+# One pip call: pip must choose torch and torchvision together. Its cache makes the next environment quick.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS),dev]'
+	@touch $@
+
+demo: $(READY) ## Embed, select and draw a sheet, offline; IMAGES=folder for your own images.
+	@test '$(IMAGES)' != '$(DEMO)/digits' || $(BIN)/python scripts/write_digits.py $(DEMO)/digits
+	@mkdir -p $(DEMO)
+	$(BIN)/protoprune embed '$(IMAGES)' --encoder mini -o $(DEMO)/features.h5 --overwrite
+	$(BIN)/protoprune select $(DEMO)/features.h5 --keep 0.7 --manifest $(DEMO)/manifest.csv > $(DEMO)/kept.txt
+	$(BIN)/protoprune sheet $(DEMO)/features.h5 -o $(DEMO)/sheet.png
+	@echo
+	@echo "Made in $(DEMO)/:"
+	@echo "  features.h5   one vector an image, by the bundled encoder"
+	@echo "  kept.txt      $$(wc -l < $(DEMO)/kept.txt) images to keep, a path a line, relative to $(IMAGES)"
+	@echo "  manifest.csv  cluster, distance, rank and keep of every image"
+	@echo "  sheet.png     the easiest and the hardest images side by side"
+
+test: $(READY) ## Run the tests (fast, offline).
+	$(BIN)/python -m pytest
+
+test-all: $(READY) ## Run every test, slow and GPU ones included.
+	$(BIN)/python -m pytest -m 'slow or gpu or not slow' --timeout 1800
+
+lint: $(READY) ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY) ## Measure against what you would use instead; DATA=folder for your own photos.
+	$(BIN)/python benchmarks/embed_speed.py $(if $(DATA),--images '$(DATA)')
+	$(BIN)/python benchmarks/cluster_speed.py
+	$(BIN)/python benchmarks/select_speed.py
+
+encoder: $(READY) ## Train the bundled encoder again (DATA=folder of images, see docs/encoder-card.md).
+	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml $(if $(DATA),--data '$(DATA)')
+
+reproduce-theory: $(READY) ## Draw the theory figures of Sorscher et al. with simulation points.
+	$(BIN)/python scripts/reproduce_theory.py
+
+clean: ## Remove what the other targets made, the environment included.
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
