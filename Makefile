@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 demo: $(READY) ## Embed, select and draw a sheet, offline; IMAGES=folder for your own images.
 	@test '$(IMAGES)' != '$(DEMO)/digits' || $(BIN)/python scripts/write_digits.py $(DEMO)/digits
 	@mkdir -p $(DEMO)
-	$(BIN)/protoprune embed '$(IMAGES)' --encoder mini -o $(DEMO)/features.h5 --overwrite
+	$(BIN)/protoprune embed '$(IMAGES)' --encoder mini -o $(DEMO)/features.h5
 	$(BIN)/protoprune select $(DEMO)/features.h5 --keep 0.7 --manifest $(DEMO)/manifest.csv > $(DEMO)/kept.txt
 	$(BIN)/protoprune sheet $(DEMO)/features.h5 -o $(DEMO)/sheet.png
 	@echo

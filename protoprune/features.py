@@ -68,18 +68,13 @@ class FeatureFile:
         self._file.close()
 
     @property
-    def ids(self) -> list[bytes]:
-        """The n ids as bytes, in row order."""
+    def paths(self) -> list[str]:
+        """The n ids (surrogateescape where a name is not UTF-8), in row order."""
         return _split(self._file["path"])
 
     @property
-    def paths(self) -> list[str]:
-        """The n ids as str (surrogateescape where a name is not UTF-8), in row order."""
-        return os.fsdecode(self._file["path"][:].tobytes()).split("\0")[:-1]
-
-    @property
     def classes(self) -> list[str]:
-        return [os.fsdecode(name) for name in _split(self._file["classes"])]
+        return _split(self._file["classes"])
 
     @property
     def labels(self) -> np.ndarray:
@@ -413,8 +408,8 @@ def _block(names: list[str]) -> np.ndarray:
     return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
 
 
-def _split(dataset: h5py.Dataset) -> list[bytes]:
-    return dataset[:].tobytes().split(b"\0")[:-1]
+def _split(dataset: h5py.Dataset) -> list[str]:
+    return os.fsdecode(dataset[:].tobytes()).split("\0")[:-1]
 
 
 def _text(value: str) -> str | np.void:

@@ -51,14 +51,12 @@ def format_list(
 
 
 def _lines(paths: Sequence[str], null: bool) -> bytes:
-    if not null:
-        broken = [path for path in paths if "\n" in path or path.endswith("\r")]
-        if broken:
-            raise UsageError(
-                f"{len(broken)} file names hold a line break (first: {broken[0]!r}); use -0 or --format jsonl"
-            )
     end = "\0" if null else "\n"
-    return os.fsencode("".join(path + end for path in paths))
+    text = end.join([*paths, ""])
+    if not null and (text.count("\n") != len(paths) or "\r\n" in text):
+        broken = [path for path in paths if "\n" in path or path.endswith("\r")]
+        raise UsageError(f"{len(broken)} file names hold a line break (first: {broken[0]!r}); use -0 or --format jsonl")
+    return os.fsencode(text)
 
 
 def _csv(header: list[str], records: Iterable[Iterable]) -> bytes:

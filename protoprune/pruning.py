@@ -7,6 +7,7 @@ result.kept_paths
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Ranking:
 
     file: str
     root: str
-    ids: list[bytes]
+    paths: list[str]
     labels: np.ndarray  # (n,) int32, -1 for none
     classes: list[str]
     status: np.ndarray  # (n,) uint8, see `decode.Status`
@@ -41,10 +42,6 @@ class Ranking:
         """(n,) bool: rows that have a score and may be kept."""
         return ~np.isnan(self.scores)
 
-    @property
-    def paths(self) -> list[str]:
-        return [os.fsdecode(one) for one in self.ids]
-
 
 @dataclass
 class Selected:
@@ -57,8 +54,7 @@ class Selected:
     @property
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
-        ids = self.ranking.ids
-        return [os.fsdecode(ids[row]) for row in np.flatnonzero(self.keep)]
+        return list(itertools.compress(self.ranking.paths, self.keep))
 
 
 def open_features(path: str | os.PathLike) -> FeatureFile:
@@ -127,12 +123,10 @@ def prune(
 ) -> Selected:
     """The kept set of a ranking. `by` names the groups that `balance` is about, 'class' or 'cluster'."""
     groups = _groups(ranking, by) if balance else None
-    arguments = {"ids": ranking.ids, "order": order, "seed": seed, "usable": ranking.usable}
-    mask = selection.select(ranking.scores, keep, groups=groups, balance=balance, **arguments)
-    rank_of = np.full(len(mask), -1, np.int64)
-    rows = selection.ranking(ranking.scores, **arguments)
+    rows = selection.ranking(ranking.scores, ids=ranking.paths, order=order, seed=seed, usable=ranking.usable)
+    rank_of = np.full(len(ranking.paths), -1, np.int64)
     rank_of[rows] = np.arange(len(rows))
-    return Selected(ranking, mask, rank_of)
+    return Selected(ranking, selection.cut(rows, len(rank_of), keep, groups, balance), rank_of)
 
 
 def select(
@@ -184,7 +178,7 @@ def stability(
 def restart_overlap(ranking: Ranking, keep: float, *, order: str = "hard", seed: int = 0) -> float:
     """Mean overlap of the sets that the single restarts would keep: what one seed is worth."""
     masks = [
-        selection.select(one.distance, keep, ids=ranking.ids, order=order, seed=seed, usable=ranking.usable)
+        selection.select(one.distance, keep, ids=ranking.paths, order=order, seed=seed, usable=ranking.usable)
         for one in ranking.clusterings
     ]
     return mean_overlap(masks)
@@ -192,7 +186,7 @@ def restart_overlap(ranking: Ranking, keep: float, *, order: str = "hard", seed:
 
 def _ranking(file: FeatureFile) -> Ranking:
     root = file.provenance["root"]
-    return Ranking(file.path, root, file.ids, file.labels, file.classes, file.status, np.full(file.n, np.nan))
+    return Ranking(file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan))
 
 
 def _cluster(file: FeatureFile, usable: np.ndarray, cache: bool, **settings) -> tuple[Clustering, bool]:

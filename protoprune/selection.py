@@ -23,7 +23,7 @@ def select(
     scores: np.ndarray,
     keep: float,
     *,
-    ids: Sequence[bytes],
+    ids: Sequence[str],
     order: str = "hard",
     seed: int = 0,
     usable: np.ndarray | None = None,
@@ -32,18 +32,21 @@ def select(
 ) -> np.ndarray:
     """The kept set as a mask, (n,) bool.
 
-    scores: (n,) larger = harder; ids: n byte strings; usable: (n,) bool, the rows that may be kept (default: all);
+    scores: (n,) larger = harder; ids: n relative paths; usable: (n,) bool, the rows that may be kept (default: all);
     groups: (n,) integers (class or cluster). With `balance` b every group is guaranteed floor(b * kept / groups) of
     its images, or all it has, first in `order` first; the rest is filled by `order` over all groups (the class balance
     of Sorscher et al. 2022, who used 0.5).
 
     Raises UsageError for a fraction, order or balance out of range, ProtopruneError for a NaN score of a usable image.
     """
-    _check(keep, order, balance)
-    usable = np.ones(len(scores), bool) if usable is None else usable
-    rows = ranking(scores, ids=ids, order=order, seed=seed, usable=usable)
+    return cut(ranking(scores, ids=ids, order=order, seed=seed, usable=usable), len(scores), keep, groups, balance)
+
+
+def cut(rows: np.ndarray, n: int, keep: float, groups: np.ndarray | None = None, balance: float = 0.0) -> np.ndarray:
+    """The kept set, (n,) bool, of rows that are already in keeping order (see `ranking`)."""
+    _check(keep, balance)
     count = round(keep * len(rows))
-    mask = np.zeros(len(scores), bool)
+    mask = np.zeros(n, bool)
     if groups is None or balance == 0:
         mask[rows[:count]] = True
     else:
@@ -52,9 +55,10 @@ def select(
 
 
 def ranking(
-    scores: np.ndarray, *, ids: Sequence[bytes], order: str = "hard", seed: int = 0, usable: np.ndarray | None = None
+    scores: np.ndarray, *, ids: Sequence[str], order: str = "hard", seed: int = 0, usable: np.ndarray | None = None
 ) -> np.ndarray:
     """The usable rows, (m,) int64, in the order in which they are kept: row 0 first."""
+    _check_order(order)
     rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
     if order == "random":
         return rows[np.argsort(_hashes([ids[row] for row in rows], seed), kind="stable")]
@@ -69,24 +73,28 @@ def ranking(
     return rows
 
 
-def _check(keep: float, order: str, balance: float) -> None:
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
+
+
+def _check(keep: float, balance: float) -> None:
     if not 0 < keep <= 1:
         hint = f"; for {keep:g} % give {keep / 100:g}" if 1 < keep <= 100 else ""
         raise UsageError(f"--keep {keep:g}: expected the fraction to keep, above 0 and at most 1{hint}")
-    if order not in ORDERS:
-        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
     if not 0 <= balance <= 1:
         raise UsageError(f"--balance {balance:g}: expected a number from 0 to 1")
 
 
-def _hashes(ids: Sequence[bytes], seed: int) -> np.ndarray:
+def _hashes(ids: Sequence[str], seed: int) -> np.ndarray:
     """(n,) uint64: a hash of each id that depends on the seed."""
     key = seed.to_bytes(8, "little", signed=True)
-    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key).digest() for one in ids)
+    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
+    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key).digest() for one in encoded)
     return np.frombuffer(joined, "<u8")
 
 
-def _sorted_with_hashed_ties(keys: np.ndarray, rows: np.ndarray, ids: Sequence[bytes], seed: int) -> np.ndarray:
+def _sorted_with_hashed_ties(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
     """Positions that sort `keys` upwards; only the ids of tied rows are hashed, since hashing all takes seconds."""
     by_key = np.argsort(keys, kind="stable")
     ordered = keys[by_key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -114,7 +115,7 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     def text(mask) -> bytes:
         rows = np.flatnonzero(mask)
-        paths = [os.fsdecode(ranking.ids[row]) for row in rows]
+        paths = list(itertools.compress(ranking.paths, mask))
         if absolute:
             paths = [os.path.join(root, path) for path in paths]
         return lists.format_list(paths, rows, ranking.scores[rows], format, null=null)

@@ -91,7 +91,7 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
     from protoprune import selection
     from protoprune.pruning import _groups
 
-    order = selection.ranking(ranking.scores, ids=ranking.ids, order="easy", seed=seed, usable=ranking.usable)
+    order = selection.ranking(ranking.scores, ids=ranking.paths, order="easy", seed=seed, usable=ranking.usable)
     groups = np.zeros(len(ranking.scores), int) if by == "none" else _groups(ranking, by)
     titles = ranking.classes if by == "class" else None
     lines = []
@@ -100,7 +100,7 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
         ends = min(count, (len(rows) + 1) // 2)
         easiest, hardest = rows[:ends], rows[len(rows) - min(ends, len(rows) - ends) :][::-1]
         name = "all images" if by == "none" else titles[group] if titles else f"cluster {group}"
-        paths = [[os.fsdecode(ranking.ids[row]) for row in part] for part in (easiest, hardest)]
+        paths = [[ranking.paths[row] for row in part] for part in (easiest, hardest)]
         lines.append((f"{name} ({len(rows):,})", *paths))
     return lines
 

@@ -1,0 +1,5 @@
+"""`python -m protoprune`."""
+
+from protoprune.cli import main
+
+main()
