@@ -61,7 +61,9 @@ def report(name: str, precision: str, device: torch.device, count: int, rounds: 
     ratios = {mode: sorted(one["protoprune"] / one[mode] for one in rounds) for mode in ("plain", "forward")}
     middle = {mode: statistics.median(values) for mode, values in ratios.items()}
     print(
-        "| encoder | device | precision | images | protoprune | plain loop (fp32) | forward alone | / plain | / forward |"
+        print(
+            "| encoder | device | precision | images | protoprune | plain loop, fp32 | forward | / plain | / forward |"
+        )
     )
     print("|---|---|---|---|---|---|---|---|---|")
     print(

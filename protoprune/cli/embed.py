@@ -108,7 +108,7 @@ def _find_images(images: str, root: Path | None, labels: bool):
 
 
 def _say_listing(count: int) -> None:
-    print(f"\rlisting: {count:,} images", end="\r", file=sys.stderr, flush=True)
+    print(f"listing: {count:,} images", end="\r", file=sys.stderr, flush=True)
 
 
 def _say_found(found) -> None:

@@ -1,0 +1,161 @@
+"""`protoprune embed` and `encoders` as a user meets them: exit codes, streams, lists on stdin, Ctrl-C."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from protoprune.cli import app
+from protoprune.cli.progress import Progress, duration
+from protoprune.encoders import CATALOGUE
+from protoprune.features import FeatureFile, partial_path
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "images" / f"c{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def call(*arguments, **options):
+    """Run the command in this process; device and encoder are fixed so that machines agree."""
+    return CliRunner().invoke(app, ["embed", *map(str, arguments), "--encoder", "mini", "--device", "cpu"], **options)
+
+
+def test_a_folder_becomes_a_feature_file(images, tmp_path):
+    (images / "notes.txt").write_text("x")
+    result = call(images, "-o", tmp_path / "f.h5")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    assert "12 images in 2 classes" in result.stderr
+    assert "left out 1 files that are not images by name: .txt 1" in result.stderr
+    assert "12 embedded" in result.stderr
+    assert call(images, "-o", tmp_path / "f.h5").stderr.splitlines()[-1].endswith("up to date, 12 images x 192 (mini)")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.classes == ["c0", "c1"]
+        assert file.provenance["root"] == str(images)
+
+
+def test_failures_are_counted_and_listed_and_strict_makes_them_an_error(images, tmp_path):
+    (images / "c0" / "cut.png").write_bytes((images / "c0" / "00.png").read_bytes()[:300])
+    (images / "c1" / "empty.jpg").touch()
+    result = call(images, "-o", tmp_path / "f.h5", "--errors", tmp_path / "e.csv")
+    assert result.exit_code == 0
+    assert "2 images could not be used: empty 1, truncated 1" in result.stderr
+    with open(tmp_path / "e.csv", newline="") as file:
+        assert [(row["path"], row["status"]) for row in csv.DictReader(file)] == [
+            ("c0/cut.png", "truncated"), ("c1/empty.jpg", "empty"),
+        ]  # fmt: skip
+    assert call(images, "-o", tmp_path / "f.h5", "--strict").exit_code == 1
+
+
+def test_all_failed_is_an_error(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_text("no")
+    result = call(tmp_path / "images", "-o", tmp_path / "f.h5")
+    assert result.exit_code == 1
+    assert "error: none of the 1 images could be used" in result.stderr
+
+
+def test_lists_from_a_file_and_from_stdin(images, tmp_path):
+    names = ["c0/00.png", "c1/01.png", "c1/gone.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
+    result = call(tmp_path / "list.txt", "--root", images, "-o", tmp_path / "a.h5")
+    assert (result.exit_code, "missing 1" in result.stderr) == (0, True)
+    piped = "\0".join(str(images / name) for name in names).encode()
+    assert call("-", "-o", tmp_path / "b.h5", "--root", images, input=piped).exit_code == 0
+    with FeatureFile(tmp_path / "a.h5") as a, FeatureFile(tmp_path / "b.h5") as b:
+        assert a.paths == b.paths == names
+        np.testing.assert_array_equal(a.features[:], b.features[:])
+        assert a.failures() == b.failures()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 2, "nowhere: no such folder or list"),
+        (["images/c0/00.png"], 2, "a single image"),
+        (["images", "--root", "."], 2, "--root goes with a list"),
+        (["images", "--batch-size", "0"], 2, "--batch-size 0"),
+        (["images", "--workers", "many"], 2, "--workers many"),
+        (["images", "--image-size", "96"], 2, "takes 64 only"),
+        (["images", "--precision", "fp8"], 2, "--precision fp8"),
+        (["images", "--store", "int8"], 2, "--store int8"),
+        (["images", "-o", "no/such/f.h5"], 1, "No such file or directory"),
+        (["empty"], 1, "no images found"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    result = call(*arguments)
+    assert result.exit_code == code
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert not os.path.exists("features.h5")
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(400):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "images" / f"{i:04d}.png")
+    command = [sys.executable, "-m", "protoprune", "embed", "images", "--encoder", "mini", "--device", "cpu"]
+    command += ["--batch-size", "4", "--overwrite"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    partial = partial_path(str(tmp_path / "features.h5"))
+    deadline = time.monotonic() + 60
+    while not os.path.exists(partial) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "protoprune embed images --encoder mini --device cpu --batch-size 4" in said.splitlines()[-1]
+    assert "--overwrite" not in said.splitlines()[-1]  # it would throw away what is done
+    done = int(said.split("interrupted: ")[1].split(" of")[0])
+    again = subprocess.run(command[:-1], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert done > 0
+    assert "images are embedded already" in again.stderr
+    with FeatureFile(tmp_path / "features.h5") as file:
+        assert file.usable.sum() == 400
+
+
+def test_encoders_lists_every_name_with_its_licence():
+    result = CliRunner().invoke(app, ["encoders"], env={"COLUMNS": "200"})
+    for info in CATALOGUE.values():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(info.name + " "))
+        assert info.licence in line
+        assert str(info.dim) in line
+
+
+def test_plain_progress_lines_have_rate_and_time_left(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress("embed") as progress:
+        progress.start(1000)
+        for done in range(100, 1001, 100):
+            clock[0] += 5
+            progress.update(done, failed=done // 500)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "embed 200/1,000 (20 %), 20 img/s, 40.0 s left, 0 failed"
+    assert lines[-1] == "embed 1,000/1,000 (100 %), 20 img/s, 0.0 s left, 2 failed"
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.44, "8.4 s"), (192, "3m12s"), (7500, "2h05m")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,120 @@
+"""Every example of the README runs: each fenced block after a `<!-- run: name -->` marker, in a folder with images."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import protoprune
+from protoprune.cli import app
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.DOTALL))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """images/ with two classes, features.h5 and kept.txt as the README's first two commands leave them."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = Path("images", f"c{i % 2}", f"{i:02d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path)
+    encoder = protoprune.load_encoder("mini")
+    protoprune.embed(protoprune.list_folder("images"), encoder, device="cpu")
+    kept = protoprune.select(keep=0.7).kept_paths
+    Path("kept.txt").write_text("".join(f"{path}\n" for path in kept))
+    return kept
+
+
+def run_block(name, **given):
+    exec(compile(BLOCKS[name], f"README: {name}", "exec"), given)
+    return given
+
+
+def in_shell(name, replace=()):
+    commands = [line[2:] for line in BLOCKS[name].splitlines() if line.startswith("$ ")]
+    script = "\n".join(commands)
+    for old, new in replace:
+        script = script.replace(old, new)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], check=True, env={**os.environ, "PATH": path})
+
+
+def test_torchvision(here):
+    given = run_block("torchvision")
+    assert sorted(f"c{label}" for _, label in given["kept"]) == sorted(path.partition("/")[0] for path in here)
+
+
+def test_subset(here):
+    result = protoprune.select(keep=0.7)
+    np.save("kept.npy", np.flatnonzero(result.keep))
+    given = run_block("subset", my_dataset=sorted(str(p.relative_to("images")) for p in Path("images").rglob("*.png")))
+    assert list(given["kept"]) == here
+
+
+def test_timm(here):
+    """Through the links timm's own folder reader finds the kept images and the same classes."""
+    from timm.data import create_dataset
+
+    in_shell("timm", [("python train.py", "true python train.py")])
+    dataset = create_dataset("", root="kept-images")
+    assert sorted(dataset.filenames()) == [os.path.abspath(f"kept-images/{path}") for path in here] or sorted(
+        os.path.relpath(name, "kept-images") if os.path.isabs(name) else name for name in dataset.filenames()
+    ) == sorted(here)
+    assert dataset[0][0].size == (24, 24)
+
+
+def test_datasets(here, monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = run_block("datasets")
+    assert len(given["kept"]) == len(here)
+    labels = given["kept"].features["label"].int2str(given["kept"]["label"])
+    assert sorted(labels) == sorted(path.partition("/")[0] for path in here)
+
+
+def test_webdataset(here):
+    pytest.importorskip("webdataset")
+    with tarfile.open("shard-000000.tar", "w") as tar:
+        for path in sorted(Path("images").rglob("*.png")):
+            tar.add(path, arcname=str(path.relative_to("images")))
+    given = run_block("webdataset")
+    assert [sample["__key__"] + ".png" for sample in given["kept"]] == here
+
+
+def test_shell(here):
+    import shutil
+
+    rsync = [] if shutil.which("rsync") else [("rsync -a --files-from=kept.txt images/ kept-copy/", "true")]
+    in_shell("shell", rsync)
+    assert len(Path("listing.txt").read_text().splitlines()) == len(here)
+    if not rsync:
+        assert sorted(str(p.relative_to("kept-copy")) for p in Path("kept-copy").rglob("*.png")) == here
+
+
+def test_python(here, capsys):
+    run_block("python")
+    assert capsys.readouterr().out == "14 of 20\n"
+
+
+def test_h5py(here):
+    given = run_block("h5py")
+    assert len(given["paths"]) == len(given["features"]) == given["usable"].sum() == 20
+
+
+def test_every_marked_block_has_a_test_and_every_command_is_in_the_readme():
+    assert set(BLOCKS) == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} & set(BLOCKS)
+    for name in BLOCKS:
+        assert f"test_{name}" in globals()
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    commands += [group.name for group in app.registered_groups]
+    missing = [name for name in commands if f"protoprune {name}" not in README]
+    assert missing == []
