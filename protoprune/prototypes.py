@@ -200,7 +200,11 @@ def _assign_faiss(x: np.ndarray, centroids: np.ndarray, spherical: bool) -> np.n
     import faiss
 
     metric = faiss.METRIC_INNER_PRODUCT if spherical else faiss.METRIC_L2
-    return faiss.knn(x, centroids, 1, metric=metric)[1][:, 0].astype(np.int32)
+    if faiss.get_num_gpus() > 0:
+        nearest = faiss.knn_gpu(faiss.StandardGpuResources(), x, centroids, 1, metric=metric)[1]
+    else:
+        nearest = faiss.knn(x, centroids, 1, metric=metric)[1]
+    return nearest[:, 0].astype(np.int32)
 
 
 def _torch(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bool, seed: int) -> np.ndarray:
