@@ -242,7 +242,7 @@ def fit_projection(encoder: MiniEncoder, basis: dict[str, Tensor], views: Tensor
 
 @torch.inference_mode()
 def monitor(encoder: MiniEncoder, images: Tensor, labels: Tensor, gallery: int, device: str) -> float:
-    """Percent of images[gallery:] named rightly by their 20 nearest of images[:gallery]: cosine s, votes exp(s / 0.07)."""
+    """Percent of images[gallery:] named rightly by their 20 nearest of images[:gallery], votes exp(cosine / 0.07)."""
     features = torch.cat([encoder(normalise(batch.to(device))).cpu() for batch in images.split(BATCH)])
     features = functional.normalize(features, dim=1)
     similarity, index = (features[gallery:] @ features[:gallery].T).topk(20, dim=1)
