@@ -20,7 +20,7 @@ from torch.nn import functional
 from protoprune.errors import ProtopruneError
 
 MINI_INPUT_SIZE = 64
-MINI_DIM = 128
+MINI_DIM = 192
 MINI_MEAN = (0.5, 0.5, 0.5)
 MINI_STD = (0.5, 0.5, 0.5)
 MINI_SHA256 = "0" * 64
@@ -40,7 +40,7 @@ class Scale(NamedTuple):
     atoms: int
 
 
-SCALES = (Scale(2, 1, 1024), Scale(4, 1, 512), Scale(1, 3, 512))
+SCALES = (Scale(2, 2, 2048), Scale(4, 1, 1024), Scale(1, 3, 512))
 
 
 class PatchDictionary(nn.Module):

@@ -78,7 +78,7 @@ def load_images(root: Path, first_classes: int | None, threads: int) -> dict[str
     files, labels = list_images(root, first_classes)
     with ThreadPoolExecutor(threads) as pool:
         images = np.stack(list(pool.map(decode, files)))
-    log(f"{root.name}: {len(files)} images of {max(labels) + 1} folders")
+    log(f"{root}: {len(files)} images of {max(labels) + 1} folders")
     return {"images": torch.from_numpy(images).permute(0, 3, 1, 2), "labels": torch.tensor(labels)}
 
 
@@ -189,13 +189,11 @@ def make_basis(encoder: MiniEncoder, images: Tensor, config: dict, seed: int, de
     points -= mean
     basis = leading_directions(points, config["basis"], generator)
     share = (points @ basis).square().sum() / points.square().sum()
-    log(log(f"basis: {basis.shape[1]} of {basis.shape[0]} directions hold {share:.3f} of the variance"))
+    log(f"basis: {basis.shape[1]} of {basis.shape[0]} directions hold {share:.3f} of the variance")
     return {"mean": mean, "basis": basis}
 
 
-def make_views(
-    encoder, images: Tensor, basis: dict[str, Tensor], config: dict, seed: int, device: str
-) -> dict[str, Tensor]:
+def make_views(encoder: MiniEncoder, images: Tensor, basis: dict, config: dict, seed: int, device: str) -> dict:
     """views float16 (n, per_image, basis) of one part of the images."""
     generator = torch.Generator().manual_seed(seed)
     mean, axes = basis["mean"].to(device), basis["basis"].to(device)
@@ -246,9 +244,8 @@ def monitor(encoder: MiniEncoder, images: Tensor, labels: Tensor, gallery: int, 
     features = torch.cat([encoder(normalise(batch.to(device))).cpu() for batch in images.split(BATCH)])
     features = functional.normalize(features, dim=1)
     similarity, index = (features[gallery:] @ features[:gallery].T).topk(20, dim=1)
-    votes = torch.zeros(len(index), int(labels.max()) + 1).scatter_add_(
-        1, labels[:gallery][index], (similarity / 0.07).exp()
-    )
+    votes = torch.zeros(len(index), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[:gallery][index], (similarity / 0.07).exp())
     return 100 * (votes.argmax(1) == labels[gallery:]).float().mean().item()
 
 
