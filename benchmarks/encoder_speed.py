@@ -2,8 +2,8 @@
 
 python benchmarks/encoder_speed.py --threads 1
 
-Forward pass only, float32, batches of 32 random images, the best of several rounds taken in turns so that a busy machine
-disturbs both alike.
+Forward pass only, float32, batches of 32 random images; the best of several rounds, taken in turns so that a busy
+machine disturbs both alike.
 """
 
 import argparse
