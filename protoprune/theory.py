@@ -114,7 +114,8 @@ def _mesh(A: float, C: float, K: float, region: KeptRegion, fine: bool) -> tuple
             turns.append((C * edge / (tau * region.sin_t), 0.0))  # the corner where it meets y = 0
     centre, width = np.array(turns).T
     breaks = np.concatenate([np.arange(-10.0, 11.0, 2.0), (centre[:, None] + width[:, None] * _STEPS).ravel()])
-    return _panels(np.unique(breaks[np.abs(breaks) <= 10]), fine)
+    breaks = np.unique(breaks[np.abs(breaks) <= 10])
+    return _panels(breaks[np.diff(breaks, prepend=-np.inf) > 1e-12], fine)  # a node must not round onto an edge
 
 
 def _across(p: np.ndarray, A: float, C: float, region: KeptRegion) -> np.ndarray:
@@ -210,7 +211,7 @@ def _newton(x: np.ndarray, alpha: float, region: KeptRegion, iterations: int) ->
                 break
             damping /= 2
         else:
-            return None
+            return x if length < 1e-6 else None  # rounding error is all that is left; the caller checks the residual
         x, jacobian = trial, trial_jacobian
         if damping * length < 1e-10:
             return x
