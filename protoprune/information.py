@@ -1,12 +1,13 @@
 """How much a kept example tells about the teacher: the information part of the theory (perfect probe, theta = 0).
 
-A student drawn at random from all perceptrons that fit the kept examples has overlap q with another such student and R with the
-teacher. The entropy of that set, in nats a dimension, is the extremum over q and R of
+A student drawn at random from all perceptrons that fit the kept examples has overlap q with another such student and R
+with the teacher. The entropy of that set, in nats a dimension, is the extremum over q and R of
 
     S = ln(1 - q)/2 + (q - R^2)/(2 (1 - q)) + alpha En(q, R),   En = < ln P[the student fits an example] >,
 
-and one more example a dimension lowers it by I = -En nats. `information_gain` solves for q and R. `energetic_gain` is the paper's
-form, which sets q = R: exact on random data, but pruning breaks that symmetry, and the two then differ (docs/theory.md).
+and one more example a dimension lowers it by I = -En nats. `information_gain` solves for q and R. `energetic_gain` is
+the paper's form, which sets q = R: exact on random data, but pruning breaks that symmetry, and the two then differ
+(docs/theory.md).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def energetic_gain(overlap: float, keep: float) -> float:
         raise ProtopruneError(f"overlap is {overlap}: expected a cosine between 0 and 1, both excluded")
     edge = _edge(keep)
     slope = np.sqrt(overlap / (1 - overlap))
-    breaks = np.concatenate([np.arange(-12.0, 13.0), STEPS / slope, (STEPS * np.sqrt(1 - overlap) - edge) / np.sqrt(overlap)])
+    breaks = np.concatenate(
+        [np.arange(-12.0, 13.0), STEPS / slope, (STEPS * np.sqrt(1 - overlap) - edge) / np.sqrt(overlap)]
+    )
     t, weight = panels(np.unique(breaks[np.abs(breaks) <= 12]), fine=True)
     kept = ndtr(-slope * t) - ndtr(-(edge + np.sqrt(overlap) * t) / np.sqrt(1 - overlap))
     return float(-2 / keep * np.sum(weight * density(t) * kept * log_ndtr(-slope * t)))
@@ -51,7 +54,9 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     Follows the solution up from few examples, where R and q are proportional to alpha; ProtopruneError when that fails.
     """
     if not (np.isfinite(alpha_prune) and alpha_prune > 0):
-        raise ProtopruneError(f"alpha_prune is {alpha_prune}: expected kept examples a dimension, a number above 0 (for example 2)")
+        raise ProtopruneError(
+            f"alpha_prune is {alpha_prune}: expected kept examples a dimension, a number above 0 (for example 2)"
+        )
     edge = _edge(keep)
     first = min(1e-3, alpha_prune)
     path = np.geomspace(first, alpha_prune, 1 + int(np.ceil(5 * np.log(alpha_prune / first))))
@@ -65,7 +70,8 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     residual = float(np.abs(_saddle(x, alpha_prune, keep, edge)).max())
     if not residual < 1e-8:
         raise ProtopruneError(
-            f"the information gain did not converge at alpha_prune {alpha_prune:g}, keep {keep:g}: residual {residual:.1e}, expected "
+            f"the information gain did not converge at alpha_prune {alpha_prune:g}, keep {keep:g}: residual "
+            f"{residual:.1e}, expected "
             "below 1e-08; try a neighbouring point"
         )
     gain = -_expectations(X, Y2, keep, edge)[0]
@@ -79,7 +85,7 @@ def _edge(keep: float) -> float:
 
 
 def _saddle(x: np.ndarray, alpha: float, keep: float, edge: float) -> list[float]:
-    """The two stationarity conditions of S in X = R/sqrt(1-q), Y^2 = (q-R^2)/(1-q), at x = (log X, log Y^2), as log ratios."""
+    """Stationarity of S in X = R/sqrt(1-q) and Y^2 = (q-R^2)/(1-q), at x = (log X, log Y^2), as log ratios."""
     X, Y2 = np.exp(x)
     n2 = 1 + X * X + Y2  # 1/(1 - q)
     _, slope, curvature = _expectations(X, Y2, keep, edge)
@@ -87,7 +93,10 @@ def _saddle(x: np.ndarray, alpha: float, keep: float, edge: float) -> list[float
 
 
 def _expectations(X: float, Y2: float, keep: float, edge: float) -> tuple[float, float, float]:
-    """E[ln Phi(m)], E[y r(m)], -E[r'(m)] over kept examples: m = X y + Y v, v standard normal, y half-normal below edge, r = phi/Phi."""
+    """E[ln Phi(m)], E[y r(m)], -E[r'(m)] over kept examples, with r = phi/Phi.
+
+    m = X y + Y v is the student's field: v is standard normal, y half-normal and below `edge`.
+    """
     tau = np.sqrt(X * X + Y2)
     spread = np.sqrt(Y2) / tau  # of y given m
     turns = [(0.0, 1 / tau), (0.0, np.sqrt(Y2) / X), (edge * tau / X, np.sqrt(Y2) / X)]

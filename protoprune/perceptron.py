@@ -1,7 +1,8 @@
-"""The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, and an exact max-margin student.
+"""The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, and an exact max-margin
+student.
 
-It checks protoprune.theory without sharing anything with it but the model. Finite dimension N adds a bias of order 1/N; the
-theory is the limit N -> infinity.
+It checks protoprune.theory without sharing anything with it but the model. Finite dimension N adds a bias of order 1/N;
+the theory is the limit N -> infinity.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class Simulation:
 def max_margin(signed: np.ndarray) -> np.ndarray:
     """Unit direction (dimension,) with the largest smallest margin over the rows y_i x_i, (examples, dimension).
 
-    Exact, by a working set: the answer on a subset is the answer on all rows once no row has a smaller margin. Every round adds
-    rows that lower the margin and drops only rows that do not support it, so the margin falls strictly and the loop ends.
+    Exact, by a working set: the answer on a subset is the answer on all rows once no row has a smaller margin. Every
+    round adds rows that lower the margin and drops only rows that do not support it, so the margin falls strictly and
+    the loop ends.
     """
-    examples, dimension = signed.shape
+    dimension = signed.shape[1]
     working = np.argsort(signed @ signed.mean(0))[: 4 * dimension]
     while True:
         direction = _closest_hull_point(signed[working])
@@ -55,7 +57,8 @@ def max_margin(signed: np.ndarray) -> np.ndarray:
 
 
 def _closest_hull_point(signed: np.ndarray) -> np.ndarray:
-    """Unit direction of the point of the rows' convex hull closest to the origin, which is the max-margin direction. (dimension,)
+    """Unit direction of the point of the rows' convex hull closest to the origin, which is the max-margin direction.
+    (dimension,)
 
     With A the rows as columns, it is A.lambda for the non-negative least squares solution of [A; 1^T] lambda = [0; 1].
     """
@@ -67,12 +70,16 @@ def _closest_hull_point(signed: np.ndarray) -> np.ndarray:
     direction = columns[:-1] @ weights
     norm = np.linalg.norm(direction)
     if not norm > 1e-9 * weights.sum():
-        raise ProtopruneError(f"the {examples} examples are not linearly separable: there is no max-margin perceptron; check the labels")
+        raise ProtopruneError(
+            f"the {examples} examples are not linearly separable: there is no max-margin perceptron; check the labels"
+        )
     return direction / norm
 
 
-def select(y: np.ndarray, w: np.ndarray, keep: float, theta: float, order: str, margin: str, rng: np.random.Generator) -> np.ndarray:
-    """Indices of the kept examples, exactly round(keep * n), at least 1, from their fields along the teacher and beside it, (n,)."""
+def select(
+    y: np.ndarray, w: np.ndarray, keep: float, theta: float, order: str, margin: str, rng: np.random.Generator
+) -> np.ndarray:
+    """Indices of the max(round(keep n), 1) kept examples, from the fields along the teacher and beside it, both (n,)."""
     kept = max(round(keep * y.size), 1)
     if order == "random":
         return rng.choice(y.size, kept, replace=False)
@@ -87,7 +94,8 @@ def select(y: np.ndarray, w: np.ndarray, keep: float, theta: float, order: str, 
 def one_error(
     seed: np.random.SeedSequence, dimension: int, examples: int, keep: float, theta: float, order: str, margin: str
 ) -> float:
-    """Test error of one student. Only the kept examples are drawn in full: the probe sees no more than the teacher's plane.
+    """Test error of one student. Only the kept examples are drawn in full: the probe sees no more than the teacher's
+    plane.
 
     The teacher is the first axis and the label is folded in, y_i x_i, so that the first coordinate is positive.
     """
@@ -111,15 +119,18 @@ def simulate(
     seed: int = 0,
     pool: ProcessPoolExecutor | None = None,
 ) -> Simulation:
-    """Errors of `seeds` students in `dimension` dimensions, independent streams spawned from `seed`; same answer with or without a pool."""
+    """Errors of `seeds` students in `dimension` dimensions, each from its own stream spawned from `seed`.
+
+    The pool changes the speed, never the answer.
+    """
     if dimension < 2 or seeds < 1:
         raise ProtopruneError(f"dimension is {dimension} and seeds {seeds}: expected at least 2 and at least 1")
     examples = round(alpha_tot * dimension)
     if examples < 1:
-        raise ProtopruneError(f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them")
-    run = partial(
-        one_error, dimension=dimension, examples=examples, keep=keep, theta=theta, order=order, margin=margin
-    )
+        raise ProtopruneError(
+            f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them"
+        )
+    run = partial(one_error, dimension=dimension, examples=examples, keep=keep, theta=theta, order=order, margin=margin)
     streams = np.random.SeedSequence(seed).spawn(seeds)
     return Simulation(np.array(list(pool.map(run, streams) if pool else map(run, streams))))
 

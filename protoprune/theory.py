@@ -1,20 +1,23 @@
 """The analytic theory of data pruning: a teacher-student perceptron, solved in the limit of many dimensions.
 
-Model (Sorscher et al. 2022, arXiv 2206.14486): inputs x ~ N(0, I_N), labels sign(T.x), alpha_tot = P/N examples a dimension. A
-probe perceptron at angle theta from the teacher T ranks the examples by margin (large = easy), a fraction `keep` of them is kept, and
-a fresh perceptron of maximal margin is trained on those. `solve` returns its test error, arccos(R)/pi.
+Model (Sorscher et al. 2022, arXiv 2206.14486): inputs x ~ N(0, I_N), labels sign(T.x), alpha_tot = P/N examples a
+dimension. A probe perceptron at angle theta from the teacher T ranks the examples by margin (large = easy), a fraction
+`keep` of them is kept, and a fresh perceptron of maximal margin is trained on those. `solve` returns its test error,
+arccos(R)/pi.
 
 The paper states three coupled saddle-point equations with double integrals. They are the stationarity conditions of a
-three-dimensional problem, which is what is solved here (docs/theory.md derives it): with y = |T.x| > 0 and w the fields of an example
-along the teacher and along the probe's part orthogonal to it, and g a standard normal independent of both, find (A, C, K) with
+three-dimensional problem, which is what is solved here (docs/theory.md derives it): with y = |T.x| > 0 and w the fields
+of an example along the teacher and along the probe's part orthogonal to it, and g a standard normal independent of
+both, find (A, C, K) with
 
     alpha E[(K - A y - C w - g)_+^2] = 1,  K/sqrt(1 + A^2 + C^2) maximal,  expectation over the KEPT examples.
 
-Then R = A/n, the overlap along the probe's orthogonal part b = C/n and the margin kappa = K/n, with n = sqrt(1 + A^2 + C^2). The
-feasible set is convex, so a stationary point is the answer and there is only one. theta = 0 needs no special case.
+Then R = A/n, the overlap along the probe's orthogonal part b = C/n and the margin kappa = K/n, with n = sqrt(1 + A^2 +
+C^2). The feasible set is convex, so a stationary point is the answer and there is only one. theta = 0 needs no special
+case.
 
-What this module does not know: real images. It has two classes, Gaussian inputs, one linear layer and no label noise; alpha
-is a number of examples for each dimension, and no formula here turns a number of images into an alpha.
+What this module does not know: real images. It has two classes, Gaussian inputs, one linear layer and no label noise;
+alpha is a number of examples for each dimension, and no formula here turns a number of images into an alpha.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from protoprune.errors import ProtopruneError
 
 ORDERS = ("hard", "easy", "random")
 MARGINS = ("absolute", "signed")
-MAX_THETA = 89.0  # degrees; a probe orthogonal to the teacher knows nothing, and its cotangent leaves the range of the mesh
+MAX_THETA = (
+    89.0  # degrees; a probe orthogonal to the teacher knows nothing, and its cotangent leaves the range of the mesh
+)
 TOLERANCE = 1e-8  # largest accepted residual: relative error left in A and K, absolute in C
 _GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(12)
 _FINE_X, _FINE_W = np.polynomial.legendre.leggauss(20)
@@ -59,7 +64,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class KeptRegion:
-    """The kept examples in the plane (y, w): y > 0 and the signed probe margin z = y cos t + w sin t in one of `intervals`."""
+    """Kept examples in the plane (y, w): y > 0 and signed probe margin z = y cos t + w sin t in one of `intervals`."""
 
     keep: float
     cos_t: float
@@ -67,7 +72,8 @@ class KeptRegion:
     intervals: tuple[tuple[float, float], ...]
 
 
-# --- which examples are kept -----------------------------------------------------------------------------------------------
+# --- which examples are kept
+# -----------------------------------------------------------------------------------------------
 
 
 def kept_region(keep: float, theta: float, order: str = "hard", margin: str = "absolute") -> KeptRegion:
@@ -86,12 +92,16 @@ def kept_region(keep: float, theta: float, order: str = "hard", margin: str = "a
 
 
 def _signed_quantile(probability: float, t: float) -> float:
-    """z with P(signed probe margin < z) = probability: a skew-normal of shape cot t, whose cdf is Phi(z) - 2 OwensT(z, cot t)."""
+    """z with P(signed probe margin < z) = probability.
+
+    That margin is skew-normal of shape cot t: its distribution function is Phi(z) - 2 OwensT(z, cot t).
+    """
     shape = 1 / np.tan(t) if t > 0 else np.inf
     return brentq(lambda z: ndtr(z) - 2 * owens_t(z, shape) - probability, -10, 10, xtol=1e-15)
 
 
-# --- expectations over the kept examples -----------------------------------------------------------------------------------
+# --- expectations over the kept examples
+# -----------------------------------------------------------------------------------
 
 
 def panels(breaks: np.ndarray, fine: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +112,7 @@ def panels(breaks: np.ndarray, fine: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mesh(A: float, C: float, K: float, region: KeptRegion, fine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes in p, the field along the student's part in the plane (y, w), refined wherever the integrand turns within a short width."""
+    """Nodes in p, the field along the student's part in the plane (y, w), dense wherever the integrand turns."""
     tau = np.hypot(A, C)
     along_z = (region.cos_t * A + region.sin_t * C) / tau
     across_z = (region.sin_t * A - region.cos_t * C) / tau
@@ -119,11 +129,16 @@ def _mesh(A: float, C: float, K: float, region: KeptRegion, fine: bool) -> tuple
 
 
 def _across(p: np.ndarray, A: float, C: float, region: KeptRegion) -> np.ndarray:
-    """Integrals of 1, q, q^2 over the kept q at each p, q standard normal and orthogonal to p in the plane (y, w). -> (3, nodes)"""
+    """Integrals of 1, q, q^2 over the kept q at each p. -> (3, nodes)
+
+    q is the standard normal field orthogonal to p in the plane (y, w).
+    """
     tau = np.hypot(A, C)
     cos_p, sin_p = A / tau, C / tau
     along_z = region.cos_t * cos_p + region.sin_t * sin_p
-    across_z = region.sin_t * cos_p - region.cos_t * sin_p + 0.0  # + 0.0: a negative zero would turn the infinities around
+    across_z = (
+        region.sin_t * cos_p - region.cos_t * sin_p + 0.0
+    )  # + 0.0: a negative zero would turn the infinities around
     total = np.zeros((3, p.size))
     with np.errstate(divide="ignore"):  # x/0 = +-inf is the right bound: the constraint does not depend on q
         y_edge = cos_p * p / (sin_p + 0.0)  # y = cos_p p - sin_p q > 0
@@ -143,8 +158,11 @@ def density(x: np.ndarray) -> np.ndarray:
     return np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
 
 
-def _moments(A: float, C: float, K: float, region: KeptRegion, fine: bool = False) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Expectations over kept examples, with h = (K - Ay - Cw - g)_+: E[h^2], E[h (1, y, w)], E[1{h>0} (1, y, w)(1, y, w)^T], E[1].
+def _moments(
+    A: float, C: float, K: float, region: KeptRegion, fine: bool = False
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Expectations over kept examples, with h = (K - Ay - Cw - g)_+: E[h^2], E[h (1, y, w)], E[1{h>0} (1, y, w)(1, y,
+    w)^T], E[1].
 
     Everything across the student's direction and over g is done in closed form; the one numerical integral is along it.
     """
@@ -165,11 +183,15 @@ def _moments(A: float, C: float, K: float, region: KeptRegion, fine: bool = Fals
     return quadratic, linear, np.array([[one, ey, ew], [ey, eyy, eyw], [ew, eyw, eww]]), np.array(mass.sum())
 
 
-# --- the solver -------------------------------------------------------------------------------------------------------------
+# --- the solver
+# -------------------------------------------------------------------------------------------------------------
 
 
-def _equations(x: np.ndarray, alpha: float, region: KeptRegion, fine: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
-    """Residuals (3,) and Jacobian (3, 3) in x = (log A, C, log K), and the mass of the kept density (1 if the mesh is good).
+def _equations(
+    x: np.ndarray, alpha: float, region: KeptRegion, fine: bool = False
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Residuals (3,) and Jacobian (3, 3) in x = (log A, C, log K), and the mass of the kept density (1 if the mesh is
+    good).
 
     Logarithms keep A and K positive: E[h y] > 0 because y > 0, so A is positive at every solution.
     """
@@ -181,11 +203,13 @@ def _equations(x: np.ndarray, alpha: float, region: KeptRegion, fine: bool = Fal
     dn2 = np.array([2 * A, 2 * C, 0])
     pull = hw * n2 / (h * K)  # equals C at the solution
     residual = np.array([np.log(alpha * quadratic), np.log(hy * n2 / (h * A * K)), pull - C])
-    jacobian = np.array([
-        2 * (turn @ np.array([h, hy, hw])) / quadratic,
-        dhy / hy - dh / h + dn2 / n2 - [1 / A, 0, 1 / K],
-        dhw * n2 / (h * K) - pull * dh / h + hw * dn2 / (h * K) - [0, 1, pull / K],
-    ])
+    jacobian = np.array(
+        [
+            2 * (turn @ np.array([h, hy, hw])) / quadratic,
+            dhy / hy - dh / h + dn2 / n2 - [1 / A, 0, 1 / K],
+            dhw * n2 / (h * K) - pull * dh / h + hw * dn2 / (h * K) - [0, 1, pull / K],
+        ]
+    )
     scale = np.array([1, 1, 1 / (1 + abs(C))])
     return residual * scale, jacobian * [A, 1, K] * scale[:, None], float(mass)
 
@@ -193,8 +217,9 @@ def _equations(x: np.ndarray, alpha: float, region: KeptRegion, fine: bool = Fal
 def _newton(x: np.ndarray, alpha: float, region: KeptRegion, iterations: int) -> np.ndarray | None:
     """Damped Newton from x; None if it has not converged after that many steps.
 
-    A step is accepted when it shortens the NEXT step as predicted with the same Jacobian (Deuflhard's natural monotonicity test).
-    The norm of the residual is no guide: where the student starts to see the labels, the equations differ in scale by 10^5.
+    A step is accepted when it shortens the NEXT step as predicted with the same Jacobian (Deuflhard's natural
+    monotonicity test). The norm of the residual is no guide: where the student starts to see the labels, the equations
+    differ in scale by 10^5.
     """
     residual, jacobian, _ = _equations(x, alpha, region)
     for _ in range(iterations):
@@ -219,13 +244,13 @@ def _newton(x: np.ndarray, alpha: float, region: KeptRegion, iterations: int) ->
 
 
 def _start(alpha: float) -> np.ndarray:
-    """First guess of (log A, C, log K). Few examples: the student is close to their mean (Hebb). Many: A grows like alpha."""
+    """First guess of (log A, C, log K): with many examples A grows like alpha, with few K like 1/sqrt(alpha)."""
     A = min(0.5, np.sqrt(alpha)) + 0.5 * alpha
     return np.array([np.log(A), 0.0, np.log(0.5 + 1 / np.sqrt(alpha))])
 
 
 def _continue(alpha: float, region: KeptRegion, iterations: int) -> np.ndarray | None:
-    """Follow the solution from very few examples, where it is known, up to alpha, in steps that shrink when Newton fails."""
+    """Follow the solution from few examples, where it is the mean (Hebb), up to alpha; steps shrink if Newton fails."""
     _, _, means, _ = _moments(1e-3, 0.0, 100.0, region)  # K so large that h > 0 everywhere: plain means of y and w
     mean_y, mean_w = means[0, 1:]
     K = 30 * (1 + np.hypot(mean_y, mean_w))
@@ -244,7 +269,9 @@ def _continue(alpha: float, region: KeptRegion, iterations: int) -> np.ndarray |
 
 def _check_inputs(alpha_tot: float, keep: float, theta: float, order: str, margin: str) -> None:
     if not (np.isfinite(alpha_tot) and alpha_tot > 0):
-        raise ProtopruneError(f"alpha_tot is {alpha_tot}: expected examples a dimension, a number above 0 (for example 5)")
+        raise ProtopruneError(
+            f"alpha_tot is {alpha_tot}: expected examples a dimension, a number above 0 (for example 5)"
+        )
     if not 0 < keep <= 1:
         raise ProtopruneError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.5)")
     if not 0 <= theta <= MAX_THETA:
@@ -265,8 +292,8 @@ def solve(
 ) -> Solution:
     """Test error and overlaps for alpha_tot examples a dimension, of which `keep` are kept by a probe at theta degrees.
 
-    Raises ProtopruneError rather than return a number when Newton and continuation both fail, or when a finer mesh than the one the
-    equations were solved on would move the answer by more than TOLERANCE.
+    Raises ProtopruneError rather than return a number when Newton and continuation both fail, or when a finer mesh than
+    the one the equations were solved on would move the answer by more than TOLERANCE.
     """
     _check_inputs(alpha_tot, keep, theta, order, margin)
     region = kept_region(keep, theta, order, margin)
@@ -278,7 +305,8 @@ def solve(
         residual = _residual(x, alpha, region)
     if not residual < TOLERANCE:
         raise ProtopruneError(
-            f"the theory did not converge at alpha_tot {alpha_tot:g}, keep {keep:g}, theta {theta:g}, {order}, {margin} margin: residual "
+            f"the theory did not converge at alpha_tot {alpha_tot:g}, keep {keep:g}, theta {theta:g}, {order}, "
+            f"{margin} margin: residual "
             f"{residual:.1e}, expected below {TOLERANCE:g}; try a neighbouring point or the simulation"
         )
     A, C, K = np.exp(x[0]), x[1], np.exp(x[2])
@@ -286,13 +314,17 @@ def solve(
     t = np.radians(theta)
     error = np.arctan2(np.hypot(1, C), A) / np.pi  # arccos(R)/pi without its cancellation at R near 1
     rho = (A * np.cos(t) + C * np.sin(t)) / n
-    return Solution(alpha_tot, keep, theta, order, margin, float(error), float(A / n), float(rho), float(K / n), residual)
+    return Solution(
+        alpha_tot, keep, theta, order, margin, float(error), float(A / n), float(rho), float(K / n), residual
+    )
 
 
 def _residual(x: np.ndarray | None, alpha: float, region: KeptRegion) -> float:
-    """How far a Newton step on the fine mesh would still move (log A, C, log K), or the error in the kept density; inf if unsolved.
+    """How far a Newton step on the fine mesh would still move (log A, C, log K), or the error in the kept density; inf
+    if unsolved.
 
-    The bare residual would not do: with R near 1 the equation for C multiplies rounding error by 10^4, with no effect on the error.
+    The bare residual would not do: with R near 1 the equation for C multiplies rounding error by 10^4, with no effect
+    on the error.
     """
     if x is None:
         return np.inf
@@ -300,7 +332,8 @@ def _residual(x: np.ndarray | None, alpha: float, region: KeptRegion) -> float:
     return float(max(np.abs(np.linalg.solve(jacobian, residual)).max(), abs(mass - 1)))
 
 
-# --- questions asked of the solver --------------------------------------------------------------------------------------------
+# --- questions asked of the solver
+# --------------------------------------------------------------------------------------------
 
 
 def best_keep(
@@ -312,13 +345,17 @@ def best_keep(
     margin: str = "absolute",
     min_keep: float = 0.01,
 ) -> Solution:
-    """The fraction kept that minimises the test error, at a fixed number of examples before (alpha_tot) or after (alpha_prune) pruning.
+    """The fraction kept that minimises the test error, at a fixed number of examples before (alpha_tot) or after
+    (alpha_prune) pruning.
 
-    At fixed alpha_prune a smaller fraction means that more examples were there to choose from. The error may have two minima in
-    keep, so a grid finds the valley before a bounded search goes down it. A best fraction at min_keep means "that or less".
+    At fixed alpha_prune a smaller fraction means that more examples were there to choose from. The error may have two
+    minima in keep, so a grid finds the valley before a bounded search goes down it. A best fraction at min_keep means
+    "that or less".
     """
     if (alpha_tot is None) == (alpha_prune is None):
-        raise ProtopruneError("best_keep needs exactly one of alpha_tot (before pruning) and alpha_prune (after pruning)")
+        raise ProtopruneError(
+            "best_keep needs exactly one of alpha_tot (before pruning) and alpha_prune (after pruning)"
+        )
     if not 0 < min_keep < 1:
         raise ProtopruneError(f"min_keep is {min_keep}: expected a fraction between 0 and 1 (for example 0.01)")
 
@@ -334,9 +371,14 @@ def best_keep(
     return min(solutions[low], at(refined.x), key=lambda s: s.error)
 
 
-def pareto(alpha_prunes: np.ndarray, theta: float = 0.0, order: str = "hard", margin: str = "absolute", min_keep: float = 0.01):
-    """The best error at each number of kept examples a dimension, over all fractions from min_keep to 1. -> list of Solution"""
-    return [best_keep(alpha_prune=float(a), theta=theta, order=order, margin=margin, min_keep=min_keep) for a in alpha_prunes]
+def pareto(
+    alpha_prunes: np.ndarray, theta: float = 0.0, order: str = "hard", margin: str = "absolute", min_keep: float = 0.01
+):
+    """The best solution at each number of kept examples a dimension, over all fractions from min_keep to 1."""
+    return [
+        best_keep(alpha_prune=float(a), theta=theta, order=order, margin=margin, min_keep=min_keep)
+        for a in alpha_prunes
+    ]
 
 
 def crossover(
@@ -346,9 +388,11 @@ def crossover(
     margin: str = "absolute",
     span: tuple[float, float] = (0.1, 200.0),
 ) -> float | None:
-    """alpha_tot above which keeping the hard fraction `keep` beats the rival (easy or random) of the same size; None if never in span.
+    """alpha_tot above which keeping the hard fraction `keep` beats the rival (easy or random) of the same size; None if
+    never in span.
 
-    The last crossing counts: from there to the end of the span hard wins. Returns the span's start when hard wins throughout.
+    The last crossing counts: from there to the end of the span hard wins. Returns the span's start when hard wins
+    throughout.
     """
 
     def gain(log_alpha: float) -> float:
