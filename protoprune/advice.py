@@ -20,7 +20,7 @@ AYED = "Ayed & Hayou 2023, arXiv 2302.06960"
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to do, what it rests on, and what that does not establish. No full stops at the end of the latter two."""
+    """One thing to do, what it rests on, and what that does not establish; the latter two end without a full stop."""
 
     text: str
     support: str

@@ -62,8 +62,7 @@ Dimension = Annotated[int, typer.Option("--dimension", min=2, help="Dimension N 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation.")]
 
 
-# --- commands
-# ---------------------------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 @theory_app.command()
@@ -185,7 +184,7 @@ def crossover(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """The alpha_tot above which keeping hard examples beats easy ones, and random ones of the same size ('-': not by 200)."""
+    """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
     keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
     _check_plot(plot)
     from protoprune.theory import crossover as cross
@@ -266,12 +265,11 @@ def advise(
         console.print(f"   But: {piece.uncertainty}.\n", markup=False)
 
 
-# --- options
-# ----------------------------------------------------------------------------------------------------------------
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> list[float]:
-    """Comma-separated numbers above `low` (or from it, if closed) and at most `high`; a usage error names a wrong one."""
+    """Comma-separated numbers above `low` (or from it, if closed) up to `high`; a usage error names a wrong one."""
     values = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         try:
@@ -326,8 +324,7 @@ def _count(path: Path) -> tuple[int, list[int]]:
         return file.n, [int(c) for c in counts if c]
 
 
-# --- rows and answers
-# -------------------------------------------------------------------------------------------------------
+# --- rows and answers ------------------------------------------------------------------------------------------------
 
 
 def _solve_rows(
@@ -357,7 +354,6 @@ def _row(solution) -> dict:
         "margin",
         "error",
         "overlap",
-        "probe_overlap",
         "kappa",
     )
     return {name: getattr(solution, name) for name in names}
@@ -406,11 +402,14 @@ def _print_table(rows: list[dict], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="right")
+    shared = [name for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1]
+    varying = [name for name in rows[0] if name not in shared]
+    caption = ", ".join(f"{name} {_cell(rows[0][name])}" for name in shared)  # said once, so that the columns fit
+    table = Table(title=title, caption=caption or None)
+    for name in varying:
+        table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[name]) for name in varying))
     Console().print(table)
 
 

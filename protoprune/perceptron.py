@@ -79,7 +79,7 @@ def _closest_hull_point(signed: np.ndarray) -> np.ndarray:
 def select(
     y: np.ndarray, w: np.ndarray, keep: float, theta: float, order: str, margin: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Indices of the max(round(keep n), 1) kept examples, from the fields along the teacher and beside it, both (n,)."""
+    """Indices of the max(round(keep n), 1) kept examples, from fields along the teacher and beside it, both (n,)."""
     kept = max(round(keep * y.size), 1)
     if order == "random":
         return rng.choice(y.size, kept, replace=False)

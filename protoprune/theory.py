@@ -72,8 +72,7 @@ class KeptRegion:
     intervals: tuple[tuple[float, float], ...]
 
 
-# --- which examples are kept
-# -----------------------------------------------------------------------------------------------
+# --- which examples are kept -----------------------------------------------------------------------------------------
 
 
 def kept_region(keep: float, theta: float, order: str = "hard", margin: str = "absolute") -> KeptRegion:
@@ -100,8 +99,7 @@ def _signed_quantile(probability: float, t: float) -> float:
     return brentq(lambda z: ndtr(z) - 2 * owens_t(z, shape) - probability, -10, 10, xtol=1e-15)
 
 
-# --- expectations over the kept examples
-# -----------------------------------------------------------------------------------
+# --- expectations over the kept examples -----------------------------------------------------------------------------
 
 
 def panels(breaks: np.ndarray, fine: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +134,7 @@ def _across(p: np.ndarray, A: float, C: float, region: KeptRegion) -> np.ndarray
     tau = np.hypot(A, C)
     cos_p, sin_p = A / tau, C / tau
     along_z = region.cos_t * cos_p + region.sin_t * sin_p
-    across_z = (
-        region.sin_t * cos_p - region.cos_t * sin_p + 0.0
-    )  # + 0.0: a negative zero would turn the infinities around
+    across_z = region.sin_t * cos_p - region.cos_t * sin_p + 0.0  # + 0.0: a negative zero would flip the infinities
     total = np.zeros((3, p.size))
     with np.errstate(divide="ignore"):  # x/0 = +-inf is the right bound: the constraint does not depend on q
         y_edge = cos_p * p / (sin_p + 0.0)  # y = cos_p p - sin_p q > 0
@@ -161,8 +157,7 @@ def density(x: np.ndarray) -> np.ndarray:
 def _moments(
     A: float, C: float, K: float, region: KeptRegion, fine: bool = False
 ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Expectations over kept examples, with h = (K - Ay - Cw - g)_+: E[h^2], E[h (1, y, w)], E[1{h>0} (1, y, w)(1, y,
-    w)^T], E[1].
+    """E[h^2], E[h v], E[1{h>0} v v^T] and E[1] over kept examples, with h = (K - Ay - Cw - g)_+ and v = (1, y, w).
 
     Everything across the student's direction and over g is done in closed form; the one numerical integral is along it.
     """
@@ -183,15 +178,13 @@ def _moments(
     return quadratic, linear, np.array([[one, ey, ew], [ey, eyy, eyw], [ew, eyw, eww]]), np.array(mass.sum())
 
 
-# --- the solver
-# -------------------------------------------------------------------------------------------------------------
+# --- the solver ------------------------------------------------------------------------------------------------------
 
 
 def _equations(
     x: np.ndarray, alpha: float, region: KeptRegion, fine: bool = False
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Residuals (3,) and Jacobian (3, 3) in x = (log A, C, log K), and the mass of the kept density (1 if the mesh is
-    good).
+    """Residuals (3,) and Jacobian (3, 3) in x = (log A, C, log K), and the kept mass, which is 1 on a good mesh.
 
     Logarithms keep A and K positive: E[h y] > 0 because y > 0, so A is positive at every solution.
     """
@@ -332,8 +325,7 @@ def _residual(x: np.ndarray | None, alpha: float, region: KeptRegion) -> float:
     return float(max(np.abs(np.linalg.solve(jacobian, residual)).max(), abs(mass - 1)))
 
 
-# --- questions asked of the solver
-# --------------------------------------------------------------------------------------------
+# --- questions asked of the solver -----------------------------------------------------------------------------------
 
 
 def best_keep(
