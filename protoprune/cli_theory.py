@@ -402,14 +402,20 @@ def _print_table(rows: list[dict], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shared = [name for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1]
-    varying = [name for name in rows[0] if name not in shared]
-    caption = ", ".join(f"{name} {_cell(rows[0][name])}" for name in shared)  # said once, so that the columns fit
-    table = Table(title=title, caption=caption or None)
-    for name in varying:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in varying))
+    table = Table(title=title, show_header=len(rows) > 1)
+    if len(rows) == 1:
+        for name, value in rows[0].items():
+            table.add_row(name, _cell(value))
+    else:
+        shared = [name for name in rows[0] if len({row[name] for row in rows}) == 1]
+        table.caption = ", ".join(
+            f"{name} {_cell(rows[0][name])}" for name in shared
+        )  # said once: the columns must fit
+        varying = [name for name in rows[0] if name not in shared]
+        for name in varying:
+            table.add_column(name.replace("_", " "), justify="right")
+        for row in rows:
+            table.add_row(*(_cell(row[name]) for name in varying))
     Console().print(table)
 
 

@@ -142,4 +142,5 @@ def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    return ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(workers or cores, mp_context=get_context("spawn"))
