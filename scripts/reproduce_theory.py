@@ -278,8 +278,8 @@ def judge(rows: list[dict], gains: list[dict]) -> list[dict]:
         claim(
             "an imperfect probe beats the power law only up to some size",
             early < 1.5 * plain_early and late > 1.15 * plain_late,
-            f"20 degrees, exponent from alpha_prune 2 to 4: envelope {early:.2f}, random {plain_early:.2f}; from 32 to 64: "
-            f"{late:.2f}, {plain_late:.2f}",
+            f"20 degrees, exponent from alpha_prune 2 to 4: envelope {early:.2f}, random {plain_early:.2f}; "
+            f"from 32 to 64: {late:.2f}, {plain_late:.2f}",
         ),
         claim(
             "random data: information an example decays as a power law",
@@ -289,8 +289,8 @@ def judge(rows: list[dict], gains: list[dict]) -> list[dict]:
         claim(
             "pruned data: information an example tends to a constant, 1 nat",
             None,
-            f"in the paper's form (q = R) it does, {nat:.4f} at R = 1 - 1e-4 and 0.001 % kept; but pruning breaks q = R, "
-            f"and with both overlaps solved for it decays at a fixed fraction: {full:.3f} at alpha_prune 20, 5 % kept",
+            f"in the paper's form (q = R) it does, {nat:.4f} at R = 1 - 1e-4 and 0.001 % kept; but pruning breaks "
+            f"q = R, and with both overlaps solved for it decays at a fixed fraction: {full:.3f} at alpha_prune 20, 5 % kept",
         ),
         agreement(rows),
     ]
