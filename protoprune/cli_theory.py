@@ -41,6 +41,8 @@ class Size(StrEnum):
     pruned = "alpha-prune"
 
 
+Tots = Annotated[str | None, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")]
+Prunes = Annotated[str | None, typer.Option("--alpha-prune", help="Or: after pruning, comma-separated.")]
 Keeps = Annotated[str, typer.Option("--keep", help="Fractions kept, comma-separated, above 0 and at most 1.")]
 Thetas = Annotated[str, typer.Option("--theta", help="Probe angles in degrees, comma-separated; 0 is a perfect probe.")]
 Theta = Annotated[float, typer.Option("--theta", min=0, max=89, help="Probe angle in degrees; 0 is a perfect probe.")]
@@ -67,9 +69,8 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation
 
 @theory_app.command()
 def error(
-    alpha_tot: Annotated[
-        str, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")
-    ],
+    alpha_tot: Tots = None,
+    alpha_prune: Prunes = None,
     keep: Keeps = "1,0.5,0.2",
     theta: Theta = 0.0,
     order: Annotated[
@@ -83,12 +84,17 @@ def error(
     plot: Plot = None,
 ) -> None:
     """Test error at given sizes and fractions kept."""
-    alphas, keeps = _numbers(alpha_tot, "--alpha-tot"), _fractions(keep)
+    (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
     _check_plot(plot)
     orders = [order] if order else list(Order)
-    points = [(a, f, theta, o.value, margin.value) for a in alphas for o in orders for f in keeps]
+    points = [
+        (a if name == "alpha_tot" else a / f, f, theta, o.value, margin.value)
+        for a in sizes
+        for o in orders
+        for f in keeps
+    ]
     rows = _solve_rows(points, simulate, dimension, seed)
-    _answer(rows, csv, plot, x="keep", y="error", by=("alpha_tot", "order"), title="test error")
+    _answer(rows, csv, plot, x="keep", y="error", by=(name, "order"), title="test error")
 
 
 @theory_app.command()
@@ -144,12 +150,8 @@ def pareto(
 
 @theory_app.command("best-keep")
 def best_keep(
-    alpha_tot: Annotated[
-        str | None, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")
-    ] = None,
-    alpha_prune: Annotated[
-        str | None, typer.Option("--alpha-prune", help="Or: after pruning, comma-separated.")
-    ] = None,
+    alpha_tot: Tots = None,
+    alpha_prune: Prunes = None,
     theta: Thetas = "0,10,20,40",
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
@@ -157,17 +159,8 @@ def best_keep(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """The fraction kept with the lowest test error, for a number of examples before or after pruning.
-
-    With --alpha-tot, `hard_beats_easy` is the alpha_tot above which keeping that fraction hard beats keeping it easy.
-    """
-    if (alpha_tot is None) == (alpha_prune is None):
-        raise typer.BadParameter(
-            "give exactly one of the two, for example --alpha-prune 4", param_hint="--alpha-tot / --alpha-prune"
-        )
-    thetas = _angles(theta)
-    name = "alpha_tot" if alpha_prune is None else "alpha_prune"
-    sizes = _numbers(alpha_tot or alpha_prune or "", "--" + name.replace("_", "-"))
+    """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
+    (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
     _check_plot(plot)
     from protoprune import theory
 
@@ -286,6 +279,17 @@ def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"
     if not values:
         raise typer.BadParameter("empty: expected one or more numbers, separated by commas", param_hint=option)
     return values
+
+
+def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
+    """Which of the two was given, and its numbers."""
+    if (alpha_tot is None) == (alpha_prune is None):
+        raise typer.BadParameter(
+            "give exactly one of the two, for example --alpha-tot 5", param_hint="--alpha-tot / --alpha-prune"
+        )
+    if alpha_prune is not None:
+        return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
+    return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
 
 
 def _fractions(text: str) -> list[float]:
@@ -407,7 +411,7 @@ def _print_table(rows: list[dict], title: str) -> None:
         for name, value in rows[0].items():
             table.add_row(name, _cell(value))
     else:
-        shared = [name for name in rows[0] if len({row[name] for row in rows}) == 1]
+        shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
         table.caption = ", ".join(
             f"{name} {_cell(rows[0][name])}" for name in shared
         )  # said once: the columns must fit
@@ -425,6 +429,10 @@ def _cell(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+def _label(row: dict, by: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {_cell(row[name])}" for name in by)
+
+
 def _draw(rows: list[dict], path: Path, x: str, y: str, by: tuple[str, ...], title: str) -> None:
     """One line for each combination of the columns `by`; simulated values as points with error bars."""
     import matplotlib
@@ -433,9 +441,8 @@ def _draw(rows: list[dict], path: Path, x: str, y: str, by: tuple[str, ...], tit
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for key in dict.fromkeys(tuple(row[name] for name in by) for row in rows):
-        group = [row for row in rows if tuple(row[name] for name in by) == key and row[y] is not None]
-        label = ", ".join(f"{name} {_cell(value)}" for name, value in zip(by, key, strict=True))
+    for label in dict.fromkeys(_label(row, by) for row in rows):
+        group = [row for row in rows if _label(row, by) == label and row[y] is not None]
         (line,) = axes.plot(
             [r[x] for r in group], [r[y] for r in group], marker="." if len(group) < 3 else None, label=label
         )

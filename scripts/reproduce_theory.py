@@ -290,7 +290,7 @@ def judge(rows: list[dict], gains: list[dict]) -> list[dict]:
             "pruned data: information an example tends to a constant, 1 nat",
             None,
             f"in the paper's form (q = R) it does, {nat:.4f} at R = 1 - 1e-4 and 0.001 % kept; but pruning breaks "
-            f"q = R, and with both overlaps solved for it decays at a fixed fraction: {full:.3f} at alpha_prune 20, 5 % kept",
+            f"q = R, and with both overlaps solved for it decays: {full:.3f} at alpha_prune 20, 5 % kept",
         ),
         agreement(rows),
     ]

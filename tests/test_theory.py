@@ -359,6 +359,11 @@ def test_error_command_writes_csv_to_stdout():
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
 
 
+def test_error_command_takes_the_size_after_pruning():
+    rows = rows_of(run_line("theory error --alpha-prune 1,2.5 --keep 0.5 --order hard --csv -"))
+    assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
+
+
 def test_error_command_simulates():
     (row,) = rows_of(run_line("theory error --alpha-tot 2 --keep 1 --order hard --simulate 3 --dimension 20 --csv -"))
     assert 0.05 < float(row["simulated"]) < 0.35
@@ -417,6 +422,7 @@ def test_information_command():
         ("theory error --alpha-tot inf", "'inf'"),
         ("theory error --alpha-tot 5 --plot a.jpg", "expected .png or .svg"),
         ("theory best-keep", "exactly one of the two"),
+        ("theory error --alpha-tot 5 --alpha-prune 5", "exactly one of the two"),
         ("theory pareto --from 5 --to 2", "0 < from < to"),
         ("theory pareto --theta 95", "'95' is not a number from 0 and at most 89"),
         ("advise --images 100", "--classes"),
@@ -466,6 +472,14 @@ def test_every_advice_says_what_it_rests_on_and_how_unsure_it_is(images, quality
         assert piece.uncertainty
         assert not piece.support.endswith(".")
         assert not piece.uncertainty.endswith(".")
+
+
+def test_the_numbers_that_the_advice_quotes():
+    assert crossover(0.5) == pytest.approx(5.0, abs=0.1)
+    assert 0.5 * crossover(0.5, rival="random") == pytest.approx(1.5, abs=0.05)
+    assert [round(best_keep(alpha_prune=8, theta=t).keep, 2) for t in (10, 20, 40)] == [0.15, 0.28, 0.5]
+    for alpha in (5, 20, 200):
+        assert solve(alpha, 0.8, 20).error < 1.01 * solve(alpha).error
 
 
 def test_a_guessing_probe_gets_no_ranking_advice():
