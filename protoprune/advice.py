@@ -81,14 +81,13 @@ def _fraction(per_class: float) -> Advice:
         return Advice(
             "Keeping 80 % is the safe first choice. Between 80 % and 30 % compare with a random list of the same size "
             "before you trust the result.",
-            f"measured: about 20 % of ImageNet can go at no cost, with self-supervised prototypes ({SORSCHER}); theory: "
-            "the easiest 20 % cost less than 1 % of the error from alpha_tot 5 on, with a probe of at most 20 degrees",
+            f"measured: about 20 % of ImageNet can go at no cost, with self-supervised prototypes ({SORSCHER}); "
+            "theory: from alpha_tot 5 on the easiest 20 % cost less than 1 % of the error, with a probe within 20 degrees",
             "one data set; yours may hold more or fewer redundant images, so compare with all images once",
         )
     return Advice(
-        "No fraction can be called safe in advance at this size: take off a little, and compare with a random list of "
-        "the "
-        "same size and with all images.",
+        "No fraction can be called safe in advance at this size: take off a little, and compare "
+        "with a random list of the same size and with all images.",
         f"no measurement: the result cited here for pruning at no cost is ImageNet's, {IMAGENET_PER_CLASS:,} a class",
         "smaller data may hold redundant images too; nothing here says how many",
     )

@@ -322,7 +322,7 @@ def _count(path: Path) -> tuple[int, list[int]]:
 
     from protoprune.features import FeatureFile
 
-    with FeatureFile.open(path) as file:
+    with FeatureFile(path) as file:
         labels = np.asarray(file.labels)
         counts = np.bincount(labels[labels >= 0], minlength=1)
         return file.n, [int(c) for c in counts if c]

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.theory import STEPS, density, panels
 
 
@@ -37,7 +37,7 @@ class Information:
 def energetic_gain(overlap: float, keep: float) -> float:
     """Nats an example in the paper's form (q = R): ln 2 for random data at R = 0, 1 as keep -> 0 and then R -> 1."""
     if not 0 < overlap < 1:
-        raise ProtopruneError(f"overlap is {overlap}: expected a cosine between 0 and 1, both excluded")
+        raise UsageError(f"overlap is {overlap}: expected a cosine between 0 and 1, both excluded")
     edge = _edge(keep)
     slope = np.sqrt(overlap / (1 - overlap))
     breaks = np.concatenate(
@@ -54,7 +54,7 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     Follows the solution up from few examples, where R and q are proportional to alpha; ProtopruneError when that fails.
     """
     if not (np.isfinite(alpha_prune) and alpha_prune > 0):
-        raise ProtopruneError(
+        raise UsageError(
             f"alpha_prune is {alpha_prune}: expected kept examples a dimension, a number above 0 (for example 2)"
         )
     edge = _edge(keep)
@@ -80,7 +80,7 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
 
 def _edge(keep: float) -> float:
     if not 0 < keep <= 1:
-        raise ProtopruneError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.2)")
+        raise UsageError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.2)")
     return float(ndtri((1 + keep) / 2))  # inf when everything is kept
 
 

@@ -1,7 +1,7 @@
 """The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, and an exact max-margin
 student.
 
-It checks protoprune.theory without sharing anything with it but the model. Finite dimension N adds a bias of order 1/N;
+It checks protoprune.theory and shares nothing with it but the model and the names of its options. Finite dimension N adds a bias of order 1/N;
 the theory is the limit N -> infinity.
 """
 
@@ -16,7 +16,8 @@ from multiprocessing import get_context
 import numpy as np
 from scipy.optimize import nnls
 
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.theory import check_point
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,12 @@ def simulate(
 
     The pool changes the speed, never the answer.
     """
+    check_point(alpha_tot, keep, theta, order, margin)
     if dimension < 2 or seeds < 1:
-        raise ProtopruneError(f"dimension is {dimension} and seeds {seeds}: expected at least 2 and at least 1")
+        raise UsageError(f"dimension is {dimension} and seeds {seeds}: expected at least 2 and at least 1")
     examples = round(alpha_tot * dimension)
     if examples < 1:
-        raise ProtopruneError(
-            f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them"
-        )
+        raise UsageError(f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them")
     run = partial(one_error, dimension=dimension, examples=examples, keep=keep, theta=theta, order=order, margin=margin)
     streams = np.random.SeedSequence(seed).spawn(seeds)
     return Simulation(np.array(list(pool.map(run, streams) if pool else map(run, streams))))

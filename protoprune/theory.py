@@ -28,7 +28,7 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr, ndtri, owens_t
 
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 
 ORDERS = ("hard", "easy", "random")
 MARGINS = ("absolute", "signed")
@@ -260,19 +260,18 @@ def _continue(alpha: float, region: KeptRegion, iterations: int) -> np.ndarray |
     return x
 
 
-def _check_inputs(alpha_tot: float, keep: float, theta: float, order: str, margin: str) -> None:
+def check_point(alpha_tot: float, keep: float, theta: float, order: str, margin: str) -> None:
+    """UsageError for a point that makes no sense."""
     if not (np.isfinite(alpha_tot) and alpha_tot > 0):
-        raise ProtopruneError(
-            f"alpha_tot is {alpha_tot}: expected examples a dimension, a number above 0 (for example 5)"
-        )
+        raise UsageError(f"alpha_tot is {alpha_tot}: expected examples a dimension, a number above 0 (for example 5)")
     if not 0 < keep <= 1:
-        raise ProtopruneError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.5)")
+        raise UsageError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.5)")
     if not 0 <= theta <= MAX_THETA:
-        raise ProtopruneError(f"theta is {theta}: expected degrees between 0 (perfect probe) and {MAX_THETA:g}")
+        raise UsageError(f"theta is {theta}: expected degrees between 0 (perfect probe) and {MAX_THETA:g}")
     if order not in ORDERS:
-        raise ProtopruneError(f"order is {order!r}: expected one of {', '.join(ORDERS)}")
+        raise UsageError(f"order is {order!r}: expected one of {', '.join(ORDERS)}")
     if margin not in MARGINS:
-        raise ProtopruneError(f"margin is {margin!r}: expected one of {', '.join(MARGINS)}")
+        raise UsageError(f"margin is {margin!r}: expected one of {', '.join(MARGINS)}")
 
 
 def solve(
@@ -288,7 +287,7 @@ def solve(
     Raises ProtopruneError rather than return a number when Newton and continuation both fail, or when a finer mesh than
     the one the equations were solved on would move the answer by more than TOLERANCE.
     """
-    _check_inputs(alpha_tot, keep, theta, order, margin)
+    check_point(alpha_tot, keep, theta, order, margin)
     region = kept_region(keep, theta, order, margin)
     alpha = alpha_tot * keep
     with np.errstate(all="ignore"):  # a rejected Newton step may overflow; the accepted one is checked below
@@ -345,11 +344,9 @@ def best_keep(
     "that or less".
     """
     if (alpha_tot is None) == (alpha_prune is None):
-        raise ProtopruneError(
-            "best_keep needs exactly one of alpha_tot (before pruning) and alpha_prune (after pruning)"
-        )
+        raise UsageError("best_keep needs exactly one of alpha_tot (before pruning) and alpha_prune (after pruning)")
     if not 0 < min_keep < 1:
-        raise ProtopruneError(f"min_keep is {min_keep}: expected a fraction between 0 and 1 (for example 0.01)")
+        raise UsageError(f"min_keep is {min_keep}: expected a fraction between 0 and 1 (for example 0.01)")
 
     def at(log_keep: float) -> Solution:
         keep = min(float(np.exp(log_keep)), 1.0)

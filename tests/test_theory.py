@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from protoprune import theory
 from protoprune.advice import advise as advice_for
 from protoprune.cli_theory import advise, theory_app
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.information import energetic_gain, information_gain
 from protoprune.perceptron import max_margin, select, simulate, worker_pool
 from protoprune.theory import best_keep, crossover, kept_region, pareto, solve
@@ -234,7 +234,7 @@ def test_crossover_is_where_the_two_orders_are_equal():
 
 
 def test_best_keep_wants_one_size():
-    with pytest.raises(ProtopruneError, match="exactly one"):
+    with pytest.raises(UsageError, match="exactly one"):
         best_keep(alpha_tot=2, alpha_prune=1)
 
 
@@ -269,7 +269,7 @@ def test_information_errors_name_the_value():
     for call, named in [((0, 1), "alpha_prune is 0"), ((1, 0), "keep is 0")]:
         with pytest.raises(ProtopruneError, match=named):
             information_gain(*call)
-    with pytest.raises(ProtopruneError, match="overlap is 1"):
+    with pytest.raises(UsageError, match="overlap is 1"):
         energetic_gain(1, 0.5)
 
 
@@ -328,9 +328,11 @@ def test_the_pool_changes_no_number():
 
 
 def test_simulation_errors_name_the_value():
-    with pytest.raises(ProtopruneError, match="dimension is 1"):
+    with pytest.raises(UsageError, match="dimension is 1"):
         simulate(2, dimension=1)
-    with pytest.raises(ProtopruneError, match="no example at all"):
+    with pytest.raises(UsageError, match="order is 'hardest'"):
+        simulate(2, 0.5, order="hardest")
+    with pytest.raises(UsageError, match="no example at all"):
         simulate(0.01, dimension=20)
 
 
@@ -498,9 +500,8 @@ def test_advise_command_counts_a_feature_file(monkeypatch):
     class FeatureFile:
         n, labels, classes = 10, np.array([0] * 6 + [2] * 3 + [-1], dtype=np.int32), ["a", "b", "c"]
 
-        @classmethod
-        def open(cls, path):
-            return cls()
+        def __init__(self, path):
+            pass
 
         def __enter__(self):
             return self
