@@ -82,7 +82,7 @@ def _fraction(per_class: float) -> Advice:
             "Keeping 80 % is the safe first choice. Between 80 % and 30 % compare with a random list of the same size "
             "before you trust the result.",
             f"measured: about 20 % of ImageNet can go at no cost, with self-supervised prototypes ({SORSCHER}); "
-            "theory: from alpha_tot 5 on the easiest 20 % cost less than 1 % of the error, with a probe within 20 degrees",
+            "theory: from alpha_tot 5 on the easiest 20 % cost under 1 % of the error, with a probe within 20 degrees",
             "one data set; yours may hold more or fewer redundant images, so compare with all images once",
         )
     return Advice(

@@ -1,8 +1,7 @@
-"""The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, and an exact max-margin
-student.
+"""The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, an exact max-margin student.
 
-It checks protoprune.theory and shares nothing with it but the model and the names of its options. Finite dimension N adds a bias of order 1/N;
-the theory is the limit N -> infinity.
+It checks protoprune.theory and shares nothing with it but the model and the names of its options. Finite dimension N
+adds a bias of order 1/N; the theory is the limit N -> infinity.
 """
 
 from __future__ import annotations
