@@ -32,9 +32,7 @@ from protoprune.errors import ProtopruneError, UsageError
 
 ORDERS = ("hard", "easy", "random")
 MARGINS = ("absolute", "signed")
-MAX_THETA = (
-    89.0  # degrees; a probe orthogonal to the teacher knows nothing, and its cotangent leaves the range of the mesh
-)
+MAX_THETA = 89.0  # degrees; at 90 the probe knows nothing of the teacher
 TOLERANCE = 1e-8  # largest accepted residual: relative error left in A and K, absolute in C
 _GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(12)
 _FINE_X, _FINE_W = np.polynomial.legendre.leggauss(20)
@@ -53,7 +51,7 @@ class Solution:
     error: float  # test error, a probability
     overlap: float  # R, cosine between student and teacher
     probe_overlap: float  # rho, cosine between student and probe
-    kappa: float  # margin of the student, in units of |x|/sqrt(N)
+    kappa: float  # margin of the student: smallest |J.x| over the kept examples, J of length 1
     residual: float
 
     @property
@@ -156,7 +154,7 @@ def density(x: np.ndarray) -> np.ndarray:
 
 def _moments(
     A: float, C: float, K: float, region: KeptRegion, fine: bool = False
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[float, np.ndarray, np.ndarray, float]:
     """E[h^2], E[h v], E[1{h>0} v v^T] and E[1] over kept examples, with h = (K - Ay - Cw - g)_+ and v = (1, y, w).
 
     Everything across the student's direction and over g is done in closed form; the one numerical integral is along it.
@@ -175,7 +173,7 @@ def _moments(
     one, ey, ew, eyy, eyw, eww = np.stack([mass, y, w, yy, yw, ww]) @ below
     quadratic = float(mass @ (gap * hinge + below))
     linear = np.array([mass @ hinge, y @ hinge, w @ hinge])
-    return quadratic, linear, np.array([[one, ey, ew], [ey, eyy, eyw], [ew, eyw, eww]]), np.array(mass.sum())
+    return quadratic, linear, np.array([[one, ey, ew], [ey, eyy, eyw], [ew, eyw, eww]]), float(mass.sum())
 
 
 # --- the solver ------------------------------------------------------------------------------------------------------
@@ -204,7 +202,7 @@ def _equations(
         ]
     )
     scale = np.array([1, 1, 1 / (1 + abs(C))])
-    return residual * scale, jacobian * [A, 1, K] * scale[:, None], float(mass)
+    return residual * scale, jacobian * [A, 1, K] * scale[:, None], mass
 
 
 def _newton(x: np.ndarray, alpha: float, region: KeptRegion, iterations: int) -> np.ndarray | None:
