@@ -61,19 +61,18 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     first = min(1e-3, alpha_prune)
     path = np.geomspace(first, alpha_prune, 1 + int(np.ceil(5 * np.log(alpha_prune / first))))
     mean_y = 2 * (density(0.0) - density(edge)) / keep
-    x = np.log([first * mean_y * np.sqrt(2 / np.pi), first * 2 / np.pi])
-    with np.errstate(all="ignore"):  # a step that overflows is rejected by `root`; the answer is checked below
+    with np.errstate(all="ignore"):  # a step that overflows is rejected by `root`, and the residual is checked
+        x = np.log([first * mean_y * np.sqrt(2 / np.pi), first * 2 / np.pi])
         for alpha in path:
             x = root(_saddle, x, args=(alpha, keep, edge), tol=1e-12).x
-    X, Y2 = np.exp(x)
-    n2 = 1 + X * X + Y2
-    residual = float(np.abs(_saddle(x, alpha_prune, keep, edge)).max())
+        residual = float(np.abs(_saddle(x, alpha_prune, keep, edge)).max())
     if not residual < 1e-8:
         raise ProtopruneError(
             f"the information gain did not converge at alpha_prune {alpha_prune:g}, keep {keep:g}: residual "
-            f"{residual:.1e}, expected "
-            "below 1e-08; try a neighbouring point"
+            f"{residual:.1e}, expected below 1e-08; try a neighbouring point"
         )
+    X, Y2 = np.exp(x)
+    n2 = 1 + X * X + Y2
     gain = -_expectations(X, Y2, keep, edge)[0]
     return Information(alpha_prune, keep, float(gain), float(X / np.sqrt(n2)), float((X * X + Y2) / n2), residual)
 

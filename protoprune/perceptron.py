@@ -52,7 +52,7 @@ def max_margin(signed: np.ndarray) -> np.ndarray:
         if outside.size == 0:
             return direction
         worst = outside[np.argsort(fields[outside])[: 2 * dimension]]
-        support = working[fields[working] < smallest + 0.5]  # rows far behind the margin may come back later; few do
+        support = working[fields[working] < smallest + 0.1]  # rows behind the margin may come back; few do
         working = np.union1d(support, worst)
 
 

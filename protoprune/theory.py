@@ -94,7 +94,15 @@ def _signed_quantile(probability: float, t: float) -> float:
     That margin is skew-normal of shape cot t: its distribution function is Phi(z) - 2 OwensT(z, cot t).
     """
     shape = 1 / np.tan(t) if t > 0 else np.inf
-    return brentq(lambda z: ndtr(z) - 2 * owens_t(z, shape) - probability, -10, 10, xtol=1e-15)
+
+    def excess(z: float) -> float:
+        return ndtr(z) - 2 * owens_t(z, shape) - probability
+
+    if excess(-10) >= 0 or excess(10) <= 0:
+        raise UsageError(
+            "keep is too close to 0 or 1 for the signed margin's tail: expected 1e-15 or more away from both"
+        )
+    return brentq(excess, -10, 10, xtol=1e-15)
 
 
 # --- expectations over the kept examples -----------------------------------------------------------------------------
@@ -296,8 +304,8 @@ def solve(
     if not residual < TOLERANCE:
         raise ProtopruneError(
             f"the theory did not converge at alpha_tot {alpha_tot:g}, keep {keep:g}, theta {theta:g}, {order}, "
-            f"{margin} margin: residual "
-            f"{residual:.1e}, expected below {TOLERANCE:g}; try a neighbouring point or the simulation"
+            f"{margin} margin: residual {residual:.1e}, expected below {TOLERANCE:g}; try a neighbouring point or the "
+            "simulation"
         )
     A, C, K = np.exp(x[0]), x[1], np.exp(x[2])
     n = np.sqrt(1 + A * A + C * C)
@@ -310,11 +318,10 @@ def solve(
 
 
 def _residual(x: np.ndarray | None, alpha: float, region: KeptRegion) -> float:
-    """How far a Newton step on the fine mesh would still move (log A, C, log K), or the error in the kept density; inf
-    if unsolved.
+    """How far a Newton step on the fine mesh would still move (log A, C, log K), or the kept mass's error if larger.
 
-    The bare residual would not do: with R near 1 the equation for C multiplies rounding error by 10^4, with no effect
-    on the error.
+    inf when there is no solution. The bare residual would not do: with R near 1 the equation for C multiplies rounding
+    error by 10^4, with no effect on the error.
     """
     if x is None:
         return np.inf

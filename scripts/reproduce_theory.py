@@ -175,7 +175,7 @@ def draw_envelopes(path: Path, envelopes: dict, measured: dict) -> None:
         right.plot(sizes, [s.keep for s in line], color=f"C{number}", label=f"theta {theta:g}°")
         if theta:
             dots(left, {k: r for k, r in measured.items() if k not in REFERENCE}, f"C{number}", theta=theta)
-    left.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="test error", ylim=(5e-5, 0.5))
+    left.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="test error", ylim=(3e-6, 0.5))
     left.set_title("Pareto envelope, hard kept")
     right.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="best fraction kept")
     right.set_title("1 % was the smallest fraction tried")
