@@ -317,15 +317,15 @@ def _check_plot(plot: Path | None) -> None:
 
 
 def _count(path: Path) -> tuple[int, list[int]]:
-    """Images in a feature file, and images of each class that has any."""
+    """Readable images in a feature file, and those of each class that has any."""
     import numpy as np
 
     from protoprune.features import FeatureFile
 
     with FeatureFile(path) as file:
-        labels = np.asarray(file.labels)
-        counts = np.bincount(labels[labels >= 0], minlength=1)
-        return file.n, [int(c) for c in counts if c]
+        labels = file.labels[file.usable]
+        counts = np.bincount(labels[labels >= 0])
+        return labels.size, [int(c) for c in counts if c]
 
 
 # --- rows and answers ------------------------------------------------------------------------------------------------

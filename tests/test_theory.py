@@ -499,7 +499,8 @@ def test_a_worse_probe_is_told_to_keep_more():
 
 def test_advise_command_counts_a_feature_file(monkeypatch):
     class FeatureFile:
-        n, labels, classes = 10, np.array([0] * 6 + [2] * 3 + [-1], dtype=np.int32), ["a", "b", "c"]
+        labels = np.array([0] * 6 + [2] * 3 + [-1] + [1] * 5, dtype=np.int32)
+        usable = np.arange(15) < 10  # the last five images could not be read
 
         def __init__(self, path):
             pass
