@@ -1,0 +1,457 @@
+"""`protoprune theory ...` and `protoprune advise`: parse, call, print.
+
+Nothing heavy is imported here: numpy, scipy, rich and matplotlib load when a command runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.errors import ProtopruneError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+theory_app = typer.Typer(
+    help="Test error of pruned data in the teacher-student perceptron, where it can be computed exactly.",
+    no_args_is_help=True,
+)
+
+
+class Order(StrEnum):
+    hard = "hard"
+    easy = "easy"
+    random = "random"
+
+
+class Margin(StrEnum):
+    absolute = "absolute"
+    signed = "signed"
+
+
+class Size(StrEnum):
+    total = "alpha-tot"
+    pruned = "alpha-prune"
+
+
+Tots = Annotated[str | None, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")]
+Prunes = Annotated[str | None, typer.Option("--alpha-prune", help="Or: after pruning, comma-separated.")]
+Keeps = Annotated[str, typer.Option("--keep", help="Fractions kept, comma-separated, above 0 and at most 1.")]
+Thetas = Annotated[str, typer.Option("--theta", help="Probe angles in degrees, comma-separated; 0 is a perfect probe.")]
+Theta = Annotated[float, typer.Option("--theta", min=0, max=89, help="Probe angle in degrees; 0 is a perfect probe.")]
+OneOrder = Annotated[Order, typer.Option("--order", help="Which examples are kept.")]
+OneMargin = Annotated[
+    Margin, typer.Option("--margin", help="Rank by the probe's absolute margin, or by the signed one.")
+]
+Start = Annotated[float, typer.Option("--from", help="Smallest number of examples a dimension.")]
+Stop = Annotated[float, typer.Option("--to", help="Largest number of examples a dimension.")]
+Points = Annotated[int, typer.Option("--points", min=2, max=500, help="Points on each line.")]
+Csv = Annotated[
+    str | None, typer.Option("--csv", help="Write the rows to this file; '-' for stdout instead of the table.")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the rows to this .png or .svg file.")]
+Simulate = Annotated[
+    int, typer.Option("--simulate", min=0, help="Also simulate with this many seeds on all cores; 0 for none.")
+]
+Dimension = Annotated[int, typer.Option("--dimension", min=2, help="Dimension N of the simulation.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation.")]
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@theory_app.command()
+def error(
+    alpha_tot: Tots = None,
+    alpha_prune: Prunes = None,
+    keep: Keeps = "1,0.5,0.2",
+    theta: Theta = 0.0,
+    order: Annotated[
+        Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
+    ] = None,
+    margin: OneMargin = Margin.absolute,
+    simulate: Simulate = 0,
+    dimension: Dimension = 200,
+    seed: Seed = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """Test error at given sizes and fractions kept."""
+    (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
+    _check_plot(plot)
+    orders = [order] if order else list(Order)
+    points = [
+        (a if name == "alpha_tot" else a / f, f, theta, o.value, margin.value)
+        for a in sizes
+        for o in orders
+        for f in keeps
+    ]
+    rows = _solve_rows(points, simulate, dimension, seed)
+    _answer(rows, csv, plot, x="keep", y="error", by=(name, "order"), title="test error")
+
+
+@theory_app.command()
+def curve(
+    keep: Keeps = "1,0.5,0.2,0.1",
+    theta: Theta = 0.0,
+    order: OneOrder = Order.hard,
+    margin: OneMargin = Margin.absolute,
+    start: Start = 0.5,
+    stop: Stop = 20.0,
+    points: Points = 20,
+    against: Annotated[Size, typer.Option("--against", help="What --from and --to count.")] = Size.pruned,
+    simulate: Simulate = 0,
+    dimension: Dimension = 200,
+    seed: Seed = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """Test error against the number of examples, one line a fraction kept."""
+    keeps, grid = _fractions(keep), _grid(start, stop, points)
+    _check_plot(plot)
+    total = against is Size.total
+    rows = _solve_rows(
+        [(float(a if total else a / f), f, theta, order.value, margin.value) for f in keeps for a in grid],
+        simulate,
+        dimension,
+        seed,
+    )
+    x = "alpha_tot" if total else "alpha_prune"
+    _answer(rows, csv, plot, x=x, y="error", by=("keep",), title=f"test error, {order.value} kept, theta {theta:g}")
+
+
+@theory_app.command()
+def pareto(
+    theta: Thetas = "0,10,20,40",
+    order: OneOrder = Order.hard,
+    margin: OneMargin = Margin.absolute,
+    start: Start = 0.5,
+    stop: Stop = 16.0,
+    points: Points = 10,
+    min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """Lowest test error at each pruned size, over the fraction kept."""
+    thetas, grid = _angles(theta), _grid(start, stop, points)
+    _check_plot(plot)
+    from protoprune.theory import pareto as envelope
+
+    rows = [_row(s) for t in thetas for s in envelope(grid, t, order.value, margin.value, min_keep)]
+    _answer(rows, csv, plot, x="alpha_prune", y="error", by=("theta",), title=f"Pareto envelope, {order.value} kept")
+
+
+@theory_app.command("best-keep")
+def best_keep(
+    alpha_tot: Tots = None,
+    alpha_prune: Prunes = None,
+    theta: Thetas = "0,10,20,40",
+    order: OneOrder = Order.hard,
+    margin: OneMargin = Margin.absolute,
+    min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
+    (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
+    _check_plot(plot)
+    from protoprune import theory
+
+    options = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
+    rows = [_row(theory.best_keep(**{name: a}, theta=t, **options)) for t in thetas for a in sizes]
+    _answer(rows, csv, plot, x=name, y="keep", by=("theta",), title=f"best fraction kept, {order.value}")
+
+
+@theory_app.command()
+def crossover(
+    keep: Keeps = "0.8,0.5,0.2",
+    theta: Thetas = "0,10,20",
+    margin: OneMargin = Margin.absolute,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
+    keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
+    _check_plot(plot)
+    from protoprune.theory import crossover as cross
+
+    rows = [
+        {"keep": f, "theta": t, "margin": margin.value}
+        | {f"alpha_tot_{rival}": cross(f, t, rival, margin.value) for rival in ("easy", "random")}
+        for t in thetas
+        for f in keeps
+    ]
+    _answer(rows, csv, plot, x="keep", y="alpha_tot_easy", by=("theta",), title="hard wins above")
+
+
+@theory_app.command()
+def information(
+    keep: Keeps = "1,0.5,0.2,0.05",
+    start: Start = 0.1,
+    stop: Stop = 20.0,
+    points: Points = 12,
+    csv: Csv = None,
+    plot: Plot = None,
+) -> None:
+    """Nats that one more kept example tells about the teacher (hard kept, perfect probe).
+
+    `gain` solves for both overlaps; `energetic` is the paper's form, which assumes that they are equal.
+    """
+    keeps, grid = _fractions(keep), _grid(start, stop, points)
+    _check_plot(plot)
+    from protoprune.information import energetic_gain, information_gain
+
+    solved = [information_gain(float(a), f) for f in keeps for a in grid]
+    rows = [
+        {"alpha_prune": s.alpha_prune, "keep": s.keep, "gain": s.gain, "energetic": energetic_gain(s.overlap, s.keep)}
+        | {"overlap": s.overlap, "replica_overlap": s.replica_overlap}
+        for s in solved
+    ]
+    _answer(rows, csv, plot, x="alpha_prune", y="gain", by=("keep",), title="information an example (nats)")
+
+
+def advise(
+    images: Annotated[int | None, typer.Option("--images", min=1, help="Number of training images.")] = None,
+    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes.")] = None,
+    features: Annotated[
+        Path | None, typer.Option("--features", help="Feature file: images and classes are counted in it.")
+    ] = None,
+    probe_quality: Annotated[
+        float | None,
+        typer.Option(
+            "--probe-quality", min=0.5, max=1, help="Share of the labels that the model behind the score gets right."
+        ),
+    ] = None,
+) -> None:
+    """What the theory and published measurements say about pruning a data set of this size, and how sure they are."""
+    from rich.console import Console
+
+    from protoprune.advice import advise as advice_for
+
+    counts = None
+    if features is not None:
+        found, counts = _count(features)
+        images, classes = images or found, classes or len(counts) or None
+    if images is None or classes is None:
+        missing = "--images" if images is None else "--classes"
+        raise typer.BadParameter(
+            "missing, and no feature file with labels says it: give the number, for example "
+            f"{missing} {50000 if images is None else 10}",
+            param_hint=missing,
+        )
+    if classes > images:
+        raise typer.BadParameter(
+            f"{classes} classes for {images} images: expected at least one image a class", param_hint="--classes"
+        )
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
+    for number, piece in enumerate(advice_for(images, classes, counts, probe_quality), 1):
+        console.print(f"{number}. {piece.text}", markup=False, style="bold")
+        console.print(f"   Because: {piece.support}.", markup=False)
+        console.print(f"   But: {piece.uncertainty}.\n", markup=False)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> list[float]:
+    """Comma-separated numbers above `low` (or from it, if closed) up to `high`; a usage error names a wrong one."""
+    values = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        try:
+            value = float(part)
+        except ValueError:
+            value = float("nan")
+        if not ((low <= value if closed else low < value) and value <= high and value != float("inf")):
+            least = f"from {low:g}" if closed else f"above {low:g}"
+            most = "" if high == float("inf") else f" and at most {high:g}"
+            raise typer.BadParameter(
+                f"{part!r} is not a number {least}{most}; separate several by commas", param_hint=option
+            )
+        values.append(value)
+    if not values:
+        raise typer.BadParameter("empty: expected one or more numbers, separated by commas", param_hint=option)
+    return values
+
+
+def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
+    """Which of the two was given, and its numbers."""
+    if (alpha_tot is None) == (alpha_prune is None):
+        raise typer.BadParameter(
+            "give exactly one of the two, for example --alpha-tot 5", param_hint="--alpha-tot / --alpha-prune"
+        )
+    if alpha_prune is not None:
+        return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
+    return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
+
+
+def _fractions(text: str) -> list[float]:
+    return _numbers(text, "--keep", high=1.0)
+
+
+def _angles(text: str) -> list[float]:
+    return _numbers(text, "--theta", high=89.0, closed=True)
+
+
+def _grid(start: float, stop: float, points: int) -> np.ndarray:
+    """Sizes from start to stop, evenly spaced in the logarithm."""
+    if not 0 < start < stop < float("inf"):
+        raise typer.BadParameter(f"from {start:g} to {stop:g}: expected 0 < from < to", param_hint="--from / --to")
+    import numpy as np
+
+    return np.geomspace(start, stop, points)
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise typer.BadParameter(
+            f"{plot} ends in {plot.suffix or 'nothing'!r}: expected .png or .svg", param_hint="--plot"
+        )
+
+
+def _count(path: Path) -> tuple[int, list[int]]:
+    """Readable images in a feature file, and those of each class that has any."""
+    import numpy as np
+
+    from protoprune.features import FeatureFile
+
+    with FeatureFile(path) as file:
+        labels = file.labels[file.usable]
+        counts = np.bincount(labels[labels >= 0])
+        return labels.size, [int(c) for c in counts if c]
+
+
+# --- rows and answers ------------------------------------------------------------------------------------------------
+
+
+def _solve_rows(
+    points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int, seed: int
+) -> list[dict]:
+    """A row a point, with the simulation's mean and standard error when asked for."""
+    from protoprune.theory import solve
+
+    rows = [_row(solve(*point)) for point in points]
+    if seeds:
+        from protoprune.perceptron import simulate, worker_pool
+
+        with worker_pool() as pool:
+            for row, point in zip(rows, points, strict=True):
+                result = simulate(*point, dimension=dimension, seeds=seeds, seed=seed, pool=pool)
+                row |= {"simulated": result.mean, "standard_error": result.standard_error}
+    return rows
+
+
+def _row(solution) -> dict:
+    names = (
+        "alpha_tot",
+        "keep",
+        "alpha_prune",
+        "theta",
+        "order",
+        "margin",
+        "error",
+        "overlap",
+        "kappa",
+    )
+    return {name: getattr(solution, name) for name in names}
+
+
+def _answer(
+    rows: list[dict], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
+) -> None:
+    """The rows as a table, or as CSV on stdout; besides, to files."""
+    if plot is not None:
+        _finish(plot, lambda partial: _draw(rows, partial, x, y, by, title))
+    if csv == "-":
+        _write_csv(rows, sys.stdout)
+        return
+    if csv is not None:
+        _finish(Path(csv), lambda partial: _save_csv(rows, partial))
+    _print_table(rows, title)
+
+
+def _finish(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a partial file beside `path` and rename it, so that a finished file is a whole one."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as problem:
+        raise ProtopruneError(
+            f"cannot write {path}: {problem.strerror}; choose a folder that exists and is writable"
+        ) from problem
+
+
+def _save_csv(rows: list[dict], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        _write_csv(rows, file)
+
+
+def _write_csv(rows: list[dict], file) -> None:
+    import csv
+
+    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _print_table(rows: list[dict], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=len(rows) > 1)
+    if len(rows) == 1:
+        for name, value in rows[0].items():
+            table.add_row(name, _cell(value))
+    else:
+        shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
+        table.caption = ", ".join(
+            f"{name} {_cell(rows[0][name])}" for name in shared
+        )  # said once: the columns must fit
+        varying = [name for name in rows[0] if name not in shared]
+        for name in varying:
+            table.add_column(name.replace("_", " "), justify="right")
+        for row in rows:
+            table.add_row(*(_cell(row[name]) for name in varying))
+    Console().print(table)
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _label(row: dict, by: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {_cell(row[name])}" for name in by)
+
+
+def _draw(rows: list[dict], path: Path, x: str, y: str, by: tuple[str, ...], title: str) -> None:
+    """One line for each combination of the columns `by`; simulated values as points with error bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label in dict.fromkeys(_label(row, by) for row in rows):
+        group = [row for row in rows if _label(row, by) == label and row[y] is not None]
+        (line,) = axes.plot(
+            [r[x] for r in group], [r[y] for r in group], marker="." if len(group) < 3 else None, label=label
+        )
+        if group and "simulated" in group[0]:
+            spread = [r["standard_error"] for r in group]
+            axes.errorbar(
+                [r[x] for r in group], [r["simulated"] for r in group], spread, fmt="o", ms=3, color=line.get_color()
+            )
+    axes.set(xlabel=x, ylabel=y, title=title, xscale="log", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
