@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -208,8 +207,9 @@ def test_folder_that_vanishes_while_it_is_walked(tmp_path, monkeypatch):
     real = os.scandir
 
     def scandir(path):
-        if os.path.basename(path) == "b" and os.path.isdir(path):
-            shutil.rmtree(path)
+        if str(path).endswith("/b"):
+            os.unlink(f"{path}/2.png")
+            os.rmdir(path)
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
@@ -267,13 +267,17 @@ def test_list_is_sorted_normalised_and_deduplicated(image_tree):
     assert (found.size > 0).all()
 
 
-@given(order=st.permutations(range(12)))
-def test_order_of_the_list_does_not_matter(image_tree, order):
+def test_order_of_the_list_does_not_matter(image_tree):
     root = image_tree()
-    paths = list_folder(root).paths
-    shuffled = list_paths([paths[i] for i in order], root)
-    assert shuffled.paths == paths
-    assert np.array_equal(shuffled.labels, list_folder(root).labels)
+    listed = list_folder(root)
+
+    @given(entries=st.permutations(listed.paths))
+    def check(entries):
+        shuffled = list_paths(entries, root)
+        assert shuffled.paths == listed.paths
+        assert np.array_equal(shuffled.labels, listed.labels)
+
+    check()
 
 
 def test_list_without_root_is_relative_to_the_current_folder(image_tree, monkeypatch):
@@ -339,7 +343,6 @@ def test_root_that_does_not_exist(tmp_path):
         (b"a\nb.png\0c.png\0", ["a\nb.png", "c.png"]),
         (b"a.png\r\n\0b.png\0", ["a.png\r\n", "b.png"]),
         (b"caf\xe9.png\n", ["caf\udce9.png"]),
-        (b"\xef\xbb\xbfa.png\nb.png\n", ["a.png", "b.png"]),  # as Windows editors save it
         (b" spaced .png\n", [" spaced .png"]),
         (b"", []),
         (b"\n\n", []),
