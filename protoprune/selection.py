@@ -44,7 +44,7 @@ def select(
     rows = ranking(scores, ids=ids, order=order, seed=seed, usable=usable)
     count = round(keep * len(rows))
     mask = np.zeros(len(scores), bool)
-    if groups is None or balance == 0:
+    if groups is None or balance == 0 or count == 0:
         mask[rows[:count]] = True
     else:
         mask[rows[_balanced(groups[rows], count, balance)]] = True
