@@ -153,8 +153,7 @@ def decode(data: bytes) -> np.ndarray:
 def _read(path: str, size: int, mtime_ns: int) -> bytes:
     """The bytes of a file that is still the one that was listed."""
     try:
-        # O_NONBLOCK: a named pipe called x.jpg must not hang the run.
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise ImageError(Status.UNREADABLE, "not a regular file")
@@ -167,6 +166,11 @@ def _read(path: str, size: int, mtime_ns: int) -> bytes:
     if {(before.st_size, before.st_mtime_ns), (after.st_size, after.st_mtime_ns)} != {(size, mtime_ns)}:
         raise ImageError(Status.CHANGED, "the file changed since it was listed")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """O_NONBLOCK: a named pipe called x.jpg must not hang the run."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -183,18 +187,20 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _exif_orientation(data: bytes) -> int:
-    """The orientation tag of a JPEG; 0 (ask Pillow) when there is one that cannot be read quickly."""
+    """The orientation of a JPEG; 0 (ask Pillow) when there is one that cannot be read quickly."""
     start = data.find(b"Exif\0\0", 0, 1 << 16)
-    if start < 0:
-        return 1
-    from PIL import Image
+    if start >= 0:
+        from PIL import Image
 
-    exif = Image.Exif()
-    try:
-        exif.load(data[start : start + (1 << 16)])
-        return exif.get(0x0112, 1)
-    except Exception:
-        return 0
+        exif = Image.Exif()
+        try:
+            exif.load(data[start : start + (1 << 16)])
+            if 0x0112 in exif:
+                return exif[0x0112]
+        except Exception:
+            return 0
+    # Pillow turns to the XMP block next, which editors write beside or instead of EXIF.
+    return 1 if data.find(b"tiff:Orientation", 0, 1 << 17) < 0 else 0
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
@@ -251,7 +257,8 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     if not finite.any():
         return np.zeros(values.shape, np.uint8)
     low, high = values[finite].min(), values[finite].max()
-    scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
+    with np.errstate(invalid="ignore"):
+        scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
     return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
 
 

@@ -89,7 +89,7 @@ def list_paths(entries: Iterable[str], root: str | os.PathLike | None = None, *,
     Without `root` it is the current folder, or, when the entries are absolute, their deepest common folder. An entry
     that does not exist is kept: it becomes a row with a failed status, never a silent loss.
 
-    Raises UsageError for an entry outside `root` and ProtopruneError for an empty list.
+    Raises UsageError for an entry outside `root` or that no file can be called, and ProtopruneError for an empty list.
     """
     entries = [e for e in entries if e]
     if not entries:
@@ -97,7 +97,7 @@ def list_paths(entries: Iterable[str], root: str | os.PathLike | None = None, *,
     root = os.fspath(root) if root is not None else _common_root(entries)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
-    ids = [_relative_id(entry, root) for entry in entries]
+    ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids))
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
     return _build(root, found, labels, duplicates=len(ids) - len(unique))
@@ -202,6 +202,16 @@ def _common_root(entries: list[str]) -> str:
         return os.getcwd()
     absolute = [os.path.dirname(e) for e in entries if os.path.isabs(e)]
     return os.path.commonpath(absolute)
+
+
+def _possible_name(entry: str) -> str:
+    """The entry itself; a NUL or a lone surrogate (from a JSON list) would break the feature file's block of names."""
+    try:
+        if b"\0" not in os.fsencode(entry):
+            return entry
+    except UnicodeEncodeError:
+        pass
+    raise UsageError(f"{entry!r}: no file can have this name; give a list that holds file names")
 
 
 def _relative_id(entry: str, root: str) -> str:

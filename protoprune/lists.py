@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -60,11 +61,13 @@ def _lines(paths: Sequence[str], null: bool) -> bytes:
 
 
 def _csv(header: list[str], records: Iterable[Iterable]) -> bytes:
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
+    lines: list[str] = []
+    # csv quotes only the line ends that it writes itself: with "\r\n" a name that holds a lone "\r" survives too.
+    file = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(header)
     writer.writerows(records)
-    return os.fsencode(buffer.getvalue())
+    return os.fsencode("".join(lines))
 
 
 def _number(value: float) -> float | str:
@@ -88,8 +91,12 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
         if suffix == ".jsonl":
             return [json.loads(line)["path"] for line in data.splitlines() if line.strip()]
         if suffix == ".csv":
-            return [record["path"] for record in csv.DictReader(io.StringIO(os.fsdecode(data), newline=""))]
-    except (ValueError, KeyError, TypeError) as error:
+            rows = csv.DictReader(io.StringIO(os.fsdecode(data), newline=""), restval=None)
+            paths = [record["path"] for record in rows]
+            if None in paths:
+                raise KeyError("path")
+            return paths
+    except (ValueError, KeyError, TypeError, EOFError, csv.Error) as error:
         reason = f"no {error} column" if isinstance(error, KeyError) else str(error)
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({reason})") from None
     return split_list(data)
@@ -113,8 +120,12 @@ def _manifest_value(value):
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all."""
-    path = os.fspath(path)
+    """Write a file so that it appears complete or not at all; a pipe or a device is written to as it stands."""
+    path = os.path.realpath(path)  # what a link points to, so that the link stays
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, "wb") as file:  # a rename would put a file in the place of /dev/null
+            file.write(data)
+        return
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -134,7 +145,7 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
     """
-    folder = os.path.abspath(folder)
+    folder, root = os.path.abspath(folder), os.path.abspath(root)
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
     building = f"{folder}.{os.getpid()}.tmp"
@@ -149,7 +160,10 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
                 made.add(parent)
             if not os.path.exists(target):
                 raise ProtopruneError(f"--links: {target} does not exist; embed again, or give --root where it is now")
-            (os.link if hard else os.symlink)(target, link)
+            if hard:
+                os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere
+            else:
+                os.symlink(target, link)
         os.replace(building, folder)
     except OSError as error:
         raise ProtopruneError(
@@ -173,6 +187,7 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
     """
     if isinstance(kept, (str, os.PathLike)):
         kept = read_list(kept)
+    kept = kept if isinstance(kept, np.ndarray) else list(kept)  # an iterator can be gone through only once
     if isinstance(kept, np.ndarray) or any(not isinstance(path, str) for path in kept):
         raise UsageError("keep_only takes paths; row indices are for arrays in protoprune's own order of images")
     if hasattr(dataset, "samples"):
@@ -192,8 +207,8 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
 
 
 def _indices(paths: list[str], kept: Iterable[str], root: str) -> list[int]:
-    wanted = set(kept)
     base = os.path.join(os.path.abspath(root), "")
+    wanted = {path.removeprefix(base) for path in kept}
     ids = [os.path.abspath(path).removeprefix(base) for path in paths]
     _all_present(wanted - set(ids), len(wanted), f"under {root}")
     return [index for index, one in enumerate(ids) if one in wanted]

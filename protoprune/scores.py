@@ -62,7 +62,7 @@ def read_scores(source: str | os.PathLike, paths: Sequence[str]) -> ScoreTable:
 def _from_array(source: str, n: int) -> ScoreTable:
     try:
         scores = np.load(source).astype(np.float64)
-    except ValueError as error:
+    except (ValueError, TypeError, EOFError, AttributeError) as error:  # text, records, an empty file, an .npz
         raise ProtopruneError(f"{source}: not a .npy array of numbers ({error})") from None
     if scores.shape != (n,):
         raise ProtopruneError(f"{source}: shape {scores.shape}, expected ({n},): one score a row of the feature file")
@@ -73,7 +73,10 @@ def _read_rows(source: str) -> dict[str, float]:
     text = os.fsdecode(Path(source).read_bytes()).removeprefix("\ufeff")
     first = text.partition("\n")[0]
     delimiter = max("\t;,", key=first.count)
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except csv.Error as error:
+        raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     if not rows or len(rows[0]) < 2:
         raise ProtopruneError(f"{source}: expected rows of path and score, separated by comma, semicolon or tab")
     path_column, score_column, has_header = _columns(rows[0])

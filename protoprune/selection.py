@@ -47,7 +47,7 @@ def cut(rows: np.ndarray, n: int, keep: float, groups: np.ndarray | None = None,
     _check(keep, balance)
     count = round(keep * len(rows))
     mask = np.zeros(n, bool)
-    if groups is None or balance == 0:
+    if groups is None or balance == 0 or count == 0:
         mask[rows[:count]] = True
     else:
         mask[rows[_balanced(groups[rows], count, balance)]] = True

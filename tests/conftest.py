@@ -1,0 +1,129 @@
+"""What all tests share: generated images, feature files written by the real code, the program in a subprocess."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy machine are slower than one
+os.environ["COLUMNS"] = "200"  # help texts and tables must not wrap
+os.environ["NO_COLOR"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+from helpers import write_image
+from hypothesis import HealthCheck, settings
+
+import protoprune
+from protoprune.decode import Status
+from protoprune.features import PartialFile, create_partial
+from protoprune.images import ImageList, folder_labels
+
+settings.register_profile(
+    "tests",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
+
+REPOSITORY = Path(protoprune.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread():
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """image_tree({"cat": 3, "dog": 4}) -> a folder with class folders of that many small PNG images."""
+
+    def make(counts: dict[str, int] | None = None, folder: Path | None = None, suffix: str = ".png") -> Path:
+        folder = folder or tmp_path / "images"
+        for number, (name, count) in enumerate((counts or {"cat": 3, "dog": 4, "eel": 5}).items()):
+            for i in range(count):
+                write_image(folder / name / f"{i:03d}{suffix}", seed=100 * number + i)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def feature_file(tmp_path):
+    """feature_file(path, features, paths=…, failed={row: Status}) -> a finished feature file, by the real code.
+
+    Rows are sorted by path as every feature file is; classes come from the first-level folders. `images` is a folder
+    whose size and mtime are taken, where the test needs real images.
+    """
+
+    def write(
+        path,
+        features,
+        *,
+        paths: list[str] | None = None,
+        failed: dict[int, Status] | None = None,
+        root: Path | str | None = None,
+        store: str = "float32",
+        finish: bool = True,
+    ) -> str:
+        features = np.asarray(features, np.float32)
+        n = len(features)
+        paths = paths if paths is not None else [f"{i:05d}.png" for i in range(n)]
+        order = sorted(range(n), key=paths.__getitem__)
+        status = np.full(n, Status.OK, np.uint8)
+        for row, value in (failed or {}).items():
+            status[row] = value
+        features = np.where((status == Status.OK)[:, None], features, 0)[order].astype(store)
+        status, paths = status[order], [paths[row] for row in order]
+        labels, classes = folder_labels(paths)
+        root = os.fspath(root or tmp_path / "images")
+        images = ImageList(root, paths, np.full(n, 10, np.int64), np.arange(1, n + 1), labels, classes)
+        provenance = {
+            "encoder": "made-up",
+            "weights_sha256": "0" * 64,
+            "preprocess": "{}",
+            "precision": "fp32",
+            "store": store,
+        }
+        path = os.fspath(path)
+        create_partial(path, images, features.shape[1], provenance, [])
+        partial = PartialFile(path)
+        reasons = ["" if value == Status.OK else f"made up {Status(value).label}" for value in status]
+        if not finish:
+            half = n // 2
+            partial.commit(np.arange(half), features[:half], status[:half], reasons[:half])
+            partial.close()
+            return path
+        partial.commit(np.arange(n), features, status, reasons)
+        partial.finish()
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_program(tmp_path):
+    """run_program("select", "--keep", "0.5", cwd=…) -> the finished process, with bytes in stdout and stderr."""
+
+    def run(*arguments, cwd: Path | None = None, python: tuple[str, ...] = ("-m", "protoprune"), **options):
+        environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), **options.pop("env", {})}
+        command = [sys.executable, *python, *map(os.fspath, arguments)]
+        return subprocess.run(command, cwd=cwd or tmp_path, capture_output=True, env=environment, timeout=60, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the repository (or in $PROTOPRUNE_SHARED_DATA); the test skips without it."""
+    folder = Path(os.environ.get("PROTOPRUNE_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no shared data here; set PROTOPRUNE_SHARED_DATA to a folder that has it")
+    return folder

@@ -1,0 +1,391 @@
+"""`select`, `info` and `sheet` as a user runs them: what is on stdout, what on stderr, and with which exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from helpers import write_image
+from PIL import Image
+from typer.testing import CliRunner
+
+from protoprune.cli import app
+from protoprune.decode import Status
+from protoprune.lists import read_list
+
+N, CLASSES = 60, ("ape", "bee", "cat")
+PATHS = [f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(N)]
+OUTLIERS = {PATHS[i] for i in (4, 17, 33, 41, 50, 59)}
+
+
+def blobs(n: int = N) -> np.ndarray:
+    """(n, 8) features: three tight bunches, one a class, and six images that lie far off theirs."""
+    rng = np.random.default_rng(0)
+    features = np.eye(3, 8)[np.arange(n) % 3] + 0.05 * rng.normal(size=(n, 8))
+    for row, path in enumerate(PATHS[:n]):
+        if path in OUTLIERS:
+            features[row, 3 + row % 5] += 0.9
+    return features
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, feature_file):
+    """The current folder, with a features.h5 of 60 images in three classes, one of which could not be read."""
+    monkeypatch.chdir(tmp_path)
+    feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
+    return tmp_path
+
+
+@pytest.fixture
+def run():
+    def run(*arguments, code: int = 0):
+        result = CliRunner().invoke(app, [os.fspath(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def select(run, *arguments, **options):
+    return run("select", "--k", "3", *arguments, **options)
+
+
+def test_the_command_as_the_readme_has_it(here, run_program):
+    result = run_program("select", "--keep", "0.7")
+    assert result.returncode == 0, result.stderr
+    kept = result.stdout.decode().splitlines()
+    assert len(kept) == round(0.7 * 59)
+    assert kept == sorted(kept)
+    assert set(kept) <= set(PATHS) - {PATHS[0]}
+    summary = result.stderr.decode()
+    assert "features.h5: 60 images" in summary
+    assert "excluded: 1 that could not be read (truncated 1)" in summary
+    assert "k = 3 (the number of classes), spherical, 25 iterations on all 59 images, seed 0, faiss" in summary
+    assert "kept 41 of 59 (69.5 %, hard first), removed 18" in summary
+    assert re.search(r"classes: smallest kept share [\d.]+ % \(\w+\), largest [\d.]+ % \(\w+\)", summary)
+    assert re.search(r"clusters: \d+ to \d+ images", summary)
+    assert "distance: " in summary
+
+
+def test_planted_outliers_are_the_hard_ones(here, run):
+    share = 6 / 59
+    assert set(select(run, "--keep", share).stdout.splitlines()) == OUTLIERS
+    assert not set(select(run, "--keep", 0.8, "--order", "easy").stdout.splitlines()) & OUTLIERS
+    assert set(select(run, "--keep", share, "--euclidean").stdout.splitlines()) == OUTLIERS
+    assert set(select(run, "--keep", share, "--restarts", "3").stdout.splitlines()) == OUTLIERS
+    assert not set(select(run, "--keep", share, "--order", "middle").stdout.splitlines()) & OUTLIERS
+
+
+def test_formats_hold_the_same_list(here, run):
+    lines = select(run, "--keep", "0.5").stdout.splitlines()
+    for name, *options in (
+        ("kept.txt",),
+        ("kept.null", "-0"),
+        ("kept.csv", "--format", "csv"),
+        ("kept.jsonl", "--format", "jsonl"),
+    ):
+        result = select(run, "--keep", "0.5", "-o", name, *options)
+        assert result.stdout == ""
+        assert read_list(name) == lines
+    select(run, "--keep", "0.5", "-o", "kept.npy", "--format", "npy")
+    assert [sorted(PATHS)[row] for row in read_list("kept.npy")] == lines
+    assert sorted(here.glob("*.tmp")) == []
+
+
+def test_null_and_npy_on_stdout_are_nothing_but_the_list(here, run_program):
+    null = run_program("select", "--keep", "0.5", "-0").stdout
+    assert null.endswith(b"\0")
+    assert b"\n" not in null
+    array = np.load(io.BytesIO(run_program("select", "--keep", "0.5", "--format", "npy").stdout))
+    assert [sorted(PATHS)[row] for row in array] == os.fsdecode(null).split("\0")[:-1]
+
+
+def test_absolute_and_root(here, run):
+    first = select(run, "--keep", "0.5", "--absolute").stdout.splitlines()[0]
+    assert first.startswith(str(here / "images") + "/")
+    assert select(run, "--keep", "0.5", "--absolute", "--root", "/data").stdout.startswith("/data/ape/")
+    relative = select(run, "--keep", "0.5", "--absolute", "--root", "moved").stdout
+    assert relative.startswith(str(here / "moved/ape/"))
+
+
+def test_kept_and_removed_are_all_that_could_be_read(here, run):
+    kept = select(run, "--keep", "0.3", "--removed", "gone.txt").stdout.splitlines()
+    assert sorted(kept + read_list("gone.txt")) == sorted(set(PATHS) - {PATHS[0]})
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_manifest_accounts_for_every_image(here, run, kind):
+    kept = select(run, "--keep", "0.3", "--manifest", f"m.{kind}").stdout.splitlines()
+    with open(f"m.{kind}", newline="") as file:
+        rows = list(csv.DictReader(file)) if kind == "csv" else [json.loads(line) for line in file]
+    assert [row["path"] for row in rows] == sorted(PATHS)
+    assert [row["path"] for row in rows if int(row["keep"])] == kept
+    assert {row["class"] for row in rows} == set(CLASSES)
+    excluded = [row for row in rows if row["status"] != "ok"]
+    assert [(row["path"], row["status"], int(row["rank"])) for row in excluded] == [(PATHS[0], "truncated", -1)]
+    assert excluded[0]["score"] in ("", None)
+    usable = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: int(row["rank"]))
+    assert [int(row["rank"]) for row in usable] == list(range(59))
+    assert [row["path"] for row in usable[: len(kept)]] == sorted(kept, key=[row["path"] for row in usable].index)
+    scores = [float(row["score"]) for row in usable]
+    assert scores == sorted(scores, reverse=True)
+    assert {int(row["cluster"]) for row in usable} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("hard", [[], ["--hard-links"]])
+def test_links_are_an_image_folder_of_the_kept(here, run, hard):
+    for i, path in enumerate(PATHS):
+        write_image(here / "images" / path, seed=i)
+    kept = select(run, "--keep", "0.5", "--links", "linked", *hard).stdout.splitlines()
+    found = sorted(str(path.relative_to("linked")) for path in (here / "linked").relative_to(here).rglob("*.png"))
+    assert found == kept
+    assert os.path.samefile(here / "linked" / kept[0], here / "images" / kept[0])
+    again = select(run, "--keep", "0.5", "--links", "linked", code=2)
+    assert "exists and is not empty" in again.stderr
+
+
+def test_scores_from_a_table(here, run):
+    with open("scores.csv", "w") as file:
+        for i in np.random.default_rng(3).permutation(N):  # the order of the rows does not matter
+            file.write(f"{PATHS[i]},{i}\n")
+        file.write("other.png,5\n")
+    result = run("select", "--scores", "scores.csv", "--keep", 10 / 59)
+    assert result.stdout.splitlines() == sorted(PATHS[50:])
+    assert "1 table rows name no image, first other.png" in result.stderr
+    assert "k-means" not in result.stderr
+    easy = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--order", "easy").stdout.splitlines()
+    assert easy == sorted(PATHS[1:11])  # not the first image, which has a score but could not be read
+
+
+def test_scores_that_not_every_image_has(here, run):
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS[:21]))
+    result = run("select", "--scores", "scores.csv", "--keep", "0.5")
+    assert result.stdout.splitlines() == sorted(PATHS[11:21])
+    assert "scores: 20 images have one; 39 have none and are not kept" in result.stderr
+
+
+def test_balance_gives_every_class_its_share(here, run):
+    with open("scores.csv", "w") as file:  # all apes are easy
+        file.writelines(f"{path},{0 if path.startswith('ape') else i + 1}\n" for i, path in enumerate(PATHS))
+    plain = run("select", "--scores", "scores.csv", "--keep", 30 / 59)
+    assert "warning: 1 of 3 classes lost every image" in plain.stderr
+    assert not [path for path in plain.stdout.splitlines() if path.startswith("ape")]
+    even = run("select", "--scores", "scores.csv", "--keep", 30 / 59, "--balance", "0.5").stdout.splitlines()
+    assert len(even) == 30
+    assert sum(path.startswith("ape") for path in even) == 5  # floor(0.5 * 30 / 3)
+    assert len(select(run, "--keep", "0.5", "--balance", "0.5", "--by", "cluster").stdout.splitlines()) == 30
+
+
+def test_cache_answers_the_second_time_with_the_same_list(here, run):
+    first = select(run, "--keep", "0.5")
+    second = select(run, "--keep", "0.5")
+    assert "(from the cache)" not in first.stderr
+    assert "(from the cache)" in second.stderr
+    assert first.stdout == second.stdout
+    assert "(from the cache)" in select(run, "--keep", "0.2").stderr  # another fraction needs no clustering
+    for other in (["--seed", "1"], ["--euclidean"], ["--iterations", "3"], ["--train-points", "30"]):
+        assert "(from the cache)" not in select(run, "--keep", "0.5", *other).stderr
+    for entry in (here / "features.h5.clusters").iterdir():
+        entry.write_bytes(b"damaged")
+    assert select(run, "--keep", "0.5").stdout == first.stdout
+
+
+def test_no_cache_writes_nothing(here, run):
+    assert "(from the cache)" not in select(run, "--keep", "0.5", "--no-cache").stderr
+    assert sorted(os.listdir()) == ["features.h5"]
+
+
+def test_restarts_and_stability_report_how_far_to_trust_the_list(here, run):
+    restarts = select(run, "--keep", "0.5", "--restarts", "3")
+    assert re.search(r"restarts: 3 seeds; .* overlap by [\d.]+ % on average", restarts.stderr)
+    stability = select(run, "--keep", "0.5", "--stability")
+    rows = re.findall(r"k (\d+), seed (\d+): Spearman (-?[\d.]+), kept sets overlap ([\d.]+) %", stability.stderr)
+    assert [(int(k), int(seed)) for k, seed, _, _ in rows] == [(3, 1), (3, 2), (3, 3), (1, 0), (6, 0)]
+    assert all(-1 <= float(spearman) <= 1 and 0 <= float(share) <= 100 for _, _, spearman, share in rows)
+    assert stability.stdout == select(run, "--keep", "0.5").stdout
+
+
+def test_seed_changes_a_random_list_and_nothing_else_does(here, run):
+    lists = [select(run, "--keep", "0.5", "--order", "random", *more).stdout for more in ([], ["--euclidean"])]
+    assert lists[0] == lists[1]
+    assert select(run, "--keep", "0.5", "--order", "random", "--seed", "1").stdout != lists[0]
+
+
+def test_sampling_is_said(here, run):
+    assert "iterations on a sample of 20 of 59 images" in select(run, "--keep", "0.5", "--train-points", "20").stderr
+
+
+def test_flat_folders_get_the_square_root(here, run, feature_file):
+    feature_file("flat.h5", np.random.default_rng(0).normal(size=(400, 4)))
+    result = run("select", "flat.h5", "--keep", "0.5")
+    assert "k = 20 (the square root of the number of images)" in result.stderr
+    assert "classes:" not in result.stderr
+    assert "no classes" in run("select", "flat.h5", "--keep", "0.5", "--balance", "0.5", "--by", "class", code=2).stderr
+
+
+def test_names_that_are_not_utf8(here, run_program, feature_file):
+    feature_file("odd.h5", blobs(3), paths=["a/caf\udce9.png", "a/two\nlines.png", "b/c.png"])
+    assert b"line break" in run_program("select", "odd.h5", "--keep", "1").stderr
+    result = run_program("select", "odd.h5", "--keep", "1", "-0", "--manifest", "m.csv")
+    assert result.stdout == b"a/caf\xe9.png\0a/two\nlines.png\0b/c.png\0"
+    assert b"caf\xe9" in (here / "m.csv").read_bytes()
+
+
+# --- errors: one line, the right exit code, no traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere.h5"], 1, "nowhere.h5: no such feature file; make one with `protoprune embed"),
+        (["half.h5"], 1, "not finished, 30 of 60 images are embedded; run the same `protoprune embed` again"),
+        (["garbage.h5"], 1, "garbage.h5: not a readable HDF5 file"),
+        (["empty.h5"], 1, "empty.h5: not a readable HDF5 file"),
+        (["foreign.h5"], 1, "an HDF5 file, but not a feature file"),
+        (["."], 1, "not a readable HDF5 file"),
+        (["nan.h5"], 1, "features of 1 images are NaN or infinite (first: row 2)"),
+        (["lost.h5"], 1, "none of its 60 images could be read"),
+        (["--k", "many"], 2, "--k many: expected auto or a whole number"),
+        (["--k", "0"], 2, "--k 0: expected at least 1"),
+        (["--k", "60"], 2, "--k 60: more clusters than usable images (59)"),
+        (["--keep", "0"], 2, "--keep 0: expected the fraction to keep"),
+        (["--keep", "70"], 2, "for 70 % give 0.7"),
+        (["--keep", "0.001"], 2, "--keep 0.001 of 59 images is none"),
+        (["--keep", "half"], 2, "'half' is not a valid float"),
+        (["--order", "best"], 2, "--order best: expected one of"),
+        (["--by", "colour", "--balance", "0.5"], 2, "--by colour: expected class or cluster"),
+        (["--by", "class"], 2, "--by goes with --balance"),
+        (["--hard-links"], 2, "--hard-links goes with --links"),
+        (["--balance", "2"], 2, "--balance 2"),
+        (["--format", "xml"], 2, "--format xml: expected one of"),
+        (["--format", "csv", "-0"], 2, "-0 goes with --format txt"),
+        (["--backend", "sklearn"], 2, "--backend sklearn: expected one of"),
+        (["--iterations", "0"], 2, "--iterations"),
+        (["--restarts", "0"], 2, "--restarts"),
+        (["--train-points", "2"], 2, "--train-points 2: fewer than the 3 clusters"),
+        (["--seed", "-1"], 2, "--seed"),
+        (["--seed", "99999999999999999999"], 2, "--seed"),
+        (["--scores", "none.csv"], 2, "--scores none.csv: no such file"),
+        (["--scores", "garbage.h5"], 1, "garbage.h5"),
+        (["--scores", "s.csv", "--stability"], 2, "--stability compares clusterings"),
+        (["--scores", "s.csv", "--balance", "0.5", "--by", "cluster"], 2, "--by cluster does not go with --scores"),
+        (["-o", "nowhere/kept.txt"], 2, "its folder does not exist"),
+        (["--removed", "nowhere/gone.txt"], 2, "its folder does not exist"),
+        (["--manifest", "nowhere/m.csv"], 2, "its folder does not exist"),
+        (["--links", "linked"], 1, "does not exist; embed again, or give --root"),
+    ],
+)
+def test_errors(here, run, feature_file, arguments, code, message):
+    import h5py
+
+    feature_file("half.h5", blobs(), paths=PATHS, finish=False)
+    feature_file("nan.h5", np.where(np.arange(N)[:, None] == 2, np.nan, blobs()))
+    feature_file("lost.h5", blobs(), failed=dict.fromkeys(range(N), Status.MISSING))
+    (here / "garbage.h5").write_bytes(bytes(range(256)) * 100)
+    (here / "empty.h5").touch()
+    (here / "s.csv").write_text("".join(f"{path},1\n" for path in PATHS))
+    with h5py.File("foreign.h5", "w") as file:
+        file["features"] = np.zeros((3, 3))
+    given = arguments if "--keep" in arguments else [*arguments, "--keep", "0.5"]
+    given = given if "--k" in arguments else [*given, "--k", "3"]
+    result = run("select", *given, code=code)
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    if not re.search("valid|range|Usage", result.stderr):  # Typer's own usage errors take two lines
+        assert len(result.stderr.strip().splitlines()) == 1 or arguments == ["--links", "linked"]
+
+
+def test_keep_must_be_given(here, run):
+    assert "--keep" in run("select", code=2).stderr
+
+
+def test_error_in_a_process_of_its_own(here, run_program):
+    result = run_program("select", "nowhere.h5", "--keep", "0.5")
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error: nowhere.h5: no such feature file")
+    assert result.stderr.count(b"\n") == 1
+
+
+# --- info
+
+
+def test_info(here, run):
+    text = run("info").stdout
+    assert "features.h5: 60 images x 8 float32" in text
+    assert "usable      59, the others: truncated 1" in text
+    assert "classes     3" in text
+    assert f"root        {here / 'images'}" in text
+    assert "encoder     made-up" in text
+    assert "clusterings" not in text
+    select(run, "--keep", "0.5")
+    assert "clusterings 1 in features.h5.clusters" in run("info").stdout
+
+
+def test_info_lists_what_could_not_be_read(here, run):
+    assert run("info", "--errors").stdout == "ape/000.png\ttruncated\tmade up truncated\n"
+    assert run("info", "nowhere.h5", code=1).stderr.startswith("error: nowhere.h5")
+
+
+# --- sheet
+
+
+@pytest.fixture
+def coloured(here):
+    """Every image in one colour that no other has, so that the sheet shows which image is where."""
+    for i, path in enumerate(PATHS):
+        (here / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), (4 * i, 100, 255 - 4 * i)).save(here / "images" / path)
+    return here
+
+
+def cells(file, count: int, rows: int, thumb: int = 96) -> list[list[int]]:
+    """The image numbers in each row of a sheet, by the colours in the middle of the cells."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    found = []
+    for row in range(rows):
+        y = 14 + row * (thumb + 4 + 14) + 14 + thumb // 2
+        lefts = [4 + i * (thumb + 4) for i in range(count)]
+        lefts += [count * (thumb + 4) + 12 + i * (thumb + 4) for i in range(count)]
+        found.append([pixels[y, left + thumb // 2, 0] // 4 for left in lefts])
+    return found
+
+
+def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
+    (coloured / "s.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(PATHS)))
+    result = run("sheet", "--scores", "s.csv", "--count", "4")
+    assert result.stdout == ""
+    assert "sheet.png: 1 rows of the 4 easiest and the 4 hardest images" in result.stderr
+    assert cells("sheet.png", 4, 1) == [[1, 2, 3, 4, 59, 58, 57, 56]]
+
+
+@pytest.mark.parametrize("by", ["class", "cluster"])
+def test_sheet_a_row_for_each_group(coloured, run, by):
+    run("sheet", "--k", "3", "--by", by, "--count", "3", "-o", "s.png")
+    shown = cells("s.png", 3, 3)
+    assert all(len({number % 3 for number in row}) == 1 for row in shown)  # the bunches are the classes
+    assert len({row[0] % 3 for row in shown}) == 3
+    outliers = {PATHS.index(path) for path in OUTLIERS}
+    assert all(set(row[3:5]) <= outliers for row in shown)
+    assert "showing 2 of 3 rows" in run("sheet", "--k", "3", "--by", by, "--rows", "2").stderr
+
+
+def test_sheet_warns_of_images_that_are_gone(coloured, run):
+    assert "warning" not in run("sheet", "--k", "3", "--count", "2").stderr
+    for path in PATHS:
+        os.unlink(coloured / "images" / path)
+    result = run("sheet", "--k", "3", "--count", "2")
+    assert "warning: 4 images could not be read any more; --root says where they are now" in result.stderr
+    assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
+
+
+def test_sheet_errors(here, run):
+    assert "--by colour: expected none, class or cluster" in run("sheet", "--by", "colour", code=2).stderr
+    assert "no such feature file" in run("sheet", "nowhere.h5", code=1).stderr
+    assert "cannot write" in run("sheet", "--k", "3", "-o", "nowhere/s.png", code=1).stderr

@@ -1,0 +1,91 @@
+"""Help answers before anything heavy is imported, selecting works without torch, and every option is explained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import typer
+
+import protoprune
+from protoprune.cli import app
+
+HEAVY = {"torch", "torchvision", "timm", "scipy", "faiss", "h5py", "PIL", "datasets", "simplejpeg"}
+
+MODULES = """
+import sys
+from protoprune.cli import main
+sys.argv = ["protoprune", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+
+
+def imported(result) -> tuple[str, set[str]]:
+    code, *modules = result.stderr.decode().splitlines()[-1].split()
+    return code, set(modules)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([one, "--help"] for one in ("select", "embed"))])
+def test_help_imports_nothing_heavy(run_program, arguments):
+    result = run_program(*arguments, python=("-c", MODULES))
+    code, modules = imported(result)
+    assert code == "0"
+    assert not modules & HEAVY
+    assert "typer" in modules  # the list of modules is a real one
+    assert b"protoprune" in result.stdout
+
+
+def test_importing_the_package_imports_nothing(run_program):
+    result = run_program(python=("-c", "import sys, protoprune; print(*sys.modules)"))
+    assert not {name.partition(".")[0] for name in result.stdout.decode().split()} & {*HEAVY, "numpy", "typer"}
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from protoprune.cli import main
+sys.argv = ["protoprune", *sys.argv[1:]]
+main()
+"""
+
+
+def test_selecting_works_without_torch(run_program, feature_file, tmp_path):
+    pytest.importorskip("faiss")
+    features = np.random.default_rng(0).normal(size=(40, 6))
+    path = feature_file(tmp_path / "features.h5", features, paths=[f"{'ab'[i % 2]}/{i:02d}.png" for i in range(40)])
+    options = ["--keep", "0.5", "--balance", "0.5", "--restarts", "2", "--stability", "--manifest", "m.csv"]
+    result = run_program("select", path, *options, python=("-c", WITHOUT_TORCH))
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 20
+    assert len((tmp_path / "m.csv").read_text().splitlines()) == 41
+    missing = run_program("select", path, "--keep", "0.5", "--backend", "torch", python=("-c", WITHOUT_TORCH))
+    assert missing.returncode == 1
+    assert b"torch" in missing.stderr
+    assert b"Traceback" not in missing.stderr
+
+
+def commands() -> dict:
+    return typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_command_and_option_has_help(name):
+    command = commands()[name]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help text"
+
+
+def test_public_names_exist():
+    for name in protoprune.__all__:
+        assert getattr(protoprune, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = protoprune.nothing
