@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from protoprune.decode import Preprocess
@@ -136,7 +137,7 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
 
 def _bundled(weights, image_size: int | None) -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
-    _require_torch()
+    _require_torch(timm=False)
     from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
 
     if weights is not None:
@@ -194,10 +195,11 @@ def digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
-def _require_torch() -> None:
+def _require_torch(*, timm: bool = True) -> None:
     try:
-        import timm  # noqa: F401
-        import torch  # noqa: F401
+        import_module("torch")
+        if timm:  # seconds to import, and the bundled encoder does without
+            import_module("timm")
     except ImportError as error:
         raise ProtopruneError(
             f"embedding needs {error.name}, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])"

@@ -22,9 +22,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from protoprune.information import energetic_gain, information_gain
-from protoprune.perceptron import simulate, worker_pool
-from protoprune.theory import best_keep, crossover, pareto, solve
+from protoprune.theory.information import energetic_gain, information_gain
+from protoprune.theory.simulation import simulate, worker_pool
+from protoprune.theory.solver import best_keep, crossover, pareto, solve
 
 # (alpha_tot, keep, theta, order, margin): the points to which theory and simulation are both held.
 REFERENCE = [

@@ -14,8 +14,8 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.selection import ORDERS, ranking, select
 
 
-def ids_of(n: int) -> list[bytes]:
-    return [b"class/%05d.png" % i for i in range(n)]
+def ids_of(n: int) -> list[str]:
+    return [f"class/{i:05d}.png" for i in range(n)]
 
 
 def kept(mask) -> list[int]:

@@ -14,13 +14,13 @@ from scipy.optimize import minimize
 from scipy.special import ndtr
 from typer.testing import CliRunner
 
-from protoprune import theory
-from protoprune.advice import advise as advice_for
-from protoprune.cli_theory import advise, theory_app
+from protoprune.cli.theory import advise, theory_app
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.information import energetic_gain, information_gain
-from protoprune.perceptron import max_margin, select, simulate, worker_pool
-from protoprune.theory import best_keep, crossover, kept_region, pareto, solve
+from protoprune.theory import solver as theory
+from protoprune.theory.advice import advise as advice_for
+from protoprune.theory.information import energetic_gain, information_gain
+from protoprune.theory.simulation import max_margin, select, simulate, worker_pool
+from protoprune.theory.solver import best_keep, crossover, kept_region, pareto, solve
 
 # (alpha_tot, keep, theta, order, margin), test error: derived independently, from the paper's double integrals.
 REFERENCE = [
@@ -448,7 +448,7 @@ def test_an_unwritable_file_is_one_clear_error(tmp_path):
 
 def test_importing_the_commands_loads_nothing_heavy():
     heavy = "{'numpy', 'scipy', 'matplotlib', 'h5py', 'torch'}"
-    code = f"import sys, protoprune.cli_theory; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, protoprune.cli.theory; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -14,6 +14,7 @@ from protoprune import __version__
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
+from protoprune.cli.theory import advise, theory_app
 from protoprune.errors import ProtopruneError
 
 
@@ -56,8 +57,9 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders):
+for command in (embed, select, info, sheet, encoders, advise):
     app.command()(command)
+app.add_typer(theory_app, name="theory")
 
 
 def main() -> None:

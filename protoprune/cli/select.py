@@ -76,7 +76,9 @@ def select(
     if restarts > 1 and scores is None:
         share = pruning.restart_overlap(ranking, keep, order=order, seed=seed)
         say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
-    _write(chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest)
+    _write(
+        chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
+    )
     _say_selected(chosen, keep, order, balance)
     if stability:
         _say_stability(pruning.stability(features, chosen, keep=keep, order=order, **settings))

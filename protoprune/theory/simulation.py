@@ -1,7 +1,7 @@
 """The teacher-student perceptron simulated: random data, a probe at a set angle, pruning, an exact max-margin student.
 
-It checks protoprune.theory and shares nothing with it but the model and the names of its options. Finite dimension N
-adds a bias of order 1/N; the theory is the limit N -> infinity.
+It checks the solver and shares nothing with it but the model and the names of its options. Finite dimension N adds
+a bias of order 1/N; the theory is the limit N -> infinity.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.theory import check_point
+from protoprune.theory.solver import check_point
 
 
 @dataclass(frozen=True)

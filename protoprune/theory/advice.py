@@ -130,7 +130,7 @@ def _useless_probe(quality: float, theta: float) -> Advice:
 
 def _this_probe(quality: float, theta: float) -> Advice:
     """The theory's best fractions for a probe at theta degrees, which agrees with the teacher on 1 - theta/180."""
-    from protoprune.theory import best_keep
+    from protoprune.theory.solver import best_keep
 
     few, many = (best_keep(alpha_prune=alpha, theta=theta).keep for alpha in (4.0, 16.0))
     return Advice(

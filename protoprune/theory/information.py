@@ -19,7 +19,7 @@ from scipy.optimize import root
 from scipy.special import log_ndtr, ndtr, ndtri
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.theory import STEPS, density, panels
+from protoprune.theory.solver import STEPS, density, panels
 
 
 @dataclass(frozen=True)

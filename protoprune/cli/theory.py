@@ -142,7 +142,7 @@ def pareto(
     """Lowest test error at each pruned size, over the fraction kept."""
     thetas, grid = _angles(theta), _grid(start, stop, points)
     _check_plot(plot)
-    from protoprune.theory import pareto as envelope
+    from protoprune.theory.solver import pareto as envelope
 
     rows = [_row(s) for t in thetas for s in envelope(grid, t, order.value, margin.value, min_keep)]
     _answer(rows, csv, plot, x="alpha_prune", y="error", by=("theta",), title=f"Pareto envelope, {order.value} kept")
@@ -162,7 +162,7 @@ def best_keep(
     """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
     _check_plot(plot)
-    from protoprune import theory
+    from protoprune.theory import solver as theory
 
     options = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
     rows = [_row(theory.best_keep(**{name: a}, theta=t, **options)) for t in thetas for a in sizes]
@@ -180,7 +180,7 @@ def crossover(
     """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
     keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
     _check_plot(plot)
-    from protoprune.theory import crossover as cross
+    from protoprune.theory.solver import crossover as cross
 
     rows = [
         {"keep": f, "theta": t, "margin": margin.value}
@@ -206,7 +206,7 @@ def information(
     """
     keeps, grid = _fractions(keep), _grid(start, stop, points)
     _check_plot(plot)
-    from protoprune.information import energetic_gain, information_gain
+    from protoprune.theory.information import energetic_gain, information_gain
 
     solved = [information_gain(float(a), f) for f in keeps for a in grid]
     rows = [
@@ -233,7 +233,7 @@ def advise(
     """What the theory and published measurements say about pruning a data set of this size, and how sure they are."""
     from rich.console import Console
 
-    from protoprune.advice import advise as advice_for
+    from protoprune.theory.advice import advise as advice_for
 
     counts = None
     if features is not None:
@@ -335,11 +335,11 @@ def _solve_rows(
     points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int, seed: int
 ) -> list[dict]:
     """A row a point, with the simulation's mean and standard error when asked for."""
-    from protoprune.theory import solve
+    from protoprune.theory.solver import solve
 
     rows = [_row(solve(*point)) for point in points]
     if seeds:
-        from protoprune.perceptron import simulate, worker_pool
+        from protoprune.theory.simulation import simulate, worker_pool
 
         with worker_pool() as pool:
             for row, point in zip(rows, points, strict=True):

@@ -1,0 +1,1 @@
+"""The papers' theory of pruning: a teacher-student perceptron, solved, simulated, and put into advice."""
