@@ -13,7 +13,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "embed": "embed",
+    "embed": "embedding",
     "load_encoder": "encoders",
     "list_folder": "images",
     "list_paths": "images",

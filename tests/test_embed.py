@@ -16,7 +16,7 @@ from PIL import Image
 
 from protoprune import features as feature_file
 from protoprune.decode import Preprocess, Status
-from protoprune.embed import embed, resolve_precision
+from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile, partial_path
@@ -320,7 +320,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path):
     (images / "c0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
     # A server that has imported torch and computed nothing forks children in milliseconds, and safely.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_embed", "timm", "protoprune.embed"])
+    context.set_forkserver_preload(["test_embed", "timm", "protoprune.embedding"])
 
     def child(out):
         process = context.Process(target=_embed_in_child, args=(images, out, weights))

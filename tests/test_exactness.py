@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protoprune.embed import embed
+from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
 from protoprune.features import FeatureFile
 from protoprune.images import list_folder

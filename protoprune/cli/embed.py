@@ -47,7 +47,7 @@ def embed(
     model = load_encoder(encoder, weights=weights, image_size=image_size)
     if model.loaded:
         say(f"weights: {model.loaded}")
-    from protoprune.embed import embed as run
+    from protoprune.embedding import embed as run
 
     _quiet_pillow()
     with Progress("embed") as progress:
