@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +108,36 @@ def test_null_and_npy_on_stdout_are_nothing_but_the_list(here, run_program):
     assert b"\n" not in null
     array = np.load(io.BytesIO(run_program("select", "--keep", "0.5", "--format", "npy").stdout))
     assert [sorted(PATHS)[row] for row in array] == os.fsdecode(null).split("\0")[:-1]
+
+
+def shell(run_program, line: str):
+    """A line of bash in which `$select` is the command."""
+    program = "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])"
+    select = f"{sys.executable} -m protoprune select --k 3 --keep 0.5"
+    return run_program(line.replace("$select", select), python=("-c", program))
+
+
+def test_standard_output_by_its_name_and_a_process_as_a_file(here, run_program):
+    plain = shell(run_program, "$select").stdout
+    assert len(plain.splitlines()) == 30
+    assert shell(run_program, "$select -o /dev/stdout | cat").stdout == plain
+    assert shell(run_program, "{ $select -o >(cat >&3) >/dev/null; } 3>&1 | cat").stdout == plain
+    assert shell(run_program, "$select --removed /dev/null; test -c /dev/null || echo replaced").stdout == plain
+
+
+def test_streams_that_are_closed_or_full(here, run_program):
+    plain = shell(run_program, "$select").stdout
+    assert shell(run_program, "$select 2>&-").stdout == plain  # the summary must not turn up among the paths
+    for line, code, message in (
+        ("$select >&-", 2, b"error: standard output is closed; give -o FILE"),
+        ("$select >/dev/full", 1, b"error: standard output: cannot write (No space left on device)"),
+        ("$select -o /dev/full", 1, b"error: /dev/full: cannot write (No space left on device)"),
+    ):
+        result = shell(run_program, line)
+        assert result.returncode == code, result.stderr
+        assert message in result.stderr
+        assert b"Traceback" not in result.stderr
+        assert b"Exception ignored" not in result.stderr
 
 
 def test_absolute_and_root(here, run):
