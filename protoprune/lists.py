@@ -121,11 +121,11 @@ def _manifest_value(value):
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
     """Write a file so that it appears complete or not at all; a pipe or a device is written to as it stands."""
-    path = os.path.realpath(path)  # what a link points to, so that the link stays
+    path = os.fspath(path)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        with open(path, "wb") as file:  # a rename would put a file in the place of /dev/null
-            file.write(data)
+        _write_device(path, data)
         return
+    path = os.path.realpath(path)  # what a link points to, so that the link stays
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -136,6 +136,17 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def _write_device(path: str, data: bytes) -> None:
+    """Into a pipe, /dev/stdout, /dev/null: a rename would put a file in its place."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except BrokenPipeError:  # `-o >(head)`
+        pass
+    except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
 
 
@@ -259,9 +270,13 @@ def _key(path: str) -> str:
 
 
 def write_stdout(data: bytes) -> None:
-    """The list on standard output. A reader that stops early (`| head`) is not an error."""
+    """The list on standard output. A reader that stops early (`| head`) is not an error; a full disk is."""
+    if sys.stdout is None:  # `>&-`
+        raise UsageError("standard output is closed; give -o FILE")
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        if not isinstance(error, BrokenPipeError):
+            raise ProtopruneError(f"standard output: cannot write ({error.strerror}); the list is cut short") from None

@@ -157,6 +157,10 @@ def _distance(x: np.ndarray, centroids: np.ndarray, nearest: np.ndarray, spheric
 def _engine(backend: str):
     """(Lloyd's iterations, assignment) of the backend; torch only where it has a GPU that faiss has not."""
     if backend == "torch":
+        try:
+            import torch
+        except ImportError:
+            raise ProtopruneError("torch is not installed; run: pip install torch, or use --backend faiss") from None
         return _torch, _assign_torch
     try:
         import faiss

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protoprune import prototypes, selection
+from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile, partial_path
 from protoprune.prototypes import Clustering
@@ -114,7 +115,9 @@ def rank_by_table(features: str | os.PathLike, table: str | os.PathLike) -> Rank
     with open_features(features) as file:
         ranking = _ranking(file)
     ranking.table = read_scores(table, ranking.paths)
-    ranking.scores = ranking.table.scores
+    readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
+    ranking.scores = np.where(readable, ranking.table.scores, np.nan)
+    ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
     return ranking
 
 
@@ -122,6 +125,8 @@ def prune(
     ranking: Ranking, keep: float, *, order: str = "hard", seed: int = 0, balance: float = 0.0, by: str | None = None
 ) -> Selected:
     """The kept set of a ranking. `by` names the groups that `balance` is about, 'class' or 'cluster'."""
+    if by is not None and not balance:
+        raise UsageError(f"--by {by}: --by goes with --balance, which says how much; the paper's is --balance 0.5")
     groups = _groups(ranking, by) if balance else None
     rows = selection.ranking(ranking.scores, ids=ranking.paths, order=order, seed=seed, usable=ranking.usable)
     rank_of = np.full(len(ranking.paths), -1, np.int64)

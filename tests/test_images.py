@@ -55,7 +55,14 @@ def test_paths_are_sorted_by_code_point_of_the_whole_path(tmp_path):
 
 
 def test_names_that_are_not_utf8_or_hold_line_breaks(tmp_path):
-    names = [b"caf\xe9.png", b"two\nlines.png", b"\xff\xfe/x.png", b"tab\there.png", b"quote'\".png", b"back\\slash.png"]
+    names = [
+        b"caf\xe9.png",
+        b"two\nlines.png",
+        b"\xff\xfe/x.png",
+        b"tab\there.png",
+        b"quote'\".png",
+        b"back\\slash.png",
+    ]
     for name in names:
         path = os.path.join(os.fsencode(tmp_path), name)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -21,11 +21,26 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import format_list, keep_only, manifest, read_list, write_file, write_links
 
 # Any name that Linux allows: every byte except the slash and NUL.
-names = st.binary(min_size=1, max_size=12).map(lambda b: b.translate(None, b"/\0")).filter(lambda b: b not in (b"", b".", b".."))
+names = (
+    st.binary(min_size=1, max_size=12)
+    .map(lambda b: b.translate(None, b"/\0"))
+    .filter(lambda b: b not in (b"", b".", b".."))
+)
 paths_of = st.lists(
     st.lists(names, min_size=1, max_size=3).map(lambda parts: os.fsdecode(b"/".join(parts))), unique=True, max_size=8
 )
-NASTY = ["a b.png", "new\nline.png", "ends\r", "\r", "caf\udce9.png", 'quo"te,comma;.png', "=1+1", "#x", "\x01\x7f", "\ufeff"]
+NASTY = [
+    "a b.png",
+    "new\nline.png",
+    "ends\r",
+    "\r",
+    "caf\udce9.png",
+    'quo"te,comma;.png',
+    "=1+1",
+    "#x",
+    "\x01\x7f",
+    "\ufeff",
+]
 
 
 def written(paths, format, folder, null=False) -> str:
@@ -55,7 +70,7 @@ def test_lines_hold_every_name_but_those_with_a_line_break(tmp_path):
     @given(paths_of)
     def check(paths):
         if any("\n" in path or path.endswith("\r") for path in paths):
-            with pytest.raises(UsageError, match="line break.*use -0"):
+            with pytest.raises(UsageError, match=r"line break.*use -0"):
                 written(paths, "txt", tmp_path)
         else:
             assert read_list(written(paths, "txt", tmp_path)) == paths
@@ -395,7 +410,9 @@ def test_reader_that_stops_early_is_not_an_error(tmp_path, feature_file):
     rng = np.random.default_rng(0)
     paths = [f"{'long' * 40}/{i:06d}.png" for i in range(3000)]
     feature_file(tmp_path / "features.h5", rng.normal(size=(3000, 4)), paths=paths)
-    command = f"{sys.executable} -m protoprune select --k 2 --iterations 1 --keep 0.9 | head -1; echo ${{PIPESTATUS[*]}}"
+    command = (
+        f"{sys.executable} -m protoprune select --k 2 --iterations 1 --keep 0.9 | head -1; echo ${{PIPESTATUS[*]}}"
+    )
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(lists.__file__))}
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, env=environment, timeout=50)
     lines = result.stdout.decode().splitlines()

@@ -11,6 +11,8 @@ _PLAIN_SECONDS = 10.0
 
 def say(text: str) -> None:
     """One line on stderr; names that are not UTF-8 are shown escaped."""
+    if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
+        return
     print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 

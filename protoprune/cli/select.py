@@ -20,7 +20,7 @@ Features = Annotated[Path, typer.Argument(help="Feature file that `protoprune em
 K = Annotated[str, typer.Option(help="Number of clusters, or auto: the number of classes, else about sqrt(images).")]
 Euclidean = Annotated[bool, typer.Option("--euclidean", help="Euclidean k-means instead of spherical.")]
 Iterations = Annotated[int, typer.Option(help="k-means iterations.")]
-Seed = Annotated[int, typer.Option(help="Seed of the clustering and of ties.")]
+Seed = Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the clustering and of ties.")]
 Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
 TrainPoints = Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
 Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
@@ -60,7 +60,9 @@ def select(
     """Write the list of images to keep, on stdout or to -o FILE."""
     from protoprune import pruning
 
-    _check_output(format, null, out, removed)
+    _check_output(format, null, (out, removed, manifest))
+    if hard_links and links is None:
+        raise UsageError("--hard-links goes with --links DIR")
     settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
     settings["cache"] = cache
     if scores is not None:
@@ -94,16 +96,16 @@ def number_of_clusters(text: str) -> int | None:
         raise UsageError(f"--k {text}: expected auto or a whole number") from None
 
 
-def _check_output(format: str, null: bool, out: Path | None, removed: Path | None) -> None:
+def _check_output(format: str, null: bool, files: tuple[Path | None, ...]) -> None:
     """Find out what cannot be written before the work is done."""
     import numpy as np
 
     from protoprune.lists import format_list
 
     format_list([], np.empty(0), np.empty(0), format, null=null)
-    if format == "npy" and out is None and sys.stdout.isatty():
+    if format == "npy" and files[0] is None and sys.stdout.isatty():
         raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
-    for path in (out, removed):
+    for path in files:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; make it first")
 
