@@ -27,9 +27,7 @@ MINI_SHA256 = "3eeea3f7c3fdb51a7f8f2eb1404f4385195deddeef9c5ff5fa72d0ffc4c2cde4"
 
 PATCH = 6  # pixels, the patch size of Coates & Ng for 32x32 images
 RANK = 96  # whitened patch dimensions kept of 108: the last ones are the finest chequerboards, mostly JPEG noise
-CHUNK = (
-    8  # images coded at a time on a CPU: the codes of a larger chunk fall out of the cache, which costs 1.5x the time
-)
+CHUNK = 8  # images coded at a time on a CPU, so that their codes stay in the cache
 
 
 class Scale(NamedTuple):
