@@ -190,7 +190,7 @@ def test_ties_are_broken_by_a_hash_that_the_seed_changes():
     assert np.array_equal(masks[0], masks[1])
     assert 45 < (masks[0] & masks[2]).sum() < 105
     assert 45 < masks[0][:150].sum() < 105  # not by position
-    renamed = select(scores, 0.5, ids=[one + b"x" for one in ids_of(n)], seed=0)
+    renamed = select(scores, 0.5, ids=[one + "x" for one in ids_of(n)], seed=0)
     assert not np.array_equal(masks[0], renamed)
 
 
