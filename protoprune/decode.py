@@ -1,9 +1,11 @@
 """One image file -> the square uint8 RGB crop that an encoder sees, or a status that says why not.
 
-Pixels equal Pillow's to within one step of 255: JPEG by libjpeg-turbo (`simplejpeg`) and an antialiased uint8 resize
-in torch, everything else by Pillow. EXIF orientation is applied, the first frame of an animation is taken, transparency
-is dropped as `Image.convert("RGB")` drops it (as torchvision's loader does), and images with more than 8 bits a channel
-are scaled to 8. What this module does not know: encoders, batches, feature files.
+JPEG by libjpeg-turbo (`simplejpeg`) and an antialiased uint8 resize in torch, everything else by Pillow. Pixels are
+those of torchvision's transforms on PIL images: nearly all equal, none more than a step or two of 255 away. (Strips
+longer than 4:1, and strips squashed to a square, may differ more on noise: Pillow picks the order of its two passes.)
+EXIF orientation is applied, the first frame of an animation is taken, transparency is dropped as `convert("RGB")` drops
+it (and with it torchvision's loader), and images with more than 8 bits a channel are scaled to 8. What this module does
+not know: encoders, batches, feature files.
 """
 
 from __future__ import annotations
@@ -222,6 +224,8 @@ def _decode_pillow(data: bytes) -> np.ndarray:
         raise
     except Exception as error:  # Pillow's plugins raise every kind of error on damaged files
         text = _reason(error)
+        if "Ghostscript" in text:
+            raise ImageError(Status.UNSUPPORTED, "needs Ghostscript, which is not installed") from None
         cut = any(word in text.lower() for word in ("truncated", "unexpected end", "eof", "not enough data"))
         raise ImageError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
 

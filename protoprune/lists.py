@@ -190,11 +190,12 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
 
     - torchvision `ImageFolder`, other sets with `.samples`: a `torch.utils.data.Subset` (classes keep their numbers);
     - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
-    - an iterable of dicts with `__key__` (WebDataset): the kept samples; keys are paths without suffix.
+    - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples, by path without suffix.
 
     `root` is the folder that the listed paths are relative to, by default the data set's own. Raises ProtopruneError
     when a listed image is not in the data set, so that a wrong root can never train on less than was asked for; for
-    an iterable this is known, and raised, at its end.
+    an iterable this is known, and raised, at its end. (Loader workers see a part each and do not check: go through the
+    data set once without workers.)
     """
     if isinstance(kept, (str, os.PathLike)):
         kept = read_list(kept)
@@ -214,7 +215,8 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
         raise UsageError(
             f"{type(dataset).__name__}: expected .samples, a Hugging Face data set, or samples with __key__"
         )
-    return _KeptSamples(dataset, kept)
+    samples = _KeptSamples(dataset, kept)
+    return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
 
 
 def _indices(paths: list[str], kept: Iterable[str], root: str) -> list[int]:
@@ -247,19 +249,36 @@ def _all_present(missing: set[str], listed: int, where: str) -> None:
 
 
 class _KeptSamples:
-    """The samples of a WebDataset-like iterable whose key is in the list; each pass checks that all were seen."""
+    """The samples whose key is in the list, pass after pass; each whole pass checks that all of them were seen."""
 
-    def __init__(self, samples: Iterable[dict], kept: Iterable[str]):
-        self.samples = samples
+    def __init__(self, dataset: Iterable[dict], kept: Iterable[str]):
+        self.dataset = dataset
         self.keys = {_key(path): path for path in kept}
 
     def __iter__(self) -> Iterator[dict]:
+        return self.stage(self.dataset)
+
+    def stage(self, samples: Iterable[dict]) -> Iterator[dict]:
         unseen = set(self.keys)
-        for sample in self.samples:
+        for sample in samples:
+            if "__key__" not in sample:
+                raise UsageError(
+                    f"the samples have no __key__, only {', '.join(map(str, sample))}; keep_only needs one"
+                )
             if sample["__key__"] in self.keys:
                 unseen.discard(sample["__key__"])
                 yield sample
-        _all_present({self.keys[key] for key in unseen}, len(self.keys), "(by key)")
+        if not _is_loader_worker():
+            _all_present({self.keys[key] for key in unseen}, len(self.keys), "(by key)")
+
+
+def _is_loader_worker() -> bool:
+    """Whether this process sees one worker's share of the shards only."""
+    if "torch" not in sys.modules:
+        return False
+    from torch.utils.data import get_worker_info
+
+    return get_worker_info() is not None
 
 
 def _key(path: str) -> str:

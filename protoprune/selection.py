@@ -44,7 +44,7 @@ def select(
 
 def cut(rows: np.ndarray, n: int, keep: float, groups: np.ndarray | None = None, balance: float = 0.0) -> np.ndarray:
     """The kept set, (n,) bool, of rows that are already in keeping order (see `ranking`)."""
-    _check(keep, balance)
+    check(keep, balance=balance)
     count = round(keep * len(rows))
     mask = np.zeros(n, bool)
     if groups is None or balance == 0 or count == 0:
@@ -58,7 +58,7 @@ def ranking(
     scores: np.ndarray, *, ids: Sequence[str], order: str = "hard", seed: int = 0, usable: np.ndarray | None = None
 ) -> np.ndarray:
     """The usable rows, (m,) int64, in the order in which they are kept: row 0 first."""
-    _check_order(order)
+    check(1, order)
     rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
     if order == "random":
         return rows[np.argsort(_hashes([ids[row] for row in rows], seed), kind="stable")]
@@ -73,15 +73,13 @@ def ranking(
     return rows
 
 
-def _check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
-
-
-def _check(keep: float, balance: float) -> None:
+def check(keep: float, order: str = "hard", balance: float = 0.0) -> None:
+    """Raise UsageError for a fraction, order or balance that is out of range."""
     if not 0 < keep <= 1:
         hint = f"; for {keep:g} % give {keep / 100:g}" if 1 < keep <= 100 else ""
         raise UsageError(f"--keep {keep:g}: expected the fraction to keep, above 0 and at most 1{hint}")
+    if order not in ORDERS:
+        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
     if not 0 <= balance <= 1:
         raise UsageError(f"--balance {balance:g}: expected a number from 0 to 1")
 

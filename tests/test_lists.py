@@ -396,6 +396,24 @@ def test_webdataset(image_tree, tmp_path):
         list(keep_only(webdataset.WebDataset(urls, shardshuffle=False), [*KEPT, "cat/999.png"]))
 
 
+def test_webdataset_keeps_its_pipeline_and_loads_with_workers(image_tree, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    from torch.utils.data import DataLoader
+
+    urls = shards(image_tree(), tmp_path)
+    kept = keep_only(webdataset.WebDataset(urls, shardshuffle=False), KEPT).to_tuple("__key__")
+    keys = [one[0] for one in DataLoader(kept, batch_size=None, num_workers=2)]
+    assert sorted(keys) == ["cat/001", "dog/000", "dog/003"]
+
+
+def test_samples_of_any_iterable_pass_after_pass():
+    samples = [{"__key__": name, "n": i} for i, name in enumerate(("a", "b", "c"))]
+    kept = keep_only(samples, ["c.png", "a.png"])
+    assert [s["n"] for s in kept] == [s["n"] for s in kept] == [0, 2]
+    with pytest.raises(UsageError, match="no __key__, only x"):
+        list(keep_only([{"x": 1}], ["c.png"]))
+
+
 def test_keys_are_paths_up_to_the_first_dot_of_the_name():
     samples = [{"__key__": "v1.0/a"}, {"__key__": "b"}, {"__key__": "c"}]
     assert list(keep_only(samples, ["v1.0/a.tar.png", "b.png"])) == samples[:2]

@@ -47,8 +47,10 @@ def select(
     backend: Backend = "auto",
     cache: Cache = True,
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here instead of to stdout.")] = None,
-    format: Annotated[str, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices).")] = "txt",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices) [default: by suffix, else txt].")
+    ] = None,
     null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
     absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
     root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
@@ -58,9 +60,11 @@ def select(
     manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
-    from protoprune import pruning
+    from protoprune import pruning, selection
 
-    _check_output(format, null, (out, removed, manifest))
+    out = None if out == Path("-") else out
+    selection.check(keep, order, balance)
+    _check_output(format, null, out, removed, manifest)
     if hard_links and links is None:
         raise UsageError("--hard-links goes with --links DIR")
     settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
@@ -96,18 +100,28 @@ def number_of_clusters(text: str) -> int | None:
         raise UsageError(f"--k {text}: expected auto or a whole number") from None
 
 
-def _check_output(format: str, null: bool, files: tuple[Path | None, ...]) -> None:
+def _check_output(
+    format: str | None, null: bool, out: Path | None, removed: Path | None, manifest: Path | None
+) -> None:
     """Find out what cannot be written before the work is done."""
     import numpy as np
 
     from protoprune.lists import format_list
 
-    format_list([], np.empty(0), np.empty(0), format, null=null)
-    if format == "npy" and files[0] is None and sys.stdout.isatty():
+    format_list([], np.empty(0), np.empty(0), _format(format, out), null=null)
+    if format == "npy" and out is None and sys.stdout.isatty():
         raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
-    for path in files:
+    for path in (out, removed, manifest):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; make it first")
+
+
+def _format(asked: str | None, path: Path | None) -> str:
+    """The format of a list: what was asked for, else what the file's suffix says, else txt."""
+    from protoprune.lists import FORMATS
+
+    suffix = path.suffix[1:] if path else ""
+    return asked or (suffix if suffix in FORMATS else "txt")
 
 
 def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
@@ -117,16 +131,16 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     ranking = chosen.ranking
 
-    def text(mask) -> bytes:
+    def text(mask, path: Path | None) -> bytes:
         rows = np.flatnonzero(mask)
         paths = list(itertools.compress(ranking.paths, mask))
         if absolute:
             paths = [os.path.join(root, path) for path in paths]
-        return lists.format_list(paths, rows, ranking.scores[rows], format, null=null)
+        return lists.format_list(paths, rows, ranking.scores[rows], _format(format, path), null=null)
 
-    kept = text(chosen.keep)
+    kept = text(chosen.keep, out)
     if removed is not None:
-        lists.write_file(removed, text(ranking.usable & ~chosen.keep))
+        lists.write_file(removed, text(ranking.usable & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
         lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
@@ -188,6 +202,11 @@ def _say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
+        alone = int((sizes == 1).sum())
+        if alone and one.k < points:
+            say(
+                f"warning: {alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
+            )
     values = ranking.scores[ranking.usable]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
