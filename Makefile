@@ -51,8 +51,9 @@ bench: $(READY) ## Measure against what you would use instead; DATA=folder for y
 	$(BIN)/python benchmarks/cluster_speed.py
 	$(BIN)/python benchmarks/select_speed.py
 
-encoder: $(READY) ## Train the bundled encoder again (DATA=folder of images, see docs/encoder-card.md).
-	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml $(if $(DATA),--data '$(DATA)')
+encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder, CIFAR=CIFAR-10 train folder.
+	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml --out results/encoder \
+	    --data 'tiny-imagenet=$(TINY)' --data 'cifar10=$(CIFAR)'
 
 reproduce-theory: $(READY) ## Draw the theory figures of Sorscher et al. with simulation points.
 	$(BIN)/python scripts/reproduce_theory.py

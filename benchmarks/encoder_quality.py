@@ -54,7 +54,8 @@ def contender(name: str) -> Contender:
     from protoprune.encoders import load_encoder
 
     encoder = load_encoder(name)
-    return Contender(encoder.input_size, encoder.mean, encoder.std, encoder)
+    own = encoder.preprocess
+    return Contender(own.size, own.mean, own.std, encoder)
 
 
 def random_mini() -> torch.nn.Module:
