@@ -30,7 +30,7 @@ def generated_images() -> torch.Tensor:
 
 
 def test_weights_are_in_the_package_and_small():
-    file = resources.files("protoprune") / "weights" / "mini.safetensors"
+    file = resources.files("protoprune") / "mini.safetensors"
     assert file.is_file()
     assert len(file.read_bytes()) <= 8 * 2**20
 
@@ -40,7 +40,7 @@ def test_digest_is_returned():
 
 
 def test_changed_weights_are_refused(tmp_path):
-    data = bytearray((resources.files("protoprune") / "weights" / "mini.safetensors").read_bytes())
+    data = bytearray((resources.files("protoprune") / "mini.safetensors").read_bytes())
     data[-1] ^= 1
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(data)
