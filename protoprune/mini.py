@@ -85,8 +85,14 @@ class MiniEncoder(nn.Module):
         return torch.cat([scale(images) for scale in self.scales], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        chunk = CHUNK if images.device.type == "cpu" else max(len(images), 1)
-        return torch.cat([self.project(self.pooled(part)) for part in images.split(chunk)])
+        if images.device.type != "cpu":
+            return self.project(self.pooled(images))
+        return torch.cat([self._chunk(part) for part in images.split(CHUNK)])
+
+    def _chunk(self, images: Tensor) -> Tensor:
+        """Always CHUNK images, filled up with grey ones: sums of another shape differ in their last bits."""
+        full = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, CHUNK - len(images)))
+        return self.project(self.pooled(full))[: len(images)]
 
 
 def patch_deviation(images: Tensor, stride: tuple[int, int]) -> Tensor:

@@ -107,6 +107,15 @@ def test_batch_size_and_workers_do_not_change_the_features(options, images, tmp_
     assert all(np.array_equal(a[path], b[path]) for path in a)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(batch_size, images, tmp_path):
+    encoder = load_encoder("mini")
+    run(images, tmp_path / "a.h5", encoder, batch_size=8, store="float32")
+    run(images, tmp_path / "b.h5", encoder, batch_size=batch_size, workers=1, store="float32")
+    a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
+    assert all(np.array_equal(a[path], b[path]) for path in a)
+
+
 def test_second_run_computes_nothing(images, tmp_path):
     run(images, tmp_path / "f.h5")
     before = (tmp_path / "f.h5").stat()
