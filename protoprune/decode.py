@@ -42,8 +42,9 @@ class Status(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-# Trouble with the file system rather than with the bytes: tried again on every run.
-TRANSIENT = (Status.MISSING, Status.UNREADABLE, Status.CHANGED)
+# Trouble with the machine rather than with the bytes (the file system, memory, a missing program): tried again on
+# every run.
+TRANSIENT = (Status.MISSING, Status.UNREADABLE, Status.CHANGED, Status.UNSUPPORTED)
 
 # Pillow refuses images of more than twice its MAX_IMAGE_PIXELS; the same bound holds on the fast path.
 MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
@@ -137,8 +138,8 @@ def load(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> np.ndar
         return preprocess.apply(decode(data))
     except ImageError:
         raise
-    except MemoryError:
-        raise ImageError(Status.TOO_LARGE, "not enough memory to decode") from None
+    except (MemoryError, RuntimeError):  # torch reports want of memory as a RuntimeError
+        raise ImageError(Status.UNREADABLE, "not enough memory to decode and resize it") from None
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import features as feature_file
-from protoprune.decode import ImageError, Status, load, silence_libtiff
+from protoprune.decode import TRANSIENT, ImageError, Status, load, silence_libtiff
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile, PartialFile, partial_path
@@ -102,6 +102,11 @@ def embed(
                 forward, size = _forward(encoder, where, precision, compile, batch_size)
                 _run(images, encoder, partial, forward, where, size, workers or _cores(), on_progress)
             partial.finish()
+        except _out_of_memory() as error:
+            raise ProtopruneError(
+                f"{where} ran out of memory ({str(error).splitlines()[0][:100]}); what is done is kept: "
+                "run it again with a smaller --batch-size"
+            ) from None
         finally:
             partial.close()
         with FeatureFile(out) as done:
@@ -129,6 +134,8 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
 
     if name not in PRECISIONS:
         raise UsageError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
+    if encoder.fp32_only and name not in ("auto", "fp32"):
+        raise UsageError(f"--precision {name}: the encoder {encoder.name} loses too much in it; use fp32")
     if name != "auto":
         return name
     if encoder.fp32_only or device.type == "mps":
@@ -144,29 +151,69 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
 def _prepare(
     images: ImageList, encoder: Encoder, out: str, provenance: dict, overwrite: bool, report: EmbedReport
 ) -> bool:
-    """Leave a partial file that holds exactly this run's rows; False when the finished file needs nothing."""
+    """Leave a partial file that holds exactly this run's rows; False when the finished file needs nothing.
+
+    An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
+    which it will replace; without that, a file of other features is never touched.
+    """
+    started, finished = partial_path(out), out
     with contextlib.ExitStack() as stack:
-        sources = []
-        for path in (partial_path(out), out):
-            if overwrite or not os.path.exists(path):
-                continue
-            source = stack.enter_context(FeatureFile(path))
-            differences = feature_file.key_differences(source.provenance, provenance)
-            if differences:
-                raise ProtopruneError(
-                    f"{path} holds other features ({'; '.join(differences)}); "
-                    "write to another file with -o, or replace it with --overwrite"
-                )
-            sources.append(source)
-        finished = sources[-1] if sources and sources[-1].path == out else None
-        if finished:
-            report.dropped = len(set(finished.paths).difference(images.paths))
-        if finished and len(sources) == 1 and feature_file.covers(finished, images):
-            report.unchanged, report.failures = finished.n, finished.failure_counts()
-            return False
-        if not sources or sources[0] is finished or not feature_file.same_plan(out, images):
-            feature_file.create_partial(out, images, encoder.dim, provenance, sources)
+        files = {
+            path: stack.enter_context(FeatureFile(path)) for path in (started, finished) if _readable(path, overwrite)
+        }
+        other = {path: feature_file.key_differences(file.provenance, provenance) for path, file in files.items()}
+        replacing = started in files and not other[started] and bool(files[started].provenance.get("overwrite"))
+        if overwrite or replacing:
+            files.pop(finished, None)
+            if not replacing:
+                files.pop(started, None)
+        elif other.get(finished):
+            raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
+        if finished in files:
+            report.dropped = len(set(files[finished].paths).difference(images.paths))
+            if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
+                report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
+                return False
+        if other.get(started) and started in files:
+            raise ProtopruneError(
+                f"{started} is an unfinished run with other features ({'; '.join(other[started])}); finish that one "
+                f"first, write to another file with -o, or delete {started} to give it up"
+            )
+        if started not in files or not feature_file.covers(files[started], images):
+            replaces = {**provenance, "overwrite": int(overwrite or replacing)}
+            feature_file.create_partial(out, images, encoder.dim, replaces, list(files.values()))
     return True
+
+
+def _readable(path: str, overwrite: bool) -> bool:
+    """Whether there is a feature file; with --overwrite a damaged one counts as none."""
+    if not os.path.exists(path):
+        return False
+    try:
+        FeatureFile(path).close()
+    except ProtopruneError:
+        if overwrite:
+            return False
+        raise
+    return True
+
+
+def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict) -> str:
+    ways = "write to another file with -o, or replace it with --overwrite"
+    if len(differences) == 1 and file.provenance["precision"] != wanted["precision"]:
+        ways = f"go on with --precision {file.provenance['precision']}, {ways}"
+    return f"{path} holds other features ({'; '.join(differences)}); {ways}"
+
+
+def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
+    """Whether the finished file is what a run would make: the same images, and what failed for want of something
+    (a permission, memory, another program) still fails."""
+    if not feature_file.covers(file, images):
+        return False
+    status = file.status
+    pixels = np.empty((encoder.preprocess.size, encoder.preprocess.size, 3), np.uint8)
+    again = np.flatnonzero(np.isin(status, TRANSIENT))
+    return all(_decode_one(images, encoder, int(row), pixels)[0] == status[row] for row in again)
 
 
 def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
@@ -179,20 +226,25 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     size = batch_size or _BATCH.get(device.type, 32)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = encoder.model
-    if isinstance(model, torch.nn.Module):
-        if dtype != torch.float32:
-            model = copy.deepcopy(model)  # rounding the weights must not change the caller's encoder
-        model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
+        model = copy.deepcopy(model).to(device=device, dtype=dtype, memory_format=torch.channels_last)
     if compile:
         model = torch.compile(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     scale = 1 / (torch.tensor(encoder.preprocess.std, device=device).view(1, 3, 1, 1) * 255)
 
+    cuda = device.type == "cuda"
+
+    def exact():
+        """cuDNN's own default for fp32 convolutions is TF32, with a mantissa of fp16."""
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else contextlib.nullcontext()
+
     def forward(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, s, s), channels last in memory
-            features = model(((pixels.float() - mean) * scale).to(dtype)).float()
-            return features.to("cpu", non_blocking=True)
+            pixels = batch.to(device, non_blocking=cuda).permute(0, 3, 1, 2)  # (b, 3, s, s), channels last in memory
+            with exact():
+                features = model(((pixels.float() - mean) * scale).to(dtype)).float()
+            return features.to("cpu", non_blocking=cuda)
 
     side = encoder.preprocess.size
     while device.type == "cuda":
@@ -230,7 +282,7 @@ def _run(images, encoder, partial, forward, device, batch_size, workers, on_prog
             rows = next(upcoming, None)
             if rows is not None:
                 buffer = ring.get()
-                ahead.append((rows, buffer, _decode_batch(images, encoder, rows, buffer, decoders)))
+                ahead.append((rows, buffer, _decode_batch(images, encoder, rows, buffer, decoders, workers)))
 
         try:
             for _ in range(_RING - 2):
@@ -240,9 +292,9 @@ def _run(images, encoder, partial, forward, device, batch_size, workers, on_prog
                 rows, buffer, parts = ahead.popleft()
                 outcome = [one for part in parts for one in part.result()]
                 features = forward(buffer)
-                ready = torch.cuda.Event() if device.type == "cuda" else None
+                ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
                 if ready:
-                    ready.record()
+                    ready.record(torch.cuda.current_stream(device))
                 writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
                 while len(writing) > 1 or (writing and not ahead):
                     writing.popleft().result()
@@ -255,10 +307,10 @@ def _run(images, encoder, partial, forward, device, batch_size, workers, on_prog
             raise
 
 
-def _decode_batch(images, encoder, rows, buffer, decoders) -> list[Future]:
+def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list[Future]:
     """Start decoding `rows` into the first slots of `buffer`, in a few tasks a thread."""
     pixels = buffer.numpy()
-    step = max(1, min(16, -(-len(rows) // (2 * decoders._max_workers))))
+    step = max(1, min(16, -(-len(rows) // (2 * workers))))
 
     def decode_some(first: int) -> list[tuple[Status, str]]:
         return [
@@ -307,6 +359,12 @@ def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
         f"the encoder gave NaN or infinity for {count} images of a batch (first: row {row}); "
         "run again with --precision fp32 --overwrite"
     )
+
+
+def _out_of_memory() -> type[Exception]:
+    import torch
+
+    return torch.OutOfMemoryError
 
 
 def _cores() -> int:

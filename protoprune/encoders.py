@@ -6,6 +6,7 @@ normalised float batch to features. What this module does not know: files of ima
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -20,6 +21,7 @@ from protoprune.errors import ProtopruneError, UsageError
 if TYPE_CHECKING:
     import torch
 
+_ANOTHER = "give the weights of this architecture, or another --encoder"
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -85,7 +87,7 @@ CATALOGUE = {
             "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
             Preprocess(224, 256, "bilinear", **_IMAGENET),
         ),
-        EncoderInfo("mini", "patch dictionary", 192, 2.9, 64, "bundled, see docs/encoder-card.md", "Apache-2.0"),
+        EncoderInfo("mini", "patch dictionary", 192, 3.1, 64, "bundled, see docs/encoder-card.md", "Apache-2.0"),
     )
 }
 
@@ -121,11 +123,12 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
         return _bundled(weights, image_size)
     architecture = info.architecture if info else name.removeprefix("timm:")
     loaded = ""
-    if weights is None and info and info.url is None:
-        _hub_overlay(name, f"timm/{architecture}")  # an answer within a second, before torch is imported
+    published = weights is None and (info is None or info.url is None)
+    # A look at the hub before torch is imported: without a network the answer comes within a second.
+    overlay = _hub_overlay(name, f"timm/{architecture}") if published and info else None
     _require_torch()
-    if weights is None and (info is None or info.url is None):
-        model = _published_timm_model(name, architecture, image_size)
+    if published:
+        model = _published_timm_model(name, architecture, image_size, overlay)
     else:
         path = os.fspath(weights) if weights is not None else _download(info)
         model = _timm_model(architecture, image_size)
@@ -158,12 +161,14 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     prefix = _prefix(state, wanted)
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    _same_patches(path, inner, wanted)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert and any(key not in inner or inner[key].shape != tensor.shape for key, tensor in wanted.items()):
         try:
             inner = convert(dict(inner), model)  # timm's: renamed tensors, position embeddings of another size
         except Exception as error:
             raise ProtopruneError(f"{path}: does not fit {type(model).__name__} ({error})") from None
+    _nothing_left_over(path, inner, wanted)
     missing = [key for key in wanted if key not in inner]
     misshapen = [key for key, tensor in wanted.items() if key in inner and inner[key].shape != tensor.shape]
     if missing or misshapen:
@@ -172,7 +177,7 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
         trouble += [f"{key} is {tuple(inner[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen]
         raise ProtopruneError(
             f"{path}: only {matched} of the encoder's {len(wanted)} tensors matched ({'; '.join(trouble[:3])}"
-            f"{'; …' if len(trouble) > 3 else ''}); give the weights of this architecture, or another --encoder"
+            f"{'; …' if len(trouble) > 3 else ''}); {_ANOTHER}"
         )
     model.load_state_dict({key: inner[key] for key in wanted}, strict=False)
     others = sorted(set(state) - {prefix + key for key in wanted} - {k for k in state if k.endswith("_tracked")})
@@ -182,6 +187,26 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     if others:
         text += f", {len(others)} others ignored ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})"
     return text
+
+
+def _same_patches(path: str, state: dict, wanted: dict) -> None:
+    """timm would resample the patches of another model to this one's size, which gives features, but not good ones."""
+    for key in ("patch_embed.proj.weight",):
+        if key in state and key in wanted and state[key].shape[2:] != wanted[key].shape[2:]:
+            theirs, ours = ("x".join(map(str, one[key].shape[2:])) for one in (state, wanted))
+            raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
+
+
+def _nothing_left_over(path: str, state: dict, wanted: dict) -> None:
+    """A larger backbone of the same family covers a smaller one's names: what it has besides gives it away."""
+    parts = {key.split(".")[0] for key in wanted if "." in key} - {"head", "fc", "classifier"}
+    harmless = ("num_batches_tracked", "bias_mask", "relative_position_index")
+    more = [key for key in state if key not in wanted and key.split(".")[0] in parts and not key.endswith(harmless)]
+    if more:
+        raise ProtopruneError(
+            f"{path}: {len(more)} tensors inside the backbone are not the encoder's ({', '.join(sorted(more)[:3])}); "
+            + _ANOTHER
+        )
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -223,7 +248,7 @@ def _timm_model(architecture: str, image_size: int | None, **options) -> torch.n
         raise UsageError(f"--encoder timm:{architecture}: {str(error).splitlines()[0]}") from None
 
 
-def _published_timm_model(name: str, architecture: str, image_size: int | None) -> torch.nn.Module:
+def _published_timm_model(name: str, architecture: str, image_size: int | None, overlay) -> torch.nn.Module:
     import timm
 
     if not timm.is_model_pretrained(architecture):
@@ -231,7 +256,8 @@ def _published_timm_model(name: str, architecture: str, image_size: int | None) 
         why = "no published weights for it; give --weights FILE" if known else "no such model"
         raise UsageError(f"--encoder {name}: timm has {why}")
     hub_id = timm.get_pretrained_cfg(architecture).hf_hub_id
-    overlay = _hub_overlay(name, hub_id) if hub_id else None
+    if name not in CATALOGUE and hub_id:
+        overlay = _hub_overlay(name, hub_id)
     try:
         return _timm_model(architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
     except UsageError:
@@ -287,19 +313,21 @@ def _download(info: EncoderInfo) -> str:
     if not os.path.exists(path):
         error = _unreachable(info.url)
         if error is None:
-            os.makedirs(folder, exist_ok=True)
             try:
+                os.makedirs(folder, exist_ok=True)
                 torch.hub.download_url_to_file(info.url, path, progress=sys.stderr.isatty())
             except OSError as failure:
                 error = str(failure)
         if error is not None:
             raise ProtopruneError(_cannot_download(info.name, os.path.basename(path), info.url, error))
     actual = _file_digest(path)
-    if not os.path.exists(record):
-        with open(record, "w") as file:
+    try:
+        with open(record) as file:
+            expected = file.read().strip()
+    except FileNotFoundError:
+        expected = actual
+        with contextlib.suppress(OSError), open(record, "w") as file:  # a shared cache may be read-only
             file.write(actual)
-    with open(record) as file:
-        expected = file.read().strip()
     if actual != expected:
         raise ProtopruneError(f"{path}: damaged (sha256 {actual[:12]}…, not {expected[:12]}…); delete it and run again")
     return path

@@ -122,11 +122,6 @@ class FeatureFile:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
         return _finished(self._file)
 
-    def iter_chunks(self, rows: int = _COPY_ROWS) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, features of up to `rows` rows), so that no caller needs all of them in memory."""
-        for start in range(0, self.n, rows):
-            yield start, self.features[start : start + rows]
-
 
 class PartialFile:
     """The file of a run under way: which rows are left, committing a batch, and the rename at the end."""
@@ -217,7 +212,8 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
 
 def _reserve(path: str, mode: str, size: int) -> None:
     with open(path, mode) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, "posix_fallocate"):  # macOS has none: there a full disk is found out while writing
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
@@ -285,43 +281,33 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
             table[slot[text]] = text
     file["reasons"][...] = table
     number = np.array([slot.get(text, 0) for text in source._file["reasons"][:]], np.uint16)
-    for start in range(0, len(rows), _COPY_ROWS):
-        chunk = rows[start : start + _COPY_ROWS]
-        here = np.flatnonzero(chunk >= 0)
-        if not len(here):
+    here = np.flatnonzero(rows >= 0)
+    there = rows[here]  # ascending, since both files are sorted by id
+    for start in range(0, source.n, _COPY_ROWS):
+        low, high = np.searchsorted(there, (start, start + _COPY_ROWS))
+        if low == high:
             continue
-        there = chunk[here]  # ascending, since both files are sorted by id
-        features = source.features[there[0] : there[-1] + 1][there - there[0]]
-        for first, last in _runs(here):
-            span = slice(start + here[first], start + here[last] + 1)
+        theirs, ours = there[low:high], here[low:high]
+        features = source.features[theirs[0] : theirs[-1] + 1][theirs - theirs[0]]
+        for first, last in _runs(ours):
+            span = slice(ours[first], ours[last] + 1)
             file["features"][span] = features[first : last + 1]
-            file["status"][span] = status[there[first : last + 1]]
-            file["reason"][span] = number[reason[there[first : last + 1]]]
+            file["status"][span] = status[theirs[first : last + 1]]
+            file["reason"][span] = number[reason[theirs[first : last + 1]]]
             file["borrowed"][span] = 1
 
 
-def covers(source: FeatureFile, images: ImageList) -> bool:
-    """Whether the finished file already holds exactly these images, unchanged, with nothing to try again."""
+def covers(file: FeatureFile, images: ImageList) -> bool:
+    """Whether the file, finished or not, is for exactly these images, unchanged and in the same place."""
     return (
-        source.n == len(images)
-        and np.array_equal(source.size, images.size)
-        and np.array_equal(source.mtime_ns, images.mtime_ns)
-        and not np.isin(source.status, TRANSIENT).any()
-        and source.paths == images.paths
-        and np.array_equal(source.labels, images.labels)
+        file.n == len(images)
+        and file.provenance["root"] == images.root
+        and np.array_equal(file.size, images.size)
+        and np.array_equal(file.mtime_ns, images.mtime_ns)
+        and np.array_equal(file.labels, images.labels)
+        and file.paths == images.paths
+        and file.classes == images.classes
     )
-
-
-def same_plan(out: str, images: ImageList) -> bool:
-    """Whether the partial file of `out` is for exactly these images, so that its run can simply go on."""
-    with FeatureFile(partial_path(out)) as partial:
-        return (
-            partial.n == len(images)
-            and np.array_equal(partial.size, images.size)
-            and np.array_equal(partial.mtime_ns, images.mtime_ns)
-            and partial.paths == images.paths
-            and np.array_equal(partial.labels, images.labels)
-        )
 
 
 def key_differences(provenance: dict, wanted: dict) -> list[str]:
@@ -379,6 +365,12 @@ def _open(path: str, mode: str) -> h5py.File:
     except OSError as error:
         if isinstance(error, PermissionError) or "ermission" in str(error):
             raise ProtopruneError(f"{path}: permission denied") from None
+        if "lock" in str(error):
+            raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
+        if path.endswith(".partial"):
+            raise ProtopruneError(
+                f"{path}: a damaged unfinished run; delete it and run `protoprune embed` again"
+            ) from None
         raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `protoprune embed` wrote") from None
     if _plain(file.attrs.get("format")) != FORMAT:
         file.close()

@@ -70,9 +70,9 @@ def _csv(header: list[str], records: Iterable[Iterable]) -> bytes:
     return os.fsencode("".join(lines))
 
 
-def _number(value: float) -> float | str:
-    """A float32 in its shortest exact form; empty where there is none."""
-    return float(str(np.float32(value))) if np.isfinite(value) else ""
+def _number(value: np.floating) -> float | str:
+    """A score in its type's shortest exact form; empty where there is none."""
+    return float(str(value)) if np.isfinite(value) else ""
 
 
 def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from protoprune.errors import ProtopruneError, UsageError
 TRAIN_BYTES = 4 << 30
 BACKENDS = ("auto", "faiss", "torch")
 _CHUNK = 65_536
+_ENTRY = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.npz(\.\d+)?")
 _ARRAYS = ("centroids", "cluster", "distance")
 
 
@@ -72,8 +74,9 @@ def cluster(
 ) -> Clustering:
     """Cluster the usable rows of `features`, (n, d) of any float type, an array or an HDF5 dataset.
 
-    `train_points` bounds the points that Lloyd's iterations see (default: all, up to TRAIN_BYTES); every image gets a
-    cluster in any case. Clusters can end up empty when images are identical; their centroids stay in the result.
+    `train_points` bounds the points that Lloyd's iterations see (default: all, up to TRAIN_BYTES or 256 a cluster,
+    whichever is more); every image gets a cluster in any case. Clusters can end up empty when images are identical;
+    their centroids stay in the result.
 
     Raises UsageError for a k that does not fit and ProtopruneError for NaN or infinite features.
     """
@@ -218,16 +221,28 @@ def _torch(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.from_numpy(points).to(device)
     centroids = torch.from_numpy(start).to(device)
-    ones = torch.ones(len(x), device=device)
     for _ in range(iterations):
         nearest = _nearest_torch(x, centroids, spherical)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
-        counts = torch.zeros(len(centroids), device=device).index_add_(0, nearest, ones)
+        sums = _sums_torch(x, nearest, len(centroids))
+        counts = torch.bincount(nearest, minlength=len(centroids)).float()
         centroids = sums / counts.clamp(min=1)[:, None]
         _split_largest(centroids, counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
     return centroids.cpu().numpy()
+
+
+def _sums_torch(x, nearest, k: int):
+    """(k, d) sum of each cluster's points. On a GPU index_add_ adds in any order, but a seed must mean one list."""
+    import torch
+
+    if not x.is_cuda:
+        return torch.zeros(k, x.shape[1]).index_add_(0, nearest, x)
+    sums = torch.zeros(k, x.shape[1], device=x.device)
+    rows = max(1, (1 << 28) // (4 * k))
+    for part, which in zip(x.split(rows), nearest.split(rows), strict=True):
+        sums += torch.nn.functional.one_hot(which, k).to(x.dtype).T @ part
+    return sums
 
 
 def _split_largest(centroids, counts) -> None:
@@ -264,10 +279,12 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     """The clustering of `content` (an id of the features) under these settings, from `folder` when it is there.
 
     `compute(**settings)` is called otherwise and its result kept. Returns the clustering and whether it was found.
-    A folder that cannot be written or an entry that cannot be read costs time, never the answer.
+    A folder that cannot be written or an entry that cannot be read costs time, never the answer. Entries of other
+    content are removed when one is added: the folder belongs to one feature file.
     """
     key = json.dumps({"version": 1, "content": content, **settings}, sort_keys=True)
-    path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:24] + ".npz")
+    name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    path = os.path.join(folder, name)
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:
         if entry["key"].item() == key:
             return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
@@ -279,6 +296,9 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
         with open(temporary, "wb") as file:
             np.savez(file, key=key, plain=json.dumps(plain), **{name: getattr(result, name) for name in _ARRAYS})
         os.replace(temporary, path)
+        for other in os.listdir(folder):  # clusterings of features that are no more
+            if _ENTRY.fullmatch(other) and other[:12] != name[:12]:
+                os.unlink(os.path.join(folder, other))
     return result, False
 
 

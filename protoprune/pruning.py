@@ -127,7 +127,7 @@ def prune(
     """The kept set of a ranking. `by` names the groups that `balance` is about, 'class' or 'cluster'."""
     if by is not None and not balance:
         raise UsageError(f"--by {by}: --by goes with --balance, which says how much; the paper's is --balance 0.5")
-    groups = _groups(ranking, by) if balance else None
+    groups = groups_of(ranking, by) if balance else None
     rows = selection.ranking(ranking.scores, ids=ranking.paths, order=order, seed=seed, usable=ranking.usable)
     rank_of = np.full(len(ranking.paths), -1, np.int64)
     rank_of[rows] = np.arange(len(rows))
@@ -163,7 +163,10 @@ class StabilityRow:
 def stability(
     features: str | os.PathLike, reference: Selected, *, keep: float, seeds: int = 3, order: str = "hard", **settings
 ) -> list[StabilityRow]:
-    """Cluster with other seeds and with k/2 and 2k, and compare each ranking with the one in use."""
+    """Cluster with other seeds and with k/2 and 2k, and compare each ranking with the one in use.
+
+    The kept sets compared are those of the ranking alone: no balance, which would hide how far the rankings differ.
+    """
     ranking = reference.ranking
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
     m = int(ranking.usable.sum())
@@ -171,11 +174,11 @@ def stability(
     fresh = seed + len(ranking.clusterings)
     others = [(base, fresh + number) for number in range(seeds)]
     others += [(k, seed) for k in (max(1, base // 2), min(m, 2 * base)) if k != base]
+    plain = prune(ranking, keep, order=order, seed=seed)
     rows = []
     for k, other_seed in others:
         other = rank(features, k=k, seed=other_seed, **settings)
         kept = prune(other, keep, order=order, seed=seed)
-        plain = prune(ranking, keep, order=order, seed=seed)
         rows.append(StabilityRow(k, other_seed, spearman(ranking.scores, other.scores), overlap(plain.keep, kept.keep)))
     return rows
 
@@ -209,11 +212,15 @@ def _k_rule(k: int, usable: int, classes: int) -> str:
     return "the square root of the number of images" if k == round(math.sqrt(usable)) else "one for ten images"
 
 
-def _groups(ranking: Ranking, by: str | None) -> np.ndarray:
+def groups_of(ranking: Ranking, by: str | None) -> np.ndarray:
+    """(n,) integers: the class or the cluster of each image; without `by` the class where there is one."""
     by = by or ("class" if ranking.classes else "cluster")
     if by == "class":
         if not ranking.classes:
-            raise UsageError("--by class: the images have no classes (no first-level folders); use --by cluster")
+            other = (
+                "use --by cluster" if ranking.clusterings else "and a score table has no clusters to balance instead"
+            )
+            raise UsageError(f"--by class: the images have no classes (no first-level folders); {other}")
         return ranking.labels
     if by != "cluster":
         raise UsageError(f"--by {by}: expected class or cluster")

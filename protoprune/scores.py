@@ -79,7 +79,7 @@ def _read_rows(source: str) -> dict[str, float]:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     if not rows or len(rows[0]) < 2:
         raise ProtopruneError(f"{source}: expected rows of path and score, separated by comma, semicolon or tab")
-    path_column, score_column, has_header = _columns(rows[0])
+    path_column, score_column, has_header = _columns(source, rows[0])
     table: dict[str, float] = {}
     for number, row in enumerate(rows[has_header:], 1 + has_header):
         try:
@@ -96,7 +96,7 @@ def _read_rows(source: str) -> dict[str, float]:
     return table
 
 
-def _columns(first: list[str]) -> tuple[int, int, bool]:
+def _columns(source: str, first: list[str]) -> tuple[int, int, bool]:
     """(path column, score column, whether the first row is a header)."""
     names = [name.strip().lower() for name in first]
     path = next((names.index(name) for name in _PATH_NAMES if name in names), None)
@@ -106,8 +106,12 @@ def _columns(first: list[str]) -> tuple[int, int, bool]:
     try:
         float(first[1])
         return 0, 1, False
-    except ValueError:
-        return 0, 1, True
+    except ValueError:  # a header
+        if len(names) == 2:
+            return path or 0, 1 - (path or 0), True
+        raise ProtopruneError(
+            f"{source}: which of its columns {', '.join(first)} is the score? name it score (and the other one path)"
+        ) from None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

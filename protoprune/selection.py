@@ -118,7 +118,7 @@ def _balanced(groups: np.ndarray, count: int, balance: float) -> np.ndarray:
     names, group = np.unique(groups, return_inverse=True)
     sizes = np.bincount(group)
     place = _place_in_group(group, sizes)  # 0 for the first of its group
-    share = Fraction(balance).limit_denominator(1_000_000)
+    share = Fraction(str(balance))  # the number that was written, not its binary neighbour
     floor = math.floor(share * count / len(names))
     deadline = math.ceil((floor + 1) * len(names) / share)  # the count at which the floor is one higher
 

@@ -89,10 +89,10 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
     import numpy as np
 
     from protoprune import selection
-    from protoprune.pruning import _groups
+    from protoprune.pruning import groups_of
 
     order = selection.ranking(ranking.scores, ids=ranking.paths, order="easy", seed=seed, usable=ranking.usable)
-    groups = np.zeros(len(ranking.scores), int) if by == "none" else _groups(ranking, by)
+    groups = np.zeros(len(ranking.scores), int) if by == "none" else groups_of(ranking, by)
     titles = ranking.classes if by == "class" else None
     lines = []
     for group in np.unique(groups[order]):
