@@ -156,9 +156,8 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
     """
+    check_free(folder)
     folder, root = os.path.abspath(folder), os.path.abspath(root)
-    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
     building = f"{folder}.{os.getpid()}.tmp"
     made: set[str] = set()
     try:
@@ -183,6 +182,12 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)  # only links, and only what this call made
+
+
+def check_free(folder: str | os.PathLike) -> None:
+    """Raise UsageError unless a folder of links can be made here: nothing is there, or an empty folder."""
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
 
 
 def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | os.PathLike | None = None):

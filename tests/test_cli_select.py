@@ -308,7 +308,10 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--seed", "99999999999999999999"], 2, "--seed"),
         (["--scores", "none.csv"], 2, "--scores none.csv: no such file"),
         (["--scores", "garbage.h5"], 1, "garbage.h5"),
-        (["--scores", "s.csv", "--stability"], 2, "--stability compares clusterings"),
+        (["--scores", "s.csv", "--stability"], 2, "--scores ranks without clustering"),
+        (["--scores", "s.csv", "--k", "3"], 2, "--scores ranks without clustering"),
+        (["-o", "features.h5"], 2, "is the feature file itself"),
+        (["--manifest", "features.h5"], 2, "is the feature file itself"),
         (["--scores", "s.csv", "--balance", "0.5", "--by", "cluster"], 2, "--by cluster does not go with --scores"),
         (["-o", "nowhere/kept.txt"], 2, "its folder does not exist"),
         (["--removed", "nowhere/gone.txt"], 2, "its folder does not exist"),
@@ -328,7 +331,7 @@ def test_errors(here, run, feature_file, arguments, code, message):
     with h5py.File("foreign.h5", "w") as file:
         file["features"] = np.zeros((3, 3))
     given = arguments if "--keep" in arguments else [*arguments, "--keep", "0.5"]
-    given = given if "--k" in arguments else [*given, "--k", "3"]
+    given = given if "--k" in arguments or "--scores" in arguments else [*given, "--k", "3"]
     result = run("select", *given, code=code)
     assert message in result.stderr
     assert result.stdout == ""

@@ -159,6 +159,90 @@ def test_other_features_are_refused_and_overwritten_on_request(change, named, im
     assert run(images, tmp_path / "f.h5", overwrite=True, **change).embedded == 21
 
 
+def test_an_interrupted_overwrite_goes_on_and_needs_no_second_consent(images, tmp_path):
+    run(images, tmp_path / "f.h5", fake_encoder("old"))
+
+    def stop(done, failed):
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "f.h5", fake_encoder("new"), overwrite=True, on_progress=stop)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.provenance["encoder"] == "old"  # still whole
+    again = fake_encoder("new")
+    report = run(images, tmp_path / "f.h5", again)
+    assert report.unchanged >= 8
+    assert sum(again.model.batches) < 21
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.provenance["encoder"] == "new"
+
+
+def test_an_unfinished_overwrite_does_not_bar_the_old_file(images, tmp_path):
+    run(images, tmp_path / "f.h5", fake_encoder("old"))
+
+    def stop(done, failed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "f.h5", fake_encoder("new"), overwrite=True, on_progress=stop)
+    assert run(images, tmp_path / "f.h5", fake_encoder("old")).unchanged == 21
+    make_images(images, 1, start=50)
+    with pytest.raises(ProtopruneError, match=r"unfinished run with other features.*delete .*partial"):
+        run(images, tmp_path / "f.h5", fake_encoder("old"))
+    os.unlink(partial_path(str(tmp_path / "f.h5")))
+    assert run(images, tmp_path / "f.h5", fake_encoder("old")).embedded == 1
+
+
+def test_overwrite_computes_everything_again(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    encoder = fake_encoder()
+    assert run(images, tmp_path / "f.h5", encoder, overwrite=True).embedded == 21
+    assert len(encoder.model.batches) == 6
+
+
+def test_a_moved_folder_is_noticed_and_nothing_computed_again(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    images.rename(tmp_path / "moved")
+    encoder = fake_encoder()
+    report = run(tmp_path / "moved", tmp_path / "f.h5", encoder)
+    assert (report.embedded, report.unchanged, encoder.model.batches) == (0, 21, [])
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.provenance["root"] == str(tmp_path / "moved")
+
+
+def test_what_still_cannot_be_read_leaves_the_file_alone(images, tmp_path):
+    """Its clusterings are cached under its id: a rewrite for nothing would cost them."""
+    (images / "c2" / "gone.png").symlink_to("nowhere.png")
+    run(images, tmp_path / "f.h5")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        before = file.provenance["uuid"]
+    report = run(images, tmp_path / "f.h5")
+    assert (report.embedded, report.failures) == (0, {"missing": 1})
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.provenance["uuid"] == before
+
+
+def test_a_damaged_unfinished_run_says_what_to_do(images, tmp_path):
+    (tmp_path / "f.h5.partial").write_bytes(b"junk")
+    with pytest.raises(ProtopruneError, match=r"f\.h5\.partial: a damaged unfinished run; delete it"):
+        run(images, tmp_path / "f.h5")
+    assert run(images, tmp_path / "f.h5", overwrite=True).embedded == 21
+
+
+def test_a_list_with_few_of_the_old_files_images_borrows_them(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_file, "_COPY_ROWS", 4)
+    run(images, tmp_path / "f.h5")
+    old = stored(tmp_path / "f.h5")
+    for path in sorted(images.rglob("*.png"))[1:-1:2]:
+        path.unlink()
+    encoder = fake_encoder()
+    report = run(images, tmp_path / "f.h5", encoder)
+    new = stored(tmp_path / "f.h5")
+    assert (report.embedded, report.dropped, len(new)) == (0, 10, 11)
+    assert all(np.array_equal(new[path], old[path]) for path in new)
+
+
 def test_every_failure_has_a_status_and_a_reason(images, tmp_path):
     (images / "c0" / "empty.jpg").touch()
     (images / "c0" / "text.png").write_text("not pixels")

@@ -89,6 +89,35 @@ def test_a_file_that_does_not_cover_the_backbone_is_refused(damage, named, model
         load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "named"),
+    [
+        ("resnet26", "resnet14t", "conv1.weight"),
+        ("resnet50", "resnet26", r"8 .*|tensors inside the backbone are not the encoder's \(layer1.2"),
+        ("vit_small_patch14_dinov2", "vit_small_patch16_224", "patches of 14x14 pixels, the encoder has 16x16"),
+        ("vit_small_patch8_224", "vit_small_patch16_224", "patches of 8x8 pixels"),
+    ],
+)
+def test_weights_of_a_relative_are_refused(theirs, ours, named, tmp_path):
+    """They cover every name of the encoder, or timm would resample them to fit, and the features would be garbage."""
+    torch.save(timm.create_model(theirs, num_classes=0).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=named):
+        load_encoder(f"timm:{ours}", weights=tmp_path / "w.pth")
+
+
+def test_layer_scale_that_the_encoder_lacks_is_refused(models, tmp_path):
+    state = models["test_vit"].state_dict() | {"blocks.0.ls1.gamma": torch.ones(64)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=r"1 tensors inside the backbone are not the encoder's \(blocks.0.ls1"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("architecture", ["test_convnext", "test_efficientnet", "test_vit", "test_resnet"])
+def test_a_classifier_in_the_file_is_ignored(architecture, tmp_path):
+    torch.save(timm.create_model(architecture, num_classes=10).state_dict(), tmp_path / "w.pth")
+    assert "others ignored" in load_encoder(f"timm:{architecture}", weights=tmp_path / "w.pth").loaded
+
+
 def test_position_embeddings_follow_the_image_size(models, tmp_path):
     torch.save(models["test_vit"].state_dict(), tmp_path / "w.pth")
     encoder = load_encoder("timm:test_vit", weights=tmp_path / "w.pth", image_size=96)
@@ -166,6 +195,12 @@ def test_authors_files_are_cached_and_checked_against_the_first_download(monkeyp
     file.write_bytes(file.read_bytes() + b"damage")
     with pytest.raises(ProtopruneError, match=r"damaged.*delete it"):
         load_encoder("swav_resnet50")
+
+
+def test_the_catalogue_tells_the_truth_about_mini():
+    encoder, info = load_encoder("mini"), CATALOGUE["mini"]
+    assert (encoder.dim, encoder.preprocess.size) == (info.dim, info.input_size)
+    assert sum(p.numel() for p in encoder.model.parameters()) / 1e6 == pytest.approx(info.parameters, abs=0.05)
 
 
 @pytest.mark.parametrize("name", [name for name, info in CATALOGUE.items() if info.url is None and name != "mini"])

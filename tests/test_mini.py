@@ -90,3 +90,25 @@ def test_quadrants_share_the_middle_of_an_odd_grid():
     top_left = quadrant_means(3)[0].reshape(3, 3)
     assert top_left.tolist() == [[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(quadrant_means(27).sum(1), torch.ones(4))
+
+
+def test_loads_from_an_installed_wheel(tmp_path):
+    """Not from the source tree: the weights must be in the package that users get."""
+    import subprocess
+    import sys
+    import zipfile
+
+    root = Path(__file__).parent.parent
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=root, capture_output=True
+    )
+    assert built.returncode == 0, built.stderr.decode()
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import protoprune; from protoprune.mini import load_mini; "
+        "assert protoprune.__file__.startswith(sys.argv[1]); print(load_mini()[1])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.strip() == MINI_SHA256, out.stderr

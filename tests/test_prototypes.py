@@ -183,6 +183,19 @@ def test_cache_answers_the_same_and_survives_damage(tmp_path):
     assert not ask(seed=0)[1]
 
 
+def test_cache_forgets_features_that_are_no_more(tmp_path):
+    def ask(content, k):
+        return prototypes.cached(str(tmp_path / "c"), content, lambda k: cluster(blobs(60), k), k=k)
+
+    ask("old", 2), ask("old", 3)
+    (tmp_path / "c" / "notes.txt").write_text("not ours")
+    assert len(list((tmp_path / "c").glob("*.npz"))) == 2
+    ask("new", 2)
+    assert len(list((tmp_path / "c").glob("*.npz"))) == 1
+    assert (tmp_path / "c" / "notes.txt").exists()
+    assert ask("new", 2)[1]
+
+
 def test_cache_that_cannot_be_written_costs_only_time(tmp_path):
     (tmp_path / "c").write_text("a file is in the way")
     result, found = prototypes.cached(str(tmp_path / "c"), "id", lambda k: cluster(blobs(50), k), k=3)

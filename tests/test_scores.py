@@ -137,3 +137,12 @@ def test_overlap():
     assert overlap(np.zeros(3, bool), np.zeros(3, bool)) == 0
     assert mean_overlap([a]) == 1
     assert mean_overlap([a, b, a]) == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+
+
+def test_a_header_that_does_not_say_which_column_is_the_score_is_refused(tmp_path):
+    """Taking the second one would rank the images by their label."""
+    (tmp_path / "s.csv").write_text("path,label,el2n\na.png,3,0.5\n")
+    with pytest.raises(ProtopruneError, match="which of its columns path, label, el2n is the score"):
+        read_scores(tmp_path / "s.csv", ["a.png"])
+    (tmp_path / "s.csv").write_text("el2n,path\n0.5,a.png\n")
+    assert read_scores(tmp_path / "s.csv", ["a.png"]).scores.tolist() == [0.5]

@@ -261,3 +261,9 @@ def test_keep_everything_and_nothing_to_choose_from():
 def test_infinite_scores_are_scores():
     scores = np.array([1.0, np.inf, -np.inf, 2.0])
     assert ranking(scores, ids=ids_of(4)).tolist() == [1, 3, 0, 2]
+
+
+def test_a_tiny_balance_is_a_balance_that_guarantees_nothing():
+    scores, groups = np.arange(20.0), np.repeat([0, 1], 10)
+    tiny = select(scores, 0.5, ids=ids_of(20), groups=groups, balance=1e-9)
+    assert np.array_equal(tiny, select(scores, 0.5, ids=ids_of(20)))

@@ -39,6 +39,11 @@ def embed(
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
     started = time.monotonic()
+    for path in (errors, out):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist; make it first")
+    if errors is not None and errors.absolute() == out.absolute():
+        raise UsageError(f"--errors {errors}: is the feature file itself; choose another name")
     size, threads = _number("--batch-size", batch_size), _number("--workers", workers)
     found = _find_images(images, root, labels)
     _say_found(found)
@@ -175,16 +180,13 @@ def _again(arguments: list[str]) -> list[str]:
 
 def encoders() -> None:
     """List the encoders that have short names."""
-    from rich.console import Console
-    from rich.table import Table
-
     from protoprune.encoders import CATALOGUE
 
-    table = Table("name", "dim", "parameters", "input", "source", "licence", box=None, pad_edge=False)
+    rows = [("name", "dim", "parameters", "input", "licence", "source")]
     for info in CATALOGUE.values():
-        table.add_row(
-            info.name, str(info.dim), f"{info.parameters:g} M", f"{info.input_size} px", info.source, info.licence
-        )
-    console = Console()
-    console.print(table)
-    console.print("timm:NAME loads any other timm model with its published weights.", style="dim", highlight=False)
+        size, count = f"{info.input_size} px", f"{info.parameters:g} M"
+        rows.append((info.name, str(info.dim), count, size, info.licence, info.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)

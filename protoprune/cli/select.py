@@ -64,14 +64,17 @@ def select(
 
     out = None if out == Path("-") else out
     selection.check(keep, order, balance)
-    _check_output(format, null, out, removed, manifest)
-    if hard_links and links is None:
-        raise UsageError("--hard-links goes with --links DIR")
+    if by not in (None, "class", "cluster"):
+        raise UsageError(f"--by {by}: expected class or cluster")
+    _check_output(format, null, features, out, removed, manifest)
+    check_links(links, hard_links)
     settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
     settings["cache"] = cache
     if scores is not None:
-        if stability:
-            raise UsageError("--stability compares clusterings; it does not go with --scores")
+        if stability or euclidean or k != "auto" or restarts != 1:
+            raise UsageError(
+                "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it"
+            )
         ranking = pruning.rank_by_table(features, scores)
     else:
         ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
@@ -100,18 +103,35 @@ def number_of_clusters(text: str) -> int | None:
         raise UsageError(f"--k {text}: expected auto or a whole number") from None
 
 
-def _check_output(
-    format: str | None, null: bool, out: Path | None, removed: Path | None, manifest: Path | None
-) -> None:
-    """Find out what cannot be written before the work is done."""
+def check_links(links: Path | None, hard: bool) -> None:
+    """Refuse a folder of links that cannot be made, before the work is done."""
+    if hard and links is None:
+        raise UsageError("--hard-links goes with --links DIR")
+    if links is not None:
+        from protoprune.lists import check_free
+
+        check_free(links)
+
+
+def refuse_input(features: Path, *outputs: Path | None) -> None:
+    """Refuse to write an output over the feature file that it is made from."""
+    for path in outputs:
+        if path is not None and path.exists() and features.exists() and path.samefile(features):
+            raise UsageError(f"{path}: is the feature file itself; choose another name")
+
+
+def _check_output(format: str | None, null: bool, features: Path, *outputs: Path | None) -> None:
+    """Find out what cannot be written before the work is done; `outputs` are the list, the removed, the manifest."""
     import numpy as np
 
     from protoprune.lists import format_list
 
-    format_list([], np.empty(0), np.empty(0), _format(format, out), null=null)
-    if format == "npy" and out is None and sys.stdout.isatty():
+    refuse_input(features, *outputs)
+    for path in outputs[:2]:
+        format_list([], np.empty(0), np.empty(0), _format(format, path), null=null)
+    if format == "npy" and outputs[0] is None and sys.stdout.isatty():
         raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
-    for path in (out, removed, manifest):
+    for path in outputs:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; make it first")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.progress import say
-from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters
+from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters, refuse_input
 from protoprune.errors import UsageError
 
 
@@ -67,6 +67,7 @@ def sheet(
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
+    refuse_input(features, out)
     if scores is not None:
         ranking = pruning.rank_by_table(features, scores)
     else:
