@@ -60,11 +60,8 @@ def report(name: str, precision: str, device: torch.device, count: int, rounds: 
     median = {mode: statistics.median(one[mode] for one in rounds) for mode in rounds[0]}
     ratios = {mode: sorted(one["protoprune"] / one[mode] for one in rounds) for mode in ("plain", "forward")}
     middle = {mode: statistics.median(values) for mode, values in ratios.items()}
-    print(
-        print(
-            "| encoder | device | precision | images | protoprune | plain loop, fp32 | forward | / plain | / forward |"
-        )
-    )
+    columns = ("encoder", "device", "precision", "images", "protoprune", "plain loop, fp32", "forward alone")
+    print("| " + " | ".join((*columns, "/ plain", "/ forward")) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
     print(
         f"| {name} | {device} | {precision} | {count} x {len(rounds)} rounds | {median['protoprune']:.1f}/s "

@@ -140,6 +140,8 @@ def load(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> np.ndar
         raise
     except (MemoryError, RuntimeError):  # torch reports want of memory as a RuntimeError
         raise ImageError(Status.UNREADABLE, "not enough memory to decode and resize it") from None
+    except Exception as error:  # one image must never end a run over millions
+        raise ImageError(Status.CORRUPT, f"{type(error).__name__}: {_reason(error)}") from None
 
 
 def decode(data: bytes) -> np.ndarray:

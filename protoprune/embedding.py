@@ -100,7 +100,7 @@ def embed(
                 on_start(partial.n, len(partial.todo))
             if len(partial.todo):
                 forward, size = _forward(encoder, where, precision, compile, batch_size)
-                _run(images, encoder, partial, forward, where, size, workers or _cores(), on_progress)
+                _run(images, encoder, partial, forward, where, size, compile, workers or _cores(), on_progress)
             partial.finish()
         except _out_of_memory() as error:
             raise ProtopruneError(
@@ -262,7 +262,7 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     return forward, size
 
 
-def _run(images, encoder, partial, forward, device, batch_size, workers, on_progress) -> None:
+def _run(images, encoder, partial, forward, device, batch_size, compiled, workers, on_progress) -> None:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
     import torch
 
@@ -291,7 +291,7 @@ def _run(images, encoder, partial, forward, device, batch_size, workers, on_prog
                 decode_next()
                 rows, buffer, parts = ahead.popleft()
                 outcome = [one for part in parts for one in part.result()]
-                features = forward(buffer)
+                features = forward(buffer[: _filled(len(rows), batch_size, compiled)])
                 ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
                 if ready:
                     ready.record(torch.cuda.current_stream(device))
@@ -307,6 +307,13 @@ def _run(images, encoder, partial, forward, device, batch_size, workers, on_prog
             raise
 
 
+def _filled(count: int, batch_size: int, compiled: bool) -> int:
+    """How many images of the buffer go through the model: all of them but in the last batch, which is filled up with
+    blank ones to a multiple of 8 (products of a few rows are summed in another order), or, compiled, to its full shape.
+    """
+    return batch_size if compiled else min(batch_size, -(-count // 8) * 8)
+
+
 def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list[Future]:
     """Start decoding `rows` into the first slots of `buffer`, in a few tasks a thread."""
     pixels = buffer.numpy()
@@ -318,7 +325,7 @@ def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list
             for slot in range(first, min(first + step, len(rows)))
         ]
 
-    pixels[len(rows) :] = 0  # the last batch keeps the shape of the others
+    pixels[len(rows) :] = 0  # the last batch is filled up with blank images
     return [decoders.submit(decode_some, first) for first in range(0, len(rows), step)]
 
 
