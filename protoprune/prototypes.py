@@ -90,7 +90,7 @@ def cluster(
     if limit < m:
         rows = np.sort(rng.choice(rows, limit, replace=False))
     points = _gather(features, rows, spherical)
-    start = points[np.sort(rng.choice(limit, k, replace=False))].copy()
+    start = _seeds(points, k, rng)
     engine, assign = _engine(backend)
     centroids = engine(points, start, iterations, spherical, seed)
     del points
@@ -105,6 +105,34 @@ def cluster(
     cost = distance[usable].astype(np.float64)
     objective = float(cost.sum() if spherical else (cost**2).sum())
     return Clustering(centroids, labels, distance, objective, seed, spherical, iterations, limit, engine.__name__[1:])
+
+
+def _seeds(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """(k, d) first centroids by greedy k-means++ (Arthur & Vassilvitskii 2007), on a sample of 10 points a centroid.
+
+    Each is drawn with probability proportional to the squared distance to those before it, the best of 2 + log k draws.
+    Where clusters are tight, a start at random points ends several per cent higher; the sample keeps the cost well
+    below that of the iterations.
+    """
+    sample = points[np.sort(rng.choice(len(points), min(len(points), 10 * k), replace=False))]
+    squares = np.einsum("nd,nd->n", sample, sample)  # (s,)
+    chosen = [int(rng.integers(len(sample)))]
+    nearest = np.maximum(squares + squares[chosen[0]] - 2 * (sample @ sample[chosen[0]]), 0)  # squared distances
+    nearest[chosen[0]] = 0
+    for _ in range(1, k):
+        weight = np.cumsum(nearest, dtype=np.float64)
+        if weight[-1] > 0:
+            draws = np.searchsorted(weight, rng.random(2 + int(math.log(k))) * weight[-1])
+            draws = np.minimum(draws, len(sample) - 1)
+        else:  # no point is left that differs from those chosen
+            draws = rng.choice(np.setdiff1d(np.arange(len(sample)), chosen), 1)
+        distances = squares + squares[draws][:, None] - 2 * (sample[draws] @ sample.T)  # (draws, s)
+        distances = np.minimum(np.maximum(distances, 0), nearest)
+        best = int(distances.sum(axis=1, dtype=np.float64).argmin())
+        chosen.append(int(draws[best]))
+        nearest = distances[best]
+        nearest[chosen[-1]] = 0  # exactly: rounding must not let a point be drawn twice
+    return sample[chosen].copy()
 
 
 def _check(k: int, m: int, iterations: int, train_points: int | None, backend: str) -> None:
@@ -282,7 +310,7 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     A folder that cannot be written or an entry that cannot be read costs time, never the answer. Entries of other
     content are removed when one is added: the folder belongs to one feature file.
     """
-    key = json.dumps({"version": 1, "content": content, **settings}, sort_keys=True)
+    key = json.dumps({"version": 2, "content": content, **settings}, sort_keys=True)
     name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     path = os.path.join(folder, name)
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:
