@@ -146,6 +146,7 @@ def select(
     **clustering,
 ) -> Selected:
     """`rank` and `prune` in one call; `clustering` takes the options of `rank`, `scores` a score table instead."""
+    selection.check(keep, order, balance)
     ranking = rank_by_table(features, scores) if scores is not None else rank(features, seed=seed, **clustering)
     return prune(ranking, keep, order=order, seed=seed, balance=balance, by=by)
 

@@ -32,14 +32,14 @@ def photos(tmp_path_factory):
     return folder / "photos"
 
 
-@pytest.fixture(scope="module")
-def reference(photos, tmp_path_factory):
-    """A ResNet-50 with random weights (its features spread over the images more than a random transformer's) and
-    timm's own transform + eager fp32 forward, one photo at a time."""
+@pytest.fixture(scope="module", params=["resnet50", "vit_tiny_patch16_224"])
+def reference(request, photos, tmp_path_factory):
+    """(architecture, weights, features by path): random weights, timm's own transform + eager fp32 forward, one photo
+    at a time."""
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model("resnet50", num_classes=0).eval()
+    model = timm.create_model(request.param, num_classes=0).eval()
     weights = tmp_path_factory.mktemp("weights") / "w.pth"
     torch.save(model.state_dict(), weights)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
@@ -48,13 +48,13 @@ def reference(photos, tmp_path_factory):
         for path in sorted(os.listdir(photos)):
             with Image.open(photos / path) as image:
                 rows[path] = model(transform(image.convert("RGB"))[None])[0].numpy()
-    return weights, rows
+    return request.param, weights, rows
 
 
 @pytest.mark.parametrize(("precision", "store", "least"), [("fp32", "float32", 0.9999), ("bf16", "float16", 0.995)])
 def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, store, least, photos, reference, tmp_path):
-    weights, rows = reference
-    encoder = load_encoder("timm:resnet50", weights=weights)
+    architecture, weights, rows = reference
+    encoder = load_encoder(f"timm:{architecture}", weights=weights)
     embed(list_folder(photos), encoder, tmp_path / "f.h5", precision=precision, store=store)
     with FeatureFile(tmp_path / "f.h5") as file:
         assert file.paths == sorted(rows)
@@ -63,6 +63,8 @@ def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, sto
     norms = np.linalg.norm(features, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = (features * expected).sum(1) / norms
     ranks = spearman(cluster(features, 10).distance, cluster(expected, 10).distance)
-    print(f"\n{precision}: cosine least {cosine.min():.6f} mean {cosine.mean():.6f}, Spearman {ranks:.4f}")
+    print(
+        f"\n{architecture} {precision}: cosine least {cosine.min():.6f} mean {cosine.mean():.6f}, Spearman {ranks:.4f}"
+    )
     assert cosine.min() >= least
     assert ranks >= 0.99
