@@ -107,10 +107,13 @@ def test_batch_size_and_workers_do_not_change_the_features(options, images, tmp_
     assert all(np.array_equal(a[path], b[path]) for path in a)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(batch_size, images, tmp_path):
+@pytest.mark.parametrize(("batch_size", "cores"), [(1, 2), (3, 1), (32, 3)])
+def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(
+    batch_size, cores, images, tmp_path, monkeypatch
+):
     encoder = load_encoder("mini")
     run(images, tmp_path / "a.h5", encoder, batch_size=8, store="float32")
+    monkeypatch.setattr("protoprune.embedding._cores", lambda: cores)
     run(images, tmp_path / "b.h5", encoder, batch_size=batch_size, workers=1, store="float32")
     a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
     assert all(np.array_equal(a[path], b[path]) for path in a)
@@ -173,7 +176,7 @@ def test_an_interrupted_overwrite_goes_on_and_needs_no_second_consent(images, tm
     again = fake_encoder("new")
     report = run(images, tmp_path / "f.h5", again)
     assert report.unchanged >= 8
-    assert sum(again.model.batches) < 21
+    assert len(again.model.batches) <= 4  # of the six batches of 4
     with FeatureFile(tmp_path / "f.h5") as file:
         assert file.provenance["encoder"] == "new"
 
@@ -198,7 +201,7 @@ def test_overwrite_computes_everything_again(images, tmp_path):
     run(images, tmp_path / "f.h5")
     encoder = fake_encoder()
     assert run(images, tmp_path / "f.h5", encoder, overwrite=True).embedded == 21
-    assert len(encoder.model.batches) == 6
+    assert sum(encoder.model.batches) >= 21
 
 
 def test_a_moved_folder_is_noticed_and_nothing_computed_again(images, tmp_path):
@@ -325,7 +328,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(images, tmp_path):
     again = fake_encoder()
     report = run(images, tmp_path / "f.h5", again)
     assert report.unchanged in (4, 8)  # the writer may have been one batch behind
-    assert sum(again.model.batches) < sum(encoder.model.batches) + 21
+    assert len(again.model.batches) < 6
     run(images, tmp_path / "whole.h5")
     resumed, whole = stored(tmp_path / "f.h5"), stored(tmp_path / "whole.h5")
     assert all(np.array_equal(resumed[path], whole[path]) for path in whole)
@@ -389,6 +392,16 @@ def test_half_precision_leaves_the_callers_encoder_alone(images, tmp_path):
     run(images, tmp_path / "full.h5", encoder)
     half, full = stored(tmp_path / "half.h5"), stored(tmp_path / "full.h5")
     assert all(np.allclose(half[path], full[path], atol=0.05) for path in full)
+
+
+def test_the_callers_number_of_torch_threads_stays(images, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(images, tmp_path / "f.h5")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bad_device_is_a_usage_error(images, tmp_path):
@@ -469,7 +482,7 @@ def test_resuming_computes_only_what_is_left(images, tmp_path):
         left = int((~partial.finished()).sum())
     encoder = fake_encoder()
     assert run(images, tmp_path / "f.h5", encoder).embedded == left
-    assert len(encoder.model.batches) == -(-left // 4)
+    assert len(encoder.model.batches) == -(-left // 4)  # one piece for each batch of 4
 
 
 @pytest.mark.gpu
