@@ -51,6 +51,10 @@ def reference(request, photos, tmp_path_factory):
     return request.param, weights, rows
 
 
+def difficulty(features, prototypes):
+    return 1 - (features / np.linalg.norm(features, axis=1, keepdims=True) @ prototypes.T).max(1)
+
+
 @pytest.mark.parametrize(("precision", "store", "least"), [("fp32", "float32", 0.9999), ("bf16", "float16", 0.995)])
 def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, store, least, photos, reference, tmp_path):
     architecture, weights, rows = reference
@@ -62,7 +66,9 @@ def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, sto
     expected = np.stack([rows[path] for path in sorted(rows)])
     norms = np.linalg.norm(features, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = (features * expected).sum(1) / norms
-    ranks = spearman(cluster(features, 10).distance, cluster(expected, 10).distance)
+    # Against the same prototypes: with 200 photos k-means itself lands elsewhere after a change in the last bits.
+    prototypes = cluster(expected, 10).centroids
+    ranks = spearman(difficulty(features, prototypes), difficulty(expected, prototypes))
     print(
         f"\n{architecture} {precision}: cosine least {cosine.min():.6f} mean {cosine.mean():.6f}, Spearman {ranks:.4f}"
     )
