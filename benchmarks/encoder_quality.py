@@ -23,15 +23,15 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import torch
-from PIL import Image
+
+from protoprune.decode import Preprocess, decode
+from protoprune.encoders import load_encoder
 
 BATCH = 32
 
 
 class Contender(NamedTuple):
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocess: Preprocess
     encode: Callable  # normalised float32 (B, 3, size, size) -> (B, d)
 
 
@@ -39,23 +39,14 @@ class Contender(NamedTuple):
 
 
 def contender(name: str) -> Contender:
-    half = (0.5, 0.5, 0.5)
     if name == "raw":
-        return Contender(32, half, half, lambda batch: batch.flatten(1))
+        return Contender(Preprocess(32, 32, mean=(0.5,) * 3, std=(0.5,) * 3), lambda batch: batch.flatten(1))
     if name == "hog":
         return Contender(
-            32, (0.0,) * 3, (1.0,) * 3, lambda batch: torch.from_numpy(np.stack([describe(i) for i in batch.numpy()]))
+            Preprocess(32, 32), lambda batch: torch.from_numpy(np.stack([describe(i) for i in batch.numpy()]))
         )
-    if name in ("mini", "random"):
-        from protoprune import mini
-
-        encoder = mini.load_mini()[0] if name == "mini" else random_mini()
-        return Contender(mini.MINI_INPUT_SIZE, mini.MINI_MEAN, mini.MINI_STD, encoder)
-    from protoprune.encoders import load_encoder
-
-    encoder = load_encoder(name)
-    own = encoder.preprocess
-    return Contender(own.size, own.mean, own.std, encoder)
+    encoder = load_encoder("mini" if name == "random" else name)
+    return Contender(encoder.preprocess, random_mini() if name == "random" else encoder)
 
 
 def random_mini() -> torch.nn.Module:
@@ -88,23 +79,16 @@ def class_folders(root: Path, start: int = 0, per_class: int | None = None) -> t
     return [file for file, _ in pairs], np.array([label for _, label in pairs])
 
 
-def decode(path: Path, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): short side resized to size, bicubic, and centre crop."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = ((side - size) // 2 for side in image.size)
-        return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
 @torch.inference_mode()
 def features(files: list[Path], encoder: Contender, pool: ThreadPoolExecutor) -> tuple[np.ndarray, float]:
     """(n, d) features of length 1 and the seconds spent encoding."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (encoder.mean, encoder.std))
+    own = encoder.preprocess
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (own.mean, own.std))
     rows, seconds = [], 0.0
     for start in range(0, len(files), BATCH):
-        batch = np.stack(list(pool.map(lambda file: decode(file, encoder.size), files[start : start + BATCH])))
+        batch = np.stack(
+            list(pool.map(lambda file: own.apply(decode(file.read_bytes())), files[start : start + BATCH]))
+        )
         batch = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255 - mean) / std
         begin = time.perf_counter()
         rows.append(torch.as_tensor(encoder.encode(batch)).float())
