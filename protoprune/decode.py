@@ -180,8 +180,10 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """The fast path: plain upright YCbCr or grey JPEG. None for everything else, damaged files included."""
-    import simplejpeg
-
+    try:
+        import simplejpeg
+    except ImportError:  # it comes with the encoders; a contact sheet does without
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or _exif_orientation(data) != 1:

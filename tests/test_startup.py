@@ -47,7 +47,7 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "timm"):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "simplejpeg"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -70,6 +70,20 @@ def test_selecting_works_without_torch(run_program, feature_file, tmp_path):
     assert missing.returncode == 1
     assert b"torch" in missing.stderr
     assert b"Traceback" not in missing.stderr
+
+
+def test_a_sheet_needs_neither_torch_nor_simplejpeg(run_program, feature_file, tmp_path):
+    pytest.importorskip("faiss")
+    from PIL import Image
+
+    paths = [f"{i:02d}.jpg" for i in range(12)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (20, 16), (number * 20, 0, 0)).save(tmp_path / path)
+    features = feature_file(tmp_path / "features.h5", np.random.default_rng(0).normal(size=(12, 4)), paths=paths)
+    result = run_program("sheet", features, "--root", tmp_path, python=("-c", WITHOUT_TORCH))
+    assert result.returncode == 0, result.stderr
+    assert b"could not be read" not in result.stderr
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
 def commands() -> dict:
