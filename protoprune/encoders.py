@@ -302,7 +302,7 @@ def _unreachable(url: str, timeout: float = 4.0) -> str | None:
 def _download(info: EncoderInfo) -> str:
     """The authors' weight file in torch.hub's cache.
 
-    The authors publish no checksums, so the digest of the first complete download is kept beside the file and every
+    We know of no published checksums, so the digest of the first complete download is kept beside the file and every
     later use is checked against it.
     """
     import torch
