@@ -21,6 +21,7 @@ creation no HDF5 metadata changes. The finished file appears by rename and is ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -212,8 +213,13 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
 
 def _reserve(path: str, mode: str, size: int) -> None:
     with open(path, mode) as file:
-        if hasattr(os, "posix_fallocate"):  # macOS has none: there a full disk is found out while writing
+        if not hasattr(os, "posix_fallocate"):  # macOS: there a full disk is found out while writing
+            return
+        try:
             os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise  # any other error: a file system that reserves nothing
 
 
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:

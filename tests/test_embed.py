@@ -1,5 +1,6 @@
 """The pipeline: equal to a plain reference, incremental, resumable after kill -9, and honest about what failed."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -368,6 +369,14 @@ def test_full_disk_is_one_clear_error_and_leaves_the_old_file(images, tmp_path):
     assert "cannot write (File too large)" in out.stdout, out
     assert stored(tmp_path / "f.h5").keys() == before.keys()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["f.h5"]
+
+
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(images, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert run(images, tmp_path / "f.h5").embedded == 21
 
 
 def test_precision_auto_is_fp32_where_bf16_would_be_emulated(monkeypatch):
