@@ -50,11 +50,3 @@ def from_logits(
         "entropy": -(probabilities * log_probabilities).sum(-1),
         "change": change.clamp_max(_LARGEST),
     }
-
-
-def linear_gradient_norm(inputs: torch.Tensor, error_norm: torch.Tensor) -> torch.Tensor:
-    """GraNd of a linear softmax layer with bias, in closed form: ||p - y|| * sqrt(||x||^2 + 1).
-
-    inputs (n, d), error_norm (..., n) -> (..., n). The gradient is the outer product of p - y and (x, 1).
-    """
-    return error_norm * (inputs.square().sum(-1) + 1).sqrt()
