@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -286,10 +287,12 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
         return sum(g.square().sum() for g in gradients.values()).sqrt()
 
     norms = torch.func.vmap(norm, in_dims=(0, 0), chunk_size=_GRADIENT_CHUNK)
-    parts = [
-        norms(some.to(device).float(), wanted.to(device)).cpu()
-        for some, wanted in zip(inputs.split(1024), labels.split(1024), strict=True)
-    ]
+    with warnings.catch_warnings():  # torch says which operations vmap takes one example at a time
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        parts = [
+            norms(some.to(device).float(), wanted.to(device)).cpu()
+            for some, wanted in zip(inputs.split(1024), labels.split(1024), strict=True)
+        ]
     model.train(was_training)
     return torch.cat(parts).clamp_max(60_000.0)
 
