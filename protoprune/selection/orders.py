@@ -35,8 +35,8 @@ def ranking(
 
     With `drop_hardest` beta the round(beta * m) hardest rows come last, easiest first, and take no part in the order.
 
-    Raises UsageError for an order or beta out of range, ProtopruneError for a usable NaN, or an infinite score where
-    strata are asked for.
+    Raises UsageError for an order or beta out of range, ProtopruneError for a usable NaN, or for infinite scores
+    where strata are asked for.
     """
     check_order(order, drop_hardest)
     rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
@@ -87,14 +87,13 @@ def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return rows
     own = values[rows]
     low, span = own.min(), own.max() - own.min()
-    if not np.isfinite(span):
-        count = int(np.isinf(own).sum())
+    if not np.isfinite(span * STRATA):
         raise ProtopruneError(
-            f"{count} scores are infinite: their range cannot be cut into strata; "
-            "use --drop-hardest, or another --order"
+            f"scores from {low:g} to {own.max():g} cannot be cut into strata; use --drop-hardest, or another --order"
         )
-    relative = (own - low) / span if span > 0 else np.zeros(len(rows))
-    stratum = np.minimum((relative * STRATA).astype(np.int64), STRATA - 1)
+    # Multiplied first: a score on the border of two strata belongs to the upper one.
+    stratum = ((own - low) * STRATA / span).astype(np.int64) if span > 0 else np.zeros(len(rows), np.int64)
+    stratum = np.minimum(stratum, STRATA - 1)
     sizes = np.bincount(stratum, minlength=STRATA)
     return rows[np.lexsort((-stratum, -sizes[stratum], place_in_group(stratum, sizes)))]
 
