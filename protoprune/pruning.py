@@ -233,7 +233,7 @@ def prune(ranking: Ranking, keep: float, **options) -> Selected:
         drop_hardest=rule.drop_hardest,
     )  # fmt: skip
     stay = len(rows) - selection.dropped_count(len(rows), rule.drop_hardest)
-    if rule.quota:
+    if rule.quota and stay:
         one = _first_clustering(ranking, "--quota")
         rows[:stay] = selection.by_quota(rows[:stay], one.cluster, _quota_shares(one, usable))
     rank_of, dropped = np.full(n, -1, np.int64), np.zeros(n, bool)

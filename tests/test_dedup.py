@@ -83,7 +83,7 @@ def test_harder_and_central_keep_opposite_ends():
 
 
 def test_a_removed_image_removes_nothing():
-    """A chain: the middle one is like both ends, which are not alike. Compared with all before it, the last would go."""
+    """A chain: the middle one is like both ends, which are not alike; compared with all before it the last would go."""
     angles = np.radians([0, 15, 30])
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     found = duplicates(x, np.zeros(3, int), np.array([0.3, 0.2, 0.1]), 0.05, ids=ids_of(3))  # cos 15° = .966

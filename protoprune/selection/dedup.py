@@ -23,7 +23,7 @@ def check_duplicates(epsilon: float, keep: str = "harder") -> None:
     """Raise UsageError for a threshold or a side that there is not."""
     if not LEAST <= epsilon < 1:
         raise UsageError(
-            f"--dedup {epsilon:g}: expected 1 - cosine from {LEAST:f} to below 1; 0.05 removes near-duplicates"
+            f"--dedup {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; 0.05 removes near-duplicates"
         )
     if keep not in KEEP_DUPLICATES:
         raise UsageError(f"--dedup-keep {keep}: expected one of {', '.join(KEEP_DUPLICATES)}")
