@@ -11,7 +11,7 @@ package does not know: where scores come from, and what is done with them.
 
 from protoprune.scores.matching import ScoreTable, match, read_scores
 from protoprune.scores.ranks import mean_overlap, overlap, spearman
-from protoprune.scores.table import Table, read_table, write_scores
+from protoprune.scores.table import Table, read_table, turned, write_scores
 
 __all__ = [
     "ScoreTable",
@@ -22,5 +22,6 @@ __all__ = [
     "read_scores",
     "read_table",
     "spearman",
+    "turned",
     "write_scores",
 ]

@@ -66,9 +66,7 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True) -> Sc
     n = len(paths)
     if table.keys is None:
         if table.scores.shape != (n,):
-            raise ProtopruneError(
-                f"{table.source}: shape {table.scores.shape}, expected ({n},): one score a row of the feature file"
-            )
+            raise ProtopruneError(f"{table.source}: shape {table.scores.shape}, expected ({n},): one score an image")
         rows, matched_by = np.arange(n), "place: one score a row"
     else:
         rows, matched_by = _match_keys(table, paths, row_numbers)
@@ -103,7 +101,7 @@ def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[
         why = (
             f"{len(table.keys):,} rows are ambiguous"
             if (rows == _AMBIGUOUS).any()
-            else (f"none of its {len(table.keys):,} rows names an image of the feature file")
+            else (f"none of its {len(table.keys):,} rows names an image")
         )
         raise ProtopruneError(
             f"{table.source}: {why} (it has {table.keys[0]!r}, the images are like {paths[0]!r}); "

@@ -18,7 +18,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +177,15 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     released = _RELEASED_FILE.fullmatch(os.path.basename(source))
     metric = header.get("metric") or (released[1] if released else "")
     return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
+
+
+def turned(table: Table, higher_is: str | None) -> Table:
+    """The table with `higher_is` (as in `read_table`) applied, unless it has a direction of its own."""
+    check_higher(higher_is)
+    if higher_is is None or table.direction != "assumed":
+        return table
+    scores = table.scores if _HIGHER[higher_is] == "harder" else 0.0 - table.scores
+    return replace(table, scores=scores, direction="given")
 
 
 def check_higher(higher_is: str | None) -> None:
