@@ -127,10 +127,10 @@ def parse_text(text: str, delimiter: str | None = None) -> tuple[list[str] | Non
     """(keys or None, scores, kind of the keys) of delimited text.
 
     With a `delimiter` the columns are path and score under a header. Raises ProtopruneError (which names no file) and
-    csv.Error. A line that starts with # is a comment, unless a number stands in the score's place: `#1.png,0.5`.
+    csv.Error. Without it, a line that starts with # is a comment, unless it reads like a row: `#1.png,0.5`.
     """
     layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text)
-    pairs, scores = _extract(text, *layout)
+    pairs, scores = _extract(text, *layout, comments=not delimiter and "#" in text)
     if not scores:
         raise ProtopruneError("a header and no rows")
     columns = layout[1]
@@ -173,7 +173,7 @@ def _sample(text: str, delimiter: str) -> list[list[str]]:
     return ([row for row in rows if not row[0].startswith("#")] or rows)[:_SAMPLE]
 
 
-def _extract(text: str, delimiter: str, columns: Columns) -> tuple[list[tuple[str, str]], list[float]]:
+def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tuple[list[tuple[str, str]], list[float]]:
     """(key, cell) and score of every row of data."""
     key, score = columns.key or 0, columns.score
     rows = _rows(text, delimiter)
@@ -181,17 +181,19 @@ def _extract(text: str, delimiter: str, columns: Columns) -> tuple[list[tuple[st
     try:
         pairs = [(row[key], row[score]) for row in rows]
         scores = [float(cell) for _, cell in pairs]
-        if not any("_" in cell for _, cell in pairs):
+        if not comments and not any("_" in cell for _, cell in pairs):
             return pairs, scores
     except (IndexError, ValueError):  # a missing score, a comment, or what cannot be read
         pass
     pairs, scores = [], []
     for place, row in enumerate(itertools.islice(_rows(text, delimiter), above, None), above + 1):
+        if comments and row[0].startswith("#") and row[0][1:2] in ("", " ", "\t"):
+            continue
         value = number(row[score]) if len(row) > max(key, score) else None
         if value is not None:
             pairs.append((row[key], row[score]))
             scores.append(value)
-        elif not row[0].startswith("#"):
+        elif not comments or not row[0].startswith("#"):
             raise ProtopruneError(f"row {place} has no number in column {score + 1}: {row}")
     return pairs, scores
 

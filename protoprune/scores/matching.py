@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,77 +82,79 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True) -> Sc
 
 
 def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:
-    numbers = None
-    if table.kind == "index" or (table.kind == "unsure" and row_numbers and _all_digits(table.keys)):
-        numbers = _row_numbers(table, len(paths))
-        if table.kind == "index":
-            return numbers, "row number"
+    if table.kind == "index":
+        return _row_numbers(table, len(paths)), "row number"
     rows, matched_by = _by_name(table.keys, paths)
-    found = int((rows >= 0).sum())
-    if numbers is not None:
-        if not found:
+    found = rows >= 0
+    if table.kind == "unsure" and row_numbers and _could_be_row_numbers(table.keys, len(paths)):
+        numbers = np.array([int(key) for key in table.keys])
+        if not found.any():
             return numbers, "row number"
-        if (numbers != rows)[(rows >= 0) & (numbers >= 0)].any():
-            key = table.keys[int(np.flatnonzero((numbers != rows) & (rows >= 0))[0])]
+        unlike = np.flatnonzero(found & (numbers != rows))
+        if len(unlike):
             raise ProtopruneError(
-                f"{table.source}: {key!r} may be a row number or a file name; name its column index or path"
+                f"{table.source}: {table.keys[unlike[0]]!r} may be a row number or the file "
+                f"{paths[rows[unlike[0]]]}; name its column index or path"
             )
-    if not found:
-        why = (
-            f"{len(table.keys):,} rows are ambiguous"
-            if (rows == _AMBIGUOUS).any()
-            else (f"none of its {len(table.keys):,} rows names an image")
-        )
+    if not found.any():
+        what = "could be several images" if (rows == _AMBIGUOUS).any() else "names an image"
         raise ProtopruneError(
-            f"{table.source}: {why} (it has {table.keys[0]!r}, the images are like {paths[0]!r}); "
-            "paths must be relative to the same root"
+            f"{table.source}: {'each' if 'could' in what else 'none'} of its {len(table.keys):,} rows {what} "
+            f"(it has {table.keys[0]!r}, the images are like {paths[0]!r}); paths must be relative to the same root"
         )
     return rows, matched_by
 
 
-def _all_digits(keys: Sequence[str]) -> bool:
-    joined = "".join(keys)
-    return joined.isascii() and joined.isdigit() and all(keys)
+def _could_be_row_numbers(keys: Sequence[str], n: int) -> bool:
+    if not all(len(key) <= 9 and key.isascii() and key.isdigit() for key in keys):
+        return False
+    numbers = set(map(int, keys))
+    return len(numbers) == len(keys) and max(numbers) < n
 
 
 def _row_numbers(table: Table, n: int) -> np.ndarray:
     try:
-        rows = np.array([int(key) for key in table.keys])
-    except ValueError as error:
+        rows = np.array([int(key) for key in table.keys], np.int64)
+    except (ValueError, OverflowError) as error:
         raise ProtopruneError(f"{table.source}: its index column holds no row number ({error})") from None
-    if len(rows) and (rows.min() < 0 or (table.kind == "index" and rows.max() >= n)):
-        wrong = int(rows.min() if rows.min() < 0 else rows.max())
-        raise ProtopruneError(f"{table.source}: row number {wrong:,}, expected 0 to {n - 1:,}; is it of other images?")
-    if len(np.unique(rows)) != len(rows):
+    for wrong in (rows.min(), rows.max()):
+        if not 0 <= wrong < n:
+            raise ProtopruneError(
+                f"{table.source}: row number {wrong}, expected 0 to {n - 1}; is the table about other images?"
+            )
+    if len(np.unique(rows)) < len(rows):
         raise ProtopruneError(f"{table.source}: a row number occurs twice (as 1 and 01); give one score an image")
-    return np.where(rows < n, rows, _NONE)
+    return rows
 
 
 def _by_name(keys: Sequence[str], paths: Sequence[str]) -> tuple[np.ndarray, str]:
     """The first form that matches at least half of the smaller side; if none does, the first that matches anything."""
     enough = min(len(keys), len(paths)) / 2
-    fallback = None
-    for form, how in _forms(keys, paths):
-        rows = form()
+    best, most = (np.full(len(keys), _NONE), "path"), -1
+    for rows, how in _forms(keys, paths):
         found = int((rows >= 0).sum())
         if found and found >= enough:
             return rows, how
-        if fallback is None and (rows != _NONE).any():
-            fallback = rows, how
-    return fallback or (np.full(len(keys), _NONE), "path")
+        if most < 1 and (found or (rows != _NONE).any()) and found > most:
+            best, most = (rows, how), found
+    return best
 
 
-def _forms(keys: Sequence[str], paths: Sequence[str]) -> Iterable[tuple[Callable[[], np.ndarray], str]]:
-    yield lambda: _equal(keys, paths), "path"
-    if any("\\" in key for key in keys) and not any("/" in key for key in keys):  # written on Windows
+def _forms(keys: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[np.ndarray, str]]:
+    """(row of each key, how it was found), for one form after the other; each costs a second or two at a million."""
+    index = _index(paths)
+    yield _equal(keys, index), "path"
+    if "\\" in "".join(keys) and not any("/" in key for key in keys):  # written on Windows
         keys = [key.replace("\\", "/") for key in keys]
-        yield lambda: _equal(keys, paths), "path"
-    yield lambda: _keys_end_in_paths(keys, paths), "path, relative to another root"
-    yield lambda: _paths_end_in_keys(keys, paths), "the end of the path"
+        yield _equal(keys, index), "path"
+    yield _keys_end_in_paths(keys, index), "path, relative to another root"
+    key_index = _index(keys)
+    yield _paths_end_in_keys(paths, key_index, len(keys)), "the end of the path"
     stems = [os.path.splitext(path)[0] for path in paths]
-    yield lambda: _equal(keys, stems), "path without suffix"
-    yield lambda: _keys_end_in_paths(keys, stems), "path without suffix, relative to another root"
-    yield lambda: _paths_end_in_keys(keys, stems), "the end of the path without suffix"
+    index = _index(stems)
+    yield _equal(keys, index), "path without suffix"
+    yield _keys_end_in_paths(keys, index), "path without suffix, relative to another root"
+    yield _paths_end_in_keys(stems, key_index, len(keys)), "the end of the path without suffix"
 
 
 def _index(names: Sequence[str]) -> dict[str, int]:
@@ -164,9 +166,8 @@ def _index(names: Sequence[str]) -> dict[str, int]:
     return index
 
 
-def _equal(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
-    found = map(_index(paths).get, keys, itertools.repeat(_NONE))
-    return _once(np.fromiter(found, np.int64, len(keys)), len(paths))
+def _equal(keys: Sequence[str], index: dict[str, int]) -> np.ndarray:
+    return _once(np.fromiter(map(index.get, keys, itertools.repeat(_NONE)), np.int64, len(keys)))
 
 
 def _ends(names: Sequence[str], index: dict[str, int]) -> np.ndarray:
@@ -183,20 +184,23 @@ def _ends(names: Sequence[str], index: dict[str, int]) -> np.ndarray:
     return np.fromiter(map(find, names), np.int64, len(names))
 
 
-def _keys_end_in_paths(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
-    return _once(_ends(keys, _index(paths)), len(paths))
+def _keys_end_in_paths(keys: Sequence[str], index: dict[str, int]) -> np.ndarray:
+    return _once(_ends(keys, index))
 
 
-def _paths_end_in_keys(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
-    places = _ends(paths, _index(keys))
+def _paths_end_in_keys(paths: Sequence[str], index: dict[str, int], n_keys: int) -> np.ndarray:
+    places = _ends(paths, index)
     hit = np.flatnonzero(places >= 0)
-    rows = np.full(len(keys), _NONE)
+    rows = np.full(n_keys, _NONE)
     rows[places[hit]] = hit
-    rows[np.bincount(places[hit], minlength=len(keys)) > 1] = _AMBIGUOUS
+    rows[np.bincount(places[hit], minlength=n_keys) > 1] = _AMBIGUOUS
     return rows
 
 
-def _once(found: np.ndarray, size: int) -> np.ndarray:
-    """Places that were found by one only; the others become _AMBIGUOUS."""
-    counts = np.bincount(found[found >= 0], minlength=size)
-    return np.where((found >= 0) & (counts[found] > 1), _AMBIGUOUS, found)
+def _once(rows: np.ndarray) -> np.ndarray:
+    """Rows that were found by one key only; the others become _AMBIGUOUS."""
+    found = rows >= 0
+    if found.any():
+        twice = np.bincount(rows[found]) > 1
+        rows[found] = np.where(twice[rows[found]], _AMBIGUOUS, rows[found])
+    return rows
