@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from protoprune import __version__
+from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.record import record
 from protoprune.cli.select import select
@@ -58,7 +59,7 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders, advise, record):
+for command in (embed, select, info, sheet, encoders, record, compare, advise):
     app.command()(command)
 app.add_typer(theory_app, name="theory")
 
