@@ -21,10 +21,10 @@ def metrics() -> None:
     """List the metrics: what each needs, costs and says, and where it comes from."""
     from protoprune.metrics.catalogue import METRICS
 
-    rows = [
-        (name, one.needs, "yes" if one.labels else "no", "yes" if one.training else "no", one.cost, one.source, one.summary)
-        for name, one in METRICS.items()
-    ]  # fmt: skip
+    rows = []
+    for name, one in METRICS.items():
+        labels, training = ("yes" if needed else "no" for needed in (one.labels, one.training))
+        rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
     heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
     if sys.stdout is not None and sys.stdout.isatty():
         from rich.console import Console
@@ -51,8 +51,8 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Recorded epoch to take the score at, or to follow training up to [default: 10 or the middle of a short "
-            "training for el2n and grand, else the last].",
+            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the middle of a "
+            "short training, for el2n and grand, else the last].",
         ),
     ] = None,
     models: Annotated[

@@ -88,11 +88,8 @@ def lookup(name: str) -> Metric:
         import difflib
 
         near = difflib.get_close_matches(name, METRICS, 1, 0.5)
-        raise UsageError(
-            f"no metric is called {name!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + " See `protoprune metrics`"
-        )
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no metric is called {name!r}; {hint}`protoprune metrics` lists them")
     return METRICS[name]
 
 
@@ -110,7 +107,8 @@ def _read(record, statistic: str, model: int, epochs: slice) -> np.ndarray:
     return record.read(statistic, model)[epochs]
 
 
-def _blocks(n: int, rows: int = _BLOCK) -> Iterator[slice]:
+def _blocks(n: int, rows: int | None = None) -> Iterator[slice]:
+    rows = rows or _BLOCK
     for first in range(0, n, rows):
         yield slice(first, min(n, first + rows))
 
@@ -238,18 +236,17 @@ def _tdds(record, *, epoch: int | None = None, models: str = "trained", window: 
 
 
 def _memorization(record, *, epoch: int | None = None) -> Scored:
+    subset = _subsets(record, "memorization")
     epochs = _at(record, epoch, _last(record))
     right_in, models_in, right_out, models_out = np.zeros((4, record.n), np.int32)
-    for model, _ in _members(record, "all"):
-        trained, right = record.subset[model], _right(_read(record, "prediction", model, epochs)[0], record.labels)
+    for model, trained in enumerate(subset):
+        right = _right(_read(record, "prediction", model, epochs)[0], record.labels)
         models_in += trained
         models_out += ~trained
         right_in += right & trained
         right_out += right & ~trained
-    _check_subsets(record, "memorization")
-    return Scored(
-        ensembles.difference(right_in, models_in, right_out, models_out), _used(record, epochs, record.models)
-    )
+    values = ensembles.difference(right_in, models_in, right_out, models_out)
+    return Scored(values, _used(record, epochs, record.models))
 
 
 def _influence(record, reduce: str) -> Scored:

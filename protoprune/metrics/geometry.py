@@ -18,19 +18,17 @@ K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by
 FARTHEST = 2.0  # the largest 1 - cosine there is
 
 
-def supervised_prototypes(
-    features, labels: np.ndarray, usable: np.ndarray | None = None, chunk: int = CHUNK
-) -> np.ndarray:
+def supervised_prototypes(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
     """1 - cosine to the mean of the normalised features of the example's class (Sorscher et al. 2022).
 
     labels: (n,) integers, -1 for none. The only image of a class lies at its own mean and ranks easiest.
     """
     rows = _labelled(labels, usable)
-    means = _class_means(features, labels, rows, True, chunk)
-    return _distance_to_mean(features, labels, rows, means, True, chunk)
+    means = _class_means(features, labels, rows, True)
+    return _distance_to_mean(features, labels, rows, means, True)
 
 
-def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None, chunk: int = CHUNK) -> np.ndarray:
+def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
     """Moderate coreset (Xia et al. 2023): minus |d - median of d|, d the Euclidean distance to the class mean.
 
     Neither the nearest nor the farthest images are kept first but those at the median distance, so 'larger = harder'
@@ -38,8 +36,8 @@ def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None, chu
     instead and the coordinate-wise median as the centre.
     """
     rows = _labelled(labels, usable)
-    means = _class_means(features, labels, rows, False, chunk)
-    distance = _distance_to_mean(features, labels, rows, means, False, chunk)
+    means = _class_means(features, labels, rows, False)
+    distance = _distance_to_mean(features, labels, rows, means, False)
     return -np.abs(distance - np.median(distance[rows])) if rows.any() else distance
 
 
@@ -63,7 +61,7 @@ def k_center(
     points = np.empty((len(rows), features.shape[1]), np.float32)
     place = np.full(len(ids), -1)
     place[rows[order]] = np.arange(len(rows))
-    for here, x in _chunks(features, usable, True, CHUNK):
+    for here, x in _chunks(features, usable, True):
         points[place[here]] = x
     share = min(round(K_CENTER_SHARE * len(rows)), K_CENTER_MOST) if budget is None else round(budget * len(rows))
     scores = np.full(len(ids), np.nan, np.float32)
@@ -106,13 +104,13 @@ def _labelled(labels: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
     return (labels >= 0) if usable is None else (labels >= 0) & usable
 
 
-def _chunks(features, rows: np.ndarray, normalise: bool, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _chunks(features, rows: np.ndarray, normalise: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(row numbers, their float32 features) of the marked rows, in slices, since HDF5 is slow at single rows."""
-    for first in range(0, features.shape[0], chunk):
-        here = np.flatnonzero(rows[first : first + chunk])
+    for first in range(0, features.shape[0], CHUNK):
+        here = np.flatnonzero(rows[first : first + CHUNK])
         if not len(here):
             continue
-        x = features[first : first + chunk][here].astype(np.float32)
+        x = features[first : first + CHUNK][here].astype(np.float32)
         if not np.isfinite(x).all():
             row = first + here[~np.isfinite(x).all(axis=1)][0]
             raise ProtopruneError(f"features of row {row} are NaN or infinite; embed the images again")
@@ -122,11 +120,11 @@ def _chunks(features, rows: np.ndarray, normalise: bool, chunk: int) -> Iterator
         yield first + here, x
 
 
-def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool, chunk: int) -> np.ndarray:
+def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool) -> np.ndarray:
     """(classes, d) float32 mean of each class's features; of length 1 when `normalise`."""
     classes = int(labels.max(initial=-1)) + 1
     sums = np.zeros((classes, features.shape[1]))
-    for here, x in _chunks(features, rows, normalise, chunk):
+    for here, x in _chunks(features, rows, normalise):
         by_class = np.argsort(labels[here], kind="stable")
         found, starts = np.unique(labels[here][by_class], return_index=True)
         sums[found] += np.add.reduceat(x[by_class], starts, axis=0, dtype=np.float64)
@@ -137,11 +135,9 @@ def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool
     return (sums / np.where(length > 0, length, 1)).astype(np.float32)
 
 
-def _distance_to_mean(
-    features, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool, chunk: int
-) -> np.ndarray:
+def _distance_to_mean(features, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool) -> np.ndarray:
     distance = np.full(features.shape[0], np.nan, np.float32)
-    for here, x in _chunks(features, rows, normalise, chunk):
+    for here, x in _chunks(features, rows, normalise):
         own = means[labels[here]]
         if normalise:
             distance[here] = np.clip(1 - np.einsum("nd,nd->n", x, own), 0, FARTHEST)
