@@ -110,11 +110,11 @@ def rank(
     return ranking
 
 
-def rank_by_table(features: str | os.PathLike, table: str | os.PathLike) -> Ranking:
-    """Rank the images of a feature file by a score table (larger = harder); no clustering."""
+def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, higher_is: str | None = None) -> Ranking:
+    """Rank the images of a feature file by a score table (see `scores.read_scores`); no clustering."""
     with open_features(features) as file:
         ranking = _ranking(file)
-    ranking.table = read_scores(table, ranking.paths)
+    ranking.table = read_scores(table, ranking.paths, higher_is=higher_is)
     readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
     ranking.scores = np.where(readable, ranking.table.scores, np.nan)
     ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
@@ -142,12 +142,19 @@ def select(
     balance: float = 0.0,
     by: str | None = None,
     scores: str | os.PathLike | None = None,
+    higher_is: str | None = None,
     seed: int = 0,
     **clustering,
 ) -> Selected:
-    """`rank` and `prune` in one call; `clustering` takes the options of `rank`, `scores` a score table instead."""
+    """`rank` and `prune` in one call; `clustering` takes the options of `rank`, `scores` a score table instead.
+
+    `higher_is` (keep, prune, harder or easier) is for a table that does not say what a higher score means.
+    """
     selection.check(keep, order, balance)
-    ranking = rank_by_table(features, scores) if scores is not None else rank(features, seed=seed, **clustering)
+    if scores is not None:
+        ranking = rank_by_table(features, scores, higher_is=higher_is)
+    else:
+        ranking = rank(features, seed=seed, **clustering)
     return prune(ranking, keep, order=order, seed=seed, balance=balance, by=by)
 
 

@@ -64,7 +64,7 @@ def test_arrays_hold_one_score_a_row(tmp_path):
         (b"path,score\ncat/1.png,1\ncat/2.png,high\n", r"row 3 has no number in column 2: \['cat/2.png', 'high'\]"),
         (b"path,score\ncat/1.png,1\ncat/2.png\n", "row 3 has no number in column 2"),
         (b"path,score\ncat/1.png,1\n./cat/1.png,2\n", "'cat/1.png' occurs twice"),
-        (b"path,score\n/data/cat/1.png,1\n", "none of its 1 rows names an image .*same root"),
+        (b"path,score\nbird/1.png,1\n", "none of its 1 rows names an image .*same root"),
         (b"path,score\n" + b"x" * 200_000 + b",1\n", "cannot be read as a table"),
         (bytes(range(256)) * 2000, None),
     ],
@@ -81,7 +81,7 @@ def test_what_cannot_be_read(tmp_path, data, message):
     ("array", "message"),
     [
         (np.zeros(2), r"shape \(2,\), expected \(3,\)"),
-        (np.zeros((3, 1)), r"shape \(3, 1\), expected \(3,\)"),
+        (np.zeros((3, 1)), r"shape \(3, 1\), expected \(n,\)"),
         (np.array(["a", "b", "c"]), "not a .npy array of numbers"),
         (np.array([1, "a", None], object), "not a .npy array of numbers"),
         (np.zeros(3, [("a", float), ("b", float)]), "not a .npy array of numbers"),

@@ -24,6 +24,10 @@ Seed = Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the c
 Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
 TrainPoints = Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
 Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
+HigherIs = Annotated[
+    str | None,
+    typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
+]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 
 
@@ -38,6 +42,7 @@ def select(
     scores: Annotated[
         Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
     ] = None,
+    higher_is: HigherIs = None,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -75,8 +80,10 @@ def select(
             raise UsageError(
                 "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it"
             )
-        ranking = pruning.rank_by_table(features, scores)
+        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is)
     else:
+        if higher_is is not None:
+            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
     chosen = pruning.prune(ranking, keep, order=order, seed=seed, balance=balance, by=by)
     if not chosen.keep.any():
@@ -208,6 +215,8 @@ def _say_ranking(ranking: Ranking) -> None:
     if ranking.table is not None:
         table = ranking.table
         say(f"scores: {int(ranking.usable.sum()):,} images have one; {table.missing:,} have none and are not kept")
+        for note in table.notes():
+            say(f"scores: {note}")
         if table.unmatched_rows:
             say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
     for one in ranking.clusterings[:1]:
