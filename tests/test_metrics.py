@@ -494,6 +494,9 @@ def test_planted_outliers_are_harder(metric, feature_file, tmp_path):
         if metric == "self_supervised_prototypes":
             np.testing.assert_array_equal(result.values, pruning.rank(file.path, k=2).scores)
             assert result.used == {"k": 2, "seed": 0}
+            reseeded = score(metric, file, k=5, seed=3)
+            np.testing.assert_array_equal(reseeded.values, pruning.rank(file.path, k=5, seed=3).scores)
+            assert not np.array_equal(reseeded.values, score(metric, file, k=5).values)
     assert auc(result.values, planted[order]) > 0.9
 
 

@@ -113,6 +113,9 @@ def _source(name: str, metric: Metric, record: Path | None, features: Path | Non
 
 def _check_out(out: Path, source: Path) -> None:
     """Find out what cannot be written before the work is done."""
+    from protoprune.scores.table import check_name
+
+    check_name(out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{out}: is what the scores are made from; choose another name")
     if not out.absolute().parent.is_dir():
