@@ -44,8 +44,8 @@ class FakeRecord:
     def __exit__(self, *_):
         pass
 
-    def read(self, name, model):
-        return self.tables[name][model]
+    def read(self, name, model, rows=slice(None)):
+        return self.tables[name][model][:, rows]
 
     def take(self, rows) -> FakeRecord:
         """The record of some of the rows, in any order."""
@@ -534,8 +534,7 @@ def test_rows_of_a_record_in_any_order_and_any_blocks(metric, monkeypatch):
     assert np.ptp(reference) > 0
     order = np.random.default_rng(1).permutation(29)
     np.testing.assert_allclose(score(metric, record.take(order)).values, reference[order], rtol=1e-6)
-    monkeypatch.setattr(catalogue, "_BLOCK", 3)
-    monkeypatch.setattr(catalogue, "VOTE_BYTES", 50)
+    monkeypatch.setattr(catalogue, "BLOCK_BYTES", 300)
     monkeypatch.setattr(ensembles, "BLOCK_BYTES", 100)
     np.testing.assert_array_equal(score(metric, record).values, reference)
 
@@ -674,12 +673,22 @@ def test_metrics_of_classes_need_classes():
             score(metric, file)
 
 
-def test_a_record_is_read_one_model_at_a_time():
-    """The record of 1.28 million images does not fit into memory, one statistic of one model does."""
-    record, reads = small_record(), []
+def test_a_record_is_read_a_block_of_one_model_at_a_time(monkeypatch):
+    """The record of 1.28 million images does not fit into memory."""
+    record, reads = small_record(n=29), []
     read = record.read
-    record.read = lambda name, model: reads.append((name, model)) or read(name, model)
+
+    def watched(name, model, rows):
+        reads.append((name, model, rows.start))
+        assert rows.stop - rows.start <= 3
+        return read(name, model, rows)
+
+    record.read = watched
+    monkeypatch.setattr(catalogue, "BLOCK_BYTES", 8 * record.epochs * 3)
     for metric in RECORD_METRICS:
         reads.clear()
         score(metric, record)
-        assert len(set(reads)) == len(reads) == len(METRICS[metric].statistics) * record.models, metric
+        assert len(set(reads)) == len(reads)  # nothing twice
+        assert {(name, model) for name, model, _ in reads} == {
+            (name, model) for name in METRICS[metric].statistics for model in range(record.models)
+        }

@@ -1,8 +1,8 @@
 """Every metric by name, and `score`: training record or feature file -> one float32 a row, larger = harder.
 
-A record is read one model at a time, and each model's epochs in blocks of rows: at 1.28 million examples x 90 epochs
-one statistic of one model (0.5 GB) is in memory, never the record. What this module does not know: how a record or a
-feature file is made, and who is kept.
+A record is read one model at a time, and each model in blocks of rows: at 1.28 million examples x 90 epochs a few
+numbers an example and BLOCK_BYTES of the record are in memory, and the subset masks (a byte an example and model). What
+this module does not know: how a record or a feature file is made, and who is kept.
 
 Models that were trained on subsets: metrics of training dynamics average over the models that were trained on an
 example (`models="trained"`), since a model that never sees an example cannot forget or learn it. Memorization and
@@ -27,8 +27,7 @@ from protoprune.metrics import dynamics, ensembles, geometry
 # fewer than 20 epochs has converged by then, so there the middle is taken.
 EARLY_EPOCH = 10
 MODELS = ("trained", "held-out", "all")
-VOTE_BYTES = 256 << 20  # of vote counts held at a time
-_BLOCK = 65_536
+BLOCK_BYTES = 64 << 20  # of a record, or of vote counts, held at a time
 
 
 class Scored(NamedTuple):
@@ -102,15 +101,17 @@ def _why_none(metric: Metric) -> str:
 # --- reading a record ------------------------------------------------------------------------------------------------
 
 
-def _read(record, statistic: str, model: int, epochs: slice) -> np.ndarray:
-    """(epochs, n) of one model."""
-    return record.read(statistic, model)[epochs]
-
-
-def _blocks(n: int, rows: int | None = None) -> Iterator[slice]:
-    rows = rows or _BLOCK
+def _blocks(n: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of the rows, each of BLOCK_BYTES or one row."""
+    rows = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, n, rows):
         yield slice(first, min(n, first + rows))
+
+
+def _read(record, statistic: str, model: int, epochs: slice) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, values (epochs, b)) of one model, in blocks of rows."""
+    for rows in _blocks(record.n, 8 * record.epochs):
+        yield rows, record.read(statistic, model, rows)[epochs]
 
 
 def _members(record, models: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -167,24 +168,19 @@ def _used(record, epochs: slice, models: int, **others) -> dict:
 
 def _mean_over_models(record, statistic: str, epochs: slice, models: str, reduce, **others) -> Scored:
     """Mean over models of reduce(values (epochs, b), labels (b,)) -> (b,)."""
-    number = 0
+    number, labels = 0, record.labels
 
     def each():
         nonlocal number
         for model, counts in _members(record, models):
             number += 1
-            table = _read(record, statistic, model, epochs)
             values = np.empty(record.n, np.float32)
-            for rows in _blocks(record.n):
-                values[rows] = reduce(table[:, rows], record.labels[rows])
+            for rows, table in _read(record, statistic, model, epochs):
+                values[rows] = reduce(table, labels[rows])
             yield values, counts
 
     values = dynamics.average(each(), record.n)
     return Scored(values, _used(record, epochs, number, averaged_over=models, **others))
-
-
-def _right(prediction: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return prediction == labels
 
 
 # --- metrics of a record ---------------------------------------------------------------------------------------------
@@ -212,7 +208,7 @@ def _margin(record, *, epoch: int | None = None, models: str = "trained") -> Sco
 
 def _forgetting(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     def reduce(prediction, labels):
-        return dynamics.forgetting(_right(prediction, labels))
+        return dynamics.forgetting(prediction == labels)
 
     return _mean_over_models(record, "prediction", _until(record, epoch), models, reduce)
 
@@ -236,15 +232,16 @@ def _tdds(record, *, epoch: int | None = None, models: str = "trained", window: 
 
 
 def _memorization(record, *, epoch: int | None = None) -> Scored:
-    subset = _subsets(record, "memorization")
+    subset, labels = _subsets(record, "memorization"), record.labels
     epochs = _at(record, epoch, _last(record))
     right_in, models_in, right_out, models_out = np.zeros((4, record.n), np.int32)
     for model, trained in enumerate(subset):
-        right = _right(_read(record, "prediction", model, epochs)[0], record.labels)
         models_in += trained
         models_out += ~trained
-        right_in += right & trained
-        right_out += right & ~trained
+        for rows, prediction in _read(record, "prediction", model, epochs):
+            right = prediction[0] == labels[rows]
+            right_in[rows] += right & trained[rows]
+            right_out[rows] += right & ~trained[rows]
     values = ensembles.difference(right_in, models_in, right_out, models_out)
     return Scored(values, _used(record, epochs, record.models))
 
@@ -284,25 +281,22 @@ def _ddd(record, *, epoch: int | None = None, models: str | None = None) -> Scor
     epochs = _at(record, epoch, _last(record))
 
     def reduce(prediction, labels):
-        return ensembles.ddd(_right(prediction, labels))
+        return ensembles.ddd(prediction == labels)
 
     return _mean_over_models(record, "prediction", epochs, models, reduce)
 
 
 def _ensemble_active_learning(record, *, epoch: int | None = None, models: str = "all") -> Scored:
-    epochs, classes = _until(record, epoch), len(record.classes)
+    epochs, classes, members = _until(record, epoch), len(record.classes), list(_members(record, models))
     values = np.empty(record.n, np.float32)
-    number = 0
-    for rows in _blocks(record.n, max(1, VOTE_BYTES // (4 * classes))):
+    for rows in _blocks(record.n, 8 * (classes + record.epochs)):
         votes = np.zeros((rows.stop - rows.start, classes), np.int32)
         every = np.arange(len(votes))
-        number = 0
-        for model, counts in _members(record, models):
-            number += 1
-            for prediction in _read(record, "prediction", model, epochs)[:, rows]:
+        for model, counts in members:
+            for prediction in record.read("prediction", model, rows)[epochs]:
                 votes[every, prediction] += counts[rows]
         values[rows] = ensembles.vote_entropy(votes)
-    return Scored(values, _used(record, epochs, number, averaged_over=models))
+    return Scored(values, _used(record, epochs, len(members), averaged_over=models))
 
 
 # --- metrics of a feature file ---------------------------------------------------------------------------------------
