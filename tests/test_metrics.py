@@ -692,3 +692,34 @@ def test_a_record_is_read_a_block_of_one_model_at_a_time(monkeypatch):
         assert {(name, model) for name, model, _ in reads} == {
             (name, model) for name in METRICS[metric].statistics for model in range(record.models)
         }
+
+
+def write_record(path, record: FakeRecord) -> str:
+    """The same record as a real file."""
+    records = pytest.importorskip("protoprune.records")
+    records.create(
+        str(path), {"uuid": "0" * 8}, paths=record.paths, labels=record.labels, classes=record.classes,
+        subset=record.subset, epoch_numbers=record.epoch_numbers, gradients=True,
+        test_paths=[f"test/{i}.png" for i in range(len(record.test_labels))], test_labels=record.test_labels,
+    )  # fmt: skip
+    partial = records.PartialRecord(str(path))
+    for epoch in range(record.epochs):
+        values = {name: table[:, epoch] for name, table in record.tables.items()}
+        values["test_prediction"] = record.test_prediction
+        values["test_true_probability"] = np.zeros(record.test_prediction.shape)
+        partial.write(slice(None), epoch, values)
+    partial.commit(slice(None), record.epochs)
+    partial.finish()
+    return str(path)
+
+
+@pytest.mark.parametrize("metric", RECORD_METRICS)
+def test_a_real_record_gives_the_same_scores(metric, tmp_path):
+    """float16 keeps three digits, and everything else is the same."""
+    Record = pytest.importorskip("protoprune.records").Record
+
+    record = small_record(n=29)
+    with Record(write_record(tmp_path / "record.h5", record)) as real:
+        result, expected = score(metric, real), score(metric, record)
+    np.testing.assert_allclose(result.values, expected.values, rtol=2e-3, atol=2e-3)
+    assert result.used == expected.used

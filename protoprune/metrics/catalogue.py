@@ -389,7 +389,7 @@ METRICS: dict[str, Metric] = {
         "1 - cosine to the nearest k-means centroid; what `protoprune select` uses",
     ),
     "k_center": Metric(
-        _k_center, "features", False, False, "n x chosen images distances", "Sener & Savarese 2018",
+        _k_center, "features", False, False, "minutes at 50,000 images, an hour at a million", "Sener & Savarese 2018",
         "greedy core-set: first the images farthest from those chosen before",
     ),
     "aum": _record_metric(
