@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from protoprune import __version__
 from protoprune.cli.embed import embed, encoders
+from protoprune.cli.record import record
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
@@ -58,7 +59,7 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders, metrics, score, advise):
+for command in (embed, select, info, sheet, encoders, record, metrics, score, advise):
     app.command()(command)
 app.add_typer(theory_app, name="theory")
 
