@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 import pytest
-from test_metrics import FakeFeatures, planted_features, small_record
+from test_metrics import FakeFeatures, planted_features, small_record, write_record
 from typer.testing import CliRunner
 
 from protoprune import scores
@@ -141,6 +141,32 @@ def test_a_score_from_a_record_says_what_it_used(recorded, here):
     assert "without a score" not in result.stderr
 
 
+def test_record_h5_is_the_default(here):
+    record = small_record(n=9)
+    write_record(here / "record.h5", record)
+    result = run("score", "aum")
+    assert result.exit_code == 0, result.stderr
+    assert [path for path, _ in rows_of(result.stdout)[1:]] == record.paths
+    given = [float(number) for _, number in rows_of(result.stdout)[1:]]
+    np.testing.assert_allclose(given, score("aum", record).values, atol=2e-3)
+    assert len(rows_of(run("score", "random", "--record", "record.h5").stdout)) == 10
+
+
+def test_from_features_to_a_kept_set_by_every_metric_of_a_record(here):
+    """`record` and `score` as a user joins them, with heads on 60 images of which some lie far off."""
+    pytest.importorskip("torch")
+    options = ["--models", 8, "--subset", 0.7, "--epochs", 4, "--gradients", "--test", "features.h5", "--device", "cpu"]
+    result = run("record", "features.h5", "-o", "record.h5", *options)
+    assert result.exit_code == 0, result.stderr
+    for metric in METRICS:
+        if METRICS[metric].needs == "record":
+            result = run("score", metric, "-o", "scores.csv")
+            assert result.exit_code == 0, result.stderr
+            kept = run("select", "--keep", 0.5, "--scores", "scores.csv")
+            assert kept.exit_code == 0, kept.stderr
+            assert len(kept.stdout.splitlines()) >= 25, metric
+
+
 def test_images_without_a_score_are_counted(recorded):
     recorded.subset[:, 2] = False
     result = run("score", "aum", "--record", "record.h5")
@@ -159,7 +185,7 @@ def test_equal_scores_are_warned_about(recorded):
     ("arguments", "message"),
     [
         (["el2m"], "no metric is called 'el2m'; did you mean el2n?"),
-        (["el2n"], "el2n needs --record FILE"),
+        (["el2n"], "record.h5: no such training record"),
         (["el2n", "--features", "features.h5"], "el2n needs --record FILE"),
         (["k_center", "--record", "features.h5"], "k_center needs --features FILE"),
         (["random", "--record", "a.h5", "--features", "b.h5"], "give the one that the metric needs"),

@@ -43,7 +43,9 @@ def metrics() -> None:
 
 def score(
     metric: Annotated[str, typer.Argument(help="Name of the metric, see `protoprune metrics`.")],
-    record: Annotated[Path | None, typer.Option(help="Training record that `protoprune record` wrote.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Training record that `protoprune record` wrote [default: record.h5].")
+    ] = None,
     features: Annotated[
         Path | None, typer.Option(help="Feature file that `protoprune embed` wrote [default: features.h5].")
     ] = None,
@@ -89,10 +91,10 @@ def score(
     started = time.monotonic()
     name, out = metric.replace("-", "_").lower(), None if out == Path("-") else out
     chosen = lookup(name)
-    source = _source(name, chosen, record, features)
+    source, is_record = _source(name, chosen, record, features)
     if out is not None:
         _check_out(out, source)
-    with _open(source, is_record=source == record) as file:
+    with _open(source, is_record) as file:
         options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "seed": seed}
         result = compute(name, file, **options)
         paths, identity = file.paths, file.provenance.get("uuid")
@@ -100,15 +102,17 @@ def score(
     _say_summary(name, source, result, time.monotonic() - started)
 
 
-def _source(name: str, metric: Metric, record: Path | None, features: Path | None) -> Path:
-    """The one file that the metric reads."""
+def _source(name: str, metric: Metric, record: Path | None, features: Path | None) -> tuple[Path, bool]:
+    """The one file that the metric reads, and whether it is a training record."""
     if record is not None and features is not None:
         raise UsageError("--record and --features: give the one that the metric needs, see `protoprune metrics`")
-    if metric.needs == "record" and record is None:
+    if metric.needs == "record" and features is not None:
         raise UsageError(f"{name} needs --record FILE, a training record that `protoprune record` wrote")
     if metric.needs == "features" and record is not None:
         raise UsageError(f"{name} needs --features FILE, a feature file that `protoprune embed` wrote, not a record")
-    return record or features or Path("features.h5")
+    if metric.needs == "record" or record is not None:
+        return record or Path("record.h5"), True
+    return features or Path("features.h5"), False
 
 
 def _check_out(out: Path, source: Path) -> None:

@@ -72,8 +72,8 @@ def score(name: str, source, **options) -> Scored:
     missing = [one for one in metric.statistics if one not in source.statistics] if metric.needs == "record" else []
     if missing:
         raise UsageError(
-            f"{name} needs {', '.join(missing)}, which {source.path} does not hold (it has "
-            f"{', '.join(source.statistics)}); record it with `protoprune record`"
+            f"{name} needs {', '.join(missing)}, which {source.path} does not hold; record again"
+            + (" with --gradients" if "gradient_norm" in missing else "")
         )
     scored = metric.function(source, **given)
     if len(scored.values) and np.isnan(scored.values).all():
@@ -248,7 +248,7 @@ def _memorization(record, *, epoch: int | None = None) -> Scored:
 
 def _influence(record, reduce: str) -> Scored:
     if record.test_labels is None or not len(record.test_labels):
-        raise UsageError(f"{record.path}: influence needs test images, and none were recorded; see `protoprune record`")
+        raise UsageError(f"{record.path}: influence needs test images, and it has none; record with --test IMAGES")
     subset = _subsets(record, "influence")
     right = record.test_prediction == np.asarray(record.test_labels)
     epochs = slice(len(record.epoch_numbers) - 1, None)
@@ -270,7 +270,7 @@ def _subsets(record, what: str) -> np.ndarray:
     if subset.all():
         raise UsageError(
             f"{what} compares models with and without an image, and every model of {record.path} was trained on all; "
-            "record models on subsets, see `protoprune record --help`"
+            "record many models with --subset 0.7"
         )
     return subset
 
