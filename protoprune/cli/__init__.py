@@ -14,6 +14,7 @@ from protoprune import __version__
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.record import record
+from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
@@ -59,7 +60,7 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders, record, compare, advise):
+for command in (embed, select, record, metrics, score, compare, info, sheet, encoders, advise):
     app.command()(command)
 app.add_typer(theory_app, name="theory")
 
