@@ -91,6 +91,7 @@ class PruningSampler(Sampler[int]):
     """
 
     needs_losses = False
+    _exact = True  # round(keep * n) are kept at every selection
     _learned: tuple[str, ...] = ()  # names of the (n,) arrays that losses change, part of the state
 
     def __init__(
@@ -109,7 +110,7 @@ class PruningSampler(Sampler[int]):
         self.n, self.every = _whole("n", n, 1, "the number of examples, len(dataset)"), _whole("every", every, 1)
         self.warm_up, self.seed = _whole("warm_up", warm_up, 0), _whole("seed", seed, 0)
         self.keep = _fraction("keep", keep, "the fraction to keep, above 0 and at most 1", above=True)
-        if round(self.keep * n) == 0:
+        if self._exact and round(self.keep * n) == 0:
             raise UsageError(f"keep={keep:g}: keeps none of {n} examples; expected at least {1 / n:.2g}")
         self._final = _first_final_epoch(final_full, epochs)
         self._rank, self._replicas = _check_rank(rank, num_replicas)
@@ -117,9 +118,7 @@ class PruningSampler(Sampler[int]):
         self.epoch = 0
         self._counts = np.zeros(n, np.int32)
         self._new_epoch()
-        if (
-            self.needs_losses
-        ):  # of the epoch under way: this process's since the last exchange, and all that are exchanged
+        if self.needs_losses:  # of the epoch under way: this process's, and those that all have exchanged
             self._own, self._shared = _Losses(n), _Losses(n)
             self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in self._learned:
@@ -169,7 +168,7 @@ class PruningSampler(Sampler[int]):
                 f"update: indices of type {index.dtype}; expected integers, see protoprune.samplers.WithIndex"
             )
         if self.needs_losses and index.device.type == loss.device.type == "cpu":
-            self._record(index, loss)
+            self._record(index.long(), loss)
         elif self.needs_losses:
             self._waiting.append((index.clone(), loss.clone()))
             if len(self._waiting) >= _BATCHES_ON_DEVICE:
@@ -179,7 +178,7 @@ class PruningSampler(Sampler[int]):
         self._resumed = False
 
     def weights(self, indices) -> torch.Tensor:
-        """What to multiply each loss by before the mean: ones, but in InfoBatch. (b,) float32, on the indices' device."""
+        """What to multiply each loss by before the mean, (b,) float32 on the indices' device: ones but in InfoBatch."""
         index = torch.as_tensor(indices)
         return torch.ones(index.shape, dtype=torch.float32, device=index.device)
 
@@ -205,8 +204,9 @@ class PruningSampler(Sampler[int]):
             gathered = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, parts[0])
             parts = gathered  # in the order of the ranks everywhere, so that the sums are the same to the last bit
-        for part in parts:
-            self._shared.add(*part)
+        for index, total, seen in parts:
+            self._shared.sum[index] += total
+            self._shared.seen[index] += seen
 
     def state_dict(self) -> dict:
         """All that a resumed training needs, O(n). With several processes first `synchronize` on every one."""
@@ -315,7 +315,8 @@ class PruningSampler(Sampler[int]):
             raise ProtopruneError(
                 f"update: the loss of example {index[bad]} is {loss[bad]}, not a finite number; {hint}"
             )
-        self._own.add(index, loss, 1)
+        np.add.at(self._own.sum, index, loss)
+        np.add.at(self._own.seen, index, 1)
 
     def _fetch(self) -> None:
         """Bring the losses that wait on a device."""
@@ -422,7 +423,7 @@ class EpsilonGreedySampler(PruningSampler):
         count = round(self.keep * self.n)
         explored = round(self.epsilon * count)
         mask = _largest(_filled(self._mean, _mean_of(self._mean)), count - explored, rng)
-        mask[rng.choice(np.flatnonzero(~mask), explored, replace=False)] = True
+        mask[rng.choice(np.flatnonzero(~mask), explored, replace=False, shuffle=False)] = True
         return mask
 
 
@@ -430,9 +431,10 @@ class UCBSampler(PruningSampler):
     """The largest upper confidence bounds of the loss: running mean + c * running deviation (Raju et al. 2021).
 
     After each epoch the examples seen move to v <- decay * v + (1 - decay) * (loss - m)^2, m <- decay * m + (1 -
-    decay) * loss. What is not trained on keeps its m and v. Exploration comes from the prior: a first loss becomes m,
-    and v starts as the variance of that epoch's losses, so it shrinks only with further looks; an example never seen
-    counts as a draw from those seen, with their mean and deviation. The first selection is random.
+    decay) * loss. What is not trained on keeps its m and v. A first loss becomes m, and v starts as the variance of
+    that epoch's losses, so that the deviation shrinks only with further looks. An example without a loss has no bound
+    yet and comes first, as in any UCB rule: the first selection is random, and the first 1 / keep of them pass over
+    all the data once. warm_up=1 does that in one epoch.
     """
 
     needs_losses = True
@@ -452,10 +454,8 @@ class UCBSampler(PruningSampler):
         self._mean[index] = _moved(mean, loss, self.decay)
 
     def _choose(self, block: int, rng: np.random.Generator) -> np.ndarray:
-        seen = self._mean[~np.isnan(self._mean)]
-        unseen = seen.mean(dtype=np.float64) + self.c * seen.std(dtype=np.float64) if len(seen) else 0.0
-        bound = _filled(self._mean + np.float32(self.c) * np.sqrt(self._variance), unseen)
-        return _largest(bound, round(self.keep * self.n), rng)
+        bound = self._mean + np.float32(self.c) * np.sqrt(self._variance)
+        return _largest(_filled(bound, math.inf), round(self.keep * self.n), rng)
 
 
 class InfoBatchSampler(PruningSampler):
@@ -469,6 +469,7 @@ class InfoBatchSampler(PruningSampler):
     """
 
     needs_losses = True
+    _exact = False
     _learned = ("_last", "_weight")
 
     def __init__(self, n: int, keep: float = 0.5, *, every: int = 1, final_full: int | float = 0.125, **options):
@@ -487,7 +488,7 @@ class InfoBatchSampler(PruningSampler):
         below = np.flatnonzero(self._last < _mean_of(self._last))  # NaN, not seen, is never below
         dropped = min(len(below) - round(self.keep * len(below)), max(len(below) - 1, 0))
         mask = np.ones(self.n, bool)
-        mask[rng.choice(below, dropped, replace=False)] = False
+        mask[rng.choice(below, dropped, replace=False, shuffle=False)] = False
         self._weight[:] = 1
         self._weight[below] = len(below) / max(len(below) - dropped, 1)
         return mask
@@ -503,10 +504,6 @@ class _Losses:
 
     def __init__(self, n: int):
         self.sum, self.seen = np.zeros(n), np.zeros(n, np.int32)
-
-    def add(self, index: np.ndarray, total: np.ndarray, seen: np.ndarray | int) -> None:
-        np.add.at(self.sum, index, total)
-        np.add.at(self.seen, index, seen)
 
     def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(index, sum, number) of the examples that have a loss; none are left."""
