@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from protoprune import __version__
 from protoprune.cli.embed import embed, encoders
+from protoprune.cli.evaluate import evaluate, scaling
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
@@ -57,7 +58,7 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders, advise):
+for command in (embed, select, info, sheet, encoders, advise, evaluate, scaling):
     app.command()(command)
 app.add_typer(theory_app, name="theory")
 

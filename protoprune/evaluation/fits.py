@@ -63,9 +63,7 @@ def predict(name: str, parameters: dict[str, float], sizes: Sequence[float]) -> 
     return a * np.exp(-b * n) if name == "exponential" else a * n**-b + parameters.get("c", 0.0)
 
 
-def fit_laws(
-    sizes: Sequence[float], errors, *, bootstrap: int = 200, seed: int = 0, confidence: float = 0.95
-) -> Fits:
+def fit_laws(sizes: Sequence[float], errors, *, bootstrap: int = 200, seed: int = 0, confidence: float = 0.95) -> Fits:
     """Fit every law to the errors, (m,) or (seeds, m), at (m,) different sizes, m >= 3.
 
     Each mean is weighted by its standard error over seeds, drawn towards the one that all sizes share (as a fraction of
@@ -99,7 +97,9 @@ def verdict(fits: Fits) -> str:
     others = [law.name for law in fits.laws if law.aicc is not None and law.name not in (fits.best, *fits.rivals)]
     if fits.decided:
         return f"{_title(fits.best)} wins by {fits.delta:.1f} in AICc over the next law; {exponent}"
-    text = f"undecided between {fits.best} (lowest AICc, by {fits.delta:.1f}; {exponent}) and {' and '.join(fits.rivals)}"
+    text = (
+        f"undecided between {fits.best} (lowest AICc, by {fits.delta:.1f}; {exponent}) and {' and '.join(fits.rivals)}"
+    )
     return text + (f"; {' and '.join(others)} fits worse" if others else "")
 
 
