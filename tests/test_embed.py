@@ -114,7 +114,7 @@ def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(
 ):
     encoder = load_encoder("mini")
     run(images, tmp_path / "a.h5", encoder, batch_size=8, store="float32")
-    monkeypatch.setattr("protoprune.embedding._cores", lambda: cores)
+    monkeypatch.setattr("protoprune.embedding.cores", lambda: cores)
     run(images, tmp_path / "b.h5", encoder, batch_size=batch_size, workers=1, store="float32")
     a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
     assert all(np.array_equal(a[path], b[path]) for path in a)
