@@ -231,7 +231,7 @@ def _load(source: Path, test: Path, image_size: int):
         raise UsageError(f"--test {test} is a file and the training set a folder of images; give both of one kind")
     if source.is_file() and test.is_dir():
         raise UsageError(
-            f"--test {test}: a head is tested on features too; run `protoprune embed {test} -o test.h5` and give test.h5"
+            f"--test {test}: a head is tested on features too; embed it (`protoprune embed {test} -o test.h5`)"
         )
     train = load_examples(source, image_size)
     tested = load_examples(test, image_size, classes=train.classes)

@@ -74,7 +74,11 @@ def fit_laws(sizes: Sequence[float], errors, *, bootstrap: int = 200, seed: int 
     mean, sigma = errors.mean(0), _standard_errors(errors)
     found = {name: _fit(name, sizes, mean, sigma, _starts(name, sizes, mean)) for name in LAWS}
     aicc = {name: _aicc(found[name][1], len(sizes), len(LAWS[name])) for name in LAWS}
-    samples = _bootstrap(sizes, errors, found, bootstrap, np.random.default_rng(seed)) if len(errors) > 1 else None
+    samples = (
+        _bootstrap(sizes, errors, found, bootstrap, np.random.default_rng(seed))
+        if len(errors) > 1 and bootstrap
+        else None
+    )
     laws = []
     for name in LAWS:
         parameters = _natural(name, found[name][0], sizes, mean)
