@@ -70,7 +70,15 @@ def evaluate(
             "It takes as many optimizer steps as a random list of its size."
         ),
     ] = None,
-    keep: Annotated[list[float] | None, typer.Option(help="Fraction kept by --dynamic samplers; repeatable.")] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Fraction kept by --dynamic samplers (infobatch: of the losses below their mean); repeatable."
+        ),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Epochs between two selections of --dynamic [default: by sampler].")
+    ] = None,
     target_accuracy: Annotated[
         float | None,
         typer.Option(help="Also report training time until this test accuracy, as a fraction (0.9)."),
@@ -104,16 +112,16 @@ def evaluate(
 
     lists, dynamic = lists or [], dynamic or []
     source, model = _source(images, features, model)
-    pairs = _dynamic_pairs(dynamic, keep or [])
+    samplers = _samplers(dynamic, keep or [], every)
     costs = _costs(selection_seconds or [], len(lists))
-    if not lists and not pairs:
+    if not lists and not samplers:
         raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
     recipe = _recipe(model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, augment=augment,
                      image_size=image_size, hidden=hidden, weights=weights, precision=precision)  # fmt: skip
     train, tested = _load(source, test, image_size)
     kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
     result = compare(
-        train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=pairs, everything=everything,
+        train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=samplers, everything=everything,
         target_accuracy=target_accuracy, folder=out and out / "runs", device=device, on_run=_show_run(out),
     )  # fmt: skip
     _print_evaluation(result)
@@ -122,7 +130,7 @@ def evaluate(
 
         config = {
             "command": "evaluate", "lists": [os.fspath(path) for path in lists], "train": os.fspath(source),
-            "test": os.fspath(test), "dynamic": pairs, "recipe": vars(recipe), "device": device,
+            "test": os.fspath(test), "dynamic": samplers, "recipe": vars(recipe), "device": device,
         }  # fmt: skip
         _say_written(report.save_evaluation(out, result, config, train.classes))
 
@@ -259,7 +267,21 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     listed = lists.read_list(path)
     every = _every_path(source) if isinstance(listed, np.ndarray) else None
     rows = list_rows(listed, train, os.fspath(path), every_path=every)
-    return Kept(os.fspath(path), rows, selection_seconds=cost)
+    return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
+
+
+def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
+    """(m,) loss weights where the list has a weight column."""
+    from protoprune import lists
+    from protoprune.evaluation.runs import list_weights
+
+    if not hasattr(lists, "read_weights"):
+        return None
+    try:
+        weights = lists.read_weights(path)
+    except UsageError:  # a format without weights, or a list without the column
+        return None
+    return list_weights(weights, rows, train, os.fspath(path))
 
 
 def _every_path(source: Path) -> list[str]:
@@ -274,10 +296,13 @@ def _every_path(source: Path) -> list[str]:
         return file.paths
 
 
-def _dynamic_pairs(dynamic: list[str], keep: list[float]) -> list[tuple[str, float]]:
-    if bool(dynamic) != bool(keep):
-        raise UsageError("--dynamic NAME and --keep FRACTION go together (a list has its own size)")
-    return [(name, fraction) for name in dynamic for fraction in keep]
+def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:
+    if bool(dynamic) != bool(keep) or (every and not dynamic):
+        raise UsageError(
+            "--dynamic NAME and --keep FRACTION go together, and --every with them (a list has its own size)"
+        )
+    options = {"every": every} if every else {}
+    return [{"name": name, "keep": fraction, **options} for name in dynamic for fraction in keep]
 
 
 def _costs(seconds: list[float], lists: int) -> list[float | None]:

@@ -37,7 +37,7 @@ class Method:
 
     name: str
     kind: str  # list, random, everything, dynamic
-    kept: int  # images in the subset; for a sampler those of an average epoch
+    kept: int  # images in the subset; for a sampler round(keep * n), which sets its steps
     fraction: float
     steps: int
     accuracies: list[float]  # one a seed
@@ -83,7 +83,7 @@ def evaluate(
     *,
     seeds: int | Sequence[int] = 5,
     budget: str = "epochs",
-    dynamic: Sequence[tuple[str, float]] = (),
+    dynamic: Sequence[dict] = (),
     everything: bool = True,
     target_accuracy: float | None = None,
     confidence: float = 0.95,
@@ -97,7 +97,8 @@ def evaluate(
     train, test: `training.Examples` with the same classes; recipe: `training.loop.Recipe`; seeds: how many, or which.
     budget: 'epochs', everyone passes over its own subset as often, so that a smaller one takes fewer steps and less
     time; 'steps', everyone takes the optimizer steps that everything takes, which separates the choice of images from
-    the length of training. dynamic: (name, keep) of samplers, which take the steps of a random list of their size.
+    the length of training. dynamic: samplers as {"name": one of runs.DYNAMIC, "keep": fraction, options of its
+    class}, which take as many steps as a random list of round(keep * n) images.
     folder: where the result of each run is kept (see `runs`).
 
     Verdicts hold for all lists and samplers together (Holm). Raises UsageError for options that do not fit.
@@ -134,7 +135,7 @@ class _Plan:
     fixed_steps: int | None  # as the run is told; None: the recipe's epochs
     rows: np.ndarray | None = None
     weights: np.ndarray | None = None  # (n,)
-    sampler: tuple[str, float] | None = None
+    sampler: dict | None = None
     selection_seconds: float | None = None
 
     def run(self, n: int, seed: int) -> Run:
@@ -156,9 +157,9 @@ def _plan(n: int, lists, dynamic, everything: bool, budget: str, recipe) -> list
         rows = np.sort(np.asarray(one.rows, np.int64))
         more = {"weights": _spread(one, n), "selection_seconds": one.selection_seconds}
         plans.append(plan(one.name, "list", len(rows), rows=rows, **more))
-    for name, keep in dynamic:
-        more = {"sampler": (name, keep), "selection_seconds": 0.0}
-        plans.append(plan(f"dynamic {name} {keep:g}", "dynamic", running.kept_count(keep, n), **more))
+    for one in dynamic:
+        more = {"sampler": dict(one), "selection_seconds": 0.0}
+        plans.append(plan(dynamic_name(one), "dynamic", running.kept_count(one["keep"], n), **more))
     for kept in sorted({one.kept for one in plans}):
         plans.append(plan(random_name(kept), "random", kept, selection_seconds=0.0))
     if everything:
@@ -172,6 +173,12 @@ def _plan(n: int, lists, dynamic, everything: bool, budget: str, recipe) -> list
 def random_name(kept: int) -> str:
     """What random subsets of a size are called."""
     return f"random {kept:,}"
+
+
+def dynamic_name(sampler: dict) -> str:
+    """What a sampler is called: 'dynamic random 0.3 every=1'."""
+    options = "".join(f" {key}={value}" for key, value in sampler.items() if key not in ("name", "keep"))
+    return f"dynamic {sampler['name']} {sampler['keep']:g}{options}"
 
 
 def _spread(one: Kept, n: int) -> np.ndarray | None:
@@ -271,12 +278,11 @@ def _check(train, test, lists, budget: str, dynamic, target: float | None) -> No
     names = [one.name for one in lists]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")
-    if len(set(dynamic)) < len(dynamic):
-        raise UsageError("a --dynamic method is given twice with the same --keep; give each once")
-    for name, keep in dynamic:
-        running.check_dynamic(name)
-        if not 0 < keep <= 1:
-            raise UsageError(f"--keep {keep:g}: expected the fraction to keep, above 0 and at most 1")
+    for one in dynamic:
+        running.check_dynamic(one)
+    names = [dynamic_name(one) for one in dynamic]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{max(names, key=names.count)} is given twice; give each once")
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-accuracy {target:g}: expected a fraction above 0 and at most 1, such as 0.9")
     if list(train.classes) != list(test.classes):

@@ -23,6 +23,7 @@ from protoprune.errors import UsageError
 LAWS = {"power": ("a", "b"), "exponential": ("a", "b"), "power with offset": ("a", "b", "c")}
 # A difference in AICc of 6 is an evidence ratio of exp(3), 20 to 1; and the bootstrap must agree nine times in ten.
 DECISIVE, AGREEMENT = 6.0, 0.9
+_LARGEST = 600.0  # exponents beyond this overflow
 
 
 @dataclass(frozen=True)
@@ -163,27 +164,32 @@ def _starts(name: str, sizes: np.ndarray, mean: np.ndarray) -> list[np.ndarray]:
 def _curve(name: str, free: np.ndarray, sizes: np.ndarray, ceiling: float) -> np.ndarray:
     """The law in the parameters that are fitted: log of the error at the largest size, b in units of it, offset."""
     relative = sizes / sizes[-1]
-    level = math.exp(min(free[0], 700))
-    with np.errstate(over="ignore"):
-        if name == "exponential":
-            return level * np.exp(-free[1] * relative)
-        if name == "power":
-            return level * relative ** -free[1]
-        return level * relative ** -math.exp(min(free[1], 5)) + ceiling * _share(free[2])
+    exponent = -free[1] * relative if name == "exponential" else -_exponent(name, free) * np.log(relative)
+    curve = np.exp(np.clip(free[0] + exponent, -_LARGEST, _LARGEST))
+    return curve + ceiling * _share(free[2]) if len(free) == 3 else curve
+
+
+def _exponent(name: str, free: np.ndarray) -> float:
+    """b of a power law: any number, but with an offset above 0 and at most 20, where it is a step."""
+    return float(free[1]) if name == "power" else math.exp(min(free[1], 3.0))
 
 
 def _share(free: float) -> float:
-    return 1 / (1 + math.exp(-max(min(free, 700), -700)))
+    return 1 / (1 + math.exp(-max(min(free, _LARGEST), -_LARGEST)))
 
 
 def _natural(name: str, free: np.ndarray, sizes: np.ndarray, mean: np.ndarray) -> dict[str, float]:
     """a, b, c as the law is written, with sizes as they are."""
-    level, largest = math.exp(min(free[0], 700)), float(sizes[-1])
+    largest = float(sizes[-1])
     if name == "exponential":
-        return {"a": level, "b": float(free[1] / largest)}
-    b = float(free[1]) if name == "power" else math.exp(min(free[1], 5))
-    parameters = {"a": level * largest**b, "b": b}
+        return {"a": _bounded_exp(free[0]), "b": float(free[1] / largest)}
+    b = _exponent(name, free)
+    parameters = {"a": _bounded_exp(free[0] + b * math.log(largest)), "b": b}
     return parameters if name == "power" else parameters | {"c": 1.05 * float(mean.min()) * _share(free[2])}
+
+
+def _bounded_exp(value: float) -> float:
+    return math.exp(max(min(float(value), _LARGEST), -_LARGEST))
 
 
 def _fit(name, sizes, mean, sigma, starts) -> tuple[np.ndarray, float]:
@@ -242,7 +248,7 @@ def _intervals(
         drawn = np.array([one[key] for one in samples])
         if key == "a":  # above 0 and spread over orders of magnitude
             centre, drawn = math.log(value), np.log(drawn)
-            low, high = np.exp(centre + widen * (np.quantile(drawn, tails) - centre))
+            low, high = map(_bounded_exp, centre + widen * (np.quantile(drawn, tails) - centre))
         else:
             low, high = value + widen * (np.quantile(drawn, tails) - value)
         intervals[key] = [float(max(low, 0) if key == "c" else low), float(high)]

@@ -24,7 +24,14 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import write_file
 
 FORMAT = 1
-DYNAMIC = ("random", "egreedy", "ucb", "infobatch", "rs2")
+DYNAMIC = {
+    "random": "RandomDynamicSampler",
+    "egreedy": "EpsilonGreedySampler",
+    "ucb": "UCBSampler",
+    "infobatch": "InfoBatchSampler",
+    "rs2": "RS2Sampler",
+}
+_BELOW_MEAN = 2 / 3  # share of the losses below their mean that InfoBatch's number of epochs is foreseen with
 _SUBSETS = 0x5AB5  # keeps the draws of subsets apart from the other things that a seed decides
 
 
@@ -37,7 +44,7 @@ class Run:
     rows: np.ndarray | None = None  # (m,) int64 ascending; None: all
     weights: np.ndarray | None = None  # (n,) float32 loss weights
     steps: int | None = None  # None: the recipe's epochs
-    sampler: tuple[str, float] | None = None  # (one of DYNAMIC, keep) in place of rows
+    sampler: dict | None = None  # {"name": one of DYNAMIC, "keep": fraction, options of its class} in place of rows
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,7 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
     """
     if isinstance(listed, np.ndarray):
         listed = _paths_of_indices(listed, list(every_path if every_path is not None else examples.paths), name)
-    base = os.path.join(os.path.abspath(examples.root), "")
-    listed = [path.removeprefix(base).removeprefix("./") for path in listed]
+    listed = [_relative(path, examples) for path in listed]
     row_of = {path: row for row, path in enumerate(examples.paths)}
     missing = [path for path in listed if path not in row_of]
     if missing:
@@ -98,6 +104,21 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
     if len(rows) < len(listed):
         raise ProtopruneError(f"{name}: {len(listed) - len(rows):,} images are listed more than once; list each once")
     return rows
+
+
+def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: str) -> np.ndarray:
+    """(m,) loss weights of the rows of a list, from a weight a path. Raises ProtopruneError where one is missing."""
+    by_path = {_relative(path, examples): weight for path, weight in weights.items()}
+    missing = [examples.paths[row] for row in rows if examples.paths[row] not in by_path]
+    if missing:
+        raise ProtopruneError(
+            f"{name}: {len(missing):,} of {len(rows):,} images have no weight (first: {missing[0]}); give each one"
+        )
+    return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
+
+
+def _relative(path: str, examples) -> str:
+    return path.removeprefix(os.path.join(os.path.abspath(examples.root), "")).removeprefix("./")
 
 
 def _paths_of_indices(indices: np.ndarray, paths: list[str], name: str) -> list[str]:
@@ -164,7 +185,8 @@ def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Out
 
     how = {"rows": run.rows, "weights": run.weights, "seed": run.seed, "steps": run.steps, "device": device}
     if run.sampler is not None:
-        how["sampler"] = make_sampler(*run.sampler, n=len(train.paths), seed=run.seed)
+        sizes = {"n": len(train.paths), "steps": run.steps, "batch_size": recipe.batch_size}
+        how["sampler"] = make_sampler(**run.sampler, **sizes, seed=run.seed)
     if curves:
         how["on_epoch"] = note
     result = fit(train, test, recipe, **how)
@@ -179,27 +201,31 @@ def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Out
     )
 
 
-def make_sampler(name: str, keep: float, *, n: int, seed: int):
-    """A sampler of `protoprune.samplers` over n rows, with the defaults that its module documents."""
-    check_dynamic(name)
+def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch_size: int, **options):
+    """A sampler of `protoprune.samplers` over n rows; `options` are those of its class.
+
+    InfoBatch ends with full data and so has to know its number of epochs, which depends on the losses: it is foreseen
+    from the steps, with two thirds of the losses below their mean.
+    """
+    check_dynamic({"name": name, "keep": keep})
     try:
         from protoprune import samplers
     except ImportError:
         raise ProtopruneError("--dynamic: this installation has no protoprune.samplers; upgrade it") from None
-    kinds = {
-        "random": "RandomDynamicSampler",
-        "egreedy": "EpsilonGreedySampler",
-        "ucb": "UCBSampler",
-        "infobatch": "InfoBatchSampler",
-        "rs2": "RS2Sampler",
-    }
-    return getattr(samplers, kinds[name])(n, keep, seed=seed)
+    if name == "infobatch" and "epochs" not in options:
+        from protoprune.training.loop import steps_per_epoch
+
+        epoch = steps_per_epoch(round(n * (1 - _BELOW_MEAN * (1 - keep))), batch_size)
+        options = {"epochs": max(1, round(steps / epoch)), **options}
+    return getattr(samplers, DYNAMIC[name])(n, keep, seed=seed, **options)
 
 
-def check_dynamic(name: str) -> None:
-    """Raise UsageError for a dynamic method that is not known."""
-    if name not in DYNAMIC:
-        raise UsageError(f"--dynamic {name}: expected one of {', '.join(DYNAMIC)}")
+def check_dynamic(sampler: dict) -> None:
+    """Raise UsageError for a dynamic method that is not known, or a fraction out of range."""
+    if sampler.get("name") not in DYNAMIC:
+        raise UsageError(f"--dynamic {sampler.get('name')}: expected one of {', '.join(DYNAMIC)}")
+    if not 0 < sampler.get("keep", 0) <= 1:
+        raise UsageError(f"--keep {sampler.get('keep', 0):g}: expected the fraction to keep, above 0 and at most 1")
 
 
 def kept_count(keep: float, n: int) -> int:
@@ -263,7 +289,7 @@ def _own_key(run: Run) -> dict:
     return {
         "rows": _digest(run.rows, np.int64),
         "weights": _digest(run.weights, np.float64),
-        "sampler": list(run.sampler) if run.sampler else None,
+        "sampler": run.sampler,
         "seed": run.seed,
         "steps": run.steps,
     }
