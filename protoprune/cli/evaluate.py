@@ -265,9 +265,19 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     from protoprune.evaluation.runs import list_rows
 
     listed = lists.read_list(path)
+    _refuse_manifest(path)
     every = _every_path(source) if isinstance(listed, np.ndarray) else None
     rows = list_rows(listed, train, os.fspath(path), every_path=every)
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
+
+
+def _refuse_manifest(path: Path) -> None:
+    """A manifest names the removed images too: as a list it would be everything, in silence."""
+    if path.suffix in (".csv", ".jsonl"):
+        with open(path, errors="replace") as file:
+            first = file.readline()
+        if "keep" in first.strip().split(",") or '"keep":' in first:
+            raise UsageError(f"{path}: a manifest, which holds the removed images too; give the list that select wrote")
 
 
 def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
@@ -362,7 +372,7 @@ def _show_run(out: Path | None):
         left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
         say(
             f"run {step.done:,}/{step.total:,}: {step.run.method}, seed {step.run.seed}: "
-            f"{100 * step.outcome.accuracy:.2f} % in {duration(step.outcome.seconds)}{left}"
+            f"{100 * step.outcome.accuracy:.2f} % in {_time(step.outcome.seconds)}{left}"
         )
 
     return show
@@ -402,12 +412,12 @@ def _cells(one: Method, result: Evaluation) -> list[str]:
         _span(random.difference, random.low, random.high, sign="+") if random else "",
         _span(full.mean, full.low, full.high, sign="+") if full else "",
         f"{100 * one.worst_class_accuracy:.1f} ({one.worst_class})",
-        duration(one.seconds),
-        *(_signed(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
+        _time(one.seconds),
+        *(_time(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
     ]
     if result.target_accuracy is not None:
         reached = f"{one.reached_target} of {one.accuracy.n} seeds"
-        cells.append(duration(one.seconds_to_target) if one.seconds_to_target is not None else reached)
+        cells.append(_time(one.seconds_to_target) if one.seconds_to_target is not None else reached)
     return cells
 
 
@@ -417,9 +427,11 @@ def _span(value: float, low: float | None, high: float | None, *, sign: str = ""
     return text if low is None else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
 
 
-def _signed(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return ""
+    if abs(seconds) < 1:
+        return f"{seconds:.3f} s"
     return f"-{duration(-seconds)}" if seconds < 0 else duration(seconds)
 
 
