@@ -233,6 +233,8 @@ def test_resumed_and_fresh_agree_byte_for_byte(tmp_path):
     resumed = evaluate(TRAIN, TEST, lists, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
     assert [step.outcome.cached for step in seen] == [True] * 4 + [False] * 4
     assert seen[-1].cached == 4
+    assert seen[3].seconds_left is None
+    assert seen[4].seconds_left > seen[-1].seconds_left == 0
     fresh = evaluate(TRAIN, TEST, lists, HEAD, **how)
     assert save(tmp_path / "resumed", resumed) == save(tmp_path / "fresh", fresh)
     assert len(save(tmp_path / "fresh", fresh).splitlines()) == 1 + 2 * 4
