@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from protoprune import lists
 from protoprune.cli import app
 from protoprune.decode import Status
 
@@ -81,7 +80,7 @@ def test_two_lists_their_verdicts_and_files(here, run):
                                                               "everything"]  # fmt: skip
     assert "12.0 s" in lines[1]
     assert re.search(r"-1\d\.\d s$", lines[1])  # the selection cost more than one training of it saves
-    assert "training set: 239 images, 3 classes (left out: 1 that cannot be read)" in result.stderr
+    assert "warning: 1 images of train.h5 cannot be read" in result.stderr
     assert re.search(r"^run 3/20: random 119, seed 0: [\d.]+ % in [\d.]+ s, [\d.]+ s left$", result.stderr, re.M)
     rows = table("out/results.csv")
     assert len(rows) == 4 * 5
@@ -118,8 +117,6 @@ def test_one_seed_gives_numbers_and_no_verdict(here, run):
 
 
 def test_weights_of_a_list_are_used(here, run):
-    if not hasattr(lists, "read_weights"):
-        pytest.skip("lists hold no weights yet")
     record = "".join(f"{path},{0.001 if wrong(path) else 1.999}\n" for path in PATHS[1:])
     Path("weighted.csv").write_text("path,weight\n" + record)
     Path("all.txt").write_text("".join(f"{path}\n" for path in PATHS[1:]))
@@ -181,6 +178,9 @@ def test_scaling_by_a_score_table(here, run):
     rows = table("out/points.csv")
     error = {(row["order"], row["size"]): float(row["error"]) for row in rows}
     assert error["hard", "239"] > error["easy", "239"] + 0.2  # the hard ones are those in the wrong class
+    run("scaling", *QUICK, *sizes, "--higher-is", "easier", "-o", "turned")
+    turned = {(row["order"], row["size"]): float(row["error"]) for row in table("turned/points.csv")}
+    assert turned["easy", "239"] == error["hard", "239"]
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_scaling_by_a_score_table(here, run):
     [
         (["--test", "test.h5"], 2, "no training set"),
         (["--images", ".", "--model", "head", "--test", "test.h5"], 2, "protoprune embed ."),
-        (["--images", ".", "--test", "test.h5"], 2, "give both of one kind"),
-        (["--features", "train.h5", "--test", "."], 2, "embed it"),
+        (["--images", ".", "--test", "test.h5"], 2, "the form of the training set"),
+        (["--features", "train.h5", "--test", "."], 2, "the form of the training set"),
         (["--features", "train.h5", "--model", "cnn", "--test", "test.h5"], 2, "give --images FOLDER"),
         (["--images", ".", "--features", "train.h5", "--model", "cnn", "--test", "."], 2, "goes with --model head"),
         ([*QUICK, "--dynamic", "random"], 2, "--keep FRACTION go together"),
@@ -218,6 +218,24 @@ def test_a_list_of_other_images_is_refused_with_a_count(here, run):
 def test_a_manifest_is_no_list(here, run):
     Path("all.csv").write_text("path,keep\n" + "".join(f"{path},True\n" for path in PATHS[1:]))
     assert "all.csv: a manifest" in run("evaluate", "all.csv", *QUICK, code=2).stderr
+
+
+def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
+    from protoprune.training import loop
+
+    fit, calls = loop.fit, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(loop, "fit", interrupted)
+    error = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out", code=130).stderr
+    assert "interrupted: the runs done are kept in out/runs" in error
+    run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out")
+    assert len(calls) == 3 + 4
 
 
 def test_scaling_says_what_it_lacks(here, run, image_tree):
