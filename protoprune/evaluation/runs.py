@@ -272,6 +272,8 @@ def _real_fit() -> Callable:
 def _shared_key(train, test, recipe, device: str) -> dict:
     import torch
 
+    from protoprune.device import native_bf16, resolve_device
+
     settings = dataclasses.asdict(recipe)
     if settings.get("weights"):
         settings["weights"] = _file_digest(settings["weights"])
@@ -281,6 +283,7 @@ def _shared_key(train, test, recipe, device: str) -> dict:
         "test": test.fingerprint(),
         "recipe": settings,
         "device": device_kind(device),
+        "bf16": native_bf16(resolve_device(device)),  # what precision auto comes to
         "torch": torch.__version__,
         "protoprune": protoprune.__version__,
     }
