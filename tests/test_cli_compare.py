@@ -145,6 +145,17 @@ def test_a_terminal_gets_a_table(here, capsys):
     assert shown.count("[b]") == 4
     assert shown.count("-1.000") == 2
     assert "overlap of the kept sets at 0.5 (random: 0.5)" in shown
+    assert "│" in shown
+
+
+def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    tables = {f"metric-{i}": np.arange(4.0) for i in range(8)}
+    result = compare(tables, list("pqrs"), resamples=0)
+    sys.modules["protoprune.cli.compare"]._show(result, terminal=True)
+    shown = capsys.readouterr().out
+    assert shown.count("1.000") == 64
+    assert "│" not in shown
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,12 @@ def _show(result: Comparison, terminal: bool) -> None:
     if terminal:
         from rich.console import Console
 
-        for title, matrix in matrices:
-            Console().print(_rich_table(title, names, matrix, result.order))
-        return
+        console = Console()
+        if max(map(len, names)) + 9 * (len(names) + 1) <= console.width:
+            for title, matrix in matrices:
+                console.print(title, markup=False, highlight=False)
+                console.print(_rich_table(names, matrix, result.order))
+            return
     for place, (title, matrix) in enumerate(matrices):
         if place:
             typer.echo(f"\n{title}")
@@ -210,13 +213,13 @@ def _show(result: Comparison, terminal: bool) -> None:
             typer.echo(line)
 
 
-def _rich_table(title: str, names: list[str], matrix: np.ndarray, order: np.ndarray):
+def _rich_table(names: list[str], matrix: np.ndarray, order: np.ndarray):
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", *(Text(names[row]) for row in order), title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("")
+    for row in order:
+        table.add_column(Text(names[row]), justify="right", min_width=6, overflow="fold")
     for row in order:
         table.add_row(Text(names[row]), *(_cell(matrix[row, column]) for column in order))
     return table
