@@ -459,6 +459,22 @@ def test_a_row_of_another_folder_is_not_taken_for_an_image(tmp_path):
         read_scores(tmp_path / "s.csv", ["train/cat/1.png"])
 
 
+def test_one_form_is_taken_for_the_whole_table(tmp_path):
+    """The first that fits at least half of the rows; where none does, the first that fits any."""
+    images = [f"cat/{letter}.png" for letter in "abcdef"]
+    stray = "cat/a.png,9\n"
+    (tmp_path / "s.csv").write_text(stray + "".join(f"train/{image},{row}\n" for row, image in enumerate(images[1:])))
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.scores.tolist() == [9, 0, 1, 2, 3, 4]
+    assert table.matched_by == "path, relative to another root"
+    rest = "".join(f"train/{letter}.png,1\n" for letter in "pqrst")
+    (tmp_path / "s.csv").write_text(stray + rest + "train/cat/b.png,5\n")
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.missing == 5
+    assert table.matched_by == "path"
+    assert len(table.unmatched_rows) == 6
+
+
 def test_numbers_that_may_be_names(tmp_path):
     images = [f"{number}.png" for number in range(12)]  # sorted by code point: 10.png is row 2
     (tmp_path / "s.csv").write_text("".join(f"{number},{number}\n" for number in range(12)))
