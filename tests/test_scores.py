@@ -546,3 +546,28 @@ def test_the_released_files_are_known_by_name(tmp_path):
             read_scores(path, TRAIN, higher_is="prune")
     (tmp_path / "ImageNet-1K_mine.csv").write_text("a,1\n")
     assert read_table(tmp_path / "ImageNet-1K_mine.csv").direction == "assumed"
+
+
+CELLS = st.sampled_from(
+    ["a.png", "b c.png", "0", "1", "0.5", "", " ", "#", "# x", "path", "score", "index", '"', "1_0", "é"]
+)
+
+
+@given(
+    st.lists(st.lists(CELLS, max_size=4), max_size=6), st.sampled_from(",;\t| "), st.sampled_from(["\n", "\r\n", "\r"])
+)
+def test_whatever_a_text_holds_it_is_read_or_refused_in_one_line(tmp_path, rows, delimiter, end):
+    (tmp_path / "s.txt").write_bytes(end.join(delimiter.join(row) for row in rows).encode())
+    message = ""
+    try:
+        table = read_scores(tmp_path / "s.txt", ["a.png", "b c.png", "0.png"])
+    except ProtopruneError as error:
+        message = str(error)
+    assert message.startswith(str(tmp_path / "s.txt")) if message else table.scores.shape == (3,)
+    assert "\n" not in message
+
+
+def test_a_lone_column_without_numbers_is_refused(tmp_path):
+    (tmp_path / "s.txt").write_text("score\nabc\n")
+    with pytest.raises(ProtopruneError, match="expected rows of path and score"):
+        read_scores(tmp_path / "s.txt", ["abc"])
