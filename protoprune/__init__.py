@@ -5,6 +5,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     embed, list_folder, list_paths, load_encoder    images -> feature file
     select, rank, prune                             feature file -> kept set
     read_list, keep_only                            kept list -> data loader
+    read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     FeatureFile, ProtopruneError
 """
 
@@ -23,6 +24,8 @@ _HOME = {
     "prune": "pruning",
     "read_list": "lists",
     "keep_only": "lists",
+    "read_weights": "lists",
+    "weights_of": "lists",
     "ProtopruneError": "errors",
 }
 __all__ = [*_HOME, "__version__"]

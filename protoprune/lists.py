@@ -1,8 +1,8 @@
 """Kept lists, as files that other programs read, and their way into data loaders.
 
-txt holds one path a line (NUL-terminated with `null=True`), csv and jsonl add row index and score, npy holds row
-indices. Names are written as the bytes that the file system has; jsonl escapes what is not UTF-8. Every file appears
-complete, by rename. Knows nothing of features or scores' meaning.
+txt holds one path a line (NUL-terminated with `null=True`), csv and jsonl add row index and score, and each image's
+weight where the list is calibrated; npy holds row indices. Names are written as the bytes that the file system has;
+jsonl escapes what is not UTF-8. Every file appears complete, by rename. Knows nothing of features or scores' meaning.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +28,17 @@ FORMATS = ("txt", "csv", "jsonl", "npy")
 
 
 def format_list(
-    paths: Sequence[str], rows: np.ndarray, scores: np.ndarray, format: str = "txt", *, null: bool = False
+    paths: Sequence[str],
+    rows: np.ndarray,
+    scores: np.ndarray,
+    format: str = "txt",
+    *,
+    null: bool = False,
+    weights: np.ndarray | None = None,
 ) -> bytes:
-    """The file's bytes for `paths` with their row indices and scores (all of one length).
+    """The file's bytes for `paths` with their row indices, scores and perhaps weights (all of one length).
+
+    csv and jsonl get a weight column where weights are given; txt and npy cannot hold it.
 
     Raises UsageError for a format unknown, and for txt when a name holds a line break.
     """
@@ -43,12 +52,13 @@ def format_list(
         return buffer.getvalue()
     if format == "txt":
         return _lines(paths, null)
+    columns = {"path": paths, "index": np.asarray(rows).tolist(), "score": map(_number, scores)}
+    if weights is not None:
+        columns["weight"] = map(_number, weights)
+    records = zip(*columns.values(), strict=True)
     if format == "jsonl":
-        records = (
-            {"path": p, "index": int(i), "score": _number(s)} for p, i, s in zip(paths, rows, scores, strict=True)
-        )
-        return "".join(json.dumps(record) + "\n" for record in records).encode()
-    return _csv(["path", "index", "score"], zip(paths, rows.tolist(), map(_number, scores), strict=True))
+        return "".join(json.dumps(dict(zip(columns, record, strict=True))) + "\n" for record in records).encode()
+    return _csv(list(columns), records)
 
 
 def _lines(paths: Sequence[str], null: bool) -> bytes:
@@ -100,6 +110,35 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
         reason = f"no {error} column" if isinstance(error, KeyError) else str(error)
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({reason})") from None
     return split_list(data)
+
+
+def read_weights(source: str | os.PathLike) -> dict[str, float]:
+    """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
+
+    The weights add up to the number of images that the list was chosen from. Rows without a weight (a manifest's
+    removed images) are left out. Raises ProtopruneError for a list that holds none.
+    """
+    source = os.fspath(source)
+    paths = read_list(source)
+    suffix = os.path.splitext(source)[1]
+    if suffix == ".csv":
+        file = io.StringIO(os.fsdecode(Path(source).read_bytes()), newline="")
+        values = [record.get("weight") for record in csv.DictReader(file)]
+    elif suffix == ".jsonl":
+        lines = Path(source).read_bytes().splitlines()
+        values = [json.loads(line).get("weight") for line in lines if line.strip()]
+    else:
+        raise UsageError(f"{source}: only csv and jsonl lists hold weights; select with --format csv")
+    if all(value is None for value in values):
+        raise UsageError(f"{source}: has no weights; make it with `protoprune select --calibrate 0.5 -o {source}`")
+    try:
+        weights = {path: float(value) for path, value in zip(paths, values, strict=True) if value not in ("", None)}
+    except (TypeError, ValueError):
+        raise ProtopruneError(f"{source}: a weight is not a number; it is not a list that protoprune wrote") from None
+    bad = [path for path, weight in weights.items() if not 0 < weight < math.inf]
+    if bad:
+        raise ProtopruneError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]:g}, expected a positive number")
+    return weights
 
 
 def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
@@ -210,12 +249,9 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
     if hasattr(dataset, "samples"):
         from torch.utils.data import Subset
 
-        base = os.fspath(root if root is not None else dataset.root)
-        return Subset(dataset, _indices([sample[0] for sample in dataset.samples], kept, base))
-    if hasattr(dataset, "select") and hasattr(dataset, "features"):
-        paths = _hugging_face_paths(dataset)
-        base = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths])
-        return dataset.select(_indices(paths, kept, base))
+        return Subset(dataset, _indices(*_identified(dataset, root), kept))
+    if _is_hugging_face(dataset):
+        return dataset.select(_indices(*_identified(dataset, root), kept))
     if not hasattr(dataset, "__iter__"):
         raise UsageError(
             f"{type(dataset).__name__}: expected .samples, a Hugging Face data set, or samples with __key__"
@@ -224,11 +260,54 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
 
 
-def _indices(paths: list[str], kept: Iterable[str], root: str) -> list[int]:
+def weights_of(
+    dataset, kept: Mapping[str, float] | str | os.PathLike, *, root: str | os.PathLike | None = None
+) -> np.ndarray:
+    """(len(dataset),) float32: the weight of each image of `dataset`, in its order; 0 for one that is not listed.
+
+    dataset: what `keep_only` returned or took, except iterables (`read_weights` gives those their weights by path);
+    kept: a calibrated list, or what `read_weights` gives. For a loss (weight each image's), or for
+    `torch.utils.data.WeightedRandomSampler` (draw by weight). `root` as for `keep_only`, which must be given for a
+    Hugging Face data set. Raises ProtopruneError when a listed image is not in the data set.
+    """
+    weights = kept if isinstance(kept, Mapping) else read_weights(kept)
+    indices = None
+    while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):  # a torch Subset, perhaps of a Subset
+        own = np.asarray(dataset.indices)
+        indices = own if indices is None else own[indices]
+        dataset = dataset.dataset
+    if not hasattr(dataset, "samples") and not _is_hugging_face(dataset):
+        raise UsageError(f"{type(dataset).__name__}: expected .samples or a Hugging Face data set; see read_weights")
+    if root is None and not hasattr(dataset, "samples"):
+        raise UsageError(
+            "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
+        )
+    ids, base, where = _identified(dataset, root)
+    ids = ids if indices is None else [ids[index] for index in indices]
+    listed = {path.removeprefix(base): weight for path, weight in weights.items()}
+    _all_present(listed.keys() - set(ids), len(listed), where)
+    return np.array([listed.get(one, 0) for one in ids], np.float32)
+
+
+def _is_hugging_face(dataset) -> bool:
+    return hasattr(dataset, "select") and hasattr(dataset, "features")
+
+
+def _identified(dataset, root: str | os.PathLike | None) -> tuple[list[str], str, str]:
+    """(each image's path as lists have it, the folder with a slash that was taken off, 'under …' for messages)."""
+    if hasattr(dataset, "samples"):
+        paths = [sample[0] for sample in dataset.samples]
+        root = os.fspath(root if root is not None else dataset.root)
+    else:
+        paths = _hugging_face_paths(dataset)
+        root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths])
     base = os.path.join(os.path.abspath(root), "")
+    return [os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
+
+
+def _indices(ids: list[str], base: str, where: str, kept: Iterable[str]) -> list[int]:
     wanted = {path.removeprefix(base) for path in kept}
-    ids = [os.path.abspath(path).removeprefix(base) for path in paths]
-    _all_present(wanted - set(ids), len(wanted), f"under {root}")
+    _all_present(wanted - set(ids), len(wanted), where)
     return [index for index, one in enumerate(ids) if one in wanted]
 
 

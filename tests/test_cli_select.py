@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from protoprune.cli import app
 from protoprune.decode import Status
-from protoprune.lists import read_list
+from protoprune.lists import read_list, read_weights
 
 N, CLASSES = 60, ("ape", "bee", "cat")
 PATHS = [f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(N)]
@@ -229,6 +229,110 @@ def test_balance_gives_every_class_its_share(here, run):
     assert len(select(run, "--keep", "0.5", "--balance", "0.5", "--by", "cluster").stdout.splitlines()) == 30
 
 
+def test_strata_and_the_hardest_dropped(here, run):
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
+    plain = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--order", "stratified")
+    assert "evenly over 50 strata of the scores), removed 49" in plain.stderr
+    kept = [PATHS.index(path) for path in plain.stdout.splitlines()]
+    assert len(kept) == 10
+    dropped = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--drop-hardest", 20 / 59)
+    assert dropped.stdout.splitlines() == sorted(PATHS[30:40])
+    assert "dropped the 20 hardest" in dropped.stderr
+    assert "all the same" not in dropped.stderr
+    short = run("select", "--scores", "scores.csv", "--keep", 42 / 59, "--drop-hardest", 20 / 59, "--order", "easy")
+    assert short.stdout.splitlines() == sorted(PATHS[1:43])
+    assert "dropped the 20 hardest; 3 of them are kept all the same, easiest first" in short.stderr
+
+
+def test_quotas_need_no_scores_of_their_own(here, run):
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
+    result = select(run, "--keep", "0.5", "--quota", "dbp", "--manifest", "m.csv")
+    assert "kept 30 of 59 (50.8 %, hard first, cluster quotas)" in result.stderr
+    table = select(run, "--keep", "0.5", "--quota", "dbp", "--scores", "scores.csv", "--manifest", "t.csv")
+    counts = []
+    for name, stdout in (("m.csv", result.stdout), ("t.csv", table.stdout)):
+        with open(name) as file:
+            rows = [row for row in csv.DictReader(file) if int(row["keep"])]
+        assert [row["path"] for row in rows] == stdout.splitlines()
+        counts.append(sorted(np.bincount([int(row["cluster"]) for row in rows]).tolist()))
+    assert counts[0] == counts[1]  # the same quotas, filled by other scores
+    assert result.stdout != table.stdout
+
+
+@pytest.fixture
+def doubled(here, feature_file):
+    """twice.h5: 40 images far apart and copies of ten, of which five are exact."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(40, 24))
+    copies = x[:10] + np.where(np.arange(10)[:, None] < 5, 0, 0.03 * rng.normal(size=(10, 24)))
+    feature_file("twice.h5", np.concatenate([x, copies]), paths=[f"{i:02d}.png" for i in range(50)])
+    return here
+
+
+def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
+    options = ["twice.h5", "--dedup", "0.02", "--k", "1", "--manifest", "m.csv", "--removed", "gone.txt"]
+    result = run("select", "--keep", "0.5", *options)
+    assert "duplicates: 10 of 50 images removed (cosine to a kept one above 0.98); 40 remain" in result.stderr
+    assert "kept 20 of 40 (50.0 %, hard first), removed 20" in result.stderr
+    kept = result.stdout.splitlines()
+    assert sorted(kept + read_list("gone.txt")) == [f"{i:02d}.png" for i in range(50)]
+    with open("m.csv") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    pairs = {frozenset((path, row["duplicate_of"])) for path, row in rows.items() if row["duplicate_of"]}
+    assert pairs == {frozenset((f"{i:02d}.png", f"{i + 40:02d}.png")) for i in range(10)}
+    for row in rows.values():
+        if row["duplicate_of"]:
+            assert (row["rank"], row["keep"]) == ("-1", "0")
+            assert float(row["distance"]) <= float(rows[row["duplicate_of"]]["distance"])
+            assert rows[row["duplicate_of"]]["duplicate_of"] == ""
+    central = run("select", "--keep", "0.5", *options, "--dedup-keep", "central", "--manifest", "c.jsonl")
+    assert "40 remain" in central.stderr
+    for record in map(json.loads, (doubled / "c.jsonl").read_text().splitlines()):
+        if record["duplicate_of"]:
+            assert record["distance"] <= float(rows[record["path"]]["distance"]) + 1e-6
+            assert float(rows[record["duplicate_of"]]["distance"]) <= record["distance"]
+
+
+def test_near_duplicates_with_a_score_table(doubled, run):
+    np.save("s.npy", np.arange(50.0))
+    result = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    assert "k-means: k = 1 (as given), spherical, 25 iterations on all 50 images" in result.stderr
+    assert "score: 0 to 49" in result.stderr
+    assert "kept 20 of 40" in result.stderr
+    again = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    assert "(from the cache)" in again.stderr
+    assert again.stdout == result.stdout
+
+
+def test_calibrated_lists_hold_weights(here, run):
+    options = ["--keep", 20 / 59, "--calibrate", "0.6"]
+    result = select(run, *options, "-o", "kept.csv", "--manifest", "m.csv", "--removed", "gone.csv")
+    assert "calibrated: 12 by order with weight 1, 8 at random with weight 5.875" in result.stderr  # 47 / 8
+    assert "hint" not in result.stderr
+    weights = read_weights("kept.csv")
+    assert sum(weights.values()) == pytest.approx(59)
+    assert sorted(weights) == read_list("kept.csv")
+    assert {path for path, weight in weights.items() if weight == 1} == set(
+        select(run, "--keep", 12 / 59).stdout.splitlines()
+    )
+    assert read_weights("m.csv") == weights
+    assert "weight" not in (here / "gone.csv").read_text()
+    plain = select(run, *options)
+    assert plain.stdout.splitlines() == sorted(weights)
+    assert "hint: this list holds no weights; write it with -o kept.csv" in plain.stderr
+    other = select(run, *options, "--seed", "1", "--format", "jsonl")
+    assert sum(json.loads(line)["weight"] for line in other.stdout.splitlines()) == pytest.approx(59)
+
+
+def test_calibration_with_everything_by_order_is_no_calibration(here, run):
+    result = select(run, "--keep", "0.5", "--calibrate", "1", "--format", "csv", "--manifest", "m.csv")
+    assert result.stdout == select(run, "--keep", "0.5", "--format", "csv").stdout
+    header = (here / "m.csv").read_text().partition("\n")[0].split(",")
+    assert header == ["path", "class", "cluster", "distance", "score", "rank", "keep", "status"]
+
+
 def test_cache_answers_the_second_time_with_the_same_list(here, run):
     first = select(run, "--keep", "0.5")
     second = select(run, "--keep", "0.5")
@@ -310,6 +414,17 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--by", "class"], 2, "--by goes with --balance"),
         (["--hard-links"], 2, "--hard-links goes with --links"),
         (["--balance", "2"], 2, "--balance 2"),
+        (["--drop-hardest", "1"], 2, "--drop-hardest 1: expected a fraction from 0 to below 1"),
+        (["--quota", "even"], 2, "--quota even: expected dbp"),
+        (["--quota", "dbp", "--order", "stratified"], 2, "--quota does not go with --order stratified"),
+        (["--quota", "dbp", "--euclidean"], 2, "--quota dbp does not go with --euclidean"),
+        (["--calibrate", "2"], 2, "--calibrate 2: expected the share"),
+        (["--calibrate", "0.5", "--order", "random"], 2, "--calibrate does not go with --order random"),
+        (["--calibrate", "0.5", "--drop-hardest", "0.1"], 2, "--calibrate does not go with --drop-hardest"),
+        (["--dedup", "0"], 2, "--dedup 0: expected 1 - cosine from 0.00001 to below 1"),
+        (["--dedup", "0.1", "--dedup-keep", "best"], 2, "--dedup-keep best: expected one of harder, central"),
+        (["--dedup-keep", "central"], 2, "--dedup-keep central: goes with --dedup"),
+        (["--scores", "s.csv", "--dedup", "0.1", "--restarts", "2"], 2, "--scores ranks without clustering"),
         (["--format", "xml"], 2, "--format xml: expected one of"),
         (["--format", "csv", "-0"], 2, "-0 goes with --format txt"),
         (["--backend", "sklearn"], 2, "--backend sklearn: expected one of"),

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from protoprune import lists
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.lists import format_list, keep_only, manifest, read_list, write_file, write_links
+from protoprune.lists import (
+    format_list,
+    keep_only,
+    manifest,
+    read_list,
+    read_weights,
+    weights_of,
+    write_file,
+    write_links,
+)
 
 # Any name that Linux allows: every byte except the slash and NUL.
 names = (
@@ -135,6 +144,54 @@ def test_empty_files(tmp_path):
     for name in ("l.txt", "l.jsonl", "l.csv"):
         (tmp_path / name).touch()
         assert read_list(tmp_path / name) == []
+
+
+# --- weights
+
+WEIGHTS = np.array([1.0, 35 / 3])
+
+
+def test_weights_are_a_column_of_their_own_and_only_where_there_are_some(tmp_path):
+    arguments = (["a/1.png", "b,2.png"], np.array([0, 7]), np.array([0.5, 0.25]))
+    assert format_list(*arguments, "csv", weights=WEIGHTS).startswith(b"path,index,score,weight\na/1.png,0,0.5,1.0\n")
+    line = json.loads(format_list(*arguments, "jsonl", weights=WEIGHTS).splitlines()[1])
+    assert line == {"path": "b,2.png", "index": 7, "score": 0.25, "weight": 35 / 3}
+    assert format_list(*arguments, "txt", weights=WEIGHTS) == format_list(*arguments, "txt")
+    for format in ("csv", "jsonl"):
+        assert b"weight" not in format_list(*arguments, format)
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_weights_come_back_for_any_name(tmp_path, format):
+    @example(NASTY)
+    @given(paths_of.filter(bool))
+    def check(paths):
+        weights = 1 / np.arange(1, len(paths) + 1)
+        path = tmp_path / f"kept.{format}"
+        path.write_bytes(format_list(paths, np.arange(len(paths)), weights, format, weights=weights))
+        assert read_weights(path) == dict(zip(paths, weights.tolist(), strict=True))
+        path.write_bytes(manifest({"path": [*paths, "gone"], "weight": np.array([*weights, np.nan])}, format))
+        assert read_weights(path) == dict(zip(paths, weights.tolist(), strict=True))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "message"),
+    [
+        ("l.txt", b"a.png\n", UsageError, "only csv and jsonl lists hold weights"),
+        ("l.csv", b"path,index,score\na.png,0,1\n", UsageError, "has no weights; make it with `protoprune select"),
+        ("l.jsonl", b'{"path": "a.png"}\n', UsageError, "has no weights"),
+        ("l.csv", b"path,weight\na.png,heavy\n", ProtopruneError, "a weight is not a number"),
+        ("l.csv", b"path,weight\na.png,-1\n", ProtopruneError, r"the weight of a\.png is -1"),
+        ("l.csv", b"path,weight\na.png,nan\n", ProtopruneError, r"the weight of a\.png is nan"),
+    ],
+)
+def test_lists_without_weights(tmp_path, name, data, error, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(error, match=message) as caught:
+        read_weights(tmp_path / name)
+    assert name in str(caught.value)
 
 
 # --- the manifest
@@ -344,6 +401,37 @@ def test_row_indices_are_refused(image_folder, tmp_path):
             keep_only(image_folder, kept)
 
 
+BY_PATH = {"dog/003.png": 2.5, "cat/001.png": 1.0, "dog/000.png": 4.0}
+
+
+def test_weights_in_the_order_of_the_data_set(image_folder):
+    kept = keep_only(image_folder, KEPT)
+    assert weights_of(kept, BY_PATH).tolist() == [1, 4, 2.5]
+    assert weights_of(kept, BY_PATH).dtype == np.float32
+    whole = weights_of(image_folder, BY_PATH)
+    assert len(whole) == len(image_folder)
+    assert [whole[index] for index in kept.indices] == [1, 4, 2.5]
+    assert whole.sum() == 7.5  # 0 for what is not listed
+    absolute = {os.path.join(image_folder.root, path): weight for path, weight in BY_PATH.items()}
+    assert weights_of(kept, absolute).tolist() == [1, 4, 2.5]
+
+
+def test_weights_of_a_part_of_a_part(image_folder):
+    from torch.utils.data import Subset
+
+    backwards = Subset(keep_only(image_folder, KEPT), [2, 0, 1])
+    assert weights_of(backwards, BY_PATH).tolist() == [2.5, 1, 4]
+    with pytest.raises(ProtopruneError, match="1 of 3 listed images are not in the data set"):
+        weights_of(Subset(backwards, [0, 1]), BY_PATH)
+
+
+def test_weights_of_what_has_no_paths(image_folder):
+    with pytest.raises(UsageError, match=r"list: expected \.samples"):
+        weights_of([1, 2], BY_PATH)
+    with pytest.raises(UsageError, match="only csv and jsonl"):
+        weights_of(image_folder, __file__)
+
+
 def test_data_sets_of_another_kind_are_refused():
     with pytest.raises(UsageError, match="int: expected"):
         keep_only(3, KEPT)
@@ -359,6 +447,9 @@ def test_hugging_face(image_tree):
     assert keep_only(full, KEPT)["label"] == kept["label"]  # the root is the images' common folder
     with pytest.raises(ProtopruneError, match="1 of 4 listed images are not in the data set"):
         keep_only(full, [*KEPT, "cat/999.png"], root=root)
+    assert weights_of(kept, BY_PATH, root=root).tolist() == [1, 4, 2.5]
+    with pytest.raises(UsageError, match="weights_of needs root="):
+        weights_of(kept, BY_PATH)
 
 
 def test_hugging_face_without_images_or_paths():

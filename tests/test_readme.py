@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import protoprune
+from protoprune import lists
 from protoprune.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -58,6 +59,30 @@ def test_subset(here):
     np.save("kept.npy", np.flatnonzero(result.keep))
     given = run_block("subset", my_dataset=sorted(str(p.relative_to("images")) for p in Path("images").rglob("*.png")))
     assert list(given["kept"]) == here
+
+
+def test_weights(here):
+    """Every kept image comes with its own weight, and the weighted mean of the loss is that over all images."""
+    import torch
+
+    chosen = protoprune.select(keep=0.7, calibrate=0.5)
+    rows = np.flatnonzero(chosen.keep)
+    Path("kept.csv").write_bytes(
+        lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], "csv", weights=chosen.weights[rows])
+    )
+    given = run_block("weights")
+    assert sorted(given["weights"].tolist()) == pytest.approx([1.0] * 7 + [13 / 7] * 7)
+    by_path = dict(zip(chosen.kept_paths, chosen.weights[rows], strict=True))
+    samples = [given["kept"].dataset.samples[index][0] for index in given["kept"].indices]
+    paired = [
+        (os.path.relpath(path, "images"), weight) for path, (_, weight) in zip(samples, given["weighted"], strict=True)
+    ]
+    assert dict(paired) == pytest.approx(by_path)
+    torch.manual_seed(0)
+    sampler = given["drawn"].sampler
+    sampler.num_samples = 4000
+    counts = np.bincount(list(sampler), minlength=14) / 4000
+    assert counts == pytest.approx(given["weights"] / 20, abs=0.02)
 
 
 def test_timm(here):

@@ -571,3 +571,9 @@ def test_a_lone_column_without_numbers_is_refused(tmp_path):
     (tmp_path / "s.txt").write_text("score\nabc\n")
     with pytest.raises(ProtopruneError, match="expected rows of path and score"):
         read_scores(tmp_path / "s.txt", ["abc"])
+
+
+def test_comments_alone_are_no_table(tmp_path):
+    (tmp_path / "s.txt").write_text("# x,score,path\n#,b.png,3\n")
+    with pytest.raises(ProtopruneError, match="nothing but comments"):
+        read_scores(tmp_path / "s.txt", ["b.png"])

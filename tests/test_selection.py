@@ -27,6 +27,7 @@ scores_of = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0, 2.0, -1.0, 1e-30
 fraction = st.floats(0.001, 1.0)
 order = st.sampled_from(ORDERS)
 share = st.sampled_from([0.05, 0.1, 0.25, 0.3, 0.5, 0.75, 0.9, 1.0])
+drop = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.99])
 
 
 @st.composite
@@ -38,23 +39,25 @@ def problems(draw):
     return scores, groups
 
 
-@given(problems(), fraction, order, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3))
-def test_exactly_the_rounded_fraction_is_kept(problem, keep, order, balance, seed):
+@given(problems(), fraction, order, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3), drop)
+def test_exactly_the_rounded_fraction_is_kept(problem, keep, order, balance, seed, beta):
     scores, groups = problem
-    mask = select(scores, keep, ids=ids_of(len(scores)), order=order, seed=seed, groups=groups, balance=balance)
+    options = {"order": order, "seed": seed, "balance": balance, "drop_hardest": beta}
+    mask = select(scores, keep, ids=ids_of(len(scores)), groups=groups, **options)
     assert mask.dtype == bool
     assert mask.shape == scores.shape
     assert mask.sum() == round(keep * len(scores))
 
 
 @settings(max_examples=200)
-@given(problems(), order, st.one_of(st.just(0.0), share))
-def test_kept_sets_of_growing_fractions_are_nested(problem, order, balance):
+@given(problems(), order, st.one_of(st.just(0.0), share), drop)
+def test_kept_sets_of_growing_fractions_are_nested(problem, order, balance, beta):
     scores, groups = problem
     n = len(scores)
+    options = {"order": order, "balance": balance, "drop_hardest": beta}
     before = np.zeros(n, bool)
     for count in range(1, n + 1):
-        mask = select(scores, count / n, ids=ids_of(n), order=order, groups=groups, balance=balance)
+        mask = select(scores, count / n, ids=ids_of(n), groups=groups, **options)
         assert mask.sum() == count
         assert not (before & ~mask).any()
         before = mask
@@ -113,14 +116,14 @@ def test_balance_by_hand():
     assert kept(select(scores, 0.8, balance=1, **arguments)) == [0, 1, 2, 3, 4, 7, 8, 9]  # capped at the size
 
 
-@given(problems(), fraction, order, st.sampled_from([0.0, 0.5, 1.0]), st.randoms(use_true_random=False))
-def test_the_order_of_the_rows_does_not_matter(problem, keep, order, balance, random):
+@given(problems(), fraction, order, st.sampled_from([0.0, 0.5, 1.0]), st.randoms(use_true_random=False), drop)
+def test_the_order_of_the_rows_does_not_matter(problem, keep, order, balance, random, beta):
     scores, groups = problem
     ids = ids_of(len(scores))
     usable = np.array([random.random() < 0.8 for _ in scores])
     shuffle = list(range(len(scores)))
     random.shuffle(shuffle)
-    arguments = {"order": order, "balance": balance, "seed": 5}
+    arguments = {"order": order, "balance": balance, "seed": 5, "drop_hardest": beta}
     straight = select(scores, keep, ids=ids, groups=groups, usable=usable, **arguments)
     mixed = select(
         scores[shuffle],
@@ -133,7 +136,7 @@ def test_the_order_of_the_rows_does_not_matter(problem, keep, order, balance, ra
     assert {ids[row] for row in kept(straight)} == {ids[shuffle[row]] for row in kept(mixed)}
 
 
-# --- the four orders, on planted data that a flipped sign fails
+# --- the orders, on planted data that a flipped sign fails
 
 PLANTED = np.array([0.1, 0.9, 0.3, 0.7, 0.5])
 
@@ -202,6 +205,74 @@ def test_a_tie_never_beats_a_better_score():
         assert not mask[55:].any()
 
 
+# --- strata
+
+
+def budgets_of_the_authors(count: int, sizes: list[int]) -> list[int]:
+    """CCS as its authors allot: smallest stratum first, each an equal part of what is left, rounded down."""
+    budgets = [0] * len(sizes)
+    for position, stratum in enumerate(sorted(range(len(sizes)), key=lambda one: sizes[one])):
+        budgets[stratum] = min(sizes[stratum], (count - sum(budgets)) // (len(sizes) - position))
+    return budgets
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.one_of(st.integers(0, 1000), st.integers(0, 30), st.just(700)), min_size=1, max_size=150),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_strata_get_the_authors_budgets(scores, beta):
+    n, scores = len(scores), np.array(scores, float)
+    left = np.sort(scores)[: n - round(beta * n)]
+    low, width = int(left[0]), int(left[-1] - left[0])
+    stratum = [min(49, (int(score) - low) * 50 // width) if width else 0 for score in left]  # in whole numbers
+    sizes = np.bincount(stratum, minlength=50).tolist()
+    for count in range(1, len(left) + 1):
+        mask = select(scores, count / n, ids=ids_of(n), order="stratified", drop_hardest=beta)
+        kept_stratum = [min(49, (int(score) - low) * 50 // width) if width else 0 for score in scores[mask]]
+        assert np.bincount(kept_stratum, minlength=50).tolist() == budgets_of_the_authors(count, sizes)
+
+
+def test_strata_are_filled_at_random_and_evenly():
+    """Scores in two heaps, 900 easy and 100 hard ones: each gives half, and no part of a heap is preferred."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.uniform(0, 0.019, 900), rng.uniform(0.981, 1, 100)])
+    scores[0], scores[-1] = 0, 1
+    mask = select(scores, 0.1, ids=ids_of(1000), order="stratified")
+    assert (mask[:900].sum(), mask[900:].sum()) == (50, 50)
+    assert abs(scores[:900][mask[:900]].mean() - scores[:900].mean()) < 0.003  # 4 standard errors
+    other = select(scores, 0.1, ids=ids_of(1000), order="stratified", seed=1)
+    assert (mask & other)[:900].sum() < 12
+    assert select(scores, 0.5, ids=ids_of(1000), order="stratified")[900:].all()  # the small one runs out
+
+
+def test_strata_of_scores_without_a_range():
+    assert select(np.ones(10), 0.4, ids=ids_of(10), order="stratified").sum() == 4
+    infinite = np.array([0.0, 1.0, 2.0, np.inf])
+    with pytest.raises(ProtopruneError, match="scores from 0 to inf cannot be cut into strata"):
+        select(infinite, 0.5, ids=ids_of(4), order="stratified")
+    assert not select(infinite, 0.5, ids=ids_of(4), order="stratified", drop_hardest=0.25)[3]
+
+
+# --- the hardest dropped
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_dropped_come_last_and_easiest_first(order):
+    scores = np.array([3.0, 9, 1, 7, 5, 8, 0, 2, 6, 4])
+    rows = ranking(scores, ids=ids_of(10), order=order, drop_hardest=0.3)
+    assert scores[rows[-3:]].tolist() == [7, 8, 9]
+    inner = ranking(scores, ids=ids_of(10), order=order, usable=scores < 7)
+    assert rows[:7].tolist() == inner.tolist()  # the others are ordered as if the dropped were not there
+
+
+def test_which_of_equals_are_dropped_is_the_same_for_every_order():
+    scores = np.array([1.0] * 5 + [2.0] * 10)
+    dropped = [set(ranking(scores, ids=ids_of(15), order=one, drop_hardest=0.4)[-6:].tolist()) for one in ORDERS]
+    assert dropped == [dropped[0]] * len(ORDERS)
+    assert min(dropped[0]) >= 5
+
+
 # --- rows that cannot be used, and errors
 
 
@@ -216,7 +287,7 @@ def test_unusable_rows_are_never_kept_and_do_not_count():
     assert kept(select(scores, 0.6, ids=ids_of(7), usable=usable, groups=groups, balance=1.0)) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("order", ["hard", "easy", "middle"])
+@pytest.mark.parametrize("order", ["hard", "easy", "middle", "stratified"])
 def test_nan_among_usable_scores_is_an_error(order):
     with pytest.raises(ProtopruneError, match=r"2 usable images have no score \(first: row 1\)"):
         select(np.array([1, np.nan, 2, np.nan]), 0.5, ids=ids_of(4), order=order)
@@ -238,7 +309,10 @@ def test_percentages_get_a_hint():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "hardest"}, "--order hardest: expected one of hard, easy, middle, random"),
+        ({"order": "hardest"}, "--order hardest: expected one of hard, easy, middle, random, stratified"),
+        ({"drop_hardest": 1}, "--drop-hardest 1: expected a fraction from 0 to below 1"),
+        ({"drop_hardest": -0.1}, "--drop-hardest -0.1"),
+        ({"drop_hardest": math.nan}, "--drop-hardest nan"),
         ({"balance": 1.5}, "--balance 1.5"),
         ({"balance": -0.5}, "--balance -0.5"),
         ({"balance": math.nan}, "--balance nan"),

@@ -34,11 +34,29 @@ Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature f
 def select(
     features: Features = Path("features.h5"),
     keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")] = ...,
-    order: Annotated[str, typer.Option(help="Which to keep first: hard, easy, middle or random.")] = "hard",
+    order: Annotated[
+        str,
+        typer.Option(help="Which to keep first: hard, easy, middle, random, or stratified: evenly over the scores."),
+    ] = "hard",
+    drop_hardest: Annotated[
+        float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
+    ] = 0.0,
+    quota: Annotated[
+        str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
+    ] = None,
     balance: Annotated[
         float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")
     ] = 0.0,
     by: Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")] = None,
+    calibrate: Annotated[
+        float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
+    ] = None,
+    dedup: Annotated[
+        float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
+    ] = None,
+    dedup_keep: Annotated[
+        str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
     ] = None,
@@ -65,39 +83,61 @@ def select(
     manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
-    from protoprune import pruning, selection
+    from dataclasses import asdict
+
+    from protoprune import pruning
 
     out = None if out == Path("-") else out
-    selection.check(keep, order, balance)
-    if by not in (None, "class", "cluster"):
-        raise UsageError(f"--by {by}: expected class or cluster")
+    rule = pruning.Rule(
+        keep,
+        order=order,
+        drop_hardest=drop_hardest,
+        quota=quota,
+        balance=balance,
+        by=by,
+        calibrate=calibrate,
+        seed=seed,
+    )
+    _check_dedup(dedup, dedup_keep)
     _check_output(format, null, features, out, removed, manifest)
     check_links(links, hard_links)
     settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
     settings["cache"] = cache
-    if scores is not None:
-        if stability or euclidean or k != "auto" or restarts != 1:
-            raise UsageError(
-                "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it"
-            )
-        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is)
-    else:
+    if quota and euclidean:
+        raise UsageError("--quota dbp does not go with --euclidean: its complexity is a product of cosine distances")
+    if scores is None:
         if higher_is is not None:
             raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
-    chosen = pruning.prune(ranking, keep, order=order, seed=seed, balance=balance, by=by)
+    else:
+        clusters = dedup is not None or quota is not None
+        if stability or restarts != 1 or (not clusters and (euclidean or k != "auto")):
+            raise UsageError(
+                "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it "
+                "(--dedup and --quota cluster: they take --k)"
+            )
+        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is)
+        if clusters:
+            pruning.add_clusters(ranking, k=number_of_clusters(k), seed=seed, **settings)
+    if dedup is not None:
+        pruning.deduplicate(ranking, dedup, keep=dedup_keep or "harder", seed=seed)
+    chosen = pruning.prune(ranking, **asdict(rule))
     if not chosen.keep.any():
         raise UsageError(f"--keep {keep:g} of {int(ranking.usable.sum()):,} images is none; keep more")
     _say_ranking(ranking)
+    if dedup is not None:
+        _say_duplicates(ranking, dedup)
     if restarts > 1 and scores is None:
-        share = pruning.restart_overlap(ranking, keep, order=order, seed=seed)
+        share = pruning.restart_overlap(ranking, rule)
         say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     _write(
         chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
     )
-    _say_selected(chosen, keep, order, balance)
+    _say_selected(chosen)
+    if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
+        say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
-        _say_stability(pruning.stability(features, chosen, keep=keep, order=order, **settings))
+        _say_stability(pruning.stability(features, chosen, **settings))
 
 
 def number_of_clusters(text: str) -> int | None:
@@ -118,6 +158,15 @@ def check_links(links: Path | None, hard: bool) -> None:
         from protoprune.lists import check_free
 
         check_free(links)
+
+
+def _check_dedup(epsilon: float | None, keep: str | None) -> None:
+    from protoprune.selection import check_duplicates
+
+    if epsilon is not None:
+        check_duplicates(epsilon, keep or "harder")
+    elif keep is not None:
+        raise UsageError(f"--dedup-keep {keep}: goes with --dedup, which says how alike duplicates are")
 
 
 def refuse_input(features: Path, *outputs: Path | None) -> None:
@@ -158,16 +207,17 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     ranking = chosen.ranking
 
-    def text(mask, path: Path | None) -> bytes:
+    def text(mask, path: Path | None, weights=None) -> bytes:
         rows = np.flatnonzero(mask)
+        weights = weights[rows] if weights is not None else None
         paths = list(itertools.compress(ranking.paths, mask))
         if absolute:
             paths = [os.path.join(root, path) for path in paths]
-        return lists.format_list(paths, rows, ranking.scores[rows], _format(format, path), null=null)
+        return lists.format_list(paths, rows, ranking.scores[rows], _format(format, path), null=null, weights=weights)
 
-    kept = text(chosen.keep, out)
-    if removed is not None:
-        lists.write_file(removed, text(ranking.usable & ~chosen.keep, removed))
+    kept = text(chosen.keep, out, chosen.weights)
+    if removed is not None:  # duplicates are among them
+        lists.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
         lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
@@ -187,7 +237,7 @@ def _columns(chosen: Selected) -> dict:
 
     ranking, n = chosen.ranking, len(chosen.keep)
     first = ranking.clusterings[0] if ranking.clusterings else None
-    return {
+    columns = {
         "path": ranking.paths,
         "class": [ranking.classes[label] if label >= 0 else "" for label in ranking.labels],
         "cluster": first.cluster if first else np.full(n, -1),
@@ -197,6 +247,11 @@ def _columns(chosen: Selected) -> dict:
         "keep": chosen.keep.astype(int),
         "status": [Status(status).label for status in ranking.status],
     }
+    if chosen.weights is not None:
+        columns["weight"] = chosen.weights
+    if ranking.duplicate_of is not None:
+        columns["duplicate_of"] = [ranking.paths[row] if row >= 0 else "" for row in ranking.duplicate_of]
+    return columns
 
 
 def _say_ranking(ranking: Ranking) -> None:
@@ -214,13 +269,13 @@ def _say_ranking(ranking: Ranking) -> None:
         say(f"excluded: {int(excluded.sum()):,} that could not be read ({describe_counts(why, 10)})")
     if ranking.table is not None:
         table = ranking.table
-        say(f"scores: {int(ranking.usable.sum()):,} images have one; {table.missing:,} have none and are not kept")
+        say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
         for note in table.notes():
             say(f"scores: {note}")
         if table.unmatched_rows:
             say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
     for one in ranking.clusterings[:1]:
-        points = int(ranking.usable.sum())
+        points = int((~excluded).sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
         kind = "spherical" if one.spherical else "Euclidean"
         cached = " (from the cache)" if ranking.cached == len(ranking.clusterings) else ""
@@ -232,24 +287,44 @@ def _say_ranking(ranking: Ranking) -> None:
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
         alone = int((sizes == 1).sum())
-        if alone and one.k < points:
+        if alone and one.k < points and ranking.table is None:
             say(
                 f"warning: {alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
             )
-    values = ranking.scores[ranking.usable]
+    values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
-        what = "distance" if ranking.clusterings else "score"
+        what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
 
 
-def _say_selected(chosen: Selected, keep: float, order: str, balance: float) -> None:
+def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
+    gone, left = int((ranking.duplicate_of >= 0).sum()), int(ranking.usable.sum())
+    say(
+        f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
+        f"{left:,} remain, of which --keep is a fraction"
+    )
+
+
+def _say_selected(chosen: Selected) -> None:
     import numpy as np
 
-    ranking, usable = chosen.ranking, chosen.ranking.usable
+    ranking, usable, rule = chosen.ranking, chosen.ranking.usable, chosen.rule
     kept, of = int(chosen.keep.sum()), int(usable.sum())
-    how = f"{order} first" if order != "random" else "at random"
+    how = {"random": "at random", "stratified": "evenly over 50 strata of the scores"}.get(
+        rule.order, f"{rule.order} first"
+    )
+    how += ", cluster quotas" if rule.quota else ""
     say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
+    if chosen.weights is not None:
+        from protoprune.selection import by_score
+
+        drawn, first = float(np.nanmax(chosen.weights)), by_score(kept, rule.calibrate)
+        say(f"calibrated: {first:,} by order with weight 1, {kept - first:,} at random with weight {drawn:.6g}")
+    if chosen.dropped is not None:
+        back = int((chosen.dropped & chosen.keep).sum())
+        also = f"; {back:,} of them are kept all the same, easiest first, to make up the number" if back else ""
+        say(f"dropped the {int(chosen.dropped.sum()):,} hardest{also}")
     if not ranking.classes:
         return
     sizes = np.bincount(ranking.labels[usable], minlength=len(ranking.classes))
@@ -263,7 +338,7 @@ def _say_selected(chosen: Selected, keep: float, order: str, balance: float) -> 
     gone = int((shares == 0).sum())
     if gone:
         say(f"warning: {gone} of {len(sizes)} classes lost every image; --balance 0.5 keeps some of each")
-    elif not balance and shares[high] > 2 * shares[low]:
+    elif not rule.balance and shares[high] > 2 * shares[low]:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
 
 

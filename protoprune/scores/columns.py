@@ -204,4 +204,7 @@ def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tup
 
 def _skip_header(rows: Iterator[list[str]]) -> int:
     """Go past the header and the comments above it; how many rows that was."""
-    return next(place for place, row in enumerate(rows, 1) if not row[0].startswith("#"))
+    for place, row in enumerate(rows, 1):
+        if not row[0].startswith("#"):
+            return place
+    raise ProtopruneError("nothing but comments; expected rows of path and score")

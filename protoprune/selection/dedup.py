@@ -1,0 +1,95 @@
+"""Near-duplicates within clusters: SemDeDup (Abbas et al. 2023, "SemDeDup: data-efficient learning at web-scale through
+semantic deduplication").
+
+The only part of selection that sees features. Similarities are computed in blocks, so that memory does not grow with
+the size of a cluster. Knows nothing of files: features are anything that gives rows for an array of row numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from protoprune.errors import UsageError
+from protoprune.selection.orders import hashes
+
+KEEP_DUPLICATES = ("harder", "central")
+LEAST = 1e-5  # float32 cosines of equal vectors differ from 1 by up to about 1e-6
+BLOCK = 4096  # images; 64 MiB of similarities
+
+
+def check_duplicates(epsilon: float, keep: str = "harder") -> None:
+    """Raise UsageError for a threshold or a side that there is not."""
+    if not LEAST <= epsilon < 1:
+        raise UsageError(
+            f"--dedup {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; 0.05 removes near-duplicates"
+        )
+    if keep not in KEEP_DUPLICATES:
+        raise UsageError(f"--dedup-keep {keep}: expected one of {', '.join(KEEP_DUPLICATES)}")
+
+
+def duplicates(
+    features,
+    cluster: np.ndarray,
+    distance: np.ndarray,
+    epsilon: float,
+    *,
+    ids: Sequence[str],
+    keep: str = "harder",
+    seed: int = 0,
+    usable: np.ndarray | None = None,
+) -> np.ndarray:
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others.
+
+    features: (n, d), indexed by arrays of rows; cluster: (n,) integers; distance: (n,) to the own centroid. Within each
+    cluster the usable images are gone through farthest from the centroid first (keep = 'harder', SemDeDup's choice) or
+    nearest first ('central'), ties by a seeded hash. An image whose cosine to one that was kept before it exceeds
+    1 - epsilon is removed, as a duplicate of the one it is most similar to; all others are kept. So no two kept images
+    of a cluster are that similar, and every removed one has a kept one that is. Duplicates in different clusters stay.
+    """
+    check_duplicates(epsilon, keep)
+    duplicate_of = np.full(len(cluster), -1, np.int64)
+    rows = np.arange(len(cluster)) if usable is None else np.flatnonzero(usable)
+    side = -distance[rows] if keep == "harder" else distance[rows]
+    rows = rows[np.lexsort((hashes([ids[row] for row in rows], seed), side, cluster[rows]))]
+    for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
+        _within(features, members, np.float32(1 - epsilon), duplicate_of)
+    return duplicate_of
+
+
+def _within(features, members: np.ndarray, threshold: np.float32, duplicate_of: np.ndarray) -> None:
+    """Fill in the duplicates among the members of one cluster, which are in the order they are gone through."""
+    kept = members[:0]
+    for first in range(0, len(members), BLOCK):
+        block = members[first : first + BLOCK]
+        x = _unit(features, block)
+        best, whom = np.full(len(block), -2, np.float32), np.full(len(block), -1, np.int64)
+        for start in range(0, len(kept), BLOCK):
+            part = kept[start : start + BLOCK]
+            cosine = x @ _unit(features, part).T
+            nearest = cosine.argmax(axis=1)
+            value = cosine[np.arange(len(block)), nearest]
+            better = value > best
+            best[better], whom[better] = value[better], part[nearest[better]]
+        _within_block(x @ x.T, block, threshold, best, whom)
+        removed = best > threshold
+        duplicate_of[block[removed]] = whom[removed]
+        kept = np.concatenate([kept, block[~removed]])
+
+
+def _within_block(cosine, block, threshold, best: np.ndarray, whom: np.ndarray) -> None:
+    """Update each image's best cosine to a kept one before it, for the images of the block itself."""
+    close = cosine > threshold
+    for i in np.flatnonzero(np.triu(close, 1).any(axis=1)):  # the others remove nothing
+        if best[i] <= threshold:
+            later = i + 1 + np.flatnonzero(close[i, i + 1 :])
+            better = later[cosine[i, later] > best[later]]
+            best[better], whom[better] = cosine[i, better], block[i]
+
+
+def _unit(features, rows: np.ndarray) -> np.ndarray:
+    """(len(rows), d) float32 of length 1; a zero vector stays zero and resembles nothing."""
+    x = np.asarray(features[rows], np.float32)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)

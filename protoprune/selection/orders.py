@@ -1,0 +1,135 @@
+"""The order in which images are kept: by score, by stratum of the score or at random, ties broken by a seeded hash.
+
+Knows nothing of how many are kept: every order is a ranking, so growing fractions are nested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+
+ORDERS = ("hard", "easy", "middle", "random", "stratified")
+STRATA = 50  # of Zheng et al. 2022, "Coverage-centric coreset selection for high pruning rates"
+
+
+def ranking(
+    scores: np.ndarray,
+    *,
+    ids: Sequence[str],
+    order: str = "hard",
+    seed: int = 0,
+    usable: np.ndarray | None = None,
+    drop_hardest: float = 0.0,
+) -> np.ndarray:
+    """The usable rows, (m,) int64, in the order in which they are kept: row 0 first.
+
+    - hard, easy: largest or smallest score first;
+    - middle: nearest to the median rank first, of two equally near the harder one;
+    - random: by the seeded hash of the id, whatever the scores;
+    - stratified: CCS (Zheng et al. 2022): the range of the scores is cut into 50 strata of equal width which get equal
+      budgets, or all they have, each filled at random. An odd image goes to the larger stratum.
+
+    With `drop_hardest` beta the round(beta * m) hardest rows come last, easiest first, and take no part in the order.
+
+    Raises UsageError for an order or beta out of range, ProtopruneError for a usable NaN, or for infinite scores
+    where strata are asked for.
+    """
+    check_order(order, drop_hardest)
+    rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
+    count = dropped_count(len(rows), drop_hardest)
+    values = np.asarray(scores, np.float64)
+    if (order != "random" or count) and np.isnan(values[rows]).any():
+        row = rows[np.flatnonzero(np.isnan(values[rows]))[0]]
+        raise ProtopruneError(f"{int(np.isnan(values[rows]).sum())} usable images have no score (first: row {row})")
+    if not count:
+        return _ordered(values, rows, ids, order, seed)
+    hard = _sorted(-values, rows, ids, seed)
+    return np.concatenate([_ordered(values, hard[count:], ids, order, seed), hard[:count][::-1]])
+
+
+def dropped_count(m: int, drop_hardest: float) -> int:
+    """How many of m usable images --drop-hardest puts last."""
+    return round(drop_hardest * m)
+
+
+def check_order(order: str, drop_hardest: float = 0.0) -> None:
+    """Raise UsageError for an unknown order or a fraction to drop that is out of range."""
+    if order not in ORDERS:
+        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
+    if not 0 <= drop_hardest < 1:
+        raise UsageError(f"--drop-hardest {drop_hardest:g}: expected a fraction from 0 to below 1")
+
+
+def _ordered(values: np.ndarray, rows: np.ndarray, ids: Sequence[str], order: str, seed: int) -> np.ndarray:
+    """The rows in keeping order; values: (n,) float64."""
+    if order == "random":
+        return _hashed(rows, ids, seed)
+    if order == "stratified":
+        return _stratified(values, _hashed(rows, ids, seed))
+    rows = _sorted(-values if order == "hard" else values, rows, ids, seed)
+    if order == "middle":
+        position = np.arange(len(rows))
+        rows = rows[np.lexsort((-position, np.abs(2 * position - (len(rows) - 1))))]
+    return rows
+
+
+def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows, given in random order, in the order that fills the strata evenly: one of each stratum, then the next.
+
+    The largest stratum comes first in each round: that is where the authors' algorithm, which divides what is left over
+    the strata that are left, smallest first, rounding down, puts the images that do not divide.
+    """
+    if not len(rows):
+        return rows
+    own = values[rows]
+    low, span = own.min(), own.max() - own.min()
+    if not np.isfinite(span * STRATA):
+        raise ProtopruneError(
+            f"scores from {low:g} to {own.max():g} cannot be cut into strata; use --drop-hardest, or another --order"
+        )
+    # Multiplied first: a score on the border of two strata belongs to the upper one.
+    stratum = ((own - low) * STRATA / span).astype(np.int64) if span > 0 else np.zeros(len(rows), np.int64)
+    stratum = np.minimum(stratum, STRATA - 1)
+    sizes = np.bincount(stratum, minlength=STRATA)
+    return rows[np.lexsort((-stratum, -sizes[stratum], place_in_group(stratum, sizes)))]
+
+
+def hashes(ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
+    """(n,) uint64: a hash of each id that depends on the seed; independent ones for different purposes."""
+    key = seed.to_bytes(8, "little", signed=True)
+    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
+    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key, person=purpose).digest() for one in encoded)
+    return np.frombuffer(joined, "<u8")
+
+
+def _hashed(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
+    """The rows at random: sorted by hash."""
+    return rows[np.argsort(hashes([ids[row] for row in rows], seed, purpose), kind="stable")]
+
+
+def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
+    """The rows by their keys (n,) upwards; only the ids of tied rows are hashed, since hashing all takes seconds."""
+    keys = keys[rows]
+    by_key = np.argsort(keys, kind="stable")
+    ordered = keys[by_key]
+    same_as_next = ordered[1:] == ordered[:-1]
+    tied = np.zeros(len(keys), bool)
+    tied[1:] |= same_as_next
+    tied[:-1] |= same_as_next
+    if tied.any():
+        positions = by_key[tied]
+        ties = hashes([ids[rows[position]] for position in positions], seed)
+        by_key[tied] = positions[np.lexsort((ties, keys[positions]))]
+    return rows[by_key]
+
+
+def place_in_group(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(m,) position of each row among the rows of its own group; sizes: (groups,) rows of each."""
+    by_group = np.argsort(group, kind="stable")
+    place = np.empty(len(group), np.int64)
+    place[by_group] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return place

@@ -1,0 +1,133 @@
+"""Near-duplicates: against a plain loop, planted copies, and what stays of two."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protoprune.errors import UsageError
+from protoprune.selection import dedup, duplicates
+
+
+def ids_of(n: int) -> list[str]:
+    return [f"{i:05d}.png" for i in range(n)]
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def loop(x, cluster, distance, epsilon, keep) -> list[int]:
+    """The definition, one image at a time in float64; distances must differ. Also how near a cosine is to the limit."""
+    x = unit(x.astype(np.float64))
+    found, margin = [-1] * len(x), 1.0
+    order = sorted(range(len(x)), key=lambda i: -distance[i] if keep == "harder" else distance[i])
+    kept: list[int] = []
+    for i in order:
+        near = [(float(x[i] @ x[j]), -order.index(j), j) for j in kept if cluster[j] == cluster[i]]
+        margin = min([margin, *(abs(one[0] - (1 - epsilon)) for one in near)])
+        if near and max(near)[0] > 1 - epsilon:
+            found[i] = max(near)[2]
+        else:
+            kept.append(i)
+    return found if margin > 1e-5 else []
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(dedup, "BLOCK", 7)
+
+
+@settings(max_examples=80)
+@given(
+    st.integers(1, 70), st.integers(1, 4), st.sampled_from([0.01, 0.05, 0.3, 0.8]), st.integers(0, 10**6),
+    st.sampled_from(["harder", "central"]),
+)  # fmt: skip
+def test_equals_the_plain_loop(small_blocks, n, clusters, epsilon, seed, keep):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4))
+    x += 0.2 * rng.normal(size=x.shape) * (rng.random((n, 1)) < 0.7) + 3 * np.eye(4)[rng.integers(0, 4, n)]
+    cluster, distance = rng.integers(0, clusters, n) * 3, rng.permutation(n) / n
+    expected = loop(x, cluster, distance, epsilon, keep)
+    if not expected:
+        return  # a cosine within rounding of the limit
+    assert duplicates(x, cluster, distance, epsilon, ids=ids_of(n), keep=keep).tolist() == expected
+
+
+@pytest.mark.parametrize("store", [np.float16, np.float32])
+@pytest.mark.parametrize("block", [7, 64, 4096])
+def test_planted_copies_are_all_found_and_nothing_else(monkeypatch, store, block):
+    monkeypatch.setattr(dedup, "BLOCK", block)
+    rng = np.random.default_rng(1)
+    originals = rng.normal(size=(300, 32))  # cosines up to about 0.7
+    exact, near = originals[:40], originals[40:80] * 3 + 0.1 * rng.normal(size=(40, 32))
+    x = np.concatenate([originals, exact, near, near]).astype(store)
+    source = np.concatenate([np.arange(300), np.arange(40), np.arange(40, 80), np.arange(40, 80)])
+    cluster = (source % 3).astype(np.int32)
+    distance = rng.random(len(x)).astype(np.float32)
+    found = duplicates(x, cluster, distance, 0.05, ids=ids_of(len(x)))
+    for one in range(300):
+        family = np.flatnonzero(source == one)
+        assert (found[family] < 0).sum() == 1
+        stays = family[found[family] < 0][0]
+        assert stays == family[distance[family].argmax()]
+        assert (found[np.setdiff1d(family, stays)] == stays).all()
+
+
+def test_harder_and_central_keep_opposite_ends():
+    x, cluster, distance = np.ones((3, 4)), np.zeros(3, int), np.array([0.2, 0.1, 0.3])
+    assert duplicates(x, cluster, distance, 0.01, ids=ids_of(3)).tolist() == [2, 2, -1]
+    assert duplicates(x, cluster, distance, 0.01, ids=ids_of(3), keep="central").tolist() == [1, -1, 1]
+
+
+def test_a_removed_image_removes_nothing():
+    """A chain: the middle one is like both ends, which are not alike; compared with all before it the last would go."""
+    angles = np.radians([0, 15, 30])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    found = duplicates(x, np.zeros(3, int), np.array([0.3, 0.2, 0.1]), 0.05, ids=ids_of(3))  # cos 15° = .966
+    assert found.tolist() == [-1, 0, -1]
+
+
+def test_the_kept_one_named_is_the_most_similar():
+    angles = np.radians([0, 25, 15])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert duplicates(x, np.zeros(3, int), np.array([3, 2, 1.0]), 0.05, ids=ids_of(3)).tolist() == [-1, -1, 1]
+
+
+def test_clusters_and_unusable_rows_are_apart():
+    x, distance = np.ones((6, 3)), np.arange(6.0)
+    cluster = np.array([0, 0, 1, 1, -1, 1])
+    usable = np.array([True, True, True, True, False, False])
+    found = duplicates(x, cluster, distance, 0.1, ids=ids_of(6), usable=usable)
+    assert found.tolist() == [1, -1, 3, -1, -1, -1]  # row 5 is the hardest, but cannot be kept
+    assert duplicates(x, cluster, distance, 0.1, ids=ids_of(6), usable=np.zeros(6, bool)).tolist() == [-1] * 6
+
+
+def test_equal_images_are_told_apart_by_a_hash_of_the_name():
+    n = 60
+    x, cluster, distance = np.tile(np.eye(6), (10, 1)), np.zeros(n, int), np.zeros(n)
+    ids, shuffle = ids_of(n), np.random.default_rng(0).permutation(n)
+    stays = [ids[row] for row in np.flatnonzero(duplicates(x, cluster, distance, 0.1, ids=ids) < 0)]
+    mixed_ids = [ids[row] for row in shuffle]
+    mixed = duplicates(x[shuffle], cluster, distance, 0.1, ids=mixed_ids)
+    assert sorted(mixed_ids[row] for row in np.flatnonzero(mixed < 0)) == stays
+    assert len(stays) == 6
+    another = duplicates(x, cluster, distance, 0.1, ids=ids, seed=1)
+    assert [ids[row] for row in np.flatnonzero(another < 0)] != stays
+
+
+def test_zero_vectors_resemble_nothing():
+    assert (duplicates(np.zeros((3, 4)), np.zeros(3, int), np.ones(3), 0.5, ids=ids_of(3)) == -1).all()
+
+
+@pytest.mark.parametrize("epsilon", [0, -1, 1, 1e-9, float("nan")])
+def test_thresholds_out_of_range(epsilon):
+    with pytest.raises(UsageError, match=r"--dedup .*: expected 1 - cosine from 0.00001"):
+        duplicates(np.ones((2, 2)), np.zeros(2, int), np.zeros(2), epsilon, ids=ids_of(2))
+
+
+def test_sides_that_there_are_not():
+    with pytest.raises(UsageError, match="--dedup-keep best: expected one of harder, central"):
+        duplicates(np.ones((2, 2)), np.zeros(2, int), np.zeros(2), 0.1, ids=ids_of(2), keep="best")

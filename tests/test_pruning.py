@@ -1,0 +1,251 @@
+"""Ranking -> kept set with every option together: exact, nested, whatever the row order; what does not go together."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import protoprune
+from protoprune import pruning
+from protoprune.errors import UsageError
+from protoprune.prototypes import Clustering
+from protoprune.pruning import Ranking, Rule, prune
+
+
+def made_up(scores, labels, cluster, distance, status=None) -> Ranking:
+    """A ranking as `rank` makes it, of images in three classes and up to four clusters."""
+    n = len(scores)
+    centroids = np.eye(4, 6, dtype=np.float32)
+    centroids[1] = (0.8, 0.6, 0, 0, 0, 0)
+    clustering = Clustering(centroids, cluster, distance, 0.0, 0, True, 1, n, "made up")
+    status = np.ones(n, np.uint8) if status is None else status
+    paths = [f"{i:04d}.png" for i in range(n)]
+    return Ranking("f.h5", "images", paths, labels, ["a", "b", "c"], status, scores, [clustering])
+
+
+@st.composite
+def rankings(draw):
+    """Scores with ties and gaps; distances in eighths, whose sums are exact in any order."""
+    n = draw(st.integers(1, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    scores = np.where(rng.random(n) < 0.15, np.nan, rng.integers(0, 9, n) / 3)
+    distance = rng.integers(0, 8, n).astype(np.float32) / 8
+    one = made_up(scores, rng.integers(0, 3, n), (rng.integers(0, 10, n) % 4).astype(np.int32), distance)
+    if draw(st.booleans()):
+        one.duplicate_of = np.where(rng.random(n) < 0.2, (np.arange(n) + 1) % n, -1)
+    return one
+
+
+@st.composite
+def rules(draw):
+    """Every combination of options that is not refused."""
+    options = {
+        "order": draw(st.sampled_from(["hard", "easy", "middle", "random", "stratified"])),
+        "drop_hardest": draw(st.sampled_from([0.0, 0.0, 0.2, 0.7])),
+        "quota": draw(st.sampled_from([None, "dbp"])),
+        "balance": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "calibrate": draw(st.sampled_from([None, None, 0.0, 0.4, 1.0])),
+        "seed": draw(st.integers(0, 3)),
+    }
+    options["by"] = draw(st.sampled_from([None, "class", "cluster"])) if options["balance"] else None
+    try:
+        Rule(0.5, **options)
+    except UsageError:
+        assume(False)
+    return options
+
+
+@settings(max_examples=250)
+@given(rankings(), rules())
+def test_exact_and_nested_whatever_is_asked_for(ranking, options):
+    usable = ranking.usable
+    m, before = int(usable.sum()), np.zeros(len(usable), bool)
+    for count in range(1, m + 1):
+        chosen = prune(ranking, count / m, **options)
+        assert chosen.keep.sum() == count
+        assert not (chosen.keep & ~usable).any()
+        assert not (before & ~chosen.keep).any()
+        assert np.array_equal(np.sort(chosen.rank[usable]), np.arange(m))
+        assert (chosen.rank[~usable] == -1).all()
+        if not options["balance"] and options["calibrate"] is None:
+            assert np.array_equal(chosen.keep, (chosen.rank >= 0) & (chosen.rank < count))
+        if chosen.weights is not None:
+            assert chosen.weights[chosen.keep].sum() == pytest.approx(m)
+        before = chosen.keep
+
+
+@settings(max_examples=100)
+@given(rankings(), rules(), st.floats(0.05, 1), st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_does_not_matter(ranking, options, keep, random):
+    shuffle = list(range(len(ranking.paths)))
+    random.shuffle(shuffle)
+    clustering = ranking.clusterings[0]
+    mixed = made_up(
+        ranking.scores[shuffle],
+        ranking.labels[shuffle],
+        clustering.cluster[shuffle],
+        clustering.distance[shuffle],
+        ranking.status[shuffle],
+    )
+    mixed.paths = [ranking.paths[row] for row in shuffle]
+    if ranking.duplicate_of is not None:
+        mixed.duplicate_of = ranking.duplicate_of[shuffle]  # only its sign matters here
+    straight, other = prune(ranking, keep, **options), prune(mixed, keep, **options)
+    assert straight.kept_paths == sorted(other.kept_paths)
+    if straight.weights is not None:
+        assert straight.weights[shuffle] == pytest.approx(other.weights, nan_ok=True)
+
+
+def test_the_dropped_are_marked_and_come_back_last():
+    ranking = made_up(np.arange(10.0), np.zeros(10, int), np.zeros(10, np.int32), np.zeros(10, np.float32))
+    chosen = prune(ranking, 0.5, drop_hardest=0.2, order="hard")
+    assert np.flatnonzero(chosen.keep).tolist() == [3, 4, 5, 6, 7]
+    assert np.flatnonzero(chosen.dropped).tolist() == [8, 9]
+    assert np.flatnonzero(~prune(ranking, 0.9, drop_hardest=0.2, order="easy").keep).tolist() == [9]
+
+
+def test_quotas_leave_the_dropped_for_last():
+    """The far cluster is the hardest and gets the larger quota: dropping must not hand its dropped images out first."""
+    cluster = np.repeat([0, 2], 10).astype(np.int32)
+    distance = np.repeat([0.1, 0.9], 10).astype(np.float32)
+    ranking = made_up(np.arange(20.0), np.zeros(20, int), cluster, distance)
+    chosen = prune(ranking, 0.5, quota="dbp", drop_hardest=0.4)
+    assert np.flatnonzero(chosen.keep).tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    plain = prune(ranking, 0.5, quota="dbp", order="easy")
+    assert plain.keep[10:].all()  # softmax(0.9 / 0.1) leaves next to nothing for the dense one
+
+
+def test_quota_counts_only_what_may_be_kept():
+    """Two clusters as dense as each other once the duplicates, which sit at the centroid, are gone."""
+    cluster = np.repeat([0, 2], 12).astype(np.int32)
+    distance = np.tile([0.0] * 4 + [0.5] * 8, 2).astype(np.float32)
+    ranking = made_up(np.arange(24.0), np.zeros(24, int), cluster, distance)
+    shares = [int(prune(ranking, 0.5, quota="dbp").keep[:12].sum())]
+    ranking.duplicate_of = np.where((cluster == 0) & (distance == 0), 4, -1)
+    kept = prune(ranking, 0.5, quota="dbp").keep
+    assert (shares[0], kept.sum()) == (6, 10)
+    assert kept[:12].sum() > 6  # its mean distance has risen
+
+
+def test_balance_holds_for_the_part_by_order_when_calibrated():
+    labels = np.repeat([0, 1], [90, 10])
+    scores = np.where(labels == 0, 10.0, 0.0) + np.arange(100) / 100
+    ranking = made_up(scores, labels, np.zeros(100, np.int32), np.zeros(100, np.float32))
+    chosen = prune(ranking, 0.4, calibrate=0.5, balance=1.0, by="class")
+    by_order = chosen.weights == 1
+    assert by_order.sum() == 20
+    assert by_order[labels == 1].sum() == 10
+    assert np.nanmax(chosen.weights) == pytest.approx(80 / 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 70}, "for 70 % give 0.7"),
+        ({"order": "best"}, "--order best"),
+        ({"drop_hardest": 1.0}, "--drop-hardest 1"),
+        ({"quota": "even"}, "--quota even: expected dbp"),
+        ({"quota": "dbp", "order": "stratified"}, "--quota does not go with --order stratified"),
+        ({"balance": 2}, "--balance 2"),
+        ({"by": "class"}, "--by goes with --balance"),
+        ({"by": "colour", "balance": 0.5}, "--by colour: expected class or cluster"),
+        ({"calibrate": 1.5}, "--calibrate 1.5"),
+        ({"calibrate": 0.5, "order": "random"}, "--calibrate does not go with --order random"),
+        ({"calibrate": 0.5, "drop_hardest": 0.1}, "--calibrate does not go with --drop-hardest"),
+    ],
+)
+def test_rules_that_cannot_be_met(options, message):
+    with pytest.raises(UsageError, match=message):
+        Rule(**{"keep": 0.5, **options})
+
+
+def test_quota_needs_clusters_of_cosines():
+    ranking = made_up(np.arange(4.0), np.zeros(4, int), np.zeros(4, np.int32), np.zeros(4, np.float32))
+    ranking.clusterings[0].spherical = False
+    with pytest.raises(UsageError, match="--quota dbp does not go with --euclidean"):
+        prune(ranking, 0.5, quota="dbp")
+    ranking.clusterings.clear()
+    for call in (lambda: prune(ranking, 0.5, quota="dbp"), lambda: pruning.deduplicate(ranking, 0.1)):
+        with pytest.raises(UsageError, match="needs clusters; call add_clusters"):
+            call()
+
+
+# --- from a feature file
+
+
+@pytest.fixture
+def copies(tmp_path, feature_file):
+    """40 images far apart and 10 near copies of the first ten, which are a little farther from everything."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 24))
+    x = np.concatenate([x, x[:10] + 0.02 * rng.normal(size=(10, 24))])
+    return feature_file(tmp_path / "features.h5", x, paths=[f"{'ab'[i % 2]}/{i:02d}.png" for i in range(50)])
+
+
+def test_select_takes_every_option_by_name(copies):
+    plain = protoprune.select(copies, 0.5, k=1)
+    assert plain.keep.sum() == 25
+    assert plain.weights is None
+    chosen = protoprune.select(
+        copies, 0.5, dedup=0.01, order="easy", calibrate=0.5, quota="dbp", balance=0.5, k=1, seed=3
+    )
+    assert chosen.keep.sum() == 20  # of the 40 that are left
+    assert (chosen.ranking.duplicate_of >= 0).sum() == 10
+    assert chosen.weights[chosen.keep].sum() == pytest.approx(40)
+    assert chosen.rule == Rule(0.5, "easy", quota="dbp", balance=0.5, calibrate=0.5, seed=3)
+    for copy, kept in enumerate(chosen.ranking.duplicate_of):
+        if kept >= 0:
+            pair = sorted(int(chosen.ranking.paths[row][2:4]) for row in (copy, kept))
+            assert pair[1] == pair[0] + 40
+
+
+def test_which_of_two_copies_stays(copies):
+    harder = protoprune.select(copies, 1, dedup=0.01, k=1)
+    central = protoprune.select(copies, 1, dedup=0.01, dedup_keep="central", k=1)
+    distance = harder.ranking.clusterings[0].distance
+    for one, sign in ((harder, 1), (central, -1)):
+        copy = np.flatnonzero(one.ranking.duplicate_of >= 0)
+        assert len(copy) == 10
+        assert (sign * (distance[one.ranking.duplicate_of[copy]] - distance[copy]) > 0).all()
+    assert not (harder.keep & central.keep).all()
+
+
+def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
+    scores = tmp_path / "s.npy"
+    values = np.arange(50.0)
+    values[:5] = np.nan  # a/00.png … have no score: they neither stay nor remove anything
+    np.save(scores, values)
+    assert not protoprune.select(copies, 0.5, scores=scores).ranking.clusterings
+    chosen = protoprune.select(copies, 0.5, scores=scores, dedup=0.01, k=1)
+    assert len(chosen.ranking.clusterings) == 1
+    unscored = np.flatnonzero(np.isnan(values))
+    assert not np.isin(chosen.ranking.duplicate_of, unscored).any()
+    assert (chosen.ranking.duplicate_of[unscored] == -1).all()
+    assert chosen.keep.sum() == round(0.5 * chosen.ranking.usable.sum())
+    usable = np.flatnonzero(chosen.ranking.usable)
+    assert np.flatnonzero(chosen.keep).tolist() == usable[-chosen.keep.sum() :].tolist()  # still by the table
+    with pytest.raises(UsageError, match="scores ranks without clustering: no k with it"):
+        protoprune.select(copies, 0.5, scores=scores, k=3)
+
+
+def test_stability_compares_the_same_images(copies):
+    chosen = protoprune.select(copies, 0.5, dedup=0.01, k=2, drop_hardest=0.1)
+    rows = pruning.stability(copies, chosen, seeds=1)
+    assert [row.k for row in rows] == [2, 1, 4]
+    assert all(0 < row.overlap <= 1 for row in rows)
+
+
+def test_bad_thresholds_are_found_before_the_work(tmp_path):
+    with pytest.raises(UsageError, match="--dedup 2"):
+        protoprune.select(tmp_path / "nowhere.h5", 0.5, dedup=2)
+    with pytest.raises(UsageError, match="--calibrate 2"):
+        protoprune.select(tmp_path / "nowhere.h5", 0.5, calibrate=2)
+
+
+def test_the_rule_explains_each_of_its_fields():
+    for name in inspect.signature(Rule).parameters:
+        assert name in Rule.__doc__
