@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from protoprune.decode import Preprocess
-from protoprune.embedding import embed, resolve_device, resolve_precision
+from protoprune.device import resolve_device
+from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, digest, load_encoder
 from protoprune.images import list_folder
 

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import features as feature_file
+from protoprune import hdf5
 from protoprune.decode import TRANSIENT, ImageError, Status, load, silence_libtiff
+from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile, PartialFile, partial_path
@@ -96,7 +98,7 @@ def embed(
         "store": store,
     }
     report = EmbedReport(out, len(images), device=str(where), precision=precision)
-    with feature_file.lock(out):
+    with hdf5.lock(out):
         if not _prepare(images, encoder, out, provenance, overwrite, report):
             return report
         partial = PartialFile(out)
@@ -106,7 +108,7 @@ def embed(
                 on_start(partial.n, len(partial.todo))
             if len(partial.todo):
                 forward, size = _forward(encoder, where, precision, compile, batch_size)
-                _run(images, encoder, partial, forward, where, size, compile, workers or _cores(), on_progress)
+                _run(images, encoder, partial, forward, where, size, compile, workers or cores(), on_progress)
             partial.finish()
         except _out_of_memory() as error:
             raise ProtopruneError(
@@ -120,24 +122,8 @@ def embed(
     return report
 
 
-def resolve_device(name: str) -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that works; anything else is taken at its word."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cuda, mps or cpu") from None
-    return device
-
-
 def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
     """'auto' is bf16 where the hardware computes in it, else fp32: emulated bf16 is many times slower than fp32."""
-    import torch
-
     if name not in PRECISIONS:
         raise UsageError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
     if encoder.fp32_only and name not in ("auto", "fp32"):
@@ -146,12 +132,9 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
         return name
     if encoder.fp32_only or device.type == "mps":
         return "fp32"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    native = (
-        getattr(torch.cpu, check, lambda: False)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return "bf16" if any(native) else "fp32"
+    if device.type == "cuda" and not native_bf16(device):
+        return "fp16"
+    return "bf16" if native_bf16(device) else "fp32"
 
 
 def _prepare(
@@ -229,7 +212,7 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     """
     import torch
 
-    size = batch_size or _BATCH.get(device.type, 4 * _PIECE * _cores())
+    size = batch_size or _BATCH.get(device.type, 4 * _PIECE * cores())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = encoder.model
     if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
@@ -283,7 +266,7 @@ def _run(images, encoder, partial, forward, device, batch_size, compiled, worker
     threads = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=_alone, initargs=(on_cpu,)) as decoders,
-        ThreadPoolExecutor(_cores(), initializer=_alone) as cores,
+        ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
         ahead: deque = deque()
@@ -304,7 +287,7 @@ def _run(images, encoder, partial, forward, device, batch_size, compiled, worker
                 rows, buffer, parts = ahead.popleft()
                 outcome = [one for part in parts for one in part.result()]
                 if on_cpu and not compiled:
-                    features = torch.cat(list(cores.map(forward, _pieces(buffer, len(rows)))))
+                    features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
                 else:
                     features = forward(buffer)
                 ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
@@ -408,7 +391,3 @@ def _out_of_memory() -> type[Exception]:
     import torch
 
     return torch.OutOfMemoryError
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,24 +21,20 @@ creation no HDF5 metadata changes. The finished file appears by rename and is ne
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
 
-import protoprune
+from protoprune import hdf5
 from protoprune.decode import TRANSIENT, Status
 from protoprune.errors import ProtopruneError
 from protoprune.images import ImageList
 
-FORMAT = "protoprune-features"
-FORMAT_VERSION = 1
+KIND = hdf5.Kind("protoprune-features", 1, "feature file", "protoprune embed IMAGES")
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
@@ -54,10 +50,10 @@ class FeatureFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._file = _open(self.path, "r")
+        self._file = hdf5.open_file(self.path, "r", KIND)
         self.features = self._file["features"]
         self.n, self.dim = self.features.shape
-        self.provenance = {name: _plain(value) for name, value in self._file.attrs.items()}
+        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -71,11 +67,11 @@ class FeatureFile:
     @property
     def paths(self) -> list[str]:
         """The n ids (surrogateescape where a name is not UTF-8), in row order."""
-        return _split(self._file["path"])
+        return hdf5.split(self._file["path"])
 
     @property
     def classes(self) -> list[str]:
-        return _split(self._file["classes"])
+        return hdf5.split(self._file["classes"])
 
     @property
     def labels(self) -> np.ndarray:
@@ -129,7 +125,7 @@ class PartialFile:
 
     def __init__(self, out: str):
         self.out = out
-        self._file = _open(partial_path(out), "r+")
+        self._file = hdf5.open_file(partial_path(out), "r+", KIND)
         self._committed = self._file["committed"]
         self.done = int(self._committed[0])
         self.n, self.dtype = self._file["features"].shape[0], self._file["features"].dtype
@@ -151,7 +147,7 @@ class PartialFile:
             self._committed[0] = self.done
             self._file.flush()
         except OSError as error:
-            raise ProtopruneError(_disk_trouble(partial_path(self.out), error)) from None
+            raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
 
     def _reason_number(self, text: str) -> int:
         stored = text.encode("ascii", "backslashreplace")[:_REASON_WIDTH].decode()
@@ -166,9 +162,9 @@ class PartialFile:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
-        _sync(partial_path(self.out))
+        hdf5.sync(partial_path(self.out))
         os.replace(partial_path(self.out), self.out)
-        _sync(os.path.dirname(os.path.abspath(self.out)))
+        hdf5.sync(os.path.dirname(os.path.abspath(self.out)))
 
     def close(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # after a full disk HDF5 cannot even close cleanly
@@ -188,19 +184,19 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
     path = partial_path(out) + ".new"
     try:
         # Once without HDF5, which cannot recover when the disk fills under it, and once for the file as it is.
-        _reserve(path, "wb", _estimated_size(images, dim, np.dtype(provenance["store"])))
-        with h5py.File(path, "w") as file:
+        hdf5.reserve(path, "wb", _estimated_size(images, dim, np.dtype(provenance["store"])))
+        with hdf5.create(path, KIND) as file:
             _allocate(file, images, dim, provenance)
-        _reserve(path, "r+b", os.path.getsize(path))
+        hdf5.reserve(path, "r+b", os.path.getsize(path))
         with h5py.File(path, "r+") as file:
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
                 _borrow(file, source, rows)
-        _sync(path)
+        hdf5.sync(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(path)
-        raise ProtopruneError(_disk_trouble(path, error)) from None
+        raise ProtopruneError(hdf5.disk_trouble(path, error)) from None
     os.replace(path, partial_path(out))
 
 
@@ -211,54 +207,24 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + 16_384
 
 
-def _reserve(path: str, mode: str, size: int) -> None:
-    with open(path, mode) as file:
-        if not hasattr(os, "posix_fallocate"):  # macOS: there a full disk is found out while writing
-            return
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise  # any other error: a file system that reserves nothing
-
-
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
     n = len(images)
-    file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
-    file.attrs["uuid"] = uuid.uuid4().hex
-    file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    file.attrs["protoprune"] = protoprune.__version__
-    file.attrs["root"] = _text(images.root)
+    file.attrs["root"] = hdf5.text(images.root)
     file.attrs["unreadable_folder_count"] = len(images.unreadable_folders)
     file.attrs["unreadable_folders"] = json.dumps(images.unreadable_folders[:100])
     for name, value in provenance.items():
         file.attrs[name] = value
-    _dataset(file, "path", data=_block(images.paths))
-    _dataset(file, "size", data=images.size)
-    _dataset(file, "mtime_ns", data=images.mtime_ns)
-    _dataset(file, "label", data=images.labels)
-    _dataset(file, "classes", data=_block(images.classes))
-    _dataset(file, "status", np.zeros(n, np.uint8))
-    _dataset(file, "reason", np.zeros(n, np.uint16))
-    _dataset(file, "reasons", np.zeros(_REASON_SLOTS, f"S{_REASON_WIDTH}"))
-    _dataset(file, "borrowed", np.zeros(n, np.uint8))
-    _dataset(file, "committed", np.zeros(1, np.int64))
-    _dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
-
-
-def _dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=None, dtype=None) -> None:
-    """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
-    shape, dtype = (data.shape, data.dtype) if data is not None else (shape, dtype)
-    if 0 in shape:  # h5py stores an empty array without space
-        file.create_dataset(name, shape, dtype)
-        return
-    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
-    if data is not None:
-        file[name][...] = data
+    hdf5.dataset(file, "path", data=hdf5.block(images.paths))
+    hdf5.dataset(file, "size", data=images.size)
+    hdf5.dataset(file, "mtime_ns", data=images.mtime_ns)
+    hdf5.dataset(file, "label", data=images.labels)
+    hdf5.dataset(file, "classes", data=hdf5.block(images.classes))
+    hdf5.dataset(file, "status", np.zeros(n, np.uint8))
+    hdf5.dataset(file, "reason", np.zeros(n, np.uint16))
+    hdf5.dataset(file, "reasons", np.zeros(_REASON_SLOTS, f"S{_REASON_WIDTH}"))
+    hdf5.dataset(file, "borrowed", np.zeros(n, np.uint8))
+    hdf5.dataset(file, "committed", np.zeros(1, np.int64))
+    hdf5.dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
 
 
 def _match_rows(images: ImageList, sources: Sequence[FeatureFile]) -> list[np.ndarray]:
@@ -325,71 +291,6 @@ def key_differences(provenance: dict, wanted: dict) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def lock(out: str) -> Iterator[None]:
-    """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
-    import fcntl
-
-    path = out + ".lock"
-    try:
-        file = _locked(path, fcntl)
-    except BlockingIOError:
-        with contextlib.suppress(OSError), open(path) as holder:
-            who = holder.read().strip()
-        raise ProtopruneError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
-    except OSError as error:
-        raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        file.close()
-
-
-def _locked(path: str, fcntl):
-    while True:
-        file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}")
-                file.flush()
-                return file
-        except OSError:
-            file.close()
-            raise
-        file.close()  # its holder removed it between our open and our flock: this lock guards nothing
-
-
-def _open(path: str, mode: str) -> h5py.File:
-    if not os.path.exists(path):
-        raise ProtopruneError(f"{path}: no such feature file; make one with `protoprune embed IMAGES -o {path}`")
-    try:
-        file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
-    except OSError as error:
-        if isinstance(error, PermissionError) or "ermission" in str(error):
-            raise ProtopruneError(f"{path}: permission denied") from None
-        if "lock" in str(error):
-            raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
-        if path.endswith(".partial"):
-            raise ProtopruneError(
-                f"{path}: a damaged unfinished run; delete it and run `protoprune embed` again"
-            ) from None
-        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `protoprune embed` wrote") from None
-    if _plain(file.attrs.get("format")) != FORMAT:
-        file.close()
-        raise ProtopruneError(f"{path}: an HDF5 file, but not a feature file of `protoprune embed`")
-    if file.attrs["format_version"] != FORMAT_VERSION:
-        version = file.attrs["format_version"]
-        file.close()
-        raise ProtopruneError(
-            f"{path}: feature file version {version}, this program reads {FORMAT_VERSION}; upgrade it"
-        )
-    return file
-
-
 def _finished(file: h5py.File) -> np.ndarray:
     finished = file["borrowed"][:] == 1
     finished[np.flatnonzero(~finished)[: int(file["committed"][0])]] = True
@@ -402,42 +303,6 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1], strict=True))
 
 
-def _block(names: list[str]) -> np.ndarray:
-    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
-
-
-def _split(dataset: h5py.Dataset) -> list[str]:
-    return os.fsdecode(dataset[:].tobytes()).split("\0")[:-1]
-
-
-def _text(value: str) -> str | np.void:
-    """A path as an attribute: text where it is valid UTF-8, raw bytes otherwise."""
-    try:
-        value.encode()
-        return value
-    except UnicodeEncodeError:
-        return np.void(os.fsencode(value))
-
-
-def _plain(value):
-    if isinstance(value, np.void):
-        return os.fsdecode(value.tobytes())
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _shorten(value) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:12] + "…" if " " not in text else text
-
-
-def _disk_trouble(path: str, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{path}: cannot write ({reason}); what is done is kept: make room or choose another -o, and run it again"
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -191,11 +191,11 @@ def add_clusters(
             ranking.cached += found
 
 
-def rank_by_table(features: str | os.PathLike, table: str | os.PathLike) -> Ranking:
-    """Rank the images of a feature file by a score table (larger = harder); no clustering."""
+def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, higher_is: str | None = None) -> Ranking:
+    """Rank the images of a feature file by a score table (see `scores.read_scores`); no clustering."""
     with open_features(features) as file:
         ranking = _ranking(file)
-    ranking.table = read_scores(table, ranking.paths)
+    ranking.table = read_scores(table, ranking.paths, higher_is=higher_is)
     readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
     ranking.scores = np.where(readable, ranking.table.scores, np.nan)
     ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
@@ -255,6 +255,7 @@ def select(
     keep: float = 0.7,
     *,
     scores: str | os.PathLike | None = None,
+    higher_is: str | None = None,
     dedup: float | None = None,
     dedup_keep: str = "harder",
     seed: int = 0,
@@ -263,8 +264,9 @@ def select(
     """`rank`, `deduplicate` and `prune` in one call.
 
     `options` takes those of `prune` (order, drop_hardest, quota, balance, by, calibrate) and those of `rank` (k,
-    restarts, …). `scores` is a score table to rank by instead; the images are clustered then only where `dedup` or
-    `quota` asks for it. `keep` is the fraction of what `dedup` leaves.
+    restarts, …). `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none);
+    the images are clustered then only where `dedup` or `quota` asks for it. `keep` is the fraction of what `dedup`
+    leaves.
     """
     names = {one.name for one in fields(Rule)}
     rule = {"seed": seed, **{name: value for name, value in options.items() if name in names}}
@@ -275,7 +277,7 @@ def select(
     if scores is None:
         ranking = rank(features, seed=seed, **clustering)
     else:
-        ranking = rank_by_table(features, scores)
+        ranking = rank_by_table(features, scores, higher_is=higher_is)
         if dedup is not None or rule.get("quota"):
             add_clusters(ranking, seed=seed, **clustering)
         elif clustering:

@@ -13,9 +13,15 @@ _GAP, _LABEL = 4, 14
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[str], Sequence[str]]], root: str, *, thumb: int = 96
+    rows: Sequence[tuple[str, Sequence[str], Sequence[str]]],
+    root: str,
+    *,
+    thumb: int = 96,
+    heads: tuple[str, str] = ("easiest (most prototypical)", "hardest"),
 ) -> tuple[bytes, int]:
     """A PNG with one line a row: (title, easiest image paths, hardest image paths); `thumb` is their side in pixels.
+
+    `heads` says what stands left and right, where that is something else.
 
     Returns the PNG's bytes and how many images could not be read any more (grey squares on the sheet).
     """
@@ -30,8 +36,8 @@ def contact_sheet(
     line = cell + _LABEL
     sheet = Image.new("RGB", (middle + hard * cell + _GAP, _LABEL + len(rows) * line + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, 1), "easiest (most prototypical)", fill="black")
-    draw.text((middle, 1), "hardest", fill="black")
+    draw.text((_GAP, 1), heads[0], fill="black")
+    draw.text((middle, 1), heads[1], fill="black")
     unreadable = 0
     for number, (title, easiest, hardest) in enumerate(rows):
         top = _LABEL + number * line

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from protoprune import features as feature_file
+from protoprune import hdf5
 from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
@@ -114,7 +115,7 @@ def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(
 ):
     encoder = load_encoder("mini")
     run(images, tmp_path / "a.h5", encoder, batch_size=8, store="float32")
-    monkeypatch.setattr("protoprune.embedding._cores", lambda: cores)
+    monkeypatch.setattr("protoprune.embedding.cores", lambda: cores)
     run(images, tmp_path / "b.h5", encoder, batch_size=batch_size, workers=1, store="float32")
     a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
     assert all(np.array_equal(a[path], b[path]) for path in a)
@@ -299,7 +300,7 @@ def test_a_second_process_on_the_same_file_is_refused(images, tmp_path):
     holding, release = threading.Event(), threading.Event()
 
     def hold():
-        with feature_file.lock(str(tmp_path / "f.h5")):
+        with hdf5.lock(str(tmp_path / "f.h5")):
             holding.set()
             release.wait(10)
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import itertools
+import json
+import os
+import sys
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import protoprune
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.scores import mean_overlap, overlap, read_scores, spearman
+from protoprune.scores import mean_overlap, overlap, read_scores, read_table, spearman, turned, write_scores
+from protoprune.scores.table import RELEASED
 
 PATHS = ["cat/1.png", "cat/2.png", "dog/3, 4.png"]
 
@@ -64,7 +73,7 @@ def test_arrays_hold_one_score_a_row(tmp_path):
         (b"path,score\ncat/1.png,1\ncat/2.png,high\n", r"row 3 has no number in column 2: \['cat/2.png', 'high'\]"),
         (b"path,score\ncat/1.png,1\ncat/2.png\n", "row 3 has no number in column 2"),
         (b"path,score\ncat/1.png,1\n./cat/1.png,2\n", "'cat/1.png' occurs twice"),
-        (b"path,score\n/data/cat/1.png,1\n", "none of its 1 rows names an image .*same root"),
+        (b"path,score\nbird/1.png,1\n", "none of its 1 rows names an image .*same root"),
         (b"path,score\n" + b"x" * 200_000 + b",1\n", "cannot be read as a table"),
         (bytes(range(256)) * 2000, None),
     ],
@@ -81,7 +90,7 @@ def test_what_cannot_be_read(tmp_path, data, message):
     ("array", "message"),
     [
         (np.zeros(2), r"shape \(2,\), expected \(3,\)"),
-        (np.zeros((3, 1)), r"shape \(3, 1\), expected \(3,\)"),
+        (np.zeros((3, 1)), r"shape \(3, 1\), expected \(n,\)"),
         (np.array(["a", "b", "c"]), "not a .npy array of numbers"),
         (np.array([1, "a", None], object), "not a .npy array of numbers"),
         (np.zeros(3, [("a", float), ("b", float)]), "not a .npy array of numbers"),
@@ -146,3 +155,378 @@ def test_a_header_that_does_not_say_which_column_is_the_score_is_refused(tmp_pat
         read_scores(tmp_path / "s.csv", ["a.png"])
     (tmp_path / "s.csv").write_text("el2n,path\n0.5,a.png\n")
     assert read_scores(tmp_path / "s.csv", ["a.png"]).scores.tolist() == [0.5]
+
+
+# --- score tables: written and read back
+
+NAMES = st.text(
+    st.one_of(
+        st.sampled_from(",;|\t\"'\n\r #\\é…\u2028\udce9\udcff"),
+        st.characters(blacklist_categories=("Cs",), blacklist_characters="\0/"),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def file_name(name: str) -> bool:
+    """Whether a folder could hold it; surrogates that together are UTF-8 come back as that character."""
+    return os.fsdecode(os.fsencode(name)) == name
+
+
+PATHS_OF_ANY_KIND = st.lists(NAMES.filter(file_name), min_size=1, max_size=12, unique=True)
+FLOATS = {
+    np.float32: st.floats(width=32, allow_nan=True, allow_infinity=True),
+    np.float64: st.floats(allow_nan=True, allow_infinity=True),
+}
+
+
+@pytest.mark.parametrize("name", ["s.csv", "s.csv.gz", "s.tsv", "s.parquet", "s.parquet.gz"])
+def test_what_is_written_comes_back_bit_for_bit(tmp_path, name):
+    if "parquet" in name:
+        pytest.importorskip("pyarrow")
+
+    @settings(max_examples=40)
+    @given(PATHS_OF_ANY_KIND, st.sampled_from(list(FLOATS)), st.data())
+    def check(paths, kind, data):
+        scores = np.array([data.draw(FLOATS[kind]) for _ in paths], kind)
+        write_scores(tmp_path / name, paths, scores, metric="el2n", provenance={"epochs": 10})
+        table = read_scores(tmp_path / name, paths)
+        assert np.array_equal(table.scores, scores.astype(np.float64), equal_nan=True)
+        assert (table.unmatched_rows, table.ambiguous, table.missing) == ([], [], int(np.isnan(scores).sum()))
+        assert (table.metric, table.direction, table.provenance) == ("el2n", "header", {"epochs": 10})
+        assert table.matched_by == "path"
+
+    check()
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    path = tmp_path / "s.csv"
+    scores = np.array([0.1, np.nan, 2e-9, 3], np.float32)
+    write_scores(path, ["a,b.png", "c.png", 'd"e.png', "f\ng.png"], scores, metric="aum", provenance={"n": np.int64(3)})
+    first, rest = path.read_text().split("\n", 1)
+    assert json.loads(first.removeprefix("# protoprune-scores: ")) == {
+        "metric": "aum",
+        "higher": "harder",
+        "type": "float32",
+        "protoprune": protoprune.__version__,
+        "provenance": {"n": 3},
+    }
+    assert rest == 'path,score\n"a,b.png",0.1\n"c.png",\n"d""e.png",2e-09\n"f\ng.png",3.0\n'
+    plain = path.read_bytes()
+    write_scores(path, ["a,b.png", "c.png", 'd"e.png', "f\ng.png"], scores, metric="aum", provenance={"n": np.int64(3)})
+    assert path.read_bytes() == plain
+
+
+def test_gzip_has_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    import time
+
+    for name, now in (("a.csv.gz", 1e9), ("b.csv.gz", 1.5e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        write_scores(tmp_path / name, ["a"], np.ones(1), metric="m")
+    assert (tmp_path / "a.csv.gz").read_bytes() == (tmp_path / "b.csv.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "a.csv.gz").read_bytes()).endswith(b"path,score\na,1.0\n")
+
+
+def test_parquet_is_text_for_others_unless_a_name_is_not_utf8(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    write_scores(tmp_path / "s.parquet", ["é.png", "b.png"], np.array([1, np.nan], np.float32), metric="m")
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.to_pydict() == {"path": ["é.png", "b.png"], "score": [1.0, None]}
+    assert str(table.schema.field("path").type) == "string"
+    assert json.loads(table.schema.metadata[b"protoprune-scores"])["metric"] == "m"
+    write_scores(tmp_path / "s.parquet", ["\udce9.png"], np.ones(1), metric="m")
+    assert pq.read_table(tmp_path / "s.parquet").to_pydict()["path"] == [b"\xe9.png"]
+
+
+def test_without_pyarrow_one_line_says_so(tmp_path, monkeypatch):
+    (tmp_path / "s.parquet").write_bytes(b"PAR1" + bytes(20))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for call in (
+        lambda: write_scores(tmp_path / "t.parquet", ["a"], np.ones(1), metric="m"),
+        lambda: read_scores(tmp_path / "s.parquet", ["a"]),
+    ):
+        with pytest.raises(
+            ProtopruneError, match=r"parquet: Parquet needs pyarrow.*protoprune\[tables\].*\.csv"
+        ) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "message"),
+    [
+        ("s.csv", np.zeros(3), r"shape \(3,\) and type float64, expected 2 numbers"),
+        ("s.csv", np.zeros((2, 1)), r"shape \(2, 1\)"),
+        ("s.csv", np.array(["a", "b"]), "type <U1, expected 2 numbers"),
+        ("s.npy", np.zeros(2), r"written as \.csv, \.tsv or \.parquet"),
+        ("none/s.csv", np.zeros(2), "cannot write"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, name, scores, message):
+    with pytest.raises(ProtopruneError, match=message):
+        write_scores(tmp_path / name, ["a", "b"], scores, metric="m")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- other people's files
+
+IMAGES = ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]
+VALUES = [0.5, -1000.0, 7.0, 2.0]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|", " ", "    "])
+@pytest.mark.parametrize("header", [None, "path{}score", "id{}el2n", "{}0"])
+@pytest.mark.parametrize("keys", ["paths", "numbers"])
+def test_every_layout(tmp_path, delimiter, header, keys):
+    if header == "{}0" and not delimiter.strip(" "):  # a name that is empty needs a delimiter
+        header = "name{}0"
+    if header == "path{}score" and keys == "numbers":
+        header = "index{}score"
+    names = IMAGES if keys == "paths" else range(4)
+    rows = [f"{name}{delimiter}{value:g}" for name, value in zip(names, VALUES, strict=True)]
+    lines = ([header.format(delimiter)] if header else []) + rows[::-1]
+    for comment, pack in itertools.product(("", "# made by me, 2023\n#\n"), (bytes, gzip.compress)):
+        (tmp_path / "s.txt").write_bytes(pack((comment + "\n".join(lines) + "\n").encode()))
+        table = read_scores(tmp_path / "s.txt", IMAGES)
+        assert table.scores.tolist() == VALUES
+        assert (table.missing, table.unmatched_rows, table.ambiguous) == (0, [], [])
+        assert table.matched_by == ("path" if keys == "paths" else "row number")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("one score a line", "0.5\n-1000\n7\n2\n"),
+        ("under a name", "el2n\n0.5\n-1000\n7\n2\n"),
+        ("pandas, with its counter", ",path,el2n\n0,cat/a.png,0.5\n1,cat/b.png,-1000\n2,dog/c.png,7\n3,dog/d.png,2\n"),
+        ("counter, no header", "0,cat/a.png,0.5\n1,cat/b.png,-1000\n2,dog/c.png,7\n3,dog/d.png,2\n"),
+        ("index after score", "el2n,index\n0.5,0\n-1000,1\n7,2\n2,3\n"),
+        ("comments between", "# a\ncat/a.png,0.5\n# b, c\ncat/b.png,-1000\n#\ndog/c.png,7\ndog/d.png,2\n"),
+        (
+            "delimiters in comments",
+            "# a;b;c\n# d\te\npath,score\ncat/a.png,0.5\ncat/b.png,-1e3\ndog/c.png,7\ndog/d.png,2",
+        ),
+        ("windows folders", "cat\\a.png,0.5\ncat\\b.png,-1000\ndog\\c.png,7\ndog\\d.png,2\n"),
+    ],
+)
+def test_layouts_of_their_own(tmp_path, name, text):
+    (tmp_path / "s.csv").write_text(text)
+    assert read_scores(tmp_path / "s.csv", IMAGES).scores.tolist() == VALUES
+
+
+def test_blanks_in_names_that_blanks_separate(tmp_path):
+    (tmp_path / "s.txt").write_text("my dog.png 0.5\nthe other  dog.png -2\ncat.png 7\n")
+    assert read_scores(tmp_path / "s.txt", ["cat.png", "my dog.png", "the other  dog.png"]).scores.tolist() == [
+        7,
+        0.5,
+        -2,
+    ]
+
+
+def test_names_that_begin_like_a_comment(tmp_path):
+    (tmp_path / "s.csv").write_text("#1.png,0.5\n#2.png,3\n")
+    assert read_scores(tmp_path / "s.csv", ["#1.png", "#2.png"]).scores.tolist() == [0.5, 3]
+    write_scores(tmp_path / "t.csv", ["#1.png", "#2.png"], np.array([np.nan, 3]), metric="m")
+    table = read_scores(tmp_path / "t.csv", ["#1.png", "#2.png"])
+    assert (table.scores[1], table.missing, table.unmatched_rows) == (3, 1, [])
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.gz", "s.npz", "s.npy", "s.npy.gz", "s.parquet"])
+def test_other_formats(tmp_path, name):
+    data = io.BytesIO()
+    if "jsonl" in name:
+        lines = [
+            json.dumps({"index": i, "score": v, "path": p}) for i, (p, v) in enumerate(zip(IMAGES, VALUES, strict=True))
+        ]
+        data.write("\n".join(lines).encode())
+    elif "npz" in name:
+        np.savez(data, paths=np.arange(2), filename=np.array(IMAGES), score=np.array(VALUES))
+    elif "npy" in name:
+        np.save(data, np.array(VALUES, np.float16))
+    else:
+        pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"el2n": VALUES, "image_path": IMAGES}), data)
+    (tmp_path / name).write_bytes(gzip.compress(data.getvalue()) if name.endswith(".gz") else data.getvalue())
+    table = read_scores(tmp_path / name, IMAGES)
+    assert table.scores.tolist() == VALUES
+    assert (table.unmatched_rows, table.missing) == ([], 0)
+
+
+def test_what_protoprune_itself_lists_is_read(tmp_path):
+    from protoprune.lists import format_list
+
+    for kind in ("csv", "jsonl"):
+        (tmp_path / f"s.{kind}").write_bytes(format_list(IMAGES, np.arange(4), np.array(VALUES), kind))
+        assert read_scores(tmp_path / f"s.{kind}", IMAGES).scores.tolist() == VALUES
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("s.csv", b"path,label,el2n\ncat/a.png,3,0.5\n", "which of its columns path, label, el2n is the score"),
+        ("s.csv", b"cat/a.png,3,0.5\ncat/b.png,9,0.1\n", "which of its columns cat/a.png, 3, 0.5 is the score.*header"),
+        ("s.csv", b"cat/a.png,cat,0.5\ncat/b.png,cat,0.1\n", "which of its columns .* is the path"),
+        ("s.csv", b"0.1,0.5\n0.2,0.1\n", "which of its columns 0.1, 0.5 is the path"),
+        ("s.csv", b"index,score\n0,1\n4,1\n", "row number 4, expected 0 to 3"),
+        ("s.csv", b"index,score\n-1,1\n", "row number -1, expected 0 to 3"),
+        ("s.csv", b"index,score\n1,1\n01,1\n", "a row number occurs twice"),
+        ("s.csv", b"index,score\ncat/a.png,1\n", "its index column holds no row number"),
+        ("s.csv", b"1\n2\n", r"shape \(2,\), expected \(4,\)"),
+        ("s.csv", b"# protoprune-scores: {\npath,score\na,1\n", "header protoprune-scores is not valid JSON"),
+        ("s.csv", b'# protoprune-scores: {"higher": "up"}\npath,score\na,1\n', "says higher is 'up'"),
+        ("s.csv", b"index,score,who\n0,0.5,me\n1,2,me\n", "'me' occurs twice"),
+        ("s.csv.gz", b"\x1f\x8b\x08\x00broken", "Compressed file ended"),
+        ("s.jsonl", b'{"path": "a"\n', "not a table in the form .jsonl"),
+        ("s.jsonl", b"[1, 2]\n", "expected one object"),
+        ("s.jsonl", b"", "expected one object"),
+        ("s.npz", b"PK", "not a table in the form .npz"),
+        ("s.parquet", b"PAR1 and no more", "not a table in the form .parquet"),
+        ("s.csv", b"path,score\ncat/a.png,1_0\n", "row 2 has no number in column 2"),
+    ],
+)
+def test_what_is_unclear_is_one_line(tmp_path, name, data, message):
+    if name == "s.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ProtopruneError, match=message) as caught:
+        read_scores(tmp_path / name, IMAGES)
+    assert str(caught.value).count(str(tmp_path / name)) == 1
+    assert "\n" not in str(caught.value)
+
+
+# --- which image a row means
+
+TRAIN = ["n01440764/n01440764_10026.JPEG", "n01440764/n01440764_10027.JPEG", "n01443537/n01443537_2.JPEG"]
+
+
+@pytest.mark.parametrize(
+    ("form", "how"),
+    [
+        ("{path}", "path"),
+        ("train/{path}", "path, relative to another root"),
+        ("/data/ImageNet/train/{path}", "path, relative to another root"),
+        ("{base}", "the end of the path"),
+        ("{stem}", "the end of the path without suffix"),
+        ("{folder}/{stem}", "path without suffix"),
+        ("train/{folder}/{stem}", "path without suffix, relative to another root"),
+    ],
+)
+def test_paths_of_another_root(tmp_path, form, how):
+    keys = []
+    for path in TRAIN:
+        folder, base = path.split("/")
+        keys.append(form.format(path=path, folder=folder, base=base, stem=base.removesuffix(".JPEG")))
+    (tmp_path / "s.csv").write_text("".join(f"{key},{row}\n" for row, key in reversed(list(enumerate(keys)))))
+    table = read_scores(tmp_path / "s.csv", TRAIN)
+    assert table.scores.tolist() == [0, 1, 2]
+    assert table.matched_by == how
+    assert [note for note in table.notes() if "matched" in note] == ([] if how == "path" else [f"matched by {how}"])
+
+
+def test_images_below_the_root_of_the_table(tmp_path):
+    (tmp_path / "s.csv").write_text("".join(f"{path},{row}\n" for row, path in enumerate(TRAIN)))
+    assert read_scores(tmp_path / "s.csv", [f"ILSVRC/train/{path}" for path in TRAIN]).scores.tolist() == [0, 1, 2]
+
+
+def test_what_could_be_several_images_is_left_out_and_counted(tmp_path):
+    images = ["cat/1.png", "dog/1.png", "dog/2.png"]
+    (tmp_path / "s.csv").write_text("1.png,5\n2.png,6\n")
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.ambiguous == ["1.png"]
+    assert table.missing == 2
+    assert table.scores[2] == 6
+    assert "1 table rows could mean several images, or share one, and are left out, first 1.png" in table.notes()
+    (tmp_path / "s.csv").write_text("train/cat/1.png,5\nval/cat/1.png,6\ntrain/dog/1.png,7\nval/dog/2.png,7\n")
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.ambiguous == ["train/cat/1.png", "val/cat/1.png"]
+    assert table.scores[1:].tolist() == [7, 7]
+    (tmp_path / "s.csv").write_text("1.png,5\n")
+    with pytest.raises(ProtopruneError, match="each of its 1 rows could be several images"):
+        read_scores(tmp_path / "s.csv", images)
+
+
+def test_a_row_of_another_folder_is_not_taken_for_an_image(tmp_path):
+    """old/cat/1.png ends in the path of an image that the table does not have."""
+    (tmp_path / "s.csv").write_text("old/cat/1.png,9\ncat/2.png,1\ndog/3.png,2\n")
+    table = read_scores(tmp_path / "s.csv", ["cat/1.png", "cat/2.png", "dog/3.png"])
+    assert np.isnan(table.scores[0])
+    assert table.unmatched_rows == ["old/cat/1.png"]
+    (tmp_path / "s.csv").write_text("test/cat/1.png,9\n")  # another split: neither path is the end of the other
+    with pytest.raises(ProtopruneError, match="none of its 1 rows names an image"):
+        read_scores(tmp_path / "s.csv", ["train/cat/1.png"])
+
+
+def test_numbers_that_may_be_names(tmp_path):
+    images = [f"{number}.png" for number in range(12)]  # sorted by code point: 10.png is row 2
+    (tmp_path / "s.csv").write_text("".join(f"{number},{number}\n" for number in range(12)))
+    with pytest.raises(
+        ProtopruneError, match=r"'2' may be a row number or the file 2\.png; name its column index or path"
+    ):
+        read_scores(tmp_path / "s.csv", sorted(images))
+    for name in ("index", "path"):
+        (tmp_path / "s.csv").write_text(f"{name},score\n" + "".join(f"{number},{number}\n" for number in range(12)))
+        table = read_scores(tmp_path / "s.csv", sorted(images))
+        expected = list(range(12)) if name == "index" else [int(path[:-4]) for path in sorted(images)]
+        assert table.scores.tolist() == expected
+
+
+# --- what a higher score means
+
+
+def write_with(path, higher: str | None) -> None:
+    head = f'# protoprune-scores: {{"higher": "{higher}"}}\n' if higher else ""
+    path.write_text(f"{head}path,score\na,1\nb,2\n")
+
+
+@pytest.mark.parametrize("word", ["keep", "harder", "prune", "easier"])
+def test_direction_that_is_given(tmp_path, word):
+    write_with(tmp_path / "s.csv", None)
+    table = read_scores(tmp_path / "s.csv", ["a", "b"], higher_is=word)
+    assert table.scores.tolist() == ([1, 2] if word in ("keep", "harder") else [-1, -2])
+    assert table.direction == "given"
+    write_with(tmp_path / "s.csv", word)
+    table = read_scores(tmp_path / "s.csv", ["a", "b"])
+    assert table.scores.tolist() == ([1, 2] if word in ("keep", "harder") else [-1, -2])
+    assert table.direction == "header"
+
+
+def test_direction_that_nobody_gives_is_said_to_be_assumed(tmp_path):
+    write_with(tmp_path / "s.csv", None)
+    table = read_scores(tmp_path / "s.csv", ["a", "b"])
+    assert table.scores.tolist() == [1, 2]
+    assert "does not say (--higher-is)" in table.notes()[0]
+
+
+def test_directions_that_contradict_each_other(tmp_path):
+    write_with(tmp_path / "s.csv", "harder")
+    assert read_scores(tmp_path / "s.csv", ["a", "b"], higher_is="keep").direction == "header"
+    with pytest.raises(UsageError, match=r"--higher-is prune: contradicts .*s\.csv: its own header says harder"):
+        read_scores(tmp_path / "s.csv", ["a", "b"], higher_is="prune")
+    with pytest.raises(UsageError, match="--higher-is up: expected one of easier, harder, keep, prune"):
+        read_scores(tmp_path / "s.csv", ["a", "b"], higher_is="up")
+
+
+def test_turned_leaves_tables_with_a_direction_alone(tmp_path):
+    write_with(tmp_path / "s.csv", None)
+    assert turned(read_table(tmp_path / "s.csv"), "prune").scores.tolist() == [-1, -2]
+    assert turned(read_table(tmp_path / "s.csv"), "keep").scores.tolist() == [1, 2]
+    write_with(tmp_path / "s.csv", "harder")
+    assert turned(read_table(tmp_path / "s.csv"), "prune").scores.tolist() == [1, 2]
+
+
+def test_the_released_files_are_known_by_name(tmp_path):
+    assert len(RELEASED) == len(set(RELEASED)) == 15
+    for metric in RELEASED:
+        path = tmp_path / f"ImageNet-1K_{metric}.csv"
+        path.write_text("".join(f"{one},{row % 2}\n" for row, one in enumerate(TRAIN)))
+        table = read_scores(path, TRAIN)
+        assert (table.metric, table.direction) == (metric, "released")
+        assert table.scores.tolist() == [0, 1, 0]  # higher = keep, and hard is kept first
+        assert "higher means keep" in table.notes()[0]
+        with pytest.raises(UsageError, match="name of a released file, in which higher means harder"):
+            read_scores(path, TRAIN, higher_is="prune")
+    (tmp_path / "ImageNet-1K_mine.csv").write_text("a,1\n")
+    assert read_table(tmp_path / "ImageNet-1K_mine.csv").direction == "assumed"

@@ -11,7 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from protoprune import __version__
+from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
+from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.record import record
+from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
@@ -57,7 +61,20 @@ def _options(
     pass
 
 
-for command in (embed, select, info, sheet, encoders, advise):
+for command in (
+    embed,
+    select,
+    record,
+    metrics,
+    score,
+    compare,
+    evaluate,
+    scaling,
+    info,
+    sheet,
+    encoders,
+    advise,
+):
     app.command()(command)
 app.add_typer(theory_app, name="theory")
 

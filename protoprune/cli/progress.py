@@ -27,10 +27,14 @@ def duration(seconds: float) -> str:
 class Progress(AbstractContextManager):
     """Call `start(total)` once and `update(done, failed)` as often as you like; rate and time left are its own."""
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, unit: str = "img"):
+        self.what, self.unit = what, unit
         self._bar = None
         self._total = self._started = self._shown = 0
+
+    @property
+    def started(self) -> bool:
+        return bool(self._started)
 
     def start(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()
@@ -45,27 +49,31 @@ class Progress(AbstractContextManager):
             TextColumn(self.what),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:,.0f} img/s"),
+            TextColumn("{task.fields[rate]} " + self.unit + "/s"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[failed]} failed"),
+            TextColumn("{task.fields[failed]}"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True))
         self._bar.start()
-        self._task = self._bar.add_task(self.what, total=total, rate=0.0, failed=0)
+        self._task = self._bar.add_task(self.what, total=total, rate="0", failed="")
 
     def update(self, done: int, failed: int = 0) -> None:
         now = time.monotonic()
         rate = done / max(now - self._started, 1e-9)
         if self._bar:
-            self._bar.update(self._task, completed=done, rate=rate, failed=failed)
+            self._bar.update(self._task, completed=done, rate=_rate(rate), failed=f"{failed} failed" if failed else "")
         elif now - self._shown >= _PLAIN_SECONDS or (done == self._total and self._shown > self._started):
             self._shown = now
             left = duration((self._total - done) / rate)
             share = 100 * done / self._total
-            say(
-                f"{self.what} {done:,}/{self._total:,} ({share:.0f} %), {rate:,.0f} img/s, {left} left, {failed} failed"
-            )
+            speed = f"{_rate(rate)} {self.unit}/s"
+            trouble = f", {failed} failed" if failed or self.unit == "img" else ""
+            say(f"{self.what} {done:,}/{self._total:,} ({share:.0f} %), {speed}, {left} left{trouble}")
 
     def __exit__(self, *_) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

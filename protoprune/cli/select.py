@@ -24,6 +24,10 @@ Seed = Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the c
 Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
 TrainPoints = Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
 Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
+HigherIs = Annotated[
+    str | None,
+    typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
+]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 
 
@@ -56,6 +60,7 @@ def select(
     scores: Annotated[
         Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
     ] = None,
+    higher_is: HigherIs = None,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -101,6 +106,8 @@ def select(
     if quota and euclidean:
         raise UsageError("--quota dbp does not go with --euclidean: its complexity is a product of cosine distances")
     if scores is None:
+        if higher_is is not None:
+            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
     else:
         clusters = dedup is not None or quota is not None
@@ -109,7 +116,7 @@ def select(
                 "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it "
                 "(--dedup and --quota cluster: they take --k)"
             )
-        ranking = pruning.rank_by_table(features, scores)
+        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is)
         if clusters:
             pruning.add_clusters(ranking, k=number_of_clusters(k), seed=seed, **settings)
     if dedup is not None:
@@ -263,6 +270,8 @@ def _say_ranking(ranking: Ranking) -> None:
     if ranking.table is not None:
         table = ranking.table
         say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
+        for note in table.notes():
+            say(f"scores: {note}")
         if table.unmatched_rows:
             say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
     for one in ranking.clusterings[:1]:

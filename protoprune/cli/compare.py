@@ -1,0 +1,236 @@
+"""`protoprune compare`: how far several score tables agree."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.cli.progress import say
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from protoprune.comparison import Comparison
+
+_FIGURES = (".png", ".svg", ".pdf")
+_SHEET_ROWS = 10
+
+
+def compare(
+    tables: Annotated[list[Path], typer.Argument(help="Two or more score tables.")],
+    features: Annotated[
+        Path | None, typer.Option(help="Feature file: the images, their classes, and the root of the sheet.")
+    ] = None,
+    keep: Annotated[
+        list[float] | None, typer.Option(help="Compare the sets kept at this fraction, hardest first; repeatable.")
+    ] = None,
+    higher_is: Annotated[
+        str | None,
+        typer.Option(help="What a higher score means in tables that do not say: keep, prune, harder, easier."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one row a pair to this .csv file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the matrix to this .png, .svg or .pdf file.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Write the share of each class that is kept to this .csv file.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of the images on which two tables disagree most.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row of the sheet.")] = 8,
+    root: Annotated[Path | None, typer.Option(help="Where the images are [default: where --features says].")] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Resamples behind the 95 % intervals; 0 for none.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the resamples and of ties.")] = 0,
+) -> None:
+    """Compare score tables: Spearman correlations, and the sets that they would keep."""
+    from protoprune import comparison, lists, selection
+    from protoprune.scores.table import check_higher
+
+    keeps = list(dict.fromkeys(keep or []))
+    for fraction in keeps:
+        selection.check(fraction)
+    check_higher(higher_is)
+    if len(tables) < 2:
+        raise UsageError(f"{len(tables)} score table: expected two or more to compare")
+    if classes is not None and not keeps:
+        raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
+    if sheet is not None and features is None and root is None:
+        raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
+    _check_outputs(tables, features, out, figure, classes, sheet)
+    result, root = _load(tables, features, higher_is, root, keeps, bootstrap, seed)
+    if classes is not None and not result.classes:
+        raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
+    if out is not None:
+        lists.write_file(out, _csv(comparison.pair_rows(result)))
+    if classes is not None:
+        lists.write_file(classes, _csv(comparison.class_rows(result)))
+    if figure is not None:
+        lists.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
+    if sheet is not None:
+        _write_sheet(result, sheet, root, count)
+    _say_result(result, bootstrap)
+    _show(result)
+
+
+def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | None) -> None:
+    """Find out what cannot be written before the work is done; `outputs` are the csv, figure, classes and sheet."""
+    figure = outputs[1]
+    if figure is not None and figure.suffix.lower() not in _FIGURES:
+        raise UsageError(f"--figure {figure}: expected a name that ends in {', '.join(_FIGURES)}")
+    given = [path.resolve() for path in outputs if path is not None]
+    for path in given:
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist; make it first")
+        if given.count(path) > 1 and path.is_file():
+            raise UsageError(f"{path}: is named for two outputs; choose another name")
+        for source in (*tables, *([features] if features else [])):
+            if path.exists() and source.exists() and path.samefile(source):
+                raise UsageError(f"{path}: is one of the inputs; choose another name")
+
+
+def _load(
+    files: list[Path], features: Path | None, higher_is, root: Path | None, keeps, bootstrap: int, seed: int
+) -> tuple[Comparison, str]:
+    """Read, join and compare, saying what did not match; also the folder in which the images are."""
+    import numpy as np
+
+    from protoprune import comparison
+    from protoprune.scores import read_table, turned
+
+    names = comparison.short_names(files)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{twice}: is given twice")
+    tables = {name: turned(read_table(source), higher_is) for name, source in zip(names, files, strict=True)}
+    paths = labels = classes = usable = None
+    if features is not None:
+        from protoprune.pruning import open_features
+
+        with open_features(features) as file:
+            paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
+            root = root or file.provenance["root"]
+    paths, matched = comparison.join(tables, paths)
+    arrays = {name: table.scores for name, table in matched.items()}
+    if usable is not None:
+        arrays = {name: np.where(usable, scores, np.nan) for name, scores in arrays.items()}
+    result = comparison.compare(
+        arrays, paths, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
+    )
+    _say_tables(matched, len(paths) if usable is None else int(usable.sum()), arrays, result)
+    return result, os.fspath(root or "")
+
+
+def _say_tables(matched, images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:
+    import numpy as np
+
+    for name, table in matched.items():
+        say(f"{name}: {'; '.join(table.notes())}")
+        scored = int((~np.isnan(arrays[name])).sum())
+        if scored < images:
+            say(f"{name}: has no score for {images - scored:,} of {images:,} images")
+        if table.unmatched_rows:
+            say(
+                f"{name}: {len(table.unmatched_rows):,} table rows name none of the images, "
+                f"first {table.unmatched_rows[0]}"
+            )
+    say(f"compared: {len(result.paths):,} of {images:,} images, those with a score in all {len(matched)} tables")
+
+
+def _say_result(result: Comparison, bootstrap: int) -> None:
+    import numpy as np
+
+    if result.low is not None:
+        width = result.high - result.low
+        a, b = np.unravel_index(np.argmax(width), width.shape)
+        say(
+            f"95 % intervals from {bootstrap} bootstrap resamples of the images; the widest is "
+            f"{result.low[a, b]:.3f} to {result.high[a, b]:.3f} ({result.names[a]}, {result.names[b]})"
+        )
+    for keep, tied in result.tied.items():
+        kept = round(keep * len(result.paths))
+        for name, count in zip(result.names, tied, strict=True):
+            if count > 0.01 * kept:
+                say(f"{name}: {count:,} of the {kept:,} kept at {keep:g} share their score with images left out")
+    for keep, shares in result.class_shares.items():
+        for name, row in zip(result.names, shares, strict=True):
+            low, high = np.nanargmin(row), np.nanargmax(row)
+            say(
+                f"{name} at {keep:g}: keeps {100 * row[low]:.1f} % of {result.classes[low]} "
+                f"to {100 * row[high]:.1f} % of {result.classes[high]}"
+            )
+
+
+def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
+    from protoprune import comparison
+    from protoprune.lists import write_file
+    from protoprune.sheet import contact_sheet
+
+    rows = []
+    for a, b in comparison.pairs(result):
+        left, right = comparison.disagreements(result, a, b, count)
+        title = f"{result.names[a]} | {result.names[b]}, Spearman {result.spearman[a, b]:.2f}"
+        if left or right:
+            rows.append((title, left, right))
+    if not rows:
+        say(f"{path}: not written, the rankings are the same")
+        return
+    heads = ("hard for the first table, easy for the second", "easy for the first, hard for the second")
+    picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads)
+    write_file(path, picture)
+    if unreadable:
+        say(f"warning: {unreadable} images could not be read; --root says where they are")
+    say(f"{path}: the {min(len(rows), _SHEET_ROWS)} of {len(rows)} pairs that agree least")
+
+
+def _csv(rows: list[dict]) -> bytes:
+    from protoprune.lists import manifest
+
+    return manifest({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _show(result: Comparison) -> None:
+    """The matrices on stdout: tables on a terminal, else columns of text, the Spearman matrix first."""
+    matrices = [("Spearman", result.spearman)]
+    matrices += [(f"overlap of the kept sets at {keep:g} (random: {keep:g})", m) for keep, m in result.overlap.items()]
+    names = [name.encode(errors="backslashreplace").decode() for name in result.names]
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        for title, matrix in matrices:
+            Console().print(_rich_table(title, names, matrix, result.order))
+        return
+    for place, (title, matrix) in enumerate(matrices):
+        if place:
+            typer.echo(f"\n{title}")
+        for line in _plain_lines(names, matrix, result.order):
+            typer.echo(line)
+
+
+def _rich_table(title: str, names: list[str], matrix: np.ndarray, order: np.ndarray):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", *(Text(names[row]) for row in order), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in order:
+        table.add_row(Text(names[row]), *(_cell(matrix[row, column]) for column in order))
+    return table
+
+
+def _plain_lines(names: list[str], matrix: np.ndarray, order: np.ndarray) -> list[str]:
+    first = max(map(len, names))
+    widths = {row: max(6, len(names[row])) for row in order}
+    lines = [" " * first + "".join(f"  {names[row]:>{widths[row]}}" for row in order)]
+    for row in order:
+        cells = "".join(f"  {_cell(matrix[row, column]):>{widths[column]}}" for column in order)
+        lines.append(f"{names[row]:<{first}}{cells}")
+    return lines
+
+
+def _cell(value: float) -> str:
+    return f"{value:.3f}"

@@ -1,0 +1,480 @@
+"""`protoprune evaluate` and `protoprune scaling`: parse, call, print.
+
+Nothing heavy is imported here: torch, scipy and matplotlib load when a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.cli.progress import duration, say
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from protoprune.evaluation.comparing import Evaluation, Method
+    from protoprune.evaluation.curves import Scaling
+    from protoprune.evaluation.runs import Step
+
+Images = Annotated[
+    Path | None, typer.Option(help="Training images: a folder with a folder a class (or a feature file, for heads).")
+]
+Features = Annotated[Path | None, typer.Option(help="Feature file of the training images, for --model head.")]
+Test = Annotated[Path, typer.Option(help="Test set: a folder of images, or a feature file for --model head.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head on a feature file, cnn on a folder]."),
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training set [default: by model].")]
+Batch = Annotated[int | None, typer.Option(help="Batch size [default: by model].")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate [default: by model].")]
+Decay = Annotated[float | None, typer.Option(help="Weight decay [default: by model].")]
+Augment = Annotated[str | None, typer.Option(help="none, crop-flip or resized-crop [default: by model].")]
+ImageSize = Annotated[int, typer.Option(help="Side in pixels that images are resized to.")]
+Hidden = Annotated[int | None, typer.Option(help="Width of a head's hidden layer; 0 is a linear head.")]
+Weights = Annotated[Path | None, typer.Option(help="File of weights to start from: fine-tuning.")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Folder for tables, JSON, figure and the results of single runs; a second call resumes."
+    ),
+]
+_BUDGET = (
+    "epochs: every run passes over its own images as often, so that fewer images mean fewer optimizer steps and less "
+    "time (what you gain in practice). steps: every run takes as many optimizer steps as {}, so that "
+    "only the choice of images differs, and not the length of training."
+)
+
+
+def evaluate(
+    lists: Annotated[
+        list[Path] | None, typer.Argument(help="Kept lists (txt, csv, jsonl, npy), with or without weights.")
+    ] = None,
+    images: Images = None,
+    test: Test = ...,
+    features: Features = None,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds: each trains once on everything compared.")] = 5,
+    budget: Annotated[str, typer.Option(help=_BUDGET.format("everything"))] = "epochs",
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also train with this sampler at each --keep: random, egreedy, ucb, infobatch or rs2; repeatable. "
+            "It takes as many optimizer steps as a random list of its size."
+        ),
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Fraction kept by --dynamic samplers (infobatch: of the losses below their mean); repeatable."
+        ),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Epochs between two selections of --dynamic [default: by sampler].")
+    ] = None,
+    target_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Also report training time until this test accuracy, as a fraction (0.9)."),
+    ] = None,
+    everything: Annotated[bool, typer.Option(help="Train on everything too, to know what is lost and saved.")] = True,
+    selection_seconds: Annotated[
+        list[float] | None,
+        typer.Option(help="What choosing cost, in seconds: one number for all lists, or one for each in order."),
+    ] = None,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    image_size: ImageSize = 32,
+    hidden: Hidden = None,
+    weights: Weights = None,
+    precision: Precision = None,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Does a list pay? Train on it, on random images and on everything, and compare.
+
+    For each seed a fresh random subset of the list's size is drawn; the order of the images, their augmentation and
+    the model's start are the same for all, so that only the subset differs. Differences are paired by seed. A list is
+    called better or worse than random only where the interval supports it: it covers the seeds and the luck of one
+    draw, since a random list is better or worse than the average one too.
+    """
+    from protoprune.evaluation.comparing import evaluate as compare
+
+    lists, dynamic = lists or [], dynamic or []
+    source, model = _source(images, features, model)
+    samplers = _samplers(dynamic, keep or [], every)
+    costs = _costs(selection_seconds or [], len(lists))
+    if not lists and not samplers:
+        raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
+    recipe = _recipe(model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, augment=augment,
+                     image_size=image_size, hidden=hidden, weights=weights, precision=precision)  # fmt: skip
+    train, tested = _load(source, test, image_size)
+    kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
+    result = compare(
+        train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=samplers, everything=everything,
+        target_accuracy=target_accuracy, folder=out and out / "runs", device=device, on_run=_show_run(out),
+    )  # fmt: skip
+    _print_evaluation(result)
+    if out is not None:
+        from protoprune.evaluation import report
+
+        config = {
+            "command": "evaluate", "lists": [os.fspath(path) for path in lists], "train": os.fspath(source),
+            "test": os.fspath(test), "dynamic": samplers, "recipe": vars(recipe), "device": device,
+        }  # fmt: skip
+        _say_written(report.save_evaluation(out, result, config, train.classes))
+
+
+def scaling(
+    images: Images = None,
+    test: Test = ...,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature file of the training images: ranks them, and trains --model head.")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Initial numbers of images, comma-separated: 1000,2000,5000.")] = ...,
+    keeps: Annotated[str, typer.Option(help="Fractions KEPT of each, comma-separated.")] = "1,0.8,0.5,0.2",
+    orders: Annotated[
+        str, typer.Option(help="Which are kept first, comma-separated: hard, easy, middle, random.")
+    ] = "hard,easy,random",
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
+    ] = None,
+    k: Annotated[str, typer.Option(help="Number of clusters of each initial set, or auto.")] = "auto",
+    balance: Annotated[
+        float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
+    ] = 0.0,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds, each with initial sets of its own.")] = 3,
+    budget: Annotated[str, typer.Option(help=_BUDGET.format("the largest initial set"))] = "steps",
+    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples for the intervals of the fits.")] = 200,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    image_size: ImageSize = 32,
+    hidden: Hidden = None,
+    weights: Weights = None,
+    precision: Precision = None,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
+
+    Trains at every initial size, keep fraction and order; fits a power law, an exponential and a power law with an
+    offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
+    law wins, or that it is undecided.
+    """
+    from protoprune.cli.select import number_of_clusters
+    from protoprune.evaluation.curves import scaling as sweep
+
+    source, model = _source(images, features, model, ranking=True)
+    wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
+    names = [one.strip() for one in orders.split(",") if one.strip()]
+    recipe = _recipe(model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, augment=augment,
+                     image_size=image_size, hidden=hidden, weights=weights, precision=precision)  # fmt: skip
+    train, tested = _load(source, test, image_size)
+    ranked = {"scores": _scores(scores, train), "features": _vectors(features, train) if scores is None else None}
+    result = sweep(
+        train, tested, recipe, **wanted, **ranked, orders=names, seeds=seeds, k=number_of_clusters(k), balance=balance,
+        budget=budget, bootstrap=bootstrap, folder=out and out / "runs", device=device, on_run=_show_run(out),
+    )  # fmt: skip
+    _print_scaling(result)
+    if out is not None:
+        from protoprune.evaluation import report
+
+        config = {
+            "command": "scaling", "train": os.fspath(source), "test": os.fspath(test), **wanted, "orders": names,
+            "scores": scores and os.fspath(scores), "features": features and os.fspath(features), "k": k,
+            "balance": balance, "bootstrap": bootstrap, "recipe": vars(recipe), "device": device,
+        }  # fmt: skip
+        _say_written(report.save_scaling(out, result, config))
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _source(images: Path | None, features: Path | None, model: str | None, *, ranking=False) -> tuple[Path, str]:
+    """What is trained on, and the model: heads on feature files, networks on folders."""
+    if images is None and features is None:
+        raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
+    is_file = images is not None and images.is_file()
+    model = model or ("head" if features is not None or is_file else "cnn")
+    if model == "head":
+        source = features or images
+        if source.is_dir():
+            raise UsageError(
+                f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
+                "its file with --features, or take --model cnn"
+            )
+        return source, model
+    if images is None or is_file:
+        raise UsageError(f"--model {model} trains on images: give --images FOLDER")
+    if features is not None and not ranking:
+        raise UsageError(f"--features goes with --model head, not {model}")
+    return images, model
+
+
+def _recipe(model: str, *, weights: Path | None, **given):
+    from protoprune.training.loop import Recipe
+
+    return Recipe.for_model(model, weights=weights and os.fspath(weights), **given)
+
+
+def _load(source: Path, test: Path, image_size: int):
+    from protoprune.training.examples import load_examples
+
+    if source.is_dir() and test.is_file():
+        raise UsageError(f"--test {test} is a file and the training set a folder of images; give both of one kind")
+    if source.is_file() and test.is_dir():
+        raise UsageError(
+            f"--test {test}: a head is tested on features too; embed it (`protoprune embed {test} -o test.h5`)"
+        )
+    train = load_examples(source, image_size)
+    tested = load_examples(test, image_size, classes=train.classes)
+    for name, examples in (("training", train), ("test", tested)):
+        left_out = [
+            f"{count:,} {why}"
+            for count, why in (
+                (len(examples.unreadable), "that cannot be read"),
+                (examples.unlabelled, "without class"),
+            )
+            if count
+        ]
+        more = f" (left out: {', '.join(left_out)})" if left_out else ""
+        say(f"{name} set: {len(examples.paths):,} images, {len(examples.classes)} classes{more}")
+    return train, tested
+
+
+def _kept(path: Path, train, source: Path, cost: float | None):
+    import numpy as np
+
+    from protoprune import lists
+    from protoprune.evaluation.comparing import Kept
+    from protoprune.evaluation.runs import list_rows
+
+    listed = lists.read_list(path)
+    every = _every_path(source) if isinstance(listed, np.ndarray) else None
+    rows = list_rows(listed, train, os.fspath(path), every_path=every)
+    return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
+
+
+def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
+    """(m,) loss weights where the list has a weight column."""
+    from protoprune import lists
+    from protoprune.evaluation.runs import list_weights
+
+    if not hasattr(lists, "read_weights"):
+        return None
+    try:
+        weights = lists.read_weights(path)
+    except UsageError:  # a format without weights, or a list without the column
+        return None
+    return list_weights(weights, rows, train, os.fspath(path))
+
+
+def _every_path(source: Path) -> list[str]:
+    """All paths that row indices count, unusable images included."""
+    if source.is_dir():
+        from protoprune.images import list_folder
+
+        return list_folder(source).paths
+    from protoprune.pruning import open_features
+
+    with open_features(source) as file:
+        return file.paths
+
+
+def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:
+    if bool(dynamic) != bool(keep) or (every and not dynamic):
+        raise UsageError(
+            "--dynamic NAME and --keep FRACTION go together, and --every with them (a list has its own size)"
+        )
+    options = {"every": every} if every else {}
+    return [{"name": name, "keep": fraction, **options} for name in dynamic for fraction in keep]
+
+
+def _costs(seconds: list[float], lists: int) -> list[float | None]:
+    if any(one < 0 for one in seconds):
+        raise UsageError(f"--selection-seconds {min(seconds):g}: expected 0 or more")
+    if len(seconds) not in (0, 1, lists):
+        raise UsageError(f"--selection-seconds: {len(seconds)} numbers for {lists} lists; give one, or one for each")
+    return seconds if len(seconds) == lists else [seconds[0] if seconds else None] * lists
+
+
+def _numbers(text: str, option: str, *, whole: bool = False) -> list:
+    try:
+        return [int(part) if whole else float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        kind = "whole numbers" if whole else "numbers"
+        raise UsageError(f"{option} {text}: expected {kind} separated by commas") from None
+
+
+def _scores(path: Path | None, train) -> np.ndarray | None:
+    if path is None:
+        return None
+    from protoprune.scores import read_scores
+
+    return read_scores(path, train.paths).scores
+
+
+def _vectors(features: Path | None, train) -> np.ndarray | None:
+    """(n, d) features of the training images, found by path."""
+    if train.inputs.ndim == 2:
+        return train.inputs.numpy()
+    if features is None:
+        return None
+    import numpy as np
+
+    from protoprune.evaluation.runs import list_rows
+    from protoprune.training.examples import load_examples
+
+    table = load_examples(features, classes=train.classes)
+    rows = list_rows(train.paths, table, "the training set")
+    return np.asarray(table.inputs)[rows]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _show_run(out: Path | None):
+    """A line on stderr after each run that was trained here."""
+
+    def show(step: Step) -> None:
+        if step.outcome.cached:
+            if step.done == step.total:
+                say(
+                    f"{step.cached:,} of {step.total:,} runs were there already"
+                    + (f", in {out / 'runs'}" if out else "")
+                )
+            return
+        left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
+        say(
+            f"run {step.done:,}/{step.total:,}: {step.run.method}, seed {step.run.seed}: "
+            f"{100 * step.outcome.accuracy:.2f} % in {duration(step.outcome.seconds)}{left}"
+        )
+
+    return show
+
+
+def _say_written(paths: list[str]) -> None:
+    say(f"wrote {', '.join(paths)}")
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    header = ["", "kept", "accuracy", "against random", "against everything", "worst class", "training", "saved"]
+    header += ["selection", "net saved"]
+    if result.target_accuracy is not None:
+        header.append(f"to {100 * result.target_accuracy:g} %")
+    _print_table(header, [_cells(one, result) for one in result.methods])
+    judged = [one for one in result.methods if one.verdict]
+    for one in judged:
+        _print(f"{one.name}: {one.verdict}")
+    notes = [
+        f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by seed. "
+        "Against random they cover the seeds and, for a list, the luck of one draw."
+    ]
+    if len(judged) > 1:
+        notes.append(
+            f"Each interval is for its own line alone; the verdicts allow for all {len(judged)} comparisons (Holm)."
+        )
+    for note in notes:
+        _print(note)
+
+
+def _cells(one: Method, result: Evaluation) -> list[str]:
+    random, full = one.to_random, one.to_everything
+    cells = [
+        one.name,
+        f"{one.kept:,} ({100 * one.fraction:.3g} %)",
+        _span(one.accuracy.mean, one.accuracy.low, one.accuracy.high, digits=2),
+        _span(random.difference, random.low, random.high, sign="+") if random else "",
+        _span(full.mean, full.low, full.high, sign="+") if full else "",
+        f"{100 * one.worst_class_accuracy:.1f} ({one.worst_class})",
+        duration(one.seconds),
+        *(_signed(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
+    ]
+    if result.target_accuracy is not None:
+        reached = f"{one.reached_target} of {one.accuracy.n} seeds"
+        cells.append(duration(one.seconds_to_target) if one.seconds_to_target is not None else reached)
+    return cells
+
+
+def _span(value: float, low: float | None, high: float | None, *, sign: str = "", digits: int = 1) -> str:
+    """'92.31 (92.02 to 92.60)' of fractions."""
+    text = f"{100 * value:{sign}.{digits}f}"
+    return text if low is None else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
+
+
+def _signed(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"-{duration(-seconds)}" if seconds < 0 else duration(seconds)
+
+
+def _print_scaling(result: Scaling) -> None:
+    from protoprune.evaluation.report import fit_rows
+
+    sizes = list(dict.fromkeys(point.size for point in result.points))
+    found = {(point.order, point.keep, point.size): point for point in result.points}
+    rows = []
+    for order, keep in dict.fromkeys((point.order, point.keep) for point in result.points):
+        errors = [found[order, keep, size].error.mean for size in sizes]
+        rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
+    _print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
+    laws = fit_rows(result)
+    if laws:
+        _print("")
+        body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
+        _print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+    for curve in result.curves:
+        _print(f"{curve.name}: {curve.verdict}")
+
+
+def _parameter(row: dict, key: str) -> str:
+    if row[key] is None:
+        return ""
+    interval = "" if row[f"{key}_low"] is None else f" ({row[f'{key}_low']:.3g} to {row[f'{key}_high']:.3g})"
+    return f"{row[key]:.3g}{interval}"
+
+
+def _quality(row: dict) -> list[str]:
+    delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
+    return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A rich table on a terminal, columns of plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*(Text(_printable(cell)) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(_printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        _print("  ".join(_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print(text: str) -> None:
+    typer.echo(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """A name that is not UTF-8, with its odd bytes escaped."""
+    return text.encode(errors="backslashreplace").decode()

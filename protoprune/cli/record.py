@@ -1,0 +1,142 @@
+"""`protoprune record`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protoprune.cli.progress import Progress, duration, say
+from protoprune.errors import UsageError
+
+
+def record(
+    source: Annotated[Path, typer.Argument(help="Image folder with a folder a class, or a feature file (for heads).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Training record to write.")] = Path("record.h5"),
+    test: Annotated[Path | None, typer.Option(help="Test images or features: influence needs them.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head for features, else resnet18].")
+    ] = None,
+    models: Annotated[int, typer.Option(help="How many models to train.")] = 1,
+    subset: Annotated[
+        float, typer.Option(help="Share of the images each model is trained on; memorization needs less than 1 (0.7).")
+    ] = 1.0,
+    epochs: Annotated[int | None, typer.Option(help="Epochs [default: 20 for a head and ResNet-18, else 10].")] = None,
+    every: Annotated[int, typer.Option(help="Record every so many epochs, and the last.")] = 1,
+    initial: Annotated[bool, typer.Option("--initial", help="Record the untrained models too.")] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Record gradient norms (GraNd): slow for networks, free for heads.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step [default: 256 for a head, else 128].")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: what suits the model].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay [default: what suits the model].")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine or steps (Data Diet) [default: linear].")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="none, crop-flip or resized-crop [default: crop-flip for images].")
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=8, help="Side of the square images in pixels.")] = 32,
+    width: Annotated[int | None, typer.Option(help="Channels of the first layer of cnn [default: 32].")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="Units of a head's hidden layer [default: 0, a linear head].")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to start from (fine-tuning).")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network: pays on a GPU.")] = False,
+    pixels: Annotated[
+        Path | None, typer.Option(help="File for decoded pixels, for a data set larger than memory.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of subsets, models, order and augmentation.")] = 0,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how large the record will be, and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record of another run.")] = False,
+) -> None:
+    """Train models on labelled images and record what every example went through, for `protoprune score`."""
+    started = time.monotonic()
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: its folder does not exist; make it first")
+    from protoprune.training import recording
+    from protoprune.training.loop import Recipe
+
+    if model is None:
+        model = "resnet18" if source.is_dir() else "head"
+    recipe = Recipe.for_model(
+        model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
+        augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
+        weights=str(weights) if weights else None, compile=compile or None,
+    )  # fmt: skip
+    train, held_out = load_sets(source, test, model, image_size, pixels)
+    laid_out = recording.plan(
+        train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
+        gradients=gradients, seed=seed,
+    )  # fmt: skip
+    say(
+        f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
+        f"{len(train):,} examples, {_size(laid_out.bytes)} in {out}"
+    )
+    if plan:
+        return
+    with Progress("record", "epochs") as progress:
+
+        def on_start(total: int, done: int) -> None:
+            if done:
+                say(f"{done:,} of {total:,} epochs are recorded already, {total - done:,} to go")
+            progress.start(total - done)
+
+        try:
+            recording.record(
+                train, held_out, recipe, out, laid_out, gradients=gradients, seed=seed, device=device,
+                overwrite=overwrite, on_start=on_start, on_progress=progress.update,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            progress.__exit__()
+            again = [one for one in sys.argv[1:] if one != "--overwrite"]
+            say("interrupted: what is recorded is kept; to go on, run the same again:")
+            say(f"  {shlex.join(['protoprune', *again])}")
+            raise typer.Exit(130) from None
+    say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
+
+
+def load_sets(source: Path, test: Path | None, model: str, image_size: int, pixels: Path | None):
+    """(training examples, test examples or None), with a line about each."""
+    from protoprune.training.examples import load_examples
+
+    if model == "head" and source.is_dir():
+        raise UsageError(
+            f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it"
+        )
+    if test is not None and test.is_dir() != source.is_dir():
+        raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
+    loaded, classes = [], None
+    for path, what in ((source, "training"), (test, "test")):
+        if path is None:
+            loaded.append(None)
+            continue
+        cache = None if pixels is None else Path(f"{pixels}.{what}")
+        with Progress("decode") as progress:
+
+            def show(done: int, total: int, progress: Progress = progress) -> None:
+                if not progress.started:
+                    progress.start(total)
+                progress.update(done)
+
+            data = load_examples(path, image_size, classes=classes, cache=cache, on_progress=show)
+        classes = data.classes
+        say(f"{what}: {len(data):,} examples in {len(classes):,} classes, {path}")
+        if data.unlabelled:
+            say(f"warning: {data.unlabelled:,} images of {path} are in no class folder and are left out")
+        if data.unreadable:
+            first, reason = data.unreadable[0]
+            say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
+        loaded.append(data)
+    return loaded
+
+
+def _size(count: float) -> str:
+    unit = 0
+    while count >= 1024 and unit < 4:
+        count, unit = count / 1024, unit + 1
+    return f"{count:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -1,0 +1,168 @@
+"""`protoprune metrics` and `protoprune score`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.cli.progress import duration, say
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from protoprune.metrics.catalogue import Metric, Scored
+
+
+def metrics() -> None:
+    """List the metrics: what each needs, costs and says, and where it comes from."""
+    from protoprune.metrics.catalogue import METRICS
+
+    rows = []
+    for name, one in METRICS.items():
+        labels, training = ("yes" if needed else "no" for needed in (one.labels, one.training))
+        rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
+    heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
+    if sys.stdout is not None and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        for row in (heads, *rows):
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    typer.echo("protoprune score METRIC --record FILE or --features FILE computes one.", err=True)
+
+
+def score(
+    metric: Annotated[str, typer.Argument(help="Name of the metric, see `protoprune metrics`.")],
+    record: Annotated[
+        Path | None, typer.Option(help="Training record that `protoprune record` wrote [default: record.h5].")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature file that `protoprune embed` wrote [default: features.h5].")
+    ] = None,
+    epoch: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the middle of a "
+            "short training, for el2n and grand, else the last].",
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Average over the models that were trained on an image, held out of it, or all: "
+            "trained, held-out, all [default: trained; ddd: held-out; ensemble_active_learning: all]."
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Epochs a window of dyn_unc and tdds [default: 10].")] = None,
+    k: Annotated[int | None, typer.Option(help="Clusters of self_supervised_prototypes [default: auto].")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the images that k_center chooses one by one [default: 0.1, at most 10,000 images]."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2_000_000_000, help="Seed of self_supervised_prototypes, k_center, random [default: 0]."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write the score table here; - is stdout [default: stdout].")
+    ] = None,
+) -> None:
+    """Score every image by a metric (larger = harder), as a table for `protoprune select --scores`."""
+    import time
+
+    from protoprune.metrics.catalogue import lookup
+    from protoprune.metrics.catalogue import score as compute
+
+    started = time.monotonic()
+    name, out = metric.replace("-", "_").lower(), None if out == Path("-") else out
+    chosen = lookup(name)
+    source, is_record = _source(name, chosen, record, features)
+    if out is not None:
+        _check_out(out, source)
+    with _open(source, is_record) as file:
+        options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "seed": seed}
+        result = compute(name, file, **options)
+        paths, identity = file.paths, file.provenance.get("uuid")
+    _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})
+    _say_summary(name, source, result, time.monotonic() - started)
+
+
+def _source(name: str, metric: Metric, record: Path | None, features: Path | None) -> tuple[Path, bool]:
+    """The one file that the metric reads, and whether it is a training record."""
+    if record is not None and features is not None:
+        raise UsageError("--record and --features: give the one that the metric needs, see `protoprune metrics`")
+    if metric.needs == "record" and features is not None:
+        raise UsageError(f"{name} needs --record FILE, a training record that `protoprune record` wrote")
+    if metric.needs == "features" and record is not None:
+        raise UsageError(f"{name} needs --features FILE, a feature file that `protoprune embed` wrote, not a record")
+    if metric.needs == "record" or record is not None:
+        return record or Path("record.h5"), True
+    return features or Path("features.h5"), False
+
+
+def _check_out(out: Path, source: Path) -> None:
+    """Find out what cannot be written before the work is done."""
+    from protoprune.scores.table import check_name
+
+    check_name(out)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(f"{out}: is what the scores are made from; choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: its folder does not exist; make it first")
+
+
+def _open(source: Path, is_record: bool):
+    if is_record:
+        from protoprune.records import Record
+
+        return Record(source)
+    from protoprune.pruning import open_features
+
+    return open_features(source)
+
+
+def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:
+    from protoprune import scores
+    from protoprune.lists import write_stdout
+
+    provenance = {key: value for key, value in provenance.items() if value is not None}
+    if out is not None:
+        scores.write_scores(out, paths, result.values, metric=name, provenance=provenance)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "scores.csv")
+        scores.write_scores(path, paths, result.values, metric=name, provenance=provenance)
+        write_stdout(path.read_bytes())
+
+
+def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> None:
+    import numpy as np
+
+    values = result.values[~np.isnan(result.values)]
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.used.items())
+    say(
+        f"{name} of {len(result.values):,} images from {source} in {duration(seconds)}"
+        + (f" ({facts})" if facts else "")
+    )
+    low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+    say(f"scores: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}; larger = harder")
+    missing = len(result.values) - len(values)
+    if missing:
+        say(f"without a score: {missing:,} images, which `protoprune select --scores` does not keep")
+    if low == high and len(values) > 1:
+        say("warning: all scores are equal, so keeping by them is keeping at random")

@@ -1,0 +1,42 @@
+"""Which device computes, and in which numbers it is fast. What this module does not know: models, batches."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is the first of cuda, mps and cpu that works; anything else is taken at its word."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cuda, mps or cpu") from None
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16: emulated, it is many times slower than fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,244 @@
+"""Error against the number of training images kept: a sweep over initial size, keep fraction and order, with its fits.
+
+For each seed the initial sets are the beginnings of one random permutation, so a smaller one lies in a larger one. The
+ranking is made within each initial set: by prototypes clustered on its own features (what a user with that many images
+could do), or by scores given from outside. What this module does not know: files, tables, figures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from protoprune import selection
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation import fits, statistics
+from protoprune.evaluation import runs as running
+from protoprune.evaluation.comparing import BUDGETS, _seeds
+from protoprune.evaluation.runs import Run, Step
+from protoprune.evaluation.statistics import Interval
+
+ORDERS = ("hard", "easy", "middle", "random")
+ALL = "all"  # the order of keep = 1, where orders do not differ
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination: `kept` of `size` images, in `order`."""
+
+    order: str
+    keep: float
+    size: int
+    kept: int
+    steps: int
+    errors: list[float]  # one a seed, 1 - accuracy
+    error: Interval
+    seconds: float  # median over seeds
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in order of kept size, with the laws fitted to them; None when they are too few, or errors are 0."""
+
+    name: str
+    order: str
+    keep: float | None  # None for a Pareto envelope
+    kept: list[int]
+    errors: list[float]  # means over seeds
+    fits: fits.Fits | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The sweep's points and curves: one for each order and fraction, and a Pareto envelope for each order."""
+
+    points: list[Point]
+    curves: list[Curve]
+    seeds: list[int]
+    budget: str
+    runs: list[dict]
+
+    def curve(self, name: str) -> Curve:
+        return next(one for one in self.curves if one.name == name)
+
+
+def scaling(
+    train,
+    test,
+    recipe,
+    *,
+    sizes: Sequence[int],
+    keeps: Sequence[float] = (1.0, 0.8, 0.5, 0.2),
+    orders: Sequence[str] = ("hard", "easy", "random"),
+    seeds: int | Sequence[int] = 3,
+    scores: np.ndarray | None = None,
+    features: np.ndarray | None = None,
+    k: int | None = None,
+    balance: float = 0.0,
+    budget: str = "steps",
+    bootstrap: int = 200,
+    folder=None,
+    device: str = "auto",
+    fit: Callable | None = None,
+    on_run: Callable[[Step], None] | None = None,
+) -> Scaling:
+    """Sweep initial size x keep x order and fit scaling laws to the errors.
+
+    train, test: `training.Examples`; recipe: `training.loop.Recipe`; sizes: initial numbers of images; keeps: fractions
+    kept of them. Ranked by `scores`, (n,) larger = harder, or by spherical k-means on the subset of `features`, (n, d),
+    with k clusters (default: as `protoprune select` chooses); neither is needed when the only order is random. balance:
+    share of the kept set that is split evenly over classes (Sorscher et al.: 0.5). budget: 'steps', every run takes
+    the optimizer steps of the largest initial size, so that the curve shows the data and not the length of training;
+    'epochs', every run passes over its own subset as often.
+
+    Raises UsageError for options that do not fit, ProtopruneError for images without a score.
+    """
+    seeds, n = _seeds(seeds), len(train.paths)
+    sizes, keeps = _check(n, sizes, keeps, orders, budget, scores, features)
+    selection.check(1, balance=balance)
+    wanted = [
+        (order, keep, size)
+        for size in sizes
+        for keep in keeps
+        for order in (dict.fromkeys(orders) if keep < 1 else (ALL,))
+    ]
+    steps = running.steps_for(max(sizes), recipe) if budget == "steps" else None
+    rank = _ranker(train, scores, features, k)
+    planned = []
+    for seed in seeds:
+        for size in sizes:
+            initial = running.random_rows(n, size, seed)
+            need = {order for order, keep, of in wanted if of == size} - {"random", ALL}
+            hardness = rank(initial, seed) if need else np.zeros(size)
+            for order, keep, of in wanted:
+                if of == size:
+                    rows = _cut(train, initial, hardness, order, keep, seed, balance)
+                    planned.append((order, keep, size, Run(f"{order} {keep:g} of {size}", seed, rows, None, steps)))
+    outcomes = running.run_all(
+        [run for *_, run in planned], train, test, recipe, folder=folder, fit=fit, device=device, on_run=on_run
+    )
+    points = _points(planned, outcomes, wanted)
+    return Scaling(points, _curves(points, bootstrap), seeds, budget, _rows(planned, outcomes))
+
+
+def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
+    """(rows, seed) -> the score of each row, larger = harder."""
+    if scores is not None:
+        scores = np.asarray(scores, np.float64)
+        missing = np.flatnonzero(np.isnan(scores))
+        if len(missing):
+            raise ProtopruneError(
+                f"{len(missing):,} training images have no score (first: {train.paths[missing[0]]}); give a full table"
+            )
+        return lambda rows, seed: scores[rows]
+
+    def by_prototype(rows: np.ndarray, seed: int) -> np.ndarray:
+        from protoprune import prototypes
+
+        subset = np.asarray(features[rows], np.float32)
+        clusters = k or prototypes.auto_k(len(rows), len(train.classes))
+        return prototypes.cluster(subset, min(clusters, len(rows)), seed=seed).distance
+
+    return by_prototype
+
+
+def _cut(train, initial, hardness, order: str, keep: float, seed: int, balance: float) -> np.ndarray:
+    if keep == 1:
+        return initial
+    mask = selection.select(
+        hardness, keep, ids=[train.paths[row] for row in initial], order=order, seed=seed,
+        groups=np.asarray(train.labels)[initial] if balance else None, balance=balance,
+    )  # fmt: skip
+    return initial[mask]
+
+
+def _points(planned, outcomes, wanted) -> list[Point]:
+    found: dict[tuple, list] = {key: [] for key in wanted}
+    kept = {}
+    for (order, keep, size, run), outcome in zip(planned, outcomes, strict=True):
+        found[order, keep, size].append(outcome)
+        kept[order, keep, size] = len(run.rows)
+    points = []
+    for (order, keep, size), some in found.items():
+        errors = [1 - one.accuracy for one in some]
+        seconds = float(np.median([one.seconds for one in some]))
+        number = kept[order, keep, size]
+        interval = statistics.mean_interval(errors)
+        points.append(Point(order, keep, size, number, some[0].steps, errors, interval, seconds))
+    return points
+
+
+def _curves(points: list[Point], bootstrap: int) -> list[Curve]:
+    curves = []
+    for order, keep in dict.fromkeys((one.order, one.keep) for one in points):
+        group = [one for one in points if (one.order, one.keep) == (order, keep)]
+        curves.append(_curve(f"{order} {keep:g}" if order != ALL else ALL, order, keep, group, bootstrap))
+    for order in dict.fromkeys(one.order for one in points if one.order not in (ALL, "random")):
+        group = envelope([one for one in points if one.order in (order, ALL)])
+        curves.append(_curve(f"Pareto envelope, {order}", order, None, group, bootstrap))
+    return curves
+
+
+def envelope(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats with as few images: lower error for more images, by mean error.
+
+    A minimum over noisy means lies too low, the more so the more points compete at a size: take more seeds.
+    """
+    front: list[Point] = []
+    for one in sorted(points, key=lambda point: (point.kept, point.error.mean)):
+        if not front or one.error.mean < front[-1].error.mean:
+            front.append(one)
+    return front
+
+
+def _curve(name: str, order: str, keep: float | None, points: list[Point], bootstrap: int) -> Curve:
+    unique = list({one.kept: one for one in sorted(points, key=lambda point: point.kept)}.values())
+    kept, errors = [one.kept for one in unique], [one.error.mean for one in unique]
+    usable = [one for one in unique if one.error.mean > 0]
+    if len(usable) < 3:
+        missing = "" if len(usable) == len(unique) else " with an error above 0"
+        return Curve(name, order, keep, kept, errors, None, f"{len(usable)} sizes{missing} are too few to fit a law")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # steps of the optimiser into overflow, which it leaves again
+        found = fits.fit_laws(
+            [one.kept for one in usable], np.array([one.errors for one in usable]).T, bootstrap=bootstrap
+        )
+    return Curve(name, order, keep, kept, errors, found, fits.verdict(found))
+
+
+def _rows(planned, outcomes) -> list[dict]:
+    return [
+        {"order": order, "keep": keep, "size": size, "kept": len(run.rows), "seed": run.seed, "steps": outcome.steps,
+         "accuracy": outcome.accuracy, "error": 1 - outcome.accuracy, "correct": outcome.correct,
+         "seconds": outcome.seconds}
+        for (order, keep, size, run), outcome in zip(planned, outcomes, strict=True)
+    ]  # fmt: skip
+
+
+def _check(n: int, sizes, keeps, orders, budget: str, scores, features) -> tuple[list[int], list[float]]:
+    sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
+    if not sizes or sizes[0] < 2 or sizes[-1] > n:
+        raise UsageError(f"--sizes {sizes}: expected from 2 to {n:,}, the number of training images")
+    if not keeps:
+        raise UsageError("--keeps is empty: expected fractions to keep, such as 1,0.5,0.2")
+    for keep in keeps:
+        selection.check(keep)
+        if round(keep * sizes[0]) < 1:
+            raise UsageError(f"--keeps {keep:g} of {sizes[0]} images is none; keep more, or start with more")
+    for order in orders:
+        if order not in ORDERS:
+            raise UsageError(f"--orders {order}: expected some of {', '.join(ORDERS)}")
+    if not orders:
+        raise UsageError(f"--orders is empty: expected some of {', '.join(ORDERS)}")
+    if budget not in BUDGETS:
+        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
+    if scores is None and features is None and set(orders) - {"random"} and min(keeps) < 1:
+        raise UsageError("orders other than random need a ranking: give --features or --scores")
+    for name, array in (("scores", scores), ("features", features)):
+        if array is not None and len(array) != n:
+            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
+    return sizes, keeps

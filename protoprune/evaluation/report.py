@@ -1,0 +1,258 @@
+"""Results -> files: CSV tables, one JSON with all that made them, and a figure.
+
+results.csv has one row a run and holds nothing that a second run would change; what a clock measured is in summary.csv
+and results.json. What this module does not know: how results come about, and the screen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import protoprune
+from protoprune.errors import ProtopruneError
+from protoprune.evaluation import fits
+from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
+from protoprune.evaluation.curves import ALL, Point, Scaling
+from protoprune.evaluation.runs import device_kind
+from protoprune.lists import manifest, write_file
+
+_PACKAGES = ("numpy", "scipy", "torch", "timm", "faiss-cpu", "faiss-gpu")
+
+
+def environment(device: str = "auto") -> dict:
+    """Versions and machine, for the record: plain values only."""
+    return {
+        "protoprune": protoprune.__version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": device_kind(device),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout that this package runs from, with + where files were changed; None elsewhere."""
+    home = Path(protoprune.__file__).resolve().parents[1]
+    if not (home / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", os.fspath(home)]
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def save_evaluation(folder: str | os.PathLike, result: Evaluation, config: dict, classes: list[str]) -> list[str]:
+    """Write results.csv, summary.csv, classes.csv, results.json and figure.png; returns their paths."""
+    runs = [{key: row[key] for key in ("method", "kind", "kept", "seed", "steps", "accuracy")} for row in result.runs]
+    for row, whole in zip(runs, result.runs, strict=True):
+        row["worst_class_accuracy"] = whole["worst_class_accuracy"]
+    by_class = [
+        {"method": one.name, "class": name, "accuracy": accuracy}
+        for one in result.methods
+        for name, accuracy in one.class_accuracy.items()
+    ]
+    tables = {"results": runs, "summary": [summary_row(one) for one in result.methods], "classes": by_class}
+    return _save(folder, tables, result, {**config, "classes": classes}, figure_evaluation(result))
+
+
+def summary_row(one: Method) -> dict:
+    """A method as one flat row."""
+    random, full = one.to_random, one.to_everything
+    return {
+        "method": one.name,
+        "kind": one.kind,
+        "kept": one.kept,
+        "fraction": one.fraction,
+        "steps": one.steps,
+        "seeds": one.accuracy.n,
+        "accuracy": one.accuracy.mean,
+        "accuracy_low": one.accuracy.low,
+        "accuracy_high": one.accuracy.high,
+        "to_random": random and random.difference,
+        "to_random_low": random and random.low,
+        "to_random_high": random and random.high,
+        "to_random_seeds_low": random and random.seeds_low,
+        "to_random_seeds_high": random and random.seeds_high,
+        "p_adjusted": random and random.p_adjusted,
+        "verdict": random and random.verdict,
+        "to_everything": full and full.mean,
+        "to_everything_low": full and full.low,
+        "to_everything_high": full and full.high,
+        "worst_class": one.worst_class,
+        "worst_class_accuracy": one.worst_class_accuracy,
+        "seconds": one.seconds,
+        "seconds_saved": one.seconds_saved,
+        "selection_seconds": one.selection_seconds,
+        "net_saved": one.net_saved,
+        "seconds_to_target": one.seconds_to_target,
+        "reached_target": one.reached_target,
+    }
+
+
+def save_scaling(folder: str | os.PathLike, result: Scaling, config: dict) -> list[str]:
+    """Write results.csv, points.csv, fits.csv, results.json and figure.png; returns their paths."""
+    columns = ("order", "keep", "size", "kept", "seed", "steps", "accuracy", "error")
+    tables = {
+        "results": [{key: row[key] for key in columns} for row in result.runs],
+        "points": [_point_row(one) for one in result.points],
+        "fits": fit_rows(result),
+    }
+    return _save(folder, tables, result, config, figure_scaling(result))
+
+
+def _point_row(one: Point) -> dict:
+    return {
+        "order": one.order, "keep": one.keep, "size": one.size, "kept": one.kept, "seeds": one.error.n,
+        "error": one.error.mean, "error_low": one.error.low, "error_high": one.error.high, "seconds": one.seconds,
+    }  # fmt: skip
+
+
+def fit_rows(result: Scaling) -> list[dict]:
+    """One row a curve and law; a, b, c with their intervals, AICc less the lowest of the curve."""
+    rows = []
+    for curve in result.curves:
+        laws = curve.fits.laws if curve.fits else []
+        lowest = min((law.aicc for law in laws if law.aicc is not None), default=None)
+        for law in laws:
+            row = {"curve": curve.name, "law": law.name}
+            for key in ("a", "b", "c"):
+                low, high = (law.intervals or {}).get(key, (None, None))
+                row |= {key: law.parameters.get(key), f"{key}_low": low, f"{key}_high": high}
+            row |= {"delta_aicc": None if law.aicc is None else law.aicc - lowest, "wins": law.wins}
+            rows.append(row | {"rms_log": law.rms_log, "best": law.name == curve.fits.best})
+    return rows
+
+
+def _save(folder, tables: dict[str, list[dict]], result, config: dict, figure: bytes) -> list[str]:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
+    files = {f"{name}.csv": _csv(rows) for name, rows in tables.items() if rows}
+    whole = {"config": config, "environment": environment(config.get("device", "auto")), **dataclasses.asdict(result)}
+    files["results.json"] = json.dumps(whole, indent=1, allow_nan=False, default=os.fspath).encode()
+    files["figure.png"] = figure
+    paths = [os.path.join(folder, name) for name in files]
+    for path, data in zip(paths, files.values(), strict=True):
+        write_file(path, data)
+    return paths
+
+
+def _csv(rows: list[dict]) -> bytes:
+    return manifest({key: ["" if row[key] is None else row[key] for row in rows] for key in rows[0]})
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figure_evaluation(result: Evaluation) -> bytes:
+    """PNG: accuracy of each method, every seed a dot, or against the number kept where lists have several sizes."""
+    figure, axes = _figure(7, 1.4 + 0.4 * len(result.methods))
+    sizes = {one.kept for one in result.methods if one.kind in ("list", "dynamic")}
+    if len(sizes) > 1:
+        _draw_by_size(axes, result)
+    else:
+        _draw_dots(axes, result)
+    return _png(figure)
+
+
+def _draw_dots(axes, result: Evaluation) -> None:
+    for place, one in enumerate(result.methods):
+        colour = {"random": "0.5", EVERYTHING: "black"}.get(one.kind, f"C{place % 10}")
+        axes.plot([100 * v for v in one.accuracies], [place] * one.accuracy.n, ".", color=colour, alpha=0.4)
+        low, high = one.accuracy.low, one.accuracy.high
+        if low is not None:
+            axes.plot([100 * low, 100 * high], [place, place], "-", color=colour, linewidth=2)
+        axes.plot(100 * one.accuracy.mean, place, "o", color=colour)
+    axes.set_yticks(range(len(result.methods)), [_shown(one.name) for one in result.methods])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"test accuracy (%), mean and {100 * result.confidence:g} % interval, {len(result.seeds)} seeds")
+
+
+def _draw_by_size(axes, result: Evaluation) -> None:
+    axes.figure.set_size_inches(7, 5)
+    random = [one for one in result.methods if one.kind == "random"]
+    _bars(axes, random, "0.5", "random subsets", "-o")
+    for place, one in enumerate(one for one in result.methods if one.kind in ("list", "dynamic")):
+        _bars(axes, [one], f"C{place % 10}", _shown(one.name), "s")
+    for one in result.methods:
+        if one.kind == EVERYTHING:
+            axes.axhline(100 * one.accuracy.mean, color="black", linewidth=1, linestyle="--", label=EVERYTHING)
+    axes.set(xlabel="training images kept", ylabel="test accuracy (%)")
+    axes.legend(fontsize="small")
+
+
+def _bars(axes, methods: list[Method], colour: str, label: str, style: str) -> None:
+    middle = [100 * one.accuracy.mean for one in methods]
+    half = [0 if one.accuracy.low is None else 100 * (one.accuracy.high - one.accuracy.mean) for one in methods]
+    axes.errorbar([one.kept for one in methods], middle, half, fmt=style, color=colour, label=label, capsize=2)
+
+
+def figure_scaling(result: Scaling) -> bytes:
+    """PNG: error against the number kept, a panel an order, with the Pareto envelope and the fits to all data."""
+    orders = [one for one in dict.fromkeys(point.order for point in result.points) if one != ALL] or [ALL]
+    figure, first = _figure(1.2 + 4 * len(orders), 4.2, panels=len(orders))
+    panels = first if len(orders) > 1 else [first]
+    for axes, order in zip(panels, orders, strict=True):
+        _draw_panel(axes, result, order)
+        axes.set(xscale="log", yscale="log", xlabel="training images kept", title=order)
+        axes.legend(fontsize="x-small")
+    panels[0].set_ylabel(f"test error, mean of {len(result.seeds)} seeds")
+    return _png(figure)
+
+
+def _draw_panel(axes, result: Scaling, order: str) -> None:
+    for number, curve in enumerate(one for one in result.curves if one.order in (order, ALL) and one.keep is not None):
+        points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
+        half = [0 if one.error.low is None else one.error.high - one.error.mean for one in points]
+        colour = "black" if curve.order == ALL else f"C{number}"
+        label = "everything kept" if curve.order == ALL else f"keep {curve.keep:g}"
+        kept, errors = [one.kept for one in points], [one.error.mean for one in points]
+        axes.errorbar(kept, errors, half, fmt=".-", color=colour, label=label, capsize=2)
+        if curve.order == ALL and curve.fits and curve.fits.best:
+            law = curve.fits.law(curve.fits.best)
+            axes.plot(kept, fits.predict(law.name, law.parameters, kept), ":", color=colour, label=f"fit: {law.name}")
+    for curve in result.curves:
+        if curve.order == order and curve.keep is None:
+            axes.plot(curve.kept, curve.errors, "--", color="0.4", linewidth=3, alpha=0.5, label="Pareto envelope")
+
+
+def _figure(width: float, height: float, panels: int = 1):
+    """A figure without pyplot, whose global state is not ours to change."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, sharey=panels > 1)
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _shown(name: str) -> str:
+    """A name as a figure can hold it: `$` starts no formula, bytes that are not UTF-8 are escaped."""
+    return name.encode(sys.getfilesystemencoding(), "backslashreplace").decode("utf-8", "replace").replace("$", r"\$")

@@ -1,0 +1,344 @@
+"""Training runs that differ by what they train on: planned, keyed, done once, and taken up again where they stopped.
+
+A run is (rows or a sampler, weights, seed, steps). Its result is one small JSON file named by the sha256 of everything
+that determines it: both sets' contents, recipe, rows, weights, sampler, seed, steps, versions and the kind of device.
+What this module does not know: which runs are worth comparing, and what their accuracies mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import protoprune
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.lists import write_file
+
+FORMAT = 1
+DYNAMIC = {
+    "random": "RandomDynamicSampler",
+    "egreedy": "EpsilonGreedySampler",
+    "ucb": "UCBSampler",
+    "infobatch": "InfoBatchSampler",
+    "rs2": "RS2Sampler",
+}
+_BELOW_MEAN = 2 / 3  # share of the losses below their mean that InfoBatch's number of epochs is foreseen with
+_SUBSETS = 0x5AB5  # keeps the draws of subsets apart from the other things that a seed decides
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `method` is what its results are filed under, and not part of its key."""
+
+    method: str
+    seed: int
+    rows: np.ndarray | None = None  # (m,) int64 ascending; None: all
+    weights: np.ndarray | None = None  # (n,) float32 loss weights
+    steps: int | None = None  # None: the recipe's epochs
+    sampler: dict | None = None  # {"name": one of DYNAMIC, "keep": fraction, options of its class} in place of rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has left."""
+
+    accuracy: float
+    correct: list[int]  # a class
+    total: list[int]  # test images of each class
+    seconds: float  # of training alone
+    steps: int
+    curve: list[list[float]]  # [epoch, training seconds, accuracy] after each epoch, where asked for
+    cached: bool = False
+
+    def class_accuracy(self) -> list[float | None]:
+        """(classes,) share of each class that is right; None for a class without test images."""
+        return [right / of if of else None for right, of in zip(self.correct, self.total, strict=True)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a series of runs stands, after one of them."""
+
+    done: int
+    total: int
+    cached: int  # of those done, found in the folder
+    run: Run
+    outcome: Outcome
+    seconds_left: float | None  # None until a run has been timed
+
+
+def random_rows(n: int, size: int, seed: int) -> np.ndarray:
+    """(size,) rows of n at random, ascending: the first of one permutation a seed, so smaller sets lie in larger."""
+    return np.sort(np.random.default_rng([_SUBSETS, seed]).permutation(n)[:size])
+
+
+def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_path: Sequence[str] | None = None):
+    """The rows, (m,) int64 ascending, of a list's paths, or of row indices into `every_path` (default: examples').
+
+    Raises ProtopruneError when the list names what is not among the examples, names it twice, or names nothing.
+    """
+    if isinstance(listed, np.ndarray):
+        listed = _paths_of_indices(listed, list(every_path if every_path is not None else examples.paths), name)
+    listed = [_relative(path, examples) for path in listed]
+    row_of = {path: row for row, path in enumerate(examples.paths)}
+    missing = [path for path in listed if path not in row_of]
+    if missing:
+        reasons = dict(getattr(examples, "unreadable", ()))
+        why = f" cannot be read: {reasons[missing[0]]}" if missing[0] in reasons else " is not there"
+        raise ProtopruneError(
+            f"{name}: {len(missing):,} of its {len(listed):,} images are not usable training images of "
+            f"{examples.root} (first: {missing[0]}{why}); lists hold paths relative to the training set's root"
+        )
+    if not listed:
+        raise ProtopruneError(f"{name}: lists no image")
+    rows = np.unique([row_of[path] for path in listed])
+    if len(rows) < len(listed):
+        raise ProtopruneError(f"{name}: {len(listed) - len(rows):,} images are listed more than once; list each once")
+    return rows
+
+
+def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: str) -> np.ndarray:
+    """(m,) loss weights of the rows of a list, from a weight a path. Raises ProtopruneError where one is missing."""
+    by_path = {_relative(path, examples): weight for path, weight in weights.items()}
+    missing = [examples.paths[row] for row in rows if examples.paths[row] not in by_path]
+    if missing:
+        raise ProtopruneError(
+            f"{name}: {len(missing):,} of {len(rows):,} images have no weight (first: {missing[0]}); give each one"
+        )
+    return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
+
+
+def _relative(path: str, examples) -> str:
+    return path.removeprefix(os.path.join(os.path.abspath(examples.root), "")).removeprefix("./")
+
+
+def _paths_of_indices(indices: np.ndarray, paths: list[str], name: str) -> list[str]:
+    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+        raise ProtopruneError(f"{name}: {indices.dtype} of shape {indices.shape}, expected one row index an image")
+    outside = indices[(indices < 0) | (indices >= len(paths))]
+    if len(outside):
+        raise ProtopruneError(
+            f"{name}: {len(outside):,} of its row indices are not in the training set of {len(paths):,} images "
+            f"(first: {outside[0]}); it was made for another set"
+        )
+    return [paths[row] for row in indices]
+
+
+def run_all(
+    runs: Sequence[Run],
+    train,
+    test,
+    recipe,
+    *,
+    folder: str | os.PathLike | None = None,
+    fit: Callable | None = None,
+    device: str = "auto",
+    curves: bool = False,
+    on_run: Callable[[Step], None] | None = None,
+) -> list[Outcome]:
+    """The outcome of each run, in order: from `folder` where it is there, else trained and, with a folder, kept.
+
+    train, test: `training.Examples`; recipe: `training.loop.Recipe`; fit: takes the place of `training.loop.fit`
+    (tests). Runs with the same key are done once. With `curves` the accuracy after each epoch is recorded too, and a
+    kept result without it does not count. `on_run` is called after each run.
+    """
+    shared = _shared_key(train, test, recipe, device)
+    fit = fit or _real_fit()
+    if folder is not None:
+        _make_folder(folder)
+    known: dict[str, Outcome] = {}
+    outcomes, cached = [], 0
+    clock = _Clock([_planned_steps(run, len(train.paths), recipe) for run in runs])
+    for number, run in enumerate(runs):
+        key = {**shared, **_own_key(run)}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        outcome = known.get(name) or _read(folder, name, key, curves)
+        if outcome is not None:
+            cached += 1
+        else:
+            began = time.perf_counter()
+            outcome = _train(run, train, test, recipe, fit, device, curves)
+            clock.measured(number, time.perf_counter() - began)
+            _write(folder, name, key, outcome, run)
+        known[name] = dataclasses.replace(outcome, cached=True)
+        outcomes.append(outcome)
+        if on_run:
+            on_run(Step(number + 1, len(runs), cached, run, outcome, clock.left(number + 1)))
+    return outcomes
+
+
+def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Outcome:
+    labels, classes = np.asarray(test.labels), len(train.classes)
+    curve: list[list[float]] = []
+
+    def note(epoch: int, seconds: float, predictions) -> None:
+        curve.append([int(epoch), float(seconds), float(np.mean(np.asarray(predictions) == labels))])
+
+    how = {"rows": run.rows, "weights": run.weights, "seed": run.seed, "steps": run.steps, "device": device}
+    if run.sampler is not None:
+        sizes = {"n": len(train.paths), "steps": run.steps, "batch_size": recipe.batch_size}
+        how["sampler"] = make_sampler(**run.sampler, **sizes, seed=run.seed)
+    if curves:
+        how["on_epoch"] = note
+    result = fit(train, test, recipe, **how)
+    right = np.asarray(result.predictions) == labels
+    return Outcome(
+        float(right.mean()),
+        np.bincount(labels[right], minlength=classes).tolist(),
+        np.bincount(labels, minlength=classes).tolist(),
+        float(result.seconds),
+        int(result.steps),
+        curve,
+    )
+
+
+def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch_size: int, **options):
+    """A sampler of `protoprune.samplers` over n rows; `options` are those of its class.
+
+    InfoBatch ends with full data and so has to know its number of epochs, which depends on the losses: it is foreseen
+    from the steps, with two thirds of the losses below their mean.
+    """
+    check_dynamic({"name": name, "keep": keep})
+    try:
+        from protoprune import samplers
+    except ImportError:
+        raise ProtopruneError("--dynamic: this installation has no protoprune.samplers; upgrade it") from None
+    if name == "infobatch" and "epochs" not in options:
+        from protoprune.training.loop import steps_per_epoch
+
+        epoch = steps_per_epoch(round(n * (1 - _BELOW_MEAN * (1 - keep))), batch_size)
+        options = {"epochs": max(1, round(steps / epoch)), **options}
+    return getattr(samplers, DYNAMIC[name])(n, keep, seed=seed, **options)
+
+
+def check_dynamic(sampler: dict) -> None:
+    """Raise UsageError for a dynamic method that is not known, or a fraction out of range."""
+    if sampler.get("name") not in DYNAMIC:
+        raise UsageError(f"--dynamic {sampler.get('name')}: expected one of {', '.join(DYNAMIC)}")
+    if not 0 < sampler.get("keep", 0) <= 1:
+        raise UsageError(f"--keep {sampler.get('keep', 0):g}: expected the fraction to keep, above 0 and at most 1")
+
+
+def kept_count(keep: float, n: int) -> int:
+    """round(keep * n) and at least 1, as lists are cut."""
+    return max(1, round(keep * n))
+
+
+def steps_for(rows: int, recipe) -> int:
+    """Optimizer steps of the recipe's epochs over so many rows."""
+    from protoprune.training.loop import steps_per_epoch
+
+    return recipe.epochs * steps_per_epoch(rows, recipe.batch_size)
+
+
+def _planned_steps(run: Run, n: int, recipe) -> int:
+    return run.steps or steps_for(n if run.rows is None else len(run.rows), recipe)
+
+
+class _Clock:
+    """Time left, from the seconds a step of the runs done here."""
+
+    def __init__(self, steps: list[int]):
+        self.steps = steps
+        self.seconds = self.stepped = 0.0
+
+    def measured(self, number: int, seconds: float) -> None:
+        self.seconds += seconds
+        self.stepped += self.steps[number]
+
+    def left(self, done: int) -> float | None:
+        return self.seconds / self.stepped * sum(self.steps[done:]) if self.stepped else None
+
+
+def _real_fit() -> Callable:
+    from protoprune.training.loop import fit
+
+    return fit
+
+
+# --- keys and kept results -------------------------------------------------------------------------------------------
+
+
+def _shared_key(train, test, recipe, device: str) -> dict:
+    import torch
+
+    settings = dataclasses.asdict(recipe)
+    if settings.get("weights"):
+        settings["weights"] = _file_digest(settings["weights"])
+    return {
+        "format": FORMAT,
+        "train": train.fingerprint(),
+        "test": test.fingerprint(),
+        "recipe": settings,
+        "device": device_kind(device),
+        "torch": torch.__version__,
+        "protoprune": protoprune.__version__,
+    }
+
+
+def _own_key(run: Run) -> dict:
+    return {
+        "rows": _digest(run.rows, np.int64),
+        "weights": _digest(run.weights, np.float64),
+        "sampler": run.sampler,
+        "seed": run.seed,
+        "steps": run.steps,
+    }
+
+
+def _digest(array: np.ndarray | None, kind) -> str | None:
+    return None if array is None else hashlib.sha256(np.ascontiguousarray(array, kind).tobytes()).hexdigest()
+
+
+def _file_digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
+
+
+def device_kind(device: str) -> str:
+    """'cpu', or the name of the GPU that `device` stands for."""
+    import torch
+
+    from protoprune.device import resolve_device
+
+    found = resolve_device(device)
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+
+
+def _make_folder(folder: str | os.PathLike) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
+
+
+def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) -> Outcome | None:
+    """The kept result; none, a damaged one or one without the curve asked for costs a run, never the answer."""
+    if folder is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(Path(folder, f"{name}.json").read_text())
+        if kept["key"] == key:
+            outcome = Outcome(**kept["outcome"], cached=True)
+            return outcome if outcome.curve or not curves else None
+    return None
+
+
+def _write(folder: str | os.PathLike | None, name: str, key: dict, outcome: Outcome, run: Run) -> None:
+    if folder is None:
+        return
+    result = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "cached"}
+    text = json.dumps({"method": run.method, "key": key, "outcome": result}, indent=1)
+    write_file(os.path.join(folder, f"{name}.json"), text.encode())

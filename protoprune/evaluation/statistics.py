@@ -1,0 +1,156 @@
+"""Accuracies over seeds -> intervals, paired differences and verdicts.
+
+Pure numbers: knows nothing of training, lists or files. The one decision taken here is what "better than random" means.
+
+A list is one fixed set of images, and a random list of its size is better or worse than the average random list too, by
+the luck of its draw. Training that one list with many seeds measures its luck ever more exactly, but does not remove
+it: a paired t test over seeds calls a random list "better" or "worse" far more often than at the 5 % it promises (up
+to 30 % with five seeds). So for a list the variance of the mean difference is
+
+    s_d^2 / n  +  s_r^2        s_d: paired differences, s_r: random subsets, one drawn for each seed
+
+where s_r^2 bounds the luck of one draw from above (it holds the training noise as well). With t on n - 1 degrees of
+freedom the rate of false verdicts is then at most the stated one: the mean is independent of both variances, and a
+positive mixture of chi-squares is less dispersed than a single one. What is drawn anew for each seed (a sampler) has
+no such luck in common, and gets the plain paired t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from protoprune.errors import UsageError
+
+VERDICTS = ("better", "worse", "undecided")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n seeds with its two-sided t interval; low and high are None with one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference to a reference. Positive means better; all in the unit of the values (accuracy: 0 to 1)."""
+
+    difference: float
+    low: float | None  # the interval that p and the verdict rest on: seeds, and for a list the luck of its draw
+    high: float | None
+    seeds_low: float | None  # the interval over seeds alone: of this very list against the average random one
+    seeds_high: float | None
+    p: float | None  # two-sided, for no difference
+    n: int
+    p_adjusted: float | None = None  # Holm, over all comparisons of one command
+    verdict: str = "undecided"  # better, worse or undecided
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean and t interval of (n,) values, n >= 1."""
+    values = _values(values)
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = _quantile(confidence, n) * math.sqrt(values.var(ddof=1) / n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def compare(
+    values: Sequence[float],
+    reference: Sequence[float],
+    *,
+    one_draw: bool,
+    confidence: float = 0.95,
+    resolution: float = 0.0,
+) -> Comparison:
+    """The mean of values - reference, (n,) each and paired by seed, with its interval and p value; no verdict yet.
+
+    one_draw: the values belong to one fixed list, the reference to a random subset drawn for each seed (see above).
+    resolution: the smallest step of the values (1 / test images), below which a standard deviation is not believed: two
+    seeds that happen to agree would otherwise prove anything.
+    """
+    values, reference = _values(values), _values(reference)
+    if values.shape != reference.shape:
+        raise UsageError(f"{len(values)} values against {len(reference)}: a paired difference needs the same seeds")
+    gap = values - reference
+    n, mean = len(gap), float(gap.mean())
+    if n == 1:
+        return Comparison(mean, None, None, None, None, None, 1)
+    from scipy.stats import t
+
+    seeds = math.sqrt(max(gap.var(ddof=1), resolution**2) / n)
+    luck = max(reference.var(ddof=1), resolution**2) if one_draw else 0.0
+    error = math.sqrt(seeds**2 + luck)
+    quantile = _quantile(confidence, n)
+    p = 1.0 if mean == 0 else 0.0 if error == 0 else float(2 * t.sf(abs(mean) / error, n - 1))
+    return Comparison(
+        mean, mean - quantile * error, mean + quantile * error, mean - quantile * seeds, mean + quantile * seeds, p, n
+    )
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p values, (m,): rejecting where they are <= a errs anywhere at most at the rate a."""
+    p_values = np.asarray(p_values, np.float64)
+    m = len(p_values)
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(m)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * (m - np.arange(m))))
+    return adjusted
+
+
+def judge(comparisons: Sequence[Comparison], *, confidence: float = 0.95) -> list[Comparison]:
+    """The comparisons with Holm-adjusted p values and verdicts: all of them err at most at the rate 1 - confidence."""
+    adjusted = iter(holm([one.p for one in comparisons if one.p is not None]))
+    judged = []
+    for one in comparisons:
+        if one.p is None:
+            judged.append(one)
+            continue
+        p = float(next(adjusted))
+        shown = p <= 1 - confidence
+        verdict = ("better" if one.difference > 0 else "worse") if shown else "undecided"
+        judged.append(replace(one, p_adjusted=p, verdict=verdict))
+    return judged
+
+
+def sentence(one: Comparison, *, against: str = "random", confidence: float = 0.95) -> str:
+    """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
+    if one.low is None:
+        return f"{_points(one.difference)} points {against}, but one seed gives no interval and so no verdict"
+    span = f"{_points(one.low)} to {_points(one.high)}, {one.n} seeds"
+    if one.verdict != "undecided":
+        return f"{one.verdict} than {against} by {abs(100 * one.difference):.1f} points ({span})"
+    text = f"no difference to {against} shown at this n ({_points(one.difference)} points, {span})"
+    if one.low > 0 or one.high < 0:
+        return text + "; its own interval leaves 0 out, but not after allowing for the other comparisons"
+    if one.seeds_low > 0 or one.seeds_high < 0:
+        return text + "; such a gap to the average random list can be the luck of one draw"
+    return text
+
+
+def _points(value: float) -> str:
+    text = f"{100 * value:.1f}"
+    return "0.0" if text == "-0.0" else text
+
+
+def _quantile(confidence: float, n: int) -> float:
+    from scipy.stats import t
+
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence {confidence:g}: expected a number between 0 and 1, such as 0.95")
+    return float(t.ppf((1 + confidence) / 2, n - 1))
+
+
+def _values(values: Sequence[float]) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise UsageError(f"values {values.tolist()}: expected one finite number a seed")
+    return values

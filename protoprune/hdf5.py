@@ -1,0 +1,171 @@
+"""HDF5 files that survive being killed: space reserved first, a lock, and names as blocks of bytes.
+
+The one place that knows how HDF5 behaves; `features` and `records` say what is in their files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import h5py
+import numpy as np
+
+import protoprune
+from protoprune.errors import ProtopruneError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: the `format` and `format_version` attributes that mark it, and how to speak of it."""
+
+    format: str
+    version: int
+    what: str  # 'feature file'
+    command: str  # the command that makes one
+
+
+def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
+    """The file, if it is there, can be read and is of this kind; else ProtopruneError."""
+    if not os.path.exists(path):
+        raise ProtopruneError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`")
+    try:
+        file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
+    except OSError as error:
+        if isinstance(error, PermissionError) or "ermission" in str(error):
+            raise ProtopruneError(f"{path}: permission denied") from None
+        if "lock" in str(error):
+            raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
+        maker = " ".join(kind.command.split()[:2])
+        if path.endswith(".partial"):
+            raise ProtopruneError(f"{path}: a damaged unfinished run; delete it and run `{maker}` again") from None
+        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{maker}` wrote") from None
+    if plain(file.attrs.get("format")) != kind.format:
+        file.close()
+        maker = " ".join(kind.command.split()[:2])
+        raise ProtopruneError(f"{path}: an HDF5 file, but not a {kind.what} of `{maker}`")
+    if file.attrs["format_version"] != kind.version:
+        version = file.attrs["format_version"]
+        file.close()
+        raise ProtopruneError(f"{path}: {kind.what} version {version}, this program reads {kind.version}; upgrade it")
+    return file
+
+
+def create(path: str, kind: Kind) -> h5py.File:
+    """A new file that is marked with its kind, a uuid, the date and our version."""
+    file = h5py.File(path, "w")
+    file.attrs["format"], file.attrs["format_version"] = kind.format, kind.version
+    file.attrs["uuid"] = uuid.uuid4().hex
+    file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    file.attrs["protoprune"] = protoprune.__version__
+    return file
+
+
+def reserve(path: str, mode: str, size: int) -> None:
+    """Make a file at least `size` bytes long on the disk, so that a full disk is found out now."""
+    with open(path, mode) as file:
+        if not hasattr(os, "posix_fallocate"):  # macOS: there a full disk is found out while writing
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise  # any other error: a file system that reserves nothing
+
+
+def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=None, dtype=None) -> None:
+    """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
+    shape, dtype = (data.shape, data.dtype) if data is not None else (shape, dtype)
+    if 0 in shape:  # h5py stores an empty array without space
+        file.create_dataset(name, shape, dtype)
+        return
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
+    if data is not None:
+        file[name][...] = data
+
+
+@contextlib.contextmanager
+def lock(out: str) -> Iterator[None]:
+    """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
+    import fcntl
+
+    path = out + ".lock"
+    try:
+        file = _locked(path, fcntl)
+    except BlockingIOError:
+        with contextlib.suppress(OSError), open(path) as holder:
+            who = holder.read().strip()
+        raise ProtopruneError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
+    except OSError as error:
+        raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        file.close()
+
+
+def _locked(path: str, fcntl):
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}")
+                file.flush()
+                return file
+        except OSError:
+            file.close()
+            raise
+        file.close()  # its holder removed it between our open and our flock: this lock guards nothing
+
+
+def block(names: list[str]) -> np.ndarray:
+    """Names as one array of bytes, each followed by a NUL byte."""
+    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+
+
+def split(dataset: h5py.Dataset) -> list[str]:
+    """The names of a `block`."""
+    return os.fsdecode(dataset[:].tobytes()).split("\0")[:-1]
+
+
+def text(value: str) -> str | np.void:
+    """A path as an attribute: text where it is valid UTF-8, raw bytes otherwise."""
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return np.void(os.fsencode(value))
+
+
+def plain(value):
+    """An attribute as a plain Python value."""
+    if isinstance(value, np.void):
+        return os.fsdecode(value.tobytes())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def disk_trouble(path: str, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{path}: cannot write ({reason}); what is done is kept: make room or choose another -o, and run it again"
+
+
+def sync(path: str) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

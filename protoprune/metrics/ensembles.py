@@ -1,0 +1,82 @@
+"""Correctness and votes of many models -> difficulty: one float32 an example, larger = harder.
+
+What this module does not know: files, how the models were trained, and how good an estimate is: with few models on
+either side of a difference it is mostly noise (Feldman & Zhang 2020 used 2,000 to 4,000 of them).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protoprune.errors import UsageError
+
+REDUCTIONS = ("max", "sum_abs")
+BLOCK_BYTES = 64 << 20  # of the influence matrix held at a time, twice
+
+
+def memorization(correct: np.ndarray, subset: np.ndarray) -> np.ndarray:
+    """P[right | trained on it] - P[right | not trained on it] of each example (Feldman & Zhang 2020).
+
+    correct, subset: (models, n) bool. NaN where all models or none were trained on the example.
+    """
+    inside, right = subset.sum(axis=0), (correct & subset).sum(axis=0)
+    return difference(right, inside, correct.sum(axis=0) - right, len(subset) - inside)
+
+
+def difference(right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray):
+    """(n,) float32: share right among the models with the example minus that among those without; NaN for 0 models."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (right_in / models_in - right_out / models_out).astype(np.float32)
+
+
+def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max", rows: int | None = None) -> np.ndarray:
+    """Influence of each training example on the test set, reduced to one number (Feldman & Zhang 2020).
+
+    subset: (models, n) bool; test_correct: (models, n_test) bool. infl(i, j) = P[test j right | trained on i] -
+    P[test j right | not], reduced over j by its maximum ('max') or by the sum of its absolute values ('sum_abs').
+    High influence is kept first, as in the scores that Sorscher et al. released. The (n, n_test) matrix is made `rows`
+    training examples at a time (default: what BLOCK_BYTES holds). NaN where all models or none were trained on i.
+    """
+    if reduce not in REDUCTIONS:
+        raise UsageError(f"influence reduced by {reduce!r}: expected one of {', '.join(REDUCTIONS)}")
+    models, n = subset.shape
+    right = test_correct.astype(np.float32)  # counts up to 2^24 are exact
+    if right.shape[1] == 0:
+        raise UsageError("influence on an empty test set: record the models with test images")
+    total = right.sum(axis=0)  # (n_test,)
+    rows = rows or max(1, BLOCK_BYTES // (4 * right.shape[1]))
+    result = np.empty(n, np.float32)
+    for first in range(0, n, rows):
+        inside = subset[:, first : first + rows].astype(np.float32)  # (models, b)
+        count = inside.sum(axis=0)[:, None]  # (b, 1)
+        matrix = inside.T @ right  # (b, n_test): models that have i and get j right
+        without = total - matrix
+        with np.errstate(invalid="ignore", divide="ignore"):
+            matrix /= count
+            without /= models - count
+        matrix -= without
+        part = matrix.max(axis=1) if reduce == "max" else np.abs(matrix, out=matrix).sum(axis=1, dtype=np.float64)
+        result[first : first + rows] = part
+    return result
+
+
+def ddd(correct: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Share of the models that misclassify each example: dichotomous data difficulty (Meding et al. 2022).
+
+    correct: (models, n) bool; counts: (models, n) bool, which models count for which example, None for all. 0 is
+    'trivial', 1 'impossible'. NaN where no model counts.
+    """
+    counts = np.ones(correct.shape, bool) if counts is None else counts
+    with np.errstate(invalid="ignore"):
+        return ((~correct & counts).sum(axis=0) / counts.sum(axis=0)).astype(np.float32)
+
+
+def vote_entropy(votes: np.ndarray) -> np.ndarray:
+    """Entropy in nats of an ensemble's votes, (n, classes) counts: 0 when all agree, up to log(classes).
+
+    NaN where there is no vote.
+    """
+    votes = np.asarray(votes, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = votes / votes.sum(axis=1, keepdims=True)
+        return -np.where(share == 0, 0.0, share * np.log(share)).sum(axis=1).astype(np.float32)

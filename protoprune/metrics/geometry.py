@@ -1,0 +1,146 @@
+"""Positions in an embedding -> difficulty: features (n, d) in, (n,) float32 out, larger = harder (kept first).
+
+Features are an array or an HDF5 dataset of any float type, read in chunks; rows that are not `usable` (or have no class
+where classes matter) come out as NaN. What this module does not know: files, encoders, k-means (see `prototypes`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+
+CHUNK = 65_536
+K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by one unless told otherwise
+FARTHEST = 2.0  # the largest 1 - cosine there is
+
+
+def supervised_prototypes(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+    """1 - cosine to the mean of the normalised features of the example's class (Sorscher et al. 2022).
+
+    labels: (n,) integers, -1 for none. The only image of a class lies at its own mean and ranks easiest.
+    """
+    rows = _labelled(labels, usable)
+    means = _class_means(features, labels, rows, True)
+    return _distance_to_mean(features, labels, rows, means, True)
+
+
+def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+    """Moderate coreset (Xia et al. 2023): minus |d - median of d|, d the Euclidean distance to the class mean.
+
+    Neither the nearest nor the farthest images are kept first but those at the median distance, so 'larger = harder'
+    reads 'larger = kept first' here. One median over all classes, as in the paper; its code takes the middle ranks
+    instead and the coordinate-wise median as the centre.
+    """
+    rows = _labelled(labels, usable)
+    means = _class_means(features, labels, rows, False)
+    distance = _distance_to_mean(features, labels, rows, means, False)
+    return -np.abs(distance - np.median(distance[rows])) if rows.any() else distance
+
+
+def k_center(
+    features, ids: Sequence[str], budget: float | None = None, seed: int = 0, usable: np.ndarray | None = None
+) -> np.ndarray:
+    """k-center greedy (Sener & Savarese 2018): from a random image on, always the one farthest from those chosen.
+
+    The score is the distance, 1 - cosine, to the chosen set: at the moment of its choice for a chosen image, at the end
+    for the others, 2 for the first. It never rises from one choice to the next and no image left over exceeds the last
+    choice, so keeping the largest scores keeps the images in the order of choosing, then the rest, farthest first.
+    budget: the share of the images that is chosen (default: a tenth, at most 10,000); n * budget * n * d
+    multiplications, and the features as float32 in memory. The start and ties depend on the seed and the ids, not on
+    the order of the rows.
+    """
+    if budget is not None and not 0 < budget <= 1:
+        raise UsageError(f"--budget {budget:g}: expected the share of images to choose, above 0 and at most 1")
+    usable = np.ones(len(ids), bool) if usable is None else usable
+    rows = np.flatnonzero(usable)
+    order = np.argsort(hashes([ids[row] for row in rows], seed), kind="stable")
+    points = np.empty((len(rows), features.shape[1]), np.float32)
+    place = np.full(len(ids), -1)
+    place[rows[order]] = np.arange(len(rows))
+    for here, x in _chunks(features, usable, True):
+        points[place[here]] = x
+    share = min(round(K_CENTER_SHARE * len(rows)), K_CENTER_MOST) if budget is None else round(budget * len(rows))
+    scores = np.full(len(ids), np.nan, np.float32)
+    scores[rows[order]] = _farthest_first(points, max(1, share)) if len(rows) else 0
+    return scores
+
+
+def _farthest_first(points: np.ndarray, k: int) -> np.ndarray:
+    """(m,) float32 distances to the chosen set, see `k_center`; points (m, d) of length 1, the first one is chosen."""
+    nearest = np.full(len(points), np.inf, np.float32)  # distance to the chosen set; -1 for its members
+    scores = np.empty(len(points), np.float32)
+    chosen, distance = 0, FARTHEST
+    for _ in range(k):
+        scores[chosen] = distance
+        np.minimum(nearest, np.clip(1 - points @ points[chosen], 0, FARTHEST), out=nearest)
+        nearest[chosen] = -1
+        chosen = int(nearest.argmax())
+        distance = nearest[chosen]
+        if distance < 0:  # all are chosen
+            return scores
+    left = nearest >= 0
+    scores[left] = nearest[left]
+    return scores
+
+
+def random(ids: Sequence[str], seed: int = 0) -> np.ndarray:
+    """Uniform numbers in [0, 1) from a seeded hash of each id: the same image gets the same one in any folder order."""
+    return ((hashes(ids, seed) >> np.uint64(40)) / np.float32(1 << 24)).astype(np.float32)  # 24 bits: exact in float32
+
+
+def hashes(ids: Sequence[str], seed: int) -> np.ndarray:
+    """(n,) uint64: a hash of each id that depends on the seed, and differs from the one that breaks ties."""
+    key = seed.to_bytes(8, "little", signed=True)
+    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
+    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key, person=b"metrics").digest() for one in encoded)
+    return np.frombuffer(joined, "<u8")
+
+
+def _labelled(labels: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
+    return (labels >= 0) if usable is None else (labels >= 0) & usable
+
+
+def _chunks(features, rows: np.ndarray, normalise: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row numbers, their float32 features) of the marked rows, in slices, since HDF5 is slow at single rows."""
+    for first in range(0, features.shape[0], CHUNK):
+        here = np.flatnonzero(rows[first : first + CHUNK])
+        if not len(here):
+            continue
+        x = features[first : first + CHUNK][here].astype(np.float32)
+        if not np.isfinite(x).all():
+            row = first + here[~np.isfinite(x).all(axis=1)][0]
+            raise ProtopruneError(f"features of row {row} are NaN or infinite; embed the images again")
+        if normalise:  # a zero vector stays zero: its cosine with anything is 0, its distance 1
+            norm = np.linalg.norm(x, axis=1, keepdims=True)
+            x /= np.where(norm > 0, norm, 1)
+        yield first + here, x
+
+
+def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool) -> np.ndarray:
+    """(classes, d) float32 mean of each class's features; of length 1 when `normalise`."""
+    classes = int(labels.max(initial=-1)) + 1
+    sums = np.zeros((classes, features.shape[1]))
+    for here, x in _chunks(features, rows, normalise):
+        by_class = np.argsort(labels[here], kind="stable")
+        found, starts = np.unique(labels[here][by_class], return_index=True)
+        sums[found] += np.add.reduceat(x[by_class], starts, axis=0, dtype=np.float64)
+    if normalise:
+        length = np.linalg.norm(sums, axis=1, keepdims=True)
+    else:
+        length = np.bincount(labels[rows], minlength=classes)[:, None]
+    return (sums / np.where(length > 0, length, 1)).astype(np.float32)
+
+
+def _distance_to_mean(features, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool) -> np.ndarray:
+    distance = np.full(features.shape[0], np.nan, np.float32)
+    for here, x in _chunks(features, rows, normalise):
+        own = means[labels[here]]
+        if normalise:
+            distance[here] = np.clip(1 - np.einsum("nd,nd->n", x, own), 0, FARTHEST)
+        else:
+            distance[here] = np.linalg.norm(x - own, axis=1)
+    return distance

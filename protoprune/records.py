@@ -1,0 +1,227 @@
+"""The training record: one HDF5 file that says how models in training saw every example, readable with plain h5py.
+
+Layout (format version 1; m models, e recorded epochs, n training examples, t test examples):
+
+    path, classes      uint8   names, each followed by a NUL byte     label   int32 (n,)
+    epoch              int32   (e,) after how many epochs of training each recorded row was taken
+    subset             uint8   (m, n) 1 where the model was trained on the example
+    prediction         uint16  (m, e, n)
+    true_probability, margin, error_norm, loss, entropy, change and, where asked for, gradient_norm  float16 (m, e, n)
+    test_path, test_label, test_prediction uint16 (m, e, t), test_true_probability float16 (m, e, t)
+    committed          int32   (m,) recorded epochs of each model that are finished
+
+What the statistics are is said in `training.statistics`; everything else about the run is in the attributes. While a
+run is under way the file is called `<name>.partial`; it gets its name by a rename. What this module does not know:
+how models are trained, what metrics make of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from protoprune import hdf5
+from protoprune.errors import ProtopruneError
+
+KIND = hdf5.Kind("protoprune-record", 1, "training record", "protoprune record IMAGES")
+STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
+_OVERHEAD = 65_536  # bytes of HDF5's own
+
+
+class Record:
+    """A finished training record, opened for reading; a context manager.
+
+    Attributes: path, n, models, epochs (recorded ones), epoch_numbers (e,), statistics (names), provenance (dict).
+    Raises ProtopruneError when the file is missing, damaged or something else.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        if not os.path.exists(self.path) and os.path.exists(partial_path(self.path)):
+            with Record(partial_path(self.path)) as partial:
+                done, total = int(partial.committed.sum()), partial.models * partial.epochs
+            raise ProtopruneError(
+                f"{self.path}: not finished, {done} of {total} epochs are recorded; "
+                "run the same `protoprune record` again, it does the rest"
+            )
+        self._file = hdf5.open_file(self.path, "r", KIND)
+        self.models, self.epochs, self.n = self._file["prediction"].shape
+        self.epoch_numbers = self._file["epoch"][:]
+        self.statistics = ("prediction", *(name for name in STORED if name in self._file))
+        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    @property
+    def paths(self) -> list[str]:
+        """The n ids, in row order."""
+        return hdf5.split(self._file["path"])
+
+    @property
+    def classes(self) -> list[str]:
+        return hdf5.split(self._file["classes"])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64"""
+        return self._file["label"][:].astype(np.int64)
+
+    @property
+    def subset(self) -> np.ndarray:
+        """(models, n) bool: which examples each model was trained on."""
+        return self._file["subset"][:].astype(bool)
+
+    @property
+    def committed(self) -> np.ndarray:
+        """(models,) finished epochs; all of them unless this is a partial file."""
+        return self._file["committed"][:]
+
+    def read(self, name: str, model: int, rows: slice = slice(None)) -> np.ndarray:
+        """(epochs, rows) of one statistic of one model: float32, int64 for prediction."""
+        return _wide(self._read(name)[model, :, rows])
+
+    def last(self, name: str) -> np.ndarray:
+        """(models, n): a statistic at each model's last recorded epoch."""
+        return self.at(name, self.epochs - 1)
+
+    def at(self, name: str, epoch: int) -> np.ndarray:
+        """(models, n): a statistic at recorded epoch number `epoch` (an index, not a number of epochs)."""
+        return _wide(self._read(name)[:, epoch, :])
+
+    def _read(self, name: str):
+        if name not in self._file:
+            hint = "; record it with --gradients" if name == "gradient_norm" else ""
+            raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
+        return self._file[name]
+
+    @property
+    def test_paths(self) -> list[str]:
+        """Ids of the test examples; empty without a test set."""
+        return hdf5.split(self._file["test_path"]) if "test_path" in self._file else []
+
+    @property
+    def test_labels(self) -> np.ndarray | None:
+        """(t,) int64, None without a test set."""
+        return self._file["test_label"][:].astype(np.int64) if "test_label" in self._file else None
+
+    @property
+    def test_prediction(self) -> np.ndarray:
+        """(models, t) int64 at the last recorded epoch."""
+        return self.test_at("test_prediction", self.epochs - 1)
+
+    @property
+    def test_true_probability(self) -> np.ndarray:
+        """(models, t) float32 at the last recorded epoch."""
+        return self.test_at("test_true_probability", self.epochs - 1)
+
+    def test_at(self, name: str, epoch: int) -> np.ndarray:
+        """(models, t): test_prediction or test_true_probability at recorded epoch number `epoch` (an index)."""
+        if name not in self._file:
+            raise ProtopruneError(f"{self.path}: holds no predictions on a test set; record with --test")
+        return _wide(self._file[name][:, epoch, :])
+
+
+class PartialRecord:
+    """The record of a run under way."""
+
+    def __init__(self, out: str):
+        self.out = out
+        self._file = hdf5.open_file(partial_path(out), "r+", KIND)
+        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
+
+    @property
+    def committed(self) -> np.ndarray:
+        """(models,) how many recorded epochs are finished."""
+        return self._file["committed"][:]
+
+    def write(self, models: slice, epoch: int, values: dict[str, np.ndarray]) -> None:
+        """Write (models, n) or (models, t) arrays by dataset name for one recorded epoch, and wait for the disk."""
+        try:
+            for name, value in values.items():
+                self._file[name][models, epoch, :] = value
+            self._file.flush()
+        except OSError as error:
+            raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
+
+    def commit(self, models: slice, epochs: int) -> None:
+        """Note that the first `epochs` recorded epochs of these models are finished."""
+        self._file["committed"][models] = epochs
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Give the finished record its name."""
+        self.close()
+        hdf5.sync(partial_path(self.out))
+        os.replace(partial_path(self.out), self.out)
+        hdf5.sync(os.path.dirname(os.path.abspath(self.out)))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self._file.close()
+
+
+def partial_path(out: str) -> str:
+    return out + ".partial"
+
+
+def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False) -> int:
+    """Bytes of a record, names not counted."""
+    a_row = 2 + 2 * (len(STORED) - (not gradients))
+    return models * (epochs * (n * a_row + test * 4) + n) + n * 4 + test * 4 + _OVERHEAD
+
+
+def create(
+    out: str,
+    provenance: dict,
+    *,
+    paths: Sequence[str],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    subset: np.ndarray,
+    epoch_numbers: Sequence[int],
+    gradients: bool = False,
+    test_paths: Sequence[str] = (),
+    test_labels: np.ndarray | None = None,
+) -> None:
+    """Create `<out>.partial` with its space reserved, so a disk that is too small is found out before the training."""
+    path, n, test = partial_path(out) + ".new", len(paths), len(test_paths)
+    (models, _), epochs = subset.shape, len(epoch_numbers)
+    names = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
+    try:
+        hdf5.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + names)
+        with hdf5.create(path, KIND) as file:
+            for name, value in provenance.items():
+                file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
+            hdf5.dataset(file, "path", hdf5.block(paths))
+            hdf5.dataset(file, "classes", hdf5.block(classes))
+            hdf5.dataset(file, "label", labels.astype(np.int32))
+            hdf5.dataset(file, "epoch", np.asarray(epoch_numbers, np.int32))
+            hdf5.dataset(file, "subset", subset.astype(np.uint8))
+            hdf5.dataset(file, "committed", np.zeros(models, np.int32))
+            hdf5.dataset(file, "prediction", shape=(models, epochs, n), dtype=np.dtype(np.uint16))
+            for name in STORED:
+                if name != "gradient_norm" or gradients:
+                    hdf5.dataset(file, name, shape=(models, epochs, n), dtype=np.dtype(np.float16))
+            if test:
+                hdf5.dataset(file, "test_path", hdf5.block(test_paths))
+                hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
+                hdf5.dataset(file, "test_prediction", shape=(models, epochs, test), dtype=np.dtype(np.uint16))
+                hdf5.dataset(file, "test_true_probability", shape=(models, epochs, test), dtype=np.dtype(np.float16))
+        hdf5.reserve(path, "r+b", os.path.getsize(path))
+        hdf5.sync(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise ProtopruneError(hdf5.disk_trouble(path, error)) from None
+    os.replace(path, partial_path(out))
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)

@@ -1,0 +1,27 @@
+"""Score tables: one number an image, in a file that anyone can open, and how two rankings compare.
+
+A larger score means a harder example, whatever a file says: what is read is turned round where it has to be. What this
+package does not know: where scores come from, and what is done with them.
+
+    table.py      a table in a file: write_scores, read_table, the header, the direction
+    columns.py    which column is the path and which is the score, in files that others wrote
+    matching.py   a table's rows -> rows of the images: read_scores, match
+    ranks.py      spearman, overlap
+"""
+
+from protoprune.scores.matching import ScoreTable, match, read_scores
+from protoprune.scores.ranks import mean_overlap, overlap, spearman
+from protoprune.scores.table import Table, read_table, turned, write_scores
+
+__all__ = [
+    "ScoreTable",
+    "Table",
+    "match",
+    "mean_overlap",
+    "overlap",
+    "read_scores",
+    "read_table",
+    "spearman",
+    "turned",
+    "write_scores",
+]

@@ -1,0 +1,203 @@
+"""Which column of somebody's table is the path and which is the score.
+
+Columns are found by name, else by what they hold. What could be meant in two ways is an error that names the columns,
+never a guess: a ranking by the class label looks like any other ranking. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from protoprune.errors import ProtopruneError
+
+# Names as `_plain` leaves them; the first of the tuple that occurs is taken.
+_NAME_KEYS = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
+_UNSURE_KEYS = ("image", "img", "id", "imageid", "name", "key", "sample", "example")  # names or row numbers
+_INDEX_KEYS = ("index", "idx", "row", "rowindex", "rownumber", "imageindex", "sampleindex")
+_SCORES = ("score", "scores", "metricscore", "difficulty", "distance", "value")
+_COUNTERS = ("", "unnamed0", *_INDEX_KEYS)
+_SAMPLE = 50  # rows that are looked at
+_DELIMITERS = ("\t", ";", "|", ",", " ", "")  # "": the last blank of each line, for names that hold blanks
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where key and score are. `kind` of the keys: name, index (row numbers) or unsure (either)."""
+
+    key: int | None  # None: no keys, one score a row
+    score: int
+    kind: str
+    header: bool
+
+
+def find_columns(rows: Sequence[Sequence[str]]) -> Columns:
+    """Columns of a table whose first rows are given as text; ProtopruneError (which names no file) when unclear."""
+    first, rest = rows[0], rows[1:]
+    names = [_plain(name) for name in first]
+    key = _named(names, (*_NAME_KEYS, *_UNSURE_KEYS))
+    score = _named(names, _SCORES)
+    if key is None or score is None:
+        numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
+        header = bool(rest) and (key is not None or score is not None or _is_header(first, numeric))
+        if not header:
+            names, key, score = [""] * len(first), None, None
+        if len(first) == 1 and numeric:
+            return Columns(None, 0, "index", header)
+        if key is None:
+            key = _find_key(first, names, rest or rows, numeric, score)
+        if score is None:
+            score = _find_score(first, rest or rows, numeric, key, names if header else None)
+    else:
+        header = True
+    kinds = {**dict.fromkeys(_NAME_KEYS, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
+    return Columns(key, score, kinds.get(names[key], "unsure"), header)
+
+
+def _find_key(first, names: list[str], rows, numeric: list[int], score: int | None) -> int:
+    """The only column of text, else row numbers: a column that is called so, or a first one of whole numbers."""
+    text = [column for column in range(len(first)) if column not in numeric and column != score]
+    if len(text) == 1:
+        return text[0]
+    index = _named(names, _INDEX_KEYS)
+    if not text and index is not None:
+        return index
+    if not text and numeric[0] != score and all(row[0].strip().isdecimal() for row in rows):
+        return 0
+    raise ProtopruneError(
+        f"which of its columns {', '.join(first)} is the path? add a header line that names path and score"
+    )
+
+
+def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | None) -> int:
+    """The only column of numbers, not counting one that only numbers the rows."""
+    candidates = [column for column in numeric if column != key]
+    if len(candidates) > 1 and names is not None:
+        candidates = [column for column in candidates if names[column] not in _COUNTERS]
+    elif len(candidates) > 1 and candidates[0] == 0:
+        cells = [row[0].strip() for row in rows]
+        start = int(cells[0]) if cells[0].isdecimal() else 0
+        if cells == [str(start + place) for place in range(len(cells))]:
+            candidates = candidates[1:]
+    if len(candidates) == 1:
+        return candidates[0]
+    advice = "name it score (and the other one path)" if names else "add a header line that names path and score"
+    raise ProtopruneError(f"which of its columns {', '.join(first)} is the score? {advice}")
+
+
+def _plain(name: str) -> str:
+    """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
+    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
+
+
+def _named(names: list[str], wanted: Sequence[str]) -> int | None:
+    return next((names.index(name) for name in wanted if name in names), None)
+
+
+def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
+    values = [row[column] if len(row) > column else "none" for row in rows]
+    return any(value.strip() for value in values) and all(number(value) is not None for value in values)
+
+
+def _is_header(first: Sequence[str], numeric: list[int]) -> bool:
+    """Names stand where the other rows have numbers, or no path at all (pandas writes `,0` over a Series)."""
+    cells = [first[column].strip() for column in numeric]
+    return first[0].strip() == "" or (bool(cells) and all(cell and number(cell) is None for cell in cells))
+
+
+def number(text: str) -> float | None:
+    """A cell's value: NaN when it is empty, None when it is no number."""
+    text = text.strip()
+    if not text:
+        return math.nan
+    try:
+        return float(text) if "_" not in text else None  # Python reads 1_0 as ten
+    except ValueError:
+        return {"true": 1.0, "false": 0.0}.get(text.lower())
+
+
+# --- delimited text --------------------------------------------------------------------------------------------------
+
+
+def parse_text(text: str, delimiter: str | None = None) -> tuple[list[str] | None, list[float], str]:
+    """(keys or None, scores, kind of the keys) of delimited text.
+
+    With a `delimiter` the columns are path and score under a header. Raises ProtopruneError (which names no file) and
+    csv.Error. Without it, a line that starts with # is a comment, unless it reads like a row: `#1.png,0.5`.
+    """
+    layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text)
+    pairs, scores = _extract(text, *layout, comments=not delimiter and "#" in text)
+    if not scores:
+        raise ProtopruneError("a header and no rows")
+    columns = layout[1]
+    return (None if columns.key is None else [key for key, _ in pairs]), scores, columns.kind
+
+
+def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
+    """Rows that are not blank, comments included."""
+    lines = io.StringIO(text, newline="")
+    if delimiter == "":
+        rows = (line.rsplit(None, 1) for line in lines)
+    elif delimiter == " ":
+        rows = csv.reader((line.strip() + "\n" for line in lines), delimiter=" ", skipinitialspace=True)
+    else:
+        rows = csv.reader(lines, delimiter=delimiter)
+    return (row for row in rows if row)
+
+
+def _layout(text: str) -> tuple[str, Columns]:
+    """The delimiter under which the first rows have clear columns, best all of one width; else why there is none."""
+    reason = None
+    for even, delimiter in itertools.product((True, False), _DELIMITERS):
+        if delimiter == "" and reason:  # or any text would end in a column of its own
+            continue
+        try:
+            rows = _sample(text, delimiter)
+            widths = {len(row) for row in rows}
+            if not rows or (even and len(widths) > 1) or (len(rows[0]) == 1 and (delimiter or len(widths) > 1)):
+                continue
+            return delimiter, find_columns(rows)
+        except (ProtopruneError, csv.Error) as error:
+            if isinstance(error, csv.Error) or len(rows[0]) > 1:
+                reason = reason or error
+    raise reason or ProtopruneError("expected rows of path and score, separated by comma, semicolon, tab, bar or blank")
+
+
+def _sample(text: str, delimiter: str) -> list[list[str]]:
+    """The first rows; those that look like comments only when there are no others."""
+    rows = list(itertools.islice(_rows(text, delimiter), 4 * _SAMPLE))
+    return ([row for row in rows if not row[0].startswith("#")] or rows)[:_SAMPLE]
+
+
+def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tuple[list[tuple[str, str]], list[float]]:
+    """(key, cell) and score of every row of data."""
+    key, score = columns.key or 0, columns.score
+    rows = _rows(text, delimiter)
+    above = _skip_header(rows) if columns.header else 0
+    try:
+        pairs = [(row[key], row[score]) for row in rows]
+        scores = [float(cell) for _, cell in pairs]
+        if not comments and not any("_" in cell for _, cell in pairs):
+            return pairs, scores
+    except (IndexError, ValueError):  # a missing score, a comment, or what cannot be read
+        pass
+    pairs, scores = [], []
+    for place, row in enumerate(itertools.islice(_rows(text, delimiter), above, None), above + 1):
+        if comments and row[0].startswith("#") and row[0][1:2] in ("", " ", "\t"):
+            continue
+        value = number(row[score]) if len(row) > max(key, score) else None
+        if value is not None:
+            pairs.append((row[key], row[score]))
+            scores.append(value)
+        elif not comments or not row[0].startswith("#"):
+            raise ProtopruneError(f"row {place} has no number in column {score + 1}: {row}")
+    return pairs, scores
+
+
+def _skip_header(rows: Iterator[list[str]]) -> int:
+    """Go past the header and the comments above it; how many rows that was."""
+    return next(place for place, row in enumerate(rows, 1) if not row[0].startswith("#"))

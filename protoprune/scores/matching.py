@@ -1,0 +1,206 @@
+"""A table's rows -> rows of the images, tolerantly about the root that the paths are relative to, and never by guess.
+
+A key and a path match when they are equal, or when one is the end of the other at a folder's border (another root, a
+bare file name), or likewise without the path's suffix. One such form is taken for the whole table, so that a stray
+`old/cat/1.png` never becomes the score of `cat/1.png` in a table that is about this root. A key that could be several
+images, and several keys that could be one image, are ambiguous and stay out. Everything is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError
+from protoprune.scores.table import Table, read_table
+
+_NONE, _AMBIGUOUS = -1, -2
+
+
+@dataclass
+class ScoreTable:
+    """Scores matched to images; what did not match is counted, on both sides."""
+
+    scores: np.ndarray  # (n,) float64, larger = harder, NaN where the table has no score for the image
+    unmatched_rows: list[str]  # paths of the table that are no image here
+    missing: int  # images without a score
+    ambiguous: list[str] = field(default_factory=list)  # paths of the table that may mean several images, or share one
+    matched_by: str = "path"  # how paths and rows were matched, in words
+    metric: str = ""  # empty when the file does not say
+    direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
+    provenance: dict = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a user should know about how the table was read, a line each."""
+        who = {
+            "header": "direction from its header",
+            "released": "a released ImageNet file, in which higher means keep",
+            "given": "direction from --higher-is",
+            "assumed": "a higher score is taken as harder, since the table does not say (--higher-is)",
+        }
+        lines = [f"metric {self.metric}, {who[self.direction]}" if self.metric else who[self.direction]]
+        if self.matched_by != "path":
+            lines.append(f"matched by {self.matched_by}")
+        if self.ambiguous:
+            lines.append(
+                f"{len(self.ambiguous):,} table rows could mean several images, or share one, and are left out, "
+                f"first {self.ambiguous[0]}"
+            )
+        return lines
+
+
+def read_scores(source: str | os.PathLike, paths: Sequence[str], *, higher_is: str | None = None) -> ScoreTable:
+    """Read a score table (see `read_table`) and match it to the images `paths`.
+
+    Raises ProtopruneError for what cannot be read, and when no row names an image.
+    """
+    return match(read_table(source, higher_is=higher_is), paths)
+
+
+def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True) -> ScoreTable:
+    """The table's scores in the order of `paths`. `row_numbers` says whether keys may be the places in `paths`."""
+    n = len(paths)
+    if table.keys is None:
+        if table.scores.shape != (n,):
+            raise ProtopruneError(f"{table.source}: shape {table.scores.shape}, expected ({n},): one score an image")
+        rows, matched_by = np.arange(n), "place: one score a row"
+    else:
+        rows, matched_by = _match_keys(table, paths, row_numbers)
+    hit = rows >= 0
+    scores = np.full(n, np.nan)
+    scores[rows[hit]] = table.scores[hit]
+    unmatched, ambiguous = (
+        list(itertools.compress(table.keys or [], (rows == why).tolist())) for why in (_NONE, _AMBIGUOUS)
+    )
+    missing = int(np.isnan(scores).sum())
+    facts = (table.metric, table.direction, table.provenance)
+    return ScoreTable(scores, unmatched, missing, ambiguous, matched_by, *facts)
+
+
+def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:
+    if table.kind == "index":
+        return _row_numbers(table, len(paths)), "row number"
+    rows, matched_by = _by_name(table.keys, paths)
+    found = rows >= 0
+    if table.kind == "unsure" and row_numbers and _could_be_row_numbers(table.keys, len(paths)):
+        numbers = np.array([int(key) for key in table.keys])
+        if not found.any():
+            return numbers, "row number"
+        unlike = np.flatnonzero(found & (numbers != rows))
+        if len(unlike):
+            raise ProtopruneError(
+                f"{table.source}: {table.keys[unlike[0]]!r} may be a row number or the file "
+                f"{paths[rows[unlike[0]]]}; name its column index or path"
+            )
+    if not found.any():
+        what = "could be several images" if (rows == _AMBIGUOUS).any() else "names an image"
+        raise ProtopruneError(
+            f"{table.source}: {'each' if 'could' in what else 'none'} of its {len(table.keys):,} rows {what} "
+            f"(it has {table.keys[0]!r}, the images are like {paths[0]!r}); paths must be relative to the same root"
+        )
+    return rows, matched_by
+
+
+def _could_be_row_numbers(keys: Sequence[str], n: int) -> bool:
+    if not all(len(key) <= 9 and key.isascii() and key.isdigit() for key in keys):
+        return False
+    numbers = set(map(int, keys))
+    return len(numbers) == len(keys) and max(numbers) < n
+
+
+def _row_numbers(table: Table, n: int) -> np.ndarray:
+    try:
+        rows = np.array([int(key) for key in table.keys], np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ProtopruneError(f"{table.source}: its index column holds no row number ({error})") from None
+    for wrong in (rows.min(), rows.max()):
+        if not 0 <= wrong < n:
+            raise ProtopruneError(
+                f"{table.source}: row number {wrong}, expected 0 to {n - 1}; is the table about other images?"
+            )
+    if len(np.unique(rows)) < len(rows):
+        raise ProtopruneError(f"{table.source}: a row number occurs twice (as 1 and 01); give one score an image")
+    return rows
+
+
+def _by_name(keys: Sequence[str], paths: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The first form that matches at least half of the smaller side; if none does, the first that matches anything."""
+    enough = min(len(keys), len(paths)) / 2
+    best, most = (np.full(len(keys), _NONE), "path"), -1
+    for rows, how in _forms(keys, paths):
+        found = int((rows >= 0).sum())
+        if found and found >= enough:
+            return rows, how
+        if most < 1 and (found or (rows != _NONE).any()) and found > most:
+            best, most = (rows, how), found
+    return best
+
+
+def _forms(keys: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[np.ndarray, str]]:
+    """(row of each key, how it was found), for one form after the other; each costs a second or two at a million."""
+    index = _index(paths)
+    yield _equal(keys, index), "path"
+    if "\\" in "".join(keys) and not any("/" in key for key in keys):  # written on Windows
+        keys = [key.replace("\\", "/") for key in keys]
+        yield _equal(keys, index), "path"
+    yield _keys_end_in_paths(keys, index), "path, relative to another root"
+    key_index = _index(keys)
+    yield _paths_end_in_keys(paths, key_index, len(keys)), "the end of the path"
+    stems = [os.path.splitext(path)[0] for path in paths]
+    index = _index(stems)
+    yield _equal(keys, index), "path without suffix"
+    yield _keys_end_in_paths(keys, index), "path without suffix, relative to another root"
+    yield _paths_end_in_keys(stems, key_index, len(keys)), "the end of the path without suffix"
+
+
+def _index(names: Sequence[str]) -> dict[str, int]:
+    """name -> its place, or _AMBIGUOUS for a name that occurs twice."""
+    index = {name: place for place, name in enumerate(names)}
+    if len(index) < len(names):
+        seen: set[str] = set()
+        index.update({name: _AMBIGUOUS for name in names if name in seen or seen.add(name)})
+    return index
+
+
+def _equal(keys: Sequence[str], index: dict[str, int]) -> np.ndarray:
+    return _once(np.fromiter(map(index.get, keys, itertools.repeat(_NONE)), np.int64, len(keys)))
+
+
+def _ends(names: Sequence[str], index: dict[str, int]) -> np.ndarray:
+    """For each name what `index` has for the longest of its ends that it knows."""
+
+    def find(name: str) -> int:
+        start = 0
+        while (found := index.get(name[start:])) is None:
+            start = name.find("/", start) + 1
+            if not start:
+                return _NONE
+        return found
+
+    return np.fromiter(map(find, names), np.int64, len(names))
+
+
+def _keys_end_in_paths(keys: Sequence[str], index: dict[str, int]) -> np.ndarray:
+    return _once(_ends(keys, index))
+
+
+def _paths_end_in_keys(paths: Sequence[str], index: dict[str, int], n_keys: int) -> np.ndarray:
+    places = _ends(paths, index)
+    hit = np.flatnonzero(places >= 0)
+    rows = np.full(n_keys, _NONE)
+    rows[places[hit]] = hit
+    rows[np.bincount(places[hit], minlength=n_keys) > 1] = _AMBIGUOUS
+    return rows
+
+
+def _once(rows: np.ndarray) -> np.ndarray:
+    """Rows that were found by one key only; the others become _AMBIGUOUS."""
+    found = rows >= 0
+    if found.any():
+        twice = np.bincount(rows[found]) > 1
+        rows[found] = np.where(twice[rows[found]], _AMBIGUOUS, rows[found])
+    return rows

@@ -1,0 +1,316 @@
+"""A score table in a file: writing it, and reading other people's.
+
+What is written is CSV (path, score), or Parquet when the name ends in .parquet, through gzip when it ends in .gz; the
+bytes depend on nothing but the arguments. The first line (in Parquet the schema's metadata) says what it is:
+
+    # protoprune-scores: {"metric": "el2n", "higher": "harder", "type": "float32", "protoprune": …, "provenance": …}
+
+What is read is turned round so that a larger score means harder. This module does not know the images: `matching` does.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from protoprune import __version__
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.lists import write_file
+from protoprune.scores.columns import find_columns, parse_text
+
+_MARK = "# protoprune-scores: "
+_META = b"protoprune-scores"
+# What a higher score means, in the words that people use: `keep` is what hard-first keeps.
+_HIGHER = {"harder": "harder", "keep": "harder", "easier": "easier", "prune": "easier"}
+
+# github.com/rgeirhos/dataset-pruning-metrics, the scores of Sorscher et al. 2022. Its README (commit 129bcd7): "high
+# scores indicate keeping an example is beneficial", for all of them; active-learning is 0 or 1.
+RELEASED = (
+    "DDD", "EL2N-1-model", "EL2N-20-models", "active-learning", "forgetting", "influence-max", "influence-sum-abs",
+    "memorization", "random-100", "random-101", "random-102", "random-103", "random-104",
+    "self-supervised-prototypes", "supervised-prototypes",
+)  # fmt: skip
+_RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
+
+
+@dataclass
+class Table:
+    """A score table as its file has it, but for the direction: a larger score is harder."""
+
+    source: str
+    keys: list[str] | None  # r paths or row numbers; None: one score a row of the images
+    kind: str  # of the keys: name, index (row numbers) or unsure (either)
+    scores: np.ndarray  # (r,) float64, NaN where a row has none
+    metric: str = ""  # empty when the file does not say
+    direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
+    provenance: dict = field(default_factory=dict)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_scores(
+    path: str | os.PathLike, paths: Sequence[str], scores: np.ndarray, *, metric: str, provenance: dict | None = None
+) -> None:
+    """Write n scores (larger = harder) of n relative paths; the file appears whole or not at all.
+
+    float32 and float64 scores come back from `read_scores` bit for bit, NaN as no score. Paths may hold anything that a
+    file name can; in Parquet the column is binary when one of them is not UTF-8. Raises UsageError for an array of
+    another shape or type and for a name of another format, ProtopruneError when the file cannot be written.
+    """
+    path = os.fspath(path)
+    scores = np.asarray(scores)
+    if scores.shape != (len(paths),) or scores.dtype.kind not in "fiub":
+        raise UsageError(
+            f"{path}: scores of shape {scores.shape} and type {scores.dtype}, expected {len(paths)} numbers, one a path"
+        )
+    if scores.dtype not in (np.float32, np.float64):
+        scores = scores.astype(np.float64 if scores.itemsize > 2 else np.float32)
+    header = json.dumps(
+        {
+            "metric": metric,
+            "higher": "harder",
+            "type": str(scores.dtype),
+            "protoprune": __version__,
+            "provenance": provenance or {},
+        },
+        default=_plain_value,
+    )
+    suffix = check_name(path)
+    data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
+    write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
+
+
+def check_name(path: str | os.PathLike) -> str:
+    """The suffix that decides the format, without .gz; UsageError for one of another format."""
+    suffix = _suffix(os.fspath(path))
+    if suffix in (".npy", ".npz", ".jsonl", ".h5", ".json"):
+        raise UsageError(f"{path}: score tables are written as .csv, .tsv or .parquet, each with .gz or without")
+    return ".parquet" if suffix == ".pq" else suffix
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _plain_value(value):
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _csv(paths: Sequence[str], scores: np.ndarray, header: str, suffix: str) -> bytes:
+    delimiter = "\t" if suffix == ".tsv" else ","
+    cells = scores.astype(str).tolist()  # the shortest digits that give this number in its own type
+    for row in np.flatnonzero(np.isnan(scores)).tolist():
+        cells[row] = ""
+    joined = "\n".join(paths)
+    if not any(mark in joined for mark in ('"', "\r", delimiter)) and joined.count("\n") == max(0, len(paths) - 1):
+        body = "".join([f"{path}{delimiter}{cell}\n" for path, cell in zip(paths, cells, strict=True)])
+    else:
+        body = "".join([f"{_quoted(path)}{delimiter}{cell}\n" for path, cell in zip(paths, cells, strict=True)])
+    return os.fsencode(f"{_MARK}{header}\npath{delimiter}score\n{body}")
+
+
+def _quoted(path: str) -> str:
+    return '"' + path.replace('"', '""') + '"'
+
+
+def _parquet(path: str, paths: Sequence[str], scores: np.ndarray, header: str) -> bytes:
+    pyarrow = _pyarrow(path)
+    raw = [os.fsencode(one) for one in paths]
+    try:
+        names = pyarrow.array(raw, pyarrow.binary()).cast(pyarrow.string())
+    except pyarrow.ArrowInvalid:
+        names = pyarrow.array(raw, pyarrow.binary())
+    columns = {"path": names, "score": pyarrow.array(scores, from_pandas=True)}  # NaN -> null
+    table = pyarrow.table(columns).replace_schema_metadata({_META: header.encode()})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _pyarrow(path: str = ""):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ProtopruneError(
+            f"{path + ': ' if path else ''}Parquet needs pyarrow, which is not installed; "
+            "pip install 'protoprune[tables]', or take a .csv instead"
+        ) from None
+    return pyarrow
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Table:
+    """Read a score table whose images are not known yet.
+
+    Read are delimited text (comma, tab, semicolon, bar or blanks; with or without a header; comment lines), JSON lines,
+    Parquet, .npy and .npz, each through gzip or not. Keys are paths or row numbers; .npy and a text of one column have
+    none. `higher_is` (keep, prune, harder or easier) says what a higher score means in a file that does not say it
+    itself; without both, harder is assumed. Raises ProtopruneError for what cannot be read or contradicts itself.
+    """
+    source = os.fspath(source)
+    check_higher(higher_is)
+    if not os.path.isfile(source):
+        raise UsageError(f"--scores {source}: no such file")
+    keys, scores, kind, header = _read(source)
+    higher, direction = _direction(source, header, higher_is)
+    if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
+        scores = scores.astype(np.float32).astype(np.float64)
+    if higher == "easier":
+        scores = 0.0 - scores
+    if keys is not None:
+        keys = keys if header else [key.removeprefix("./") for key in keys]
+        _refuse_duplicates(source, keys)
+    released = _RELEASED_FILE.fullmatch(os.path.basename(source))
+    metric = header.get("metric") or (released[1] if released else "")
+    return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
+
+
+def turned(table: Table, higher_is: str | None) -> Table:
+    """The table with `higher_is` (as in `read_table`) applied, unless it has a direction of its own."""
+    check_higher(higher_is)
+    if higher_is is None or table.direction != "assumed":
+        return table
+    scores = table.scores if _HIGHER[higher_is] == "harder" else 0.0 - table.scores
+    return replace(table, scores=scores, direction="given")
+
+
+def check_higher(higher_is: str | None) -> None:
+    """Raise UsageError for a word that says nothing about direction."""
+    if higher_is is not None and higher_is not in _HIGHER:
+        raise UsageError(f"--higher-is {higher_is}: expected one of {', '.join(sorted(_HIGHER))}")
+
+
+def _direction(source: str, header: dict, higher_is: str | None) -> tuple[str, str]:
+    """(harder or easier, who says so)."""
+    given = _HIGHER.get(higher_is)
+    own, who, whose = header.get("higher"), "header", "its own header says"
+    if own is None and _RELEASED_FILE.fullmatch(os.path.basename(source)):
+        own, who, whose = "harder", "released", "it has the name of a released file, in which higher means"
+    if own is None:
+        return (given, "given") if given else ("harder", "assumed")
+    if own not in _HIGHER:
+        raise ProtopruneError(f"{source}: its header says higher is {own!r}, expected one of {', '.join(_HIGHER)}")
+    if given and given != _HIGHER[own]:
+        raise UsageError(f"--higher-is {higher_is}: contradicts {source}: {whose} {_HIGHER[own]}; leave the option out")
+    return _HIGHER[own], who
+
+
+def _refuse_duplicates(source: str, keys: list[str]) -> None:
+    if len(set(keys)) != len(keys):
+        seen: set[str] = set()
+        twice = next(key for key in keys if key in seen or seen.add(key))
+        raise ProtopruneError(f"{source}: {twice!r} occurs twice; give one score an image")
+
+
+def _read(source: str) -> tuple[list[str] | None, np.ndarray, str, dict]:
+    """(keys, scores as they stand, kind of the keys, header) of a file of any format."""
+    suffix = _suffix(source)
+    try:
+        data = Path(source).read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        if suffix == ".npy":
+            return _read_array(data)
+        if suffix == ".npz":
+            with np.load(io.BytesIO(data)) as arrays:
+                return _from_columns({name: arrays[name] for name in arrays.files}, {})
+        if data.startswith(b"PAR1"):
+            return _read_parquet(data)
+        if suffix in (".jsonl", ".ndjson"):
+            return _read_json_lines(data)
+        return _read_text(data)
+    except ProtopruneError as error:
+        raise ProtopruneError(f"{source}: {error}") from None
+    except (OSError, zlib.error) as error:
+        raise ProtopruneError(f"{source}: cannot be read ({error})") from None
+    except csv.Error as error:
+        raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
+    except (ValueError, TypeError, EOFError, AttributeError, NotImplementedError) as error:
+        what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
+        raise ProtopruneError(
+            f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from None
+
+
+def _read_text(data: bytes):
+    text = os.fsdecode(data).removeprefix("\ufeff")
+    header, delimiter = {}, None
+    if text.startswith(_MARK):
+        line, _, text = text.partition("\n")
+        header = _header(line.removeprefix(_MARK))
+        delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
+    keys, scores, kind = parse_text(text, delimiter)
+    return keys, np.array(scores, np.float64), kind, header
+
+
+def _header(text: str) -> dict:
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ProtopruneError(f"its header {_MARK.strip('# :')} is not valid JSON; remove the line or write it again")
+    return header
+
+
+def _read_array(data: bytes):
+    array = np.load(io.BytesIO(data)).astype(np.float64)
+    if array.ndim != 1:
+        raise ProtopruneError(f"shape {array.shape}, expected (n,): one score a row of the feature file")
+    return None, array, "index", {}
+
+
+def _read_json_lines(data: bytes):
+    records = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise ProtopruneError("expected one object with path and score a line")
+    return _from_columns({name: [record.get(name) for record in records] for name in records[0]}, {})
+
+
+def _read_parquet(data: bytes):
+    pyarrow = _pyarrow()
+    table = pyarrow.parquet.read_table(io.BytesIO(data))
+    header = (table.schema.metadata or {}).get(_META)
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        is_number = pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type)
+        columns[name] = column.to_numpy() if is_number else column.to_pylist()
+    return _from_columns(columns, _header(header.decode()) if header else {})
+
+
+def _from_columns(columns: dict[str, Sequence], header: dict):
+    """A table whose columns have names. Those of another length than the longest are no columns."""
+    columns = {name: column for name, column in columns.items() if np.ndim(column) == 1 or isinstance(column, list)}
+    length = max(map(len, columns.values()), default=0)
+    if not length:
+        raise ProtopruneError("a header and no rows")
+    columns = {name: column for name, column in columns.items() if len(column) == length}
+    sample = [[_text(column[row]) for column in columns.values()] for row in range(min(length, 50))]
+    if len(columns) == 1:
+        (values,) = columns.values()
+        return None, np.array(values, np.float64), "index", header
+    found = find_columns([list(columns), *sample])
+    columns = list(columns.values())
+    scores = np.array([np.nan if value is None else value for value in columns[found.score]], np.float64)
+    return [_text(value) for value in columns[found.key]], scores, found.kind, header
+
+
+def _text(value) -> str:
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    return "" if value is None else str(value)

@@ -1,0 +1,219 @@
+"""Labelled training examples in memory: pixels of an image folder, or vectors of a feature file.
+
+Row i of every array is the same example, sorted by path. Pixels are decoded once, in threads, to uint8 squares; a data
+set that is larger than memory lives in a memory-mapped file. What this module does not know: models, and which of the
+examples a training run uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
+from protoprune.device import cores
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import ImageList, list_folder
+
+_MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
+_BLOCK = 512  # images that one decoding task takes
+
+
+@dataclass
+class Examples:
+    """n labelled examples."""
+
+    root: str
+    paths: list[str]
+    labels: np.ndarray  # (n,) int64 index into classes
+    classes: list[str]
+    inputs: torch.Tensor  # uint8 (n, 3, s, s) pixels or float32 (n, d) vectors
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of images left out
+    unlabelled: int = 0  # images left out because no class folder holds them
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def vectors(self) -> bool:
+        """Whether the inputs are vectors, not pixels."""
+        return self.inputs.ndim == 2
+
+    def fingerprint(self) -> str:
+        """sha256 of paths, labels, classes and inputs: two sets with the same one train the same."""
+        digest = hashlib.sha256("\0".join([*self.classes, "", *self.paths]).encode("utf-8", "surrogateescape"))
+        digest.update(self.labels.tobytes())
+        for start in range(0, len(self), 4096):
+            digest.update(self.inputs[start : start + 4096].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_examples(
+    source: str | os.PathLike,
+    image_size: int = 32,
+    *,
+    classes: Sequence[str] | None = None,
+    cache: str | os.PathLike | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Examples:
+    """The labelled examples of an image folder (pixels) or of a feature file (vectors).
+
+    `classes` fixes the numbering of the classes, for a test set that must agree with its training set. Images without
+    a class and images that cannot be read are left out and counted. `cache` is a file for pixels that do not fit into
+    memory. `on_progress(done, total)` is called as images are decoded.
+
+    Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
+    """
+    source = os.fspath(source)
+    if os.path.isdir(source):
+        return _load_images(source, image_size, classes, cache, on_progress)
+    if not os.path.exists(source):
+        raise UsageError(f"{source}: no such image folder or feature file")
+    return _load_features(source, classes)
+
+
+def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
+    from protoprune.pruning import open_features
+
+    with open_features(source) as file:
+        labels, usable, own = file.labels, file.usable, file.classes
+        rows = np.flatnonzero(usable & (labels >= 0))
+        _require_classes(source, own, len(rows))
+        paths = file.paths
+        vectors = torch.from_numpy(file.features[:][rows].astype(np.float32))
+        unreadable = [(path, reason) for path, _, reason in file.failures()]
+        return Examples(
+            file.provenance["root"], [paths[row] for row in rows], _renumber(source, labels[rows], own, classes),
+            list(classes or own), vectors, unreadable, int((usable & (labels < 0)).sum()),
+        )  # fmt: skip
+
+
+def _load_images(root: str, size: int, classes, cache, on_progress) -> Examples:
+    images = list_folder(root)
+    labelled = np.flatnonzero(images.labels >= 0)
+    _require_classes(root, images.classes, len(labelled))
+    labels = _renumber(root, images.labels[labelled], images.classes, classes)
+    pixels, failed = _pixels(images, labelled, size, cache, on_progress)
+    kept = np.array([row not in failed for row in range(len(labelled))], bool)
+    if not kept.any():
+        raise ProtopruneError(f"{root}: none of its {len(labelled):,} labelled images can be read")
+    paths = [images.paths[row] for row in labelled]
+    if failed:
+        pixels = pixels[torch.from_numpy(np.flatnonzero(kept))]
+    return Examples(
+        images.root, [path for path, good in zip(paths, kept, strict=True) if good], labels[kept],
+        list(classes or images.classes), pixels, [(paths[row], reason) for row, reason in sorted(failed.items())],
+        len(images) - len(labelled),
+    )  # fmt: skip
+
+
+def _require_classes(source: str, classes: Sequence[str], labelled: int) -> None:
+    if not labelled or len(classes) < 2:
+        raise ProtopruneError(
+            f"{source}: training needs labels, and only {len(classes)} classes were found; put the images of each "
+            "class into a first-level folder of its own"
+        )
+
+
+def _renumber(source: str, labels: np.ndarray, own: Sequence[str], classes: Sequence[str] | None) -> np.ndarray:
+    """Labels by the numbering of `classes`, (n,) int64."""
+    if classes is None:
+        return labels.astype(np.int64)
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in own if name not in index]
+    if unknown:
+        raise ProtopruneError(
+            f"{source}: {len(unknown)} of its classes are not in the training set (first: {unknown[0]}); "
+            "the class folders of both must have the same names"
+        )
+    return np.array([index[name] for name in own], np.int64)[labels]
+
+
+def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
+    """uint8 (n, 3, s, s) of the listed rows, and position -> reason of those that cannot be read (left black)."""
+    if size < 8:
+        raise UsageError(f"--image-size {size}: expected at least 8")
+    preprocess = Preprocess(size, size if size <= 64 else round(size / 0.875), "bicubic")
+    shape = (len(rows), 3, size, size)
+    key = _cache_key(images, rows, preprocess)
+    if cache is not None:
+        found = _cached(os.fspath(cache), key, shape)
+        if found is not None:
+            return found
+        array = np.lib.format.open_memmap(f"{cache}.partial", "w+", np.uint8, shape)
+    else:
+        _check_memory(shape)
+        array = np.zeros(shape, np.uint8)
+    failed = _decode_all(images, rows, preprocess, array, on_progress)
+    if cache is not None:
+        array.flush()
+        np.savez(f"{cache}.failed.npz", key=key, rows=list(failed), reasons=[*failed.values(), ""])
+        os.replace(f"{cache}.partial", cache)
+    return torch.from_numpy(array), failed
+
+
+def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, array, on_progress) -> dict[int, str]:
+    silence_libtiff()
+    failed: dict[int, str] = {}
+
+    def decode_block(start: int) -> int:
+        torch.set_num_threads(1)
+        for position in range(start, min(start + _BLOCK, len(rows))):
+            row = rows[position]
+            path = os.path.join(images.root, images.paths[row])
+            try:
+                pixels = load(path, int(images.size[row]), int(images.mtime_ns[row]), preprocess)
+                array[position] = pixels.transpose(2, 0, 1)
+            except ImageError as error:
+                failed[position] = f"{Status(error.status).label}: {error.reason}"
+        return min(_BLOCK, len(rows) - start)
+
+    done = 0
+    with ThreadPoolExecutor(cores()) as pool:
+        for count in pool.map(decode_block, range(0, len(rows), _BLOCK)):
+            done += count
+            if on_progress:
+                on_progress(done, len(rows))
+    return failed
+
+
+def _check_memory(shape: tuple[int, ...]) -> None:
+    need = int(np.prod(shape, dtype=np.int64))
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: the allocation itself will tell
+        return
+    if need > _MEMORY_SHARE * free:
+        raise ProtopruneError(
+            f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {need / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; give --pixels FILE on a fast disk, or a smaller --image-size"
+        )
+
+
+def _cache_key(images: ImageList, rows: np.ndarray, preprocess: Preprocess) -> str:
+    digest = hashlib.sha256(repr(preprocess.describe()).encode())
+    digest.update("\0".join(images.paths).encode("utf-8", "surrogateescape"))
+    for array in (images.size, images.mtime_ns, rows):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _cached(cache: str, key: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[int, str]] | None:
+    """What an earlier run left in the cache file, if it is for exactly these images."""
+    try:
+        with np.load(f"{cache}.failed.npz") as side:
+            if str(side["key"]) != key:
+                return None
+            failed = dict(zip(side["rows"].astype(int).tolist(), side["reasons"].tolist()[:-1], strict=True))
+        array = np.lib.format.open_memmap(cache, "r")
+    except (OSError, ValueError, KeyError):
+        return None
+    # Copy on write: torch wants memory that it might write to, and nothing does.
+    return (torch.from_numpy(np.load(cache, mmap_mode="c")), failed) if array.shape == shape else None

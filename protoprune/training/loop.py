@@ -1,0 +1,380 @@
+"""One training loop for heads and networks, in which two runs differ by their subset alone.
+
+"Permute all, then filter": the order of an epoch is a permutation of all n examples, of which a subset takes its own
+in turn, and the augmentation of an example depends on (seed, epoch, example) only. So with the same seed two subsets
+show the images that they share in the same order with the same crops. Model, order and augmentation have seeds of
+their own, all derived from one number; torch's global generator is left as it was found.
+
+Data that fit on the device live there as uint8. Mixed precision where the hardware computes in bf16, channels_last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from protoprune.device import native_bf16, resolve_device
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.training import models
+from protoprune.training.examples import Examples
+
+AUGMENT = ("none", "crop-flip", "resized-crop")
+SCHEDULES = ("linear", "cosine", "steps")
+_SAMPLE = 8192  # examples that the normalisation of the inputs is measured on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. `Recipe.for_model` fills in what suits a model."""
+
+    model: str = "cnn"  # head, cnn, resnet18, timm:NAME
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1  # at its highest
+    momentum: float = 0.9  # Nesterov
+    weight_decay: float = 5e-4
+    schedule: str = "linear"  # to 0; or cosine, or steps: x 0.2 at 30, 60 and 80 % (Data Diet)
+    warmup: float = 0.15  # of all steps
+    augment: str = "crop-flip"
+    label_smoothing: float = 0.0
+    image_size: int = 32
+    width: int = 32  # of cnn
+    hidden: int = 0  # of head
+    weights: str | None = None  # file to start from
+    precision: str = "auto"  # fp32 or bf16
+    compile: bool = False
+
+    @classmethod
+    def for_model(cls, model: str, **given) -> Recipe:
+        """The defaults of a model with the given values in their place; None counts as not given."""
+        known = {
+            "head": {"epochs": 20, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "augment": "none"},
+            "resnet18": {"epochs": 20},
+        }.get(model, {"lr": 0.02, "weight_decay": 5e-4} if model.startswith("timm:") else {})
+        chosen = {**known, **{name: value for name, value in given.items() if value is not None}}
+        unknown = set(chosen) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise UsageError(f"{', '.join(sorted(unknown))}: no setting of a training recipe")
+        return cls(model=model, **chosen).checked()
+
+    def checked(self) -> Recipe:
+        """Itself, or UsageError for a value out of range."""
+        if self.epochs < 1 or self.batch_size < 1:
+            raise UsageError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: expected at least 1")
+        if not self.lr > 0:
+            raise UsageError(f"--lr {self.lr:g}: expected a number above 0")
+        if self.augment not in AUGMENT:
+            raise UsageError(f"--augment {self.augment}: expected one of {', '.join(AUGMENT)}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"--schedule {self.schedule}: expected one of {', '.join(SCHEDULES)}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"--precision {self.precision}: expected auto, fp32 or bf16")
+        return replace(self, augment="none") if self.model == "head" else self
+
+
+@dataclass
+class State:
+    """A run after one of its epochs; `model` is the live one, and goes on changing."""
+
+    epoch: int  # epochs done
+    step: int  # optimizer steps done
+    seconds: float  # of training alone
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def checkpoint(self) -> dict:
+        """Everything that a later `epochs(..., resume=)` needs, for torch.save."""
+        return {
+            "epoch": self.epoch, "step": self.step, "seconds": self.seconds,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+
+
+def epochs(
+    data: Examples,
+    recipe: Recipe,
+    *,
+    rows: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    sampler=None,
+    device: str | torch.device = "auto",
+    start: dict[str, torch.Tensor] | None = None,
+    resume: dict | None = None,
+) -> Iterator[State]:
+    """Train, and hand out the state after each epoch.
+
+    rows: (m,) indices of the subset, default all; weights: (n,) loss weights; steps: optimizer steps in all, instead
+    of recipe.epochs passes over the subset; sampler: chooses the rows of each epoch in place of `rows` (see
+    `protoprune.samplers`); start: a state dict to start from, classifier left out; resume: a `State.checkpoint()`.
+
+    Raises UsageError when the subset is empty, ProtopruneError when the loss is no longer a number.
+    """
+    device = resolve_device(device) if isinstance(device, str) else device
+    n = len(data)
+    mask = np.ones(n, bool) if rows is None else _mask(rows, n)
+    model = make_model(data, recipe, seed, start).to(device)
+    optimizer = torch.optim.SGD(
+        models.parameters_with_decay(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+    )  # fmt: skip
+    epoch = step = 0
+    seconds = 0.0
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        epoch, step, seconds = resume["epoch"], resume["step"], resume["seconds"]
+    total = steps if steps is not None else _total_steps(mask, sampler, recipe)
+    source = _Batches(data, device)
+    labels = torch.from_numpy(data.labels).to(device)
+    weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
+    forward = torch.compile(model) if recipe.compile else model
+    cast = autocast(recipe.precision, device, recipe.model)
+    while step < total:
+        began = time.perf_counter()
+        if sampler is None:
+            order = np.random.default_rng([seed, 1, epoch]).permutation(n)
+            chosen = order[mask[order]]
+        else:
+            sampler.set_epoch(epoch)
+            chosen = np.fromiter(sampler, np.int64)
+        augmentation = _Augmentation(recipe, n, seed, epoch)
+        model.train()
+        batches = _split(chosen, recipe.batch_size)[: total - step]
+        with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
+            for picked, inputs in stream:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * rate(recipe, step, total)
+                target = labels[picked.to(device)]
+                with cast():
+                    logits = forward(augmentation(inputs, picked))
+                losses = nn.functional.cross_entropy(
+                    logits.float(), target, reduction="none", label_smoothing=recipe.label_smoothing
+                )
+                loss = _weighted(losses, picked, weight, sampler)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                if sampler is not None:
+                    sampler.update(picked, losses.detach())
+        if not torch.isfinite(loss):
+            raise ProtopruneError(f"the loss is {loss.item()} after {step} steps; train with a smaller --lr")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        epoch += 1
+        seconds += time.perf_counter() - began
+        yield State(epoch, step, seconds, model, optimizer)
+
+
+def make_model(data: Examples, recipe: Recipe, seed: int, start: dict | None = None) -> nn.Module:
+    """The untrained model of a run; its normalisation is that of the whole set, whatever the subset."""
+    spread = np.linspace(0, len(data) - 1, min(len(data), _SAMPLE)).astype(np.int64)
+    with _seeded([seed, 0]):
+        model = models.build(
+            recipe.model, len(data.classes), data.inputs[torch.from_numpy(spread)], width=recipe.width,
+            hidden=recipe.hidden, weights=recipe.weights,
+        )  # fmt: skip
+    if start is not None:
+        models.start_from(model, start)
+    return model
+
+
+@dataclass
+class Fit:
+    """A finished run."""
+
+    predictions: np.ndarray  # (n_test,) int64, empty without a test set
+    seconds: float  # of training alone, evaluation not counted
+    steps: int
+    model: nn.Module
+
+
+def fit(
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    *,
+    on_epoch: Callable[[int, float, np.ndarray], None] | None = None,
+    **how,
+) -> Fit:
+    """Train to the end (`how` as for `epochs`) and predict the test set.
+
+    `on_epoch(epoch, training seconds so far, predictions on the test set)` costs an evaluation an epoch.
+    """
+    for state in epochs(train, recipe, **how):
+        if on_epoch:
+            on_epoch(state.epoch, state.seconds, predict(state.model, test, recipe.precision))
+    predictions = np.empty(0, np.int64) if test is None else predict(state.model, test, recipe.precision)
+    return Fit(predictions, state.seconds, state.step, state.model)
+
+
+def predict(model: nn.Module, data: Examples, precision: str = "auto") -> np.ndarray:
+    """(n,) int64: the most probable class of each example."""
+    return logits(model, data.inputs, precision=precision).argmax(1).numpy()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: torch.Tensor, *, precision: str = "auto", batch_size: int = 1024) -> torch.Tensor:
+    """float32 (n, c) logits on the host, in evaluation mode and without augmentation."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    cast = autocast(precision, device, "head" if inputs.ndim == 2 else "network")
+    parts = []
+    for part in inputs.split(batch_size):
+        with cast():
+            parts.append(model(part.to(device, non_blocking=True)).float().cpu())
+    model.train(was_training)
+    return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def rate(recipe: Recipe, step: int, total: int) -> float:
+    """The learning rate of a step, as a share of its highest."""
+    warm = recipe.warmup * total
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if recipe.schedule == "steps":
+        return 0.2 ** sum(step >= share * total for share in (0.3, 0.6, 0.8))
+    left = (total - step) / max(total - warm, 1)
+    return left if recipe.schedule == "linear" else 0.5 - 0.5 * float(np.cos(np.pi * left))
+
+
+def autocast(precision: str, device: torch.device, model: str):
+    """A maker of autocast contexts: bf16 for networks where the hardware computes in it, else nothing."""
+    if precision == "fp32" or (precision == "auto" and (model == "head" or not native_bf16(device))):
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def _mask(rows: np.ndarray, n: int) -> np.ndarray:
+    mask = np.zeros(n, bool)
+    mask[rows] = True
+    if not mask.any():
+        raise UsageError("the list keeps none of the training images; keep more")
+    return mask
+
+
+def _total_steps(mask: np.ndarray, sampler, recipe: Recipe) -> int:
+    if sampler is None:
+        return recipe.epochs * steps_per_epoch(int(mask.sum()), recipe.batch_size)
+    raise UsageError("a run with a sampler needs the number of steps: its epochs differ in length")
+
+
+def steps_per_epoch(m: int, batch_size: int) -> int:
+    """Batches of one pass over m examples; a last batch of one example is left out (batch norm needs two)."""
+    return max(1, m // batch_size + (m % batch_size > 1))
+
+
+def _split(chosen: np.ndarray, batch_size: int) -> list[torch.Tensor]:
+    order = torch.from_numpy(np.ascontiguousarray(chosen))
+    return list(order.split(batch_size))[: steps_per_epoch(len(order), batch_size)]
+
+
+def _weighted(losses: torch.Tensor, picked: torch.Tensor, weight, sampler) -> torch.Tensor:
+    if weight is not None:
+        losses = losses * weight[picked.to(losses.device)]
+    if sampler is not None and hasattr(sampler, "weights"):
+        losses = losses * sampler.weights(picked).to(losses.device)
+    return losses.mean()
+
+
+@contextlib.contextmanager
+def _seeded(entropy: Sequence[int]) -> Iterator[None]:
+    """torch's global generators with a seed of our own, and as they were afterwards."""
+    number = int(np.random.SeedSequence(list(entropy)).generate_state(1, np.uint64)[0] >> 1)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(number)
+        yield
+
+
+class _Batches:
+    """Inputs by rows: from the device where all of them fit there, else from the host one batch ahead."""
+
+    def __init__(self, data: Examples, device: torch.device):
+        self.inputs, self.device = data.inputs, device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.inputs.numel() * self.inputs.element_size() < free / 2:
+                self.inputs = self.inputs.to(device)
+        self.resident = self.inputs.device == device
+
+    @contextlib.contextmanager
+    def stream(self, batches: list[torch.Tensor]):
+        """(rows, inputs) of each batch in turn."""
+        if self.resident:
+            yield ((rows, self.inputs[rows.to(self.device)]) for rows in batches)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            yield self._ahead(batches, pool)
+
+    def _ahead(self, batches: list[torch.Tensor], pool: ThreadPoolExecutor):
+        def fetch(rows: torch.Tensor) -> torch.Tensor:
+            return self.inputs[rows].pin_memory().to(self.device, non_blocking=True)
+
+        waiting = pool.submit(fetch, batches[0]) if batches else None
+        for number, rows in enumerate(batches):
+            inputs = waiting.result()
+            if number + 1 < len(batches):
+                waiting = pool.submit(fetch, batches[number + 1])
+            yield rows, inputs
+
+
+class _Augmentation:
+    """The crops and flips of one epoch, drawn for every example, so that they do not depend on the subset."""
+
+    def __init__(self, recipe: Recipe, n: int, seed: int, epoch: int):
+        self.kind, self.pad = recipe.augment, max(1, recipe.image_size // 8)
+        generator = np.random.default_rng([seed, 3, epoch])
+        if self.kind != "none":
+            self.flip = torch.from_numpy(generator.random(n) < 0.5)
+        if self.kind == "crop-flip":
+            self.shift = torch.from_numpy(generator.integers(0, 2 * self.pad + 1, (2, n)))
+        elif self.kind == "resized-crop":  # area 25-100 %, aspect 3/4 to 4/3, anywhere inside
+            area, aspect = generator.uniform(0.25, 1, n), np.exp(generator.uniform(-0.288, 0.288, n))
+            self.size = torch.from_numpy(np.clip(np.sqrt([area / aspect, area * aspect]), 0, 1))
+            self.place = torch.from_numpy(generator.uniform(-1, 1, (2, n)))
+
+    def __call__(self, inputs: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        """uint8 (b, 3, s, s) -> the same, moved and mirrored."""
+        if self.kind == "none" or inputs.ndim == 2:
+            return inputs
+        return self._shifted(inputs, picked) if self.kind == "crop-flip" else self._resized(inputs, picked)
+
+    def _shifted(self, inputs: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        b, channels, height, width = inputs.shape
+        device = inputs.device
+        flip = self.flip[picked].to(device)[:, None]
+        down, right = (one.to(device)[:, None] - self.pad for one in self.shift[:, picked])
+        y = _reflect(torch.arange(height, device=device) + down, height)  # (b, h)
+        x = torch.arange(width, device=device).expand(b, width)
+        x = _reflect(torch.where(flip, width - 1 - x, x) + right, width)  # (b, w)
+        y = y[:, None, :, None].expand(b, channels, height, width)
+        return inputs.gather(2, y).gather(3, x[:, None, None, :].expand(b, channels, height, width))
+
+    def _resized(self, inputs: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        device = inputs.device
+        (height, width), (y, x) = self.size[:, picked].to(device).float(), self.place[:, picked].to(device).float()
+        mirror = torch.where(self.flip[picked].to(device), -1.0, 1.0)
+        zero = torch.zeros_like(width)
+        matrix = torch.stack(  # output corners [-1, 1] -> a box of the input
+            [torch.stack([width * mirror, zero, x * (1 - width)], 1), torch.stack([zero, height, y * (1 - height)], 1)],
+            1,
+        )
+        grid = nn.functional.affine_grid(matrix, list(inputs.shape), align_corners=False)
+        return nn.functional.grid_sample(inputs.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices beyond an edge, mirrored back without repeating the edge."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)

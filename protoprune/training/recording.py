@@ -1,0 +1,328 @@
+"""Training runs -> training record: which models are trained on what, what is written when, and how a run goes on.
+
+A network is recorded by itself, with a checkpoint beside the record after every recorded epoch; a head ensemble is
+trained as a whole, and a group of it that was cut short is trained again (it takes seconds). What this module does not
+know: metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from protoprune import hdf5, records
+from protoprune.device import resolve_device
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.training import heads, loop, statistics
+from protoprune.training.examples import Examples
+from protoprune.training.loop import Recipe
+
+_LOGITS_ROWS = 8192  # examples whose logits are worked on at once
+_GRADIENT_CHUNK = 32  # examples whose gradients of a network are held at once
+
+
+@dataclass
+class Plan:
+    """What a record will hold, and how large it will be."""
+
+    models: int
+    subset_fraction: float
+    epoch_numbers: list[int]
+    subset: np.ndarray  # (models, n) bool
+    bytes: int
+
+
+def plan(
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    *,
+    models: int = 1,
+    subset_fraction: float = 1.0,
+    every: int = 1,
+    initial: bool = False,
+    gradients: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """Lay a record out. Each model is trained on a random subset of round(subset_fraction * n) examples.
+
+    every: record every so many epochs, and the last; initial: also record the untrained models, as epoch 0.
+
+    Raises UsageError for values out of range.
+    """
+    if models < 1 or every < 1:
+        raise UsageError(f"--models {models}, --every {every}: expected at least 1")
+    if not 0 < subset_fraction <= 1:
+        raise UsageError(f"--subset {subset_fraction:g}: expected a fraction above 0 and at most 1; the usual is 0.7")
+    if len(train.classes) > 65_535:
+        raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,535")
+    n = len(train)
+    numbers = sorted({*range(every, recipe.epochs + 1, every), recipe.epochs, *([0] if initial else [])})
+    subset = np.ones((models, n), bool)
+    if subset_fraction < 1:
+        size = max(1, round(subset_fraction * n))
+        for number in range(models):
+            subset[number] = False
+            subset[number, np.random.default_rng([seed, 4, number]).permutation(n)[:size]] = True
+    size = records.size(models, len(numbers), n, len(test) if test else 0, gradients=gradients)
+    return Plan(models, subset_fraction, numbers, subset, size)
+
+
+def record(
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    out: str | os.PathLike,
+    laid_out: Plan,
+    *,
+    gradients: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Train and write the record `out`; only what an earlier run has not done already.
+
+    `on_start(epochs in all, epochs done before)` is called once, `on_progress(epochs done in this run)` after every
+    epoch of every model.
+
+    Raises ProtopruneError when `out` is a record of something else (unless `overwrite`) or cannot be written.
+    """
+    out, where = os.fspath(out), resolve_device(device)
+    provenance = _provenance(train, test, recipe, laid_out, gradients, seed)
+    with hdf5.lock(out):
+        if not _prepare(out, provenance, train, test, laid_out, gradients, overwrite):
+            if on_start:
+                on_start(laid_out.models * recipe.epochs, laid_out.models * recipe.epochs)
+            return
+        partial = records.PartialRecord(out)
+        try:
+            run = _record_heads if recipe.model == "head" else _record_networks
+            run(train, test, recipe, partial, laid_out, gradients, seed, where, on_start, on_progress)
+            partial.finish()
+        finally:
+            partial.close()
+        shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
+
+
+def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, seed: int) -> dict:
+    """What determines the record: the cache key."""
+    return {
+        "recipe": json.dumps(asdict(recipe), sort_keys=True),
+        "weights_sha256": _file_digest(recipe.weights) if recipe.weights else "",
+        "train": train.fingerprint(),
+        "test": test.fingerprint() if test else "",
+        "root": train.root,
+        "models": laid_out.models,
+        "subset_fraction": laid_out.subset_fraction,
+        "epochs_recorded": json.dumps(laid_out.epoch_numbers),
+        "gradients": int(gradients),
+        "seed": seed,
+    }
+
+
+def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients: bool, overwrite: bool) -> bool:
+    """Leave a partial record of exactly this run; False when the finished one is it already."""
+    for path in (out, records.partial_path(out)):
+        if not os.path.exists(path):
+            continue
+        try:
+            with records.Record(path) as found:
+                other = [name for name, value in provenance.items() if found.provenance.get(name) != value]
+        except ProtopruneError:
+            if not overwrite:
+                raise
+            other = ["damaged"]
+        if other and not overwrite:
+            raise ProtopruneError(
+                f"{path} is of another run (it differs in {', '.join(other).replace('_', ' ')}); write to another file "
+                "with -o, or replace it with --overwrite"
+            )
+        if not other and not overwrite:
+            return path != out
+    shutil.rmtree(_state_folder(out), ignore_errors=True)  # checkpoints of a run that was given up
+    records.create(
+        out, provenance, paths=train.paths, labels=train.labels, classes=train.classes, subset=laid_out.subset,
+        epoch_numbers=laid_out.epoch_numbers, gradients=gradients, test_paths=test.paths if test else (),
+        test_labels=test.labels if test else None,
+    )  # fmt: skip
+    return True
+
+
+def _record_heads(train, test, recipe, partial, laid_out: Plan, gradients, seed, device, on_start, on_progress) -> None:
+    numbers, size = laid_out.epoch_numbers, heads.group_size(laid_out.models, recipe, len(train.classes))
+    groups = [range(first, min(first + size, laid_out.models)) for first in range(0, laid_out.models, size)]
+    todo = [group for group in groups if partial.committed[group[0]] < len(numbers)]
+    if on_start:
+        on_start(laid_out.models * recipe.epochs, (laid_out.models - sum(map(len, todo))) * recipe.epochs)
+    done = 0
+    for group in todo:
+        models = slice(group[0], group[-1] + 1)
+        seeds = [model_seed(seed, number) for number in group]
+        previous = None
+
+        def write(epoch: int, ensemble: heads.Ensemble, models: slice = models) -> None:
+            nonlocal previous
+            if epoch not in numbers:
+                return
+            at = numbers.index(epoch)
+            values = heads.measure(ensemble, train, gradients=gradients, previous=previous)
+            if test is not None:
+                seen = heads.measure(ensemble, test, gradients=False)
+                values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
+            partial.write(models, at, values)
+            previous = ensemble.copy()
+
+        if 0 in numbers:
+            write(0, heads.Ensemble(train, recipe, seeds, device))
+        for epoch, ensemble in heads.epochs(train, recipe, laid_out.subset[models], seeds, seed, device):
+            write(epoch, ensemble)
+            done += len(group)
+            if on_progress:
+                on_progress(done)
+        partial.commit(models, len(numbers))
+
+
+def _record_networks(
+    train, test, recipe, partial, laid_out: Plan, gradients, seed, device, on_start, on_progress
+) -> None:
+    numbers = laid_out.epoch_numbers
+    folder = _state_folder(partial.out)
+    os.makedirs(folder, exist_ok=True)
+    states = {number: _load_state(folder, number) for number in range(laid_out.models)}
+    before = sum(
+        recipe.epochs if partial.committed[number] == len(numbers) else states[number]["epoch"] if states[number] else 0
+        for number in states
+    )
+    if on_start:
+        on_start(laid_out.models * recipe.epochs, before)
+    done = 0
+    for number in range(laid_out.models):
+        if partial.committed[number] == len(numbers):
+            continue
+        one, own = slice(number, number + 1), model_seed(seed, number)
+        state = states.pop(number)
+        previous = None
+
+        def write(epoch: int, model: torch.nn.Module, one: slice = one) -> None:
+            nonlocal previous
+            values, previous = _measure(model, train, recipe, gradients, previous)
+            if test is not None:
+                seen, _ = _measure(model, test, recipe, False, None)
+                values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
+            partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
+
+        if state is not None:  # the logits of the last recorded epoch, for `change`
+            model = loop.make_model(train, recipe, own).to(device)
+            model.load_state_dict(state["model"])
+            _, previous = _measure(model, train, recipe, False, None)
+        elif 0 in numbers:
+            write(0, loop.make_model(train, recipe, own).to(device))
+        rows = np.flatnonzero(laid_out.subset[number])
+        if state is None or state["epoch"] < recipe.epochs:
+            for at in loop.epochs(train, recipe, rows=rows, seed=own, device=device, resume=state):
+                if at.epoch in numbers:
+                    write(at.epoch, at.model)
+                    # The rows are on the disk before the checkpoint that lets a later run go on after them.
+                    _save_state(folder, number, at.checkpoint())
+                    partial.commit(one, numbers.index(at.epoch) + 1)
+                done += 1
+                if on_progress:
+                    on_progress(done)
+        partial.commit(one, len(numbers))
+        with contextlib.suppress(OSError):
+            os.unlink(_state_path(folder, number))
+
+
+def model_seed(seed: int, number: int) -> int:
+    """The seed of a model of an ensemble."""
+    return int(np.random.SeedSequence([seed, 5, number]).generate_state(1)[0])
+
+
+def _measure(model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: bool, previous):
+    """({statistic: (n,)}, logits (n, c) in float16, which is what the next call wants as `previous`)."""
+    labels = torch.from_numpy(data.labels)
+    parts: dict[str, list[torch.Tensor]] = {}
+    seen = torch.empty(len(data), len(data.classes), dtype=torch.float16)
+    for start in range(0, len(data), _LOGITS_ROWS):
+        rows = slice(start, start + _LOGITS_ROWS)
+        logits = loop.logits(model, data.inputs[rows], precision=recipe.precision)
+        before = None if previous is None else previous[rows]
+        for name, value in statistics.from_logits(logits, labels[rows], before).items():
+            parts.setdefault(name, []).append(value)
+        seen[rows] = logits.clamp(-60_000, 60_000)
+    values = {name: torch.cat(some).numpy() for name, some in parts.items()}
+    if gradients:
+        values["gradient_norm"] = gradient_norms(model, data.inputs, labels).numpy()
+    return values, seen
+
+
+def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """GraNd: (n,) L2 norms of the loss gradient of each example with respect to all parameters.
+
+    True per-example gradients in fp32, in evaluation mode: in training mode batch norm mixes the examples of a batch.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters, one, label):
+        logits = torch.func.functional_call(model, (parameters, buffers), (one[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    def norm(one, label):
+        gradients = torch.func.grad(loss)(parameters, one, label)
+        return sum(g.square().sum() for g in gradients.values()).sqrt()
+
+    norms = torch.func.vmap(norm, in_dims=(0, 0), chunk_size=_GRADIENT_CHUNK)
+    with warnings.catch_warnings():  # torch says which operations vmap takes one example at a time
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        parts = [
+            norms(some.to(device).float(), wanted.to(device)).cpu()
+            for some, wanted in zip(inputs.split(1024), labels.split(1024), strict=True)
+        ]
+    model.train(was_training)
+    return torch.cat(parts).clamp_max(60_000.0)
+
+
+def _state_folder(out: str) -> str:
+    return out + ".state"
+
+
+def _state_path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"model-{number:04d}.pt")
+
+
+def _save_state(folder: str, number: int, state: dict) -> None:
+    path = _state_path(folder, number)
+    try:
+        torch.save(state, path + ".tmp")
+        hdf5.sync(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:
+        raise ProtopruneError(f"{path}: cannot write ({str(error).splitlines()[0]}); make room and run again") from None
+
+
+def _load_state(folder: str, number: int) -> dict | None:
+    path = _state_path(folder, number)
+    return torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+
+
+def _file_digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"--weights {path}: {error.strerror}") from None

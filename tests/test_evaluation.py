@@ -1,0 +1,506 @@
+"""Retraining: planted winners and losers, nulls, resuming, weights; heads trained for real, and a fake where many."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation import Kept, evaluate, report, runs, scaling
+from protoprune.evaluation.curves import envelope
+from protoprune.evaluation.runs import Run, list_rows, list_weights, random_rows, run_all
+from protoprune.training.examples import Examples
+from protoprune.training.loop import Recipe, steps_per_epoch
+
+CLASSES = ("ape", "bee", "cat", "dog")
+HEAD = Recipe.for_model("head", epochs=4, batch_size=32, lr=0.3, weight_decay=1e-3)
+
+
+def blobs(n: int, *, wrong: int = 0, seed: int = 0) -> Examples:
+    """Four Gaussian classes in 8 dimensions; the first `wrong` examples have random labels."""
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, len(CLASSES), n)
+    features = 1.6 * np.eye(len(CLASSES), 8)[true] + rng.normal(size=(n, 8))
+    labels = true.copy()
+    labels[:wrong] = rng.integers(0, len(CLASSES), wrong)
+    paths = [f"{i:05d}.png" for i in range(n)]
+    return Examples("images", paths, labels, list(CLASSES), torch.tensor(features, dtype=torch.float32))
+
+
+TRAIN, TEST = blobs(600, wrong=300), blobs(1000, seed=1)
+WRONG, CLEAN = np.arange(300), np.arange(300, 600)
+
+
+class FakeFit:
+    """Accuracy = level + luck of these rows + noise of this run; counts its calls."""
+
+    def __init__(self, luck: float = 0.02, noise: float = 0.01, level: float = 0.7, effect=lambda rows: 0.0, world=0):
+        self.luck, self.noise, self.level, self.effect, self.world = luck, noise, level, effect, world
+        self.calls = []
+
+    def __call__(self, train, test, recipe, *, rows, weights, seed, steps, device, sampler=None, on_epoch=None):
+        self.calls.append({"rows": rows, "weights": weights, "seed": seed, "steps": steps, "sampler": sampler})
+        rows = np.arange(len(train.paths)) if rows is None else rows
+        content = int.from_bytes(hashlib.blake2b(rows.tobytes(), digest_size=6).digest())
+        luck = np.random.default_rng([self.world, content]).normal()
+        noise = np.random.default_rng([self.world, content, seed]).normal()
+        accuracy = self.level + self.effect(rows) + self.luck * luck + self.noise * noise
+        right = np.arange(len(test.labels)) < round(np.clip(accuracy, 0, 1) * len(test.labels))
+        predictions = np.where(right, test.labels, (test.labels + 1) % len(test.classes))
+        steps = steps or recipe.epochs * steps_per_epoch(len(rows), recipe.batch_size)
+        if on_epoch:
+            for epoch in (1, 2, 3, 4):
+                on_epoch(epoch, 0.001 * steps * epoch / 4, np.where(right & (epoch > 2), test.labels, 9))
+        return SimpleNamespace(predictions=predictions, seconds=0.001 * steps, steps=steps)
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_winner_wins_and_a_planted_loser_loses():
+    """Half the labels are random: the list without them must win, the list of them must lose."""
+    result = evaluate(TRAIN, TEST, [Kept("clean", CLEAN), Kept("wrong", WRONG)], HEAD, seeds=4, device="cpu")
+    clean, wrong = result.method("clean"), result.method("wrong")
+    assert clean.to_random.verdict == "better"
+    assert clean.verdict.startswith("better than random by")
+    assert wrong.to_random.verdict == "worse"
+    assert wrong.accuracy.mean < result.method("random 300").accuracy.mean < clean.accuracy.mean
+    assert clean.to_everything.mean > 0  # half the images, and better than all of them
+    assert clean.worst_class_accuracy == min(clean.class_accuracy.values())
+    assert clean.class_accuracy[clean.worst_class] == clean.worst_class_accuracy
+    assert clean.seconds_saved == pytest.approx(result.method("everything").seconds - clean.seconds)
+
+
+def test_a_random_list_is_no_better_than_random_at_the_stated_rate():
+    """Many null commands of two random lists each; the luck of a list is twice the noise of training."""
+    recipe, trials, false = Recipe.for_model("head", epochs=1), 150, 0
+    train, test = blobs(60), blobs(2000, seed=2)
+    train.fingerprint = test.fingerprint = lambda: "same"
+    for world in range(trials):
+        rng = np.random.default_rng([9, world])
+        lists = [Kept(name, rng.choice(60, 20, replace=False)) for name in "ab"]
+        result = evaluate(train, test, lists, recipe, seeds=4, everything=False, device="cpu", fit=FakeFit(world=world))
+        false += any(result.method(name).to_random.verdict != "undecided" for name in "ab")
+    assert false <= stats.binom.ppf(0.999, trials, 0.05)
+
+
+def test_lists_are_compared_with_random_subsets_of_their_own_size():
+    fit = FakeFit(effect=lambda rows: len(rows) / 2000, luck=0, noise=0)
+    lists = [Kept("few", np.arange(50)), Kept("many", np.arange(400))]
+    result = evaluate(TRAIN, TEST, lists, HEAD, seeds=3, device="cpu", fit=fit)
+    assert [one.name for one in result.methods] == ["few", "many", "random 50", "random 400", "everything"]
+    assert result.method("few").to_random.difference == 0
+    assert result.method("many").to_random.difference == 0
+    assert result.method("many").accuracy.mean > result.method("few").accuracy.mean
+    assert result.method("random 50").verdict is None
+
+
+def test_subsets_are_drawn_anew_for_each_seed_and_paired_by_it():
+    fit = FakeFit()
+    evaluate(TRAIN, TEST, [Kept("a", CLEAN)], HEAD, seeds=[3, 8], device="cpu", fit=fit)
+    assert [call["seed"] for call in fit.calls] == [3, 3, 3, 8, 8, 8]
+    first, second = fit.calls[1]["rows"], fit.calls[4]["rows"]
+    assert len(first) == len(second) == 300
+    assert len(np.intersect1d(first, second)) < 200
+    assert fit.calls[2]["rows"] is None
+    assert set(random_rows(600, 100, 3)) < set(first)  # nested over sizes
+
+
+def test_budgets_differ_in_steps_alone():
+    full, own = 4 * steps_per_epoch(600, 32), 4 * steps_per_epoch(150, 32)
+    for budget, steps in (("epochs", None), ("steps", full)):
+        fit = FakeFit()
+        result = evaluate(TRAIN, TEST, [Kept("a", np.arange(150))], HEAD, seeds=1, budget=budget, device="cpu", fit=fit)
+        assert [call["steps"] for call in fit.calls] == [steps, steps, None]
+        assert result.method("a").steps == (own if budget == "epochs" else full)
+        assert result.method("everything").steps == full
+    assert [row["steps"] for row in result.runs] == [full] * 3
+
+
+def test_real_training_takes_the_steps_that_are_planned():
+    for budget in ("epochs", "steps"):
+        result = evaluate(TRAIN, TEST, [Kept("a", np.arange(129))], HEAD, seeds=1, budget=budget, device="cpu")
+        assert [row["steps"] for row in result.runs] == [one.steps for one in result.methods]
+
+
+def test_time_saved_is_counted_after_selection_and_target():
+    fit = FakeFit(luck=0, noise=0)
+    lists = [Kept("a", np.arange(300), selection_seconds=0.5), Kept("b", np.arange(300, 600))]
+    result = evaluate(TRAIN, TEST, lists, HEAD, seeds=2, target_accuracy=0.6, device="cpu", fit=fit)
+    a, everything = result.method("a"), result.method("everything")
+    assert (a.seconds, everything.seconds) == (pytest.approx(0.040), pytest.approx(0.076))
+    assert a.seconds_saved == pytest.approx(0.036)
+    assert a.net_saved == pytest.approx(0.036 - 0.5)
+    assert result.method("b").net_saved is None  # what it cost is not known
+    assert a.seconds_to_target == pytest.approx(0.030)  # the third of four epochs
+    assert evaluate(TRAIN, TEST, lists, HEAD, seeds=2, target_accuracy=0.9, device="cpu", fit=fit).method(
+        "a"
+    ).reached_target == 0  # fmt: skip
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_zero_equal_leaving_out():
+    """Mislabelled examples with weight 0 against a list without them; the same would fail were weights ignored."""
+    train = blobs(600)
+    train.labels[:300] = (train.labels[:300] + 1) % len(CLASSES)
+    weights = np.concatenate([np.zeros(300), np.full(300, 2.0)])  # 2: the mean over a batch counts the zeros too
+    lists = [Kept("weighted", np.arange(600), weights), Kept("left out", CLEAN), Kept("plain", np.arange(600))]
+    result = evaluate(train, TEST, lists, HEAD, seeds=3, budget="steps", device="cpu")
+    weighted, left_out, plain = (result.method(one.name).accuracy.mean for one in lists)
+    assert weighted == pytest.approx(left_out, abs=0.015)
+    assert plain < left_out - 0.15
+
+
+def test_weights_reach_the_run_by_row():
+    fit = FakeFit()
+    evaluate(TRAIN, TEST, [Kept("a", np.array([7, 3]), np.array([0.5, 2.0]))], HEAD, seeds=1, device="cpu", fit=fit)
+    assert fit.calls[0]["rows"].tolist() == [3, 7]
+    assert fit.calls[0]["weights"][[3, 7]].tolist() == [2.0, 0.5]
+    assert [call["weights"] for call in fit.calls[1:]] == [None, None]
+
+
+def test_weights_are_found_by_path():
+    rows = np.array([2, 5])
+    weights = {"00005.png": 0.5, "./00002.png": 3.0, "elsewhere.png": 1.0}
+    assert list_weights(weights, rows, TRAIN, "w.csv").tolist() == [3.0, 0.5]
+    with pytest.raises(ProtopruneError, match=r"w.csv: 1 of 3 images have no weight \(first: 00009.png\)"):
+        list_weights(weights, np.array([2, 5, 9]), TRAIN, "w.csv")
+
+
+# --- lists -> rows ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_list_in_any_form():
+    train = blobs(10)
+    train.root = "/data/images"
+    listed = ["00007.png", "./00001.png", "/data/images/00004.png"]
+    assert list_rows(listed, train, "a.txt").tolist() == [1, 4, 7]
+    every = ["-first.png", *train.paths]  # an image that cannot be used shifts the indices
+    assert list_rows(np.array([8, 2]), train, "a.npy", every_path=every).tolist() == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (["00001.png", "x.png", "y.png"], r"2 of its 3 images are not usable .*first: x.png is not there"),
+        (["bad.png"], r"first: bad.png cannot be read: truncated"),
+        ([], "lists no image"),
+        (["00001.png", "./00001.png"], "1 images are listed more than once"),
+        (np.array([3, 10]), r"1 of its row indices are not .* 10 images \(first: 10\)"),
+        (np.array([0.5]), "expected one row index an image"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(listed, message):
+    train = blobs(10)
+    train.unreadable = [("bad.png", "truncated")]
+    with pytest.raises(ProtopruneError, match=message):
+        list_rows(listed, train, "a.txt")
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, result) -> bytes:
+    report.save_evaluation(folder, result, {"device": "cpu"}, list(CLASSES))
+    return (folder / "results.csv").read_bytes()
+
+
+def test_resumed_and_fresh_agree_byte_for_byte(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def stop(step):
+        if step.done == 4:
+            raise Killed
+
+    lists = [Kept("clean", CLEAN), Kept("wrong", WRONG)]
+    how = {"seeds": 2, "device": "cpu"}
+    with pytest.raises(Killed):
+        evaluate(TRAIN, TEST, lists, HEAD, folder=tmp_path / "runs", on_run=stop, **how)
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 4
+    seen = []
+    resumed = evaluate(TRAIN, TEST, lists, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
+    assert [step.outcome.cached for step in seen] == [True] * 4 + [False] * 4
+    assert seen[-1].cached == 4
+    fresh = evaluate(TRAIN, TEST, lists, HEAD, **how)
+    assert save(tmp_path / "resumed", resumed) == save(tmp_path / "fresh", fresh)
+    assert len(save(tmp_path / "fresh", fresh).splitlines()) == 1 + 2 * 4
+
+
+def test_everything_that_determines_a_run_is_in_its_key(tmp_path):
+    base = {"run": Run("a", 0, CLEAN, None, 5), "train": TRAIN, "test": TEST, "recipe": HEAD}
+    other = blobs(600, wrong=300)
+    other.labels[0] = (other.labels[0] + 1) % 4
+    wider = Recipe.for_model("head", epochs=4, batch_size=32, lr=0.31, weight_decay=1e-3)
+    changes = [
+        {"run": Run("a", 1, CLEAN, None, 5)},
+        {"run": Run("a", 0, CLEAN[1:], None, 5)},
+        {"run": Run("a", 0, None, None, 5)},
+        {"run": Run("a", 0, CLEAN, np.ones(600), 5)},
+        {"run": Run("a", 0, CLEAN, None, 6)},
+        {"train": other},
+        {"test": blobs(1000, seed=3)},
+        {"recipe": wider},
+    ]
+    fit = FakeFit()
+
+    def call(run, train, test, recipe):
+        return run_all([run], train, test, recipe, folder=tmp_path, fit=fit, device="cpu")[0]
+
+    first = call(**base)
+    assert not first.cached
+    for number, change in enumerate(changes, 2):
+        assert not call(**{**base, **change}).cached, change
+        assert len(fit.calls) == number
+    again = call(**{**base, "run": Run("another name", 0, CLEAN, None, 5)})  # a name decides nothing
+    assert again.cached
+    assert again.accuracy == first.accuracy
+    assert len(fit.calls) == 1 + len(changes)
+
+
+def test_the_digest_of_pretrained_weights_is_in_the_key(tmp_path):
+    file, fit = tmp_path / "w.pt", FakeFit()
+    recipe = Recipe.for_model("cnn", weights=str(file))
+    for content, calls in ((b"one", 1), (b"two", 2), (b"two", 2)):
+        file.write_bytes(content)
+        run_all([Run("a", 0, CLEAN)], TRAIN, TEST, recipe, folder=tmp_path / "runs", fit=fit, device="cpu")
+        assert len(fit.calls) == calls
+    file.unlink()
+    with pytest.raises(UsageError, match=r"w.pt: cannot be read"):
+        run_all([Run("a", 0, CLEAN)], TRAIN, TEST, recipe, fit=fit, device="cpu")
+
+
+def test_equal_runs_are_trained_once_and_a_damaged_result_again(tmp_path):
+    fit = FakeFit()
+
+    def call(**more):
+        return run_all([Run("a", 0, CLEAN), Run("b", 0, CLEAN)], TRAIN, TEST, HEAD, folder=tmp_path, fit=fit,
+                       device="cpu", **more)  # fmt: skip
+
+    assert [one.cached for one in call()] == [False, True]
+    (kept,) = tmp_path.glob("*.json")
+    assert (
+        kept.stem
+        == hashlib.sha256(json.dumps(json.loads(kept.read_text())["key"], sort_keys=True).encode()).hexdigest()
+    )
+    call()
+    assert len(fit.calls) == 1
+    kept.write_text(kept.read_text()[:50])
+    call()
+    assert len(fit.calls) == 2
+    assert call(curves=True)[0].curve  # kept without the accuracy after each epoch: once more
+    assert len(fit.calls) == 3
+    call(), call(curves=True)
+    assert len(fit.calls) == 3
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", runs.DYNAMIC)
+def test_samplers_train_for_as_many_steps_as_a_random_list(name):
+    pytest.importorskip("protoprune.samplers")
+    sampler = {"name": name, "keep": 0.3}
+    result = evaluate(TRAIN, TEST, [], HEAD, seeds=2, dynamic=[sampler], target_accuracy=0.3, device="cpu")
+    one = result.method(f"dynamic {name} 0.3")
+    assert {row["steps"] for row in result.runs if row["kind"] != "everything"} == {4 * steps_per_epoch(180, 32)}
+    assert one.kept == 180
+    assert one.seconds_to_target > 0
+    assert one.to_random.n == 2
+
+
+def test_samplers_have_no_luck_of_one_draw():
+    """Drawn anew for each seed, they are judged by the plain paired test."""
+    pytest.importorskip("protoprune.samplers")
+    sampler = {"name": "random", "keep": 0.5, "every": 1}
+    one = evaluate(TRAIN, TEST, [], HEAD, seeds=3, dynamic=[sampler], device="cpu").method("dynamic random 0.5 every=1")
+    assert (one.to_random.low, one.to_random.high) == (one.to_random.seeds_low, one.to_random.seeds_high)
+
+
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lists": []}, "nothing to compare"),
+        ({"budget": "time"}, "--budget time: expected epochs"),
+        ({"seeds": 0}, "expected at least one"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"lists": [Kept("a", CLEAN), Kept("a", WRONG)]}, "a is given twice"),
+        ({"lists": [Kept("everything", CLEAN)]}, "rename the list"),
+        ({"dynamic": [{"name": "magic", "keep": 0.5}]}, "--dynamic magic: expected one of random"),
+        ({"dynamic": [{"name": "random", "keep": 0}]}, "--keep 0"),
+        ({"dynamic": [{"name": "rs2", "keep": 0.5}] * 2}, "dynamic rs2 0.5 is given twice"),
+        ({"target_accuracy": 90}, "--target-accuracy 90"),
+    ],
+)
+def test_mistakes_are_named_before_training(options, message):
+    fit = FakeFit()
+    options = {"lists": [Kept("a", CLEAN)], "seeds": 2, **options}
+    with pytest.raises(UsageError, match=message):
+        evaluate(TRAIN, TEST, options.pop("lists"), HEAD, device="cpu", fit=fit, **options)
+    assert fit.calls == []
+
+
+# --- scaling ---------------------------------------------------------------------------------------------------------
+
+
+def power_fit(exponent: float = 0.5) -> FakeFit:
+    return FakeFit(level=1.0, luck=0.0, noise=0.001, effect=lambda rows: -2 * len(rows) ** -exponent)
+
+
+SWEEP = {"sizes": [50, 75, 110, 170, 250, 370, 600], "keeps": [1, 0.5], "device": "cpu", "bootstrap": 20}
+
+
+def test_a_planted_exponent_comes_out_of_the_sweep():
+    test = blobs(20_000, seed=4)
+    result = scaling(TRAIN, test, HEAD, orders=["random"], seeds=3, fit=power_fit(), **SWEEP)
+    curve = result.curve("all")
+    assert curve.kept == SWEEP["sizes"]
+    assert curve.fits.best == "power"
+    assert curve.fits.law("power").parameters["b"] == pytest.approx(0.5, abs=0.05)
+    assert curve.verdict.startswith("Power wins by")
+    assert result.curve("random 0.5").kept == [25, 38, 55, 85, 125, 185, 300]
+
+
+def test_initial_sets_are_nested_and_the_ranking_is_made_within_them():
+    fit = FakeFit()
+    hardness = np.arange(600.0)
+    scaling(TRAIN, TEST, HEAD, sizes=[40, 100], keeps=[1, 0.25], orders=["hard", "easy"], seeds=1, scores=hardness,
+            fit=fit, device="cpu")  # fmt: skip
+    small, hard, easy, large, hard_of_large, _ = (call["rows"] for call in fit.calls)
+    assert set(small) < set(large)
+    assert set(hard) == set(np.sort(small)[-10:])
+    assert set(easy) == set(np.sort(small)[:10])
+    assert set(hard_of_large) == set(np.sort(large)[-25:])
+    assert {call["steps"] for call in fit.calls} == {4 * steps_per_epoch(100, 32)}
+
+
+def test_prototypes_are_clustered_within_the_initial_set():
+    """Planted outliers are the hard ones of every initial set that holds them."""
+    fit, features = FakeFit(), np.random.default_rng(0).normal(size=(600, 8)) * 0.05 + np.eye(1, 8)
+    outliers = np.arange(0, 600, 10)
+    features[outliers, 1 + outliers % 7] += 1.0
+    scaling(TRAIN, TEST, HEAD, sizes=[300], keeps=[0.1], orders=["hard"], seeds=1, features=features, k=1, fit=fit,
+            device="cpu")  # fmt: skip
+    here = set(random_rows(600, 300, 0)) & set(outliers)
+    kept = set(fit.calls[0]["rows"])
+    assert len(kept) == 30
+    assert kept <= here or here <= kept
+
+
+def test_balance_keeps_some_of_each_class():
+    fit, scores = FakeFit(), np.where(TRAIN.labels < 2, 1.0, 0.0)
+    how = {"sizes": [200], "keeps": [0.2], "orders": ["hard"], "seeds": 1, "scores": scores, "device": "cpu"}
+    scaling(TRAIN, TEST, HEAD, fit=fit, **how)
+    scaling(TRAIN, TEST, HEAD, balance=0.5, fit=fit, **how)
+    plain, balanced = (np.bincount(TRAIN.labels[call["rows"]], minlength=4) for call in fit.calls)
+    assert plain[2:].sum() == 0
+    assert balanced.min() == 5
+
+
+def test_keeping_all_is_trained_once_whatever_the_order():
+    fit = FakeFit()
+    result = scaling(TRAIN, TEST, HEAD, sizes=[100], keeps=[1], orders=["hard", "easy"], seeds=2, fit=fit, device="cpu")
+    assert len(fit.calls) == 2
+    assert [point.order for point in result.points] == ["all"]
+    assert "too few" in result.curve("all").verdict
+
+
+def test_the_envelope_is_what_nothing_beats_with_as_few():
+    def point(kept, error):
+        return SimpleNamespace(kept=kept, error=SimpleNamespace(mean=error))
+
+    points = [point(10, 0.5), point(10, 0.4), point(20, 0.45), point(30, 0.3), point(40, 0.3), point(50, 0.1)]
+    assert [(one.kept, one.error.mean) for one in envelope(points)] == [(10, 0.4), (30, 0.3), (50, 0.1)]
+
+
+def test_a_resumed_sweep_agrees_with_a_fresh_one(tmp_path):
+    how = {"sizes": [60, 120, 240], "keeps": [1, 0.5], "orders": ["hard", "random"], "seeds": 2, "device": "cpu"}
+    how |= {"features": TRAIN.inputs.numpy(), "bootstrap": 5}
+    part = {**how, "sizes": [60, 240]}
+    scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", **part)
+    seen = []
+    resumed = scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
+    assert seen[-1].cached == 2 * 2 * 3
+    fresh = scaling(TRAIN, TEST, HEAD, **how)
+    for name, result in (("resumed", resumed), ("fresh", fresh)):
+        report.save_scaling(tmp_path / name, result, {"device": "cpu"})
+    for name in ("results.csv", "fits.csv"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_errors_of_zero_are_left_out_of_the_fit():
+    perfect = FakeFit(level=1.0, luck=0, noise=0, effect=lambda rows: -0.2 if len(rows) < 200 else 0)
+    result = scaling(TRAIN, TEST, HEAD, orders=["random"], seeds=2, fit=perfect, **SWEEP)
+    assert result.curve("all").fits.sizes == 4
+    flat = FakeFit(level=1.0, luck=0, noise=0)
+    curve = scaling(TRAIN, TEST, HEAD, orders=["random"], seeds=2, fit=flat, **SWEEP).curve("all")
+    assert curve.fits is None
+    assert "with an error above 0" in curve.verdict
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [10, 601]}, "expected from 2 to 600"),
+        ({"keeps": [1.5]}, "--keep 1.5"),
+        ({"keeps": []}, "--keeps is empty"),
+        ({"sizes": [4], "keeps": [0.1]}, "is none"),
+        ({"orders": ["hardest"]}, "--orders hardest"),
+        ({"orders": []}, "--orders is empty"),
+        ({"orders": ["hard"]}, "need a ranking"),
+        ({"scores": np.zeros(5)}, "5 scores for 600"),
+        ({"budget": "time"}, "--budget time"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        scaling(TRAIN, TEST, HEAD, fit=FakeFit(), **{**SWEEP, "orders": ["random"], "seeds": 1, **options})
+
+
+def test_images_without_a_score_are_named():
+    scores = np.zeros(600)
+    scores[17] = np.nan
+    with pytest.raises(ProtopruneError, match=r"1 training images have no score \(first: 00017.png\)"):
+        scaling(TRAIN, TEST, HEAD, scores=scores, fit=FakeFit(), seeds=1, **SWEEP)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_an_evaluation(tmp_path):
+    lists = [Kept("a", np.arange(100), selection_seconds=1.0), Kept("b $x$ \udcff", np.arange(200))]
+    result = evaluate(TRAIN, TEST, lists, HEAD, seeds=2, device="cpu", fit=FakeFit())
+    report.save_evaluation(tmp_path, result, {"device": "cpu", "recipe": vars(HEAD)}, list(CLASSES))
+    rows = list(csv.DictReader((tmp_path / "results.csv").open(errors="surrogateescape")))
+    assert len(rows) == 2 * 5
+    assert np.mean([float(row["accuracy"]) for row in rows if row["method"] == "a"]) == pytest.approx(
+        result.method("a").accuracy.mean
+    )
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert whole["config"]["recipe"]["epochs"] == 4
+    assert whole["seeds"] == [0, 1]
+    assert whole["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert whole["methods"][0]["to_random"]["p_adjusted"] == result.method("a").to_random.p_adjusted
+    summary = list(csv.DictReader((tmp_path / "summary.csv").open(errors="surrogateescape")))
+    assert summary[-1]["to_random"] == ""
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "classes.csv").read_bytes().splitlines()) == 1 + 5 * 4
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProtopruneError, match="cannot make this folder"):
+        run_all([Run("a", 0)], TRAIN, TEST, HEAD, folder=tmp_path / "file" / "runs", fit=FakeFit(), device="cpu")
