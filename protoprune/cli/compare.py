@@ -73,7 +73,7 @@ def compare(
     if sheet is not None:
         _write_sheet(result, sheet, root, count)
     _say_result(result, bootstrap)
-    _show(result)
+    _show(result, sys.stdout.isatty())
 
 
 def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | None) -> None:
@@ -85,7 +85,7 @@ def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | N
     for path in given:
         if not path.parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; make it first")
-        if given.count(path) > 1 and path.is_file():
+        if given.count(path) > 1 and (path.is_file() or not path.exists()):
             raise UsageError(f"{path}: is named for two outputs; choose another name")
         for source in (*tables, *([features] if features else [])):
             if path.exists() and source.exists() and path.samefile(source):
@@ -192,12 +192,12 @@ def _csv(rows: list[dict]) -> bytes:
     return manifest({name: [row[name] for row in rows] for name in rows[0]})
 
 
-def _show(result: Comparison) -> None:
+def _show(result: Comparison, terminal: bool) -> None:
     """The matrices on stdout: tables on a terminal, else columns of text, the Spearman matrix first."""
     matrices = [("Spearman", result.spearman)]
     matrices += [(f"overlap of the kept sets at {keep:g} (random: {keep:g})", m) for keep, m in result.overlap.items()]
     names = [name.encode(errors="backslashreplace").decode() for name in result.names]
-    if sys.stdout.isatty():
+    if terminal:
         from rich.console import Console
 
         for title, matrix in matrices:
