@@ -153,7 +153,7 @@ def test_weights_of_zero_equal_leaving_out():
     """Mislabelled examples with weight 0 against a list without them; the same would fail were weights ignored."""
     train = blobs(600)
     train.labels[:300] = (train.labels[:300] + 1) % len(CLASSES)
-    weights = np.concatenate([np.zeros(300), np.full(300, 2.0)])  # 2: the mean over a batch counts the zeros too
+    weights = np.concatenate([np.zeros(300), np.full(300, 17.0)])  # their scale is no learning rate
     lists = [Kept("weighted", np.arange(600), weights), Kept("left out", CLEAN), Kept("plain", np.arange(600))]
     result = evaluate(train, TEST, lists, HEAD, seeds=3, budget="steps", device="cpu")
     weighted, left_out, plain = (result.method(one.name).accuracy.mean for one in lists)
@@ -165,7 +165,8 @@ def test_weights_reach_the_run_by_row():
     fit = FakeFit()
     evaluate(TRAIN, TEST, [Kept("a", np.array([7, 3]), np.array([0.5, 2.0]))], HEAD, seeds=1, device="cpu", fit=fit)
     assert fit.calls[0]["rows"].tolist() == [3, 7]
-    assert fit.calls[0]["weights"][[3, 7]].tolist() == [2.0, 0.5]
+    assert fit.calls[0]["weights"][[3, 7]].tolist() == pytest.approx([1.6, 0.4])
+    assert fit.calls[0]["weights"].sum() == pytest.approx(2)
     assert [call["weights"] for call in fit.calls[1:]] == [None, None]
 
 
@@ -232,6 +233,8 @@ def test_resumed_and_fresh_agree_byte_for_byte(tmp_path):
     resumed = evaluate(TRAIN, TEST, lists, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
     assert [step.outcome.cached for step in seen] == [True] * 4 + [False] * 4
     assert seen[-1].cached == 4
+    assert seen[3].seconds_left is None
+    assert seen[4].seconds_left > seen[-1].seconds_left == 0
     fresh = evaluate(TRAIN, TEST, lists, HEAD, **how)
     assert save(tmp_path / "resumed", resumed) == save(tmp_path / "fresh", fresh)
     assert len(save(tmp_path / "fresh", fresh).splitlines()) == 1 + 2 * 4
@@ -343,6 +346,8 @@ def test_samplers_have_no_luck_of_one_draw():
         ({"dynamic": [{"name": "random", "keep": 0}]}, "--keep 0"),
         ({"dynamic": [{"name": "rs2", "keep": 0.5}] * 2}, "dynamic rs2 0.5 is given twice"),
         ({"target_accuracy": 90}, "--target-accuracy 90"),
+        ({"lists": [Kept("a", CLEAN, np.zeros(300))]}, "a: expected a weight of 0 or more for each of its 300"),
+        ({"lists": [Kept("a", CLEAN, np.ones(2))]}, "expected a weight"),
     ],
 )
 def test_mistakes_are_named_before_training(options, message):
@@ -427,13 +432,13 @@ def test_the_envelope_is_what_nothing_beats_with_as_few():
 
 
 def test_a_resumed_sweep_agrees_with_a_fresh_one(tmp_path):
-    how = {"sizes": [60, 120, 240], "keeps": [1, 0.5], "orders": ["hard", "random"], "seeds": 2, "device": "cpu"}
+    how = {"sizes": [60, 120, 240], "keeps": [1, 0.5], "orders": ["hard"], "seeds": 2, "device": "cpu"}
     how |= {"features": TRAIN.inputs.numpy(), "bootstrap": 5}
     part = {**how, "sizes": [60, 240]}
     scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", **part)
     seen = []
     resumed = scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
-    assert seen[-1].cached == 2 * 2 * 3
+    assert seen[-1].cached == 2 * 2 * 2
     fresh = scaling(TRAIN, TEST, HEAD, **how)
     for name, result in (("resumed", resumed), ("fresh", fresh)):
         report.save_scaling(tmp_path / name, result, {"device": "cpu"})

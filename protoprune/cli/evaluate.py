@@ -5,14 +5,18 @@ Nothing heavy is imported here: torch, scipy and matplotlib load when a command 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from protoprune.cli.progress import duration, say
+from protoprune.cli.select import HigherIs, number_of_clusters
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +41,11 @@ Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate 
 Decay = Annotated[float | None, typer.Option(help="Weight decay [default: by model].")]
 Augment = Annotated[str | None, typer.Option(help="none, crop-flip or resized-crop [default: by model].")]
 ImageSize = Annotated[int, typer.Option(help="Side in pixels that images are resized to.")]
-Hidden = Annotated[int | None, typer.Option(help="Width of a head's hidden layer; 0 is a linear head.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the first layer of cnn [default: 32].")]
+Hidden = Annotated[int | None, typer.Option(help="Units of a head's hidden layer [default: 0, a linear head].")]
+Schedule = Annotated[str | None, typer.Option(help="linear, cosine or steps (Data Diet) [default: linear].")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the network: pays on a GPU.")]
+Pixels = Annotated[Path | None, typer.Option(help="File for decoded pixels, for a data set larger than memory.")]
 Weights = Annotated[Path | None, typer.Option(help="File of weights to start from: fine-tuning.")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -93,12 +101,16 @@ def evaluate(
     batch_size: Batch = None,
     lr: Rate = None,
     weight_decay: Decay = None,
+    schedule: Schedule = None,
     augment: Augment = None,
     image_size: ImageSize = 32,
+    width: Width = None,
     hidden: Hidden = None,
     weights: Weights = None,
     precision: Precision = None,
     device: Device = "auto",
+    compile: Compile = False,
+    pixels: Pixels = None,
     out: Out = None,
 ) -> None:
     """Does a list pay? Train on it, on random images and on everything, and compare.
@@ -108,6 +120,7 @@ def evaluate(
     called better or worse than random only where the interval supports it: it covers the seeds and the luck of one
     draw, since a random list is better or worse than the average one too.
     """
+    from protoprune.cli.record import load_sets
     from protoprune.evaluation.comparing import evaluate as compare
 
     lists, dynamic = lists or [], dynamic or []
@@ -116,14 +129,18 @@ def evaluate(
     costs = _costs(selection_seconds or [], len(lists))
     if not lists and not samplers:
         raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
-    recipe = _recipe(model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, augment=augment,
-                     image_size=image_size, hidden=hidden, weights=weights, precision=precision)  # fmt: skip
-    train, tested = _load(source, test, image_size)
-    kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
-    result = compare(
-        train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=samplers, everything=everything,
-        target_accuracy=target_accuracy, folder=out and out / "runs", device=device, on_run=_show_run(out),
+    recipe = _recipe(
+        model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
+        augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
+        compile=compile or None,
     )  # fmt: skip
+    train, tested = load_sets(source, test, model, image_size, pixels)
+    kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
+    with _resumable(out):
+        result = compare(
+            train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=samplers, everything=everything,
+            target_accuracy=target_accuracy, folder=out and out / "runs", device=device, on_run=_show_run(out),
+        )  # fmt: skip
     _print_evaluation(result)
     if out is not None:
         from protoprune.evaluation import report
@@ -150,6 +167,7 @@ def scaling(
         Path | None,
         typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
     ] = None,
+    higher_is: HigherIs = None,
     k: Annotated[str, typer.Option(help="Number of clusters of each initial set, or auto.")] = "auto",
     balance: Annotated[
         float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
@@ -162,12 +180,16 @@ def scaling(
     batch_size: Batch = None,
     lr: Rate = None,
     weight_decay: Decay = None,
+    schedule: Schedule = None,
     augment: Augment = None,
     image_size: ImageSize = 32,
+    width: Width = None,
     hidden: Hidden = None,
     weights: Weights = None,
     precision: Precision = None,
     device: Device = "auto",
+    compile: Compile = False,
+    pixels: Pixels = None,
     out: Out = None,
 ) -> None:
     """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
@@ -176,20 +198,28 @@ def scaling(
     offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
     law wins, or that it is undecided.
     """
-    from protoprune.cli.select import number_of_clusters
+    from protoprune.cli.record import load_sets
     from protoprune.evaluation.curves import scaling as sweep
 
     source, model = _source(images, features, model, ranking=True)
     wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
     names = [one.strip() for one in orders.split(",") if one.strip()]
-    recipe = _recipe(model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, augment=augment,
-                     image_size=image_size, hidden=hidden, weights=weights, precision=precision)  # fmt: skip
-    train, tested = _load(source, test, image_size)
-    ranked = {"scores": _scores(scores, train), "features": _vectors(features, train) if scores is None else None}
-    result = sweep(
-        train, tested, recipe, **wanted, **ranked, orders=names, seeds=seeds, k=number_of_clusters(k), balance=balance,
-        budget=budget, bootstrap=bootstrap, folder=out and out / "runs", device=device, on_run=_show_run(out),
+    recipe = _recipe(
+        model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
+        augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
+        compile=compile or None,
     )  # fmt: skip
+    train, tested = load_sets(source, test, model, image_size, pixels)
+    ranked = {
+        "scores": _scores(scores, higher_is, train),
+        "features": _vectors(features, train) if scores is None else None,
+    }
+    with _resumable(out):
+        result = sweep(
+            train, tested, recipe, **wanted, **ranked, orders=names, seeds=seeds, k=number_of_clusters(k),
+            balance=balance, budget=budget, bootstrap=bootstrap, folder=out and out / "runs", device=device,
+            on_run=_show_run(out),
+        )  # fmt: skip
     _print_scaling(result)
     if out is not None:
         from protoprune.evaluation import report
@@ -232,31 +262,6 @@ def _recipe(model: str, *, weights: Path | None, **given):
     return Recipe.for_model(model, weights=weights and os.fspath(weights), **given)
 
 
-def _load(source: Path, test: Path, image_size: int):
-    from protoprune.training.examples import load_examples
-
-    if source.is_dir() and test.is_file():
-        raise UsageError(f"--test {test} is a file and the training set a folder of images; give both of one kind")
-    if source.is_file() and test.is_dir():
-        raise UsageError(
-            f"--test {test}: a head is tested on features too; embed it (`protoprune embed {test} -o test.h5`)"
-        )
-    train = load_examples(source, image_size)
-    tested = load_examples(test, image_size, classes=train.classes)
-    for name, examples in (("training", train), ("test", tested)):
-        left_out = [
-            f"{count:,} {why}"
-            for count, why in (
-                (len(examples.unreadable), "that cannot be read"),
-                (examples.unlabelled, "without class"),
-            )
-            if count
-        ]
-        more = f" (left out: {', '.join(left_out)})" if left_out else ""
-        say(f"{name} set: {len(examples.paths):,} images, {len(examples.classes)} classes{more}")
-    return train, tested
-
-
 def _kept(path: Path, train, source: Path, cost: float | None):
     import numpy as np
 
@@ -265,9 +270,19 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     from protoprune.evaluation.runs import list_rows
 
     listed = lists.read_list(path)
+    _refuse_manifest(path)
     every = _every_path(source) if isinstance(listed, np.ndarray) else None
     rows = list_rows(listed, train, os.fspath(path), every_path=every)
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
+
+
+def _refuse_manifest(path: Path) -> None:
+    """A manifest names the removed images too: as a list it would be everything, in silence."""
+    if path.suffix in (".csv", ".jsonl"):
+        with open(path, errors="replace") as file:
+            first = file.readline()
+        if "keep" in first.strip().split(",") or '"keep":' in first:
+            raise UsageError(f"{path}: a manifest, which holds the removed images too; give the list that select wrote")
 
 
 def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
@@ -275,8 +290,6 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     from protoprune import lists
     from protoprune.evaluation.runs import list_weights
 
-    if not hasattr(lists, "read_weights"):
-        return None
     try:
         weights = lists.read_weights(path)
     except UsageError:  # a format without weights, or a list without the column
@@ -321,12 +334,17 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list:
         raise UsageError(f"{option} {text}: expected {kind} separated by commas") from None
 
 
-def _scores(path: Path | None, train) -> np.ndarray | None:
+def _scores(path: Path | None, higher_is: str | None, train) -> np.ndarray | None:
     if path is None:
+        if higher_is is not None:
+            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         return None
     from protoprune.scores import read_scores
 
-    return read_scores(path, train.paths).scores
+    table = read_scores(path, train.paths, higher_is=higher_is)
+    for note in table.notes():
+        say(f"{path}: {note}")
+    return table.scores
 
 
 def _vectors(features: Path | None, train) -> np.ndarray | None:
@@ -343,6 +361,20 @@ def _vectors(features: Path | None, train) -> np.ndarray | None:
     table = load_examples(features, classes=train.classes)
     rows = list_rows(train.paths, table, "the training set")
     return np.asarray(table.inputs)[rows]
+
+
+@contextlib.contextmanager
+def _resumable(out: Path | None) -> Iterator[None]:
+    """Ctrl-C ends a series of runs in two lines that say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is None:
+            say("interrupted: without -o nothing is kept")
+        else:
+            say(f"interrupted: the runs done are kept in {out / 'runs'}; to go on, run the same again:")
+            say(f"  {shlex.join(['protoprune', *sys.argv[1:]])}")
+        raise typer.Exit(130) from None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -362,7 +394,7 @@ def _show_run(out: Path | None):
         left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
         say(
             f"run {step.done:,}/{step.total:,}: {step.run.method}, seed {step.run.seed}: "
-            f"{100 * step.outcome.accuracy:.2f} % in {duration(step.outcome.seconds)}{left}"
+            f"{100 * step.outcome.accuracy:.2f} % in {_time(step.outcome.seconds)}{left}"
         )
 
     return show
@@ -402,12 +434,12 @@ def _cells(one: Method, result: Evaluation) -> list[str]:
         _span(random.difference, random.low, random.high, sign="+") if random else "",
         _span(full.mean, full.low, full.high, sign="+") if full else "",
         f"{100 * one.worst_class_accuracy:.1f} ({one.worst_class})",
-        duration(one.seconds),
-        *(_signed(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
+        _time(one.seconds),
+        *(_time(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
     ]
     if result.target_accuracy is not None:
         reached = f"{one.reached_target} of {one.accuracy.n} seeds"
-        cells.append(duration(one.seconds_to_target) if one.seconds_to_target is not None else reached)
+        cells.append(_time(one.seconds_to_target) if one.seconds_to_target is not None else reached)
     return cells
 
 
@@ -417,9 +449,11 @@ def _span(value: float, low: float | None, high: float | None, *, sign: str = ""
     return text if low is None else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
 
 
-def _signed(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return ""
+    if abs(seconds) < 1:
+        return f"{seconds:.3f} s"
     return f"-{duration(-seconds)}" if seconds < 0 else duration(seconds)
 
 

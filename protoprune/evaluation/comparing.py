@@ -27,7 +27,7 @@ class Kept:
 
     name: str
     rows: np.ndarray  # (m,) int64
-    weights: np.ndarray | None = None  # (m,) loss weights of those rows
+    weights: np.ndarray | None = None  # (m,) loss weights of those rows, in any scale
     selection_seconds: float | None = None  # what it cost to choose them
 
 
@@ -182,11 +182,18 @@ def dynamic_name(sampler: dict) -> str:
 
 
 def _spread(one: Kept, n: int) -> np.ndarray | None:
-    """(n,) loss weights from those of the list's own rows; rows outside are never seen."""
+    """(n,) loss weights from those of the list's own rows; rows outside are never seen.
+
+    Scaled to a mean of 1 over the list: weights that add up to n, as those of a calibrated list do, would multiply the
+    learning rate by n / kept.
+    """
     if one.weights is None:
         return None
+    own = np.asarray(one.weights, np.float64)
+    if own.shape != np.shape(one.rows) or not np.isfinite(own).all() or (own < 0).any() or not own.any():
+        raise UsageError(f"{one.name}: expected a weight of 0 or more for each of its {len(one.rows):,} images")
     weights = np.zeros(n, np.float32)
-    weights[np.asarray(one.rows)] = one.weights
+    weights[np.asarray(one.rows)] = own / own.mean()
     return weights
 
 

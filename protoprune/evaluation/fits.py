@@ -99,13 +99,17 @@ def verdict(fits: Fits) -> str:
     if best.intervals:
         low, high = best.intervals["b"]
         exponent += f" ({low:.3g} to {high:.3g})"
-    others = [law.name for law in fits.laws if law.aicc is not None and law.name not in (fits.best, *fits.rivals)]
+    others = [
+        f"{law.name} is behind by {law.aicc - best.aicc:.1f}"
+        for law in fits.laws
+        if law.aicc is not None and law.name not in (fits.best, *fits.rivals)
+    ]
     if fits.decided:
         return f"{_title(fits.best)} wins by {fits.delta:.1f} in AICc over the next law; {exponent}"
     text = (
         f"undecided between {fits.best} (lowest AICc, by {fits.delta:.1f}; {exponent}) and {' and '.join(fits.rivals)}"
     )
-    return text + (f"; {' and '.join(others)} fits worse" if others else "")
+    return "; ".join([text, *others])
 
 
 def _title(name: str) -> str:
@@ -246,7 +250,7 @@ def _intervals(
     intervals = {}
     for key, value in estimate.items():
         drawn = np.array([one[key] for one in samples])
-        if key == "a":  # above 0 and spread over orders of magnitude
+        if key == "a" or (key == "b" and len(estimate) == 3):  # above 0, and spread over orders of magnitude
             centre, drawn = math.log(value), np.log(drawn)
             low, high = map(_bounded_exp, centre + widen * (np.quantile(drawn, tails) - centre))
         else:

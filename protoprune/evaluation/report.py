@@ -171,7 +171,7 @@ def figure_evaluation(result: Evaluation) -> bytes:
     """PNG: accuracy of each method, every seed a dot, or against the number kept where lists have several sizes."""
     figure, axes = _figure(7, 1.4 + 0.4 * len(result.methods))
     sizes = {one.kept for one in result.methods if one.kind in ("list", "dynamic")}
-    if len(sizes) > 1:
+    if sizes and max(sizes) > 1.1 * min(sizes):
         _draw_by_size(axes, result)
     else:
         _draw_dots(axes, result)
@@ -218,9 +218,23 @@ def figure_scaling(result: Scaling) -> bytes:
     for axes, order in zip(panels, orders, strict=True):
         _draw_panel(axes, result, order)
         axes.set(xscale="log", yscale="log", xlabel="training images kept", title=order)
+        axes.set_xticks(_few(sorted({one.kept for one in result.points})), minor=False)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            part("{x:.2g}")
         axes.legend(fontsize="x-small")
     panels[0].set_ylabel(f"test error, mean of {len(result.seeds)} seeds")
     return _png(figure)
+
+
+def _few(sizes: list[int]) -> list[int]:
+    """Those that are at least 1.8 times the one before, from the largest down: labels that do not overlap."""
+    chosen: list[int] = []
+    for size in reversed(sizes):
+        if not chosen or chosen[-1] >= 1.8 * size:
+            chosen.append(size)
+    return chosen
 
 
 def _draw_panel(axes, result: Scaling, order: str) -> None:

@@ -155,24 +155,25 @@ def run_all(
     fit = fit or _real_fit()
     if folder is not None:
         _make_folder(folder)
-    known: dict[str, Outcome] = {}
+    keys = [{**shared, **_own_key(run)} for run in runs]
+    names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
+    known = {name: _read(folder, name, key, curves) for name, key in zip(names, keys, strict=True)}
+    clock = _Clock({name: _planned_steps(run, len(train.paths), recipe) for name, run in zip(names, runs, strict=True)
+                    if known[name] is None})  # fmt: skip
     outcomes, cached = [], 0
-    clock = _Clock([_planned_steps(run, len(train.paths), recipe) for run in runs])
-    for number, run in enumerate(runs):
-        key = {**shared, **_own_key(run)}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        outcome = known.get(name) or _read(folder, name, key, curves)
+    for number, (run, name, key) in enumerate(zip(runs, names, keys, strict=True), 1):
+        outcome = known[name]
         if outcome is not None:
             cached += 1
         else:
             began = time.perf_counter()
             outcome = _train(run, train, test, recipe, fit, device, curves)
-            clock.measured(number, time.perf_counter() - began)
+            clock.measured(name, time.perf_counter() - began)
             _write(folder, name, key, outcome, run)
-        known[name] = dataclasses.replace(outcome, cached=True)
+            known[name] = dataclasses.replace(outcome, cached=True)
         outcomes.append(outcome)
         if on_run:
-            on_run(Step(number + 1, len(runs), cached, run, outcome, clock.left(number + 1)))
+            on_run(Step(number, len(runs), cached, run, outcome, clock.left()))
     return outcomes
 
 
@@ -247,16 +248,16 @@ def _planned_steps(run: Run, n: int, recipe) -> int:
 class _Clock:
     """Time left, from the seconds a step of the runs done here."""
 
-    def __init__(self, steps: list[int]):
-        self.steps = steps
+    def __init__(self, steps: dict[str, int]):
+        self.waiting = dict(steps)  # name of a run to do -> its steps
         self.seconds = self.stepped = 0.0
 
-    def measured(self, number: int, seconds: float) -> None:
+    def measured(self, name: str, seconds: float) -> None:
         self.seconds += seconds
-        self.stepped += self.steps[number]
+        self.stepped += self.waiting.pop(name)
 
-    def left(self, done: int) -> float | None:
-        return self.seconds / self.stepped * sum(self.steps[done:]) if self.stepped else None
+    def left(self) -> float | None:
+        return self.seconds / self.stepped * sum(self.waiting.values()) if self.stepped else None
 
 
 def _real_fit() -> Callable:

@@ -125,9 +125,11 @@ def sentence(one: Comparison, *, against: str = "random", confidence: float = 0.
     """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
     if one.low is None:
         return f"{_points(one.difference)} points {against}, but one seed gives no interval and so no verdict"
-    span = f"{_points(one.low)} to {_points(one.high)}, {one.n} seeds"
     if one.verdict != "undecided":
-        return f"{one.verdict} than {against} by {abs(100 * one.difference):.1f} points ({span})"
+        size, near, far = abs(one.difference), *sorted((abs(one.low), abs(one.high)))
+        span = f"{_points(near)} to {_points(far)}, {one.n} seeds"
+        return f"{one.verdict} than {against} by {_points(size)} points ({span})"
+    span = f"{_points(one.low)} to {_points(one.high)}, {one.n} seeds"
     text = f"no difference to {against} shown at this n ({_points(one.difference)} points, {span})"
     if one.low > 0 or one.high < 0:
         return text + "; its own interval leaves 0 out, but not after allowing for the other comparisons"

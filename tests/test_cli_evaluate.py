@@ -1,0 +1,245 @@
+"""`evaluate` and `scaling` as a user runs them, on heads and once on images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from protoprune.cli import app
+from protoprune.decode import Status
+
+CLASSES = ("ape", "bee", "cat")
+N = 240
+PATHS = sorted(f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(N))
+
+
+def blobs(paths: list[str], seed: int) -> np.ndarray:
+    """(n, 6) features: a Gaussian for each class; of the training images the odd ones are another class's."""
+    rng = np.random.default_rng(seed)
+    label = np.array([CLASSES.index(path.partition("/")[0]) for path in paths])
+    if seed == 0:
+        label = np.where(np.array([wrong(path) for path in paths]), (label + 1) % 3, label)
+    return 2.5 * np.eye(3, 6)[label] + rng.normal(size=(len(paths), 6))
+
+
+def table(path: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(Path(path).read_text())))
+
+
+def wrong(path: str) -> bool:
+    return int(Path(path).stem) // 3 % 2 == 1
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, feature_file):
+    """train.h5 of 240 images, half of them in the wrong class and one unreadable, test.h5, and lists of both halves."""
+    monkeypatch.chdir(tmp_path)
+    feature_file("train.h5", blobs(PATHS, 0), paths=PATHS, failed={0: Status.TRUNCATED}, root="images")
+    feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images")
+    good = [path for path in PATHS[1:] if not wrong(path)]
+    Path("good.txt").write_text("".join(f"{path}\n" for path in good))
+    Path("bad.txt").write_text("".join(f"{path}\n" for path in PATHS[1:] if wrong(path)))
+    np.save("good.npy", [PATHS.index(path) for path in good])
+    return tmp_path
+
+
+@pytest.fixture
+def run():
+    def run(*arguments, code: int = 0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+QUICK = ["--features", "train.h5", "--test", "test.h5", "--epochs", "3", "--device", "cpu", "--lr", "0.3"]
+QUICK += ["--batch-size", "32"]
+
+
+def test_two_lists_their_verdicts_and_files(here, run):
+    options = ["--seeds", "4", "--selection-seconds", "12", "-o", "out"]
+    result = run("evaluate", "good.txt", "bad.txt", *QUICK, *options)
+    answer = result.stdout
+    assert re.search(r"^good.txt: better than random by [\d.]+ points \([\d.]+ to [\d.]+, 4 seeds\)$", answer, re.M)
+    assert re.search(r"^bad.txt: worse than random by [\d.]+ points \([\d.]+ to [\d.]+, 4 seeds\)$", answer, re.M)
+    assert "allow for all 2 comparisons (Holm)" in answer
+    lines = answer.splitlines()[:6]
+    assert lines[0].split() == [
+        *("kept", "accuracy", "against", "random", "against", "everything", "worst", "class", "training", "saved"),
+        *("selection", "net", "saved"),
+    ]
+    assert [line.partition("  ")[0] for line in lines[1:]] == ["good.txt", "bad.txt", "random 119", "random 120",
+                                                              "everything"]  # fmt: skip
+    assert "12.0 s" in lines[1]
+    assert re.search(r"-1\d\.\d s$", lines[1])  # the selection cost more than one training of it saves
+    assert "warning: 1 images of train.h5 cannot be read" in result.stderr
+    assert re.search(r"^run 3/20: random 119, seed 0: [\d.]+ % in [\d.]+ s, [\d.]+ s left$", result.stderr, re.M)
+    rows = table("out/results.csv")
+    assert len(rows) == 4 * 5
+    assert {"good.txt", "bad.txt", "everything"} < {row["method"] for row in rows}
+    whole = json.loads(Path("out/results.json").read_text())
+    assert whole["config"]["recipe"]["model"] == "head"
+    assert whole["config"]["lists"] == ["good.txt", "bad.txt"]
+    assert Path("out/figure.png").stat().st_size > 5_000
+
+
+def test_a_second_call_does_only_the_rest(here, run):
+    first = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out")
+    before = Path("out/results.csv").read_bytes()
+    again = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out")
+    assert again.stdout == first.stdout  # times are those of the runs, not of this call
+    assert "6 of 6 runs were there already, in out/runs" in again.stderr
+    assert Path("out/results.csv").read_bytes() == before
+    more = run("evaluate", "good.txt", "bad.txt", *QUICK, "--seeds", "2", "-o", "out").stderr
+    assert len(re.findall("^run ", more, re.M)) == 4  # the other list and random subsets of its size
+
+
+def test_row_indices_count_unreadable_images_too(here, run):
+    run("evaluate", "good.txt", "good.npy", *QUICK, "--seeds", "1", "--no-everything", "-o", "out")
+    rows = {row["method"]: row for row in table("out/results.csv")}
+    assert rows["good.txt"]["accuracy"] == rows["good.npy"]["accuracy"]
+    assert list(rows) == ["good.txt", "good.npy", "random 119"]
+
+
+def test_one_seed_gives_numbers_and_no_verdict(here, run):
+    answer = run("evaluate", "good.txt", *QUICK, "--seeds", "1").stdout
+    assert "one seed gives no interval and so no verdict" in answer
+    assert "better" not in answer
+    assert "Holm" not in answer
+
+
+def test_weights_of_a_list_are_used(here, run):
+    record = "".join(f"{path},{0.001 if wrong(path) else 1.999}\n" for path in PATHS[1:])
+    Path("weighted.csv").write_text("path,weight\n" + record)
+    Path("all.txt").write_text("".join(f"{path}\n" for path in PATHS[1:]))
+    run("evaluate", "weighted.csv", "all.txt", *QUICK, "--seeds", "2", "--no-everything", "-o", "out")
+    found = {row["method"]: float(row["accuracy"]) for row in table("out/summary.csv")}
+    assert found["weighted.csv"] > found["all.txt"] + 0.1
+
+
+def test_dynamic_methods_and_time_to_an_accuracy(here, run):
+    pytest.importorskip("protoprune.samplers")
+    options = ["--dynamic", "random", "--dynamic", "ucb", "--keep", "0.3", "--every", "1", "--target-accuracy", "0.34"]
+    answer = run("evaluate", *QUICK, *options, "--seeds", "2").stdout
+    assert re.search(r"^dynamic random 0.3 every=1 .* (\d\.\d s|\d of 2 seeds)$", answer, re.M)
+    assert "dynamic ucb 0.3 every=1: " in answer
+    assert "to 34 %" in answer.splitlines()[0]
+    assert "random 72" in answer
+
+
+def test_a_network_on_images(here, run, image_tree):
+    train = image_tree({"ape": 6, "bee": 6})
+    test = image_tree({"ape": 3, "bee": 3}, folder=here / "held-out")
+    Path("few.txt").write_text("ape/000.png\nape/001.png\nbee/000.png\nbee/003.png\n")
+    options = ["--image-size", "16", "--epochs", "1", "--batch-size", "4", "--seeds", "1", "--device", "cpu"]
+    answer = run("evaluate", "few.txt", "--images", train, "--test", test, *options).stdout
+    assert re.search(r"^few.txt +4 \(33.3 %\) ", answer, re.M)
+    assert re.search(r"^everything +12 \(100 %\) ", answer, re.M)
+
+
+def test_scaling_sweeps_fits_and_draws(here, run):
+    sizes = ["--sizes", "30,60,90,120,180,239", "--keeps", "1,0.5", "--orders", "hard,random", "--k", "3"]
+    result = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
+    assert result.stdout.splitlines()[0].split() == [
+        "error",
+        "(%)",
+        "of",
+        "keep",
+        "30",
+        "60",
+        "90",
+        "120",
+        "180",
+        "239",
+    ]
+    for curve in ("all", "hard 0.5", "random 0.5", "Pareto envelope, hard"):
+        assert re.search(f"^{curve}: ", result.stdout, re.M)
+    assert len(table("out/results.csv")) == 2 * 6 * 3
+    assert {row["law"] for row in table("out/fits.csv")} == {*("power", "exponential", "power with offset")}
+    assert Path("out/figure.png").stat().st_size > 5_000
+    assert json.loads(Path("out/results.json").read_text())["config"]["sizes"] == [30, 60, 90, 120, 180, 239]
+    again = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
+    assert again.stdout == result.stdout
+    assert "36 of 36 runs were there already" in again.stderr
+
+
+def test_scaling_by_a_score_table(here, run):
+    Path("s.csv").write_text("path,score\n" + "".join(f"{path},{int(wrong(path))}\n" for path in PATHS))
+    sizes = ["--sizes", "60,239", "--keeps", "0.3", "--orders", "hard,easy", "--scores", "s.csv", "--seeds", "2"]
+    run("scaling", *QUICK, *sizes, "-o", "out")
+    rows = table("out/points.csv")
+    error = {(row["order"], row["size"]): float(row["error"]) for row in rows}
+    assert error["hard", "239"] > error["easy", "239"] + 0.2  # the hard ones are those in the wrong class
+    run("scaling", *QUICK, *sizes, "--higher-is", "easier", "-o", "turned")
+    turned = {(row["order"], row["size"]): float(row["error"]) for row in table("turned/points.csv")}
+    assert turned["easy", "239"] == error["hard", "239"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--test", "test.h5"], 2, "no training set"),
+        (["--images", ".", "--model", "head", "--test", "test.h5"], 2, "protoprune embed ."),
+        (["--images", ".", "--test", "test.h5"], 2, "the form of the training set"),
+        (["--features", "train.h5", "--test", "."], 2, "the form of the training set"),
+        (["--features", "train.h5", "--model", "cnn", "--test", "test.h5"], 2, "give --images FOLDER"),
+        (["--images", ".", "--features", "train.h5", "--model", "cnn", "--test", "."], 2, "goes with --model head"),
+        ([*QUICK, "--dynamic", "random"], 2, "--keep FRACTION go together"),
+        ([*QUICK, "--selection-seconds", "-1"], 2, "expected 0 or more"),
+        ([*QUICK, "--selection-seconds", "1", "--selection-seconds", "2"], 2, "2 numbers for 1 lists"),
+        ([*QUICK, "--budget", "time"], 2, "--budget time"),
+        ([*QUICK[:-4], "--lr", "-1"], 2, "--lr -1"),
+        (["--features", "none.h5", "--test", "test.h5"], 2, "none.h5"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(here, run, arguments, code, message):
+    result = run("evaluate", "good.txt", *arguments, code=code)
+    assert message in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert result.stdout == ""
+
+
+def test_a_list_of_other_images_is_refused_with_a_count(here, run):
+    Path("other.txt").write_text(f"{PATHS[1]}\nzebra/1.png\nzebra/2.png\n")
+    error = run("evaluate", "other.txt", *QUICK, code=1).stderr
+    assert "other.txt: 2 of its 3 images are not usable training images of images (first: zebra/1.png" in error
+    Path("unreadable.txt").write_text(f"{PATHS[0]}\n")
+    assert "cannot be read: made up truncated" in run("evaluate", "unreadable.txt", *QUICK, code=1).stderr
+
+
+def test_a_manifest_is_no_list(here, run):
+    Path("all.csv").write_text("path,keep\n" + "".join(f"{path},True\n" for path in PATHS[1:]))
+    assert "all.csv: a manifest" in run("evaluate", "all.csv", *QUICK, code=2).stderr
+
+
+def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
+    from protoprune.training import loop
+
+    fit, calls = loop.fit, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(loop, "fit", interrupted)
+    error = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out", code=130).stderr
+    assert "interrupted: the runs done are kept in out/runs" in error
+    run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out")
+    assert len(calls) == 3 + 4
+
+
+def test_scaling_says_what_it_lacks(here, run, image_tree):
+    train = image_tree({"ape": 6, "bee": 6})
+    error = run("scaling", "--images", train, "--test", train, "--sizes", "6,12", "--image-size", "16", code=2).stderr
+    assert "give --features or --scores" in error
+    assert "expected whole numbers" in run("scaling", *QUICK, "--sizes", "1e3", code=2).stderr
