@@ -241,8 +241,8 @@ class PruningSampler(Sampler[int]):
             saved = f"load_state_dict: saved within an epoch by {state['num_replicas']} processes"
             raise UsageError(f"{saved}; expected as many, not {replicas}, or a state saved at the end of an epoch")
         self.epoch, self._trained, self._counted = state["epoch"], trained, state["counted"]
-        # Workers may have drawn the whole epoch before the model saw it, so what was trained on decides.
-        self._exhausted = trained >= state["length"] or (state["exhausted"] and not trained and not self.needs_losses)
+        # Workers may have drawn all of the epoch before the model saw it: with losses, what was trained on counts.
+        self._exhausted = state["exhausted"] and not trained and not self.needs_losses
         for name in ("_mask", "_counts", *self._learned):
             getattr(self, name)[:] = state[name.lstrip("_")].numpy()
         if self.needs_losses:

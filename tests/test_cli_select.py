@@ -197,6 +197,18 @@ def test_scores_from_a_table(here, run):
     assert easy == sorted(PATHS[1:11])  # not the first image, which has a score but could not be read
 
 
+def test_scores_of_a_table_in_which_higher_means_prune(here, run):
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{row}\n" for row, path in enumerate(PATHS[1:]))
+    keep = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--higher-is", "keep")
+    prune = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--higher-is", "prune")
+    assert keep.stdout.splitlines() == sorted(PATHS[-10:])
+    assert prune.stdout.splitlines() == sorted(PATHS[1:11])
+    assert "scores: direction from --higher-is" in prune.stderr
+    alone = run("select", "--keep", "0.5", "--higher-is", "prune", code=2)
+    assert alone.stderr == "error: --higher-is prune: goes with --scores, whose direction it gives\n"
+
+
 def test_scores_that_not_every_image_has(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS[:21]))

@@ -237,6 +237,8 @@ def test_stability_compares_the_same_images(copies):
     rows = pruning.stability(copies, chosen, seeds=1)
     assert [row.k for row in rows] == [2, 1, 4]
     assert all(0 < row.overlap <= 1 for row in rows)
+    alone = pruning.stability(copies, protoprune.select(copies, 0.5, dedup=0.01, k=1, order="easy"), seeds=1)
+    assert (alone[0].k, alone[0].overlap) == (1, 1.0)  # one cluster: no seed can differ, and no duplicate comes back
 
 
 def test_bad_thresholds_are_found_before_the_work(tmp_path):

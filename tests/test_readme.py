@@ -116,6 +116,74 @@ def test_webdataset(here):
     assert [sample["__key__"] + ".png" for sample in given["kept"]] == here
 
 
+def small_problem():
+    """64 points of two classes, and a model that can tell them apart."""
+    import torch
+
+    points = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Linear(5, 2)
+    torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    return points, (points[:, 0] > 0).long(), model
+
+
+def accuracy(model, points, labels) -> float:
+    return (model(points).argmax(1) == labels).float().mean().item()
+
+
+def test_plain_pytorch():
+    import torch
+
+    points, labels, model = small_problem()
+    dataset = torch.utils.data.TensorDataset(points, labels)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    given = run_block("plain_pytorch", dataset=dataset, model=model, optimizer=optimizer, epochs=30)
+    assert accuracy(model, points, labels) > 0.9
+    assert given["sampler"].epoch == 29
+    assert given["sampler"].counts.sum() == 30 * 19
+
+
+def test_lightning(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    points, labels, model = small_problem()
+    given = run_block("lightning", dataset=torch.utils.data.TensorDataset(points, labels), model=model)
+    counts = given["sampler"].counts
+    assert given["sampler"].epoch == 7
+    assert counts.max() == 8
+    assert counts.min() >= 2  # the first and the last epoch have all the data
+    assert 2 * 64 < counts.sum() < 8 * 64
+    assert given["sampler"].state_dict()["trained"] == 64  # so none of the last epoch was cut off
+    assert accuracy(model.cpu(), points, labels) > 0.6
+
+
+def test_trainer(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from types import SimpleNamespace
+
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    points, labels, linear = small_problem()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return SimpleNamespace(logits=self.linear(x))
+
+    dataset = [{"x": x, "labels": int(y)} for x, y in zip(points, labels, strict=True)]
+    given = run_block("trainer", dataset=dataset, model=Model())
+    assert given["sampler"].epoch == 4
+    assert given["sampler"].counts.sum() == 5 * 19
+    assert given["sampler"].state_dict()["trained"] == 19
+    assert linear.weight.abs().sum() > 0
+
+
 def test_shell(here):
     import shutil
 

@@ -474,6 +474,29 @@ def test_the_epoch_is_over_when_its_last_index_was_taken():
             next(iterator)
 
 
+def test_a_pass_left_over_from_another_epoch_ends_nothing():
+    sampler = make(RandomDynamicSampler)
+    left_over = iter(sampler)
+    next(left_over)
+    sampler.set_epoch(1)
+    list(left_over)
+    iter(sampler)
+    assert sampler.epoch == 1
+
+
+def test_random_samplers_without_updates_resume_at_the_epoch():
+    expected = [list(one) for one in [RS2Sampler(23, 0.4)] * 3]
+    sampler = RS2Sampler(23, 0.4)
+    assert list(sampler) == expected[0]
+    after = RS2Sampler(23, 0.4)
+    after.load_state_dict(saved(sampler))
+    assert list(after) == expected[1]
+    next(iter(after))  # within epoch 2
+    again = RS2Sampler(23, 0.4)
+    again.load_state_dict(saved(after))
+    assert list(again) == expected[2]
+
+
 def test_lightnings_order_of_calls_with_prefetching_workers():
     """Length and an iterator that is primed and thrown away before set_epoch; then again for the epoch itself."""
     expected = train(make(InfoBatchSampler, every=1), 4)
@@ -741,6 +764,8 @@ def dealt_out_by_another_library(rank: int, world: int) -> list:
         for index in list(batches(sampler, 3))[rank::world]:
             sampler.update(list(index), loss_of(index, epoch))
         masks.append(sampler.selected())
+    sampler.synchronize()
+    assert sampler.state_dict()["trained"] == len(sampler) == 12  # the position in the order that all go through
     return masks
 
 

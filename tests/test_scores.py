@@ -459,6 +459,22 @@ def test_a_row_of_another_folder_is_not_taken_for_an_image(tmp_path):
         read_scores(tmp_path / "s.csv", ["train/cat/1.png"])
 
 
+def test_one_form_is_taken_for_the_whole_table(tmp_path):
+    """The first that fits at least half of the rows; where none does, the first that fits any."""
+    images = [f"cat/{letter}.png" for letter in "abcdef"]
+    stray = "cat/a.png,9\n"
+    (tmp_path / "s.csv").write_text(stray + "".join(f"train/{image},{row}\n" for row, image in enumerate(images[1:])))
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.scores.tolist() == [9, 0, 1, 2, 3, 4]
+    assert table.matched_by == "path, relative to another root"
+    rest = "".join(f"train/{letter}.png,1\n" for letter in "pqrst")
+    (tmp_path / "s.csv").write_text(stray + rest + "train/cat/b.png,5\n")
+    table = read_scores(tmp_path / "s.csv", images)
+    assert table.missing == 5
+    assert table.matched_by == "path"
+    assert len(table.unmatched_rows) == 6
+
+
 def test_numbers_that_may_be_names(tmp_path):
     images = [f"{number}.png" for number in range(12)]  # sorted by code point: 10.png is row 2
     (tmp_path / "s.csv").write_text("".join(f"{number},{number}\n" for number in range(12)))
@@ -530,3 +546,34 @@ def test_the_released_files_are_known_by_name(tmp_path):
             read_scores(path, TRAIN, higher_is="prune")
     (tmp_path / "ImageNet-1K_mine.csv").write_text("a,1\n")
     assert read_table(tmp_path / "ImageNet-1K_mine.csv").direction == "assumed"
+
+
+CELLS = st.sampled_from(
+    ["a.png", "b c.png", "0", "1", "0.5", "", " ", "#", "# x", "path", "score", "index", '"', "1_0", "é"]
+)
+
+
+@given(
+    st.lists(st.lists(CELLS, max_size=4), max_size=6), st.sampled_from(",;\t| "), st.sampled_from(["\n", "\r\n", "\r"])
+)
+def test_whatever_a_text_holds_it_is_read_or_refused_in_one_line(tmp_path, rows, delimiter, end):
+    (tmp_path / "s.txt").write_bytes(end.join(delimiter.join(row) for row in rows).encode())
+    message = ""
+    try:
+        table = read_scores(tmp_path / "s.txt", ["a.png", "b c.png", "0.png"])
+    except ProtopruneError as error:
+        message = str(error)
+    assert message.startswith(str(tmp_path / "s.txt")) if message else table.scores.shape == (3,)
+    assert "\n" not in message
+
+
+def test_a_lone_column_without_numbers_is_refused(tmp_path):
+    (tmp_path / "s.txt").write_text("score\nabc\n")
+    with pytest.raises(ProtopruneError, match="expected rows of path and score"):
+        read_scores(tmp_path / "s.txt", ["abc"])
+
+
+def test_comments_alone_are_no_table(tmp_path):
+    (tmp_path / "s.txt").write_text("# x,score,path\n#,b.png,3\n")
+    with pytest.raises(ProtopruneError, match="nothing but comments"):
+        read_scores(tmp_path / "s.txt", ["b.png"])

@@ -120,7 +120,7 @@ def test_how_many_go_by_score():
     assert [by_score(count, 0.5) for count in range(8)] == [0, 0, 1, 2, 2, 3, 3, 4]
     assert [by_score(count, 0.9) for count in (1, 2, 10, 11)] == [0, 1, 9, 10]  # at least one is drawn
     assert by_score(10, 1.0) == 10
-    assert by_score(1000, 0.29) == 290  # 0.29 * 1000 is below 290 in binary, and 0.285 * 1000 = 285 stays
+    assert by_score(10, 0.15) == 2  # 1.5, though the binary neighbour of 0.15 is a little less
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])

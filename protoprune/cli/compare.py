@@ -73,7 +73,7 @@ def compare(
     if sheet is not None:
         _write_sheet(result, sheet, root, count)
     _say_result(result, bootstrap)
-    _show(result)
+    _show(result, sys.stdout.isatty())
 
 
 def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | None) -> None:
@@ -85,7 +85,7 @@ def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | N
     for path in given:
         if not path.parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; make it first")
-        if given.count(path) > 1 and path.is_file():
+        if given.count(path) > 1 and (path.is_file() or not path.exists()):
             raise UsageError(f"{path}: is named for two outputs; choose another name")
         for source in (*tables, *([features] if features else [])):
             if path.exists() and source.exists() and path.samefile(source):
@@ -192,17 +192,20 @@ def _csv(rows: list[dict]) -> bytes:
     return manifest({name: [row[name] for row in rows] for name in rows[0]})
 
 
-def _show(result: Comparison) -> None:
+def _show(result: Comparison, terminal: bool) -> None:
     """The matrices on stdout: tables on a terminal, else columns of text, the Spearman matrix first."""
     matrices = [("Spearman", result.spearman)]
     matrices += [(f"overlap of the kept sets at {keep:g} (random: {keep:g})", m) for keep, m in result.overlap.items()]
     names = [name.encode(errors="backslashreplace").decode() for name in result.names]
-    if sys.stdout.isatty():
+    if terminal:
         from rich.console import Console
 
-        for title, matrix in matrices:
-            Console().print(_rich_table(title, names, matrix, result.order))
-        return
+        console = Console()
+        if max(map(len, names)) + 9 * (len(names) + 1) <= console.width:
+            for title, matrix in matrices:
+                console.print(title, markup=False, highlight=False)
+                console.print(_rich_table(names, matrix, result.order))
+            return
     for place, (title, matrix) in enumerate(matrices):
         if place:
             typer.echo(f"\n{title}")
@@ -210,13 +213,13 @@ def _show(result: Comparison) -> None:
             typer.echo(line)
 
 
-def _rich_table(title: str, names: list[str], matrix: np.ndarray, order: np.ndarray):
+def _rich_table(names: list[str], matrix: np.ndarray, order: np.ndarray):
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", *(Text(names[row]) for row in order), title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("")
+    for row in order:
+        table.add_column(Text(names[row]), justify="right", min_width=6, overflow="fold")
     for row in order:
         table.add_row(Text(names[row]), *(_cell(matrix[row, column]) for column in order))
     return table

@@ -66,10 +66,10 @@ def _find_key(first, names: list[str], rows, numeric: list[int], score: int | No
     index = _named(names, _INDEX_KEYS)
     if not text and index is not None:
         return index
-    if not text and numeric[0] != score and all(row[0].strip().isdecimal() for row in rows):
+    if not text and numeric and numeric[0] != score and all(row[0].strip().isdecimal() for row in rows):
         return 0
     raise ProtopruneError(
-        f"which of its columns {', '.join(first)} is the path? add a header line that names path and score"
+        f"which of its columns {_shown(first)} is the path? add a header line that names path and score"
     )
 
 
@@ -86,7 +86,11 @@ def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | No
     if len(candidates) == 1:
         return candidates[0]
     advice = "name it score (and the other one path)" if names else "add a header line that names path and score"
-    raise ProtopruneError(f"which of its columns {', '.join(first)} is the score? {advice}")
+    raise ProtopruneError(f"which of its columns {_shown(first)} is the score? {advice}")
+
+
+def _shown(first: Sequence[str]) -> str:
+    return " ".join(", ".join(first).split())  # a quoted name may hold line breaks
 
 
 def _plain(name: str) -> str:
@@ -200,4 +204,7 @@ def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tup
 
 def _skip_header(rows: Iterator[list[str]]) -> int:
     """Go past the header and the comments above it; how many rows that was."""
-    return next(place for place, row in enumerate(rows, 1) if not row[0].startswith("#"))
+    for place, row in enumerate(rows, 1):
+        if not row[0].startswith("#"):
+            return place
+    raise ProtopruneError("nothing but comments; expected rows of path and score")

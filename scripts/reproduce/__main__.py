@@ -1,0 +1,48 @@
+"""The papers' experiments by name.
+
+    python scripts/reproduce NAME [--size small|full] [--data .data] [--results results] [--device auto]
+
+Settings come from configs/NAME.toml, results go to results/NAME/ (results.json, tables as CSV, figure.png), and the run
+ends with the paper's claims beside what was found. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from lab import Lab, report
+
+from protoprune.errors import ProtopruneError
+
+NAMES = (
+    "theory", "cifar10", "svhn", "metrics", "k", "balance", "transfer", "calibration", "dynamic", "imagenet",
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="two cores, minutes; or a GPU")
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder that holds the data sets")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--configs", type=Path, default=Path("configs"))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    options = parser.parse_args()
+    try:
+        lab = Lab.open(options.name, options.size, options.data, options.results, options.configs, options.device)
+        claims = importlib.import_module(f"experiment_{options.name}").run(lab)
+        report(lab, claims)
+    except ProtopruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept; run the same again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

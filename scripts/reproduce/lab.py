@@ -1,0 +1,219 @@
+"""What the experiments share: settings, data sets, features, results, claims."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation import report as reports
+from protoprune.lists import write_file
+from protoprune.training.examples import Examples, load_examples
+from protoprune.training.loop import Recipe
+
+VERDICTS = ("holds", "does not hold", "undecided")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what was found here."""
+
+    claim: str  # as one sentence
+    source: str  # paper and figure or section
+    found: str  # numbers, with intervals and n
+    verdict: str  # one of VERDICTS
+
+    def __post_init__(self):
+        assert self.verdict in VERDICTS, self.verdict
+
+
+@dataclass
+class Lab:
+    """One experiment: its settings and where it finds and leaves things."""
+
+    name: str
+    size: str
+    settings: dict  # of configs/NAME.toml, the part for this size
+    data: Path
+    folder: Path  # results/NAME
+    device: str
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def open(cls, name: str, size: str, data: Path, results: Path, configs: Path, device: str) -> Lab:
+        path = configs / f"{name}.toml"
+        try:
+            settings = tomllib.loads(path.read_text())[size]
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such configuration") from None
+        except (tomllib.TOMLDecodeError, KeyError) as error:
+            raise ProtopruneError(f"{path}: cannot be read as a configuration with [{size}] ({error})") from None
+        folder = results / (name if size == "small" else f"{name}-{size}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(name, size, settings, data, folder, device)
+
+    @property
+    def runs(self) -> Path:
+        """Where single training runs are kept, so that a second call resumes."""
+        return self.folder / "runs"
+
+    @property
+    def seeds(self) -> int:
+        return self.settings["seeds"]
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def progress(self, step) -> None:
+        """For `on_run`: a line after each training run done here."""
+        if not step.outcome.cached:
+            left = f", {step.seconds_left / 60:.0f} min left" if step.seconds_left else ""
+            accuracy = 100 * step.outcome.accuracy
+            self.say(f"run {step.done}/{step.total}: {step.run.method}, seed {step.run.seed}: {accuracy:.2f} %{left}")
+
+    def recipe(self, **changes) -> Recipe:
+        """The training recipe of [size.recipe], with changes."""
+        given = {**self.settings.get("recipe", {}), **changes}
+        return Recipe.for_model(given.pop("model"), **given)
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a data set, downloaded where there is a network and torchvision has it.
+
+        Raises ProtopruneError with one line when it is not there.
+        """
+        folder = self.data / name
+        if not folder.is_dir():
+            _download(name, self.data)
+        return folder
+
+    def images(self, name: str, *, image_size: int = 32) -> tuple[Examples, Examples]:
+        """(training, test) pixels of a data set with folders train/ and test/ (or val/)."""
+        train, test = self.splits(name)
+        first = load_examples(train, image_size)
+        return first, load_examples(test, image_size, classes=first.classes)
+
+    def features(self, name: str) -> tuple[Examples, Examples]:
+        """(training, test) vectors of a data set, embedded by the encoder of the settings, once."""
+        first = load_examples(self.feature_file(name, "train"))
+        return first, load_examples(self.feature_file(name, "test"), classes=first.classes)
+
+    def splits(self, name: str) -> tuple[Path, Path]:
+        folder = self.folder_of(name)
+        test = folder / "test" if (folder / "test").is_dir() else folder / "val"
+        for part in (folder / "train", test):
+            if not part.is_dir():
+                raise ProtopruneError(f"{part}: no such folder; {name} needs train/ and test/ with a folder a class")
+        return folder / "train", test
+
+    def feature_file(self, name: str, split: str) -> Path:
+        """The feature file of one split, made where it is not there yet."""
+        from protoprune.embedding import embed
+        from protoprune.encoders import load_encoder
+        from protoprune.images import list_folder
+
+        encoder = self.settings.get("encoder", "mini")
+        out = self.folder.parent / "features" / f"{name}-{split}-{encoder}.h5"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        source = self.splits(name)[split != "train"]
+        images = list_folder(source)
+        shown = time.monotonic()
+
+        def progress(done: int, failed: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                self.say(f"embed {name}/{split}: {done:,} of {len(images):,}")
+
+        embed(images, load_encoder(encoder), out, device=self.device, on_progress=progress)
+        return out
+
+    def save_table(self, rows: Sequence[dict], name: str = "table") -> None:
+        """results/NAME/<name>.csv from dicts of plain values."""
+        text = io.StringIO(newline="")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(self.folder / f"{name}.csv", text.getvalue().encode())
+
+    def save_figure(self, figure, name: str = "figure") -> None:
+        """results/NAME/<name>.png from a matplotlib figure."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+        write_file(self.folder / f"{name}.png", buffer.getvalue())
+
+
+def subset(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples of these rows alone, as a set of its own."""
+    import torch
+
+    rows = np.sort(np.asarray(rows))
+    return Examples(
+        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
+        examples.inputs[torch.from_numpy(rows)],
+    )  # fmt: skip
+
+
+def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(count,) random rows, ascending, with the classes as even as they come: the first of one order a seed."""
+    order = np.random.default_rng([seed, 77]).permutation(len(labels))
+    place = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        place[own] = np.arange(len(own))
+    return np.sort(order[np.argsort(place[order], kind="stable")][:count])
+
+
+def report(lab: Lab, claims: Sequence[Claim]) -> None:
+    """results.json, and the claims on stdout."""
+    result = {
+        "experiment": lab.name, "size": lab.size, "settings": lab.settings,
+        "environment": reports.environment(lab.device), "seconds": round(time.perf_counter() - lab.started, 1),
+        "claims": [asdict(claim) for claim in claims],
+    }  # fmt: skip
+    write_file(lab.folder / "results.json", (json.dumps(result, indent=1) + "\n").encode())
+    for claim in claims:
+        print(f"{claim.verdict.upper()}: {claim.claim} [{claim.source}]")
+        print(f"    found: {claim.found}")
+    counts = ", ".join(f"{sum(c.verdict == v for c in claims)} {v}" for v in VERDICTS)
+    print(f"{lab.name} ({lab.size}): {counts}; {result['seconds']:.0f} s; see {lab.folder}{os.sep}")
+
+
+def _download(name: str, data: Path) -> None:
+    """CIFAR-10, CIFAR-100 or SVHN from torchvision's addresses, written out as PNG files in class folders."""
+    kinds = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
+    hint = f"put its images there as {data / name}/train/<class>/… and {data / name}/test/<class>/…"
+    if name not in kinds:
+        raise ProtopruneError(f"{data / name}: no such data set; {hint}, or name its parent with DATA=folder")
+    import torchvision
+
+    downloaded = data / "downloads"
+    print(f"{data / name}: not there; downloading {kinds[name]}", file=sys.stderr)
+    try:
+        kind = getattr(torchvision.datasets, kinds[name])
+        splits = {"train": True, "test": False} if name != "svhn" else {"train": "train", "test": "test"}
+        sets = {
+            part: kind(downloaded, download=True, **({"split": value} if name == "svhn" else {"train": value}))
+            for part, value in splits.items()
+        }
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise ProtopruneError(f"{name} cannot be downloaded ({reason}); {hint}") from None
+    building = data / f"{name}.partial"
+    for part, images in sets.items():
+        names = getattr(images, "classes", [str(number) for number in range(10)])
+        for number, (image, label) in enumerate(images):
+            path = building / part / str(names[label]) / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    building.rename(data / name)
