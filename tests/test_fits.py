@@ -76,6 +76,16 @@ def test_intervals_hold_what_they_say():
     assert held >= 11  # P(fewer | 0.95) < 0.001
 
 
+@pytest.mark.parametrize("law", ["power", "exponential"])
+def test_an_interval_holds_its_estimate_and_an_offset_is_never_negative(law):
+    found = fit_laws(SIZES, noisy(law, seeds=3), bootstrap=20)
+    for one in found.laws:
+        for key, value in one.parameters.items():
+            low, high = one.intervals[key]
+            assert low <= value <= high
+            assert key != "c" or low >= 0
+
+
 def test_a_narrow_range_of_sizes_decides_nothing():
     sizes = np.linspace(1000, 1300, 7)
     errors = predict("power", PLANTED["power"], sizes) * (1 + 0.02 * np.random.default_rng(3).normal(size=(4, 7)))

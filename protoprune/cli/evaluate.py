@@ -474,6 +474,8 @@ def _print_scaling(result: Scaling) -> None:
         _print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
     for curve in result.curves:
         _print(f"{curve.name}: {curve.verdict}")
+    if laws:
+        _print("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 
 
 def _parameter(row: dict, key: str) -> str:

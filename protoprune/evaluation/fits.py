@@ -7,7 +7,7 @@
 Fitted to the means over seeds by weighted least squares, compared by AICc, with intervals from a bootstrap over seeds.
 Knows nothing of where the errors come from, and does not extrapolate. Two things it cannot see: that error bars at
 neighbouring sizes hang together when the subsets are nested (the bootstrap takes whole seeds for that reason), and that
-a lower envelope of noisy means lies too low.
+a lower envelope of noisy means lies too low. The intervals are about the seeds: they assume that the law is the right one.
 """
 
 from __future__ import annotations
@@ -255,5 +255,6 @@ def _intervals(
             low, high = map(_bounded_exp, centre + widen * (np.quantile(drawn, tails) - centre))
         else:
             low, high = value + widen * (np.quantile(drawn, tails) - value)
-        intervals[key] = [float(max(low, 0) if key == "c" else low), float(high)]
+        low = max(low, 0.0) if key == "c" else low
+        intervals[key] = [float(min(low, value)), float(max(high, value))]
     return intervals
