@@ -44,8 +44,8 @@ class FakeRecord:
     def __exit__(self, *_):
         pass
 
-    def read(self, name, model, rows=slice(None)):
-        return self.tables[name][model][:, rows]
+    def read(self, name, model, rows=slice(None), epochs=slice(None)):
+        return self.tables[name][model][epochs, rows]
 
     def take(self, rows) -> FakeRecord:
         """The record of some of the rows, in any order."""
