@@ -9,7 +9,7 @@ DEMO := .demo
 IMAGES ?= $(DEMO)/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench encoder reproduce-theory clean
+.PHONY: help venv demo test test-all lint bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -55,8 +55,14 @@ encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder,
 	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml --out results/encoder \
 	    --data 'tiny-imagenet=$(TINY)' --data 'cifar10=$(CIFAR)'
 
-reproduce-theory: $(READY) ## Draw the theory figures of Sorscher et al. with simulation points.
-	$(BIN)/python scripts/reproduce_theory.py
+EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
+SIZE ?= small
+
+reproduce: ## Run the papers' experiments, or one (reproduce-k); DATA=folder of data sets, SIZE=full for a GPU.
+	@for name in $(EXPERIMENTS); do $(MAKE) --no-print-directory reproduce-$$name || exit 1; done
+
+$(EXPERIMENTS:%=reproduce-%): reproduce-%: $(READY)
+	$(BIN)/python scripts/reproduce $* --size $(SIZE) --data '$(or $(DATA),.data)'
 
 clean: ## Remove what the other targets made, the environment included.
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

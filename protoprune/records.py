@@ -83,9 +83,9 @@ class Record:
         """(models,) finished epochs; all of them unless this is a partial file."""
         return self._file["committed"][:]
 
-    def read(self, name: str, model: int, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, model: int, rows: slice = slice(None), epochs: slice = slice(None)) -> np.ndarray:
         """(epochs, rows) of one statistic of one model: float32, int64 for prediction."""
-        return _wide(self._read(name)[model, :, rows])
+        return _wide(self._read(name)[model, epochs, rows])
 
     def last(self, name: str) -> np.ndarray:
         """(models, n): a statistic at each model's last recorded epoch."""

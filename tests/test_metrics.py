@@ -44,8 +44,8 @@ class FakeRecord:
     def __exit__(self, *_):
         pass
 
-    def read(self, name, model, rows=slice(None)):
-        return self.tables[name][model][:, rows]
+    def read(self, name, model, rows=slice(None), epochs=slice(None)):
+        return self.tables[name][model][epochs, rows]
 
     def take(self, rows) -> FakeRecord:
         """The record of some of the rows, in any order."""
@@ -678,10 +678,10 @@ def test_a_record_is_read_a_block_of_one_model_at_a_time(monkeypatch):
     record, reads = small_record(n=29), []
     read = record.read
 
-    def watched(name, model, rows):
+    def watched(name, model, rows, epochs):
         reads.append((name, model, rows.start))
         assert rows.stop - rows.start <= 3
-        return read(name, model, rows)
+        return read(name, model, rows, epochs)
 
     record.read = watched
     monkeypatch.setattr(catalogue, "BLOCK_BYTES", 8 * record.epochs * 3)

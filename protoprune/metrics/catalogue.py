@@ -111,7 +111,7 @@ def _blocks(n: int, row_bytes: int) -> Iterator[slice]:
 def _read(record, statistic: str, model: int, epochs: slice) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, values (epochs, b)) of one model, in blocks of rows."""
     for rows in _blocks(record.n, 8 * record.epochs):
-        yield rows, record.read(statistic, model, rows)[epochs]
+        yield rows, record.read(statistic, model, rows, epochs)
 
 
 def _members(record, models: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -293,7 +293,7 @@ def _ensemble_active_learning(record, *, epoch: int | None = None, models: str =
         votes = np.zeros((rows.stop - rows.start, classes), np.int32)
         every = np.arange(len(votes))
         for model, counts in members:
-            for prediction in record.read("prediction", model, rows)[epochs]:
+            for prediction in record.read("prediction", model, rows, epochs):
                 votes[every, prediction] += counts[rows]
         values[rows] = ensembles.vote_entropy(votes)
     return Scored(values, _used(record, epochs, len(members), averaged_over=models))
