@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -174,11 +175,13 @@ def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) 
 def _fill_cache(cache: str, key: str, shape, decode, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
     """Decode into the cache file. Its side file, which says what it holds, goes first and comes back last."""
     partial_path, side = f"{cache}.partial", f"{cache}.failed.npz"
-    array = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
     try:  # on a full disk a memory-mapped file ends the process, so ask for the space now
-        hdf5.reserve(partial_path, "r+b", os.path.getsize(partial_path))
+        hdf5.reserve(partial_path, "wb", math.prod(shape))
+        array = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
+        hdf5.reserve(partial_path, "r+b", os.path.getsize(partial_path))  # numpy has cut the file
     except OSError:
-        os.unlink(partial_path)
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path)
         raise
     failed = decode(array, on_progress)
     pixels = _compact(array, failed)
@@ -218,12 +221,15 @@ def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, arr
                 failed[position] = f"{Status(error.status).label}: {error.reason}"
         return min(block, len(rows) - start)
 
-    done = 0
-    with ThreadPoolExecutor(cores()) as pool:
-        for count in pool.map(decode_block, range(0, len(rows), block)):
-            done += count
-            if on_progress:
-                on_progress(done, len(rows))
+    done, threads = 0, torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores()) as pool:
+            for count in pool.map(decode_block, range(0, len(rows), block)):
+                done += count
+                if on_progress:
+                    on_progress(done, len(rows))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is set for the training too
     return failed
 
 
