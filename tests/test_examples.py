@@ -37,12 +37,17 @@ def expected_pixels(folder, paths, size=8) -> np.ndarray:
 def test_a_folder_becomes_pixels_labels_and_sorted_paths(folder, tmp_path, cached):
     seen = []
     data = load_examples(folder, 8, cache=tmp_path / "p.npy" if cached else None, on_progress=lambda *s: seen.append(s))
-    assert data.paths == sorted(data.paths) and len(data) == 9 and not data.vectors
+    assert data.paths == sorted(data.paths)
+    assert len(data) == 9
+    assert not data.vectors
     assert data.classes == ["cat", "dog", "eel"]
-    assert data.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 2 and data.labels.dtype == np.int64
-    assert data.inputs.dtype == torch.uint8 and data.root == str(folder)
+    assert data.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 2
+    assert data.labels.dtype == np.int64
+    assert data.inputs.dtype == torch.uint8
+    assert data.root == str(folder)
     np.testing.assert_array_equal(data.inputs.numpy(), expected_pixels(folder, data.paths))
-    assert seen[-1] == (9, 9) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (9, 9)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
 def test_photographs_are_cropped_as_for_evaluation(folder, monkeypatch):
@@ -62,7 +67,8 @@ def test_unreadable_images_are_left_out_and_reported(folder, tmp_path, cached, b
     kept = [path for row, path in enumerate(paths) if row not in broken]
     for _ in range(1 + cached):  # a second time from the cache
         data = load_examples(folder, 8, cache=tmp_path / "p.npy" if cached else None)
-        assert data.paths == kept and len(data.inputs) == len(data.labels) == len(kept)
+        assert data.paths == kept
+        assert len(data.inputs) == len(data.labels) == len(kept)
         np.testing.assert_array_equal(data.inputs.numpy(), expected_pixels(folder, kept))
         assert [path for path, _ in data.unreadable] == [paths[row] for row in broken]
         assert all(reason.split(":")[0] in {status.label for status in Status} for _, reason in data.unreadable)
@@ -91,7 +97,8 @@ def test_without_classes_the_stray_image_is_named(folder, tmp_path):
 def test_a_test_set_gets_the_numbers_of_the_training_set(folder, tmp_path):
     test = write_folder(tmp_path / "test", {"dog": 1, "eel": 2})
     data = load_examples(test, 8, classes=["cat", "dog", "eel"])
-    assert data.labels.tolist() == [1, 2, 2] and data.classes == ["cat", "dog", "eel"]
+    assert data.labels.tolist() == [1, 2, 2]
+    assert data.classes == ["cat", "dog", "eel"]
     write_folder(test, {"fox": 1})
     with pytest.raises(ProtopruneError, match=r"1 of its classes are not in the training set \(first: fox\)"):
         load_examples(test, 8, classes=["cat", "dog", "eel"])
@@ -104,7 +111,9 @@ def test_features_become_vectors(feature_file, tmp_path, monkeypatch):
     file = feature_file(tmp_path / "f.h5", features, paths=paths, failed={3: Status.CORRUPT}, store="float16")
     data = load_examples(file)
     good = sorted(path for i, path in enumerate(paths) if i != 3)
-    assert data.paths == good and data.vectors and data.inputs.dtype == torch.float32
+    assert data.paths == good
+    assert data.vectors
+    assert data.inputs.dtype == torch.float32
     np.testing.assert_array_equal(data.inputs.numpy(), [features[paths.index(path)] for path in good])
     assert data.labels.tolist() == [int(path[1]) for path in good]
     assert data.unreadable == [("c1/3.png", "made up corrupt")]
@@ -117,7 +126,9 @@ def test_features_become_vectors(feature_file, tmp_path, monkeypatch):
 def test_listing_decodes_nothing(folder, monkeypatch):
     monkeypatch.setattr(examples, "load", None)
     data = load_examples(folder, 8, decode=False)
-    assert len(data) == 9 and data.inputs.numel() == 0 and not data.vectors
+    assert len(data) == 9
+    assert data.inputs.numel() == 0
+    assert not data.vectors
 
 
 def test_the_fingerprint_is_of_everything_that_training_sees(folder):
@@ -158,7 +169,8 @@ def test_a_cache_is_used_for_the_same_images_only(folder, tmp_path, decoded):
     first = load_examples(folder, 8, cache=cache)
     assert len(decoded) == 9
     again = load_examples(folder, 8, cache=cache)
-    assert len(decoded) == 9 and again.fingerprint() == first.fingerprint()
+    assert len(decoded) == 9
+    assert again.fingerprint() == first.fingerprint()
     again.inputs[0, 0, 0, 0] ^= 1  # copy on write: a caller's accident stays its own
     assert load_examples(folder, 8, cache=cache).fingerprint() == first.fingerprint()
     os.utime(folder / "cat" / "000.png", ns=(1, 1))
@@ -189,7 +201,7 @@ def test_an_interrupted_cache_is_never_used(folder, tmp_path, monkeypatch, momen
 
         return step
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patched.setattr(os, "unlink", ends(os.unlink))
         patched.setattr(os, "replace", ends(os.replace))
         patched.setattr(np, "savez", ends(np.savez))
@@ -233,6 +245,6 @@ def test_a_cache_that_does_not_fit_is_one_clear_line(folder, tmp_path):
 def test_pixels_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(examples, "_MEMORY_SHARE", 1e-9)
     with pytest.raises(
-        ProtopruneError, match="1,000 images of 224 x 224 pixels take 0.1 GiB and .* give --pixels FILE"
+        ProtopruneError, match=r"1,000 images of 224 x 224 pixels take 0.1 GiB and .* give --pixels FILE"
     ):
         examples._check_memory((1000, 3, 224, 224))

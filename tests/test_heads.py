@@ -20,8 +20,7 @@ def recipe(**how) -> Recipe:
 
 
 def train(data, chosen, subset, seeds, order_seed=0) -> Ensemble:
-    for _, ensemble in heads.epochs(data, chosen, subset, seeds, order_seed, CPU):
-        pass
+    *_, (_, ensemble) = heads.epochs(data, chosen, subset, seeds, order_seed, CPU)
     return ensemble
 
 
@@ -124,7 +123,8 @@ def test_measuring_in_pieces_changes_nothing(monkeypatch):
     whole = heads.measure(ensemble, data, gradients=True, previous=before)
     monkeypatch.setattr(heads, "_STEP_BYTES", 4 * 8 * 9 * 3 * 7)  # 7 rows at once
     pieces = heads.measure(ensemble, data, gradients=True, previous=before)
-    assert whole.keys() == pieces.keys() and len(whole) == 8
+    assert whole.keys() == pieces.keys()
+    assert len(whole) == 8
     for name, value in whole.items():
         assert value.shape == (3, 50)
         np.testing.assert_allclose(pieces[name], value, rtol=1e-4, atol=1e-6)

@@ -65,6 +65,8 @@ def record(
     from protoprune.training.loop import Recipe
 
     resolve_device(device)
+    if weights is not None and not weights.is_file():
+        raise UsageError(f"--weights {weights}: no such file")
     recording.check(models, subset, every)
     if model is None:
         model = "resnet18" if source.is_dir() else "head"

@@ -67,6 +67,7 @@ class Recipe:
 
     def checked(self) -> Recipe:
         """Itself, or UsageError for a value out of range."""
+        models.check_name(self.model)
         if self.epochs < 1 or self.batch_size < 1:
             raise UsageError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: expected at least 1")
         if not self.lr > 0:

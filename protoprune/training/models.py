@@ -31,6 +31,18 @@ class Normalised(nn.Module):
         return self.network((inputs.float() - self.mean) * self.scale)
 
 
+def check_name(name: str) -> None:
+    """UsageError unless there is a model of this name."""
+    if name in MODELS:
+        return
+    if not name.startswith("timm:"):
+        raise UsageError(f"--model {name}: expected one of {', '.join(MODELS)} or timm:NAME")
+    import timm
+
+    if not timm.is_model(name.removeprefix("timm:")):
+        raise UsageError(f"--model {name}: timm has no such model; see timm.list_models()")
+
+
 def build(
     name: str, classes: int, sample: torch.Tensor, *, width: int = 32, hidden: int = 0, weights: str | None = None
 ) -> nn.Module:
@@ -41,6 +53,7 @@ def build(
 
     The caller seeds torch around this call, as `loop.make_model` does.
     """
+    check_name(name)
     if (name == "head") != (sample.ndim == 2):
         kind = "vectors (a feature file)" if name == "head" else "images (a folder)"
         raise UsageError(f"--model {name} trains on {kind}; got {'vectors' if sample.ndim == 2 else 'images'}")
@@ -55,13 +68,11 @@ def build(
         network = small_cnn(classes, width)
     elif name == "resnet18":
         network = _resnet18(classes, sample.shape[-1])
-    elif name.startswith("timm:"):
+    else:
         network = _timm(name.removeprefix("timm:"), classes, sample.shape[-1], weights)
         config = getattr(network, "pretrained_cfg", {}) or {}
         mean = 255 * torch.tensor(config.get("mean", _IMAGENET_MEAN)).view(1, 3, 1, 1)
         std = 255 * torch.tensor(config.get("std", _IMAGENET_STD)).view(1, 3, 1, 1)
-    else:
-        raise UsageError(f"--model {name}: expected one of {', '.join(MODELS)} or timm:NAME")
     model = Normalised(network, mean, std)
     if weights is not None and not name.startswith("timm:"):
         start_from(model, _read(weights), weights)
@@ -126,8 +137,6 @@ def _timm_for_size(name: str, size: int) -> nn.Module:
     that can be told it run at their own size only; so it is tried."""
     import timm
 
-    if not timm.is_model(name):
-        raise UsageError(f"--model timm:{name}: timm has no such model; see timm.list_models()")
     trouble = None
     for options in ({"img_size": size}, {}):
         try:
