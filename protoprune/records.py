@@ -142,13 +142,17 @@ class PartialRecord:
         return self._file["committed"][:]
 
     def write(self, models: slice, epoch: int, values: dict[str, np.ndarray]) -> None:
-        """Write (models, n) or (models, t) arrays by dataset name for one recorded epoch, and wait for the disk."""
+        """Write (models, n) or (models, t) arrays by dataset name for one recorded epoch. They survive a kill."""
         try:
             for name, value in values.items():
                 self._file[name][models, epoch, :] = value
             self._file.flush()
         except OSError as error:
             raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk: it survives a power cut."""
+        hdf5.sync(partial_path(self.out))
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""

@@ -58,9 +58,16 @@ def record(
     started = time.monotonic()
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out}: its folder does not exist; make it first")
+    if out.is_dir():
+        raise UsageError(f"{out}: a folder; name a file")
+    from protoprune.device import resolve_device
     from protoprune.training import recording
     from protoprune.training.loop import Recipe
 
+    resolve_device(device)
+    if weights is not None and not weights.is_file():
+        raise UsageError(f"--weights {weights}: no such file")
+    recording.check(models, subset, every)
     if model is None:
         model = "resnet18" if source.is_dir() else "head"
     recipe = Recipe.for_model(
@@ -68,7 +75,7 @@ def record(
         augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
         weights=str(weights) if weights else None, compile=compile or None,
     )  # fmt: skip
-    train, held_out = load_sets(source, test, model, image_size, pixels)
+    train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
         gradients=gradients, seed=seed,
@@ -100,8 +107,10 @@ def record(
     say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
 
 
-def load_sets(source: Path, test: Path | None, model: str, image_size: int, pixels: Path | None):
-    """(training examples, test examples or None), with a line about each."""
+def load_sets(
+    source: Path, test: Path | None, model: str, image_size: int, pixels: Path | None, *, decode: bool = True
+):
+    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
     from protoprune.training.examples import load_examples
 
     if model == "head" and source.is_dir():
@@ -123,7 +132,7 @@ def load_sets(source: Path, test: Path | None, model: str, image_size: int, pixe
                     progress.start(total)
                 progress.update(done)
 
-            data = load_examples(path, image_size, classes=classes, cache=cache, on_progress=show)
+            data = load_examples(path, image_size, classes=classes, cache=cache, decode=decode, on_progress=show)
         classes = data.classes
         say(f"{what}: {len(data):,} examples in {len(classes):,} classes, {path}")
         if data.unlabelled:

@@ -7,21 +7,27 @@ examples a training run uses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
+from protoprune import hdf5
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import ImageList, list_folder
 
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
+_READ_ROWS = 65_536  # features that are read at once
 _BLOCK = 512  # images that one decoding task takes
 
 
@@ -60,19 +66,21 @@ def load_examples(
     *,
     classes: Sequence[str] | None = None,
     cache: str | os.PathLike | None = None,
+    decode: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Examples:
     """The labelled examples of an image folder (pixels) or of a feature file (vectors).
 
     `classes` fixes the numbering of the classes, for a test set that must agree with its training set. Images without
     a class and images that cannot be read are left out and counted. `cache` is a file for pixels that do not fit into
-    memory. `on_progress(done, total)` is called as images are decoded.
+    memory. Without `decode` images are only listed, and the pixels have size 0. `on_progress(done, total)` is called as
+    images are decoded.
 
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
-        return _load_images(source, image_size, classes, cache, on_progress)
+        return _load_images(source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
         raise UsageError(f"{source}: no such image folder or feature file")
     return _load_features(source, classes)
@@ -84,9 +92,13 @@ def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
         rows = np.flatnonzero(usable & (labels >= 0))
-        _require_classes(source, own, len(rows))
         paths = file.paths
-        vectors = torch.from_numpy(file.features[:][rows].astype(np.float32))
+        _require_classes(source, own, len(rows), paths)
+        vectors = torch.empty(len(rows), file.dim)
+        for start in range(0, len(rows), _READ_ROWS):  # a second copy of all of them would be the peak
+            some = rows[start : start + _READ_ROWS]
+            block = file.features[some[0] : some[-1] + 1][some - some[0]]
+            vectors[start : start + len(some)] = torch.from_numpy(block.astype(np.float32))
         unreadable = [(path, reason) for path, _, reason in file.failures()]
         return Examples(
             file.provenance["root"], [paths[row] for row in rows], _renumber(source, labels[rows], own, classes),
@@ -94,18 +106,21 @@ def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
         )  # fmt: skip
 
 
-def _load_images(root: str, size: int, classes, cache, on_progress) -> Examples:
+def _load_images(root: str, size: int, classes, cache, decode: bool, on_progress) -> Examples:
+    if size < 8:
+        raise UsageError(f"--image-size {size}: expected at least 8")
     images = list_folder(root)
     labelled = np.flatnonzero(images.labels >= 0)
-    _require_classes(root, images.classes, len(labelled))
+    _require_classes(root, images.classes, len(labelled), images.paths)
     labels = _renumber(root, images.labels[labelled], images.classes, classes)
-    pixels, failed = _pixels(images, labelled, size, cache, on_progress)
+    if decode:
+        pixels, failed = _pixels(images, labelled, size, cache, on_progress)
+    else:
+        pixels, failed = torch.empty(len(labelled), 3, 0, 0, dtype=torch.uint8), {}
     kept = np.array([row not in failed for row in range(len(labelled))], bool)
     if not kept.any():
         raise ProtopruneError(f"{root}: none of its {len(labelled):,} labelled images can be read")
     paths = [images.paths[row] for row in labelled]
-    if failed:
-        pixels = pixels[torch.from_numpy(np.flatnonzero(kept))]
     return Examples(
         images.root, [path for path, good in zip(paths, kept, strict=True) if good], labels[kept],
         list(classes or images.classes), pixels, [(paths[row], reason) for row, reason in sorted(failed.items())],
@@ -113,11 +128,12 @@ def _load_images(root: str, size: int, classes, cache, on_progress) -> Examples:
     )  # fmt: skip
 
 
-def _require_classes(source: str, classes: Sequence[str], labelled: int) -> None:
+def _require_classes(source: str, classes: Sequence[str], labelled: int, paths: Sequence[str]) -> None:
     if not labelled or len(classes) < 2:
+        stray = next((path for path in paths if "/" not in path), None)
         raise ProtopruneError(
-            f"{source}: training needs labels, and only {len(classes)} classes were found; put the images of each "
-            "class into a first-level folder of its own"
+            f"{source}: training needs labels, and no two classes were found; put the images of each class into a "
+            f"first-level folder of its own{f' (not so: {stray})' if stray else ''}"
         )
 
 
@@ -136,35 +152,66 @@ def _renumber(source: str, labels: np.ndarray, own: Sequence[str], classes: Sequ
 
 
 def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
-    """uint8 (n, 3, s, s) of the listed rows, and position -> reason of those that cannot be read (left black)."""
-    if size < 8:
-        raise UsageError(f"--image-size {size}: expected at least 8")
+    """uint8 (n - failed, 3, s, s) of the listed rows that can be read, and position -> reason of the others."""
     preprocess = Preprocess(size, size if size <= 64 else round(size / 0.875), "bicubic")
     shape = (len(rows), 3, size, size)
-    key = _cache_key(images, rows, preprocess)
-    if cache is not None:
-        found = _cached(os.fspath(cache), key, shape)
-        if found is not None:
-            return found
-        array = np.lib.format.open_memmap(f"{cache}.partial", "w+", np.uint8, shape)
-    else:
+    if cache is None:
         _check_memory(shape)
         array = np.zeros(shape, np.uint8)
-    failed = _decode_all(images, rows, preprocess, array, on_progress)
-    if cache is not None:
-        array.flush()
-        np.savez(f"{cache}.failed.npz", key=key, rows=list(failed), reasons=[*failed.values(), ""])
-        os.replace(f"{cache}.partial", cache)
-    return torch.from_numpy(array), failed
+        failed = _decode_all(images, rows, preprocess, array, on_progress)
+        return torch.from_numpy(_compact(array, failed)), failed
+    cache = os.fspath(cache)
+    key = _cache_key(images, rows, preprocess)
+    found = _cached(cache, key, shape)
+    if found is None:
+        with hdf5.lock(cache):
+            try:
+                found = _fill_cache(cache, key, shape, partial(_decode_all, images, rows, preprocess), on_progress)
+            except OSError as error:
+                raise ProtopruneError(f"{cache}: cannot write ({error.strerror or error}); make room") from None
+    return found
+
+
+def _fill_cache(cache: str, key: str, shape, decode, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
+    """Decode into the cache file. Its side file, which says what it holds, goes first and comes back last."""
+    partial_path, side = f"{cache}.partial", f"{cache}.failed.npz"
+    try:  # on a full disk a memory-mapped file ends the process, so ask for the space now
+        hdf5.reserve(partial_path, "wb", math.prod(shape))
+        array = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
+        hdf5.reserve(partial_path, "r+b", os.path.getsize(partial_path))  # numpy has cut the file
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path)
+        raise
+    failed = decode(array, on_progress)
+    pixels = _compact(array, failed)
+    array.flush()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(side)
+    os.replace(partial_path, cache)
+    with open(f"{side}.partial", "wb") as file:
+        np.savez(file, key=key, rows=list(failed), reasons=[*failed.values(), ""])
+    os.replace(f"{side}.partial", side)
+    return torch.from_numpy(pixels), failed
+
+
+def _compact(array: np.ndarray, failed: dict[int, str]) -> np.ndarray:
+    """The rows that did not fail, moved together in place: a copy would not fit into memory."""
+    good = np.setdiff1d(np.arange(len(array)), list(failed))
+    for start in range(min(failed, default=len(good)), len(good), _BLOCK):
+        rows = good[start : start + _BLOCK]
+        array[start : start + len(rows)] = array[rows]
+    return array[: len(good)]
 
 
 def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, array, on_progress) -> dict[int, str]:
     silence_libtiff()
     failed: dict[int, str] = {}
+    block = max(1, min(_BLOCK, len(rows) // (4 * cores())))  # small sets too keep all cores busy
 
     def decode_block(start: int) -> int:
         torch.set_num_threads(1)
-        for position in range(start, min(start + _BLOCK, len(rows))):
+        for position in range(start, min(start + block, len(rows))):
             row = rows[position]
             path = os.path.join(images.root, images.paths[row])
             try:
@@ -172,14 +219,17 @@ def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, arr
                 array[position] = pixels.transpose(2, 0, 1)
             except ImageError as error:
                 failed[position] = f"{Status(error.status).label}: {error.reason}"
-        return min(_BLOCK, len(rows) - start)
+        return min(block, len(rows) - start)
 
-    done = 0
-    with ThreadPoolExecutor(cores()) as pool:
-        for count in pool.map(decode_block, range(0, len(rows), _BLOCK)):
-            done += count
-            if on_progress:
-                on_progress(done, len(rows))
+    done, threads = 0, torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores()) as pool:
+            for count in pool.map(decode_block, range(0, len(rows), block)):
+                done += count
+                if on_progress:
+                    on_progress(done, len(rows))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is set for the training too
     return failed
 
 
@@ -212,8 +262,8 @@ def _cached(cache: str, key: str, shape: tuple[int, ...]) -> tuple[torch.Tensor,
             if str(side["key"]) != key:
                 return None
             failed = dict(zip(side["rows"].astype(int).tolist(), side["reasons"].tolist()[:-1], strict=True))
-        array = np.lib.format.open_memmap(cache, "r")
-    except (OSError, ValueError, KeyError):
+        array = np.load(cache, mmap_mode="c")  # copy on write: torch wants memory that it might write to
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    # Copy on write: torch wants memory that it might write to, and nothing does.
-    return (torch.from_numpy(np.load(cache, mmap_mode="c")), failed) if array.shape == shape else None
+    good = shape[0] - len(failed)
+    return (torch.from_numpy(array[:good]), failed) if array.shape == shape and array.dtype == np.uint8 else None

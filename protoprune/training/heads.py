@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from protoprune.errors import ProtopruneError
 from protoprune.training import loop, models, statistics
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
@@ -106,7 +107,7 @@ def epochs(
         ],
         lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
     )  # fmt: skip
-    batch_size = max(1, min(n, round(recipe.batch_size * n / subset.sum(1).mean())))
+    batch_size = _batch_size(recipe, subset)
     per_epoch = loop.steps_per_epoch(n, batch_size)
     step, total = 0, recipe.epochs * per_epoch
     for epoch in range(recipe.epochs):
@@ -126,12 +127,23 @@ def epochs(
             loss.backward()
             optimizer.step()
             step += 1
+        if not torch.isfinite(loss):
+            raise ProtopruneError(f"the loss is {loss.item()} after {step} steps; train with a smaller --lr")
         yield epoch + 1, ensemble
 
 
-def group_size(count: int, recipe: Recipe, classes: int) -> int:
-    """How many of `count` models are trained at once."""
-    return max(1, min(count, _STEP_BYTES // (4 * 4 * 2 * recipe.batch_size * (classes + 2 * recipe.hidden))))
+def group_size(recipe: Recipe, classes: int, subset: np.ndarray) -> int:
+    """How many of the models of `subset` (M, n) are trained at once: a step's activations, and the statistics of one
+    epoch (about 40 bytes an example), are what takes memory."""
+    count, n = subset.shape
+    step = 16 * _batch_size(recipe, subset) * (classes + 2 * recipe.hidden)
+    return max(1, min(count, _STEP_BYTES // step, 8 * _STEP_BYTES // (40 * n)))
+
+
+def _batch_size(recipe: Recipe, subset: np.ndarray) -> int:
+    """Of all examples, so many that each model has the recipe's batch size of its own on average."""
+    n = subset.shape[1]
+    return max(1, min(n, round(recipe.batch_size * n / subset.sum(1).mean())))
 
 
 @torch.no_grad()
@@ -149,7 +161,7 @@ def measure(
         before = previous.layers(inputs)[-1] if previous else None
         values = statistics.from_logits(outputs[-1], labels, before)
         if gradients:
-            values["gradient_norm"] = ensemble.gradient_norm(inputs, outputs, labels)
+            values["gradient_norm"] = ensemble.gradient_norm(inputs, outputs, labels).clamp_max(statistics.LARGEST)
         for name, value in values.items():
             parts.setdefault(name, []).append(value.cpu().numpy())
     return {name: np.concatenate(some, axis=1) for name, some in parts.items()}

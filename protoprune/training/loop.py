@@ -28,6 +28,7 @@ from protoprune.training.examples import Examples
 AUGMENT = ("none", "crop-flip", "resized-crop")
 SCHEDULES = ("linear", "cosine", "steps")
 _SAMPLE = 8192  # examples that the normalisation of the inputs is measured on
+_EVALUATED_PIXELS = 2**22  # of one evaluation batch: 83 images of 224 x 224, 4,096 of 32 x 32
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,15 @@ class Recipe:
 
     def checked(self) -> Recipe:
         """Itself, or UsageError for a value out of range."""
+        models.check_name(self.model)
         if self.epochs < 1 or self.batch_size < 1:
             raise UsageError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: expected at least 1")
         if not self.lr > 0:
             raise UsageError(f"--lr {self.lr:g}: expected a number above 0")
+        if not self.weight_decay >= 0:
+            raise UsageError(f"--weight-decay {self.weight_decay:g}: expected 0 or more")
+        if self.width < 1 or self.hidden < 0:
+            raise UsageError(f"--width {self.width}, --hidden {self.hidden}: expected at least 1 and 0")
         if self.augment not in AUGMENT:
             raise UsageError(f"--augment {self.augment}: expected one of {', '.join(AUGMENT)}")
         if self.schedule not in SCHEDULES:
@@ -121,6 +127,8 @@ def epochs(
     device = resolve_device(device) if isinstance(device, str) else device
     n = len(data)
     mask = np.ones(n, bool) if rows is None else _mask(rows, n)
+    if sampler is None and not data.vectors and min(mask.sum(), recipe.batch_size) < 2:
+        raise UsageError("a network is trained on batches of 2 images and more; keep more, or raise --batch-size")
     model = make_model(data, recipe, seed, start).to(device)
     optimizer = torch.optim.SGD(
         models.parameters_with_decay(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum,
@@ -132,6 +140,8 @@ def epochs(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         epoch, step, seconds = resume["epoch"], resume["step"], resume["seconds"]
+    if steps is not None and steps < 1:
+        raise UsageError(f"{steps} steps: expected at least 1")
     total = steps if steps is not None else _total_steps(mask, sampler, recipe)
     source = _Batches(data, device)
     labels = torch.from_numpy(data.labels).to(device)
@@ -146,7 +156,9 @@ def epochs(
         else:
             sampler.set_epoch(epoch)
             chosen = np.fromiter(sampler, np.int64)
-        augmentation = _Augmentation(recipe, n, seed, epoch)
+            if not len(chosen):
+                raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
+        augmentation = _Augmentation(recipe.augment, data.inputs.shape, seed, epoch)
         model.train()
         batches = _split(chosen, recipe.batch_size)[: total - step]
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
@@ -229,6 +241,8 @@ def logits(model: nn.Module, inputs: torch.Tensor, *, precision: str = "auto", b
     was_training = model.training
     model.eval()
     cast = autocast(precision, device, "head" if inputs.ndim == 2 else "network")
+    if inputs.ndim == 4:  # 1,024 photographs' activations take many gigabytes
+        batch_size = max(16, min(batch_size, _EVALUATED_PIXELS // inputs.shape[-1] ** 2))
     parts = []
     for part in inputs.split(batch_size):
         with cast():
@@ -306,7 +320,7 @@ class _Batches:
             free, _ = torch.cuda.mem_get_info(device)
             if self.inputs.numel() * self.inputs.element_size() < free / 2:
                 self.inputs = self.inputs.to(device)
-        self.resident = self.inputs.device == device
+        self.resident = self.inputs.device.type == device.type  # "cuda" and "cuda:0" are one, and not equal
 
     @contextlib.contextmanager
     def stream(self, batches: list[torch.Tensor]):
@@ -319,7 +333,10 @@ class _Batches:
 
     def _ahead(self, batches: list[torch.Tensor], pool: ThreadPoolExecutor):
         def fetch(rows: torch.Tensor) -> torch.Tensor:
-            return self.inputs[rows].pin_memory().to(self.device, non_blocking=True)
+            inputs = self.inputs[rows]
+            if self.device.type != "cuda":  # pinned memory is CUDA's
+                return inputs.to(self.device)
+            return inputs.pin_memory().to(self.device, non_blocking=True)
 
         waiting = pool.submit(fetch, batches[0]) if batches else None
         for number, rows in enumerate(batches):
@@ -332,8 +349,9 @@ class _Batches:
 class _Augmentation:
     """The crops and flips of one epoch, drawn for every example, so that they do not depend on the subset."""
 
-    def __init__(self, recipe: Recipe, n: int, seed: int, epoch: int):
-        self.kind, self.pad = recipe.augment, max(1, recipe.image_size // 8)
+    def __init__(self, kind: str, shape: Sequence[int], seed: int, epoch: int):
+        self.kind, n = (kind, shape[0]) if len(shape) == 4 else ("none", 0)  # vectors stay as they are
+        self.pad = max(1, shape[-1] // 8)
         generator = np.random.default_rng([seed, 3, epoch])
         if self.kind != "none":
             self.flip = torch.from_numpy(generator.random(n) < 0.5)
@@ -346,7 +364,7 @@ class _Augmentation:
 
     def __call__(self, inputs: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
         """uint8 (b, 3, s, s) -> the same, moved and mirrored."""
-        if self.kind == "none" or inputs.ndim == 2:
+        if self.kind == "none":
             return inputs
         return self._shifted(inputs, picked) if self.kind == "crop-flip" else self._resized(inputs, picked)
 

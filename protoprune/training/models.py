@@ -31,35 +31,48 @@ class Normalised(nn.Module):
         return self.network((inputs.float() - self.mean) * self.scale)
 
 
+def check_name(name: str) -> None:
+    """UsageError unless there is a model of this name."""
+    if name in MODELS:
+        return
+    if not name.startswith("timm:"):
+        raise UsageError(f"--model {name}: expected one of {', '.join(MODELS)} or timm:NAME")
+    import timm
+
+    if not timm.is_model(name.removeprefix("timm:")):
+        raise UsageError(f"--model {name}: timm has no such model; see timm.list_models()")
+
+
 def build(
     name: str, classes: int, sample: torch.Tensor, *, width: int = 32, hidden: int = 0, weights: str | None = None
 ) -> nn.Module:
     """An untrained model for inputs like `sample`, whose mean and deviation it normalises by.
 
     name: head, cnn, resnet18 or timm:NAME; width: channels of the first layer (cnn) ; hidden: units of a head's hidden
-    layer, 0 for a linear head; weights: a file to start from (classifier left out), for every model but head.
+    layer, 0 for a linear head; weights: a file to start from (classifier left out).
 
-    The caller seeds torch around this call (see `loop.seeded`).
+    The caller seeds torch around this call, as `loop.make_model` does.
     """
+    check_name(name)
     if (name == "head") != (sample.ndim == 2):
         kind = "vectors (a feature file)" if name == "head" else "images (a folder)"
         raise UsageError(f"--model {name} trains on {kind}; got {'vectors' if sample.ndim == 2 else 'images'}")
     if name == "head":
-        mean, std = head_scale(sample)
-        return Normalised(head(sample.shape[1], classes, hidden), mean, std)
+        model = Normalised(head(sample.shape[1], classes, hidden), *head_scale(sample))
+        if weights is not None:
+            start_from(model, _read(weights), weights)
+        return model
     mean = sample.float().mean((0, 2, 3)).view(1, 3, 1, 1)
     std = sample.float().std((0, 2, 3)).clamp_min(1).view(1, 3, 1, 1)
     if name == "cnn":
         network = small_cnn(classes, width)
     elif name == "resnet18":
         network = _resnet18(classes, sample.shape[-1])
-    elif name.startswith("timm:"):
+    else:
         network = _timm(name.removeprefix("timm:"), classes, sample.shape[-1], weights)
         config = getattr(network, "pretrained_cfg", {}) or {}
         mean = 255 * torch.tensor(config.get("mean", _IMAGENET_MEAN)).view(1, 3, 1, 1)
         std = 255 * torch.tensor(config.get("std", _IMAGENET_STD)).view(1, 3, 1, 1)
-    else:
-        raise UsageError(f"--model {name}: expected one of {', '.join(MODELS)} or timm:NAME")
     model = Normalised(network, mean, std)
     if weights is not None and not name.startswith("timm:"):
         start_from(model, _read(weights), weights)
@@ -110,19 +123,37 @@ def _resnet18(classes: int, size: int) -> nn.Module:
 
 
 def _timm(name: str, classes: int, size: int, weights: str | None) -> nn.Module:
-    import timm
-
     from protoprune.encoders import load_weights
 
-    options = {"img_size": size} if "vit" in name or "deit" in name or "swin" in name else {}
-    try:
-        network = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except RuntimeError as error:
-        raise UsageError(f"--model timm:{name}: {str(error).splitlines()[0]}; see timm.list_models()") from None
+    network = _timm_for_size(name, size)
     if weights is not None:
         load_weights(network, weights)
     network.reset_classifier(classes)
     return network
+
+
+def _timm_for_size(name: str, size: int) -> nn.Module:
+    """A timm model that takes images of this size. Some must be told it, some know no such option, and some of those
+    that can be told it run at their own size only; so it is tried."""
+    import timm
+
+    trouble = None
+    for options in ({"img_size": size}, {}):
+        try:
+            network = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            with torch.no_grad():
+                network.eval()(torch.zeros(1, 3, size, size))
+            return network.train()
+        except Exception as error:  # whatever a model raises at a size that it was not made for
+            trouble = trouble if isinstance(error, TypeError) and trouble else error
+    raise UsageError(
+        f"--model timm:{name}: takes no images of {size} x {size} pixels ({_first_line(trouble)}); "
+        "give another --image-size"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "weights") -> None:
@@ -133,7 +164,9 @@ def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "we
     own = model.state_dict()
     last = _classifier(model)
     wanted = [name for name in own if name not in ("mean", "scale") and not name.startswith(last)]
-    wrong = [name for name in wanted if name not in state or state[name].shape != own[name].shape]
+    if not wanted:
+        raise UsageError(f"{what}: a linear head is all classifier, nothing of it can be started from; give --hidden")
+    wrong = [name for name in wanted if getattr(state.get(name), "shape", None) != own[name].shape]
     if wrong:
         raise ProtopruneError(
             f"{what}: {len(wanted) - len(wrong)} of {len(wanted)} tensors fit the model (first that does not: "
@@ -142,10 +175,13 @@ def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "we
     model.load_state_dict({**own, **{name: state[name] for name in wanted}})
 
 
-def _classifier(model: nn.Module) -> str:
-    """The name of the last linear layer, which depends on the classes."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] + "."
+def _classifier(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the tensors that depend on the classes: of timm's classifier, else of the last linear layer."""
+    if hasattr(model.network, "get_classifier"):
+        found = model.network.get_classifier()
+        own = {id(one) for one in (found if isinstance(found, tuple) else (found,))}
+        return tuple(name + "." for name, module in model.named_modules() if id(module) in own)
+    return ([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + ".",)
 
 
 def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:

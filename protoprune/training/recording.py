@@ -26,8 +26,14 @@ from protoprune.training import heads, loop, statistics
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
 
+_NAMES = {
+    "train": "other training examples",
+    "test": "other test examples",
+    "weights_sha256": "other --weights",
+    "gradients": "with and without --gradients",
+}
 _LOGITS_ROWS = 8192  # examples whose logits are worked on at once
-_GRADIENT_CHUNK = 32  # examples whose gradients of a network are held at once
+_GRADIENT_BYTES = 2**30  # of gradients of a network, one set an example, that are held at once
 
 
 @dataclass
@@ -59,12 +65,9 @@ def plan(
 
     Raises UsageError for values out of range.
     """
-    if models < 1 or every < 1:
-        raise UsageError(f"--models {models}, --every {every}: expected at least 1")
-    if not 0 < subset_fraction <= 1:
-        raise UsageError(f"--subset {subset_fraction:g}: expected a fraction above 0 and at most 1; the usual is 0.7")
-    if len(train.classes) > 65_535:
-        raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,535")
+    check(models, subset_fraction, every)
+    if len(train.classes) > 65_536:
+        raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)
     numbers = sorted({*range(every, recipe.epochs + 1, every), recipe.epochs, *([0] if initial else [])})
     subset = np.ones((models, n), bool)
@@ -74,7 +77,16 @@ def plan(
             subset[number] = False
             subset[number, np.random.default_rng([seed, 4, number]).permutation(n)[:size]] = True
     size = records.size(models, len(numbers), n, len(test) if test else 0, gradients=gradients)
-    return Plan(models, subset_fraction, numbers, subset, size)
+    names = sum(len(path) + 1 for path in (*train.paths, *(test.paths if test else ())))
+    return Plan(models, subset_fraction, numbers, subset, size + names)
+
+
+def check(models: int, subset_fraction: float, every: int) -> None:
+    """UsageError for values out of range."""
+    if models < 1 or every < 1:
+        raise UsageError(f"--models {models}, --every {every}: expected at least 1")
+    if not 0 < subset_fraction <= 1:
+        raise UsageError(f"--subset {subset_fraction:g}: expected a fraction above 0 and at most 1; the usual is 0.7")
 
 
 def record(
@@ -132,37 +144,67 @@ def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, se
 
 
 def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients: bool, overwrite: bool) -> bool:
-    """Leave a partial record of exactly this run; False when the finished one is it already."""
-    for path in (out, records.partial_path(out)):
-        if not os.path.exists(path):
-            continue
-        try:
-            with records.Record(path) as found:
-                other = [name for name, value in provenance.items() if found.provenance.get(name) != value]
-        except ProtopruneError:
-            if not overwrite:
-                raise
-            other = ["damaged"]
-        if other and not overwrite:
-            raise ProtopruneError(
-                f"{path} is of another run (it differs in {', '.join(other).replace('_', ' ')}); write to another file "
-                "with -o, or replace it with --overwrite"
-            )
-        if not other and not overwrite:
-            return path != out
+    """Leave a partial record of exactly this run; False when the finished one is it already.
+
+    An unfinished run that was started by --overwrite stands in for the finished record, which it will replace.
+    """
+    started = records.partial_path(out)
+    if os.path.exists(started):
+        found, other = _compare(started, provenance, overwrite)
+        if not other and (found.get("overwrite") or not (overwrite or os.path.exists(out))):
+            return True
+        if not overwrite:
+            _refuse(started, other)
+    if os.path.exists(out) and not overwrite:
+        _refuse(out, _compare(out, provenance, overwrite)[1])
+        return False
     shutil.rmtree(_state_folder(out), ignore_errors=True)  # checkpoints of a run that was given up
     records.create(
-        out, provenance, paths=train.paths, labels=train.labels, classes=train.classes, subset=laid_out.subset,
-        epoch_numbers=laid_out.epoch_numbers, gradients=gradients, test_paths=test.paths if test else (),
-        test_labels=test.labels if test else None,
+        out, {**provenance, "overwrite": int(overwrite)}, paths=train.paths, labels=train.labels,
+        classes=train.classes, subset=laid_out.subset, epoch_numbers=laid_out.epoch_numbers, gradients=gradients,
+        test_paths=test.paths if test else (), test_labels=test.labels if test else None,
     )  # fmt: skip
     return True
 
 
+def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[str]]:
+    """What a record says of its run, and in what it differs from this one; with --overwrite a damaged one counts as
+    another run's."""
+    try:
+        with records.Record(path) as record:
+            found = record.provenance
+    except ProtopruneError:
+        if not overwrite:
+            raise
+        return {}, ["damaged"]
+    differences = []
+    for name, value in provenance.items():
+        then = found.get(name)
+        if then == value or name == "root":  # the folder may have been moved; the examples are the same
+            continue
+        if name == "recipe":
+            before, now = json.loads(then or "{}"), json.loads(value)
+            fields = [key for key in now if before.get(key) != now[key] and key != "weights"]
+            differences += [f"{key.replace('_', ' ')} {before.get(key)}, now {now[key]}" for key in fields]
+        elif name in ("models", "subset_fraction", "seed", "epochs_recorded"):
+            differences.append(f"{name.replace('_', ' ')} {then}, now {value}")
+        else:
+            differences.append(_NAMES[name])
+    return found, differences
+
+
+def _refuse(path: str, differences: list[str]) -> None:
+    if differences:
+        raise ProtopruneError(
+            f"{path} is of another run ({'; '.join(differences)}); write to another file with -o, or replace it with "
+            "--overwrite"
+        )
+
+
 def _record_heads(train, test, recipe, partial, laid_out: Plan, gradients, seed, device, on_start, on_progress) -> None:
-    numbers, size = laid_out.epoch_numbers, heads.group_size(laid_out.models, recipe, len(train.classes))
+    numbers, size = laid_out.epoch_numbers, heads.group_size(recipe, len(train.classes), laid_out.subset)
     groups = [range(first, min(first + size, laid_out.models)) for first in range(0, laid_out.models, size)]
-    todo = [group for group in groups if partial.committed[group[0]] < len(numbers)]
+    todo = [group for group in groups if partial.committed[list(group)].min() < len(numbers)]
     if on_start:
         on_start(laid_out.models * recipe.epochs, (laid_out.models - sum(map(len, todo))) * recipe.epochs)
     done = 0
@@ -198,7 +240,10 @@ def _record_networks(
 ) -> None:
     numbers = laid_out.epoch_numbers
     folder = _state_folder(partial.out)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ProtopruneError(f"{folder}: {error.strerror}; checkpoints go there, move what is in the way") from None
     states = {number: _load_state(folder, number) for number in range(laid_out.models)}
     before = sum(
         recipe.epochs if partial.committed[number] == len(numbers) else states[number]["epoch"] if states[number] else 0
@@ -234,6 +279,7 @@ def _record_networks(
                 if at.epoch in numbers:
                     write(at.epoch, at.model)
                     # The rows are on the disk before the checkpoint that lets a later run go on after them.
+                    partial.sync()
                     _save_state(folder, number, at.checkpoint())
                     partial.commit(one, numbers.index(at.epoch) + 1)
                 done += 1
@@ -250,7 +296,7 @@ def model_seed(seed: int, number: int) -> int:
 
 
 def _measure(model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: bool, previous):
-    """({statistic: (n,)}, logits (n, c) in float16, which is what the next call wants as `previous`)."""
+    """({statistic: (n,)}, log softmax (n, c) in float16, which is what the next call wants as `previous`)."""
     labels = torch.from_numpy(data.labels)
     parts: dict[str, list[torch.Tensor]] = {}
     seen = torch.empty(len(data), len(data.classes), dtype=torch.float16)
@@ -260,7 +306,8 @@ def _measure(model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: 
         before = None if previous is None else previous[rows]
         for name, value in statistics.from_logits(logits, labels[rows], before).items():
             parts.setdefault(name, []).append(value)
-        seen[rows] = logits.clamp(-60_000, 60_000)
+        # What they have in common changes nothing, and float16 is finest near 0.
+        seen[rows] = logits.log_softmax(-1).clamp_min(-statistics.LARGEST)
     values = {name: torch.cat(some).numpy() for name, some in parts.items()}
     if gradients:
         values["gradient_norm"] = gradient_norms(model, data.inputs, labels).numpy()
@@ -286,7 +333,8 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
         gradients = torch.func.grad(loss)(parameters, one, label)
         return sum(g.square().sum() for g in gradients.values()).sqrt()
 
-    norms = torch.func.vmap(norm, in_dims=(0, 0), chunk_size=_GRADIENT_CHUNK)
+    chunk = _GRADIENT_BYTES // (4 * sum(value.numel() for value in parameters.values()))
+    norms = torch.func.vmap(norm, in_dims=(0, 0), chunk_size=max(1, min(32, chunk)))
     with warnings.catch_warnings():  # torch says which operations vmap takes one example at a time
         warnings.filterwarnings("ignore", message="There is a performance drop")
         parts = [
@@ -294,7 +342,7 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
             for some, wanted in zip(inputs.split(1024), labels.split(1024), strict=True)
         ]
     model.train(was_training)
-    return torch.cat(parts).clamp_max(60_000.0)
+    return torch.cat(parts).clamp_max(statistics.LARGEST)
 
 
 def _state_folder(out: str) -> str:
@@ -316,8 +364,11 @@ def _save_state(folder: str, number: int, state: dict) -> None:
 
 
 def _load_state(folder: str, number: int) -> dict | None:
-    path = _state_path(folder, number)
-    return torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+    """The checkpoint of a model; None where there is none or it cannot be read, and the model is trained again."""
+    try:
+        return torch.load(_state_path(folder, number), map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises whatever it stumbles over
+        return None
 
 
 def _file_digest(path: str) -> str:

@@ -18,7 +18,7 @@ STATISTICS = {
     "change": "KL divergence from the previous recorded epoch's softmax to this one's, nats",
     "gradient_norm": "L2 norm of the loss gradient with respect to all parameters (GraNd)",
 }
-_LARGEST = 60_000.0  # float16 ends at 65,504
+LARGEST = 60_000.0  # float16 ends at 65,504
 
 
 def from_logits(
@@ -44,9 +44,9 @@ def from_logits(
     return {
         "prediction": logits.argmax(-1),
         "true_probability": p_true,
-        "margin": (true_logit - others.amax(-1)).clamp(-_LARGEST, _LARGEST),
+        "margin": (true_logit - others.amax(-1)).clamp(-LARGEST, LARGEST),
         "error_norm": squares.sqrt(),
-        "loss": (-log_probabilities.gather(-1, at_label).squeeze(-1)).clamp_max(_LARGEST),
+        "loss": (-log_probabilities.gather(-1, at_label).squeeze(-1)).clamp_max(LARGEST),
         "entropy": -(probabilities * log_probabilities).sum(-1),
-        "change": change.clamp_max(_LARGEST),
+        "change": change.clamp_max(LARGEST),
     }

@@ -1,0 +1,155 @@
+"""`protoprune record`, in this process and as a program."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from training_helpers import write_folder
+from typer.testing import CliRunner
+
+from protoprune.cli import app
+from protoprune.records import Record
+from protoprune.training import examples
+
+QUICK = ["--model", "cnn", "--width", "4", "--image-size", "8", "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_folder(tmp_path / "images", {"cat": 4, "dog": 5, "eel": 3})
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """record("images", ...) -> (exit code, lines on stderr); stdout must be empty."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, list[str]]:
+        result = CliRunner().invoke(app, ["record", *map(os.fspath, arguments)])
+        assert result.stdout == ""
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stderr.splitlines()
+
+    return call
+
+
+def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
+    write_folder(tmp_path / "test", {"dog": 2, "eel": 1})
+    arguments = [images, "--test", tmp_path / "test", *QUICK, "--models", "2", "--subset", "0.7"]
+    code, lines = record(*arguments)
+    assert code == 0
+    assert lines[:2] == [
+        f"training: 12 examples in 3 classes, {images}", f"test: 3 examples in 3 classes, {tmp_path / 'test'}"
+    ]  # fmt: skip
+    assert lines[2].startswith("record: 2 models x 2 recorded epochs x 12 examples, ")
+    assert lines[2].endswith("KiB in record.h5")
+    assert lines[-1].startswith("record.h5: 2 x cnn, 2 epochs, in ")
+    with Record(tmp_path / "record.h5") as found:
+        assert (found.models, found.epochs, found.n) == (2, 2, 12)
+        assert found.test_labels.tolist() == [1, 1, 2]
+    code, lines = record(*arguments)
+    assert code == 0
+    assert "4 of 4 epochs are recorded already, 0 to go" in lines
+    code, lines = record(*arguments, "--lr", "0.07")
+    assert code == 1
+    assert lines[-1].startswith("error: record.h5 is of another run (lr 0.1, now 0.07); ")
+    assert record(*arguments, "--lr", "0.07", "--overwrite")[0] == 0
+
+
+def test_features_make_heads(feature_file, record, tmp_path):
+    features = np.random.default_rng(0).normal(size=(12, 4))
+    file = feature_file(tmp_path / "f.h5", features, paths=[f"c{i % 3}/{i}.png" for i in range(12)])
+    code, lines = record(file, "--models", "3", "--gradients", "--initial", "--every", "10", "--seed", "3")
+    assert code == 0
+    assert "record: 3 models x 3 recorded epochs x 12 examples" in lines[1]
+    with Record(tmp_path / "record.h5") as found:
+        assert found.epoch_numbers.tolist() == [0, 10, 20]
+        assert "gradient_norm" in found.statistics
+
+
+def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "load", None)
+    code, lines = record(images, "--plan", "--epochs", "90", "--models", "20")
+    assert code == 0
+    assert lines[-1].startswith("record: 20 models x 90 recorded epochs x 12 examples, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_what_is_left_out_is_said(images, record):
+    (images / "cat" / "000.png").write_bytes(b"")
+    _, lines = record(images, *QUICK)
+    assert "warning: 1 images of " in lines[1]
+    assert "cannot be read, first cat/000.png (empty: the file has zero bytes)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["none"], 2, "none: no such image folder or feature file"),
+        (["images", "--model", "head"], 2, "trains on features; run `protoprune embed images"),
+        (["images", "--model", "lenet"], 2, "--model lenet: expected one of head, cnn, resnet18 or timm:NAME"),
+        (["images", "--test", "f.h5"], 2, "give the test set in the form of the training set"),
+        (["images", "--models", "0"], 2, "--models 0, --every 1: expected at least 1"),
+        (["images", "--subset", "1.2"], 2, "--subset 1.2: expected a fraction"),
+        (["images", "--lr", "0"], 2, "--lr 0: expected a number above 0"),
+        (["images", "--schedule", "x"], 2, "--schedule x: expected one of linear, cosine, steps"),
+        (["images", "--device", "tpu"], 2, "--device tpu: "),
+        (["images", "-o", "no/r.h5"], 2, "no/r.h5: its folder does not exist"),
+        (["images", "-o", "images"], 2, "images: a folder; name a file"),
+        (["images", "--weights", "w.pt"], 2, "--weights w.pt: "),
+        (["images", *QUICK, "--lr", "1e30"], 1, "train with a smaller --lr"),
+        (["images", *QUICK, "-o", "text.h5"], 1, "text.h5: not a readable HDF5 file"),
+        (["images/cat"], 1, "no two classes were found"),
+    ],
+)
+def test_errors_are_one_line(images, record, tmp_path, arguments, code, words):
+    (tmp_path / "text.h5").write_text("text")
+    found, lines = record(*arguments)
+    assert found == code
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert lines[-1] == errors[0]
+
+
+def test_a_bad_option_is_said_before_anything_is_decoded(images, record, monkeypatch):
+    monkeypatch.setattr(examples, "load", None)
+    for bad in (
+        ["--models", "0"],
+        ["--subset", "0"],
+        ["--device", "tpu"],
+        ["--lr", "-1"],
+        ["--model", "lenet"],
+        ["--weights", "w"],
+    ):
+        code, lines = record(images, *bad)
+        assert code == 2
+        assert len(lines) == 1
+
+
+def test_the_program_goes_on_after_an_interrupt(images, run_program, tmp_path):
+    interrupt = (
+        "import signal, os, sys\n"
+        "from protoprune.training import recording\n"
+        "write = recording.records.PartialRecord.write\n"
+        "def once(self, models, *how):\n"
+        "    if models.start == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    write(self, models, *how)\n"
+        "recording.records.PartialRecord.write = once\n"
+        "sys.argv[0] = 'protoprune'\n"
+        "from protoprune.cli import main; main()\n"
+    )
+    arguments = ["record", "images", *QUICK, "--models", "2"]
+    first = run_program(*arguments, python=("-c", interrupt))
+    assert first.returncode == 130
+    assert first.stdout == b""
+    lines = first.stderr.decode().splitlines()
+    assert lines[-2] == "interrupted: what is recorded is kept; to go on, run the same again:"
+    assert lines[-1] == f"  protoprune {' '.join(arguments)}"
+    second = run_program(*arguments)
+    assert second.returncode == 0
+    assert b"2 of 4 epochs are recorded already, 2 to go" in second.stderr
+    assert Record(tmp_path / "record.h5").committed.tolist() == [2, 2]

@@ -1,0 +1,137 @@
+"""Models: their inputs, their classifiers, the weights they start from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from training_helpers import cloned, pixels, vectors
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.training import loop, models
+from protoprune.training.loop import Recipe
+
+SAMPLE = pixels(12, size=16).inputs
+
+
+def built(name: str, classes: int = 3, sample=SAMPLE, seed: int = 0, **how):
+    with loop._seeded([seed]):
+        return models.build(name, classes, sample, **how)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "timm:test_vit", "timm:test_resnet", "timm:resnetv2_50"])
+def test_pixels_in_logits_out(name):
+    assert built(name, 7, width=4).eval()(SAMPLE).shape == (12, 7)
+
+
+def test_inputs_are_normalised_by_the_sample():
+    model = built("cnn", width=4)
+    normal = (SAMPLE.float() - model.mean) * model.scale
+    torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normal.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    black = built("cnn", width=4, sample=torch.zeros_like(SAMPLE))
+    assert torch.isfinite(black.eval()(torch.zeros_like(SAMPLE))).all()
+
+
+def test_vectors_are_of_length_one_whatever_their_scale():
+    data = vectors(500, dim=40).inputs * 1000 + 5
+    mean, std = models.head_scale(data)
+    assert ((data - mean) / std).norm(dim=1).mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.isfinite(built("head", sample=torch.ones(4, 3))(torch.ones(4, 3))).all()  # no deviation at all
+    assert torch.isfinite(built("head", sample=torch.ones(1, 3))(torch.ones(1, 3))).all()
+
+
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:levit_128s", "timm:crossvit_9_240"])
+def test_timm_models_that_know_no_image_size_or_insist_on_one_are_trained(name):
+    assert built(name, sample=pixels(4, size=32).inputs).training
+
+
+def test_timm_says_what_it_cannot_do():
+    with pytest.raises(UsageError, match="timm:no_such: timm has no such model; see timm"):
+        built("timm:no_such")
+    with pytest.raises(UsageError, match=r"takes no images of 8 x 8 pixels \(.+\); give another --image-size"):
+        built("timm:test_vit", sample=pixels(4, size=8).inputs)
+
+
+def test_timm_normalises_by_the_models_own_configuration():
+    model = built("timm:test_vit")
+    mean = torch.tensor(model.network.pretrained_cfg["mean"])
+    torch.testing.assert_close(model.mean.flatten(), 255 * mean)
+
+
+@pytest.mark.parametrize(("name", "sample"), [("head", SAMPLE), ("cnn", torch.ones(3, 4)), ("lenet", SAMPLE)])
+def test_models_and_inputs_that_do_not_go_together(name, sample):
+    with pytest.raises(UsageError, match=f"--model {name}"):
+        built(name, sample=sample)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "timm:test_vit", "timm:test_resnet"])
+def test_our_own_weights_are_a_start_for_other_classes(name, tmp_path):
+    old = built(name, 5, seed=1, width=4)
+    torch.save(old.state_dict(), tmp_path / "w.pt")
+    new = built(name, 3, seed=2, width=4, weights=str(tmp_path / "w.pt"))
+    before, after = old.state_dict(), new.state_dict()
+    last = models._classifier(new)
+    for key, value in after.items():
+        if not key.startswith(last) and key not in ("mean", "scale"):
+            assert torch.equal(value, before[key]), key
+    fresh = built(name, 3, seed=2, width=4).state_dict()
+    assert any(key.startswith(last) for key in after)
+    assert any(not torch.equal(fresh[key], after[key]) for key in after)
+    assert after[last[0] + "weight"].shape[0] == 3
+
+
+def test_timms_own_weight_file_is_a_start(tmp_path):
+    import timm
+
+    network = timm.create_model("test_vit", pretrained=False, img_size=16, num_classes=1000)
+    torch.save(network.state_dict(), tmp_path / "timm.pth")
+    model = built("timm:test_vit", seed=3, weights=str(tmp_path / "timm.pth"))
+    assert torch.equal(model.network.patch_embed.proj.weight, network.patch_embed.proj.weight)
+    assert model.network.head.weight.shape[0] == 3
+
+
+def test_a_head_with_a_hidden_layer_starts_from_weights_and_a_linear_one_cannot(tmp_path):
+    data = vectors(20).inputs
+    old = built("head", 3, data, hidden=6)
+    torch.save(old.state_dict(), tmp_path / "w.pt")
+    new = built("head", 4, data, seed=1, hidden=6, weights=str(tmp_path / "w.pt"))
+    assert torch.equal(new.network[0].weight, old.network[0].weight)
+    assert new.network[2].weight.shape == (4, 6)
+    with pytest.raises(UsageError, match="a linear head is all classifier"):
+        built("head", 3, data, weights=str(tmp_path / "w.pt"))
+
+
+def test_wrong_weights_are_one_clear_line(tmp_path):
+    torch.save(built("cnn", width=8).state_dict(), tmp_path / "wide.pt")
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "nested.pt")
+    for name, model, words in [
+        ("wide.pt", "cnn", "7 of 42 tensors fit the model .*network.0.0.weight"),
+        ("text.pt", "cnn", "cannot be read"),
+        ("list.pt", "cnn", "holds no state dict"),
+        ("nested.pt", "cnn", "tensors fit the model"),
+        ("none.pt", "cnn", "no such file"),
+        ("wide.pt", "timm:test_vit", "wide.pt"),
+    ]:
+        with pytest.raises(ProtopruneError, match=words) as caught:
+            built(model, width=4, weights=str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_start_from_leaves_the_normalisation_to_the_new_data():
+    data, other = pixels(12, seed=1), pixels(12, seed=5)
+    recipe = Recipe.for_model("cnn", width=4)
+    old = cloned(loop.make_model(data, recipe, 0))
+    new = loop.make_model(other, recipe, 1, start=old)
+    assert not torch.equal(new.mean, old["mean"])
+    assert torch.equal(new.network[0][0].weight, old["network.0.0.weight"])
+
+
+def test_weight_decay_is_for_matrices():
+    groups = models.parameters_with_decay(built("resnet18"), 0.1)
+    assert all(p.ndim > 1 for p in groups[0]["params"])
+    assert groups[0]["weight_decay"] == 0.1
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+    assert groups[1]["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups) == len(list(built("resnet18").parameters()))
