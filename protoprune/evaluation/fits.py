@@ -7,7 +7,7 @@
 Fitted to the means over seeds by weighted least squares, compared by AICc, with intervals from a bootstrap over seeds.
 Knows nothing of where the errors come from, and does not extrapolate. Two things it cannot see: that error bars at
 neighbouring sizes hang together when the subsets are nested (the bootstrap takes whole seeds for that reason), and that
-a lower envelope of noisy means lies too low. The intervals are about the seeds: they assume that the law is the right one.
+a lower envelope of noisy means lies too low. The intervals are about the seeds, and take the law for the right one.
 """
 
 from __future__ import annotations
