@@ -439,7 +439,9 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--scores", "s.csv", "--k", "3"], 2, "--scores ranks without clustering"),
         (["-o", "features.h5"], 2, "is one of the inputs"),
         (["--manifest", "features.h5"], 2, "is one of the inputs"),
-        (["--removed", "images"], 2, "images: a folder; name a file"),
+        (["--scores", "s.csv", "-o", "s.csv"], 2, "s.csv: is one of the inputs"),
+        (["--removed", "folder"], 2, "folder: a folder; name a file"),
+        (["--scores", "blank.csv"], 1, "blank.csv: gives none of the images a score"),
         (["--scores", "s.csv", "--balance", "0.5", "--by", "cluster"], 2, "--by cluster does not go with --scores"),
         (["-o", "nowhere/kept.txt"], 2, "its folder does not exist"),
         (["--removed", "nowhere/gone.txt"], 2, "its folder does not exist"),
@@ -455,6 +457,8 @@ def test_errors(here, run, feature_file, arguments, code, message):
     feature_file("lost.h5", blobs(), failed=dict.fromkeys(range(N), Status.MISSING))
     (here / "garbage.h5").write_bytes(bytes(range(256)) * 100)
     (here / "empty.h5").touch()
+    (here / "folder").mkdir()
+    (here / "blank.csv").write_text("path,score\n" + "".join(f"{path},\n" for path in PATHS))
     (here / "s.csv").write_text("".join(f"{path},1\n" for path in PATHS))
     with h5py.File("foreign.h5", "w") as file:
         file["features"] = np.zeros((3, 3))
