@@ -59,7 +59,9 @@ EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynami
 SIZE ?= small
 
 reproduce: ## Run the papers' experiments, or one (reproduce-k); DATA=folder of data sets, SIZE=full for a GPU.
-	@for name in $(EXPERIMENTS); do $(MAKE) --no-print-directory reproduce-$$name || exit 1; done
+	@failed=; for name in $(EXPERIMENTS); do \
+	    $(MAKE) --no-print-directory reproduce-$$name || failed="$$failed $$name"; done; \
+	    test -z "$$failed" || { echo "did not finish:$$failed"; exit 1; }
 
 $(EXPERIMENTS:%=reproduce-%): reproduce-%: $(READY)
 	$(BIN)/python scripts/reproduce $* --size $(SIZE) --data '$(or $(DATA),.data)'

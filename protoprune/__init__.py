@@ -6,7 +6,12 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     select, rank, prune                             feature file -> kept set
     read_list, keep_only                            kept list -> data loader
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
+    Record, score, compare                          training record -> scores -> how far they agree
+    read_scores, write_scores                       score tables
+    evaluate, scaling                               kept lists -> does it pay?
     FeatureFile, ProtopruneError
+
+`protoprune.samplers` prunes while a model trains.
 """
 
 from importlib import import_module
@@ -26,6 +31,13 @@ _HOME = {
     "keep_only": "lists",
     "read_weights": "lists",
     "weights_of": "lists",
+    "Record": "records",
+    "score": "metrics.catalogue",
+    "compare": "comparison",
+    "read_scores": "scores",
+    "write_scores": "scores",
+    "evaluate": "evaluation",
+    "scaling": "evaluation",
     "ProtopruneError": "errors",
 }
 __all__ = [*_HOME, "__version__"]

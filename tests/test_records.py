@@ -156,5 +156,5 @@ def test_a_truncated_file_is_not_called_busy(tmp_path, length):
     with h5py.File(path, "w") as file:
         file["rows"] = np.zeros(200_000)
     (tmp_path / "cut.h5").write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ProtopruneError, match="cut.h5: not a readable HDF5 file; give a file that"):
+    with pytest.raises(ProtopruneError, match="not a readable HDF5 file; give a file that"):
         records.Record(tmp_path / "cut.h5")

@@ -7,8 +7,7 @@
 Fitted to the means over seeds by weighted least squares, compared by AICc, with intervals from a bootstrap over seeds.
 Knows nothing of where the errors come from, and does not extrapolate. Two things it cannot see: that error bars at
 neighbouring sizes hang together when the subsets are nested (the bootstrap takes whole seeds for that reason), and that
-a lower envelope of noisy means lies too low. The intervals are about the seeds: they assume that the law is the right
-one.
+a lower envelope of noisy means lies too low. The intervals are about the seeds, and take the law for the right one.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def fit_laws(sizes: Sequence[float], errors, *, bootstrap: int = 200, seed: int 
         parameters = _natural(name, found[name][0], sizes, mean)
         gap = np.log(mean / np.maximum(predict(name, parameters, sizes), 1e-300))
         intervals = _intervals(parameters, samples[name], len(errors), confidence) if samples else None
-        wins = samples["wins"].get(name, 0.0) if samples and aicc[name] is not None else None
+        wins = samples["wins"].get(name, 0.0) if samples else None
         laws.append(Law(name, parameters, intervals, aicc[name], wins, float(np.sqrt(np.mean(gap**2)))))
     return _choose(laws, len(sizes), len(errors))
 

@@ -164,7 +164,7 @@ def draw(lab: Lab, result) -> None:
         x, y = [100 * fraction for fraction, _ in points], [100 * accuracy.mean for _, accuracy in points]
         style = {"color": "black", "linewidth": 2.5} if name == "random" else {
             "color": colours[number % 9], "linestyle": ("-", "--", ":")[number // 9]}  # fmt: skip
-        axes.plot(x + [100], y + [100 * full], marker=".", label=name.replace("_", " "), **style)
+        axes.plot([*x, 100], [*y, 100 * full], marker=".", label=name.replace("_", " "), **style)
     axes.set(xlabel="kept, % (hardest first)", ylabel="test accuracy, %")
     axes.legend(fontsize=8, ncols=2)
     lab.save_figure(figure)
