@@ -39,7 +39,7 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
     except OSError as error:
         if isinstance(error, PermissionError) or "ermission" in str(error):
             raise ProtopruneError(f"{path}: permission denied") from None
-        if "lock" in str(error):
+        if "unable to lock" in str(error):  # not merely "lock": a truncated file's message names its superblock
             raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
         maker = " ".join(kind.command.split()[:2])
         if path.endswith(".partial"):
@@ -64,6 +64,18 @@ def create(path: str, kind: Kind) -> h5py.File:
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
     file.attrs["protoprune"] = protoprune.__version__
     return file
+
+
+def replaceable(path: str, kind: Kind) -> bool:
+    """Whether a file is of this kind or a damaged one of it, and not something else that bears its name."""
+    with open(path, "rb") as file:
+        if file.read(8) not in (b"", b"\x89HDF\r\n\x1a\n"):
+            return False
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return plain(file.attrs.get("format")) == kind.format
+    except OSError:
+        return True
 
 
 def reserve(path: str, mode: str, size: int) -> None:

@@ -162,7 +162,7 @@ def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypa
     ("arguments", "code", "message"),
     [
         (["a.csv"], 2, "1 score table: expected two or more to compare"),
-        (["a.csv", "none.csv"], 2, "none.csv: no such file"),
+        (["a.csv", "none.csv"], 2, "none.csv: no such score table"),
         (["a.csv", "a.csv"], 2, "a.csv: is given twice"),
         (["a.csv", "c.txt", "--keep", "30"], 2, "--keep 30: expected the fraction to keep"),
         (["a.csv", "c.txt", "--higher-is", "up"], 2, "--higher-is up: expected one of"),

@@ -243,3 +243,26 @@ def test_scaling_says_what_it_lacks(here, run, image_tree):
     error = run("scaling", "--images", train, "--test", train, "--sizes", "6,12", "--image-size", "16", code=2).stderr
     assert "give --features or --scores" in error
     assert "expected whole numbers" in run("scaling", *QUICK, "--sizes", "1e3", code=2).stderr
+
+
+def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
+    from protoprune.training import examples
+
+    monkeypatch.setattr(examples, "load_examples", None)
+    Path("manifest.csv").write_text("path,keep\nape/000.png,1\n")
+    Path("file").touch()
+    sets = ["--features", "train.h5", "--test", "test.h5"]
+    for arguments in (
+        ["evaluate", "good.txt", *sets, "--budget", "days"],
+        ["evaluate", "good.txt", *sets, "--target-accuracy", "90"],
+        ["evaluate", "none.txt", *sets],
+        ["evaluate", "manifest.csv", *sets],
+        ["evaluate", "good.txt", *sets, "-o", "file"],
+        ["evaluate", *sets, "--dynamic", "best", "--keep", "0.5"],
+        ["scaling", *sets, "--sizes", "50", "--orders", "worst"],
+        ["scaling", *sets, "--sizes", "50", "--keeps", "50"],
+        ["scaling", *sets, "--sizes", "50", "-o", "file"],
+    ):
+        result = run(*arguments, code=2)
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stdout == ""

@@ -153,3 +153,35 @@ def test_the_program_goes_on_after_an_interrupt(images, run_program, tmp_path):
     assert second.returncode == 0
     assert b"2 of 4 epochs are recorded already, 2 to go" in second.stderr
     assert Record(tmp_path / "record.h5").committed.tolist() == [2, 2]
+
+
+def test_overwrite_replaces_records_only(images, record, tmp_path, feature_file):
+    (tmp_path / "text.h5").write_text("my notes")
+    feature_file("f.h5", np.eye(4), paths=["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    before = (tmp_path / "f.h5").read_bytes()
+    for target in ("text.h5", "f.h5"):
+        code, lines = record(images, *QUICK, "--overwrite", "-o", target)
+        assert code == 2
+        assert f"{target}: not a training record, and --overwrite replaces nothing else" in lines[-1]
+    code, lines = record("f.h5", "--overwrite", "-o", "f.h5")
+    assert code == 2
+    assert "f.h5: is one of the inputs" in lines[-1]
+    assert (tmp_path / "f.h5").read_bytes() == before
+    assert (tmp_path / "text.h5").read_text() == "my notes"
+
+
+def test_a_run_that_failed_at_once_does_not_block_the_next(images, record):
+    assert record(images, *QUICK, "--lr", "1e30")[0] == 1
+    assert record(images, *QUICK)[0] == 0
+
+
+def test_a_network_needs_images_and_a_test_set_of_its_own(images, record, feature_file):
+    feature_file("f.h5", np.eye(4), paths=["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    code, lines = record("f.h5", "--model", "cnn")
+    assert (code, len(lines)) == (2, 1)
+    assert "--model cnn trains on images, and f.h5 is a file" in lines[0]
+    code, lines = record("nowhere", "--test", images)
+    assert (code, lines) == (2, ["error: nowhere: no such image folder or feature file"])
+    code, lines = record(images, *QUICK, "--test", images, "--plan")
+    assert code == 0
+    assert "is the training set itself" in lines[0]

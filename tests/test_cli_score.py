@@ -211,7 +211,7 @@ def test_the_input_is_not_overwritten(here):
     (here / "link.csv").symlink_to("features.h5")
     result = run("score", "random", "-o", "link.csv")
     assert result.exit_code == 2
-    assert "is what the scores are made from" in result.stderr
+    assert "is one of the inputs" in result.stderr
 
 
 def test_classes_are_asked_for_where_they_are_needed(tmp_path, feature_file, monkeypatch):

@@ -433,12 +433,15 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--train-points", "2"], 2, "--train-points 2: fewer than the 3 clusters"),
         (["--seed", "-1"], 2, "--seed"),
         (["--seed", "99999999999999999999"], 2, "--seed"),
-        (["--scores", "none.csv"], 2, "--scores none.csv: no such file"),
+        (["--scores", "none.csv"], 2, "none.csv: no such score table"),
         (["--scores", "garbage.h5"], 1, "garbage.h5"),
         (["--scores", "s.csv", "--stability"], 2, "--scores ranks without clustering"),
         (["--scores", "s.csv", "--k", "3"], 2, "--scores ranks without clustering"),
-        (["-o", "features.h5"], 2, "is the feature file itself"),
-        (["--manifest", "features.h5"], 2, "is the feature file itself"),
+        (["-o", "features.h5"], 2, "is one of the inputs"),
+        (["--manifest", "features.h5"], 2, "is one of the inputs"),
+        (["--scores", "s.csv", "-o", "s.csv"], 2, "s.csv: is one of the inputs"),
+        (["--removed", "folder"], 2, "folder: a folder; name a file"),
+        (["--scores", "blank.csv"], 1, "blank.csv: gives none of the images a score"),
         (["--scores", "s.csv", "--balance", "0.5", "--by", "cluster"], 2, "--by cluster does not go with --scores"),
         (["-o", "nowhere/kept.txt"], 2, "its folder does not exist"),
         (["--removed", "nowhere/gone.txt"], 2, "its folder does not exist"),
@@ -454,6 +457,8 @@ def test_errors(here, run, feature_file, arguments, code, message):
     feature_file("lost.h5", blobs(), failed=dict.fromkeys(range(N), Status.MISSING))
     (here / "garbage.h5").write_bytes(bytes(range(256)) * 100)
     (here / "empty.h5").touch()
+    (here / "folder").mkdir()
+    (here / "blank.csv").write_text("path,score\n" + "".join(f"{path},\n" for path in PATHS))
     (here / "s.csv").write_text("".join(f"{path},1\n" for path in PATHS))
     with h5py.File("foreign.h5", "w") as file:
         file["features"] = np.zeros((3, 3))

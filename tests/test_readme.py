@@ -1,4 +1,4 @@
-"""Every example of the README runs: each fenced block after a `<!-- run: name -->` marker, in a folder with images."""
+"""Every example of the README and of docs/ runs: each fenced block after a `<!-- run: name -->` marker, with images."""
 
 import os
 import re
@@ -15,8 +15,11 @@ import protoprune
 from protoprune import lists
 from protoprune.cli import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.DOTALL))
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+FOUND = re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", PAGES, re.DOTALL)
+BLOCKS = dict(FOUND)
 
 
 @pytest.fixture
@@ -205,6 +208,7 @@ def test_h5py(here):
 
 
 def test_every_marked_block_has_a_test_and_every_command_is_in_the_readme():
+    assert len(FOUND) == len(BLOCKS)
     assert set(BLOCKS) == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} & set(BLOCKS)
     for name in BLOCKS:
         assert f"test_{name}" in globals()
@@ -212,3 +216,13 @@ def test_every_marked_block_has_a_test_and_every_command_is_in_the_readme():
     commands += [group.name for group in app.registered_groups]
     missing = [name for name in commands if f"protoprune {name}" not in README]
     assert missing == []
+
+
+def test_links_lead_somewhere():
+    """Files beside the page they stand on, and headings of the README."""
+    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\(#([^)]+)\)", README)) <= anchors
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http|#)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

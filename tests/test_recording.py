@@ -373,7 +373,7 @@ def test_a_record_of_another_run_is_refused_and_told_apart(tmp_path):
         ("models 2, now 3", (train, test, HEAD), {"models": 3}),
         ("seed 0, now 7", (train, test, HEAD), {"models": 2, "seed": 7}),
         (r"subset fraction 1.0, now 0.5", (train, test, HEAD), {"models": 2, "subset_fraction": 0.5}),
-        (r"epochs recorded \[1, 2, 3\], now \[2, 3\]", (train, test, HEAD), {"models": 2, "every": 2}),
+        ("other recorded epochs", (train, test, HEAD), {"models": 2, "every": 2}),
         ("with and without --gradients", (train, test, HEAD), {"models": 2, "gradients": True}),
         ("other training examples", (other, test, HEAD), {"models": 2}),
         ("other test examples", (train, None, HEAD), {"models": 2}),

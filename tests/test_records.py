@@ -147,3 +147,14 @@ def test_size_is_an_upper_bound_that_is_close(tmp_path, shape, gradients):
         real = file.seek(0, 2)
     announced = records.size(models, epochs, n, test, gradients=gradients) + 10 * (n + test)
     assert announced - records._OVERHEAD <= real <= announced
+
+
+@pytest.mark.parametrize("length", [8, 2000, 100_000])
+def test_a_truncated_file_is_not_called_busy(tmp_path, length):
+    """HDF5 says of it "truncated file: ... sblock->base_addr", in which the word lock stands."""
+    path = tmp_path / "whole.h5"
+    with h5py.File(path, "w") as file:
+        file["rows"] = np.zeros(200_000)
+    (tmp_path / "cut.h5").write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ProtopruneError, match="not a readable HDF5 file; give a file that"):
+        records.Record(tmp_path / "cut.h5")

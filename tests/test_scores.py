@@ -110,7 +110,7 @@ def test_arrays_that_cannot_be_used(tmp_path, array, message):
 
 
 def test_missing_table(tmp_path):
-    with pytest.raises(UsageError, match=r"--scores .*none\.csv: no such file"):
+    with pytest.raises(UsageError, match=r"none\.csv: no such score table"):
         read_scores(tmp_path / "none.csv", PATHS)
 
 

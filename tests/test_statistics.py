@@ -140,3 +140,17 @@ def test_other_mistakes_are_named():
         compare([0.5, 0.6], [0.5], one_draw=True)
     with pytest.raises(UsageError, match="confidence 95"):
         mean_interval([0.5, 0.6], confidence=95)
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1():
+    wide = mean_interval([0.6, 0.9])
+    share = mean_interval([0.6, 0.9], share=True)
+    assert wide.low < 0
+    assert wide.high > 1
+    assert (share.low, share.high, share.mean) == (0, 1, wide.mean)
+    assert mean_interval([0.6, 0.61, 0.6], share=True) == mean_interval([0.6, 0.61, 0.6])
+
+
+def test_one_seed_is_said_with_what_it_is_against():
+    one = compare([0.5], [0.6], one_draw=True)
+    assert sentence(one) == "-10.0 points against random, but one seed gives no interval and so no verdict"

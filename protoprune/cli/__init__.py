@@ -29,7 +29,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except ProtopruneError as error:
-            typer.echo(f"error: {error}".encode(errors="backslashreplace").decode(), err=True)
+            text = f"error: {error}".replace("\r", "\\r").replace("\n", "\\n")  # file names may hold line breaks
+            typer.echo(text.encode(errors="backslashreplace").decode(), err=True)
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:  # `| head`
             sys.stderr.close()

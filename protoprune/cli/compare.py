@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 
@@ -81,15 +82,11 @@ def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | N
     figure = outputs[1]
     if figure is not None and figure.suffix.lower() not in _FIGURES:
         raise UsageError(f"--figure {figure}: expected a name that ends in {', '.join(_FIGURES)}")
+    check_outputs(*outputs, inputs=[*tables, features])
     given = [path.resolve() for path in outputs if path is not None]
     for path in given:
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist; make it first")
         if given.count(path) > 1 and (path.is_file() or not path.exists()):
             raise UsageError(f"{path}: is named for two outputs; choose another name")
-        for source in (*tables, *([features] if features else [])):
-            if path.exists() and source.exists() and path.samefile(source):
-                raise UsageError(f"{path}: is one of the inputs; choose another name")
 
 
 def _load(

@@ -121,14 +121,19 @@ def evaluate(
     draw, since a random list is better or worse than the average one too.
     """
     from protoprune.cli.record import load_sets
+    from protoprune.evaluation.comparing import check_options
     from protoprune.evaluation.comparing import evaluate as compare
+    from protoprune.lists import read_list
 
     lists, dynamic = lists or [], dynamic or []
     source, model = _source(images, features, model)
     samplers = _samplers(dynamic, keep or [], every)
     costs = _costs(selection_seconds or [], len(lists))
-    if not lists and not samplers:
-        raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
+    check_options(lists, samplers, budget, target_accuracy)
+    _check_folder(out)
+    for path in lists:
+        read_list(path)
+        _refuse_manifest(path)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
@@ -199,11 +204,14 @@ def scaling(
     law wins, or that it is undecided.
     """
     from protoprune.cli.record import load_sets
+    from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
 
     source, model = _source(images, features, model, ranking=True)
     wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
     names = [one.strip() for one in orders.split(",") if one.strip()]
+    check_options(wanted["keeps"], names, budget)
+    _check_folder(out)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
@@ -256,6 +264,11 @@ def _source(images: Path | None, features: Path | None, model: str | None, *, ra
     return images, model
 
 
+def _check_folder(out: Path | None) -> None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
+
+
 def _recipe(model: str, *, weights: Path | None, **given):
     from protoprune.training.loop import Recipe
 
@@ -270,7 +283,6 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     from protoprune.evaluation.runs import list_rows
 
     listed = lists.read_list(path)
-    _refuse_manifest(path)
     every = _every_path(source) if isinstance(listed, np.ndarray) else None
     rows = list_rows(listed, train, os.fspath(path), every_path=every)
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
@@ -467,7 +479,8 @@ def _print_scaling(result: Scaling) -> None:
         errors = [found[order, keep, size].error.mean for size in sizes]
         rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
     _print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
-    laws = fit_rows(result)
+    # Three parameters through three or four points say nothing; fits.csv has them all the same.
+    laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
     if laws:
         _print("")
         body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]

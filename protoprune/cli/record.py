@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
 from protoprune.errors import UsageError
 
@@ -56,10 +57,7 @@ def record(
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out}: its folder does not exist; make it first")
-    if out.is_dir():
-        raise UsageError(f"{out}: a folder; name a file")
+    check_outputs(out, inputs=[source, test, weights])
     from protoprune.device import resolve_device
     from protoprune.training import recording
     from protoprune.training.loop import Recipe
@@ -113,12 +111,19 @@ def load_sets(
     """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
     from protoprune.training.examples import load_examples
 
+    for path in (source, test):
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such image folder or feature file")
+    if model != "head" and not source.is_dir():
+        raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
     if model == "head" and source.is_dir():
         raise UsageError(
             f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it"
         )
     if test is not None and test.is_dir() != source.is_dir():
         raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
+    if test is not None and test.samefile(source):
+        say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
     loaded, classes = [], None
     for path, what in ((source, "training"), (test, "test")):
         if path is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import duration, say
 from protoprune.errors import UsageError
 
@@ -120,10 +121,7 @@ def _check_out(out: Path, source: Path) -> None:
     from protoprune.scores.table import check_name
 
     check_name(out)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UsageError(f"{out}: is what the scores are made from; choose another name")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out}: its folder does not exist; make it first")
+    check_outputs(out, inputs=[source])
 
 
 def _open(source: Path, is_record: bool):

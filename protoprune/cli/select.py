@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
-from protoprune.errors import UsageError
+from protoprune.errors import ProtopruneError, UsageError
 
 if TYPE_CHECKING:
     from protoprune.pruning import Ranking, Selected
@@ -99,7 +100,7 @@ def select(
         seed=seed,
     )
     _check_dedup(dedup, dedup_keep)
-    _check_output(format, null, features, out, removed, manifest)
+    _check_output(format, null, [features, scores], out, removed, manifest)
     check_links(links, hard_links)
     settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
     settings["cache"] = cache
@@ -122,6 +123,8 @@ def select(
     if dedup is not None:
         pruning.deduplicate(ranking, dedup, keep=dedup_keep or "harder", seed=seed)
     chosen = pruning.prune(ranking, **asdict(rule))
+    if not ranking.usable.any():
+        raise ProtopruneError(f"{scores or features}: gives none of the images a score; nothing can be ranked")
     if not chosen.keep.any():
         raise UsageError(f"--keep {keep:g} of {int(ranking.usable.sum()):,} images is none; keep more")
     _say_ranking(ranking)
@@ -169,27 +172,17 @@ def _check_dedup(epsilon: float | None, keep: str | None) -> None:
         raise UsageError(f"--dedup-keep {keep}: goes with --dedup, which says how alike duplicates are")
 
 
-def refuse_input(features: Path, *outputs: Path | None) -> None:
-    """Refuse to write an output over the feature file that it is made from."""
-    for path in outputs:
-        if path is not None and path.exists() and features.exists() and path.samefile(features):
-            raise UsageError(f"{path}: is the feature file itself; choose another name")
-
-
-def _check_output(format: str | None, null: bool, features: Path, *outputs: Path | None) -> None:
+def _check_output(format: str | None, null: bool, inputs: list[Path | None], *outputs: Path | None) -> None:
     """Find out what cannot be written before the work is done; `outputs` are the list, the removed, the manifest."""
     import numpy as np
 
     from protoprune.lists import format_list
 
-    refuse_input(features, *outputs)
+    check_outputs(*outputs, inputs=inputs)
     for path in outputs[:2]:
         format_list([], np.empty(0), np.empty(0), _format(format, path), null=null)
     if format == "npy" and outputs[0] is None and sys.stdout.isatty():
         raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
-    for path in outputs:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist; make it first")
 
 
 def _format(asked: str | None, path: Path | None) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
-from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters, refuse_input
+from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters
 from protoprune.errors import UsageError
 
 
@@ -67,7 +68,7 @@ def sheet(
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
-    refuse_input(features, out)
+    check_outputs(out, inputs=[features, scores])
     if scores is not None:
         ranking = pruning.rank_by_table(features, scores)
     else:

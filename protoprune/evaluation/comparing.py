@@ -104,7 +104,8 @@ def evaluate(
     Verdicts hold for all lists and samplers together (Holm). Raises UsageError for options that do not fit.
     """
     seeds = _seeds(seeds)
-    _check(train, test, lists, budget, dynamic, target_accuracy)
+    check_options(lists, dynamic, budget, target_accuracy)
+    _check(train, test, lists)
     n = len(train.paths)
     plans = _plan(n, lists, dynamic, everything, budget, recipe)
     order = [(plan, seed) for seed in seeds for plan in plans]  # by seed: what is stopped early can still be compared
@@ -227,7 +228,7 @@ def _summary(plan: _Plan, found, to_random, n: int, classes, target: float | Non
         fraction=plan.kept / n,
         steps=plan.steps,
         accuracies=accuracies,
-        accuracy=statistics.mean_interval(accuracies, confidence=confidence),
+        accuracy=statistics.mean_interval(accuracies, confidence=confidence, share=True),
         to_random=to_random,
         to_everything=_to_everything(accuracies, full, confidence) if others else None,
         class_accuracy=by_class,
@@ -277,14 +278,11 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def _check(train, test, lists, budget: str, dynamic, target: float | None) -> None:
-    if budget not in BUDGETS:
-        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
+def check_options(lists: Sequence, dynamic: Sequence[dict], budget: str, target: float | None) -> None:
+    """UsageError for options that do not fit, which needs no images: loading them can take minutes."""
+    check_budget(budget)
     if not lists and not dynamic:
         raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
-    names = [one.name for one in lists]
-    if len(set(names)) < len(names):
-        raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")
     for one in dynamic:
         running.check_dynamic(one)
     names = [dynamic_name(one) for one in dynamic]
@@ -292,7 +290,19 @@ def _check(train, test, lists, budget: str, dynamic, target: float | None) -> No
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each once")
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-accuracy {target:g}: expected a fraction above 0 and at most 1, such as 0.9")
+
+
+def check_budget(budget: str) -> None:
+    """UsageError unless there is such a budget."""
+    if budget not in BUDGETS:
+        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
+
+
+def _check(train, test, lists) -> None:
     if list(train.classes) != list(test.classes):
         raise UsageError("the test set has other classes than the training set; load it with the same ones")
     if not len(test.labels):
         raise UsageError("the test set is empty; give one with labelled images")
+    names = [one.name for one in lists]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")

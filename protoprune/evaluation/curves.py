@@ -17,7 +17,7 @@ from protoprune import selection
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import fits, statistics
 from protoprune.evaluation import runs as running
-from protoprune.evaluation.comparing import BUDGETS, _seeds
+from protoprune.evaluation.comparing import _seeds, check_budget
 from protoprune.evaluation.runs import Run, Step
 from protoprune.evaluation.statistics import Interval
 
@@ -167,7 +167,7 @@ def _points(planned, outcomes, wanted) -> list[Point]:
         errors = [1 - one.accuracy for one in some]
         seconds = float(np.median([one.seconds for one in some]))
         number = kept[order, keep, size]
-        interval = statistics.mean_interval(errors)
+        interval = statistics.mean_interval(errors, share=True)
         points.append(Point(order, keep, size, number, some[0].steps, errors, interval, seconds))
     return points
 
@@ -201,7 +201,8 @@ def _curve(name: str, order: str, keep: float | None, points: list[Point], boots
     usable = [one for one in unique if one.error.mean > 0]
     if len(usable) < 3:
         missing = "" if len(usable) == len(unique) else " with an error above 0"
-        return Curve(name, order, keep, kept, errors, None, f"{len(usable)} sizes{missing} are too few to fit a law")
+        few = f"{len(usable)} {'size' if len(usable) == 1 else 'sizes'}{missing}"
+        return Curve(name, order, keep, kept, errors, None, f"too few to fit a law: {few}, and it takes 3")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # steps of the optimiser into overflow, which it leaves again
         found = fits.fit_laws(
@@ -223,22 +224,27 @@ def _check(n: int, sizes, keeps, orders, budget: str, scores, features) -> tuple
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
         raise UsageError(f"--sizes {sizes}: expected from 2 to {n:,}, the number of training images")
-    if not keeps:
-        raise UsageError("--keeps is empty: expected fractions to keep, such as 1,0.5,0.2")
+    check_options(keeps, orders, budget)
     for keep in keeps:
-        selection.check(keep)
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keeps {keep:g} of {sizes[0]} images is none; keep more, or start with more")
-    for order in orders:
-        if order not in ORDERS:
-            raise UsageError(f"--orders {order}: expected some of {', '.join(ORDERS)}")
-    if not orders:
-        raise UsageError(f"--orders is empty: expected some of {', '.join(ORDERS)}")
-    if budget not in BUDGETS:
-        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
     if scores is None and features is None and set(orders) - {"random"} and min(keeps) < 1:
         raise UsageError("orders other than random need a ranking: give --features or --scores")
     for name, array in (("scores", scores), ("features", features)):
         if array is not None and len(array) != n:
             raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
     return sizes, keeps
+
+
+def check_options(keeps: Sequence[float], orders: Sequence[str], budget: str) -> None:
+    """UsageError for options that do not fit, which needs no images: loading them can take minutes."""
+    if not keeps:
+        raise UsageError("--keeps is empty: expected fractions to keep, such as 1,0.5,0.2")
+    for keep in keeps:
+        selection.check(keep)
+    for order in orders:
+        if order not in ORDERS:
+            raise UsageError(f"--orders {order}: expected some of {', '.join(ORDERS)}")
+    if not orders:
+        raise UsageError(f"--orders is empty: expected some of {', '.join(ORDERS)}")
+    check_budget(budget)

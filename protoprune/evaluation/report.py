@@ -17,12 +17,15 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 import protoprune
 from protoprune.errors import ProtopruneError
 from protoprune.evaluation import fits
 from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Point, Scaling
 from protoprune.evaluation.runs import device_kind
+from protoprune.evaluation.statistics import Interval
 from protoprune.lists import manifest, write_file
 
 _PACKAGES = ("numpy", "scipy", "torch", "timm", "faiss-cpu", "faiss-gpu")
@@ -206,7 +209,7 @@ def _draw_by_size(axes, result: Evaluation) -> None:
 
 def _bars(axes, methods: list[Method], colour: str, label: str, style: str) -> None:
     middle = [100 * one.accuracy.mean for one in methods]
-    half = [0 if one.accuracy.low is None else 100 * (one.accuracy.high - one.accuracy.mean) for one in methods]
+    half = 100 * _reach([one.accuracy for one in methods])
     axes.errorbar([one.kept for one in methods], middle, half, fmt=style, color=colour, label=label, capsize=2)
 
 
@@ -221,11 +224,22 @@ def figure_scaling(result: Scaling) -> bytes:
         axes.set_xticks(_few(sorted({one.kept for one in result.points})), minor=False)
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            part("{x:.2g}")
+        axes.yaxis.set_major_formatter("{x:.2g}")
         axes.legend(fontsize="x-small")
     panels[0].set_ylabel(f"test error, mean of {len(result.seeds)} seeds")
+    _even_ticks(panels[0])
     return _png(figure)
+
+
+def _even_ticks(axes) -> None:
+    """Labels at 1, 2 and 5 of each power of ten, from the lowest mean: error bars on a log axis may reach down to 0."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    means = [value for line in axes.lines for value in line.get_ydata() if line.get_marker() == "." and value > 0]
+    if means:
+        axes.set_ylim(max(axes.get_ylim()[0], 0.4 * min(means)), min(axes.get_ylim()[1], 1.1))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _few(sizes: list[int]) -> list[int]:
@@ -240,7 +254,7 @@ def _few(sizes: list[int]) -> list[int]:
 def _draw_panel(axes, result: Scaling, order: str) -> None:
     for number, curve in enumerate(one for one in result.curves if one.order in (order, ALL) and one.keep is not None):
         points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
-        half = [0 if one.error.low is None else one.error.high - one.error.mean for one in points]
+        half = _reach([one.error for one in points])
         colour = "black" if curve.order == ALL else f"C{number}"
         label = "everything kept" if curve.order == ALL else f"keep {curve.keep:g}"
         kept, errors = [one.kept for one in points], [one.error.mean for one in points]
@@ -251,6 +265,11 @@ def _draw_panel(axes, result: Scaling, order: str) -> None:
     for curve in result.curves:
         if curve.order == order and curve.keep is None:
             axes.plot(curve.kept, curve.errors, "--", color="0.4", linewidth=3, alpha=0.5, label="Pareto envelope")
+
+
+def _reach(intervals: list[Interval]) -> np.ndarray:
+    """(2, m) how far each interval reaches below and above its mean, 0 without one."""
+    return np.array([(0, 0) if one.low is None else (one.mean - one.low, one.high - one.mean) for one in intervals]).T
 
 
 def _figure(width: float, height: float, panels: int = 1):

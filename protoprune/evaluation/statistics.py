@@ -53,14 +53,15 @@ class Comparison:
     verdict: str = "undecided"  # better, worse or undecided
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Mean and t interval of (n,) values, n >= 1."""
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95, share: bool = False) -> Interval:
+    """Mean and t interval of (n,) values, n >= 1; of a `share` the part of it from 0 to 1, which covers as often."""
     values = _values(values)
     n, mean = len(values), float(np.mean(values))
     if n == 1:
         return Interval(mean, None, None, 1)
     half = _quantile(confidence, n) * math.sqrt(values.var(ddof=1) / n)
-    return Interval(mean, mean - half, mean + half, n)
+    low, high = mean - half, mean + half
+    return Interval(mean, max(low, 0.0), min(high, 1.0), n) if share else Interval(mean, low, high, n)
 
 
 def compare(
@@ -124,7 +125,7 @@ def judge(comparisons: Sequence[Comparison], *, confidence: float = 0.95) -> lis
 def sentence(one: Comparison, *, against: str = "random", confidence: float = 0.95) -> str:
     """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
     if one.low is None:
-        return f"{_points(one.difference)} points {against}, but one seed gives no interval and so no verdict"
+        return f"{_points(one.difference)} points against {against}, but one seed gives no interval and so no verdict"
     if one.verdict != "undecided":
         size, near, far = abs(one.difference), *sorted((abs(one.low), abs(one.high)))
         span = f"{_points(near)} to {_points(far)}, {one.n} seeds"

@@ -164,7 +164,7 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     source = os.fspath(source)
     check_higher(higher_is)
     if not os.path.isfile(source):
-        raise UsageError(f"--scores {source}: no such file")
+        raise UsageError(f"{source}: no such score table; `protoprune score METRIC -o {source}` makes one")
     keys, scores, kind, header = _read(source)
     higher, direction = _direction(source, header, higher_is)
     if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64

@@ -191,7 +191,7 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UsageError(f"--weights {path}: no such file") from None
     except Exception as error:
-        raise ProtopruneError(f"--weights {path}: cannot be read ({str(error).splitlines()[0][:100]})") from None
+        raise ProtopruneError(f"--weights {path}: not weights that torch.save wrote ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ProtopruneError(f"--weights {path}: holds no state dict")
     return state

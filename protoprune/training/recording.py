@@ -149,11 +149,13 @@ def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients:
     An unfinished run that was started by --overwrite stands in for the finished record, which it will replace.
     """
     started = records.partial_path(out)
+    if overwrite and os.path.exists(out) and not hdf5.replaceable(out, records.KIND):
+        raise UsageError(f"{out}: not a training record, and --overwrite replaces nothing else; choose another -o")
     if os.path.exists(started):
         found, other = _compare(started, provenance, overwrite)
         if not other and (found.get("overwrite") or not (overwrite or os.path.exists(out))):
             return True
-        if not overwrite:
+        if not overwrite and found["committed"]:  # else there is nothing to lose: the run failed in its first epoch
             _refuse(started, other)
     if os.path.exists(out) and not overwrite:
         _refuse(out, _compare(out, provenance, overwrite)[1])
@@ -172,7 +174,7 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
     another run's."""
     try:
         with records.Record(path) as record:
-            found = record.provenance
+            found = {**record.provenance, "committed": int(record.committed.sum())}
     except ProtopruneError:
         if not overwrite:
             raise
@@ -186,7 +188,9 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
             before, now = json.loads(then or "{}"), json.loads(value)
             fields = [key for key in now if before.get(key) != now[key] and key != "weights"]
             differences += [f"{key.replace('_', ' ')} {before.get(key)}, now {now[key]}" for key in fields]
-        elif name in ("models", "subset_fraction", "seed", "epochs_recorded"):
+        elif name == "epochs_recorded":  # lists of numbers, as long as the training
+            differences.append("other recorded epochs")
+        elif name in ("models", "subset_fraction", "seed"):
             differences.append(f"{name.replace('_', ' ')} {then}, now {value}")
         else:
             differences.append(_NAMES[name])
@@ -195,9 +199,10 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
 
 def _refuse(path: str, differences: list[str]) -> None:
     if differences:
+        more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise ProtopruneError(
-            f"{path} is of another run ({'; '.join(differences)}); write to another file with -o, or replace it with "
-            "--overwrite"
+            f"{path} is of another run ({'; '.join(differences[:4])}{more}); write to another file with -o, or replace "
+            "it with --overwrite"
         )
 
 
