@@ -16,7 +16,7 @@ def run(lab: Lab) -> list[Claim]:
     if recipe.model == "head":
         train, test = lab.features(settings["data"])
     else:
-        train, test = lab.images(settings["data"], image_size=settings.get("image_size", 32))
+        train, test = lab.images(settings["data"], image_size=recipe.image_size)
     ranking = pruning.rank(lab.feature_file(settings["data"], "train"), k=settings.get("k"))
     row_of = {path: row for row, path in enumerate(ranking.paths)}
     hardness = ranking.scores[[row_of[path] for path in train.paths]]
