@@ -56,7 +56,7 @@ encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder,
 	    --data 'tiny-imagenet=$(TINY)' --data 'cifar10=$(CIFAR)'
 
 reproduce-theory: $(READY) ## Draw the theory figures of Sorscher et al. with simulation points.
-	$(BIN)/python scripts/reproduce_theory.py
+	$(BIN)/python scripts/reproduce theory
 
 clean: ## Remove what the other targets made, the environment included.
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
