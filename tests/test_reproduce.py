@@ -307,6 +307,7 @@ def balance_numbers(before: dict, kept: dict, gain: float, noise: float = 0.002)
     counts, accuracy = {}, {}
     for ratio in before:
         counts[ratio, 0.5, 0] = seeds(kept[ratio])
+        counts[ratio, 0.5, 0.5] = seeds(np.array(kept[ratio]).mean() * np.ones(3, int))
         counts[ratio, 0.5, "random"] = seeds(np.array(before[ratio]) // 2)
         for balance_, more in ((0, 0.0), (0.5, gain)):
             accuracy[ratio, 0.5, balance_] = 0.7 + more + noise * rng.normal(size=5)
@@ -324,6 +325,14 @@ def test_classes_that_become_uneven_and_a_floor_that_helps():
     assert verdicts(balance.judge(**evened, test_images=10_000))[1:] == ["does not hold"] * 3
     nothing = balance_numbers(BEFORE, {1: [500, 500, 500], 10: [1000, 300, 100]}, 0.0, noise=0.02)
     assert verdicts(balance.judge(**nothing, test_images=10_000)) == ["undecided"] * 4
+
+
+def test_a_floor_that_binds_nowhere_decides_nothing():
+    numbers = balance_numbers({1: [1000, 1000, 1000]}, {1: [700, 500, 300]}, 0.02)
+    numbers["counts"][1, 0.5, 0.5] = numbers["counts"][1, 0.5, 0]
+    claims = balance.judge(**numbers, test_images=10_000)
+    assert verdicts(claims) == ["holds", "undecided", "undecided"]
+    assert "in no situation" in claims[1].found
 
 
 def test_a_mixed_result_is_undecided():

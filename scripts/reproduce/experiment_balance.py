@@ -133,9 +133,11 @@ def judge(
                 {keep: (counts[uneven, keep, 0], initial[uneven]) for r, keep in places if r == uneven}, "before",
             )
         )  # fmt: skip
+    # Where no class falls below the floor it changes nothing, and there is nothing to compare.
+    bound = [place for place in places if not np.array_equal(counts[(*place, FLOOR)], counts[(*place, 0)])]
     for name, values in (("accuracy", accuracy), ("accuracy of the worst class", worst_class_accuracy)):
         claims.append(
-            floor_claim(f"A floor of {FLOOR:g} for every class restores the {name}", values, places, test_images)
+            floor_claim(f"A floor of {FLOOR:g} for every class restores the {name}", values, bound, test_images)
         )
     return claims
 
@@ -146,8 +148,9 @@ def uneven_claim(claim: str, pairs: Mapping[float, tuple[np.ndarray, np.ndarray]
         statistics.compare(unevenness(kept), unevenness(other), one_draw=False) for kept, other in pairs.values()
     ])  # fmt: skip
     found = "; ".join(
-        f"{keep:.0%} kept {np.exp(unevenness(kept).mean()):.2f} ({reference} {np.exp(unevenness(other).mean()):.2f})"
-        for keep, (kept, other) in pairs.items()
+        f"{keep:.0%} kept {np.exp(unevenness(kept).mean()):.2f}, {reference} {np.exp(unevenness(other).mean()):.2f}, "
+        f"times {np.exp(one.difference):.2f} ({np.exp(one.low):.2f} to {np.exp(one.high):.2f})"
+        for (keep, (kept, other)), one in zip(pairs.items(), compared, strict=True)
     )
     verdict = overall([one.verdict for one in compared])
     return Claim(claim, SOURCE, f"largest class over smallest: {found}; {compared[0].n} seeds", verdict)
@@ -155,6 +158,8 @@ def uneven_claim(claim: str, pairs: Mapping[float, tuple[np.ndarray, np.ndarray]
 
 def floor_claim(claim: str, values: Mapping[Key, np.ndarray], places: Sequence, test_images: int) -> Claim:
     """With the floor against without, in every situation, beyond chance in all of them together (Holm)."""
+    if not places:
+        return Claim(claim, SOURCE, "in no situation did a class fall below the floor", "undecided")
     compared = statistics.judge([
         statistics.compare(
             values[(*place, FLOOR)], values[(*place, 0)], one_draw=False, resolution=1 / test_images

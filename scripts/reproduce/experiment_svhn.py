@@ -38,7 +38,9 @@ def run(lab: Lab) -> list[Claim]:
          "seed": seed, "error": errors[p, f, seed]}
         for p, f, seed in places
     ])  # fmt: skip
-    names = [f"{e} epoch{'s' * (e > 1)} ({accuracy:.1%} right)" for e, (_, accuracy) in zip(epochs, probes, strict=True)]
+    names = [
+        f"{e} epoch{'s' * (e > 1)} ({accuracy:.1%} right)" for e, (_, accuracy) in zip(epochs, probes, strict=True)
+    ]
     draw(lab, errors, keeps, names)
     return judge(errors, keeps, names)
 
