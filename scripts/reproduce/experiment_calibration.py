@@ -142,7 +142,7 @@ def plan(lab: Lab, train, recipe) -> list[Run]:
             for alpha in (0.0, *settings["calibrate"]):
                 rows, weights = calibrated(order, n, count, alpha, train.paths, seed)
                 runs.append(Run(f"calibrated {alpha:g} {keep:g}", seed, rows, weights))
-                if alpha:
+                if alpha == judged(settings["calibrate"]):
                     runs.append(Run(f"unweighted {alpha:g} {keep:g}", seed, rows))
     return runs
 
@@ -156,10 +156,15 @@ def calibrated(order: np.ndarray, n: int, count: int, alpha: float, ids, seed: i
     return rows, scaled
 
 
+def judged(alphas: list[float]) -> float:
+    """The alpha that claims are about, and that is also run without weights: the published 0.5 where it is there."""
+    return 0.5 if 0.5 in alphas else alphas[len(alphas) // 2]
+
+
 def claims(found: dict[str, list[float]], keeps: list[float], alphas: list[float]) -> list[Claim]:
-    """Verdicts from accuracies by 'method keep', one a seed; of the alphas 0.5 is judged where it is there."""
+    """Verdicts from accuracies by 'method keep', one a seed."""
     keeps = sorted((keep for keep in keeps if keep <= 0.3), reverse=True)
-    alpha = 0.5 if 0.5 in alphas else alphas[len(alphas) // 2]
+    alpha = judged(alphas)
     seeds = len(found["everything"])
 
     def claim(text: str, one: str, other: str, judge) -> Claim:
@@ -191,19 +196,16 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     figure = Figure(figsize=(6.5, 4.5))
     axes = figure.add_subplot()
     keeps = sorted(lab.settings["keep"])
-    names = ["random", "score only"]
-    for alpha in lab.settings["calibrate"]:
-        names += [f"calibrated {alpha:g}", f"unweighted {alpha:g}"]
-    for number, name in enumerate(names):
+    alphas = lab.settings["calibrate"]
+    colours = {f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}
+    colours |= {"random": "black", "score only": "red", f"unweighted {judged(alphas):g}": "grey"}
+    for name, colour in colours.items():
         spans = [mean_interval(found[f"{name} {keep:g}"]) for keep in keeps]
         half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
-        style = {"random": "k-o", "score only": "r-s"}.get(name)
-        more = {"fmt": style} if style else {
-            "fmt": "-^" if name.startswith("calibrated") else "--v", "color": f"C{(number - 2) // 2}",
-        }  # fmt: skip
-        label = name if number < 2 else name.replace(" ", ", alpha ")
         middle = [100 * one.mean for one in spans]
-        axes.errorbar([100 * keep for keep in keeps], middle, half, capsize=2, ms=4, lw=1, label=label, **more)
+        style = "--v" if name.startswith("unweighted") else "-o"
+        axes.errorbar([100 * keep for keep in keeps], middle, half, fmt=style, color=colour, capsize=2, ms=4, lw=1,
+                      label=name.replace("d 0.", "d, alpha 0."))  # fmt: skip
     axes.axhline(100 * np.mean(found["everything"]), color="grey", ls=":", lw=1, label="everything")
     axes.set(xscale="log", xlabel="kept, %", ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
     axes.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])

@@ -80,7 +80,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, recipe: Recipe, seed: int) -> lis
 
 
 def pretrained(lab: Lab, seed: int) -> dict[str, Path]:
-    """{'pretrained' (on all), 'prototypes', 'random'}: files of weights of this seed; what is there is not done again."""
+    """{'pretrained' (on all), 'prototypes', 'random'}: weights of this seed; what is there is not done again."""
     source, vectors = source_set(lab)
     settings = lab.settings
     recipe = Recipe.for_model(**settings["pretrain_recipe"])
