@@ -45,7 +45,7 @@ def run(lab: Lab) -> list[Claim]:
 
     found = outcomes_by_method(lab, runs, train, test, recipe, curves=True, fit=fit)
     counts = {key: values for key, values in read_counts(tally, len(train)).items() if key[1] in settings["keep"]}
-    lab.save_table(table(found, settings["target_accuracy"]))
+    lab.save_table(table(found, settings["target_accuracy"], settings["looks"]))
     lab.save_table(tally_rows(counts), "sometimes")
     draw(lab, accuracies(found))
     draw_counts(lab, counts)
@@ -89,15 +89,30 @@ def fit_and_count(train, test, recipe, *, looks: int, tally: Path, on_epoch, sam
 
     How often a sampler chose each example is left in `tally`, for the first seed.
     """
-    every, seen = max(1, how["steps"] // looks), 0
+    looked = 0
     for state in loop.epochs(train, recipe, sampler=sampler, **how):
-        if state.step // every > seen or state.step == how["steps"]:
-            seen = state.step // every
+        if due(state.step, looked, how["steps"], looks):
+            looked = state.step
             predictions = loop.predict(state.model, test, recipe.precision)
             on_epoch(state.step, state.seconds, predictions)
     if sampler is not None and how["seed"] == 0:
         save_counts(tally, sampler)
     return loop.Fit(predictions, state.seconds, state.step, state.model)
+
+
+def due(step: int, looked: int, steps: int, looks: int) -> bool:
+    """Whether an evaluation is due after `step`, when the last one was after `looked`."""
+    every = max(1, steps // looks)
+    return step // every > looked // every or step == steps
+
+
+def thinned(curve: list[list[float]], looks: int) -> list[list[float]]:
+    """The curve with `looks` looks, of one that may have been recorded with a multiple of them."""
+    kept, looked = [], 0
+    for one in curve:
+        if due(one[0], looked, curve[-1][0], looks):
+            kept, looked = [*kept, one], one[0]
+    return kept
 
 
 def save_counts(tally: Path, sampler) -> None:
@@ -129,10 +144,11 @@ def tally_rows(counts) -> list[dict]:
     return rows
 
 
-def table(found, target: float) -> list[dict]:
+def table(found, target: float, looks: int) -> list[dict]:
+    """One row a method; the target counts as reached at the first look that sees it."""
     rows = rows_of_table(found)
     for row in rows:
-        outcomes = found[row["method"]]
+        outcomes = [dataclasses.replace(one, curve=thinned(one.curve, looks)) for one in found[row["method"]]]
         steps = [next((step for step, _, accuracy in one.curve if accuracy >= target), None) for one in outcomes]
         seconds = [time_to(one, target) for one in outcomes]
         reached = None not in steps
