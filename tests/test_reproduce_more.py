@@ -354,6 +354,7 @@ def test_transfer_from_images_to_claims(data, tmp_path, monkeypatch):
     settings = {
         "pretrain_data": "tiny", "pretrain_images": 20, "pretrain_keep": 0.5, "pretrain_recipe": CNN, "images": 32,
         "test_images": 8, "keep": [0.5, 0.1], "recipe": CNN,
+        "fine_tune": {"lr": 0.02},
     }  # fmt: skip
     lab = a_lab("transfer", data, tmp_path, settings)
     claims = transfer.run(lab)
@@ -364,6 +365,8 @@ def test_transfer_from_images_to_claims(data, tmp_path, monkeypatch):
     assert {row["seeds"] for row in rows.values()} == {"2"}
     assert len(list((lab.folder / "weights").glob("*.pt"))) == 3 * 2
     assert (lab.folder / "figure.png").stat().st_size
+    kept = [json.loads(path.read_text())["key"]["recipe"] for path in lab.runs.glob("*.json")]
+    assert {(one["weights"] is None, one["lr"]) for one in kept} == {(True, 0.05), (False, 0.02)}
     assert again(lab, transfer, monkeypatch) == claims
 
 
@@ -389,3 +392,5 @@ def test_configurations_can_be_read(name, size, tmp_path):
     assert lab.recipe().epochs >= 1
     assert lab.seeds >= 3
     assert 0.1 in lab.settings["keep"]
+    lab.recipe(**lab.settings.get("fine_tune", {}))
+    Recipe.for_model(**lab.settings.get("pretrain_recipe", {"model": "cnn"}))

@@ -197,8 +197,8 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     axes = figure.add_subplot()
     keeps = sorted(lab.settings["keep"])
     alphas = lab.settings["calibrate"]
-    colours = {f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}
-    colours |= {"random": "black", "score only": "red", f"unweighted {judged(alphas):g}": "grey"}
+    colours = {"random": "black", **{f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}}
+    colours |= {f"unweighted {judged(alphas):g}": "grey", "score only": "red"}
     for name, colour in colours.items():
         spans = [mean_interval(found[f"{name} {keep:g}"]) for keep in keeps]
         half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
@@ -210,5 +210,5 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     axes.set(xscale="log", xlabel="kept, %", ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
     axes.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
     axes.minorticks_off()
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.55))
     lab.save_figure(figure)

@@ -42,7 +42,7 @@ def run(lab: Lab) -> list[Claim]:
     for seed in range(lab.seeds):
         for start, path in {"scratch": None, **pretrained(lab, seed)}.items():
             mine = [one for one in runs[seed] if one.method.split(": ")[0] == start]
-            how = dataclasses.replace(recipe, weights=path and str(path))
+            how = recipe if path is None else lab.recipe(weights=str(path), **settings.get("fine_tune", {}))
             for method, outcomes in outcomes_by_method(lab, mine, train, test, how).items():
                 found.setdefault(method, []).extend(outcomes)
     lab.save_table(rows_of_table(found))
