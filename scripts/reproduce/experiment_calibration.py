@@ -210,5 +210,5 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     axes.set(xscale="log", xlabel="kept, %", ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
     axes.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
     axes.minorticks_off()
-    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.55))
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.48))
     lab.save_figure(figure)
