@@ -174,12 +174,12 @@ def table(found, target: float, looks: int) -> list[dict]:
 
 def claims(found: dict[str, list[float]], keeps: list[float]) -> list[Claim]:
     """Verdicts from accuracies by method, one a seed."""
-    n = len(found[FULL])
     made = []
     for keep in sorted(keep for keep in keeps if keep <= CLAIMED):
         of = {name: found[f"{name} {keep:g}"] for name in (*STATIC, *DYNAMIC.values())}
         first = minus(of["dynamic random"], of["static random"])
         scores = [minus(of["static random"], of[name]) for name in STATIC[1:]]
+        n = len(first)
         kept = f"at {100 * keep:g} % kept, equal steps"
         made += [
             Claim(
