@@ -50,6 +50,8 @@ bench: $(READY) ## Measure against what you would use instead; DATA=folder for y
 	$(BIN)/python benchmarks/embed_speed.py $(if $(DATA),--images '$(DATA)')
 	$(BIN)/python benchmarks/cluster_speed.py
 	$(BIN)/python benchmarks/select_speed.py
+	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/sampler_speed.py
 
 encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder, CIFAR=CIFAR-10 train folder.
 	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml --out results/encoder \
@@ -58,13 +60,14 @@ encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder,
 EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
 SIZE ?= small
 
-reproduce: ## Run the papers' experiments, or one (reproduce-k); DATA=folder of data sets, SIZE=full for a GPU.
+reproduce: ## Run the papers' experiments, or one (reproduce-k); DATA=folder of data sets, SIZE=full on a GPU.
 	@failed=; for name in $(EXPERIMENTS); do \
 	    $(MAKE) --no-print-directory reproduce-$$name || failed="$$failed $$name"; done; \
 	    test -z "$$failed" || { echo "did not finish:$$failed"; exit 1; }
 
 $(EXPERIMENTS:%=reproduce-%): reproduce-%: $(READY)
-	$(BIN)/python scripts/reproduce $* --size $(SIZE) --data '$(or $(DATA),.data)'
+	$(BIN)/python scripts/reproduce $* --size $(SIZE) --data '$(or $(DATA),.data)' \
+	    $(if $(DATASET),--dataset '$(DATASET)')
 
 clean: ## Remove what the other targets made, the environment included.
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

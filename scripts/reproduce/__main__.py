@@ -1,6 +1,6 @@
 """The papers' experiments by name.
 
-    python scripts/reproduce NAME [--size small|full] [--data .data] [--results results] [--device auto]
+    python scripts/reproduce NAME [--size small|full] [--dataset NAME] [--data .data] [--results results]
 
 Settings come from configs/NAME.toml, results go to results/NAME/ (results.json, tables as CSV, figure.png), and the run
 ends with the paper's claims beside what was found. What is finished is not done again.
@@ -26,13 +26,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--size", choices=("small", "full"), default="small", help="two cores, minutes; or a GPU")
+    parser.add_argument("--dataset", help="data set in place of the configuration's, such as cifar10")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder that holds the data sets")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--configs", type=Path, default=Path("configs"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args()
     try:
-        lab = Lab.open(options.name, options.size, options.data, options.results, options.configs, options.device)
+        lab = Lab.open(
+            options.name, options.size, options.data, options.results, options.configs, options.device, options.dataset
+        )
         claims = importlib.import_module(f"experiment_{options.name}").run(lab)
         report(lab, claims)
     except ProtopruneError as error:

@@ -50,7 +50,13 @@ class Lab:
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(cls, name: str, size: str, data: Path, results: Path, configs: Path, device: str) -> Lab:
+    def open(
+        cls, name: str, size: str, data: Path, results: Path, configs: Path, device: str, dataset: str | None = None
+    ) -> Lab:
+        """The experiment as its configuration has it; `dataset` takes the place of its `data`, in a folder of its own.
+
+        Raises ProtopruneError for a configuration that is not there, cannot be read, or has no data set to replace.
+        """
         path = configs / f"{name}.toml"
         try:
             settings = tomllib.loads(path.read_text())[size]
@@ -59,6 +65,10 @@ class Lab:
         except (tomllib.TOMLDecodeError, KeyError) as error:
             raise ProtopruneError(f"{path}: cannot be read as a configuration with [{size}] ({error})") from None
         folder = results / (name if size == "small" else f"{name}-{size}")
+        if dataset is not None and "data" not in settings:
+            raise UsageError(f"--dataset {dataset}: the experiment {name} has no data set that could be replaced")
+        if dataset is not None and dataset != settings["data"]:
+            settings, folder = {**settings, "data": dataset}, folder.with_name(f"{folder.name}-{dataset}")
         folder.mkdir(parents=True, exist_ok=True)
         return cls(name, size, settings, data, folder, device)
 
@@ -97,10 +107,19 @@ class Lab:
         return folder
 
     def images(self, name: str, *, image_size: int = 32) -> tuple[Examples, Examples]:
-        """(training, test) pixels of a data set with folders train/ and test/ (or val/)."""
+        """(training, test) pixels of a data set with folders train/ and test/ (or val/), or split by `held_out`."""
+        if self.unsplit(name):
+            whole = load_examples(self.folder_of(name), image_size)
+            test = held_out(whole.labels)
+            return subset(whole, np.flatnonzero(~test)), subset(whole, np.flatnonzero(test))
         train, test = self.splits(name)
-        first = load_examples(train, image_size)
-        return first, load_examples(test, image_size, classes=first.classes)
+        kept = self.folder.parent / "pixels"
+        caches = [None, None]
+        if image_size > 64:  # ImageNet at 224 is 193 GB: files that are mapped into memory
+            kept.mkdir(parents=True, exist_ok=True)
+            caches = [kept / f"{name}-{part}-{image_size}.npy" for part in ("train", "test")]
+        first = load_examples(train, image_size, cache=caches[0])
+        return first, load_examples(test, image_size, classes=first.classes, cache=caches[1])
 
     def features(self, name: str) -> tuple[Examples, Examples]:
         """(training, test) vectors of a data set, embedded by the encoder of the settings, once."""
@@ -115,17 +134,31 @@ class Lab:
                 raise ProtopruneError(f"{part}: no such folder; {name} needs train/ and test/ with a folder a class")
         return folder / "train", test
 
+    def unsplit(self, name: str) -> bool:
+        """Whether a data set is one folder of class folders, without train/."""
+        folder = self.folder_of(name)
+        return not (folder / "train").is_dir() and sum(one.is_dir() for one in folder.iterdir()) > 2
+
+    def image_list(self, name: str, split: str):
+        """The `ImageList` of one split."""
+        from protoprune.images import list_folder, list_paths
+
+        if not self.unsplit(name):
+            return list_folder(self.splits(name)[split != "train"])
+        whole = list_folder(self.folder_of(name))
+        test = held_out(whole.labels)
+        rows = np.flatnonzero(test if split != "train" else ~test)
+        return list_paths([whole.paths[row] for row in rows], whole.root)
+
     def feature_file(self, name: str, split: str) -> Path:
         """The feature file of one split, made where it is not there yet."""
         from protoprune.embedding import embed
         from protoprune.encoders import load_encoder
-        from protoprune.images import list_folder
 
         encoder = self.settings.get("encoder", "mini")
         out = self.folder.parent / "features" / f"{name}-{split}-{encoder}.h5"
         out.parent.mkdir(parents=True, exist_ok=True)
-        source = self.splits(name)[split != "train"]
-        images = list_folder(source)
+        images = self.image_list(name, split)
         shown = time.monotonic()
 
         def progress(done: int, failed: int) -> None:
@@ -153,6 +186,16 @@ class Lab:
         write_file(self.folder / f"{name}.png", buffer.getvalue())
 
 
+def held_out(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
+    """(n,) bool: the last `share` of each class in order of path, rounded down: the test split of a set without one."""
+    labels = np.asarray(labels)
+    test = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        test[own[len(own) - int(share * len(own)) :]] = True
+    return test
+
+
 def subset(examples: Examples, rows: np.ndarray) -> Examples:
     """The examples of these rows alone, as a set of its own."""
     import torch
@@ -172,6 +215,12 @@ def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         own = order[labels[order] == label]
         place[own] = np.arange(len(own))
     return np.sort(order[np.argsort(place[order], kind="stable")][:count])
+
+
+def interval_text(mean: float, low: float | None, high: float | None, unit: float = 100) -> str:
+    """'+1.20 (+0.40 to +2.00)', a difference of accuracies in points; with one seed the mean alone."""
+    span = "" if low is None or high is None else f" ({unit * low:+.2f} to {unit * high:+.2f})"
+    return f"{unit * mean:+.2f}{span}"
 
 
 def report(lab: Lab, claims: Sequence[Claim]) -> None:

@@ -1,30 +1,22 @@
 """The perceptron figures of Sorscher et al. 2022 (their figures 1 and 2): theory lines with simulated points and error
 bars.
 
-    python scripts/reproduce_theory.py [--seeds 24] [--dimension 200] [--figures docs/figures] [--results
-    results/theory]
-
-Writes four figures, and every number behind them as CSV, and ends with the paper's claims beside what was found here.
-A claim is `undecided` when the simulation is too noisy for it, or when it depends on an assumption that fails.
+Writes four figures, and every number behind them as CSV. A claim is `undecided` when the simulation is too noisy for
+it, or when it depends on an assumption that fails.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from lab import Claim, Lab
 
 from protoprune.theory.information import energetic_gain, information_gain
 from protoprune.theory.simulation import simulate, worker_pool
 from protoprune.theory.solver import best_keep, crossover, pareto, solve
+
+SOURCE = "Sorscher et al. 2022, figures 1 and 2"
 
 # (alpha_tot, keep, theta, order, margin): the points to which theory and simulation are both held.
 REFERENCE = [
@@ -45,53 +37,43 @@ REFERENCE = [
 KEEPS = (1.0, 0.5, 0.2, 0.1)
 THETAS = (0.0, 10.0, 20.0, 40.0)
 LINE = np.geomspace(0.4, 20, 40)  # alpha_prune of the lines
-DOTS = np.geomspace(0.5, 16, 6)  # alpha_prune of the simulated points
 
 
-def main() -> None:
-    started = time.perf_counter()
-    options = parse_options()
-    for folder in (options.figures, options.results):
-        folder.mkdir(parents=True, exist_ok=True)
-    points = simulated_points()
+def run(lab: Lab) -> list[Claim]:
+    settings = lab.settings
     with worker_pool() as pool:
-        rows = [measure(point, options, pool) for point in points]
-    save_csv(options.results / "points.csv", rows)
+        rows = [measure(point, settings, pool) for point in simulated_points(settings["dots"])]
+    lab.save_table(rows, "points")
+    for row in rows[: len(REFERENCE)]:
+        lab.say(
+            f"alpha_tot {row['alpha_tot']:g}, keep {row['keep']:g}, theta {row['theta']:g}, {row['order']} "
+            f"({row['margin']}): theory {row['theory']:.4f}, simulation {row['simulated']:.4f} "
+            f"+- {row['standard_error']:.4f}"
+        )
     measured = {tuple(row[name] for name in ("alpha_tot", "keep", "theta", "order", "margin")): row for row in rows}
-    draw_orders(options.figures / "theory_orders.png", measured)
-    envelopes = {theta: pareto(np.geomspace(0.5, 64, 22), theta) for theta in THETAS}
-    save_csv(options.results / "pareto.csv", [envelope_row(s) for line in envelopes.values() for s in line])
-    draw_envelopes(options.figures / "theory_pareto.png", envelopes, measured)
-    keeps = np.geomspace(0.05, 0.9, 12)
-    crossings = {rival: [(f, crossover(f, 0.0, rival)) for f in keeps] for rival in ("easy", "random")}
-    draw_crossover(options.figures / "theory_crossover.png", crossings)
-    gains = information_lines()
-    save_csv(options.results / "information.csv", gains)
-    draw_information(options.figures / "theory_information.png", gains)
-    claims = judge(rows, gains)
-    (options.results / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
-    report(rows, claims, options, time.perf_counter() - started)
-
-
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=24, help="students for each simulated point")
-    parser.add_argument("--dimension", type=int, default=200, help="N of the simulation")
-    parser.add_argument("--seed", type=int, default=0, help="seed from which all streams are spawned")
-    parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--results", type=Path, default=Path("results/theory"))
-    return parser.parse_args()
+    draw_orders(lab, measured)
+    envelopes = {theta: pareto(np.geomspace(0.5, 64, settings["envelope"]), theta) for theta in THETAS}
+    lab.save_table([envelope_row(s) for line in envelopes.values() for s in line], "pareto")
+    draw_envelopes(lab, envelopes, measured)
+    keeps = np.geomspace(0.05, 0.9, settings["crossings"])
+    draw_crossover(lab, {rival: [(f, crossover(f, 0.0, rival)) for f in keeps] for rival in ("easy", "random")})
+    gains = information_lines(settings["gains"])
+    lab.save_table(gains, "information")
+    draw_information(lab, gains)
+    return [*judge(theory_numbers()), agreement(rows)]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def simulated_points() -> list[tuple]:
+def simulated_points(dots: int) -> list[tuple]:
     """Reference rows, a few points on every line of the first figure, and the best fractions of the second."""
-    points = list(REFERENCE)
-    points += [(float(a), 1.0, 0.0, "random", "absolute") for a in DOTS]
-    points += [(float(a / f), f, 0.0, order, "absolute") for order in ("hard", "easy") for f in KEEPS[1:] for a in DOTS]
-    points += [best_point(float(a), theta) for theta in THETAS[1:] for a in DOTS]
+    points, places = list(REFERENCE), np.geomspace(0.5, 16, dots)  # alpha_prune
+    points += [(float(a), 1.0, 0.0, "random", "absolute") for a in places]
+    points += [
+        (float(a / f), f, 0.0, order, "absolute") for order in ("hard", "easy") for f in KEEPS[1:] for a in places
+    ]
+    points += [best_point(float(a), theta) for theta in THETAS[1:] for a in places]
     return points
 
 
@@ -101,44 +83,39 @@ def best_point(alpha_prune: float, theta: float) -> tuple:
     return alpha_prune / keep, keep, theta, "hard", "absolute"
 
 
-def measure(point: tuple, options: argparse.Namespace, pool) -> dict:
+def measure(point: tuple, settings: dict, pool) -> dict:
     """Theory and simulation of one point. The students see whole numbers of examples, so the theory gets the same."""
     alpha_tot, keep, theta, order, margin = point
-    total = round(alpha_tot * options.dimension)
-    exact_tot, exact_keep = total / options.dimension, round(keep * total) / total
-    result = simulate(exact_tot, exact_keep, theta, order, margin, options.dimension, options.seeds, options.seed, pool)
+    dimension, seeds = settings["dimension"], settings["seeds"]
+    total = round(alpha_tot * dimension)
+    exact_tot, exact_keep = total / dimension, round(keep * total) / total
+    result = simulate(exact_tot, exact_keep, theta, order, margin, dimension, seeds, settings["seed"], pool)
     row = dict(zip(("alpha_tot", "keep", "theta", "order", "margin"), point, strict=True))
     row |= {"alpha_prune": alpha_tot * keep, "theory": solve(exact_tot, exact_keep, theta, order, margin).error}
-    return row | {"simulated": result.mean, "standard_error": result.standard_error, "seeds": options.seeds}
+    return row | {"simulated": result.mean, "standard_error": result.standard_error, "seeds": seeds}
 
 
 def envelope_row(s) -> dict:
     return {"theta": s.theta, "alpha_prune": s.alpha_prune, "keep": s.keep, "error": s.error}
 
 
-def information_lines() -> list[dict]:
+def information_lines(points: int) -> list[dict]:
     rows = []
     for keep in (1.0, 0.5, 0.2, 0.05):
-        for alpha in np.geomspace(0.05, 50, 25):
+        for alpha in np.geomspace(0.05, 50, points):
             found = information_gain(float(alpha), keep)
             row = {"keep": keep, "alpha_prune": float(alpha), "overlap": found.overlap, "gain": found.gain}
             rows.append(row | {"energetic": energetic_gain(found.overlap, keep)})
     return rows
 
 
-def save_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def finish(figure, path: Path) -> None:
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def new_figure(width: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 4), layout="constrained")
 
 
 def dots(axes, measured: dict, colour, **wanted) -> None:
@@ -148,9 +125,10 @@ def dots(axes, measured: dict, colour, **wanted) -> None:
     axes.errorbar(x, y, e, fmt="o", ms=3.5, capsize=2, color=colour)
 
 
-def draw_orders(path: Path, measured: dict) -> None:
+def draw_orders(lab: Lab, measured: dict) -> None:
     """Error against the pruned size for several fractions, hard kept and easy kept, perfect probe."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    figure = new_figure(9)
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, order in zip(panels, ("hard", "easy"), strict=True):
         for number, keep in enumerate(KEEPS):
             shown = "random" if keep == 1 else order
@@ -162,12 +140,13 @@ def draw_orders(path: Path, measured: dict) -> None:
         axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title, ylim=(0.003, 0.5))
     panels[0].set_ylabel("test error")
     panels[0].legend(fontsize="small")
-    finish(figure, path)
+    lab.save_figure(figure, "theory_orders")
 
 
-def draw_envelopes(path: Path, envelopes: dict, measured: dict) -> None:
+def draw_envelopes(lab: Lab, envelopes: dict, measured: dict) -> None:
     """Best error over fractions against the pruned size, for several probe angles; and the best fraction."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = new_figure(9)
+    left, right = figure.subplots(1, 2)
     left.plot(LINE * 3, [solve(a).error for a in LINE * 3], "k--", lw=1, label="all, or random: a power law")
     for number, (theta, line) in enumerate(envelopes.items()):
         sizes = [s.alpha_prune for s in line]
@@ -181,23 +160,25 @@ def draw_envelopes(path: Path, envelopes: dict, measured: dict) -> None:
     right.set_title("1 % was the smallest fraction tried")
     left.legend(fontsize="small")
     right.legend(fontsize="small")
-    finish(figure, path)
+    lab.save_figure(figure, "theory_pareto")
 
 
-def draw_crossover(path: Path, crossings: dict) -> None:
+def draw_crossover(lab: Lab, crossings: dict) -> None:
     """Where hard starts to win, in examples before pruning."""
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    figure = new_figure(5)
+    axes = figure.subplots()
     for rival, line in crossings.items():
         found = [(keep, alpha) for keep, alpha in line if alpha is not None]
         axes.plot(*zip(*found, strict=True), label=f"hard beats {rival} above")
     axes.set(xscale="log", yscale="log", xlabel="fraction kept", ylabel="examples a dimension before pruning")
     axes.set_title("where hard starts to win, perfect probe")
     axes.legend(fontsize="small")
-    finish(figure, path)
+    lab.save_figure(figure, "theory_crossover")
 
 
-def draw_information(path: Path, gains: list[dict]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+def draw_information(lab: Lab, gains: list[dict]) -> None:
+    figure = new_figure(9)
+    panels = figure.subplots(1, 2, sharey=True)
     titles = {"gain": "both overlaps solved for", "energetic": "the paper's form, q = R"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for keep in dict.fromkeys(row["keep"] for row in gains):
@@ -207,7 +188,7 @@ def draw_information(path: Path, gains: list[dict]) -> None:
         axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title)
     panels[0].set_ylabel("nats an example")
     panels[0].legend(fontsize="small")
-    finish(figure, path)
+    lab.save_figure(figure, "theory_information")
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
@@ -224,84 +205,94 @@ def envelope_slope(low: float, high: float, theta: float) -> float:
     return float(np.log(errors[1] / errors[0]) / np.log(high / low))
 
 
-def judge(rows: list[dict], gains: list[dict]) -> list[dict]:
-    """The paper's claims: what was found, and whether that supports them."""
-    limit = 200 * solve(200).error
-    scarce = {order: solve(2, 0.5, 0, order).error for order in ("hard", "easy")}
-    rich = {order: solve(20, 0.5, 0, order).error for order in ("hard", "easy")}
-    switch = crossover(0.5)
-    steep, plain = envelope_slope(1.5, 3, 0.0), slope(1.5, 3)
-    fixed = slope(50, 200, keep=0.2)
-    best = [best_keep(alpha_prune=8, theta=t).keep for t in THETAS[1:]]
-    over, right = solve(8 / 0.05, 0.05, 20.0).error, best_keep(alpha_prune=8, theta=20.0).error
-    early, late = (envelope_slope(a, 2 * a, 20.0) for a in (2, 32))
-    plain_early, plain_late = (slope(a, 2 * a) for a in (2, 32))
-    falling = [best_keep(alpha_prune=a, theta=20.0).keep for a in (2, 8, 32)]
-    random_gain = [r for r in gains if r["keep"] == 1]
-    exponent = float(np.log(random_gain[-1]["gain"] / random_gain[-7]["gain"]))
-    exponent /= float(np.log(random_gain[-1]["alpha_prune"] / random_gain[-7]["alpha_prune"]))
-    nat = energetic_gain(1 - 1e-4, 1e-5)
-    full = information_gain(20.0, 0.05).gain
+def theory_numbers() -> SimpleNamespace:
+    """Every number of the theory that a claim rests on."""
+    draws = [information_gain(alpha).gain for alpha in (10.0, 50.0)]
+    envelope = {alpha: envelope_slope(alpha, 2 * alpha, 20.0) for alpha in (2, 32)}
+    return SimpleNamespace(
+        limit=200 * solve(200).error,
+        scarce={order: solve(2, 0.5, 0, order).error for order in ("hard", "easy")},
+        rich={order: solve(20, 0.5, 0, order).error for order in ("hard", "easy")},
+        switch=crossover(0.5),
+        steep=envelope_slope(1.5, 3, 0.0),
+        plain=slope(1.5, 3),
+        fixed=slope(50, 200, keep=0.2),
+        falling=[best_keep(alpha_prune=a, theta=20.0).keep for a in (2, 8, 32)],
+        best=[best_keep(alpha_prune=8, theta=t).keep for t in THETAS[1:]],
+        over=solve(8 / 0.05, 0.05, 20.0).error,
+        right=best_keep(alpha_prune=8, theta=20.0).error,
+        early=envelope[2],
+        late=envelope[32],
+        plain_early=slope(2, 4),
+        plain_late=slope(32, 64),
+        information=float(np.log(draws[1] / draws[0]) / np.log(5)),
+        nat=energetic_gain(1 - 1e-4, 1e-5),
+        full=information_gain(20.0, 0.05).gain,
+    )
+
+
+def judge(n: SimpleNamespace) -> list[Claim]:
+    """The paper's claims on the theory: what was found (`theory_numbers`), and whether that supports them."""
     return [
         claim(
             "random data: test error is a power law, 1/alpha",
-            abs(limit - 0.5005) < 1e-3,
-            f"error * alpha = {limit:.4f} at alpha 200",
+            abs(n.limit - 0.5005) < 1e-3,
+            f"error * alpha = {n.limit:.4f} at alpha 200",
         ),
         claim(
             "scarce data: keep easy; plentiful data: keep hard",
-            scarce["easy"] < scarce["hard"] and rich["hard"] < rich["easy"],
-            f"half kept: alpha_tot 2 easy {scarce['easy']:.3f}, hard {scarce['hard']:.3f}; alpha_tot 20 easy "
-            f"{rich['easy']:.4f}, hard {rich['hard']:.4f}; they cross at {switch:.2f}",
+            n.scarce["easy"] < n.scarce["hard"] and n.rich["hard"] < n.rich["easy"],
+            f"half kept: alpha_tot 2 easy {n.scarce['easy']:.3f}, hard {n.scarce['hard']:.3f}; alpha_tot 20 easy "
+            f"{n.rich['easy']:.4f}, hard {n.rich['hard']:.4f}; they cross at {n.switch:.2f}",
         ),
         claim(
             "perfect probe: the Pareto envelope beats a power law",
-            steep < 2 * plain,
-            f"exponent from alpha_prune 1.5 to 3: envelope {steep:.2f}, random {plain:.2f}; fractions down to 0.1 %",
+            n.steep < 2 * n.plain,
+            f"exponent from alpha_prune 1.5 to 3: envelope {n.steep:.2f}, random {n.plain:.2f}; "
+            "fractions down to 0.1 %",
         ),
         claim(
             "at a fixed fraction kept the power law comes back",
-            abs(fixed + 1) < 0.05,
-            f"20 % kept: exponent {fixed:.3f} from alpha_prune 50 to 200",
+            abs(n.fixed + 1) < 0.05,
+            f"20 % kept: exponent {n.fixed:.3f} from alpha_prune 50 to 200",
         ),
         claim(
             "the best fraction kept falls as the data grows",
-            falling[0] > falling[1] > falling[2],
-            "20 degrees, alpha_prune 2, 8, 32: " + ", ".join(f"{f:.0%}" for f in falling),
+            n.falling[0] > n.falling[1] > n.falling[2],
+            "20 degrees, alpha_prune 2, 8, 32: " + ", ".join(f"{f:.0%}" for f in n.falling),
         ),
         claim(
             "a worse probe asks for keeping more, and pruning past that hurts",
-            best[0] < best[1] < best[2] and over > right,
-            f"alpha_prune 8: best at 10, 20, 40 degrees {best[0]:.0%}, {best[1]:.0%}, {best[2]:.0%}; "
-            f"at 20 degrees 5 % kept gives {over:.3f}, the best fraction {right:.3f}",
+            n.best[0] < n.best[1] < n.best[2] and n.over > n.right,
+            f"alpha_prune 8: best at 10, 20, 40 degrees {n.best[0]:.0%}, {n.best[1]:.0%}, {n.best[2]:.0%}; "
+            f"at 20 degrees 5 % kept gives {n.over:.3f}, the best fraction {n.right:.3f}",
         ),
         claim(
             "an imperfect probe beats the power law only up to some size",
-            early < 1.5 * plain_early and late > 1.15 * plain_late,
-            f"20 degrees, exponent from alpha_prune 2 to 4: envelope {early:.2f}, random {plain_early:.2f}; "
-            f"from 32 to 64: {late:.2f}, {plain_late:.2f}",
+            n.early < 1.5 * n.plain_early and n.late > 1.15 * n.plain_late,
+            f"20 degrees, exponent from alpha_prune 2 to 4: envelope {n.early:.2f}, random {n.plain_early:.2f}; "
+            f"from 32 to 64: {n.late:.2f}, {n.plain_late:.2f}",
         ),
         claim(
             "random data: information an example decays as a power law",
-            -1.1 < exponent < -0.9,
-            f"exponent {exponent:.3f} at alpha_prune 9 to 50",
+            -1.1 < n.information < -0.9,
+            f"exponent {n.information:.3f} at alpha_prune 10 to 50",
         ),
         claim(
             "pruned data: information an example tends to a constant, 1 nat",
             None,
-            f"in the paper's form (q = R) it does, {nat:.4f} at R = 1 - 1e-4 and 0.001 % kept; but pruning breaks "
-            f"q = R, and with both overlaps solved for it decays: {full:.3f} at alpha_prune 20, 5 % kept",
+            f"in the paper's form (q = R) it does, {n.nat:.4f} at R = 1 - 1e-4 and 0.001 % kept; but pruning breaks "
+            f"q = R, and with both overlaps solved for it decays: {n.full:.3f} at alpha_prune 20, 5 % kept",
         ),
-        agreement(rows),
     ]
 
 
-def claim(text: str, holds: bool | None, found: str) -> dict:
+def claim(text: str, holds: bool | None, found: str) -> Claim:
     verdict = "undecided" if holds is None else "holds" if holds else "does not hold"
-    return {"claim": text, "verdict": verdict, "found": found}
+    return Claim(text, SOURCE, found, verdict)
 
 
-def agreement(rows: list[dict]) -> dict:
+def agreement(rows: list[dict]) -> Claim:
     """Theory against simulation for good probes: within 3 %, as far as the standard errors can tell."""
     near = [row for row in rows if row["theta"] <= 20]
     relative = np.array([row["simulated"] / row["theory"] - 1 for row in near])
@@ -315,20 +306,3 @@ def agreement(rows: list[dict]) -> dict:
     )
     holds = None if outside == 0 and abs(mean) + 2 * spread > 0.03 else outside == 0
     return claim("theory agrees with simulation within 3 % up to 20 degrees", holds, found)
-
-
-def report(rows: list[dict], claims: list[dict], options: argparse.Namespace, seconds: float) -> None:
-    print(f"simulation: N = {options.dimension}, {options.seeds} seeds, mean and standard error")
-    print(f"{'alpha_tot':>9} {'keep':>5} {'theta':>5}  {'order':6} {'margin':8}  theory  simulation")
-    for row in rows[: len(REFERENCE)]:
-        point = f"{row['alpha_tot']:9g} {row['keep']:5g} {row['theta']:5g}  {row['order']:6} {row['margin']:8}"
-        print(f"{point}  {row['theory']:.4f}  {row['simulated']:.4f} +- {row['standard_error']:.4f}")
-    for entry in claims:
-        print(f"\n{entry['verdict'].upper()}: {entry['claim']}\n    {entry['found']}")
-    print(
-        f"{len(rows)} simulated points in {seconds:.0f} s; figures in {options.figures}, numbers in {options.results}"
-    )
-
-
-if __name__ == "__main__":
-    main()

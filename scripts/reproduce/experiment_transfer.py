@@ -1,0 +1,222 @@
+"""Transfer: pruned fine-tuning of a pretrained model against training from scratch, and pruned pretraining.
+
+(1) A model pretrained on one set is fine-tuned on hard or random parts of another, and the same model is trained on
+them from scratch, at equal steps. (2) Pretraining on half of the first set, the half that is hardest by prototypes or a
+random one, then fine-tuning on the whole of the other. Every seed has a pretraining, clusterings and draws of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from lab import Claim, Lab, stratified_rows, subset
+from paired import above, accuracies, decide, minus, no_worse, outcomes_by_method, points, rows_of_table
+
+import protoprune
+from protoprune import prototypes, selection
+from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
+from protoprune.evaluation.statistics import mean_interval
+from protoprune.training import loop
+from protoprune.training.examples import load_examples
+from protoprune.training.loop import Recipe
+
+STARTS = ("scratch", "pretrained")
+HALVES = ("prototypes", "random")  # of the pretraining set
+MARGIN = 0.01
+SOURCE = "Sorscher et al. 2022"
+
+
+def run(lab: Lab) -> list[Claim]:
+    settings, recipe = lab.settings, lab.recipe()
+    train, test = lab.images(settings["data"], image_size=recipe.image_size)
+    train = subset(train, stratified_rows(train.labels, settings["images"], 0))
+    test = subset(test, stratified_rows(test.labels, settings["test_images"], 0))
+    whole, _ = lab.features(settings["data"])
+    vectors = rows_by_path(whole, train)
+    runs = [plan(lab, train, vectors, recipe, seed) for seed in range(lab.seeds)]
+    found: dict[str, list] = {}
+    for seed in range(lab.seeds):
+        for start, path in {"scratch": None, **pretrained(lab, seed)}.items():
+            mine = [one for one in runs[seed] if one.method.split(": ")[0] == start]
+            how = recipe if path is None else lab.recipe(weights=str(path), **settings.get("fine_tune", {}))
+            for method, outcomes in outcomes_by_method(lab, mine, train, test, how).items():
+                found.setdefault(method, []).extend(outcomes)
+    lab.save_table(rows_of_table(found))
+    draw(lab, accuracies(found))
+    return claims(accuracies(found), settings["keep"])
+
+
+def rows_by_path(features, examples) -> np.ndarray:
+    """(n, d) vectors of the examples."""
+    row_of = {path: row for row, path in enumerate(features.paths)}
+    return features.inputs.numpy()[[row_of[path] for path in examples.paths]]
+
+
+def hard_rows(vectors: np.ndarray, classes: int, keep: float, paths, seed: int) -> np.ndarray:
+    """The rows farthest from their prototypes."""
+    score = prototypes.cluster(vectors, min(classes, len(vectors) // 10 or 1), seed=seed).distance
+    return np.flatnonzero(selection.select(score, keep, ids=paths))
+
+
+def plan(lab: Lab, train, vectors: np.ndarray, recipe: Recipe, seed: int) -> list[Run]:
+    """The runs of a seed on the target set; methods are 'start: kind keep'."""
+    n, steps = len(train), steps_for(len(train), recipe)
+    runs = [Run(f"{start}: all 1", seed, None, None, steps) for start in (*STARTS, *HALVES)]
+    for keep in lab.settings["keep"]:
+        kinds = {
+            "random": random_rows(n, kept_count(keep, n), seed),
+            "hard": hard_rows(vectors, len(train.classes), keep, train.paths, seed),
+        }
+        for start in STARTS:
+            runs += [Run(f"{start}: {kind} {keep:g}", seed, rows, None, steps) for kind, rows in kinds.items()]
+    return runs
+
+
+# --- pretraining -----------------------------------------------------------------------------------------------------
+
+
+def pretrained(lab: Lab, seed: int) -> dict[str, Path]:
+    """{'pretrained' (on all), 'prototypes', 'random'}: weights of this seed; what is there is not done again."""
+    source, vectors = source_set(lab)
+    settings = lab.settings
+    recipe = Recipe.for_model(**settings["pretrain_recipe"])
+    keep, n = settings["pretrain_keep"], len(source)
+    kept = {
+        "pretrained": None,
+        "prototypes": hard_rows(vectors, len(source.classes), keep, source.paths, seed),
+        "random": random_rows(n, kept_count(keep, n), seed),
+    }
+    return {name: weights_file(lab, source, recipe, rows, seed, name) for name, rows in kept.items()}
+
+
+_sources: dict[str, tuple] = {}  # by folder: reading a set takes longer than anything else here
+
+
+def source_set(lab: Lab):
+    """The pretraining examples and their (n, d) embeddings."""
+    settings = lab.settings
+    folder = lab.folder_of(settings["pretrain_data"])
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    key = f"{folder} {settings['pretrain_images']} {lab.folder}"
+    if key not in _sources:
+        size = settings["pretrain_recipe"].get("image_size", 32)
+        source = load_examples(folder, size)
+        source = subset(source, stratified_rows(source.labels, min(settings["pretrain_images"], len(source)), 0))
+        _sources[key] = source, embedded(lab, folder, source)
+    return _sources[key]
+
+
+def embedded(lab: Lab, folder: Path, source) -> np.ndarray:
+    """(n, d) embeddings of these images alone, made once."""
+    from protoprune.embedding import embed
+    from protoprune.encoders import load_encoder
+    from protoprune.images import list_folder
+
+    images = list_folder(folder)
+    wanted = set(source.paths)
+    mask = np.array([path in wanted for path in images.paths])
+    images = dataclasses.replace(
+        images, paths=[path for path in images.paths if path in wanted], size=images.size[mask],
+        mtime_ns=images.mtime_ns[mask], labels=images.labels[mask],
+    )  # fmt: skip
+    encoder = lab.settings.get("encoder", "mini")
+    out = lab.folder.parent / "features" / f"{lab.settings['pretrain_data']}-{len(source)}-{encoder}.h5"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lab.say(f"embed {len(images):,} images of {folder}")
+    embed(images, load_encoder(encoder), out, device=lab.device)
+    return rows_by_path(load_examples(out, classes=source.classes), source)
+
+
+def weights_file(lab: Lab, source, recipe: Recipe, rows: np.ndarray | None, seed: int, name: str) -> Path:
+    """Pretrain, with equal epochs: half of the images take half of the time."""
+    kept = "" if rows is None else hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()
+    key = f"{source.fingerprint()} {recipe} {kept} {seed} {protoprune.__version__} {torch.__version__}"
+    path = lab.folder / "weights" / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if not path.exists():
+        made = loop.fit(source, None, recipe, rows=rows, seed=seed, device=lab.device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {tensor: value.cpu() for tensor, value in made.model.state_dict().items()}
+        torch.save(state, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+        lab.say(f"pretrained on {name}, seed {seed}: {made.seconds:.0f} s")
+    return path
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def loss(found: dict[str, list[float]], start: str, kind: str, keep: float) -> list[float]:
+    """Share of the accuracy on everything that pruning costs, one a seed."""
+    whole = found[f"{start}: all 1"]
+    return [1 - pruned / full for pruned, full in zip(found[f"{start}: {kind} {keep:g}"], whole, strict=True)]
+
+
+def claims(found: dict[str, list[float]], keeps: list[float]) -> list[Claim]:
+    """Verdicts from accuracies by 'start: kind keep', one a seed."""
+    keep = 0.1 if 0.1 in keeps else min(keeps)
+    seeds = len(found["scratch: all 1"])
+    made = []
+    for kind in ("random", "hard"):
+        losses = {start: loss(found, start, kind, keep) for start in STARTS}
+        gap = minus(losses["scratch"], losses["pretrained"])
+        shown = ", ".join(f"{start} {100 * np.mean(values):.1f} %" for start, values in losses.items())
+        made.append(
+            Claim(
+                f"A pretrained model loses less of its accuracy than one from scratch, {100 * keep:g} % kept ({kind})",
+                f"{SOURCE}, section 4",
+                f"relative loss: {shown}; difference {points(gap)} points, {seeds} seeds",
+                decide([gap], above),
+            )
+        )
+    whole = {name: found[f"{name}: all 1"] for name in ("pretrained", *HALVES, "scratch")}
+    gap, to_random = minus(whole["prototypes"], whole["pretrained"]), minus(whole["prototypes"], whole["random"])
+    help_ = minus(whole["pretrained"], whole["scratch"])
+    return [
+        Claim(
+            "Pretraining helps at all (the claims below need it to)", "check of the set-up",
+            f"{points(help_)} points of accuracy over training from scratch, {seeds} seeds", decide([help_], above),
+        ),
+        *made,
+        Claim(
+            "Pretraining on the hardest 50 % by prototypes transfers as well as on all (margin 1 point)",
+            f"{SOURCE}, section 5",
+            f"{points(gap)} points, {seeds} seeds", decide([gap], lambda one: no_worse(one, MARGIN)),
+        ),
+        Claim(
+            "The 50 % chosen by prototypes pretrain better than a random 50 %", f"{SOURCE}, section 5",
+            f"{points(to_random)} points, {seeds} seeds", decide([to_random], above),
+        ),
+    ]  # fmt: skip
+
+
+def draw(lab: Lab, found: dict[str, list[float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+    keeps = sorted(lab.settings["keep"])
+    for number, start in enumerate(STARTS):
+        for kind, style in (("random", "-o"), ("hard", "--s")):
+            values = [found[f"{start}: {kind} {keep:g}"] for keep in keeps] + [found[f"{start}: all 1"]]
+            _bars(axes, [100 * keep for keep in (*keeps, 1)], values, style, f"C{number}", f"{start}, {kind}")
+    axes.set(xscale="log", xlabel="target images kept, %", ylabel=f"test accuracy, % (95 %, {lab.seeds} seeds)")
+    axes.set_xticks([100 * keep for keep in (*keeps, 1)], [f"{100 * keep:g}" for keep in (*keeps, 1)])
+    axes.minorticks_off()
+    axes.legend(fontsize="x-small")
+    names = ("scratch", "random", "prototypes", "pretrained")
+    _bars(bars, range(4), [found[f"{name}: all 1"] for name in names], "o", "C2", None)
+    half = f"{100 * lab.settings['pretrain_keep']:g} %"
+    bars.set_xticks(range(4), ["nothing", f"{half}\nrandom", f"{half}\nhard", "all"])
+    bars.set(xlabel="pretrained on", title="all target images", xlim=(-0.5, 3.5))
+    lab.save_figure(figure)
+
+
+def _bars(axes, places, values, style: str, colour: str, label: str | None) -> None:
+    spans = [mean_interval(one) for one in values]
+    half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
+    middle = [100 * one.mean for one in spans]
+    axes.errorbar(list(places), middle, half, fmt=style, color=colour, capsize=2, ms=4, lw=1, label=label)

@@ -1,0 +1,396 @@
+"""The papers' experiments: configurations, verdicts on planted numbers, toy runs from end to end, and errors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+import tomllib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from protoprune.evaluation import runs, statistics
+from protoprune.evaluation.fits import fit_laws
+from protoprune.training import heads
+from protoprune.training.loop import Recipe
+
+sys.path.insert(0, str(REPOSITORY / "scripts" / "reproduce"))
+
+import experiment_balance as balance
+import experiment_cifar10 as cifar10
+import experiment_imagenet as imagenet
+import experiment_svhn as svhn
+import experiment_theory as theory
+import lab as framework
+
+EXPERIMENTS = {"theory": theory, "cifar10": cifar10, "svhn": svhn, "balance": balance, "imagenet": imagenet}
+HEAD = {"model": "head", "hidden": 8, "epochs": 2, "batch_size": 64}
+TOY = {  # what takes the place of the small configuration's values
+    "theory": {"dimension": 20, "seeds": 2, "dots": 1, "envelope": 1, "crossings": 1, "gains": 2},
+    "cifar10": {
+        "sizes": [60, 240],
+        "keeps": [1, 0.5],
+        "seeds": 2,
+        "bootstrap": 2,
+        "probe_models": 2,
+        "probe_epochs": 1,
+    },
+    "svhn": {"kept": 60, "keeps": [1, 0.5], "seeds": 2, "probe_epochs": [1, 2]},
+    "balance": {"images": 120, "ratios": [1, 4], "keeps": [0.5], "seeds": 2},
+    "imagenet": {"seeds": 2},
+}
+
+
+class Watched(dict):
+    """Settings that know which of them were read."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.read.add(key)
+        return super().get(key, default)
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    """What the claims on the theory rest on: three seconds of solving, once."""
+    return theory.theory_numbers()
+
+
+def configuration(name: str) -> dict:
+    return tomllib.loads((REPOSITORY / "configs" / f"{name}.toml").read_text())
+
+
+@pytest.fixture
+def toy_lab(tmp_path, feature_file, monkeypatch):
+    """toy_lab("svhn") -> a Lab at a toy size, on 240 + 60 vectors of three classes that overlap."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for split, each in (("train", 80), ("test", 20)):
+        centres = np.repeat(np.eye(3, 6), each, axis=0)
+        paths = [f"{name}/{number:03d}.png" for name in "abc" for number in range(each)]
+        files[split] = feature_file(tmp_path / f"{split}.h5", centres + rng.normal(0, 0.5, (3 * each, 6)), paths=paths)
+
+    def features(self, name: str, split: str):
+        assert self.settings.get("encoder")
+        assert name == self.settings["data"]
+        return files[split]
+
+    monkeypatch.setattr(framework.Lab, "feature_file", features)
+
+    def make(name: str, **changes) -> framework.Lab:
+        settings = configuration(name)["small"] | TOY[name] | changes
+        if "recipe" in settings:
+            settings["recipe"] = HEAD
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return framework.Lab(name, "small", Watched(settings), tmp_path, folder, "cpu")
+
+    return make
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_configurations_have_both_sizes_and_recipes_that_exist(name):
+    config = configuration(name)
+    assert set(config) == {"small", "full"}
+    for settings in config.values():
+        assert settings["seeds"] >= 3
+        if "recipe" in settings:
+            Recipe.for_model(**settings["recipe"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_uses_every_key_and_resumes_without_training(name, toy_lab, numbers, monkeypatch, capsys):
+    monkeypatch.setattr(theory, "theory_numbers", lambda: numbers)
+    monkeypatch.setattr(theory, "worker_pool", contextlib.nullcontext)  # starting processes takes seconds
+    monkeypatch.setattr(theory, "LINE", theory.LINE[::20])
+    lab = toy_lab(name)
+    claims = EXPERIMENTS[name].run(lab)
+    framework.report(lab, claims)
+    config = configuration(name)
+    assert set(config["small"]) | set(config["full"]) <= lab.settings.read
+    kept = json.loads((lab.folder / "results.json").read_text())
+    assert [one["verdict"] for one in kept["claims"]] == [one.verdict for one in claims]
+    assert all(one.found and one.source for one in claims)
+    assert list(lab.folder.glob("*.csv"))
+    assert list(lab.folder.glob("*.png"))
+    assert capsys.readouterr().out.count("found:") == len(claims) > 1
+    if name == "theory":  # nothing is trained
+        return
+
+    def trained(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(runs, "_train", trained)
+    monkeypatch.setattr(heads, "epochs", trained)
+    again = toy_lab(name)
+    assert EXPERIMENTS[name].run(again) == claims
+
+
+def test_the_other_ranking_of_cifar10_and_an_unknown_one(toy_lab):
+    claims = cifar10.run(toy_lab("cifar10", metric="prototypes"))
+    assert len(claims) == 6
+    with pytest.raises(framework.UsageError, match="metric = 'best': expected el2n or prototypes"):
+        cifar10.run(toy_lab("cifar10", metric="best"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("svhn", {"kept": 200}, "fewer; keep fewer"),
+        ("svhn", {"probe_epochs": [1]}, "expected two, few and many"),
+        ("balance", {"images": 2000}, "a class would have"),
+        ("balance", {"balances": [0, 1]}, "expected 0, 0.5"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(name, changes, message, toy_lab):
+    with pytest.raises(framework.UsageError, match=message) as caught:
+        EXPERIMENTS[name].run(toy_lab(name, **changes))
+    assert "\n" not in str(caught.value)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, tmp_path, *arguments: str) -> int:
+    """The exit code of scripts/reproduce."""
+    path = REPOSITORY / "scripts" / "reproduce" / "__main__.py"
+    spec = importlib.util.spec_from_file_location("reproduce_command", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    common = ["--data", tmp_path / "data", "--results", tmp_path / "results", "--configs", REPOSITORY / "configs"]
+    monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, [*arguments, *common, "--device", "cpu"])])
+    return module.main()
+
+
+@pytest.mark.parametrize("name", ["balance", "imagenet", "cifar10"])
+def test_a_missing_data_set_is_one_line_and_exit_code_1(name, monkeypatch, tmp_path, capsys):
+    assert command(monkeypatch, tmp_path, name, "--dataset", "nowhere") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "nowhere: no such data set" in captured.err
+
+
+def test_svhn_without_network_is_one_line_and_the_data_set_can_be_another(monkeypatch, tmp_path, capsys):
+    import torchvision
+
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", unreachable)
+    assert command(monkeypatch, tmp_path, "svhn") == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "svhn cannot be downloaded (no route to host)" in error[0]
+    assert command(monkeypatch, tmp_path, "theory", "--dataset", "cifar10") == 2
+    assert "no data set that could be replaced" in capsys.readouterr().err
+
+
+def test_a_replaced_data_set_has_a_folder_of_its_own(tmp_path):
+    where = (tmp_path, tmp_path / "results", REPOSITORY / "configs", "cpu")
+    plain = framework.Lab.open("svhn", "small", *where)
+    other = framework.Lab.open("svhn", "small", *where, dataset="cifar10")
+    same = framework.Lab.open("svhn", "full", *where, dataset="svhn")
+    assert (plain.settings["data"], plain.folder.name) == ("svhn", "svhn")
+    assert (other.settings["data"], other.folder.name) == ("cifar10", "svhn-cifar10")
+    assert (same.settings["data"], same.folder.name) == ("svhn", "svhn-full")
+
+
+def test_a_folder_without_train_is_split_by_the_last_fifth_of_each_class(tmp_path, image_tree):
+    image_tree({"cat": 5, "dog": 10, "eel": 4}, tmp_path / "pets")
+    lab = framework.Lab("imagenet", "small", {}, tmp_path, tmp_path, "cpu")
+    train, test = (lab.image_list("pets", split) for split in ("train", "test"))
+    assert test.paths == ["cat/004.png", "dog/008.png", "dog/009.png"]
+    assert len(train) == 16
+    assert not set(train.paths) & set(test.paths)
+    pixels = lab.images("pets")
+    assert [one.paths for one in pixels] == [train.paths, test.paths]
+    assert pixels[0].classes == pixels[1].classes == ["cat", "dog", "eel"]
+
+
+def test_held_out_takes_each_class_by_itself():
+    labels = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1, 1, 2])
+    assert np.flatnonzero(framework.held_out(labels)).tolist() == [7, 9]
+
+
+# --- verdicts on planted numbers -------------------------------------------------------------------------------------
+
+SIZES = [1000, 2000, 5000, 10000, 20000, 50000]
+
+
+def planted_errors(at_smallest: float, at_largest: float, noise: float = 0.005, easy: float = 1.0) -> dict:
+    """Errors of 5 seeds: hard is `at_smallest` times the error of random at the smallest size, and so on."""
+    rng = np.random.default_rng(3)
+    sizes = np.array(SIZES, float)
+    factor = np.exp(np.interp(np.log(sizes), np.log(sizes[[0, -1]]), np.log([at_smallest, at_largest])))
+
+    def table(keep: float, times=1.0) -> np.ndarray:
+        return 0.5 * (keep * sizes / 1000) ** -0.2 * times * np.exp(noise * rng.normal(size=(5, 6)))
+
+    errors = {("all", 1.0): table(1.0)}
+    for keep in (0.8, 0.6):
+        errors |= {
+            ("random", keep): table(keep),
+            ("hard", keep): table(keep, factor),
+            ("easy", keep): table(keep, easy),
+        }
+    return errors
+
+
+def verdicts(claims) -> list[str]:
+    return [one.verdict for one in claims]
+
+
+def test_the_switch_holds_where_it_is_planted_and_not_where_its_opposite_is():
+    assert verdicts(cifar10.judge(planted_errors(1.4, 0.7, easy=0.9), SIZES, 10_000)) == ["holds"] * 5
+    opposite = cifar10.judge(planted_errors(0.7, 1.4, easy=1.1), SIZES, 10_000)
+    assert verdicts(opposite) == ["does not hold"] * 5
+
+
+def test_noise_alone_decides_nothing():
+    assert verdicts(cifar10.judge(planted_errors(1, 1, noise=0.05), SIZES, 10_000))[:3] == ["undecided"] * 3
+    assert verdicts(cifar10.judge(planted_errors(1, 1, noise=0.05), SIZES, 10_000))[4] == "undecided"
+
+
+def test_errors_between_sizes_lie_on_the_power_law():
+    errors = np.array([0.5 * np.array([100.0, 400, 1600]) ** -0.5])
+    found = cifar10.at_kept(errors, [100, 400, 1600], 0.5, [50, 100, 800])
+    assert found[0] == pytest.approx(0.5 * np.array([100.0, 200, 1600]) ** -0.5)
+    assert cifar10.common_grid([1, 0.5], [100, 1600], 2).tolist() == pytest.approx([100, 800])
+
+
+def test_the_law_of_the_envelope():
+    n = np.array(SIZES, float)
+    noise = np.exp(0.01 * np.random.default_rng(0).normal(size=(5, 6)))
+    laws = {"exponential": 0.5 * np.exp(-n / 20_000), "power": 3 * n**-0.3}
+    found = {name: cifar10.judge_law(fit_laws(n, errors * noise, bootstrap=20)) for name, errors in laws.items()}
+    assert found["exponential"].verdict == "holds"
+    assert found["power"].verdict != "holds"
+    assert cifar10.judge_law(None).verdict == "undecided"
+
+
+def planted_probes(best_few: float, best_many: float, noise: float = 0.0005) -> tuple[np.ndarray, list[float]]:
+    """(2, f, seeds) errors with a minimum at a fraction for each probe."""
+    keeps = [0.25, 0.35, 0.5, 0.65, 0.8, 1.0]
+    curves = [0.3 + 0.05 * np.log(np.array(keeps) / best) ** 2 for best in (best_few, best_many)]
+    return np.array(curves)[:, :, None] + noise * np.random.default_rng(1).normal(size=(2, 6, 5)), keeps
+
+
+def test_the_best_fraction_of_two_probes():
+    names = ["few", "many"]
+    assert verdicts(svhn.judge(*planted_probes(0.8, 0.5), names)) == ["holds", "holds"]
+    assert verdicts(svhn.judge(*planted_probes(0.25, 0.8), names)) == ["does not hold", "does not hold"]
+    assert verdicts(svhn.judge(*planted_probes(0.65, 0.65, noise=0.5), names)) == ["undecided", "undecided"]
+
+
+def balance_numbers(before: dict, kept: dict, gain: float, noise: float = 0.002) -> dict:
+    """before, kept: {ratio: counts of three classes}; the floor adds `gain` to the accuracy."""
+    rng = np.random.default_rng(2)
+
+    def seeds(values) -> np.ndarray:
+        return np.array(values) + rng.integers(0, 3, (5, 3))
+
+    counts, accuracy = {}, {}
+    for ratio in before:
+        counts[ratio, 0.5, 0] = seeds(kept[ratio])
+        counts[ratio, 0.5, 0.5] = seeds(np.array(kept[ratio]).mean() * np.ones(3, int))
+        counts[ratio, 0.5, "random"] = seeds(np.array(before[ratio]) // 2)
+        for balance_, more in ((0, 0.0), (0.5, gain)):
+            accuracy[ratio, 0.5, balance_] = 0.7 + more + noise * rng.normal(size=5)
+    initial = {ratio: seeds(counts_) for ratio, counts_ in before.items()}
+    return {"initial": initial, "counts": counts, "accuracy": accuracy, "worst_class_accuracy": accuracy}
+
+
+BEFORE = {1: [1000, 1000, 1000], 10: [2000, 600, 200]}
+
+
+def test_classes_that_become_uneven_and_a_floor_that_helps():
+    uneven = balance_numbers(BEFORE, {1: [700, 500, 300], 10: [1100, 250, 50]}, 0.02)
+    assert verdicts(balance.judge(**uneven, test_images=10_000)) == ["holds"] * 4
+    evened = balance_numbers(BEFORE, {1: [500, 500, 500], 10: [700, 400, 300]}, -0.02)
+    assert verdicts(balance.judge(**evened, test_images=10_000))[1:] == ["does not hold"] * 3
+    nothing = balance_numbers(BEFORE, {1: [500, 500, 500], 10: [1000, 300, 100]}, 0.0, noise=0.02)
+    assert verdicts(balance.judge(**nothing, test_images=10_000)) == ["undecided"] * 4
+
+
+def test_a_floor_that_binds_nowhere_decides_nothing():
+    numbers = balance_numbers({1: [1000, 1000, 1000]}, {1: [700, 500, 300]}, 0.02)
+    numbers["counts"][1, 0.5, 0.5] = numbers["counts"][1, 0.5, 0]
+    claims = balance.judge(**numbers, test_images=10_000)
+    assert verdicts(claims) == ["holds", "undecided", "undecided"]
+    assert "in no situation" in claims[1].found
+
+
+def test_a_mixed_result_is_undecided():
+    assert balance.overall(["better", "worse"]) == "undecided"
+    assert balance.overall(["undecided", "better"]) == "holds"
+    assert balance.overall(["undecided", "worse"]) == "does not hold"
+
+
+def test_uneven_classes_have_the_ratio_and_the_number_asked_for():
+    labels = np.repeat(np.arange(4), 1000)
+    rows = balance.uneven_rows(labels, 1500, 10, seed=1)
+    counts = np.bincount(labels[rows])
+    assert len(np.unique(rows)) == len(rows)
+    assert abs(len(rows) - 1500) <= 2
+    assert counts.max() / counts.min() == pytest.approx(10, rel=0.02)
+    assert not np.array_equal(rows, balance.uneven_rows(labels, 1500, 10, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-0.004, 0.01, "holds"), (-0.02, -0.006, "does not hold"), (-0.02, 0.02, "undecided"), (None, None, "undecided")],
+)
+def test_no_worse_rests_on_the_whole_interval(low, high, expected):
+    assert imagenet.no_worse(low, high, 0.005) == expected
+
+
+def test_the_two_claims_on_a_list_of_prototypes():
+    rng = np.random.default_rng(0)
+    full, random = 0.3 + 0.001 * rng.normal(size=(2, 5))
+
+    def method(shift: float):
+        mine = full + shift
+        return SimpleNamespace(
+            fraction=0.8, accuracy=statistics.mean_interval(mine), to_everything=statistics.mean_interval(mine - full),
+            to_random=statistics.compare(mine, random, one_draw=True),
+        )  # fmt: skip
+
+    assert verdicts(imagenet.judge(method(0.0), 0.01)) == ["holds", "holds"]
+    assert verdicts(imagenet.judge(method(-0.05), 0.01)) == ["does not hold", "does not hold"]
+
+
+def theory_rows(deviation: float, standard_error: float) -> list[dict]:
+    return [{"theta": 0, "theory": 0.1, "simulated": 0.1 * (1 + deviation), "standard_error": 0.1 * standard_error}] * 9
+
+
+def test_theory_and_simulation_agree_disagree_or_cannot_be_told_apart():
+    assert theory.agreement(theory_rows(0.01, 0.002)).verdict == "holds"
+    assert theory.agreement(theory_rows(0.10, 0.002)).verdict == "does not hold"
+    assert theory.agreement(theory_rows(0.02, 0.2)).verdict == "undecided"
+
+
+def test_the_claims_on_the_theory_follow_its_numbers(numbers):
+    claims = theory.judge(numbers)
+    assert verdicts(claims) == ["holds"] * 8 + ["undecided"]
+    turned = SimpleNamespace(**vars(numbers) | {"limit": 0.6, "falling": numbers.falling[::-1], "steep": numbers.plain})
+    assert [verdicts(theory.judge(turned))[place] for place in (0, 2, 4)] == ["does not hold"] * 3
+
+
+def test_no_verdict_but_the_three():
+    with pytest.raises(AssertionError):
+        framework.Claim("a", "b", "c", "perhaps")
