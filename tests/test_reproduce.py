@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 
 from protoprune.evaluation import runs, statistics
 from protoprune.evaluation.fits import fit_laws
 from protoprune.training import heads
+from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
 
 sys.path.insert(0, str(REPOSITORY / "scripts" / "reproduce"))
@@ -116,7 +118,8 @@ def test_configurations_have_both_sizes_and_recipes_that_exist(name):
 def test_an_experiment_runs_uses_every_key_and_resumes_without_training(name, toy_lab, numbers, monkeypatch, capsys):
     monkeypatch.setattr(theory, "theory_numbers", lambda: numbers)
     monkeypatch.setattr(theory, "worker_pool", contextlib.nullcontext)  # starting processes takes seconds
-    monkeypatch.setattr(theory, "LINE", theory.LINE[::20])
+    for points in ("LINE", "REFERENCE", "THETAS"):
+        monkeypatch.setattr(theory, points, getattr(theory, points)[:2])
     lab = toy_lab(name)
     claims = EXPERIMENTS[name].run(lab)
     framework.report(lab, claims)
@@ -333,6 +336,20 @@ def test_a_floor_that_binds_nowhere_decides_nothing():
     claims = balance.judge(**numbers, test_images=10_000)
     assert verdicts(claims) == ["holds", "undecided", "undecided"]
     assert "in no situation" in claims[1].found
+
+
+def test_the_hardest_of_the_initial_images_are_kept():
+    paths = [f"{row:03d}" for row in range(100)]
+    train = Examples("images", paths, np.arange(100) % 2, ["a", "b"], torch.zeros(100, 2))
+    scores = np.arange(100.0)
+    assert svhn.hardest(train, scores, 20, 0.2, seed=0).tolist() == list(range(80, 100))
+    drawn = svhn.hardest(train, scores, 20, 0.5, seed=0)
+    assert drawn.tolist() == runs.random_rows(100, 40, 0)[-20:].tolist()
+    one_sided = np.where(train.labels == 0, 100.0, 0) + scores
+    assert np.bincount(train.labels[imagenet.kept_by(one_sided, train, 0.2, 0.0).rows]).tolist() == [20]
+    kept = imagenet.kept_by(one_sided, train, 0.2, 0.5).rows
+    assert np.bincount(train.labels[kept]).tolist() == [15, 5]
+    assert kept[train.labels[kept] == 1].tolist() == [91, 93, 95, 97, 99]
 
 
 def test_a_mixed_result_is_undecided():
