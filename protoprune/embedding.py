@@ -146,6 +146,8 @@ def _prepare(
     which it will replace; without that, a file of other features is never touched.
     """
     started, finished = partial_path(out), out
+    if overwrite and os.path.exists(out):
+        hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
         files = {
             path: stack.enter_context(FeatureFile(path)) for path in (started, finished) if _readable(path, overwrite)

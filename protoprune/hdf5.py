@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 import protoprune
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,14 @@ def create(path: str, kind: Kind) -> h5py.File:
     return file
 
 
-def replaceable(path: str, kind: Kind) -> bool:
-    """Whether a file is of this kind or a damaged one of it, and not something else that bears its name."""
+def check_replaceable(path: str, kind: Kind) -> None:
+    """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
     with open(path, "rb") as file:
-        if file.read(8) not in (b"", b"\x89HDF\r\n\x1a\n"):
-            return False
-    try:
-        with h5py.File(path, "r", locking="best-effort") as file:
-            return plain(file.attrs.get("format")) == kind.format
-    except OSError:
-        return True
+        good = file.read(8) in (b"", b"\x89HDF\r\n\x1a\n")
+    with contextlib.suppress(OSError), h5py.File(path, "r", locking="best-effort") as file:
+        good = plain(file.attrs.get("format")) == kind.format
+    if not good:
+        raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 
 def reserve(path: str, mode: str, size: int) -> None:

@@ -107,6 +107,7 @@ def test_what_is_left_out_is_said(images, record):
 )
 def test_errors_are_one_line(images, record, tmp_path, arguments, code, words):
     (tmp_path / "text.h5").write_text("text")
+    (tmp_path / "f.h5").touch()
     found, lines = record(*arguments)
     assert found == code
     errors = [line for line in lines if line.startswith("error: ")]

@@ -164,6 +164,20 @@ def test_other_features_are_refused_and_overwritten_on_request(change, named, im
     assert run(images, tmp_path / "f.h5", overwrite=True, **change).embedded == 21
 
 
+def test_overwrite_replaces_feature_files_only(images, tmp_path):
+    """Another HDF5 file, such as a training record that took hours, and a text stay as they are."""
+    import h5py
+
+    with h5py.File(tmp_path / "record.h5", "w") as file:
+        file.attrs["format"] = "protoprune-record"
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("record.h5", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(ProtopruneError, match="not a feature file, and --overwrite replaces nothing else"):
+            run(images, tmp_path / name, overwrite=True)
+        assert (tmp_path / name).read_bytes() == before
+
+
 def test_an_interrupted_overwrite_goes_on_and_needs_no_second_consent(images, tmp_path):
     run(images, tmp_path / "f.h5", fake_encoder("old"))
 

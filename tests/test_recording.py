@@ -422,7 +422,8 @@ def test_an_interrupted_overwrite_goes_on(tmp_path, again):
 
 
 def test_a_damaged_record_is_refused_or_overwritten(tmp_path):
-    (tmp_path / "r.h5").write_bytes(b"not HDF5")
+    run(vectors(), None, HEAD, tmp_path / "r.h5")
+    (tmp_path / "r.h5").write_bytes((tmp_path / "r.h5").read_bytes()[:3000])
     with pytest.raises(ProtopruneError, match="not a readable HDF5 file"):
         run(vectors(), None, HEAD, tmp_path / "r.h5")
     run(vectors(), None, HEAD, tmp_path / "r.h5", overwrite=True)

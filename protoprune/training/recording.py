@@ -149,8 +149,8 @@ def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients:
     An unfinished run that was started by --overwrite stands in for the finished record, which it will replace.
     """
     started = records.partial_path(out)
-    if overwrite and os.path.exists(out) and not hdf5.replaceable(out, records.KIND):
-        raise UsageError(f"{out}: not a training record, and --overwrite replaces nothing else; choose another -o")
+    if overwrite and os.path.exists(out):
+        hdf5.check_replaceable(out, records.KIND)
     if os.path.exists(started):
         found, other = _compare(started, provenance, overwrite)
         if not other and (found.get("overwrite") or not (overwrite or os.path.exists(out))):
