@@ -103,7 +103,8 @@ def test_what_is_no_feature_file_is_one_clear_line(content, tmp_path):
         path.write_bytes(content)
     elif content:
         with h5py.File(path, "w") as file:
-            file.attrs.update({"format": feature_file.KIND.format, "format_version": 99} if "version" in content else {})
+            later = {"format": feature_file.KIND.format, "format_version": 99}
+            file.attrs.update(later if "version" in content else {})
     with pytest.raises(ProtopruneError) as caught:
         FeatureFile(path)
     assert str(path) in str(caught.value)
