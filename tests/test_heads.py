@@ -37,7 +37,7 @@ def random_subsets(models: int, n: int, share: float, seed: int = 0) -> np.ndarr
 
 
 @pytest.mark.parametrize("hidden", [0, 7])
-@pytest.mark.parametrize("n", [60, 57, 5])  # 57 leaves a batch of one, 5 is smaller than a batch
+@pytest.mark.parametrize("n", [60, 57, 5])  # 57 makes batches of two sizes, 5 is less than one
 @pytest.mark.parametrize("schedule", ["linear", "steps"])
 def test_one_model_on_all_examples_is_what_the_loop_trains(hidden, n, schedule):
     data, chosen = vectors(n), recipe(hidden=hidden, schedule=schedule, label_smoothing=0.1, weight_decay=0.01)

@@ -23,7 +23,7 @@ import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import write_file
 
-FORMAT = 1
+FORMAT = 2  # one more whenever the training itself changes
 DYNAMIC = {
     "random": "RandomDynamicSampler",
     "egreedy": "EpsilonGreedySampler",

@@ -112,7 +112,7 @@ def epochs(
     step, total = 0, recipe.epochs * per_epoch
     for epoch in range(recipe.epochs):
         order = torch.from_numpy(np.random.default_rng([order_seed, 1, epoch]).permutation(n)).to(device)
-        for picked in order.split(batch_size)[:per_epoch]:
+        for picked in loop.split(order, batch_size):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * loop.rate(recipe, step, total)
             logits = ensemble.layers(inputs[picked])[-1]  # (M, b, c)

