@@ -20,6 +20,7 @@ from protoprune.training.loop import Recipe
 
 SUBSETS = ("memorization", "influence_max", "influence_sum_abs", "ddd")  # need models with and without each image
 AGREE = ("el2n", "ddd", "memorization")  # above 0.7 with each other (Sorscher et al.)
+MARGIN = 0.01  # of accuracy: what counts as no difference
 PAPER = (  # the ten that Sorscher et al. compare
     "influence_max", "influence_sum_abs", "ddd", "memorization", "el2n", "forgetting", "ensemble_active_learning",
     "supervised_prototypes", "self_supervised_prototypes",
@@ -140,7 +141,9 @@ def pays(result, keeps: list[float]) -> list[Claim]:
         }
         listed = "; ".join(f"{verdict}: {', '.join(names) or 'none'}" for verdict, names in by.items())
         if keep == max(keeps):
-            verdict = "does not hold" if by["worse"] else "holds"
+            level = min(one.to_random.low for one in found.values())
+            listed += f"; lowest end of an interval {100 * level:+.1f} points, no worse means by less than 1"
+            verdict = "does not hold" if by["worse"] else "holds" if level > -MARGIN else "undecided"
         else:
             verdict = "does not hold" if by["better"] else "holds" if not by["undecided"] else "undecided"
         claims.append(Claim(f"{text} ({100 * keep:g} %)", source, f"{listed}; {len(result.seeds)} seeds", verdict))
