@@ -37,7 +37,7 @@ demo: $(READY) ## Embed, select and draw a sheet, offline; IMAGES=folder for you
 	@echo "  sheet.png     the easiest and the hardest images side by side"
 
 test: $(READY) ## Run the tests (fast, offline).
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: $(READY) ## Run every test, slow and GPU ones included.
 	$(BIN)/python -m pytest -m 'slow or gpu or not slow' --timeout 1800

@@ -123,7 +123,7 @@ def test_a_record_of_a_network_is_what_the_loop_goes_through(tmp_path, every, mo
                 change = np.zeros(20) if previous is None else (p * np.log(p / previous)).sum(1)
                 np.testing.assert_allclose(record.at("change", at)[m], change, **close)
                 np.testing.assert_allclose(
-                    record.at("gradient_norm", at)[m], literal_gradient_norms(model, train), rtol=1e-2
+                    record.at("gradient_norm", at)[m], literal_gradient_norms(model, train), rtol=1e-2, atol=1e-6
                 )
                 seen = softmax(loop.logits(model, test.inputs, precision="fp32").numpy(), axis=1)
                 assert (record.test_at("test_prediction", at)[m] == seen.argmax(1)).all()
