@@ -402,7 +402,7 @@ def test_weights_are_known_by_their_content(tmp_path):
     torch.save(loop.make_model(data, CNN, 6).state_dict(), paths[0])
     with pytest.raises(ProtopruneError, match="other --weights"):
         run(data, None, recipe[0], tmp_path / "r.h5")
-    with pytest.raises(UsageError, match=r"none.pt: No such file"):
+    with pytest.raises(UsageError, match=r"none.pt: cannot be read \(No such file"):
         run(data, None, Recipe.for_model("cnn", epochs=1, width=4, weights="none.pt"), tmp_path / "s.h5")
 
 
@@ -494,3 +494,13 @@ def test_two_models_of_a_record_differ(tmp_path):
 
 def test_the_models_named_in_help_can_be_built():
     assert set(models.MODELS) == {"head", "cnn", "resnet18"}
+
+
+def test_a_record_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
+    """`--precision auto` is bf16 on one machine and fp32 on another: a record must not mix them."""
+    data, recipe = pixels(12), Recipe.for_model("cnn", epochs=1, width=4)
+    monkeypatch.setattr(loop, "native_bf16", lambda device: False)
+    run(data, None, recipe, tmp_path / "r.h5")
+    monkeypatch.setattr(loop, "native_bf16", lambda device: True)
+    with pytest.raises(ProtopruneError, match="computes in fp32, now bf16"):
+        run(data, None, recipe, tmp_path / "r.h5")

@@ -272,18 +272,20 @@ def _real_fit() -> Callable:
 def _shared_key(train, test, recipe, device: str) -> dict:
     import torch
 
-    from protoprune.device import native_bf16, resolve_device
+    from protoprune.device import resolve_device
+    from protoprune.training.loop import computes_in
+    from protoprune.training.models import file_digest
 
     settings = dataclasses.asdict(recipe)
     if settings.get("weights"):
-        settings["weights"] = _file_digest(settings["weights"])
+        settings["weights"] = file_digest(settings["weights"])
     return {
         "format": FORMAT,
         "train": train.fingerprint(),
         "test": test.fingerprint(),
         "recipe": settings,
         "device": device_kind(device),
-        "bf16": native_bf16(resolve_device(device)),  # what precision auto comes to
+        "computes_in": computes_in(recipe.precision, resolve_device(device), recipe.model),
         "torch": torch.__version__,
         "protoprune": protoprune.__version__,
     }
@@ -301,14 +303,6 @@ def _own_key(run: Run) -> dict:
 
 def _digest(array: np.ndarray | None, kind) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array, kind).tobytes()).hexdigest()
-
-
-def _file_digest(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
 
 
 def device_kind(device: str) -> str:

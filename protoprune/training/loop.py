@@ -264,9 +264,16 @@ def rate(recipe: Recipe, step: int, total: int) -> float:
 
 def autocast(precision: str, device: torch.device, model: str):
     """A maker of autocast contexts: bf16 for networks where the hardware computes in it, else nothing."""
-    if precision == "fp32" or (precision == "auto" and (model == "head" or not native_bf16(device))):
+    if computes_in(precision, device, model) == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def computes_in(precision: str, device: torch.device, model: str) -> str:
+    """What a precision, auto among them, comes to: fp32 or bf16."""
+    if precision == "auto":
+        return "bf16" if model != "head" and native_bf16(device) else "fp32"
+    return precision
 
 
 def _mask(rows: np.ndarray, n: int) -> np.ndarray:

@@ -6,6 +6,7 @@ this module does not know: data sets, losses, seeds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 
@@ -195,6 +196,15 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise ProtopruneError(f"--weights {path}: holds no state dict")
     return state
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file of weights, for keys."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
 
 
 def parameters_with_decay(model: nn.Module, decay: float) -> Sequence[dict]:

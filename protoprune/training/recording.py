@@ -8,7 +8,6 @@ know: metrics.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import heads, loop, statistics
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
+from protoprune.training.models import file_digest
 
 _NAMES = {
     "train": "other training examples",
@@ -111,7 +111,7 @@ def record(
     Raises ProtopruneError when `out` is a record of something else (unless `overwrite`) or cannot be written.
     """
     out, where = os.fspath(out), resolve_device(device)
-    provenance = _provenance(train, test, recipe, laid_out, gradients, seed)
+    provenance = _provenance(train, test, recipe, laid_out, gradients, seed, where)
     with hdf5.lock(out):
         if not _prepare(out, provenance, train, test, laid_out, gradients, overwrite):
             if on_start:
@@ -127,11 +127,11 @@ def record(
         shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
 
 
-def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, seed: int) -> dict:
+def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, seed: int, device) -> dict:
     """What determines the record: the cache key."""
     return {
         "recipe": json.dumps(asdict(recipe), sort_keys=True),
-        "weights_sha256": _file_digest(recipe.weights) if recipe.weights else "",
+        "weights_sha256": file_digest(recipe.weights) if recipe.weights else "",
         "train": train.fingerprint(),
         "test": test.fingerprint() if test else "",
         "root": train.root,
@@ -140,6 +140,7 @@ def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, se
         "epochs_recorded": json.dumps(laid_out.epoch_numbers),
         "gradients": int(gradients),
         "seed": seed,
+        "computes_in": loop.computes_in(recipe.precision, device, recipe.model),
     }
 
 
@@ -190,7 +191,7 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
             differences += [f"{key.replace('_', ' ')} {before.get(key)}, now {now[key]}" for key in fields]
         elif name == "epochs_recorded":  # lists of numbers, as long as the training
             differences.append("other recorded epochs")
-        elif name in ("models", "subset_fraction", "seed"):
+        elif name in ("models", "subset_fraction", "seed", "computes_in"):
             differences.append(f"{name.replace('_', ' ')} {then}, now {value}")
         else:
             differences.append(_NAMES[name])
@@ -374,11 +375,3 @@ def _load_state(folder: str, number: int) -> dict | None:
         return torch.load(_state_path(folder, number), map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises whatever it stumbles over
         return None
-
-
-def _file_digest(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"--weights {path}: {error.strerror}") from None
