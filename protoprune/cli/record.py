@@ -30,7 +30,7 @@ def record(
     every: Annotated[int, typer.Option(help="Record every so many epochs, and the last.")] = 1,
     initial: Annotated[bool, typer.Option("--initial", help="Record the untrained models too.")] = False,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Record gradient norms (GraNd): slow for networks, free for heads.")
+        bool, typer.Option("--gradients", help="Record gradient norms (GraNd): slow for networks, cheap for heads.")
     ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step [default: 256 for a head, else 128].")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: what suits the model].")] = None,
