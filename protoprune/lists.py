@@ -152,6 +152,12 @@ def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
+def table_csv(rows: Sequence[dict]) -> bytes:
+    """A CSV file of dicts with plain values; what a row lacks, None and NaN become empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return manifest({name: ["" if row.get(name) is None else row[name] for row in rows] for name in columns})
+
+
 def _manifest_value(value):
     if isinstance(value, (float, np.floating)):
         return _number(value)

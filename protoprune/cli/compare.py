@@ -66,9 +66,9 @@ def compare(
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
     if out is not None:
-        lists.write_file(out, _csv(comparison.pair_rows(result)))
+        lists.write_file(out, lists.table_csv(comparison.pair_rows(result)))
     if classes is not None:
-        lists.write_file(classes, _csv(comparison.class_rows(result)))
+        lists.write_file(classes, lists.table_csv(comparison.class_rows(result)))
     if figure is not None:
         lists.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
@@ -181,12 +181,6 @@ def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
     if unreadable:
         say(f"warning: {unreadable} images could not be read; --root says where they are")
     say(f"{path}: the {min(len(rows), _SHEET_ROWS)} of {len(rows)} pairs that agree least")
-
-
-def _csv(rows: list[dict]) -> bytes:
-    from protoprune.lists import manifest
-
-    return manifest({name: [row[name] for row in rows] for name in rows[0]})
 
 
 def _show(result: Comparison, terminal: bool) -> None:

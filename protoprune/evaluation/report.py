@@ -26,7 +26,7 @@ from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Point, Scaling
 from protoprune.evaluation.runs import device_kind
 from protoprune.evaluation.statistics import Interval
-from protoprune.lists import manifest, write_file
+from protoprune.lists import table_csv, write_file
 
 _PACKAGES = ("numpy", "scipy", "torch", "timm", "faiss-cpu", "faiss-gpu")
 
@@ -153,7 +153,7 @@ def _save(folder, tables: dict[str, list[dict]], result, config: dict, figure: b
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
-    files = {f"{name}.csv": _csv(rows) for name, rows in tables.items() if rows}
+    files = {f"{name}.csv": table_csv(rows) for name, rows in tables.items() if rows}
     whole = {"config": config, "environment": environment(config.get("device", "auto")), **dataclasses.asdict(result)}
     files["results.json"] = json.dumps(whole, indent=1, allow_nan=False, default=os.fspath).encode()
     files["figure.png"] = figure
@@ -161,10 +161,6 @@ def _save(folder, tables: dict[str, list[dict]], result, config: dict, figure: b
     for path, data in zip(paths, files.values(), strict=True):
         write_file(path, data)
     return paths
-
-
-def _csv(rows: list[dict]) -> bytes:
-    return manifest({key: ["" if row[key] is None else row[key] for row in rows] for key in rows[0]})
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 from scipy.optimize import nnls
 
+from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.theory.solver import check_point
 
@@ -141,5 +142,4 @@ def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ProcessPoolExecutor(workers or cores, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(workers or cores(), mp_context=get_context("spawn"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
-from protoprune.lists import write_file
+from protoprune.lists import table_csv, write_file
 from protoprune.training.examples import Examples, load_examples
 from protoprune.training.loop import Recipe
 
@@ -172,12 +171,7 @@ class Lab:
 
     def save_table(self, rows: Sequence[dict], name: str = "table") -> None:
         """results/NAME/<name>.csv from dicts of plain values."""
-        text = io.StringIO(newline="")
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(self.folder / f"{name}.csv", text.getvalue().encode())
+        write_file(self.folder / f"{name}.csv", table_csv(rows))
 
     def save_figure(self, figure, name: str = "figure") -> None:
         """results/NAME/<name>.png from a matplotlib figure."""
