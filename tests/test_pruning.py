@@ -290,10 +290,10 @@ def test_a_rule_and_clusters_say_the_same_as_their_fields(copies):
 
 
 def test_nothing_to_keep_is_an_error(copies, tmp_path):
-    with pytest.raises(UsageError, match="--keep 0.001 of 50 images is none"):
+    with pytest.raises(UsageError, match=r"--keep 0\.001 of 50 images is none"):
         protoprune.select(copies, 0.001, k=1)
     np.save(tmp_path / "none.npy", np.full(50, np.nan))
-    with pytest.raises(ProtopruneError, match="none.npy: gives none of the images a score"):
+    with pytest.raises(ProtopruneError, match=r"none\.npy: gives none of the images a score"):
         protoprune.select(copies, 0.5, scores=tmp_path / "none.npy")
 
 
