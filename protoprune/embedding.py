@@ -368,19 +368,26 @@ def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -
     status = np.array([status for status, _ in outcome], np.uint8)
     values = features[: len(rows)].numpy()
     dtype = partial.dtype
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(dtype)
     stored[status != Status.OK] = 0
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & _vanished(values, dtype)))
     if len(bad):
         _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
     partial.commit(rows, stored, status, [reason for _, reason in outcome])
 
 
+def _vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(b,) bool: rows that are not all zeros, but so small that `dtype` has few digits for them or none."""
+    largest = np.abs(values).max(axis=1)
+    return (largest > 0) & (largest < np.finfo(dtype).tiny)
+
+
 def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
     if np.isfinite(values).all():
+        how = "overflow" if np.abs(values).max() > 1 else "underflow"
         raise ProtopruneError(
-            f"features of {count} images of a batch (first: row {row}) overflow {dtype} "
+            f"features of {count} images of a batch (first: row {row}) {how} {dtype} "
             f"(largest {np.abs(values).max():.3g}); run again with --store float32 --overwrite"
         )
     raise ProtopruneError(

@@ -299,7 +299,11 @@ def test_a_file_that_changes_after_the_listing_is_marked(images, tmp_path):
     assert run(images, tmp_path / "f.h5").failures == {}
 
 
-@pytest.mark.parametrize(("value", "advice"), [(1e6, "--store float32"), (np.nan, "--precision fp32")])
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [(1e6, "overflow float16.*--store float32"), (1e-5, "underflow float16.*--store float32"),
+     (np.nan, "--precision fp32")],
+)  # fmt: skip
 def test_overflow_and_nan_are_errors_not_values(value, advice, images, tmp_path):
     encoder = fake_encoder()
     encoder.model = lambda x: torch.full((len(x), 12), value)
@@ -308,6 +312,12 @@ def test_overflow_and_nan_are_errors_not_values(value, advice, images, tmp_path)
     assert not (tmp_path / "f.h5").exists()
     if np.isfinite(value):
         assert run(images, tmp_path / "f.h5", encoder, store="float32", overwrite=True).failed == 0
+
+
+def test_features_that_are_zeros_are_features(images, tmp_path):
+    encoder = fake_encoder()
+    encoder.model = lambda x: torch.zeros(len(x), 12)
+    assert run(images, tmp_path / "f.h5", encoder).failed == 0
 
 
 def test_a_second_process_on_the_same_file_is_refused(images, tmp_path):
