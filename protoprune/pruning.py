@@ -83,7 +83,9 @@ class Ranking:
         one = self.clusterings[0]
         alone = int((one.sizes() == 1).sum())
         if alone and one.k < int(self.scored.sum()):
-            notes.append(f"{alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k")
+            notes.append(
+                f"{alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
+            )
         if one.length_spearman is not None and abs(one.length_spearman) >= BY_LENGTH:
             notes.append(
                 "this ranking is mostly that of the lengths of the feature vectors (Spearman "
@@ -386,9 +388,7 @@ def _by_quota(rows: np.ndarray, one: Clustering, usable: np.ndarray) -> np.ndarr
         raise UsageError(_NO_QUOTA)
     if not usable.any():
         return rows
-    shares = selection.complexity_shares(
-        selection.complexity(one.centroids, one.cluster[usable], one.distance[usable])
-    )
+    shares = selection.complexity_shares(selection.complexity(one.centroids, one.cluster[usable], one.distance[usable]))
     placed = one.cluster[rows] >= 0
     return np.concatenate([selection.by_quota(rows[placed], one.cluster, shares), rows[~placed]])
 

@@ -1,8 +1,8 @@
 """Feature vectors as geometry wants them: finite float32, of length 1 where only the direction counts, read in slices.
 
-A vector of zeros has no direction: it stays zero here, and whoever ranks by direction gives such a row no score. Vectors
-so short or so long that their squares under- or overflow do have one. What this module does not know: files, and what
-the vectors are compared with.
+A vector of zeros has no direction: it stays zero here, and whoever ranks by direction gives such a row no score.
+Vectors so short or so long that their squares under- or overflow do have one. What this module does not know: files,
+and what the vectors are compared with.
 """
 
 from __future__ import annotations

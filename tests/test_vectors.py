@@ -137,7 +137,9 @@ def test_images_without_a_direction_are_counted_and_not_kept(zeros, tmp_path):
     assert set(removed.read_text().split()) == ZEROS
     with open(manifest) as file:
         rows = [row for row in csv.DictReader(file) if row["path"] in ZEROS]
-    assert [(row["status"], row["score"], row["rank"], row["keep"]) for row in rows] == [("all zeros", "", "-1", "0")] * 2
+    assert [(row["status"], row["score"], row["rank"], row["keep"]) for row in rows] == [
+        ("all zeros", "", "-1", "0")
+    ] * 2
     euclidean = CliRunner().invoke(app, ["select", zeros, "--keep", "1", "--k", "3", "--euclidean"])
     assert len(euclidean.stdout.splitlines()) == 70
 
@@ -190,8 +192,9 @@ def test_a_ranking_by_length_is_said(tmp_path, feature_file):
     assert warned == {
         ("even", True): False, ("even", False): False, ("uneven", True): True, ("uneven", False): False
     }  # fmt: skip
-    result = CliRunner().invoke(app, ["select", str(tmp_path / "uneven.h5"), "--keep", "0.5", "--k", "5", "--euclidean"])
+    command = ["select", str(tmp_path / "uneven.h5"), "--keep", "0.5", "--k", "5", "--euclidean"]
+    result = CliRunner().invoke(app, command)
     assert "warning: this ranking is mostly that of the lengths of the feature vectors (Spearman 0." in result.stderr
-    again = CliRunner().invoke(app, ["select", str(tmp_path / "uneven.h5"), "--keep", "0.5", "--k", "5", "--euclidean"])
+    again = CliRunner().invoke(app, command)
     assert "(from the cache)" in again.stderr
     assert "leave out --euclidean" in again.stderr

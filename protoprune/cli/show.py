@@ -76,6 +76,8 @@ def sheet(
         ranking = pruning.rank(
             features, k=number, euclidean=euclidean, iterations=iterations, seed=seed, backend=backend
         )
+    for note in ranking.notes():
+        say(f"warning: {note}")
     lines = _rows(ranking, by, count, seed)
     if len(lines) > rows:
         say(f"showing {rows} of {len(lines)} rows; more with --rows {len(lines)}")

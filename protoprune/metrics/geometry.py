@@ -1,7 +1,8 @@
 """Positions in an embedding -> difficulty: features (n, d) in, (n,) float32 out, larger = harder (kept first).
 
-Features are an array or an HDF5 dataset of any float type, read in chunks; rows that are not `usable` (or have no class
-where classes matter, or are all zeros where directions do) come out as NaN. What this module does not know: files, encoders, k-means (see `prototypes`).
+Features are an array or an HDF5 dataset of any float type, read in chunks; rows that are not `usable`, have no class
+where classes matter, or are all zeros where directions do, come out as NaN. What this module does not know: files,
+encoders, k-means (see `prototypes`).
 """
 
 from __future__ import annotations
