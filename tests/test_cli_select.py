@@ -298,23 +298,23 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
 def test_a_table_without_names(here, run):
     """As select, sheet and scaling take it: the order is asked for, and what is made of it is said."""
     shuffled = [PATHS[row] for row in np.random.default_rng(0).permutation(len(PATHS))]
-    np.savez("s.npz", el2n=np.arange(50.0), aum=np.zeros(50))
+    np.savez("s.npz", el2n=np.arange(60.0), aum=np.zeros(60))
     (here / "rows.txt").write_text("\n".join(shuffled) + "\n")
     for command in (["select", "--keep", "0.2"], ["sheet"]):
         error = run(*command, "--scores", "s.npz", code=1).stderr
-        assert "s.npz: holds the arrays el2n (50,), aum (50,); which is the score? name it: FILE.npz:el2n" in error
+        assert "s.npz: holds the arrays el2n (60,), aum (60,); which is the score? name it: FILE.npz:el2n" in error
         error = run(*command, "--scores", "s.npz:el2n", code=2).stderr
         assert "s.npz:el2n: does not say which score is of which image; give --rows FILE" in error
         assert "--rows: goes with --scores" in run(*command, "--rows", "rows.txt", code=2).stderr
         assert "--by-place: goes with --scores" in run(*command, "--by-place", code=2).stderr
     kept = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt")
-    assert kept.stdout.splitlines() == sorted(shuffled[40:])
+    assert kept.stdout.splitlines() == sorted(shuffled[48:])
     assert "warning" not in kept.stderr
     placed = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--by-place")
-    assert placed.stdout.splitlines() == sorted(PATHS)[40:]
-    assert f"scores: warning: matched by place: 0 is taken as {sorted(PATHS)[0]}, 49 as" in placed.stderr
+    assert placed.stdout.splitlines() == sorted(PATHS)[48:]
+    assert f"scores: warning: matched by place: 0 is taken as {sorted(PATHS)[0]}, 59 as" in placed.stderr
     easy = run("select", "--keep", "0.2", "--scores", "s.npz:el2n:easier", "--rows", "rows.txt")
-    assert easy.stdout.splitlines() == sorted(shuffled[:10])
+    assert easy.stdout.splitlines() == sorted([path for path in shuffled if path != PATHS[0]][:12])
     for output in ("s.npz", "rows.txt"):
         error = run(
             "select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt", "-o", output, code=2
@@ -565,19 +565,18 @@ def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
 
 
 def test_sheet_says_how_it_read_the_table(coloured, run):
-    table = (coloured / "s.csv").read_text().splitlines()[1:]
-    names = [line.split(",")[0] for line in table if line[0] != "p"]
-    (coloured / "turned.csv").write_text(
-        "".join(f"{name},{-number}\n" for number, name in enumerate(names[:-2])) + "x.png,1\n"
-    )
-    said = run("sheet", "--scores", "turned.csv", "--count", "2").stderr
+    lines = [f"{path},{-i}\n" for i, path in enumerate(PATHS)]
+    (coloured / "s.csv").write_text("".join(lines[:-2]) + "x.png,1\n")
+    said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
     assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
-    assert "2 have none and are not kept" in said
+    assert "57 images have one; 2 have none and are not kept" in said
     assert "1 table rows name no image, first x.png" in said
-    assert "direction from --higher-is" in run("sheet", "--scores", "turned.csv", "--higher-is", "easier").stderr
-    assert "direction from --higher-is" in run("sheet", "--scores", "turned.csv:easier").stderr
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
     assert "--higher-is easier: goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
-    assert "is one of the inputs" in run("sheet", "--scores", "turned.csv:easier", "-o", "turned.csv", code=2).stderr
+    assert "is one of the inputs" in run("sheet", "--scores", "s.csv:easier", "-o", "s.csv", code=2).stderr
 
 
 def test_sheet_has_a_row_for_each_class(coloured, run):
