@@ -30,40 +30,43 @@ HigherIs = Annotated[
     typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
 ]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
+Order = Annotated[
+    str,
+    typer.Option(
+        help="Which to keep first: hard, easy, middle, random; stratified: evenly over the scores; cover: those "
+        "that stand for all of their class or cluster (kernel herding); facility: the same by facility location."
+    ),
+]
+DropHardest = Annotated[
+    float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
+]
+Quota = Annotated[
+    str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
+]
+Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
+By = Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")]
+Calibrate = Annotated[
+    float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
+]
+Dedup = Annotated[
+    float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
+]
+DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
+Scores = Annotated[Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")]
 
 
 def select(
     features: Features = Path("features.h5"),
     keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")] = ...,
-    order: Annotated[
-        str,
-        typer.Option(
-            help="Which to keep first: hard, easy, middle, random; stratified: evenly over the scores; cover: those "
-            "that stand for all of their class or cluster (kernel herding); facility: the same by facility location."
-        ),
-    ] = "hard",
-    drop_hardest: Annotated[
-        float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
-    ] = 0.0,
-    quota: Annotated[
-        str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
-    ] = None,
-    balance: Annotated[
-        float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")
-    ] = 0.0,
-    by: Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")] = None,
-    calibrate: Annotated[
-        float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
-    ] = None,
-    dedup: Annotated[
-        float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
-    ] = None,
-    dedup_keep: Annotated[
-        str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
-    ] = None,
+    order: Order = "hard",
+    drop_hardest: DropHardest = 0.0,
+    quota: Quota = None,
+    balance: Balance = 0.0,
+    by: By = None,
+    calibrate: Calibrate = None,
+    dedup: Dedup = None,
+    dedup_keep: DedupKeep = None,
+    scores: Scores = None,
     higher_is: HigherIs = None,
     k: K = "auto",
     euclidean: Euclidean = False,
@@ -144,7 +147,7 @@ def check_links(links: Path | None, hard: bool) -> None:
     if hard and links is None:
         raise UsageError("--hard-links goes with --links DIR")
     if links is not None:
-        from protoprune.lists import check_free
+        from protoprune.files import check_free
 
         check_free(links)
 
@@ -173,7 +176,7 @@ def _format(asked: str | None, path: Path | None) -> str:
 def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
     import numpy as np
 
-    from protoprune import lists
+    from protoprune import files, lists
 
     ranking = chosen.ranking
 
@@ -187,16 +190,16 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        lists.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
+        files.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
-        lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
+        files.write_file(manifest, lists.manifest(_columns(chosen), kind))
     if links is not None:
-        lists.write_links(links, root, chosen.kept_paths, hard=hard_links)
+        files.write_links(links, root, chosen.kept_paths, hard=hard_links)
     if out is not None:
-        lists.write_file(out, kept)
+        files.write_file(out, kept)
     else:
-        lists.write_stdout(kept)
+        files.write_stdout(kept)
 
 
 def _columns(chosen: Selected) -> dict:
