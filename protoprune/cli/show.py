@@ -79,7 +79,7 @@ def sheet(
 ) -> None:
     """Write a contact sheet of the easiest and the hardest images."""
     from protoprune import pruning
-    from protoprune.lists import write_file
+    from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
 

@@ -28,7 +28,8 @@ import numpy as np
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.lists import read_list, write_file
+from protoprune.files import write_file
+from protoprune.lists import read_list
 from protoprune.scores.columns import could_be_scores, find_columns, parse_text
 
 _MARK = "# protoprune-scores: "
