@@ -158,7 +158,7 @@ def test_every_way_to_select_leaves_them_out(zeros, options):
 def test_a_score_table_may_rank_them_but_duplicates_and_quotas_do_not_know_them(zeros, tmp_path):
     np.save(tmp_path / "s.npy", np.arange(70.0))
     for options in ({"dedup": 0.001}, {"quota": "dbp"}):
-        chosen = protoprune.select(zeros, 1, scores=tmp_path / "s.npy", k=3, **options)
+        chosen = protoprune.select(zeros, 1, scores=tmp_path / "s.npy", by_place=True, k=3, **options)
         assert set(chosen.kept_paths) >= ZEROS
         assert "2 images have features that are all zeros, and are in no cluster" in chosen.ranking.notes()[0]
         if "quota" in options:
