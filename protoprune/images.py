@@ -35,8 +35,8 @@ _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
-    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"),
-    (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"), (b"%PDF-", "a PDF file"),
+    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"), (b"%PDF-", "a PDF file"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
 )  # fmt: skip
 
@@ -194,7 +194,9 @@ def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: in
 def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
     """(label of each image, classes, where they come from)."""
     if class_level is not None and labels is not True:
-        raise UsageError(f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels")
+        raise UsageError(
+            f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
+        )
     if labels is False:
         return np.full(len(paths), -1, np.int32), [], ""
     if labels is not True:
@@ -206,8 +208,8 @@ def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tup
         splits = [name for name in classes if _SPLIT.fullmatch(name)]
         if len(splits) >= 2 and 2 * len(splits) >= len(classes):
             warn(
-                f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one of "
-                "them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
+                f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
+                "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
             )
         return label, classes, "first-level folders" if classes else ""
     without = int((label < 0).sum())
@@ -220,7 +222,7 @@ def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tup
 
 
 def _doubt_common_root(images: ImageList) -> None:
-    """Warn when the common folder of an absolute list is hardly what the classes lie in: several disks, several sets."""
+    """Warn when the common folder of an absolute list is hardly what the classes lie in: several disks or sets."""
     folders = images.classes
     if folders and (os.path.dirname(images.root) == images.root or all(path.count("/") > 1 for path in images.paths)):
         warn(

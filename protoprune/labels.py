@@ -23,8 +23,8 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import refuse_archive
 from protoprune.scores.matching import match_names
 
-_PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image", "imageid",
-          "img", "id", "name", "key")  # fmt: skip
+_PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
+          "imageid", "img", "id", "name", "key")  # fmt: skip
 _CLASSES = ("label", "class", "classname", "labelname", "category", "target", "wnid", "synset", "species", "classid",
             "categoryid", "labelid", "labels", "predictionstring", "y")  # fmt: skip
 _DELIMITERS = ("\t", ",", ";", "|", " ")
@@ -45,6 +45,15 @@ class LabelFile:
     path: str | os.PathLike
     column: str | None = None
     names: str | os.PathLike | None = None
+
+
+def label_file(path, column: str | None, names, level: int | None = None) -> LabelFile | bool:
+    """The `labels` argument of `list_folder` for the command line's options."""
+    if path is None:
+        return True
+    if level is not None:
+        raise UsageError(f"--class-level {level} does not go with --labels {path}, which gives the classes")
+    return LabelFile(path, column, names)
 
 
 def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.ndarray, list[str], str]:
@@ -148,7 +157,9 @@ def _from_records(records: list, column: str | None) -> tuple[list[str], list[st
 
 def _cell(value) -> str:
     if isinstance(value, (list, dict)):
-        raise _Unclear(f"a class that is not one value ({str(value)[:60]}); images with several labels are not supported")
+        raise _Unclear(
+            f"a class that is not one value ({str(value)[:60]}); images with several labels are not supported"
+        )
     if isinstance(value, bytes):
         return os.fsdecode(value)
     if isinstance(value, float) and value.is_integer():
@@ -237,7 +248,9 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
     table = _class_names(names, {int(value) for value in numbers})
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
     if unknown:
-        raise UsageError(f"--class-names {names}: has no name for {len(unknown)} of the class numbers (first: {unknown[0]})")
+        raise UsageError(
+            f"--class-names {names}: has no name for {len(unknown)} of the class numbers (first: {unknown[0]})"
+        )
     return [table[int(value)] if value else "" for value in values]
 
 
@@ -276,8 +289,8 @@ def _numbered(source: str, names: list[str], used: set[int]) -> dict[int, str]:
     if max(used) == len(names):
         return dict(enumerate(names, 1))
     raise UsageError(
-        f"--class-names {source}: do its {len(names):,} names count from 0 or from 1? the labels go from {min(used)} to "
-        f"{max(used)}; give a file with number and name in each line"
+        f"--class-names {source}: do its {len(names):,} names count from 0 or from 1? the labels go from {min(used)} "
+        f"to {max(used)}; give a file with number and name in each line"
     )
 
 
@@ -306,9 +319,7 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
         warn(f"{source}: {len(keys) - len(of):,} rows name an image a second time")
     unique = list(of)
     rows, _ = match_names(_below(source, unique, paths, root), paths)
-    found: dict[int, set[str]] = {
-        int(row): of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0
-    }
+    found: dict[int, set[str]] = {int(row): of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
     if not found:
         raise ProtopruneError(
             f"{source}: none of its {len(unique):,} rows names an image (it has {unique[0]!r}, the images are like "
