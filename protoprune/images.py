@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 _STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
 
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 # How files that are no lists begin. Images are among them: `embed photo` of a file without a suffix.
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
     (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"), (b"%PDF-", "a PDF file"),
+    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
 )  # fmt: skip
 
@@ -141,6 +142,8 @@ def list_paths(
 
 def archive_kind(head: bytes) -> str | None:
     """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
+    if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
+        return None
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
