@@ -157,9 +157,7 @@ def _from_records(records: list, column: str | None) -> tuple[list[str], list[st
 
 def _cell(value) -> str:
     if isinstance(value, (list, dict)):
-        raise _Unclear(
-            f"a class that is not one value ({str(value)[:60]}); images with several labels are not supported"
-        )
+        raise _Unclear(f"a class that is not one value ({str(value)[:60]}); expected one class an image")
     if isinstance(value, bytes):
         return os.fsdecode(value)
     if isinstance(value, float) and value.is_integer():
@@ -248,9 +246,7 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
     table = _class_names(names, {int(value) for value in numbers})
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
     if unknown:
-        raise UsageError(
-            f"--class-names {names}: has no name for {len(unknown)} of the class numbers (first: {unknown[0]})"
-        )
+        raise UsageError(f"--class-names {names}: has no name for {len(unknown)} class numbers (first: {unknown[0]})")
     return [table[int(value)] if value else "" for value in values]
 
 
@@ -312,6 +308,8 @@ def _by_place(source: str, values: list[str], paths: Sequence[str]) -> list[str]
 
 def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[str], root: str) -> dict[int, str]:
     """row -> class of the images that the table names."""
+    if not any("/" in key for key in keys) and not any("\\" in path for path in paths):  # written on Windows
+        keys = [key.replace("\\", "/") for key in keys]
     of: dict[str, set[str]] = {}
     for key, value in zip(keys, values, strict=True):
         of.setdefault(key.removeprefix("./"), set()).add(value)

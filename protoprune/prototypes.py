@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from protoprune import files
 from protoprune.errors import ProtopruneError, UsageError
 
 # Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
@@ -323,12 +324,10 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
             return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
     result = compute(**settings)
     plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
-    temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, key=key, plain=json.dumps(plain), **{name: getattr(result, name) for name in _ARRAYS})
-        os.replace(temporary, path)
         for other in os.listdir(folder):  # clusterings of features that are no more
             if _ENTRY.fullmatch(other) and other[:12] != name[:12]:
                 os.unlink(os.path.join(folder, other))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protoprune import hdf5
+from protoprune import files, hdf5
 from protoprune.errors import ProtopruneError
 
 KIND = hdf5.Kind("protoprune-record", 1, "training record", "protoprune record IMAGES")
@@ -148,11 +148,12 @@ class PartialRecord:
                 self._file[name][models, epoch, :] = value
             self._file.flush()
         except OSError as error:
-            raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
+            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""
-        hdf5.sync(partial_path(self.out))
+        with files.told(partial_path(self.out)):
+            files.sync(partial_path(self.out))
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""
@@ -162,9 +163,7 @@ class PartialRecord:
     def finish(self) -> None:
         """Give the finished record its name."""
         self.close()
-        hdf5.sync(partial_path(self.out))
-        os.replace(partial_path(self.out), self.out)
-        hdf5.sync(os.path.dirname(os.path.abspath(self.out)))
+        files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):
@@ -195,11 +194,11 @@ def create(
     test_labels: np.ndarray | None = None,
 ) -> None:
     """Create `<out>.partial` with its space reserved, so a disk that is too small is found out before the training."""
-    path, n, test = partial_path(out) + ".new", len(paths), len(test_paths)
+    n, test = len(paths), len(test_paths)
     (models, _), epochs = subset.shape, len(epoch_numbers)
     names = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
-    try:
-        hdf5.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + names)
+    with files.creating(partial_path(out)) as path:
+        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + names)
         with hdf5.create(path, KIND) as file:
             for name, value in provenance.items():
                 file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
@@ -218,13 +217,7 @@ def create(
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
                 hdf5.dataset(file, "test_prediction", shape=(models, epochs, test), dtype=np.dtype(np.uint16))
                 hdf5.dataset(file, "test_true_probability", shape=(models, epochs, test), dtype=np.dtype(np.float16))
-        hdf5.reserve(path, "r+b", os.path.getsize(path))
-        hdf5.sync(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise ProtopruneError(hdf5.disk_trouble(path, error)) from None
-    os.replace(path, partial_path(out))
+        files.reserve(path, "r+b", os.path.getsize(path))
 
 
 def _wide(values: np.ndarray) -> np.ndarray:

@@ -107,7 +107,7 @@ def _classes(labels: Path | None, column: str | None, names: Path | None, level:
         raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
     if none and (labels is not None or level is not None):
         raise UsageError(f"--no-labels does not go with {'--labels' if labels is not None else '--class-level'}")
-    return label_file(labels, column, names, level) and not none
+    return False if none else label_file(labels, column, names, level)
 
 
 def _find_images(images: str, root: Path | None, classes: dict):
@@ -182,8 +182,9 @@ def _say_report(report, model, seconds: float) -> None:
 def _finish(report, found, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
     from protoprune.features import FeatureFile
+    from protoprune.files import write_file
     from protoprune.images import describe_counts
-    from protoprune.lists import manifest, write_file
+    from protoprune.lists import manifest
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"

@@ -139,7 +139,7 @@ def check_links(links: Path | None, hard: bool) -> None:
     if hard and links is None:
         raise UsageError("--hard-links goes with --links DIR")
     if links is not None:
-        from protoprune.lists import check_free
+        from protoprune.files import check_free
 
         check_free(links)
 
@@ -168,7 +168,7 @@ def _format(asked: str | None, path: Path | None) -> str:
 def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
     import numpy as np
 
-    from protoprune import lists
+    from protoprune import files, lists
 
     ranking = chosen.ranking
 
@@ -182,16 +182,16 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        lists.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
+        files.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
-        lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
+        files.write_file(manifest, lists.manifest(_columns(chosen), kind))
     if links is not None:
-        lists.write_links(links, root, chosen.kept_paths, hard=hard_links)
+        files.write_links(links, root, chosen.kept_paths, hard=hard_links)
     if out is not None:
-        lists.write_file(out, kept)
+        files.write_file(out, kept)
     else:
-        lists.write_stdout(kept)
+        files.write_stdout(kept)
 
 
 def _columns(chosen: Selected) -> dict:

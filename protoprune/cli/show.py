@@ -64,7 +64,7 @@ def sheet(
 ) -> None:
     """Write a contact sheet of the easiest and the hardest images."""
     from protoprune import pruning
-    from protoprune.lists import write_file
+    from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
 
     if by not in ("none", "class", "cluster"):
