@@ -47,7 +47,8 @@ def info(
             f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}"
         )
         _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        _print(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
+        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+        _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         _print(f"root        {facts['root']}")
         _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
         _print(f"preprocess  {facts['preprocess']}")
