@@ -21,6 +21,7 @@ from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
+from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning
 
 
@@ -88,6 +89,7 @@ for command in (
     compare,
     evaluate,
     scaling,
+    tune,
     info,
     sheet,
     encoders,
