@@ -9,7 +9,10 @@ DEMO := .demo
 IMAGES ?= $(DEMO)/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
+EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
+SIZE ?= small
+
+.PHONY: help venv demo test test-all lint docs bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -46,6 +49,11 @@ lint: $(READY) ## Check style and formatting.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(READY) ## Build the documentation as a site, build/site/index.html; a dead link fails.
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
 bench: $(READY) ## Measure against what you would use instead; DATA=folder for your own photos.
 	$(BIN)/python benchmarks/embed_speed.py $(if $(DATA),--images '$(DATA)')
 	$(BIN)/python benchmarks/cluster_speed.py
@@ -56,9 +64,6 @@ bench: $(READY) ## Measure against what you would use instead; DATA=folder for y
 encoder: $(READY) ## Train the bundled encoder again: TINY=Tiny ImageNet folder, CIFAR=CIFAR-10 train folder.
 	$(BIN)/python scripts/train_encoder.py configs/encoder_mini.toml --out results/encoder \
 	    --data 'tiny-imagenet=$(TINY)' --data 'cifar10=$(CIFAR)'
-
-EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
-SIZE ?= small
 
 reproduce: ## Run the papers' experiments, or one (reproduce-k); DATA=folder of data sets, SIZE=full on a GPU.
 	@failed=; for name in $(EXPERIMENTS); do \

@@ -3,7 +3,7 @@
 The public API, imported on first use so that `import protoprune` costs nothing:
 
     embed, list_folder, list_paths, load_encoder    images -> feature file
-    select, rank, prune                             feature file -> kept set
+    select, rank, prune, Rule, Clusters             feature file -> kept set
     read_list, keep_only                            kept list -> data loader
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
@@ -27,10 +27,12 @@ _HOME = {
     "select": "pruning",
     "rank": "pruning",
     "prune": "pruning",
+    "Rule": "pruning",
+    "Clusters": "pruning",
     "read_list": "lists",
-    "keep_only": "lists",
+    "keep_only": "loaders",
     "read_weights": "lists",
-    "weights_of": "lists",
+    "weights_of": "loaders",
     "Record": "records",
     "score": "metrics.catalogue",
     "compare": "comparison",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import features as feature_file
-from protoprune import hdf5
+from protoprune import files, hdf5
 from protoprune.decode import TRANSIENT, ImageError, Status, load, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
@@ -98,7 +98,7 @@ def embed(
         "store": store,
     }
     report = EmbedReport(out, len(images), device=str(where), precision=precision)
-    with hdf5.lock(out):
+    with files.lock(out):
         if not _prepare(images, encoder, out, provenance, overwrite, report):
             return report
         partial = PartialFile(out)

@@ -14,3 +14,12 @@ class UsageError(ProtopruneError):
     """The request itself cannot be met (a bad value, options that do not fit together)."""
 
     exit_code = 2
+
+
+SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bits, and restarts count on from a seed
+
+
+def check_seed(seed: int) -> None:
+    """Raise UsageError for a seed that not every generator takes."""
+    if not 0 <= seed <= SEEDS:
+        raise UsageError(f"--seed {seed}: expected a whole number from 0 to {SEEDS}")

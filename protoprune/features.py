@@ -22,7 +22,6 @@ changes. The finished file appears by rename and is never modified.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections import Counter
@@ -32,7 +31,7 @@ import h5py
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from protoprune import hdf5, seals
+from protoprune import files, hdf5, seals
 from protoprune.decode import TRANSIENT, Status
 from protoprune.errors import ProtopruneError
 from protoprune.hdf5 import Column
@@ -329,7 +328,7 @@ class PartialFile:
             self._committed[0] = self.done
             self._file.flush()
         except OSError as error:
-            raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
+            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def _reason_number(self, text: str) -> int:
         stored = text.encode("ascii", "backslashreplace")[:_REASON_WIDTH]
@@ -345,9 +344,7 @@ class PartialFile:
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
         seals.complete(partial_path(self.out), _PER_ROW)
-        hdf5.sync(partial_path(self.out))
-        os.replace(partial_path(self.out), self.out)
-        hdf5.sync(os.path.dirname(os.path.abspath(self.out)))
+        files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
         self._reader.close()
@@ -363,24 +360,17 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
     Its space is reserved at once, so a disk that is too small is found out before the first image is decoded.
     Nothing appears under the final name, and killing this leaves an ignored `.partial.new` only.
     """
-    path = partial_path(out) + ".new"
-    try:
+    with files.creating(partial_path(out)) as path:
         # Once without HDF5, which cannot recover when the disk fills under it, and once for the file as it is.
-        hdf5.reserve(path, "wb", _estimated_size(images, dim, np.dtype(provenance["store"])))
+        files.reserve(path, "wb", _estimated_size(images, dim, np.dtype(provenance["store"])))
         with hdf5.create(path, KIND) as file:
             _allocate(file, images, dim, provenance)
-        hdf5.reserve(path, "r+b", os.path.getsize(path))
+        files.reserve(path, "r+b", os.path.getsize(path))
         with h5py.File(path, "r+") as file:
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
                 _borrow(file, source, rows)
         hdf5.seal(path, KIND, {"features", "status", "reason", "reasons", "borrowed", "committed", "digest"})
-        hdf5.sync(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise ProtopruneError(hdf5.disk_trouble(path, error)) from None
-    os.replace(path, partial_path(out))
 
 
 def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:

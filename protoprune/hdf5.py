@@ -1,4 +1,4 @@
-"""HDF5 files that survive being killed: space reserved first, a lock, and names as blocks of bytes.
+"""HDF5 files that survive being killed: space allocated first, and names as blocks of bytes.
 
 The one place that knows how HDF5 behaves; `features` and `records` say what is in their files.
 """
@@ -6,7 +6,6 @@ The one place that knows how HDF5 behaves; `features` and `records` say what is 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import uuid
@@ -251,18 +250,6 @@ def check_replaceable(path: str, kind: Kind) -> None:
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 
-def reserve(path: str, mode: str, size: int) -> None:
-    """Make a file at least `size` bytes long on the disk, so that a full disk is found out now."""
-    with open(path, mode) as file:
-        if not hasattr(os, "posix_fallocate"):  # macOS: there a full disk is found out while writing
-            return
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise  # any other error: a file system that reserves nothing
-
-
 def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=None, dtype=None) -> None:
     """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
     shape, dtype = (data.shape, data.dtype) if data is not None else (shape, dtype)
@@ -276,44 +263,6 @@ def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=No
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
     if data is not None:
         file[name][...] = data
-
-
-@contextlib.contextmanager
-def lock(out: str) -> Iterator[None]:
-    """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
-    import fcntl
-
-    path = out + ".lock"
-    try:
-        file = _locked(path, fcntl)
-    except BlockingIOError:
-        with contextlib.suppress(OSError), open(path) as holder:
-            who = holder.read().strip()
-        raise ProtopruneError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
-    except OSError as error:
-        raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        file.close()
-
-
-def _locked(path: str, fcntl):
-    while True:
-        file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}")
-                file.flush()
-                return file
-        except OSError:
-            file.close()
-            raise
-        file.close()  # its holder removed it between our open and our flock: this lock guards nothing
 
 
 def block(names: list[str]) -> np.ndarray:
@@ -335,17 +284,3 @@ def plain(value):
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())
     return value.item() if isinstance(value, np.generic) else value
-
-
-def disk_trouble(path: str, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{path}: cannot write ({reason}); what is done is kept: make room or choose another -o, and run it again"
-
-
-def sync(path: str) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

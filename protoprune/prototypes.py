@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from protoprune import files
 from protoprune.errors import ProtopruneError, UsageError
 
 # Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
@@ -61,6 +62,20 @@ def auto_k(usable: int, classes: int = 0) -> int:
     return max(1, min(classes if classes >= 2 else round(math.sqrt(usable)), usable // 10))
 
 
+def check_settings(
+    k: int | None = None, iterations: int = 25, train_points: int | None = None, backend: str = "auto"
+) -> None:
+    """Raise UsageError for a setting of `cluster` that no features would bear."""
+    if k is not None and k < 1:
+        raise UsageError(f"--k {k}: expected at least 1; use --k auto")
+    if iterations < 1:
+        raise UsageError(f"--iterations {iterations}: expected at least 1")
+    if train_points is not None and train_points < (k or 1):
+        raise UsageError(f"--train-points {train_points}: fewer than the {k or 1} clusters; give at least {k or 1}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
+
+
 def cluster(
     features,
     k: int,
@@ -83,7 +98,11 @@ def cluster(
     n, d = features.shape
     usable = np.ones(n, bool) if usable is None else usable
     m = int(usable.sum())
-    _check(k, m, iterations, train_points, backend)
+    check_settings(k, iterations, train_points, backend)
+    if k > m:
+        raise UsageError(f"--k {k}: more clusters than usable images ({m:,}); use --k auto or at most {m}")
+    if train_points is not None and train_points < k:
+        raise UsageError(f"--train-points {train_points}: fewer than the {k} clusters; give at least {k}")
     limit = min(m, train_points or max(TRAIN_BYTES // (4 * d), 256 * k))
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(usable)
@@ -133,19 +152,6 @@ def _seeds(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
         nearest = distances[best]
         nearest[chosen[-1]] = 0  # exactly: rounding must not let a point be drawn twice
     return sample[chosen].copy()
-
-
-def _check(k: int, m: int, iterations: int, train_points: int | None, backend: str) -> None:
-    if k < 1:
-        raise UsageError(f"--k {k}: expected at least 1; use --k auto")
-    if k > m:
-        raise UsageError(f"--k {k}: more clusters than usable images ({m:,}); use --k auto or at most {m}")
-    if iterations < 1:
-        raise UsageError(f"--iterations {iterations}: expected at least 1")
-    if train_points is not None and train_points < k:
-        raise UsageError(f"--train-points {train_points}: fewer than the {k} clusters; give at least {k}")
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend {backend}: expected one of {', '.join(BACKENDS)}")
 
 
 def _chunks(features) -> Iterator[tuple[int, np.ndarray]]:
@@ -318,12 +324,10 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
             return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
     result = compute(**settings)
     plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
-    temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, key=key, plain=json.dumps(plain), **{name: getattr(result, name) for name in _ARRAYS})
-        os.replace(temporary, path)
         for other in os.listdir(folder):  # clusterings of features that are no more
             if _ENTRY.fullmatch(other) and other[:12] != name[:12]:
                 os.unlink(os.path.join(folder, other))

@@ -4,7 +4,8 @@ import protoprune
 result = protoprune.select("features.h5", keep=0.7)
 result.kept_paths
 
-A ranking says how hard each image is, a `Rule` what to keep of it. Knows nothing of how either is written down.
+A ranking says how hard each image is, `Clusters` how the features were clustered for it, a `Rule` what to keep of it.
+Everything that can be asked for is checked here, for both. Knows nothing of how any of it is written down.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
 from protoprune import prototypes, selection
 from protoprune.decode import Status
-from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile, partial_path
+from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.features import FeatureFile, open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, mean_overlap, overlap, read_scores, spearman
+from protoprune.scores.table import check_higher
 
 GROUPS = ("class", "cluster")
 QUOTAS = ("dbp",)
+_NO_QUOTA = "--quota dbp does not go with --euclidean: its complexity is a product of cosine distances"
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Ranking:
     scores: np.ndarray  # (n,) float32 or float64, NaN where there is none
     clusterings: list[Clustering] = field(default_factory=list)  # one a restart
     cached: int = 0  # how many of them were found in the cache
+    clusters: Clusters | None = None  # how they were made
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
@@ -53,6 +57,38 @@ class Ranking:
     def usable(self) -> np.ndarray:
         """(n,) bool: rows that have a score and may be kept: all that have one but the removed duplicates."""
         return self.scored if self.duplicate_of is None else self.scored & (self.duplicate_of < 0)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How images are clustered: the options of `protoprune select` that decide it, checked together.
+
+    k             number of clusters; None leaves it to `prototypes.auto_k`
+    euclidean     Euclidean k-means on the features as they are, instead of spherical k-means
+    iterations    of k-means
+    seed          of the first clustering; restarts take the seeds after it
+    restarts      how many clusterings; images are ranked by the mean of their distances
+    train_points  how many points k-means sees; None: all, up to 4 GiB
+    backend       auto, faiss or torch
+    cache         keep clusterings in `<features>.clusters/`, and take them from there
+
+    Raises UsageError for a value out of range.
+    """
+
+    k: int | None = None
+    euclidean: bool = False
+    iterations: int = 25
+    seed: int = 0
+    restarts: int = 1
+    train_points: int | None = None
+    backend: str = "auto"
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        prototypes.check_settings(self.k, self.iterations, self.train_points, self.backend)
+        check_seed(self.seed)
+        if self.restarts < 1:
+            raise UsageError(f"--restarts {self.restarts}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -82,6 +118,7 @@ class Rule:
     def __post_init__(self) -> None:
         selection.check(self.keep, self.order, self.balance)
         selection.check_order(self.order, self.drop_hardest)
+        check_seed(self.seed)
         if self.by not in (None, *GROUPS):
             raise UsageError(f"--by {self.by}: expected class or cluster")
         if self.by is not None and not self.balance:
@@ -119,73 +156,35 @@ class Selected:
         return list(itertools.compress(self.ranking.paths, self.keep))
 
 
-def open_features(path: str | os.PathLike) -> FeatureFile:
-    """The finished feature file; a run that was cut short gets an error that says how to finish it."""
-    path = os.fspath(path)
-    if not os.path.exists(path) and os.path.exists(partial_path(path)):
-        with FeatureFile(partial_path(path)) as partial:
-            done = int(partial.finished().sum())
-        raise ProtopruneError(
-            f"{path}: not finished, {done:,} of {partial.n:,} images are embedded; "
-            "run the same `protoprune embed` again, it does the rest"
-        )
-    return FeatureFile(path)
-
-
-def rank(
-    features: str | os.PathLike = "features.h5",
-    *,
-    k: int | None = None,
-    euclidean: bool = False,
-    iterations: int = 25,
-    seed: int = 0,
-    restarts: int = 1,
-    train_points: int | None = None,
-    backend: str = "auto",
-    cache: bool = True,
-) -> Ranking:
+def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
     """Rank the images of a feature file by their distance to their k-means prototype.
 
-    `k` defaults to `prototypes.auto_k`. With `restarts` R the clustering is run from the seeds seed … seed + R - 1 and
-    the score is the mean distance. Clusterings are kept in `<features>.clusters/`.
+    `options` are the fields of `Clusters` (k, euclidean, iterations, seed, restarts, train_points, backend, cache), for
+    whoever does not make one.
     """
+    clusters = _clusters(clusters, options)
     with open_features(features) as file:
         ranking = _ranking(file)
-    add_clusters(
-        ranking, k=k, euclidean=euclidean, iterations=iterations, seed=seed, restarts=restarts,
-        train_points=train_points, backend=backend, cache=cache,
-    )  # fmt: skip
+    add_clusters(ranking, clusters)
     ranking.scores = prototypes.consensus(ranking.clusterings)
     return ranking
 
 
-def add_clusters(
-    ranking: Ranking,
-    *,
-    k: int | None = None,
-    euclidean: bool = False,
-    iterations: int = 25,
-    seed: int = 0,
-    restarts: int = 1,
-    train_points: int | None = None,
-    backend: str = "auto",
-    cache: bool = True,
-) -> None:
+def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
     """Cluster the features of all readable images into `ranking.clusterings`, whatever the scores are (see `rank`)."""
-    if restarts < 1:
-        raise UsageError(f"--restarts {restarts}: expected at least 1")
+    clusters = ranking.clusters = _clusters(clusters, options)
     usable = ranking.status == Status.OK
     with open_features(ranking.file) as file:
         if not usable.any():
             raise ProtopruneError(f"{file.path}: none of its {file.n:,} images could be read; see `protoprune info`")
-        ranking.k_rule = "as given"
+        k, ranking.k_rule = clusters.k, "as given"
         if k is None:
             k = prototypes.auto_k(int(usable.sum()), len(file.classes))
             ranking.k_rule = _k_rule(k, int(usable.sum()), len(file.classes))
-        for number in range(restarts):
+        for number in range(clusters.restarts):
             one, found = _cluster(
-                file, usable, cache, k=k, spherical=not euclidean, seed=seed + number, iterations=iterations,
-                train_points=train_points, backend=backend,
+                file, usable, clusters.cache, k=k, spherical=not clusters.euclidean, seed=clusters.seed + number,
+                iterations=clusters.iterations, train_points=clusters.train_points, backend=clusters.backend,
             )  # fmt: skip
             ranking.clusterings.append(one)
             ranking.cached += found
@@ -199,6 +198,8 @@ def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, high
     readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
     ranking.scores = np.where(readable, ranking.table.scores, np.nan)
     ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
+    if not ranking.scored.any():
+        raise ProtopruneError(f"{table}: gives none of the images a score; nothing can be ranked")
     return ranking
 
 
@@ -213,20 +214,23 @@ def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed:
     one = _first_clustering(ranking, "--dedup")
     with open_features(ranking.file) as file:
         ranking.duplicate_of = selection.duplicates(
-            _mapped(file), one.cluster, one.distance, epsilon,
+            file.features, one.cluster, one.distance, epsilon,
             ids=ranking.paths, keep=keep, seed=seed, usable=ranking.usable,
         )  # fmt: skip
 
 
-def prune(ranking: Ranking, keep: float, **options) -> Selected:
+def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     """The kept set of a ranking: exactly round(keep * m) of its m usable images, nested for growing `keep`.
 
-    `options` are the fields of `Rule`: order, drop_hardest, quota, balance, by, calibrate, seed. They compose: the
-    order (with the dropped last) is interleaved by the quotas, and the first of it are taken with a floor for every
-    group; when calibrated this holds for the part that goes by order, and the rest is drawn from all that is left.
+    `keep` is a fraction, and `options` are the other fields of `Rule` (order, drop_hardest, quota, balance, by,
+    calibrate, seed), or it is a `Rule`. They compose: the order (with the dropped last) is interleaved by the quotas,
+    and the first of it are taken with a floor for every group; when calibrated this holds for the part that goes by
+    order, and the rest is drawn from all that is left. Raises UsageError where nothing would be kept.
     """
-    rule = Rule(keep, **options)
+    rule = _rule(keep, options)
     n, usable = len(ranking.paths), ranking.usable
+    if not round(rule.keep * int(usable.sum())):
+        raise UsageError(f"--keep {rule.keep:g} of {int(usable.sum()):,} images is none; keep more")
     groups = groups_of(ranking, rule.by) if rule.balance else None
     rows = selection.ranking(
         ranking.scores, ids=ranking.paths, order=rule.order, seed=rule.seed, usable=usable,
@@ -240,10 +244,10 @@ def prune(ranking: Ranking, keep: float, **options) -> Selected:
     rank_of[rows] = np.arange(len(rows))
     dropped[rows[stay:]] = True
     if rule.calibrate is None:
-        kept, weights = selection.cut(rows, n, keep, groups, rule.balance), None
+        kept, weights = selection.cut(rows, n, rule.keep, groups, rule.balance), None
     else:
         kept, weights = selection.calibrated(
-            rows, n, round(keep * len(rows)), rule.calibrate,
+            rows, n, round(rule.keep * len(rows)), rule.calibrate,
             ids=ranking.paths, seed=rule.seed, groups=groups, balance=rule.balance,
         )  # fmt: skip
     drawn = rule.calibrate is not None and rule.calibrate < 1
@@ -252,39 +256,76 @@ def prune(ranking: Ranking, keep: float, **options) -> Selected:
 
 def select(
     features: str | os.PathLike = "features.h5",
-    keep: float = 0.7,
+    keep: float | Rule = 0.7,
+    clusters: Clusters | None = None,
     *,
     scores: str | os.PathLike | None = None,
     higher_is: str | None = None,
     dedup: float | None = None,
-    dedup_keep: str = "harder",
-    seed: int = 0,
+    dedup_keep: str | None = None,
     **options,
 ) -> Selected:
-    """`rank`, `deduplicate` and `prune` in one call.
+    """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
 
-    `options` takes those of `prune` (order, drop_hardest, quota, balance, by, calibrate) and those of `rank` (k,
-    restarts, …). `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none);
-    the images are clustered then only where `dedup` or `quota` asks for it. `keep` is the fraction of what `dedup`
-    leaves.
+    `keep` is the fraction to keep or a `Rule`; `options` are the other fields of `Rule` (order, drop_hardest, quota,
+    balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
+    goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none); the
+    images are clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see
+    `deduplicate`; `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+
+    Raises UsageError, before any work, for what is out of range or does not go together.
     """
-    names = {one.name for one in fields(Rule)}
-    rule = {"seed": seed, **{name: value for name, value in options.items() if name in names}}
-    clustering = {name: value for name, value in options.items() if name not in names}
-    Rule(keep, **rule)
-    if dedup is not None:
-        selection.check_duplicates(dedup, dedup_keep)
+    rule, clusters = _rule_and_clusters(keep, clusters, options)
+    _check_together(rule, clusters, scores, higher_is, dedup, dedup_keep)
     if scores is None:
-        ranking = rank(features, seed=seed, **clustering)
+        ranking = rank(features, clusters)
     else:
         ranking = rank_by_table(features, scores, higher_is=higher_is)
-        if dedup is not None or rule.get("quota"):
-            add_clusters(ranking, seed=seed, **clustering)
-        elif clustering:
-            raise UsageError(f"scores ranks without clustering: no {', '.join(clustering)} with it")
+        if dedup is not None or rule.quota:
+            add_clusters(ranking, clusters)
     if dedup is not None:
-        deduplicate(ranking, dedup, keep=dedup_keep, seed=seed)
-    return prune(ranking, keep, **rule)
+        deduplicate(ranking, dedup, keep=dedup_keep or "harder", seed=rule.seed)
+    return prune(ranking, rule)
+
+
+def _rule(keep: float | Rule, options: dict) -> Rule:
+    if isinstance(keep, Rule):
+        return replace(keep, **options)
+    return Rule(keep, **options)
+
+
+def _clusters(clusters: Clusters | None, options: dict) -> Clusters:
+    return replace(clusters, **options) if clusters is not None else Clusters(**options)
+
+
+def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: dict) -> tuple[Rule, Clusters]:
+    """Both, with the options by their names; one that neither has is a TypeError."""
+    names = {one.name for one in fields(Rule)}
+    rule = {name: value for name, value in options.items() if name in names}
+    other = {name: value for name, value in options.items() if name not in names or name == "seed"}
+    return _rule(keep, rule), _clusters(clusters, other)
+
+
+def _check_together(rule: Rule, clusters: Clusters, scores, higher_is, dedup, dedup_keep) -> None:
+    """Raise UsageError for options that do not go together, before the work that they would ask for."""
+    check_higher(higher_is)
+    if dedup is not None:
+        selection.check_duplicates(dedup, dedup_keep or "harder")
+    elif dedup_keep is not None:
+        raise UsageError(f"--dedup-keep {dedup_keep}: goes with --dedup, which says how alike duplicates are")
+    if rule.quota and clusters.euclidean:
+        raise UsageError(_NO_QUOTA)
+    if scores is None:
+        if higher_is is not None:
+            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
+        return
+    clustered = dedup is not None or rule.quota
+    idle = {"restarts"} if clustered else {"k", "euclidean", "iterations", "restarts", "train_points", "backend"}
+    given = [one.name for one in fields(Clusters) if one.name in idle and getattr(clusters, one.name) != one.default]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        more = "" if clustered else "; --dedup and --quota cluster: they take all of these but --restarts"
+        raise UsageError(f"--scores ranks without clustering: no {names} with it{more}")
 
 
 def _first_clustering(ranking: Ranking, option: str) -> Clustering:
@@ -296,17 +337,9 @@ def _first_clustering(ranking: Ranking, option: str) -> Clustering:
 def _quota_shares(one: Clustering, usable: np.ndarray) -> np.ndarray:
     """(k,) the share of each cluster in the kept set, before its size caps it."""
     if not one.spherical:
-        raise UsageError("--quota dbp does not go with --euclidean: its complexity is a product of cosine distances")
+        raise UsageError(_NO_QUOTA)
     values = selection.complexity(one.centroids, one.cluster[usable], one.distance[usable])
     return selection.complexity_shares(values)
-
-
-def _mapped(file: FeatureFile) -> np.ndarray:
-    """The features as a memory map: a cluster's rows lie all over the file, and HDF5 is slow at single rows."""
-    offset = file.features.id.get_offset()
-    if offset is None:  # not contiguous, or empty
-        return file.features[:]
-    return np.memmap(file.path, file.features.dtype, "r", offset, file.features.shape)
 
 
 @dataclass
@@ -319,26 +352,28 @@ class StabilityRow:
     overlap: float  # share of the kept set that is kept here too
 
 
-def stability(features: str | os.PathLike, reference: Selected, *, seeds: int = 3, **settings) -> list[StabilityRow]:
+def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     """Cluster with other seeds and with k/2 and 2k, and compare each ranking with the one in use.
 
     The kept sets compared are those of the ranking alone, of the same images: no balance, quota or random part, which
     would hide how far the rankings differ.
     """
-    ranking, rule = reference.ranking, reference.rule
-    options = {"order": rule.order, "drop_hardest": rule.drop_hardest, "seed": rule.seed}
+    ranking, clusters = reference.ranking, reference.ranking.clusters
+    if ranking.table is not None or clusters is None:
+        raise UsageError("--scores ranks without clustering: no --stability with it")
+    rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
     m = int((ranking.status == Status.OK).sum())
     # Other seeds come after those of the restarts, which the reference has used up.
     fresh = seed + len(ranking.clusterings)
     others = [(base, fresh + number) for number in range(seeds)]
     others += [(k, seed) for k in (max(1, base // 2), min(m, 2 * base)) if k != base]
-    plain = prune(ranking, rule.keep, **options)
+    plain = prune(ranking, rule)
     rows = []
     for k, other_seed in others:
-        other = rank(features, k=k, seed=other_seed, **settings)
+        other = rank(ranking.file, replace(clusters, k=k, seed=other_seed, restarts=1))
         other.duplicate_of = ranking.duplicate_of
-        kept = prune(other, rule.keep, **options)
+        kept = prune(other, rule)
         rows.append(StabilityRow(k, other_seed, spearman(ranking.scores, other.scores), overlap(plain.keep, kept.keep)))
     return rows
 

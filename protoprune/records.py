@@ -20,14 +20,13 @@ how models are trained, what metrics make of this.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from protoprune import hdf5, seals
+from protoprune import files, hdf5, seals
 from protoprune.errors import ProtopruneError
 from protoprune.hdf5 import Column
 
@@ -265,11 +264,11 @@ class PartialRecord:
                     self._file["digest"][self._digests.names.index(name), models, epoch] = digests
             self._file.flush()
         except OSError as error:
-            raise ProtopruneError(hdf5.disk_trouble(partial_path(self.out), error)) from None
+            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""
-        hdf5.sync(partial_path(self.out))
+        files.sync(partial_path(self.out))
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""
@@ -281,9 +280,7 @@ class PartialRecord:
         names = self._digests.names
         self.close()
         seals.complete(partial_path(self.out), names)
-        hdf5.sync(partial_path(self.out))
-        os.replace(partial_path(self.out), self.out)
-        hdf5.sync(os.path.dirname(os.path.abspath(self.out)))
+        files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
         self._reader.close()
@@ -314,11 +311,11 @@ def create(
     test_labels: np.ndarray | None = None,
 ) -> None:
     """Create `<out>.partial` with its space reserved, so a disk that is too small is found out before the training."""
-    path, n, test = partial_path(out) + ".new", len(paths), len(test_paths)
+    n, test = len(paths), len(test_paths)
     (models, _), epochs = subset.shape, len(epoch_numbers)
     letters = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
-    try:
-        hdf5.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + letters)
+    with files.creating(partial_path(out)) as path:
+        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + letters)
         with hdf5.create(path, KIND) as file:
             for name, value in provenance.items():
                 file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
@@ -340,10 +337,4 @@ def create(
             names = names_with_digests(file)
             hdf5.dataset(file, "digest", np.zeros((len(names), models, epochs), np.uint64))
         hdf5.seal(path, KIND, {*names, "digest", "committed"})
-        hdf5.reserve(path, "r+b", os.path.getsize(path))
-        hdf5.sync(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise ProtopruneError(hdf5.disk_trouble(path, error)) from None
-    os.replace(path, partial_path(out))
+        files.reserve(path, "r+b", os.path.getsize(path))

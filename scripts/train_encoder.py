@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from protoprune.files import replacing
 from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, PATCH, RANK, MiniEncoder, PatchDictionary
 
 PART = 2000  # images per file of views
@@ -41,9 +42,9 @@ def log(*words):
 def kept(path: Path, make) -> dict[str, Tensor]:
     """The tensors of this file; when it is not there yet, make() is called and its result saved by rename."""
     if not path.exists():
-        temporary = path.with_suffix(".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in make().items()}, temporary)
-        os.replace(temporary, path)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in make().items()}
+        with replacing(os.fspath(path)) as temporary:
+            save_file(tensors, temporary)
     return load_file(path)
 
 
@@ -305,8 +306,8 @@ def use_fast_precision(encoder: MiniEncoder, device: str) -> None:
 
 def write_weights(encoder: MiniEncoder, path: Path) -> Path:
     weights = {name: parameter.detach().cpu().half().contiguous() for name, parameter in encoder.named_parameters()}
-    save_file(weights, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(os.fspath(path)) as temporary:
+        save_file(weights, temporary)
     return path
 
 

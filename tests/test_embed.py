@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from protoprune import features as feature_file
-from protoprune import hdf5
+from protoprune import files
 from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
@@ -314,7 +314,7 @@ def test_a_second_process_on_the_same_file_is_refused(images, tmp_path):
     holding, release = threading.Event(), threading.Event()
 
     def hold():
-        with hdf5.lock(str(tmp_path / "f.h5")):
+        with files.lock(str(tmp_path / "f.h5")):
             holding.set()
             release.wait(10)
 

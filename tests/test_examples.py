@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_helpers import write_folder
 
-from protoprune import hdf5
+from protoprune import files
 from protoprune.decode import Preprocess, Status, load
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import examples
@@ -220,7 +220,7 @@ def test_a_damaged_cache_is_never_used(folder, tmp_path, name, left):
 
 
 def test_one_writes_a_cache_at_a_time(folder, tmp_path):
-    with hdf5.lock(str(tmp_path / "p.npy")), pytest.raises(ProtopruneError, match="another protoprune is writing it"):
+    with files.lock(str(tmp_path / "p.npy")), pytest.raises(ProtopruneError, match="another protoprune is writing it"):
         load_examples(folder, 8, cache=tmp_path / "p.npy")
 
 

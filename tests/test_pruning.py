@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import protoprune
 from protoprune import pruning
-from protoprune.errors import UsageError
+from protoprune.cli import app
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.prototypes import Clustering
-from protoprune.pruning import Ranking, Rule, prune
+from protoprune.pruning import Clusters, Ranking, Rule, prune
 
 
 def made_up(scores, labels, cluster, distance, status=None) -> Ranking:
@@ -94,6 +97,7 @@ def test_the_order_of_the_rows_does_not_matter(ranking, options, keep, random):
     mixed.paths = [ranking.paths[row] for row in shuffle]
     if ranking.duplicate_of is not None:
         mixed.duplicate_of = ranking.duplicate_of[shuffle]  # only its sign matters here
+    assume(round(keep * int(ranking.usable.sum())))
     straight, other = prune(ranking, keep, **options), prune(mixed, keep, **options)
     assert straight.kept_paths == sorted(other.kept_paths)
     if straight.weights is not None:
@@ -228,26 +232,72 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     assert chosen.keep.sum() == round(0.5 * chosen.ranking.usable.sum())
     usable = np.flatnonzero(chosen.ranking.usable)
     assert np.flatnonzero(chosen.keep).tolist() == usable[-chosen.keep.sum() :].tolist()  # still by the table
-    with pytest.raises(UsageError, match="scores ranks without clustering: no k with it"):
+    with pytest.raises(UsageError, match="scores ranks without clustering: no --k with it"):
         protoprune.select(copies, 0.5, scores=scores, k=3)
 
 
 def test_stability_compares_the_same_images(copies):
     chosen = protoprune.select(copies, 0.5, dedup=0.01, k=2, drop_hardest=0.1)
-    rows = pruning.stability(copies, chosen, seeds=1)
+    rows = pruning.stability(chosen, seeds=1)
     assert [row.k for row in rows] == [2, 1, 4]
     assert all(0 < row.overlap <= 1 for row in rows)
-    alone = pruning.stability(copies, protoprune.select(copies, 0.5, dedup=0.01, k=1, order="easy"), seeds=1)
+    alone = pruning.stability(protoprune.select(copies, 0.5, dedup=0.01, k=1, order="easy"), seeds=1)
     assert (alone[0].k, alone[0].overlap) == (1, 1.0)  # one cluster: no seed can differ, and no duplicate comes back
 
 
-def test_bad_thresholds_are_found_before_the_work(tmp_path):
-    with pytest.raises(UsageError, match="--dedup 2"):
-        protoprune.select(tmp_path / "nowhere.h5", 0.5, dedup=2)
-    with pytest.raises(UsageError, match="--calibrate 2"):
-        protoprune.select(tmp_path / "nowhere.h5", 0.5, calibrate=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dedup": 2}, "--dedup 2"),
+        ({"calibrate": 2}, "--calibrate 2"),
+        ({"dedup": 0.1, "dedup_keep": "sideways"}, "--dedup-keep sideways: expected one of"),
+        ({"dedup_keep": "sideways"}, "--dedup-keep sideways: goes with --dedup"),
+        ({"higher_is": "banana"}, "--higher-is banana: expected one of"),
+        ({"higher_is": "keep"}, "--higher-is keep: goes with --scores"),
+        ({"scores": "s.npy", "iterations": -7}, "--iterations -7"),
+        ({"scores": "s.npy", "backend": "nonsense"}, "--backend nonsense"),
+        ({"scores": "s.npy", "iterations": 7, "euclidean": True}, "no --euclidean, --iterations with it"),
+        ({"scores": "s.npy", "dedup": 0.1, "restarts": 3}, "no --restarts with it"),
+        ({"quota": "dbp", "euclidean": True}, "--quota dbp does not go with --euclidean"),
+        ({"seed": -1}, "--seed -1"),
+        ({"k": 0}, "--k 0"),
+        ({"restarts": 0}, "--restarts 0"),
+        ({"train_points": 0}, "--train-points 0"),
+        ({"k": 3, "train_points": 2}, "--train-points 2: fewer than the 3 clusters"),
+    ],
+)
+def test_python_and_the_command_line_refuse_the_same_before_the_work(tmp_path, options, message):
+    nowhere = tmp_path / "nowhere.h5"
+    with pytest.raises(UsageError, match=message):
+        protoprune.select(nowhere, 0.5, **options)
+    arguments = ["select", str(nowhere), "--keep", "0.5"]
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.stderr) or "--seed" in result.stderr  # Typer's own words for that one
 
 
-def test_the_rule_explains_each_of_its_fields():
-    for name in inspect.signature(Rule).parameters:
-        assert name in Rule.__doc__
+def test_a_rule_and_clusters_say_the_same_as_their_fields(copies):
+    rule, clusters = Rule(0.4, "easy", balance=0.5, seed=2), Clusters(k=3, restarts=2, seed=2)
+    whole = protoprune.select(copies, rule, clusters, dedup=0.01)
+    named = protoprune.select(copies, 0.4, order="easy", balance=0.5, k=3, restarts=2, seed=2, dedup=0.01)
+    assert np.array_equal(whole.keep, named.keep)
+    assert (whole.rule, whole.ranking.clusters) == (named.rule, named.ranking.clusters) == (rule, clusters)
+    assert np.array_equal(whole.keep, prune(whole.ranking, rule).keep)
+    with pytest.raises(TypeError, match="colour"):
+        protoprune.select(copies, 0.5, colour="red")
+
+
+def test_nothing_to_keep_is_an_error(copies, tmp_path):
+    with pytest.raises(UsageError, match="--keep 0.001 of 50 images is none"):
+        protoprune.select(copies, 0.001, k=1)
+    np.save(tmp_path / "none.npy", np.full(50, np.nan))
+    with pytest.raises(ProtopruneError, match="none.npy: gives none of the images a score"):
+        protoprune.select(copies, 0.5, scores=tmp_path / "none.npy")
+
+
+@pytest.mark.parametrize("one", [Rule, Clusters])
+def test_what_decides_a_list_explains_each_of_its_fields(one):
+    for name in inspect.signature(one).parameters:
+        assert name in one.__doc__

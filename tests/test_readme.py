@@ -207,22 +207,24 @@ def test_h5py(here):
     assert len(given["paths"]) == len(given["features"]) == given["usable"].sum() == 20
 
 
-def test_every_marked_block_has_a_test_and_every_command_is_in_the_readme():
+def test_every_marked_block_has_a_test_and_every_command_is_in_the_docs():
     assert len(FOUND) == len(BLOCKS)
     assert set(BLOCKS) == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} & set(BLOCKS)
     for name in BLOCKS:
         assert f"test_{name}" in globals()
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]
     commands += [group.name for group in app.registered_groups]
-    missing = [name for name in commands if f"protoprune {name}" not in README]
+    missing = [name for name in commands if f"protoprune {name}" not in PAGES]
     assert missing == []
 
 
 def test_links_lead_somewhere():
-    """Files beside the page they stand on, and headings of the README."""
-    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\(#([^)]+)\)", README)) <= anchors
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!http|#)([^)#\s]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    """Files beside the page they stand on, and headings of the pages."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+            found = page.parent / target if target else page
+            assert found.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", found.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, f"{page.name}: {target}#{anchor}"

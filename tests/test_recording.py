@@ -19,7 +19,7 @@ from scipy.special import softmax
 from torch import nn
 from training_helpers import pixels, vectors
 
-from protoprune import hdf5, records
+from protoprune import files, records
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import heads, loop, models, recording
 from protoprune.training.loop import Recipe
@@ -431,7 +431,7 @@ def test_a_damaged_record_is_refused_or_overwritten(tmp_path):
 
 
 def test_one_process_writes_a_record(tmp_path):
-    with hdf5.lock(str(tmp_path / "r.h5")), pytest.raises(ProtopruneError, match="another protoprune is writing it"):
+    with files.lock(str(tmp_path / "r.h5")), pytest.raises(ProtopruneError, match="another protoprune is writing it"):
         run(vectors(), None, HEAD, tmp_path / "r.h5")
 
 

@@ -48,7 +48,7 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the resamples and of ties.")] = 0,
 ) -> None:
     """Compare score tables: Spearman correlations, and the sets that they would keep."""
-    from protoprune import comparison, lists, selection
+    from protoprune import comparison, files, selection
     from protoprune.scores.table import check_higher
 
     keeps = list(dict.fromkeys(keep or []))
@@ -66,11 +66,11 @@ def compare(
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
     if out is not None:
-        lists.write_file(out, lists.table_csv(comparison.pair_rows(result)))
+        files.write_file(out, files.table_csv(comparison.pair_rows(result)))
     if classes is not None:
-        lists.write_file(classes, lists.table_csv(comparison.class_rows(result)))
+        files.write_file(classes, files.table_csv(comparison.class_rows(result)))
     if figure is not None:
-        lists.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
+        files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
         _write_sheet(result, sheet, root, count)
     _say_result(result, bootstrap)
@@ -105,7 +105,7 @@ def _load(
     tables = {name: turned(read_table(source), higher_is) for name, source in zip(names, files, strict=True)}
     paths = labels = classes = usable = None
     if features is not None:
-        from protoprune.pruning import open_features
+        from protoprune.features import open_features
 
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
@@ -163,7 +163,7 @@ def _say_result(result: Comparison, bootstrap: int) -> None:
 
 def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
     from protoprune import comparison
-    from protoprune.lists import write_file
+    from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
 
     rows = []

@@ -155,8 +155,9 @@ def _say_report(report, model, seconds: float) -> None:
 def _finish(report, found, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
     from protoprune.features import FeatureFile
+    from protoprune.files import write_file
     from protoprune.images import describe_counts
-    from protoprune.lists import manifest, write_file
+    from protoprune.lists import manifest
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"

@@ -129,14 +129,14 @@ def _open(source: Path, is_record: bool):
         from protoprune.records import Record
 
         return Record(source)
-    from protoprune.pruning import open_features
+    from protoprune.features import open_features
 
     return open_features(source)
 
 
 def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:
     from protoprune import scores
-    from protoprune.lists import write_stdout
+    from protoprune.files import write_stdout
 
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if out is not None:

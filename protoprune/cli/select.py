@@ -12,7 +12,7 @@ import typer
 
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
     from protoprune.pruning import Ranking, Selected
@@ -84,8 +84,6 @@ def select(
     manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
-    from dataclasses import asdict
-
     from protoprune import pruning
 
     out = None if out == Path("-") else out
@@ -99,34 +97,17 @@ def select(
         calibrate=calibrate,
         seed=seed,
     )
-    _check_dedup(dedup, dedup_keep)
+    clusters = pruning.Clusters(
+        number_of_clusters(k), euclidean, iterations, seed, restarts, train_points, backend, cache
+    )
     _check_output(format, null, [features, scores], out, removed, manifest)
     check_links(links, hard_links)
-    settings = {"euclidean": euclidean, "iterations": iterations, "train_points": train_points, "backend": backend}
-    settings["cache"] = cache
-    if quota and euclidean:
-        raise UsageError("--quota dbp does not go with --euclidean: its complexity is a product of cosine distances")
-    if scores is None:
-        if higher_is is not None:
-            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-        ranking = pruning.rank(features, k=number_of_clusters(k), seed=seed, restarts=restarts, **settings)
-    else:
-        clusters = dedup is not None or quota is not None
-        if stability or restarts != 1 or (not clusters and (euclidean or k != "auto")):
-            raise UsageError(
-                "--scores ranks without clustering: no --k, --restarts, --euclidean or --stability with it "
-                "(--dedup and --quota cluster: they take --k)"
-            )
-        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is)
-        if clusters:
-            pruning.add_clusters(ranking, k=number_of_clusters(k), seed=seed, **settings)
-    if dedup is not None:
-        pruning.deduplicate(ranking, dedup, keep=dedup_keep or "harder", seed=seed)
-    chosen = pruning.prune(ranking, **asdict(rule))
-    if not ranking.usable.any():
-        raise ProtopruneError(f"{scores or features}: gives none of the images a score; nothing can be ranked")
-    if not chosen.keep.any():
-        raise UsageError(f"--keep {keep:g} of {int(ranking.usable.sum()):,} images is none; keep more")
+    if stability and scores is not None:
+        raise UsageError("--scores ranks without clustering: no --stability with it")
+    chosen = pruning.select(
+        features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_keep=dedup_keep
+    )
+    ranking = chosen.ranking
     _say_ranking(ranking)
     if dedup is not None:
         _say_duplicates(ranking, dedup)
@@ -140,7 +121,7 @@ def select(
     if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
-        _say_stability(pruning.stability(features, chosen, **settings))
+        _say_stability(pruning.stability(chosen))
 
 
 def number_of_clusters(text: str) -> int | None:
@@ -158,18 +139,9 @@ def check_links(links: Path | None, hard: bool) -> None:
     if hard and links is None:
         raise UsageError("--hard-links goes with --links DIR")
     if links is not None:
-        from protoprune.lists import check_free
+        from protoprune.files import check_free
 
         check_free(links)
-
-
-def _check_dedup(epsilon: float | None, keep: str | None) -> None:
-    from protoprune.selection import check_duplicates
-
-    if epsilon is not None:
-        check_duplicates(epsilon, keep or "harder")
-    elif keep is not None:
-        raise UsageError(f"--dedup-keep {keep}: goes with --dedup, which says how alike duplicates are")
 
 
 def _check_output(format: str | None, null: bool, inputs: list[Path | None], *outputs: Path | None) -> None:
@@ -196,7 +168,7 @@ def _format(asked: str | None, path: Path | None) -> str:
 def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
     import numpy as np
 
-    from protoprune import lists
+    from protoprune import files, lists
 
     ranking = chosen.ranking
 
@@ -210,16 +182,16 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        lists.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
+        files.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
-        lists.write_file(manifest, lists.manifest(_columns(chosen), kind))
+        files.write_file(manifest, lists.manifest(_columns(chosen), kind))
     if links is not None:
-        lists.write_links(links, root, chosen.kept_paths, hard=hard_links)
+        files.write_links(links, root, chosen.kept_paths, hard=hard_links)
     if out is not None:
-        lists.write_file(out, kept)
+        files.write_file(out, kept)
     else:
-        lists.write_stdout(kept)
+        files.write_stdout(kept)
 
 
 def _columns(chosen: Selected) -> dict:

@@ -19,8 +19,8 @@ def info(
     errors: Annotated[bool, typer.Option("--errors", help="List every image that could not be used.")] = False,
 ) -> None:
     """Describe a feature file."""
+    from protoprune.features import open_features
     from protoprune.images import describe_counts
-    from protoprune.pruning import open_features
 
     with open_features(features) as file:
         if errors:
@@ -63,7 +63,7 @@ def sheet(
 ) -> None:
     """Write a contact sheet of the easiest and the hardest images."""
     from protoprune import pruning
-    from protoprune.lists import write_file
+    from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
 
     if by not in ("none", "class", "cluster"):

@@ -5,16 +5,12 @@ Nothing heavy is imported here: numpy, scipy, rich and matplotlib load when a co
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
+import io
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from protoprune.errors import ProtopruneError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,9 +316,9 @@ def _count(path: Path) -> tuple[int, list[int]]:
     """Readable images in a feature file, and those of each class that has any."""
     import numpy as np
 
-    from protoprune.features import FeatureFile
+    from protoprune.features import open_features
 
-    with FeatureFile(path) as file:
+    with open_features(path) as file:
         labels = file.labels[file.usable]
         counts = np.bincount(labels[labels >= 0])
         return labels.size, [int(c) for c in counts if c]
@@ -367,39 +363,16 @@ def _answer(
     rows: list[dict], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
 ) -> None:
     """The rows as a table, or as CSV on stdout; besides, to files."""
+    from protoprune.files import table_csv, write_file, write_stdout
+
     if plot is not None:
-        _finish(plot, lambda partial: _draw(rows, partial, x, y, by, title))
+        write_file(plot, _draw(rows, plot.suffix[1:].lower(), x, y, by, title))
     if csv == "-":
-        _write_csv(rows, sys.stdout)
+        write_stdout(table_csv(rows))
         return
     if csv is not None:
-        _finish(Path(csv), lambda partial: _save_csv(rows, partial))
+        write_file(csv, table_csv(rows))
     _print_table(rows, title)
-
-
-def _finish(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a partial file beside `path` and rename it, so that a finished file is a whole one."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as problem:
-        raise ProtopruneError(
-            f"cannot write {path}: {problem.strerror}; choose a folder that exists and is writable"
-        ) from problem
-
-
-def _save_csv(rows: list[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        _write_csv(rows, file)
-
-
-def _write_csv(rows: list[dict], file) -> None:
-    import csv
-
-    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 def _print_table(rows: list[dict], title: str) -> None:
@@ -433,7 +406,7 @@ def _label(row: dict, by: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {_cell(row[name])}" for name in by)
 
 
-def _draw(rows: list[dict], path: Path, x: str, y: str, by: tuple[str, ...], title: str) -> None:
+def _draw(rows: list[dict], format: str, x: str, y: str, by: tuple[str, ...], title: str) -> bytes:
     """One line for each combination of the columns `by`; simulated values as points with error bars."""
     import matplotlib
 
@@ -453,5 +426,7 @@ def _draw(rows: list[dict], path: Path, x: str, y: str, by: tuple[str, ...], tit
             )
     axes.set(xlabel=x, ylabel=y, title=title, xscale="log", yscale="log")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format, dpi=120)
     plt.close(figure)
+    return buffer.getvalue()

@@ -26,7 +26,7 @@ from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Point, Scaling
 from protoprune.evaluation.runs import device_kind
 from protoprune.evaluation.statistics import Interval
-from protoprune.lists import table_csv, write_file
+from protoprune.files import table_csv, write_file
 
 _PACKAGES = ("numpy", "scipy", "torch", "timm", "faiss-cpu", "faiss-gpu")
 

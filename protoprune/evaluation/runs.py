@@ -21,7 +21,7 @@ import numpy as np
 
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.lists import write_file
+from protoprune.files import write_file
 
 FORMAT = 2  # one more whenever the training itself changes
 DYNAMIC = {

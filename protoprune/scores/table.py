@@ -25,7 +25,7 @@ import numpy as np
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.lists import write_file
+from protoprune.files import write_file
 from protoprune.scores.columns import find_columns, parse_text
 
 _MARK = "# protoprune-scores: "

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from protoprune import hdf5
+from protoprune import files
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
@@ -87,7 +87,7 @@ def load_examples(
 
 
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    from protoprune.pruning import open_features
+    from protoprune.features import open_features
 
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
@@ -164,7 +164,7 @@ def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) 
     key = _cache_key(images, rows, preprocess)
     found = _cached(cache, key, shape)
     if found is None:
-        with hdf5.lock(cache):
+        with files.lock(cache):
             try:
                 found = _fill_cache(cache, key, shape, partial(_decode_all, images, rows, preprocess), on_progress)
             except OSError as error:
@@ -176,9 +176,9 @@ def _fill_cache(cache: str, key: str, shape, decode, on_progress) -> tuple[torch
     """Decode into the cache file. Its side file, which says what it holds, goes first and comes back last."""
     partial_path, side = f"{cache}.partial", f"{cache}.failed.npz"
     try:  # on a full disk a memory-mapped file ends the process, so ask for the space now
-        hdf5.reserve(partial_path, "wb", math.prod(shape))
+        files.reserve(partial_path, "wb", math.prod(shape))
         array = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
-        hdf5.reserve(partial_path, "r+b", os.path.getsize(partial_path))  # numpy has cut the file
+        files.reserve(partial_path, "r+b", os.path.getsize(partial_path))  # numpy has cut the file
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(partial_path)
@@ -189,9 +189,8 @@ def _fill_cache(cache: str, key: str, shape, decode, on_progress) -> tuple[torch
     with contextlib.suppress(FileNotFoundError):
         os.unlink(side)
     os.replace(partial_path, cache)
-    with open(f"{side}.partial", "wb") as file:
+    with files.replacing(side) as temporary, open(temporary, "wb") as file:
         np.savez(file, key=key, rows=list(failed), reasons=[*failed.values(), ""])
-    os.replace(f"{side}.partial", side)
     return torch.from_numpy(pixels), failed
 
 

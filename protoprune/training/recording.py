@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from protoprune import hdf5, records
+from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import heads, loop, statistics
@@ -113,7 +113,7 @@ def record(
     """
     out, where = os.fspath(out), resolve_device(device)
     provenance = _provenance(train, test, recipe, laid_out, gradients, seed, where)
-    with hdf5.lock(out):
+    with files.lock(out):
         if not _prepare(out, provenance, train, test, laid_out, gradients, overwrite):
             if on_start:
                 on_start(laid_out.models * recipe.epochs, laid_out.models * recipe.epochs)
@@ -363,9 +363,8 @@ def _state_path(folder: str, number: int) -> str:
 def _save_state(folder: str, number: int, state: dict) -> None:
     path = _state_path(folder, number)
     try:
-        torch.save(state, path + ".tmp")
-        hdf5.sync(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with files.replacing(path, path + ".tmp") as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
         raise ProtopruneError(f"{path}: cannot write ({str(error).splitlines()[0]}); make room and run again") from None
 

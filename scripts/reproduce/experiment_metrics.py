@@ -11,7 +11,7 @@ from lab import Claim, Lab
 from protoprune import comparison, selection
 from protoprune.evaluation import Kept, evaluate, report
 from protoprune.features import FeatureFile
-from protoprune.lists import write_file
+from protoprune.files import write_file
 from protoprune.metrics.catalogue import METRICS, score
 from protoprune.records import Record
 from protoprune.scores import write_scores

@@ -16,7 +16,7 @@ import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
-from protoprune.lists import table_csv, write_file
+from protoprune.files import table_csv, write_file
 from protoprune.training.examples import Examples, load_examples
 from protoprune.training.loop import Recipe
 

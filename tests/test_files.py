@@ -1,0 +1,164 @@
+"""How files are written: whole or not at all, never in the place of a pipe, and links that hold exactly the list."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from protoprune import files
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import write_file, write_links
+
+
+def test_write_replaces(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("a much longer old content")
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(ProtopruneError, match=r"kept\.txt: cannot write \(No space left on device\)"):
+        write_file(path, b"new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_write_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ProtopruneError, match="cannot write"):
+        write_file(tmp_path / "nowhere" / "kept.txt", b"x")
+    with pytest.raises(ProtopruneError, match="cannot write"):
+        write_file(tmp_path, b"x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    os.symlink("real.txt", tmp_path / "kept.txt")
+    write_file(tmp_path / "kept.txt", b"new")
+    assert (tmp_path / "real.txt").read_bytes() == b"new"
+    assert (tmp_path / "kept.txt").is_symlink()
+
+
+@pytest.mark.timeout(20)
+def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path):
+    """`-o >(gzip)`, `-o /dev/stdout`, `--removed /dev/null`: a rename would put a file in the device's place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_file(pipe, b"through the pipe")
+    reader.join(10)
+    assert got == [b"through the pipe"]
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+# --- links
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_links_are_the_kept_images(tmp_path, image_tree, hard):
+    root = image_tree({"cat": 2, "dog": 2})
+    write_links(tmp_path / "kept", root, ["cat/001.png", "dog/000.png"], hard=hard)
+    made = sorted(str(p.relative_to(tmp_path / "kept")) for p in (tmp_path / "kept").rglob("*.png"))
+    assert made == ["cat/001.png", "dog/000.png"]
+    link = tmp_path / "kept/cat/001.png"
+    assert link.read_bytes() == (root / "cat/001.png").read_bytes()
+    assert link.is_symlink() is not hard
+    assert os.path.samefile(link, root / "cat/001.png")
+
+
+def test_links_from_a_relative_root_work(tmp_path, image_tree, monkeypatch):
+    image_tree()
+    monkeypatch.chdir(tmp_path)
+    write_links("kept", "images", ["cat/000.png"])
+    assert (tmp_path / "kept/cat/000.png").read_bytes() == (tmp_path / "images/cat/000.png").read_bytes()
+
+
+def test_hard_links_of_linked_images_are_the_images(tmp_path, image_tree):
+    root = image_tree()
+    os.symlink("../cat/000.png", root / "dog/linked.png")
+    write_links(tmp_path / "elsewhere/kept", root, ["dog/linked.png"], hard=True)
+    made = tmp_path / "elsewhere/kept/dog/linked.png"
+    assert not made.is_symlink()
+    assert os.path.samefile(made, root / "cat/000.png")
+
+
+def test_links_into_an_empty_folder_but_never_into_a_full_one(tmp_path, image_tree):
+    root = image_tree()
+    (tmp_path / "kept").mkdir()
+    write_links(tmp_path / "kept", root, ["cat/000.png"])
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        write_links(tmp_path / "kept", root, ["cat/001.png"])
+    assert [p.name for p in (tmp_path / "kept").rglob("*.png")] == ["000.png"]
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        write_links(root / "cat/000.png", root, ["cat/001.png"])
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_ino, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_failing_links_leave_nothing_behind_and_touch_no_image(tmp_path, image_tree, hard):
+    root = image_tree()
+    before = snapshot(root)
+    with pytest.raises(ProtopruneError, match=r"cat/gone\.png does not exist"):
+        write_links(tmp_path / "kept", root, ["cat/000.png", "cat/gone.png"], hard=hard)
+    assert os.listdir(tmp_path) == ["images"]
+    assert snapshot(root) == before
+
+
+def test_file_system_that_refuses_links(tmp_path, image_tree, monkeypatch):
+    root = image_tree()
+
+    def refuse(source, target, **_):
+        raise OSError(18, "Invalid cross-device link", source, None, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ProtopruneError, match=r"cross-device link .*hard links cannot cross file systems"):
+        write_links(tmp_path / "kept", root, ["cat/000.png"], hard=True)
+    assert os.listdir(tmp_path) == ["images"]
+
+
+def test_links_of_names_that_are_not_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "images")
+    os.makedirs(root)
+    with open(os.path.join(root, b"caf\xe9\n.png"), "wb") as file:
+        file.write(b"pixels")
+    write_links(tmp_path / "kept", os.fsdecode(root), ["caf\udce9\n.png"])
+    assert os.listdir(os.fsencode(tmp_path / "kept")) == [b"caf\xe9\n.png"]
+
+
+@pytest.mark.timeout(60)
+def test_reader_that_stops_early_is_not_an_error(tmp_path, feature_file):
+    """A real shell and a list longer than a pipe holds, so that the write does fail."""
+    rng = np.random.default_rng(0)
+    paths = [f"{'long' * 40}/{i:06d}.png" for i in range(3000)]
+    feature_file(tmp_path / "features.h5", rng.normal(size=(3000, 4)), paths=paths)
+    command = (
+        f"{sys.executable} -m protoprune select --k 2 --iterations 1 --keep 0.9 | head -1; echo ${{PIPESTATUS[*]}}"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(files.__file__))}
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, env=environment, timeout=50)
+    lines = result.stdout.decode().splitlines()
+    assert lines[0].startswith("longlong")
+    assert lines[1:] == ["0 0"]
+    assert b"Traceback" not in result.stderr
+    assert b"BrokenPipe" not in result.stderr
+    assert b"kept 2,700 of 3,000" in result.stderr
