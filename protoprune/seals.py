@@ -23,6 +23,8 @@ import xxhash
 BLOCK = 4096
 _MARK = b"protoprune-seal 1 "
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# Where HDF5 notes that a file is open for writing (superblock versions 0 and 1), which a killed process leaves behind.
+_OPEN_FLAGS = (BLOCK + 20, 4)
 _CHUNK = 16 << 20  # bytes that are read at once
 
 
@@ -129,7 +131,7 @@ def _parse(head: bytes) -> Seal | None:
 def _structure(file, seal: Seal) -> str:
     """The digest of all bytes between the block and the end that belong to no dataset."""
     gaps, end = [], BLOCK
-    for offset, size, _ in sorted(seal.datasets.values(), key=lambda one: one[0]):
+    for offset, size in sorted([_OPEN_FLAGS, *((offset, size) for offset, size, _ in seal.datasets.values())]):
         if size:
             gaps.append((end, offset - end))
             end = offset + size

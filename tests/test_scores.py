@@ -205,7 +205,9 @@ def test_the_file_says_what_it_is(tmp_path):
     scores = np.array([0.1, np.nan, 2e-9, 3], np.float32)
     write_scores(path, ["a,b.png", "c.png", 'd"e.png', "f\ng.png"], scores, metric="aum", provenance={"n": np.int64(3)})
     first, rest = path.read_text().split("\n", 1)
-    assert json.loads(first.removeprefix("# protoprune-scores: ")) == {
+    header = json.loads(first.removeprefix("# protoprune-scores: "))
+    assert len(header.pop("digest")) == 16
+    assert header == {
         "metric": "aum",
         "higher": "harder",
         "type": "float32",

@@ -3,9 +3,11 @@
 What is written is CSV (path, score), or Parquet when the name ends in .parquet, through gzip when it ends in .gz; the
 bytes depend on nothing but the arguments. The first line (in Parquet the schema's metadata) says what it is:
 
-    # protoprune-scores: {"metric": "el2n", "higher": "harder", "type": "float32", "protoprune": …, "provenance": …}
+    # protoprune-scores: {"metric": "el2n", "higher": "harder", "type": "float32", "protoprune": …, "provenance": …,
+    "digest": …}
 
-What is read is turned round so that a larger score means harder. This module does not know the images: `matching` does.
+The digest is that of the line's other entries, the paths and the numbers, so that damage never becomes a ranking. What
+is read is turned round so that a larger score means harder. This module does not know the images: `matching` does.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
+from protoprune.npy import load_npy, load_npz
 from protoprune.scores.columns import find_columns, parse_text
 
 _MARK = "# protoprune-scores: "
@@ -76,16 +80,15 @@ def write_scores(
         )
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64 if scores.itemsize > 2 else np.float32)
-    header = json.dumps(
-        {
-            "metric": metric,
-            "higher": "harder",
-            "type": str(scores.dtype),
-            "protoprune": __version__,
-            "provenance": provenance or {},
-        },
-        default=_plain_value,
-    )
+    facts = {
+        "metric": metric,
+        "higher": "harder",
+        "type": str(scores.dtype),
+        "protoprune": __version__,
+        "provenance": provenance or {},
+    }
+    facts = json.loads(json.dumps(facts, default=_plain_value))
+    header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
     suffix = check_name(path)
     data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
     write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
@@ -101,6 +104,14 @@ def check_name(path: str | os.PathLike) -> str:
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _digest(header: dict, paths: Sequence[str], scores: np.ndarray) -> str:
+    """xxh3-64 of a header without its digest, the paths and the scores in their own type."""
+    digest = xxh3_64(json.dumps({key: header[key] for key in sorted(header) if key != "digest"}).encode())
+    digest.update(b"\0".join(map(os.fsencode, paths)))
+    digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores))  # a NaN comes back as another one
+    return digest.hexdigest()
 
 
 def _plain_value(value):
@@ -168,7 +179,13 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     keys, scores, kind, header = _read(source)
     higher, direction = _direction(source, header, higher_is)
     if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
-        scores = scores.astype(np.float32).astype(np.float64)
+        scores = scores.astype(np.float32)
+    if "digest" in header and header["digest"] != _digest(header, keys or [], scores):
+        raise ProtopruneError(
+            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
+            "where the edit is meant"
+        )
+    scores = scores.astype(np.float64)
     if higher == "easier":
         scores = 0.0 - scores
     if keys is not None:
@@ -226,8 +243,7 @@ def _read(source: str) -> tuple[list[str] | None, np.ndarray, str, dict]:
         if suffix == ".npy":
             return _read_array(data)
         if suffix == ".npz":
-            with np.load(io.BytesIO(data)) as arrays:
-                return _from_columns({name: arrays[name] for name in arrays.files}, {})
+            return _from_columns(load_npz(data), {})
         if data.startswith(b"PAR1"):
             return _read_parquet(data)
         if suffix in (".jsonl", ".ndjson"):
@@ -239,7 +255,7 @@ def _read(source: str) -> tuple[list[str] | None, np.ndarray, str, dict]:
         raise ProtopruneError(f"{source}: cannot be read ({error})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
-    except (ValueError, TypeError, EOFError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
         what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
         raise ProtopruneError(
             f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
@@ -249,6 +265,9 @@ def _read(source: str) -> tuple[list[str] | None, np.ndarray, str, dict]:
 def _read_text(data: bytes):
     text = os.fsdecode(data).removeprefix("\ufeff")
     header, delimiter = {}, None
+    start = text[:500].partition("\n")[0]
+    if not text.startswith(_MARK) and sum(one in start for one in ("protoprune", '"metric": ', '"higher": ')) > 1:
+        raise ProtopruneError("its first line is damaged; write it again")
     if text.startswith(_MARK):
         line, _, text = text.partition("\n")
         header = _header(line.removeprefix(_MARK))
@@ -268,7 +287,7 @@ def _header(text: str) -> dict:
 
 
 def _read_array(data: bytes):
-    array = np.load(io.BytesIO(data)).astype(np.float64)
+    array = load_npy(data).astype(np.float64)
     if array.ndim != 1:
         raise ProtopruneError(f"shape {array.shape}, expected (n,): one score a row of the feature file")
     return None, array, "index", {}
