@@ -183,10 +183,10 @@ def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
 
-    rows = [("name", "dim", "parameters", "input", "licence", "source")]
+    rows = [("name", "dim", "parameters", "input", "training", "licence", "source")]
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
-        rows.append((info.name, str(info.dim), count, size, info.licence, info.source))
+        rows.append((info.name, str(info.dim), count, size, info.training, info.licence, info.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
