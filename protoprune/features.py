@@ -167,6 +167,10 @@ class FeatureFile:
             good[rows[self.features.differs(rows, block)]] = False
         return good
 
+    def damaged(self, what: str) -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return self._reader.damaged(what)
+
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
@@ -293,6 +297,7 @@ class PartialFile:
             if file.sealed and not (good := file.intact())[finished := file.finished()].all():
                 self.damaged = int((finished & ~good).sum())
         self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
+        self._reader.check_sealed()
         self._file = self._reader.file
         if self.damaged:
             self._forget(good)

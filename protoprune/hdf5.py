@@ -105,6 +105,11 @@ class Reader:
             raise self.damaged(f"its {name} holds {array.min()} to {array.max()}, expected {low} to {high - 1}")
         return array
 
+    def check_sealed(self) -> None:
+        """ProtopruneError unless every dataset with a digest in the seal is what was written."""
+        for name in seals.damaged_datasets(self.path, self.seal) if self.seal else ():
+            raise self.damaged(f"its {name} is not what was written")
+
     def damaged(self, what: str) -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
         return _damaged(self.path, self.kind, what)
@@ -237,15 +242,24 @@ def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
     seals.make(path, kind.format, extents, [name for name in extents if name not in changing])
 
 
+def format_of(path: str) -> str | None:
+    """What an HDF5 file says that it is, by seal or attributes: '' for nothing, None where it cannot be read."""
+    try:
+        if known := seals.format_of(path):
+            return known
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return _attribute(file, "format") if "format" in file.attrs else ""
+    except _TROUBLES:
+        return None
+
+
 def check_replaceable(path: str, kind: Kind) -> None:
     """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
-    format = seals.format_of(path)
-    if not format:
+    format = format_of(path)
+    if format is None:
         with open(path, "rb") as file:
-            ours = format is not None or file.read(8) in (b"", seals.SIGNATURE)
-        format = kind.format if ours else None
-        with contextlib.suppress(*_TROUBLES), h5py.File(path, "r", locking="best-effort") as file:
-            format = plain(file.attrs.get("format"))
+            damaged = file.read(len(seals.SIGNATURE)) in (b"", seals.SIGNATURE) or seals.format_of(path) == ""
+        format = kind.format if damaged else None
     if format != kind.format:
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 

@@ -176,6 +176,10 @@ class Record:
             raise ProtopruneError(f"{self.path}: holds no predictions on a test set; record with --test")
         return self._read(name, slice(None), epoch, slice(None))
 
+    def damaged(self, what: str) -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return self._reader.damaged(what)
+
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
@@ -242,6 +246,7 @@ class PartialRecord:
     def __init__(self, out: str):
         self.out = out
         self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
+        self._reader.check_sealed()
         self._file, self.provenance = self._reader.file, self._reader.attributes
         self._digests = _Digests(self._reader)
         for model in {model for _, model, _ in self._digests.differing(self.committed)}:

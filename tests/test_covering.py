@@ -89,9 +89,7 @@ def test_herding_follows_chens_rate_and_random_the_square_root():
     kernel = reference_kernel(features)
     sizes, herded, rng = [10, 20, 40, 80, 160], order(features), np.random.default_rng(0)
     ours = [covering.mmd(kernel, np.array(herded[:t])) for t in sizes]
-    draws = [
-        np.mean([covering.mmd(kernel, rng.choice(1000, t, replace=False)) for _ in range(20)]) for t in sizes
-    ]
+    draws = [np.mean([covering.mmd(kernel, rng.choice(1000, t, replace=False)) for _ in range(20)]) for t in sizes]
     assert np.polyfit(np.log(sizes), np.log(ours), 1)[0] < -0.8  # Chen et al.: 1 / t
     assert -0.7 < np.polyfit(np.log(sizes), np.log(draws), 1)[0] < -0.4  # 1 / sqrt(t)
     assert all(a < b / 2 for a, b in zip(ours, draws, strict=True))

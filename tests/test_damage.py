@@ -19,23 +19,22 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from protoprune import features as feature_files
-from protoprune import hdf5, records, scores, seals
+from protoprune import records, scores
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
-from protoprune.evaluation import runs
-from protoprune.features import FeatureFile, PartialFile, open_features
-from protoprune.npy import load_npy, load_npz
+from protoprune.features import open_features
 from protoprune.records import PartialRecord, Record
 
 MEMORY = 1 << 30  # bytes that reading a file of a few kB may ask for, on top of what the program has
 SECONDS = 20
 N, D = 60, 8
+TEST = ("test_prediction", "test_true_probability")
 PATHS = [f"{'abc'[i % 3]}/{i:03d}.png" for i in range(N)]
-COUNTS = [20, pytest.param(200, marks=pytest.mark.slow)]
+FEW = 20
+COUNTS = [FEW, pytest.param(200, marks=pytest.mark.slow)]
 
 
-# --- originals ---------------------------------------------------------------------------------------------------------
+# --- originals -------------------------------------------------------------------------------------------------------
 
 
 def blobs() -> np.ndarray:
@@ -67,26 +66,26 @@ def write_record(out: str, *, models: int = 4, epochs: int = 4, upto: int | None
 
 
 def mutations(data: bytes, count: int, seed: int):
-    """`count` damaged versions: some bytes flipped or set, a stretch wiped or repeated, the end cut off."""
+    """`count` damaged versions: bits flipped, a byte set, a stretch inverted, the end cut off."""
     rng = np.random.default_rng([seed, zlib.crc32(data)])
     for number in range(count):
-        damaged = bytearray(data)
-        kind = number % 5
-        if kind < 3:
-            for place in rng.integers(0, len(data), (1, 1, 8)[kind]):
-                damaged[place] = damaged[place] ^ (1 << int(rng.integers(8))) if kind != 1 else int(rng.integers(256))
+        damaged, kind, start = bytearray(data), number % 5, int(rng.integers(len(data)))
+        if kind == 0:
+            damaged[start] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            damaged[start] = (damaged[start] + int(rng.integers(1, 256))) % 256
+        elif kind == 2:
+            for place in rng.integers(0, len(data), 8):
+                damaged[place] ^= 1 << int(rng.integers(8))
         elif kind == 3:
-            start, length = int(rng.integers(len(data))), int(rng.integers(1, 600))
-            piece = bytes(len(damaged[start : start + length])) if rng.random() < 0.5 else os.urandom(0)
-            damaged[start : start + len(piece)] = piece
-            if not piece:
-                damaged[start] ^= 0xFF
+            wiped = damaged[start : start + int(rng.integers(1, 600))]
+            damaged[start : start + len(wiped)] = bytes(byte ^ 0xFF for byte in wiped)
         else:
-            damaged = damaged[: int(rng.integers(len(data)))]
+            damaged = damaged[:start]
         yield bytes(damaged)
 
 
-# --- running -----------------------------------------------------------------------------------------------------------
+# --- running ---------------------------------------------------------------------------------------------------------
 
 
 def run_apart(function):
@@ -144,15 +143,16 @@ def python(function):
     return call
 
 
-def check(calls: dict, path: Path, count: int, *, recomputes: bool = False, unsigned: bool = False) -> int:
-    """Damage the file `count` times and make all calls; gives how often damage was found.
+def check(calls: dict, path: Path, count: int, *, recomputes=False, unsigned=False, verify=False) -> None:
+    """Damage the file `count` times and make all calls.
 
     recomputes: what is damaged is made again, so that the answer is always the same. unsigned: the format has no
-    digests, so that other numbers cannot be told.
+    digests, so that other numbers cannot be told. verify: `info --verify` finds all damage, wherever it is.
     """
     data, found = path.read_bytes(), 0
-    expected = run_apart(lambda: {name: call() for name, call in calls.items()})
-    assert isinstance(expected, dict), expected
+    if verify:
+        calls = {**calls, "verify": command("info", path.name, "--verify")}
+    expected = {name: call() for name, call in calls.items()}  # here, so that the forks need not import anything
     assert all(one[0] == 0 for one in expected.values()), expected
     for number, damaged in enumerate(mutations(data, count, len(path.name))):
         path.write_bytes(damaged)
@@ -172,7 +172,8 @@ def check(calls: dict, path: Path, count: int, *, recomputes: bool = False, unsi
                 assert path.name in errors[0], where
                 assert len(errors[0]) < 400, where
                 found += 1
-    return found
+        assert not verify or outcomes["verify"][0] == 1, f"mutation {number}"
+    assert found >= count or recomputes
 
 
 @pytest.fixture
@@ -182,12 +183,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-# --- the formats -------------------------------------------------------------------------------------------------------
+# --- the formats -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_feature_file(here, feature_file, count):
-    from protoprune.training.examples import load_examples
+    def load_examples(path):
+        from protoprune.training.examples import load_examples
+
+        return load_examples(path)
 
     failed = {4: 8, 17: 2}
     path = Path(feature_file(here / "f.h5", blobs(), paths=PATHS, failed=failed, store="float16"))
@@ -195,23 +199,145 @@ def test_a_feature_file(here, feature_file, count):
     scores.write_scores("b.csv", sorted(PATHS), np.arange(N, dtype=np.float32) % 7, metric="b")
     calls = {
         "select": command("select", "f.h5", "--keep", "0.5", "--k", "3", "--dedup", "0.01", "--no-cache"),
+        "info --errors": command("info", "f.h5", "--errors"),
+        "python": python(lambda: np.asarray(open_features("f.h5").features).tobytes()),
+    }
+    every = {
         "select --scores": command("select", "f.h5", "--keep", "0.5", "--scores", "a.csv", "--balance", "0.5"),
         "info": command("info", "f.h5"),
-        "info --errors": command("info", "f.h5", "--errors"),
         "score": command("score", "moderate", "--features", "f.h5"),
         "score k_center": command("score", "k_center", "--features", "f.h5"),
         "compare": command("compare", "a.csv", "b.csv", "--features", "f.h5", "--bootstrap", "0"),
         "advise": command("advise", "--features", "f.h5"),
         "training": python(lambda: load_examples("f.h5").fingerprint()),
-        "python": python(lambda: np.asarray(open_features("f.h5").features).tobytes()),
     }
-    assert check(calls, path, count) > 5 * count
-    whole = command("info", "f.h5", "--verify")
-    assert whole()[0] == 0
-    for damaged in mutations(path.read_bytes(), count, 5):
-        path.write_bytes(damaged)
-        code, _, errors = run_apart(whole)
-        assert code == 1
-        assert len(errors) == 1
-        assert "f.h5" in errors[0]
-        path.write_bytes(path.read_bytes())
+    check(calls | every if count > FEW else calls, path, count, verify=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_training_record(here, count):
+    path = Path(write_record("r.h5"))
+    names = ["el2n", "memorization", "influence_max"]
+    if count > FEW:
+        names += ["grand", "forgetting", "ddd", "ensemble_active_learning", "aum", "tdds", "dyn_unc", "margin", "loss"]
+    calls = {name: command("score", name, "--record", "r.h5") for name in names}
+    check({**calls, "info": command("info", "r.h5")}, path, count, verify=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["s.csv", "s.tsv.gz", "s.parquet", "s.npz", "s.npy"])
+def test_a_score_table(here, feature_file, name, count):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    values = np.random.default_rng(2).random(N).astype(np.float32)
+    if name.startswith("s.np"):
+        np.save(name, values) if name == "s.npy" else np.savez(name, scores=values)
+    else:
+        scores.write_scores(name, sorted(PATHS), values, metric="m")
+    scores.write_scores("other.csv", sorted(PATHS), values[::-1].copy(), metric="m")
+    calls = {
+        "select": command("select", "f.h5", "--scores", name, "--keep", "0.5", "--format", "csv"),
+        "compare": command("compare", name, "other.csv", "--features", "f.h5", "--bootstrap", "0"),
+        "python": python(lambda: scores.read_scores(name, sorted(PATHS)).scores.tobytes()),
+    }
+    check(calls, here / name, count, unsigned=name == "s.npy")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_clustering_cache(here, feature_file, count):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    select = command("select", "f.h5", "--keep", "0.5", "--k", "3", "--format", "csv")
+    assert select()[0] == 0
+    (entry,) = (here / "f.h5.clusters").iterdir()
+    check({"select": select}, entry, count, recomputes=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_result_of_evaluate(here, count):
+    from types import SimpleNamespace
+
+    from protoprune.evaluation import runs
+
+    examples = SimpleNamespace(
+        paths=PATHS, labels=np.arange(N) % 3, classes=list("abc"), fingerprint=lambda: "same", inputs=np.zeros((N, D))
+    )
+    recipe = runs_recipe()
+    run = runs.Run("list", 0, np.arange(0, N, 2))
+    trained = []
+
+    def fit(train, test, recipe, **how):
+        trained.append(1)
+        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7)
+
+    def outcome():
+        (one,) = runs.run_all([run], examples, examples, recipe, folder="runs", fit=fit, device="cpu")
+        return one.accuracy, one.correct, one.total, one.seconds, one.steps, one.curve
+
+    outcome()
+    (kept,) = (here / "runs").iterdir()
+    check({"evaluate": python(outcome)}, kept, count, recomputes=True)
+    assert len(trained) == 1  # in this process; a damaged result is made again in the others
+
+
+def runs_recipe():
+    from protoprune.training.loop import Recipe
+
+    return Recipe.for_model("head", epochs=1)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_unfinished_feature_file(here, feature_file, count):
+    """What goes on from a damaged unfinished run ends in the same features, or says that it cannot."""
+    from protoprune.features import PartialFile
+
+    features = blobs().astype(np.float32)
+    path = Path(feature_file("f.h5", features, paths=PATHS, finish=False) + ".partial")
+    order = sorted(range(N), key=PATHS.__getitem__)
+
+    def finish():
+        shutil.copy(path, "g.h5.partial")
+        partial = PartialFile("g.h5")
+        rows = partial.todo
+        partial.commit(rows, features[order][rows], np.ones(len(rows), np.uint8), [""] * len(rows))
+        partial.finish()
+        with open_features("g.h5") as file:
+            return file.features[:].tobytes(), file.status.tobytes(), file.paths, file.labels.tobytes()
+
+    check({"embed": python(renamed(finish)), "again": python(renamed(finish))}, path, count)
+
+
+def renamed(function):
+    """The errors of a copy, as those of the original."""
+
+    def call():
+        try:
+            return function()
+        except ProtopruneError as error:
+            raise ProtopruneError(str(error).replace("g.h5", "f.h5").replace("q.h5", "r.h5")) from None
+
+    return call
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_unfinished_record(here, count):
+    """What is damaged of it is recorded again, by the models that it belongs to."""
+    path = Path(write_record("r.h5", upto=2) + ".partial")
+    whole = write_record("whole.h5")
+    with Record(whole) as record:
+        names = [*record.statistics]
+        values = {name: np.stack([record.at(name, epoch) for epoch in range(4)], 1) for name in names}
+        values |= {name: np.stack([record.test_at(name, epoch) for epoch in range(4)], 1) for name in TEST}
+
+    def finish():
+        shutil.copy(path, "q.h5.partial")
+        partial = PartialRecord("q.h5")
+        for model, done in enumerate(partial.committed.tolist()):
+            one = slice(model, model + 1)
+            for epoch in range(done, 4):
+                partial.write(one, epoch, {name: table[one, epoch] for name, table in values.items()})
+            partial.commit(one, 4)
+        partial.finish()
+        with Record("q.h5") as record:
+            found = [record.last(name).tobytes() for name in names] + [record.at(name, 0).tobytes() for name in names]
+            return found, record.subset.tobytes(), record.paths, record.test_prediction.tobytes()
+
+    check({"record": python(renamed(finish))}, path, count)
