@@ -170,10 +170,10 @@ def check(calls: dict, path: Path, count: int, *, recomputes=False, unsigned=Fal
                 assert code in (1, 2), where
                 assert len(errors) == 1, where
                 assert path.name in errors[0], where
-                assert len(errors[0]) < 400, where
+                assert len(errors[0]) < 600, where
                 found += 1
         assert not verify or outcomes["verify"][0] == 1, f"mutation {number}"
-    assert found >= count or recomputes
+    assert found or recomputes
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def _verify(file: FeatureFile | Record) -> None:
     """Say that all of a file is what was written, or raise the error that says what is not."""
     damage = file.damage()
     if damage:
-        more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:6])}" if len(damage) > 1 else ""
+        more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:4])}" if len(damage) > 1 else ""
         raise file.damaged(f"{damage[0]} is not what was written{more}")
     size = bytes_text(os.path.getsize(file.path))
     if file.sealed:

@@ -22,7 +22,7 @@ _INDEX_KEYS = ("index", "idx", "row", "rowindex", "rownumber", "imageindex", "sa
 _SCORES = ("score", "scores", "metricscore", "difficulty", "distance", "value")
 _COUNTERS = ("", "unnamed0", *_INDEX_KEYS)
 _SAMPLE = 50  # rows that are looked at
-_SHOWN = 120  # letters of a row in a message
+_SHOWN = 60  # letters of a row in a message
 _DELIMITERS = ("\t", ";", "|", ",", " ", "")  # "": the last blank of each line, for names that hold blanks
 
 
