@@ -22,6 +22,7 @@ changes. The finished file appears by rename and is never modified.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -302,6 +303,7 @@ class PartialFile:
         if self.damaged:
             self._forget(good)
         self._committed = self._file["committed"]
+        self.overwrite = bool(self._file.attrs.get("overwrite", 0))  # was asked to replace what is there
         self.done = int(self._committed[0])
         self.n, self.dtype = self._file["features"].shape[0], self._file["features"].dtype
         todo = np.flatnonzero(self._file["borrowed"][:] == 0)
@@ -344,6 +346,17 @@ class PartialFile:
             self._table[number] = self._file["reasons"][number] = stored
         return self._reasons[stored]
 
+    def status_counts(self) -> Counter:
+        """Status label -> number of images, ok and pending ones too."""
+        values, counts = np.unique(self._file["status"][:], return_counts=True)
+        return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True)})
+
+    def discard(self) -> None:
+        """Remove the unfinished file: there is nothing in it."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path(self.out))
+
     def finish(self) -> None:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
@@ -371,7 +384,7 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
         with hdf5.create(path, KIND) as file:
             _allocate(file, images, dim, provenance)
         files.reserve(path, "r+b", os.path.getsize(path))
-        with h5py.File(path, "r+") as file:
+        with h5py.File(path, "r+", locking="best-effort") as file:
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
                 _borrow(file, source, rows)
@@ -388,6 +401,7 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
     n = len(images)
     file.attrs["root"] = hdf5.text(images.root)
+    file.attrs["labels_from"] = hdf5.text(images.labels_from)
     file.attrs["unreadable_folder_count"] = len(images.unreadable_folders)
     file.attrs["unreadable_folders"] = json.dumps(images.unreadable_folders[:100])
     for name, value in provenance.items():

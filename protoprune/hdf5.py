@@ -227,7 +227,7 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
 
 def create(path: str, kind: Kind) -> h5py.File:
     """A new file that is marked with its kind, a uuid, the date and our version; `seal` it when it is laid out."""
-    file = h5py.File(path, "w", userblock_size=seals.BLOCK, libver=("earliest", "v110"))
+    file = h5py.File(path, "w", userblock_size=seals.BLOCK, libver=("earliest", "v110"), locking="best-effort")
     file.attrs["format"], file.attrs["format_version"] = kind.format, kind.version
     file.attrs["uuid"] = uuid.uuid4().hex
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
