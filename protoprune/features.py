@@ -201,6 +201,7 @@ class Features:
     def __init__(self, file: FeatureFile):
         self._file = file
         self.shape, self.dtype = (file.n, file.dim), file._reader.file["features"].dtype
+        self.itemsize = self.dtype.itemsize
         self._good: np.ndarray | None = None  # (n,) bool: rows that need no more checking
         self._map: np.ndarray | None = None
         self._columns: tuple | None = None  # digest, status, reason and reasons
@@ -241,7 +242,8 @@ class Features:
         if len(bad):
             more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
             what = f"its features of {self._file.paths[bad[0]]}{more} are not what was written"
-            raise self._file._reader.damaged(what)
+            way_on = "the same `protoprune embed` embeds what is damaged again"
+            raise self._file._reader.damaged(what, way_on)
         self._good[rows] = True
 
     def differs(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:

@@ -110,9 +110,9 @@ class Reader:
         for name in seals.damaged_datasets(self.path, self.seal) if self.seal else ():
             raise self.damaged(f"its {name} is not what was written")
 
-    def damaged(self, what: str) -> ProtopruneError:
+    def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
-        return _damaged(self.path, self.kind, what)
+        return _damaged(self.path, self.kind, what, way_on)
 
     @contextlib.contextmanager
     def trouble(self, what: str) -> Iterator[None]:
@@ -158,12 +158,11 @@ _TROUBLES = (
 )  # fmt: skip
 
 
-def _damaged(path: str, kind: Kind, what: str) -> ProtopruneError:
+def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneError:
     if path.endswith(".partial"):
         return ProtopruneError(f"{path}: a damaged unfinished run ({what}); delete it and run `{kind.maker}` again")
-    return ProtopruneError(
-        f"{path}: damaged ({what}); take a copy that is whole, or run `{kind.maker}` again with --overwrite"
-    )
+    way_on = way_on or f"take a copy that is whole, or run `{kind.maker}` again with --overwrite"
+    return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
 
 
 def _attribute(file: h5py.File, name: str):

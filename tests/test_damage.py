@@ -234,10 +234,11 @@ def test_a_score_table(here, feature_file, name, count):
     else:
         scores.write_scores(name, sorted(PATHS), values, metric="m")
     scores.write_scores("other.csv", sorted(PATHS), values[::-1].copy(), metric="m")
+    by_place = ["--by-place"] if name.startswith("s.np") else []
     calls = {
-        "select": command("select", "f.h5", "--scores", name, "--keep", "0.5", "--format", "csv"),
-        "compare": command("compare", name, "other.csv", "--features", "f.h5", "--bootstrap", "0"),
-        "python": python(lambda: scores.read_scores(name, sorted(PATHS)).scores.tobytes()),
+        "select": command("select", "f.h5", "--scores", name, "--keep", "0.5", "--format", "csv", *by_place),
+        "compare": command("compare", name, "other.csv", "--features", "f.h5", "--bootstrap", "0", *by_place),
+        "python": python(lambda: scores.read_table(name).scores.tobytes()),
     }
     check(calls, here / name, count, unsigned=name == "s.npy")
 

@@ -31,7 +31,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz
-from protoprune.scores.columns import could_be_scores, find_columns, parse_text
+from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -319,9 +319,8 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
 def _read_text(data: bytes, column: str | None):
     text = os.fsdecode(data).removeprefix("\ufeff")
     header, delimiter = {}, None
-    start = text[:500].partition("\n")[0]
-    if not text.startswith(_MARK) and sum(one in start for one in ("protoprune", '"metric": ', '"higher": ')) > 1:
-        raise ProtopruneError("its first line is damaged; write it again")
+    if not text.startswith(_MARK):
+        _refuse_damaged_line(text[:2000].partition("\n")[0])
     if text.startswith(_MARK):
         line, _, text = text.partition("\n")
         header = _header(line.removeprefix(_MARK))
@@ -329,6 +328,14 @@ def _read_text(data: bytes, column: str | None):
             delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
     keys, scores, kind = parse_text(text, delimiter, column)
     return keys, np.array(scores, np.float64), kind, header
+
+
+def _refuse_damaged_line(first: str) -> None:
+    """Raise ProtopruneError for a first line that was ours once, or is neither text nor a row that ends in a number."""
+    parts = sum(one in first for one in ("protoprune", '"metric": ', '"higher": ', '"digest": '))
+    garbled = any("\udc80" <= letter <= "\udcff" for letter in first)  # bytes that are not UTF-8
+    if parts > 1 or (garbled and number(re.split(r"[,;\t| ]", first)[-1]) is None):
+        raise ProtopruneError("its first line is damaged; write it again, or remove that line")
 
 
 def _header(text: str) -> dict:
