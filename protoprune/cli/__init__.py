@@ -15,6 +15,7 @@ from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate, scaling
 from protoprune.cli.record import record
+from protoprune.cli.report import report
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
@@ -73,6 +74,7 @@ for command in (
     scaling,
     info,
     sheet,
+    report,
     encoders,
     advise,
 ):

@@ -36,17 +36,13 @@ Order = Annotated[
 DropHardest = Annotated[
     float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
 ]
-Quota = Annotated[
-    str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
-]
+Quota = Annotated[str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")]
 Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
 By = Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")]
 Calibrate = Annotated[
     float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
 ]
-Dedup = Annotated[
-    float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
-]
+Dedup = Annotated[float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")]
 DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
 Scores = Annotated[Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")]
 
