@@ -363,7 +363,8 @@ class PartialFile:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
-        seals.complete(partial_path(self.out), _PER_ROW)
+        with files.told(partial_path(self.out)):
+            seals.complete(partial_path(self.out), _PER_ROW)
         files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:

@@ -305,7 +305,8 @@ class PartialRecord:
         """Give the finished record its name."""
         names = self._digests.names
         self.close()
-        seals.complete(partial_path(self.out), names)
+        with files.told(partial_path(self.out)):
+            seals.complete(partial_path(self.out), names)
         files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
