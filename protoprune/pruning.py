@@ -10,22 +10,25 @@ Everything that can be asked for is checked here, for both. Knows nothing of how
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from protoprune import prototypes, selection
+from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
+from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.features import FeatureFile, partial_path
 from protoprune.prototypes import Clustering
-from protoprune.scores import ScoreTable, mean_overlap, overlap, read_scores, spearman
-from protoprune.scores.table import check_higher
+from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 
 GROUPS = ("class", "cluster")
+BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
 QUOTAS = ("dbp",)
 _NO_QUOTA = "--quota dbp does not go with --euclidean: its complexity is a product of cosine distances"
 
@@ -47,6 +50,7 @@ class Ranking:
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
+    vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
 
     @property
     def scored(self) -> np.ndarray:
@@ -57,6 +61,40 @@ class Ranking:
     def usable(self) -> np.ndarray:
         """(n,) bool: rows that have a score and may be kept: all that have one but the removed duplicates."""
         return self.scored if self.duplicate_of is None else self.scored & (self.duplicate_of < 0)
+
+    @property
+    def readable(self) -> np.ndarray:
+        """(n,) bool: rows of images that could be read, whether or not they have a score."""
+        return self.status == Status.OK
+
+    @property
+    def undirected(self) -> np.ndarray:
+        """(n,) bool: readable rows whose features are all zeros, so that no spherical cluster has a place for them."""
+        if not self.clusterings:
+            return np.zeros(len(self.paths), bool)
+        return self.readable & (self.clusterings[0].cluster < 0)
+
+    def notes(self) -> list[str]:
+        """What a user should know before trusting the ranking, a line each."""
+        notes = []
+        if zeros := int(self.undirected.sum()):
+            effect = "in no cluster" if self.table is not None else "not ranked and not kept"
+            first = self.paths[int(np.flatnonzero(self.undirected)[0])]
+            notes.append(f"{zeros:,} images have features that are all zeros, and are {effect} (first: {first})")
+        if self.table is not None or not self.clusterings:
+            return notes
+        one = self.clusterings[0]
+        alone = int((one.sizes() == 1).sum())
+        if alone and one.k < int(self.scored.sum()):
+            notes.append(
+                f"{alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
+            )
+        if one.length_spearman is not None and abs(one.length_spearman) >= BY_LENGTH:
+            notes.append(
+                "this ranking is mostly that of the lengths of the feature vectors (Spearman "
+                f"{one.length_spearman:.2f}), and says little about what is in the images; leave out --euclidean"
+            )
+        return notes
 
 
 @dataclass(frozen=True)
@@ -96,10 +134,12 @@ class Rule:
     """What to keep of a ranking: the options of `protoprune select` that decide it, checked together.
 
     keep          fraction of the usable images to KEEP, above 0 and at most 1
-    order         which first: hard, easy, middle, random or stratified (see `selection.ranking`)
+    order         which first: hard, easy, middle, random or stratified (see `selection.ranking`), or, by the features
+                  instead of the scores, cover or facility (see `selection.cover`)
     drop_hardest  fraction that is kept only when nothing else is left, easiest first
     quota         None or 'dbp': every cluster gets a quota by its complexity (see `selection.quotas`)
-    balance, by   share of the kept set that is split evenly over groups, and which: 'class' or 'cluster'
+    balance, by   share of the kept set that is split evenly over groups, and which: 'class' or 'cluster'; cover and
+                  facility cover the same groups
     calibrate     None, or the share that goes by order; the rest is drawn at random and weighted
     seed          of ties and of everything random
 
@@ -121,9 +161,11 @@ class Rule:
         check_seed(self.seed)
         if self.by not in (None, *GROUPS):
             raise UsageError(f"--by {self.by}: expected class or cluster")
-        if self.by is not None and not self.balance:
+        covers = self.order in selection.COVERS
+        if self.by is not None and not self.balance and not covers:
             raise UsageError(
-                f"--by {self.by}: --by goes with --balance, which says how much; the paper's is --balance 0.5"
+                f"--by {self.by}: --by goes with --balance, which says how much; the paper's is --balance 0.5 "
+                "(or with --order cover, which covers each group)"
             )
         if self.quota not in (None, *QUOTAS):
             raise UsageError(f"--quota {self.quota}: expected {', '.join(QUOTAS)}")
@@ -133,6 +175,11 @@ class Rule:
             selection.check_calibration(self.calibrate)
             if self.order == "random":
                 raise UsageError("--calibrate does not go with --order random, which needs no weights")
+            if covers:
+                raise UsageError(
+                    f"--calibrate does not go with --order {self.order}, whose list stands for all images with equal "
+                    "weights: a weight of 1 beside drawn images with larger ones would undo that"
+                )
             if self.drop_hardest:
                 raise UsageError(
                     "--calibrate does not go with --drop-hardest: its weights stand for all images, dropped ones too"
@@ -177,7 +224,7 @@ def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None 
     """
     clusters = _clusters(clusters, options)
     with open_features(features) as file:
-        ranking = _ranking(file)
+        ranking = unranked(file)
     add_clusters(ranking, clusters)
     ranking.scores = prototypes.consensus(ranking.clusterings)
     return ranking
@@ -186,7 +233,7 @@ def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None 
 def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
     """Cluster the features of all readable images into `ranking.clusterings`, whatever the scores are (see `rank`)."""
     clusters = ranking.clusters = _clusters(clusters, options)
-    usable = ranking.status == Status.OK
+    usable = ranking.readable
     with open_features(ranking.file) as file:
         if not usable.any():
             raise ProtopruneError(f"{file.path}: none of its {file.n:,} images could be read; see `protoprune info`")
@@ -203,14 +250,15 @@ def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) 
             ranking.cached += found
 
 
-def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, higher_is: str | None = None) -> Ranking:
-    """Rank the images of a feature file by a score table (see `scores.read_scores`); no clustering."""
+def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, **reading) -> Ranking:
+    """Rank the images of a feature file by a score table; no clustering. `reading` are the options of
+    `scores.read_scores`: higher_is, rows, by_place."""
     with open_features(features) as file:
-        ranking = _ranking(file)
-    ranking.table = read_scores(table, ranking.paths, higher_is=higher_is)
-    readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
-    ranking.scores = np.where(readable, ranking.table.scores, np.nan)
-    ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
+        ranking = unranked(file)
+    ranking.table = read_scores(table, ranking.paths, **reading)
+    # A table may well score an image that cannot be read any more.
+    ranking.scores = np.where(ranking.readable, ranking.table.scores, np.nan)
+    ranking.table.missing = int(np.isnan(ranking.scores[ranking.readable]).sum())
     if not ranking.scored.any():
         raise ProtopruneError(f"{table}: gives none of the images a score; nothing can be ranked")
     return ranking
@@ -225,9 +273,9 @@ def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed:
     """
     selection.check_duplicates(epsilon, keep)
     one = _first_clustering(ranking, "--dedup")
-    with open_features(ranking.file) as file:
+    with _vectors(ranking) as vectors:
         ranking.duplicate_of = selection.duplicates(
-            _mapped(file), one.cluster, one.distance, epsilon,
+            vectors, one.cluster, one.distance, epsilon,
             ids=ranking.paths, keep=keep, seed=seed, usable=ranking.usable,
         )  # fmt: skip
 
@@ -247,12 +295,12 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     groups = groups_of(ranking, rule.by) if rule.balance else None
     rows = selection.ranking(
         ranking.scores, ids=ranking.paths, order=rule.order, seed=rule.seed, usable=usable,
-        drop_hardest=rule.drop_hardest,
+        drop_hardest=rule.drop_hardest, arrange=lambda rows: _arranged(ranking, rule, rows),
     )  # fmt: skip
     stay = len(rows) - selection.dropped_count(len(rows), rule.drop_hardest)
     if rule.quota and stay:
         one = _first_clustering(ranking, "--quota")
-        rows[:stay] = selection.by_quota(rows[:stay], one.cluster, _quota_shares(one, usable))
+        rows[:stay] = _by_quota(rows[:stay], one, usable & (one.cluster >= 0))
     rank_of, dropped = np.full(n, -1, np.int64), np.zeros(n, bool)
     rank_of[rows] = np.arange(len(rows))
     dropped[rows[stay:]] = True
@@ -274,6 +322,8 @@ def select(
     *,
     scores: str | os.PathLike | None = None,
     higher_is: str | None = None,
+    rows: str | os.PathLike | Sequence[str] | None = None,
+    by_place: bool = False,
     dedup: float | None = None,
     dedup_keep: str | None = None,
     **options,
@@ -282,18 +332,20 @@ def select(
 
     `keep` is the fraction to keep or a `Rule`; `options` are the other fields of `Rule` (order, drop_hardest, quota,
     balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
-    goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none); the
-    images are clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see
-    `deduplicate`; `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+    goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
+    `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
+    clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
+    `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
 
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
     rule, clusters = _rule_and_clusters(keep, clusters, options)
-    _check_together(rule, clusters, scores, higher_is, dedup, dedup_keep)
+    check_reading(scores, higher_is, rows, by_place)
+    _check_together(rule, clusters, scores, dedup, dedup_keep)
     if scores is None:
         ranking = rank(features, clusters)
     else:
-        ranking = rank_by_table(features, scores, higher_is=higher_is)
+        ranking = rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
         if dedup is not None or rule.quota:
             add_clusters(ranking, clusters)
     if dedup is not None:
@@ -319,9 +371,8 @@ def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: d
     return _rule(keep, rule), _clusters(clusters, other)
 
 
-def _check_together(rule: Rule, clusters: Clusters, scores, higher_is, dedup, dedup_keep) -> None:
+def _check_together(rule: Rule, clusters: Clusters, scores, dedup, dedup_keep) -> None:
     """Raise UsageError for options that do not go together, before the work that they would ask for."""
-    check_higher(higher_is)
     if dedup is not None:
         selection.check_duplicates(dedup, dedup_keep or "harder")
     elif dedup_keep is not None:
@@ -329,8 +380,6 @@ def _check_together(rule: Rule, clusters: Clusters, scores, higher_is, dedup, de
     if rule.quota and clusters.euclidean:
         raise UsageError(_NO_QUOTA)
     if scores is None:
-        if higher_is is not None:
-            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         return
     clustered = dedup is not None or rule.quota
     idle = {"restarts"} if clustered else {"k", "euclidean", "iterations", "restarts", "train_points", "backend"}
@@ -347,12 +396,52 @@ def _first_clustering(ranking: Ranking, option: str) -> Clustering:
     return ranking.clusterings[0]
 
 
-def _quota_shares(one: Clustering, usable: np.ndarray) -> np.ndarray:
-    """(k,) the share of each cluster in the kept set, before its size caps it."""
+def _by_quota(rows: np.ndarray, one: Clustering, usable: np.ndarray) -> np.ndarray:
+    """The rows, given in keeping order, by cluster quotas; those without a cluster come last."""
     if not one.spherical:
         raise UsageError(_NO_QUOTA)
-    values = selection.complexity(one.centroids, one.cluster[usable], one.distance[usable])
-    return selection.complexity_shares(values)
+    if not usable.any():
+        return rows
+    shares = selection.complexity_shares(selection.complexity(one.centroids, one.cluster[usable], one.distance[usable]))
+    placed = one.cluster[rows] >= 0
+    return np.concatenate([selection.by_quota(rows[placed], one.cluster, shares), rows[~placed]])
+
+
+def _arranged(ranking: Ranking, rule: Rule, rows: np.ndarray) -> np.ndarray:
+    places = cover_places(ranking, rule.order, rows, rule.by, rule.seed)
+    return selection.by_place(places, rows, ranking.paths, rule.seed)
+
+
+def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None = None, seed: int = 0) -> np.ndarray:
+    """(n,) float64: the places of these rows in the order that covers their groups (see `selection.cover`), else NaN.
+
+    The groups are the classes, or the clusters: those of the ranking where their number was given, else of about 400
+    images. Groups so large that their pairs would not do are split by k-means.
+    """
+    if by not in (None, *GROUPS):
+        raise UsageError(f"--by {by}: expected class or cluster")
+    n = len(ranking.paths)
+    usable = np.zeros(n, bool)
+    usable[rows] = True
+    how = ranking.clusters or Clusters()
+    settings = {"ids": ranking.paths, "usable": usable, "seed": seed}
+    if (by or ("class" if ranking.classes else "cluster")) == "class" or how.k is not None:
+        groups, size = groups_of(ranking, by), partition.CLASS_SIZE
+    else:
+        groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
+    with _vectors(ranking) as vectors:
+        groups = partition.split(vectors, groups, size, iterations=how.iterations, backend=how.backend, **settings)
+        return selection.cover(vectors, groups, method=order, workers=cores(), **settings)
+
+
+@contextlib.contextmanager
+def _vectors(ranking: Ranking):
+    """The features of a ranking, (n, d), wherever they are."""
+    if ranking.vectors is not None:
+        yield ranking.vectors
+        return
+    with open_features(ranking.file) as file:
+        yield _mapped(file)
 
 
 def _mapped(file: FeatureFile) -> np.ndarray:
@@ -382,9 +471,11 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     ranking, clusters = reference.ranking, reference.ranking.clusters
     if ranking.table is not None or clusters is None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
+    if reference.rule.order in selection.COVERS:
+        raise UsageError(f"--stability compares rankings by prototypes; --order {reference.rule.order} is none")
     rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
-    m = int((ranking.status == Status.OK).sum())
+    m = int(ranking.scored.sum())
     # Other seeds come after those of the restarts, which the reference has used up.
     fresh = seed + len(ranking.clusterings)
     others = [(base, fresh + number) for number in range(seeds)]
@@ -409,7 +500,8 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     return mean_overlap(masks)
 
 
-def _ranking(file: FeatureFile) -> Ranking:
+def unranked(file: FeatureFile) -> Ranking:
+    """The images of an open feature file, without scores."""
     root = file.provenance["root"]
     return Ranking(file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan))
 

@@ -229,6 +229,39 @@ def test_balance_gives_every_class_its_share(here, run):
     assert len(select(run, "--keep", "0.5", "--balance", "0.5", "--by", "cluster").stdout.splitlines()) == 30
 
 
+@pytest.mark.parametrize("order", ["cover", "facility"])
+def test_cover_stands_for_every_class_and_its_table_gives_the_same_list(here, run, order):
+    result = run("select", "--keep", 0.3, "--order", order)
+    kept = result.stdout.splitlines()
+    assert "in each class), removed 41" in result.stderr
+    assert [sum(path.startswith(name) for path in kept) for name in CLASSES] == [6, 6, 6]
+    run("score", order, "-o", "table.csv")
+    assert run("select", "--keep", 0.3, "--scores", "table.csv").stdout == result.stdout
+    half = run("select", "--keep", 0.5, "--order", order).stdout.splitlines()
+    assert set(kept) < set(half)
+    clusters = run("select", "--keep", 0.3, "--order", order, "--by", "cluster")
+    assert "in each cluster), removed 41" in clusters.stderr
+    run("score", order, "--by", "cluster", "-o", "table.csv")
+    assert run("select", "--keep", 0.3, "--scores", "table.csv").stdout == clusters.stdout
+    assert clusters.stdout != result.stdout
+
+
+def test_cover_composes(here, run):
+    """By a table the hardest go, near-duplicates before them, and classes have their floor."""
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
+    by_table = ["select", "--scores", "scores.csv", "--keep", 0.3, "--order", "cover"]
+    kept = run(*by_table, "--drop-hardest", 30 / 59, "--balance", "1", "--by", "class").stdout.splitlines()
+    assert len(kept) == 18
+    assert max(map(PATHS.index, kept)) < 30
+    assert [sum(path.startswith(name) for path in kept) for name in CLASSES] == [6, 6, 6]
+    few = select(run, "--keep", "1", "--order", "cover", "--dedup", "0.02")
+    assert "duplicates: " in few.stderr
+    assert len(few.stdout.splitlines()) < 59
+    own = select(run, "--keep", "0.3", "--order", "cover", "--by", "cluster", "--quota", "dbp")
+    assert len(own.stdout.splitlines()) == 18
+
+
 def test_strata_and_the_hardest_dropped(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
@@ -295,13 +328,42 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
             assert float(rows[record["duplicate_of"]]["distance"]) <= record["distance"]
 
 
+def test_a_table_without_names(here, run):
+    """As select, sheet and scaling take it: the order is asked for, and what is made of it is said."""
+    shuffled = [PATHS[row] for row in np.random.default_rng(0).permutation(len(PATHS))]
+    np.savez("s.npz", el2n=np.arange(60.0), aum=np.zeros(60))
+    (here / "rows.txt").write_text("\n".join(shuffled) + "\n")
+    for command in (["select", "--keep", "0.2"], ["sheet"]):
+        error = run(*command, "--scores", "s.npz", code=1).stderr
+        assert "s.npz: holds the arrays el2n (60,), aum (60,); which is the score? name it: FILE.npz:el2n" in error
+        error = run(*command, "--scores", "s.npz:el2n", code=2).stderr
+        assert "s.npz:el2n: does not say which score is of which image; give --rows FILE" in error
+        assert "--rows: goes with --scores" in run(*command, "--rows", "rows.txt", code=2).stderr
+        assert "--by-place: goes with --scores" in run(*command, "--by-place", code=2).stderr
+    kept = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt")
+    assert kept.stdout.splitlines() == sorted(shuffled[48:])
+    assert "warning" not in kept.stderr
+    placed = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--by-place")
+    assert placed.stdout.splitlines() == sorted(PATHS)[48:]
+    assert f"scores: warning: matched by place: 0 is taken as {sorted(PATHS)[0]}, 59 as" in placed.stderr
+    easy = run("select", "--keep", "0.2", "--scores", "s.npz:el2n:easier", "--rows", "rows.txt")
+    assert easy.stdout.splitlines() == sorted([path for path in shuffled if path != PATHS[0]][:12])
+    for output in ("s.npz", "rows.txt"):
+        error = run(
+            "select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt", "-o", output, code=2
+        ).stderr
+        assert "is one of the inputs" in error
+
+
 def test_near_duplicates_with_a_score_table(doubled, run):
     np.save("s.npy", np.arange(50.0))
-    result = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    result = run(
+        "select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy", "--by-place"
+    )
     assert "k-means: k = 1 (as given), spherical, 25 iterations on all 50 images" in result.stderr
     assert "score: 0 to 49" in result.stderr
     assert "kept 20 of 40" in result.stderr
-    again = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    again = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy", "--by-place")
     assert "(from the cache)" in again.stderr
     assert again.stdout == result.stdout
 
@@ -412,6 +474,8 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--order", "best"], 2, "--order best: expected one of"),
         (["--by", "colour", "--balance", "0.5"], 2, "--by colour: expected class or cluster"),
         (["--by", "class"], 2, "--by goes with --balance"),
+        (["--order", "cover", "--calibrate", "0.5"], 2, "--calibrate does not go with --order cover"),
+        (["--order", "cover", "--stability"], 2, "--stability compares rankings by prototypes; --order cover is none"),
         (["--hard-links"], 2, "--hard-links goes with --links"),
         (["--balance", "2"], 2, "--balance 2"),
         (["--drop-hardest", "1"], 2, "--drop-hardest 1: expected a fraction from 0 to below 1"),
@@ -535,13 +599,28 @@ def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
     assert cells("sheet.png", 4, 1) == [[1, 2, 3, 4, 59, 58, 57, 56]]
 
 
+def test_sheet_says_how_it_read_the_table(coloured, run):
+    lines = [f"{path},{-i}\n" for i, path in enumerate(PATHS)]
+    (coloured / "s.csv").write_text("".join(lines[:-2]) + "x.png,1\n")
+    said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
+    assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
+    assert "57 images have one; 2 have none and are not kept" in said
+    assert "1 table rows name no image, first x.png" in said
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
+    assert "--higher-is easier: goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
+    assert "is one of the inputs" in run("sheet", "--scores", "s.csv:easier", "-o", "s.csv", code=2).stderr
+
+
 def test_sheet_has_a_row_for_each_class(coloured, run):
     run("sheet", "--k", "1", "--by", "class", "--count", "3", "-o", "s.png")
     shown = cells("s.png", 3, 3)
     assert [{number % 3 for number in row} for row in shown] == [{0}, {1}, {2}]
     outliers = {PATHS.index(path) for path in OUTLIERS}
     assert all(set(row[3:5]) <= outliers for row in shown)
-    assert "showing 2 of 3 rows" in run("sheet", "--k", "1", "--by", "class", "--rows", "2").stderr
+    assert "showing 2 of 3 rows" in run("sheet", "--k", "1", "--by", "class", "--max-rows", "2").stderr
 
 
 def test_sheet_has_a_row_for_each_cluster(coloured, run):

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.progress import duration, say
-from protoprune.cli.select import HigherIs, number_of_clusters
+from protoprune.cli.record import (
+    ClassLevel,
+    ClassNames,
+    LabelColumn,
+    Labels,
+    TestLabels,
+    label_options,
+    load_sets,
+)
+from protoprune.cli.select import ByPlace, HigherIs, Rows, number_of_clusters
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,6 +120,11 @@ def evaluate(
     device: Device = "auto",
     compile: Compile = False,
     pixels: Pixels = None,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     out: Out = None,
 ) -> None:
     """Does a list pay? Train on it, on random images and on everything, and compare.
@@ -120,7 +134,6 @@ def evaluate(
     called better or worse than random only where the interval supports it: it covers the seeds and the luck of one
     draw, since a random list is better or worse than the average one too.
     """
-    from protoprune.cli.record import load_sets
     from protoprune.evaluation.comparing import check_options
     from protoprune.evaluation.comparing import evaluate as compare
     from protoprune.lists import read_list
@@ -131,6 +144,7 @@ def evaluate(
     costs = _costs(selection_seconds or [], len(lists))
     check_options(lists, samplers, budget, target_accuracy)
     _check_folder(out)
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     for path in lists:
         read_list(path)
         _refuse_manifest(path)
@@ -139,7 +153,7 @@ def evaluate(
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
-    train, tested = load_sets(source, test, model, image_size, pixels)
+    train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
     with _resumable(out):
         result = compare(
@@ -173,6 +187,8 @@ def scaling(
         typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
     ] = None,
     higher_is: HigherIs = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: Annotated[str, typer.Option(help="Number of clusters of each initial set, or auto.")] = "auto",
     balance: Annotated[
         float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
@@ -195,6 +211,11 @@ def scaling(
     device: Device = "auto",
     compile: Compile = False,
     pixels: Pixels = None,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     out: Out = None,
 ) -> None:
     """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
@@ -203,7 +224,6 @@ def scaling(
     offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
     law wins, or that it is undecided.
     """
-    from protoprune.cli.record import load_sets
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
 
@@ -212,14 +232,15 @@ def scaling(
     names = [one.strip() for one in orders.split(",") if one.strip()]
     check_options(wanted["keeps"], names, budget)
     _check_folder(out)
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
-    train, tested = load_sets(source, test, model, image_size, pixels)
+    train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     ranked = {
-        "scores": _scores(scores, higher_is, train),
+        "scores": _scores(scores, train, higher_is=higher_is, rows=rows, by_place=by_place),
         "features": _vectors(features, train) if scores is None else None,
     }
     with _resumable(out):
@@ -314,7 +335,7 @@ def _every_path(source: Path) -> list[str]:
     if source.is_dir():
         from protoprune.images import list_folder
 
-        return list_folder(source).paths
+        return list_folder(source, labels=False).paths
     from protoprune.pruning import open_features
 
     with open_features(source) as file:
@@ -346,14 +367,13 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list:
         raise UsageError(f"{option} {text}: expected {kind} separated by commas") from None
 
 
-def _scores(path: Path | None, higher_is: str | None, train) -> np.ndarray | None:
-    if path is None:
-        if higher_is is not None:
-            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-        return None
-    from protoprune.scores import read_scores
+def _scores(path: Path | None, train, **reading) -> np.ndarray | None:
+    from protoprune.scores import check_reading, read_scores
 
-    table = read_scores(path, train.paths, higher_is=higher_is)
+    if path is None:
+        check_reading(path, **reading)
+        return None
+    table = read_scores(path, train.paths, **reading)
     for note in table.notes():
         say(f"{path}: {note}")
     return table.scores

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,13 +14,24 @@ from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
 from protoprune.errors import UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+_LEARNED = 0.1  # of the way from the largest class's share to all right: a model below has learned next to nothing
+
+Labels = Annotated[Path | None, typer.Option(help="File of the images' classes: a table of path and class.")]
+TestLabels = Annotated[Path | None, typer.Option(help="The same for the test images.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, where a --labels file has several.")]
+ClassNames = Annotated[Path | None, typer.Option(help="File that turns the class numbers of --labels into names.")]
+ClassLevel = Annotated[int | None, typer.Option(min=1, help="Classes are the folders of this level (2: train/CLASS).")]
+
 
 def record(
     source: Annotated[Path, typer.Argument(help="Image folder with a folder a class, or a feature file (for heads).")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Training record to write.")] = Path("record.h5"),
     test: Annotated[Path | None, typer.Option(help="Test images or features: influence needs them.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head for features, else resnet18].")
+        str | None, typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head for features, else cnn].")
     ] = None,
     models: Annotated[int, typer.Option(help="How many models to train.")] = 1,
     subset: Annotated[
@@ -52,12 +63,18 @@ def record(
         Path | None, typer.Option(help="File for decoded pixels, for a data set larger than memory.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of subsets, models, order and augmentation.")] = 0,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say how large the record will be, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record of another run.")] = False,
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    check_outputs(out, inputs=[source, test, weights])
+    check_outputs(out, inputs=[source, test, weights, labels, test_labels, class_names])
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     from protoprune.device import resolve_device
     from protoprune.training import recording
     from protoprune.training.loop import Recipe
@@ -67,13 +84,13 @@ def record(
         raise UsageError(f"--weights {weights}: no such file")
     recording.check(models, subset, every)
     if model is None:
-        model = "resnet18" if source.is_dir() else "head"
+        model = "cnn" if source.is_dir() else "head"
     recipe = Recipe.for_model(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
         weights=str(weights) if weights else None, compile=compile or None,
     )  # fmt: skip
-    train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan)
+    train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan, labelled=labelled)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
         gradients=gradients, seed=seed,
@@ -102,13 +119,66 @@ def record(
             say("interrupted: what is recorded is kept; to go on, run the same again:")
             say(f"  {shlex.join(['protoprune', *again])}")
             raise typer.Exit(130) from None
+    _say_accuracy(out)
     say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
 
 
+def _say_accuracy(out: Path) -> None:
+    """How much the models have learned: what scores from this record are worth depends on it."""
+    import numpy as np
+
+    from protoprune.records import Record
+
+    with Record(out) as record:
+        own, others, tested = record.train_accuracy, record.held_out_accuracy, record.test_accuracy
+        chance = np.bincount(record.labels).max() / record.n  # of always saying the largest class
+    parts = [f"{_percent(own)} right on their training images"]
+    if not np.isnan(others).all():
+        parts.append(f"{_percent(others)} on those left out of it")
+    if tested is not None:
+        parts.append(f"{_percent(tested)} on the test set")
+    say(f"accuracy: {', '.join(parts)}")
+    poor = int((own < chance + _LEARNED * (1 - chance)).sum())
+    if poor:
+        say(
+            f"warning: {poor:,} of {len(own):,} models have hardly learned (the largest class alone is "
+            f"{100 * chance:.1f} %), and scores from them are mostly noise; train longer (--epochs) or try another --lr"
+        )
+
+
+def _percent(accuracies: np.ndarray) -> str:
+    """Mean over models, and their range where there are several."""
+    import numpy as np
+
+    low, high = 100 * np.nanmin(accuracies), 100 * np.nanmax(accuracies)
+    spread = f" ({low:.1f}-{high:.1f})" if np.sum(~np.isnan(accuracies)) > 1 else ""
+    return f"{100 * np.nanmean(accuracies):.1f} %{spread}"
+
+
+def label_options(labels, test_labels, column, names, level: int | None) -> tuple[dict, dict]:
+    """Where the classes of training and test images come from: arguments of `load_examples` for each."""
+    from protoprune.labels import label_file
+
+    train, test = ({"labels": label_file(path, column, names, level)} for path in (labels, test_labels))
+    if labels is None and test_labels is None and (column or names):
+        raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
+    return ({**train, "class_level": level}, {**test, "class_level": level})
+
+
 def load_sets(
-    source: Path, test: Path | None, model: str, image_size: int, pixels: Path | None, *, decode: bool = True
+    source: Path,
+    test: Path | None,
+    model: str,
+    image_size: int,
+    pixels: Path | None,
+    *,
+    decode: bool = True,
+    labelled: tuple[dict, dict] = ({}, {}),
 ):
-    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
+    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`.
+
+    `labelled` is what `label_options` gives.
+    """
     from protoprune.training.examples import load_examples
 
     for path in (source, test):
@@ -125,7 +195,7 @@ def load_sets(
     if test is not None and test.samefile(source):
         say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
     loaded, classes = [], None
-    for path, what in ((source, "training"), (test, "test")):
+    for path, what, options in ((source, "training", labelled[0]), (test, "test", labelled[1])):
         if path is None:
             loaded.append(None)
             continue
@@ -137,11 +207,13 @@ def load_sets(
                     progress.start(total)
                 progress.update(done)
 
-            data = load_examples(path, image_size, classes=classes, cache=cache, decode=decode, on_progress=show)
+            data = load_examples(
+                path, image_size, classes=classes, cache=cache, decode=decode, on_progress=show, **options
+            )
         classes = data.classes
         say(f"{what}: {len(data):,} examples in {len(classes):,} classes, {path}")
         if data.unlabelled:
-            say(f"warning: {data.unlabelled:,} images of {path} are in no class folder and are left out")
+            say(f"warning: {data.unlabelled:,} images of {path} have no class and are left out")
         if data.unreadable:
             first, reason = data.unreadable[0]
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")

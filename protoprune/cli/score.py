@@ -14,6 +14,8 @@ from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import duration, say
 from protoprune.errors import UsageError
 
+_FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
+
 if TYPE_CHECKING:
     from protoprune.metrics.catalogue import Metric, Scored
 
@@ -73,10 +75,15 @@ def score(
             help="Share of the images that k_center chooses one by one [default: 0.1, at most 10,000 images]."
         ),
     ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Groups that cover and facility cover: class or cluster [default: class].")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=2_000_000_000, help="Seed of self_supervised_prototypes, k_center, random [default: 0]."
+            min=0,
+            max=2_000_000_000,
+            help="Seed of self_supervised_prototypes, k_center, cover, facility, random [default: 0].",
         ),
     ] = None,
     out: Annotated[
@@ -86,18 +93,17 @@ def score(
     """Score every image by a metric (larger = harder), as a table for `protoprune select --scores`."""
     import time
 
-    from protoprune.metrics.catalogue import lookup
-    from protoprune.metrics.catalogue import score as compute
+    from protoprune.metrics import catalogue
 
     started = time.monotonic()
     name, out = metric.replace("-", "_").lower(), None if out == Path("-") else out
-    chosen = lookup(name)
+    chosen = catalogue.lookup(name)
     source, is_record = _source(name, chosen, record, features)
     if out is not None:
         _check_out(out, source)
-    with _open(source, is_record) as file:
-        options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "seed": seed}
-        result = compute(name, file, **options)
+    with catalogue.open_source(chosen, source, is_record) as file:
+        options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "by": by, "seed": seed}
+        result = catalogue.score(name, file, **options)
         paths, identity = file.paths, file.provenance.get("uuid")
     _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})
     _say_summary(name, source, result, time.monotonic() - started)
@@ -122,16 +128,6 @@ def _check_out(out: Path, source: Path) -> None:
 
     check_name(out)
     check_outputs(out, inputs=[source])
-
-
-def _open(source: Path, is_record: bool):
-    if is_record:
-        from protoprune.records import Record
-
-        return Record(source)
-    from protoprune.pruning import open_features
-
-    return open_features(source)
 
 
 def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:
@@ -161,6 +157,25 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
     say(f"scores: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}; larger = harder")
     missing = len(result.values) - len(values)
     if missing:
-        say(f"without a score: {missing:,} images, which `protoprune select --scores` does not keep")
-    if low == high and len(values) > 1:
+        say(
+            f"without a score: {missing:,} images (unreadable, without a class or the models that it takes, or with "
+            "features that are all zeros), which `protoprune select --scores` does not keep"
+        )
+    if result.used.get("right_with", 1) < _FITS:
+        say(
+            f"warning: the models are right about {100 * result.used['right_with']:.0f} % of their training images; "
+            "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
+            "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
+        )
+    if len(values) < 2:
+        return
+    if low == high:
         say("warning: all scores are equal, so keeping by them is keeping at random")
+        return
+    distinct, counts = np.unique(values, return_counts=True)
+    most = int(counts.max())
+    if most > 0.5 * len(values):
+        say(
+            f"warning: {100 * most / len(values):.0f} % of the images share the score {distinct[counts.argmax()]:.4g}; "
+            "which of them are kept is chosen at random"
+        )

@@ -29,26 +29,35 @@ HigherIs = Annotated[
     str | None,
     typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
 ]
+Rows = Annotated[
+    Path | None, typer.Option(help="Names of the images in the order of a score table that has none, a line each.")
+]
+ByPlace = Annotated[
+    bool, typer.Option("--by-place", help="A score table without names is in the order of the sorted paths.")
+]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 Order = Annotated[
-    str, typer.Option(help="Which to keep first: hard, easy, middle, random, or stratified: evenly over the scores.")
+    str,
+    typer.Option(
+        help="Which to keep first: hard, easy, middle, random; stratified: evenly over the scores; cover: those "
+        "that stand for all of their class or cluster (kernel herding); facility: the same by facility location."
+    ),
 ]
 DropHardest = Annotated[
     float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
 ]
-Quota = Annotated[
-    str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
-]
+Quota = Annotated[str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")]
 Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
-By = Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")]
+By = Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")]
 Calibrate = Annotated[
     float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
 ]
-Dedup = Annotated[
-    float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
-]
+Dedup = Annotated[float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")]
 DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
-Scores = Annotated[Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")]
+Scores = Annotated[
+    Path | None,
+    typer.Option(help="Rank by this score table (path, score; larger = harder); FILE:COLUMN is one of several."),
+]
 
 
 def select(
@@ -64,6 +73,8 @@ def select(
     dedup_keep: DedupKeep = None,
     scores: Scores = None,
     higher_is: HigherIs = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -102,18 +113,21 @@ def select(
     clusters = pruning.Clusters(
         number_of_clusters(k), euclidean, iterations, seed, restarts, train_points, backend, cache
     )
-    _check_output(format, null, [features, scores], out, removed, manifest)
+    _check_output(format, null, [features, table_file(scores), rows], out, removed, manifest)
     check_links(links, hard_links)
+    if stability and order in ("cover", "facility"):
+        raise UsageError(f"--stability compares rankings by prototypes; --order {order} is none")
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
-        features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_keep=dedup_keep
-    )
+        features, rule, clusters, scores=scores, higher_is=higher_is, rows=rows, by_place=by_place, dedup=dedup,
+        dedup_keep=dedup_keep,
+    )  # fmt: skip
     ranking = chosen.ranking
     _say_ranking(ranking)
     if dedup is not None:
         _say_duplicates(ranking, dedup)
-    if restarts > 1 and scores is None:
+    if restarts > 1 and scores is None and order not in ("cover", "facility"):
         share = pruning.restart_overlap(ranking, rule)
         say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     _write(
@@ -124,6 +138,13 @@ def select(
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
+
+
+def table_file(source: Path | None) -> Path | None:
+    """The file of a score table that is given as FILE[:COLUMN][:DIRECTION]."""
+    from protoprune.scores import split_source
+
+    return None if source is None else Path(split_source(source)[0])
 
 
 def number_of_clusters(text: str) -> int | None:
@@ -184,7 +205,7 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        files.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
+        files.write_file(removed, text(ranking.readable & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
         files.write_file(manifest, lists.manifest(_columns(chosen), kind))
@@ -212,7 +233,10 @@ def _columns(chosen: Selected) -> dict:
         "score": ranking.scores,
         "rank": chosen.rank,
         "keep": chosen.keep.astype(int),
-        "status": [Status(status).label for status in ranking.status],
+        "status": [
+            "all zeros" if zero else Status(status).label
+            for status, zero in zip(ranking.status, ranking.undirected, strict=True)
+        ],
     }
     if chosen.weights is not None:
         columns["weight"] = chosen.weights
@@ -235,14 +259,9 @@ def _say_ranking(ranking: Ranking) -> None:
         why = Counter(Status(status).label for status in ranking.status[excluded])
         say(f"excluded: {int(excluded.sum()):,} that could not be read ({describe_counts(why, 10)})")
     if ranking.table is not None:
-        table = ranking.table
-        say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
-        for note in table.notes():
-            say(f"scores: {note}")
-        if table.unmatched_rows:
-            say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
+        say_table(ranking)
     for one in ranking.clusterings[:1]:
-        points = int((~excluded).sum())
+        points = int((one.cluster >= 0).sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
         kind = "spherical" if one.spherical else "Euclidean"
         cached = " (from the cache)" if ranking.cached == len(ranking.clusterings) else ""
@@ -253,16 +272,23 @@ def _say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-        alone = int((sizes == 1).sum())
-        if alone and one.k < points and ranking.table is None:
-            say(
-                f"warning: {alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
-            )
+    for note in ranking.notes():
+        say(f"warning: {note}")
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def say_table(ranking: Ranking) -> None:
+    """How the score table of a ranking was read, and what did not match, on either side."""
+    table = ranking.table
+    say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
+    for note in table.notes():
+        say(f"scores: {note}")
+    if table.unmatched_rows:
+        say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
@@ -278,9 +304,13 @@ def _say_selected(chosen: Selected) -> None:
 
     ranking, usable, rule = chosen.ranking, chosen.ranking.usable, chosen.rule
     kept, of = int(chosen.keep.sum()), int(usable.sum())
-    how = {"random": "at random", "stratified": "evenly over 50 strata of the scores"}.get(
-        rule.order, f"{rule.order} first"
-    )
+    group = rule.by or ("class" if ranking.classes else "cluster")
+    how = {
+        "random": "at random",
+        "stratified": "evenly over 50 strata of the scores",
+        "cover": f"herding in each {group}",
+        "facility": f"facility location in each {group}",
+    }.get(rule.order, f"{rule.order} first")
     how += ", cluster quotas" if rule.quota else ""
     say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
     if chosen.weights is not None:

@@ -10,7 +10,20 @@ import typer
 
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
-from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters
+from protoprune.cli.select import (
+    Backend,
+    ByPlace,
+    Euclidean,
+    Features,
+    HigherIs,
+    Iterations,
+    K,
+    Rows,
+    Seed,
+    number_of_clusters,
+    say_table,
+    table_file,
+)
 from protoprune.errors import UsageError
 
 
@@ -34,7 +47,8 @@ def info(
             f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}"
         )
         _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        _print(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
+        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+        _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         _print(f"root        {facts['root']}")
         _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
         if facts.get("pool"):
@@ -54,9 +68,12 @@ def sheet(
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sheet.png"),
     by: Annotated[str, typer.Option(help="One row for all, or one a class or cluster: none, class, cluster.")] = "none",
     count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row.")] = 8,
-    rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
+    max_rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
     root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
     scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
+    higher_is: HigherIs = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -66,26 +83,31 @@ def sheet(
     """Write a contact sheet of the easiest and the hardest images."""
     from protoprune import pruning
     from protoprune.files import write_file
+    from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
-    check_outputs(out, inputs=[features, scores])
+    check_outputs(out, inputs=[features, table_file(scores), rows])
+    check_reading(scores, higher_is, rows, by_place)
     if scores is not None:
-        ranking = pruning.rank_by_table(features, scores)
+        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
+        say_table(ranking)
     else:
         number = number_of_clusters(k)
         ranking = pruning.rank(
             features, k=number, euclidean=euclidean, iterations=iterations, seed=seed, backend=backend
         )
+    for note in ranking.notes():
+        say(f"warning: {note}")
     lines = _rows(ranking, by, count, seed)
-    if len(lines) > rows:
-        say(f"showing {rows} of {len(lines)} rows; more with --rows {len(lines)}")
-    picture, unreadable = contact_sheet(lines[:rows], os.fspath(root or ranking.root))
+    if len(lines) > max_rows:
+        say(f"showing {max_rows} of {len(lines)} rows; more with --max-rows {len(lines)}")
+    picture, unreadable = contact_sheet(lines[:max_rows], os.fspath(root or ranking.root))
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
-    say(f"{out}: {min(len(lines), rows)} rows of the {count} easiest and the {count} hardest images")
+    say(f"{out}: {min(len(lines), max_rows)} rows of the {count} easiest and the {count} hardest images")
 
 
 def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str], list[str]]]:
