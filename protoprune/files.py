@@ -10,15 +10,22 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import math
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 
-import numpy as np
-
 from protoprune.errors import ProtopruneError, UsageError
+
+# How files begin that took hours to make or cannot be made again: nothing of another kind is written over them.
+_PRECIOUS = (
+    (b"\x89HDF", "an HDF5 file, perhaps features or a training record"),
+    (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
+    (b"II*\0", "an image"), (b"MM\0*", "an image"), (b"PK\x03\x04", "a zip archive, perhaps weights"),
+)  # fmt: skip
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -28,11 +35,48 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
         _write_device(path, data)
         return
     path = os.path.realpath(path)  # what a link points to, so that the link stays
+    what = holds(path)
+    if what and what != _kind(data[:16]):
+        raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(data)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def holds(path: str | os.PathLike) -> str:
+    """'an image' and the like, for a file that nothing else may take the place of; '' for others and for none."""
+    try:
+        if not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            return _kind(file.read(16))
+    except OSError:
+        return ""
+
+
+def _kind(head: bytes) -> str:
+    bmp = head[:2] == b"BM" and head[6:10] == b"\0\0\0\0"  # and not a list of BMW/1.jpg
+    if bmp or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "an image"
+    return next((what for magic, what in _PRECIOUS if head.startswith(magic)), "")
+
+
+def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+    """Whether two names lead to one file, now or once it is written.
+
+    Links are followed; of files that are not there yet, names that differ only in case or in Unicode normalisation
+    count as one, as they are on many disks.
+    """
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    if os.path.exists(a) or os.path.exists(b):
+        return False
+    (folder, name), (other, its) = (os.path.split(os.path.realpath(one)) for one in (a, b))
+    if unicodedata.normalize("NFC", name).casefold() != unicodedata.normalize("NFC", its).casefold():
+        return False
+    return os.path.samefile(folder, other) if os.path.isdir(folder) and os.path.isdir(other) else folder == other
 
 
 @contextlib.contextmanager
@@ -225,13 +269,14 @@ def table_csv(rows: Sequence[dict]) -> bytes:
     return csv_bytes(columns, cells)
 
 
-def plain_number(value: np.floating) -> float | str:
-    """A score in its type's shortest exact form; empty where there is none."""
-    return float(str(value)) if np.isfinite(value) else ""
+def plain_number(value) -> float | str:
+    """A float, numpy's or Python's, with its type's shortest exact digits; empty where it is not finite."""
+    return float(str(value)) if math.isfinite(value) else ""
 
 
 def plain_cell(value):
     """A value as csv and json write it: a float in its shortest exact form, empty where it is not finite."""
-    if isinstance(value, (float, np.floating)):
+    dtype = getattr(value, "dtype", None)  # numpy's
+    if isinstance(value, float) or (dtype is not None and dtype.kind == "f"):
         return plain_number(value)
-    return value.item() if isinstance(value, np.generic) else value
+    return value if dtype is None else value.item()

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 
 
@@ -183,11 +184,9 @@ def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
 
-    rows = [("name", "dim", "parameters", "input", "licence", "source")]
+    rows = []
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
         rows.append((info.name, str(info.dim), count, size, info.licence, info.source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(("name", "dim", "parameters", "input", "licence", "source"), rows, fold=True)
     typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)

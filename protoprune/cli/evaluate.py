@@ -17,6 +17,7 @@ import typer
 
 from protoprune.cli.progress import duration, say
 from protoprune.cli.select import HigherIs, number_of_clusters
+from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -421,10 +422,10 @@ def _print_evaluation(result: Evaluation) -> None:
     header += ["selection", "net saved"]
     if result.target_accuracy is not None:
         header.append(f"to {100 * result.target_accuracy:g} %")
-    _print_table(header, [_cells(one, result) for one in result.methods])
+    print_table(header, [_cells(one, result) for one in result.methods])
     judged = [one for one in result.methods if one.verdict]
     for one in judged:
-        _print(f"{one.name}: {one.verdict}")
+        echo(f"{one.name}: {one.verdict}")
     notes = [
         f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by seed. "
         "Against random they cover the seeds and, for a list, the luck of one draw."
@@ -434,7 +435,7 @@ def _print_evaluation(result: Evaluation) -> None:
             f"Each interval is for its own line alone; the verdicts allow for all {len(judged)} comparisons (Holm)."
         )
     for note in notes:
-        _print(note)
+        echo(note)
 
 
 def _cells(one: Method, result: Evaluation) -> list[str]:
@@ -478,17 +479,17 @@ def _print_scaling(result: Scaling) -> None:
     for order, keep in dict.fromkeys((point.order, point.keep) for point in result.points):
         errors = [found[order, keep, size].error.mean for size in sizes]
         rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
-    _print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
+    print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
     # Three parameters through three or four points say nothing; fits.csv has them all the same.
     laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
     if laws:
-        _print("")
+        echo("")
         body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
-        _print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+        print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
     for curve in result.curves:
-        _print(f"{curve.name}: {curve.verdict}")
+        echo(f"{curve.name}: {curve.verdict}")
     if laws:
-        _print("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
+        echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 
 
 def _parameter(row: dict, key: str) -> str:
@@ -501,29 +502,3 @@ def _parameter(row: dict, key: str) -> str:
 def _quality(row: dict) -> list[str]:
     delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
     return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A rich table on a terminal, columns of plain text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*(Text(_printable(cell)) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(_printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        _print("  ".join(_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print(text: str) -> None:
-    typer.echo(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """A name that is not UTF-8, with its odd bytes escaped."""
-    return text.encode(errors="backslashreplace").decode()

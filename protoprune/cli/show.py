@@ -11,6 +11,7 @@ import typer
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters
+from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
 
 
@@ -25,26 +26,24 @@ def info(
     with open_features(features) as file:
         if errors:
             for path, status, reason in file.failures():
-                _print(f"{path}\t{status.label}\t{reason}")
+                echo(f"{path}\t{status.label}\t{reason}")
             return
         facts = file.provenance
         usable = int(file.usable.sum())
         failures = file.failure_counts()
-        _print(
-            f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}"
-        )
-        _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        _print(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
-        _print(f"root        {facts['root']}")
-        _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
-        _print(f"preprocess  {facts['preprocess']}")
-        _print(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+        echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}")
+        echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+        echo(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
+        echo(f"root        {facts['root']}")
+        echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+        echo(f"preprocess  {facts['preprocess']}")
+        echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
         if facts["unreadable_folder_count"]:
             first = file.unreadable_folders[0]
-            _print(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
+            echo(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
         folder = file.path + ".clusters"
         if os.path.isdir(folder):
-            _print(f"clusterings {len(os.listdir(folder))} in {folder}")
+            echo(f"clusterings {len(os.listdir(folder))} in {folder}")
 
 
 def sheet(
@@ -113,7 +112,3 @@ def _bytes(count: int) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1000
     return ""
-
-
-def _print(text: str) -> None:
-    typer.echo(text.encode(errors="backslashreplace").decode())
