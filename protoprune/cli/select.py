@@ -30,37 +30,39 @@ HigherIs = Annotated[
     typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
 ]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
+Order = Annotated[
+    str, typer.Option(help="Which to keep first: hard, easy, middle, random, or stratified: evenly over the scores.")
+]
+DropHardest = Annotated[
+    float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
+]
+Quota = Annotated[
+    str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
+]
+Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
+By = Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")]
+Calibrate = Annotated[
+    float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
+]
+Dedup = Annotated[
+    float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
+]
+DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
+Scores = Annotated[Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")]
 
 
 def select(
     features: Features = Path("features.h5"),
     keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")] = ...,
-    order: Annotated[
-        str,
-        typer.Option(help="Which to keep first: hard, easy, middle, random, or stratified: evenly over the scores."),
-    ] = "hard",
-    drop_hardest: Annotated[
-        float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
-    ] = 0.0,
-    quota: Annotated[
-        str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")
-    ] = None,
-    balance: Annotated[
-        float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")
-    ] = 0.0,
-    by: Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")] = None,
-    calibrate: Annotated[
-        float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
-    ] = None,
-    dedup: Annotated[
-        float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")
-    ] = None,
-    dedup_keep: Annotated[
-        str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")
-    ] = None,
+    order: Order = "hard",
+    drop_hardest: DropHardest = 0.0,
+    quota: Quota = None,
+    balance: Balance = 0.0,
+    by: By = None,
+    calibrate: Calibrate = None,
+    dedup: Dedup = None,
+    dedup_keep: DedupKeep = None,
+    scores: Scores = None,
     higher_is: HigherIs = None,
     k: K = "auto",
     euclidean: Euclidean = False,
