@@ -20,6 +20,8 @@ from types import SimpleNamespace
 
 from protoprune.errors import ProtopruneError, UsageError
 
+CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of their numbers
+
 # How files begin that took hours to make or cannot be made again: nothing of another kind is written over them.
 _PRECIOUS = (
     (b"\x89HDF", "an HDF5 file, perhaps features or a training record"),
@@ -141,8 +143,13 @@ def write_stdout(data: bytes) -> None:
             raise ProtopruneError(f"standard output: cannot write ({error.strerror}); the list is cut short") from None
 
 
-def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, hard: bool = False) -> None:
+def write_links(
+    folder: str | os.PathLike, root: str, paths: Sequence[str], *, classes: Sequence[str] = (), hard: bool = False
+) -> None:
     """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist or be empty.
+
+    Of all `classes`, one a line, in the order of their numbers, is made `classes.txt` in it: a loader that counts the
+    folders numbers the classes anew where one has lost all its images, and timm takes it as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
@@ -165,6 +172,9 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere
             else:
                 os.symlink(target, link)
+        if classes and not os.path.exists(listed := os.path.join(building, CLASSES)):  # a class may be called so
+            with open(listed, "wb") as file:
+                file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
         os.replace(building, folder)
     except OSError as error:
         raise ProtopruneError(

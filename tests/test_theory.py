@@ -420,7 +420,7 @@ def test_information_command():
         ("theory error --alpha-tot 5 --keep a", "--keep a: not a number"),
         ("theory error --alpha-tot ,", "empty"),
         ("theory error --alpha-tot inf", "--alpha-tot inf: not a number"),
-        ("theory error --alpha-tot 5 --plot a.jpg", "expected .png or .svg"),
+        ("theory error --alpha-tot 5 --plot a.jpg", "expected a name that ends in .png or .svg"),
         ("theory best-keep", "exactly one of the two"),
         ("theory error --alpha-tot 5 --alpha-prune 5", "exactly one of the two"),
         ("theory pareto --from 5 --to 2", "0 < from < to"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import duration, say
 from protoprune.cli.select import HigherIs, number_of_clusters
 from protoprune.cli.tables import echo, print_table
@@ -131,7 +132,7 @@ def evaluate(
     samplers = _samplers(dynamic, keep or [], every)
     costs = _costs(selection_seconds or [], len(lists))
     check_options(lists, samplers, budget, target_accuracy)
-    _check_folder(out)
+    check_folder(out, [*lists, source, test, weights])
     for path in lists:
         read_list(path)
         _refuse_manifest(path)
@@ -212,7 +213,7 @@ def scaling(
     wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
     names = [one.strip() for one in orders.split(",") if one.strip()]
     check_options(wanted["keeps"], names, budget)
-    _check_folder(out)
+    check_folder(out, [scores, features, source, test, weights])
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
@@ -263,11 +264,6 @@ def _source(images: Path | None, features: Path | None, model: str | None, *, ra
     if features is not None and not ranking:
         raise UsageError(f"--features goes with --model head, not {model}")
     return images, model
-
-
-def _check_folder(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
 
 
 def _recipe(model: str, *, weights: Path | None, **given):

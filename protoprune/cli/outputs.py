@@ -10,6 +10,8 @@ from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 from protoprune.files import holds, same_file
 
+_RESULTS = ("results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png")
+
 
 def check_outputs(
     *outputs: str | Path | None,
@@ -58,8 +60,8 @@ def check_picture(path: Path | None, root: str | Path, paths: Sequence[str]) -> 
     say(f"warning: {path} lies in the folder of the images, where `protoprune embed` will find it; write it elsewhere")
 
 
-def check_folder(out: Path | None, names: Iterable[str], inputs: Iterable[Path | None] = ()) -> None:
-    """As `check_outputs`, for a folder that files of these names are written into. It need not exist."""
+def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """As `check_outputs`, for the folder of results of `evaluate` and `scaling`. It need not exist."""
     if out is None:
         return
     inputs = [one for one in inputs if one is not None and one.exists()]
@@ -69,7 +71,7 @@ def check_folder(out: Path | None, names: Iterable[str], inputs: Iterable[Path |
         if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
     if out.is_dir():
-        check_outputs(*(out / name for name in names), inputs=inputs)
+        check_outputs(*(out / name for name in _RESULTS), inputs=inputs)
 
 
 def _check_place(path: Path) -> None:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
-from protoprune.cli.select import Backend, Euclidean, Features, Iterations, K, Seed, number_of_clusters
+from protoprune.cli.select import (
+    Backend,
+    Euclidean,
+    Features,
+    HigherIs,
+    Iterations,
+    K,
+    Seed,
+    number_of_clusters,
+    say_ranking,
+)  # fmt: skip
 from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def info(
@@ -54,35 +67,102 @@ def sheet(
     rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
     root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
     scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
+    higher_is: HigherIs = None,
+    duplicates: Annotated[
+        float | None,
+        typer.Option(
+            help="Show instead what `select --dedup` of this would remove: each image that stays, and its duplicates."
+        ),
+    ] = None,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
     seed: Seed = 0,
     backend: Backend = "auto",
 ) -> None:
-    """Write a contact sheet of the easiest and the hardest images."""
+    """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
     from protoprune import pruning
     from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
+    if duplicates is not None and (scores is not None or by != "none"):
+        raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, scores])
-    if scores is not None:
-        ranking = pruning.rank_by_table(features, scores)
+    clusters = pruning.Clusters(number_of_clusters(k), euclidean, iterations, seed, backend=backend)
+    ranking = _ranked(features, scores, higher_is, clusters, duplicates)
+    say_ranking(ranking)
+    root = os.fspath(root or ranking.root)
+    check_picture(out, root, ranking.paths)
+    if duplicates is not None:
+        lines, heads = _duplicates(ranking, duplicates, count), ("stays", "removed as its duplicates")
+        what = f"images that stay, with up to {count} of their duplicates each"
+        if not lines:
+            say(f"{out}: not written, no two images are that alike; try a larger --duplicates")
+            return
     else:
-        number = number_of_clusters(k)
-        ranking = pruning.rank(
-            features, k=number, euclidean=euclidean, iterations=iterations, seed=seed, backend=backend
-        )
-    lines = _rows(ranking, by, count, seed)
+        lines, heads = _rows(ranking, by, count, seed), ("easiest (most prototypical)", "hardest")
+        what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > rows:
-        say(f"showing {rows} of {len(lines)} rows; more with --rows {len(lines)}")
-    picture, unreadable = contact_sheet(lines[:rows], os.fspath(root or ranking.root))
+        say(f"showing {rows} of {len(lines):,} rows; more with --rows {min(len(lines), 500)}")
+    picture, unreadable = contact_sheet(lines[:rows], root, heads=heads)
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
-    say(f"{out}: {min(len(lines), rows)} rows of the {count} easiest and the {count} hardest images")
+    say(f"{out}: {min(len(lines), rows)} rows of {what}")
+
+
+def _ranked(features: Path, scores: Path | None, higher_is: str | None, clusters, duplicates: float | None):
+    from protoprune import pruning
+    from protoprune.selection import check_duplicates
+
+    if scores is not None:
+        return pruning.rank_by_table(features, scores, higher_is=higher_is)
+    if higher_is is not None:
+        raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
+    if duplicates is not None:
+        check_duplicates(duplicates)
+    ranking = pruning.rank(features, clusters)
+    if duplicates is not None:
+        pruning.deduplicate(ranking, duplicates, seed=clusters.seed)
+    return ranking
+
+
+def _duplicates(ranking, epsilon: float, count: int) -> list[tuple[str, list[str], list[str]]]:
+    """(title, the image that stays, its duplicates) of each group, those with the most alike first."""
+    import numpy as np
+
+    gone = np.flatnonzero(ranking.duplicate_of >= 0)
+    say(f"duplicates: {len(gone):,} images would be removed by `select --dedup {epsilon:g}`")
+    likeness = dict(zip(gone.tolist(), _cosines(ranking, gone).tolist(), strict=True))
+    groups: dict[int, list[int]] = {}
+    for row in sorted(likeness, key=lambda row: (-likeness[row], row)):
+        groups.setdefault(int(ranking.duplicate_of[row]), []).append(row)
+    lines = []
+    for stays, removed in groups.items():
+        shown = removed[:count]
+        title = f"1 - cosine {1 - likeness[removed[0]]:.4f} to {1 - likeness[removed[-1]]:.4f}"
+        title += f" ({len(removed):,} removed)" if len(removed) > len(shown) else ""
+        lines.append((title, [ranking.paths[stays]], [ranking.paths[row] for row in shown]))
+    return lines
+
+
+def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
+    """(len(rows),) cosine of each removed image to the one that it duplicates."""
+    import numpy as np
+
+    from protoprune.pruning import open_features
+
+    def unit(wanted: np.ndarray) -> np.ndarray:
+        places, back = np.unique(wanted, return_inverse=True)
+        x = file.features[places].astype(np.float64)[back]
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    with open_features(ranking.file) as file:
+        parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
+        cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
+    return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 
 def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str], list[str]]]:

@@ -28,10 +28,10 @@ def print_table(
     """
     heads = None if heads is None else [printable(head) for head in heads]
     rows = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout is not None and sys.stdout.isatty() and _drawn(heads, rows, title, right, fold):
-        return
     if title:
-        typer.echo(title)
+        echo(title)
+    if sys.stdout is not None and sys.stdout.isatty() and _drawn(heads, rows, right, fold):
+        return
     lines = rows if heads is None else [heads, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -42,19 +42,20 @@ def print_table(
         typer.echo("  ".join(cells).rstrip())
 
 
-def _drawn(heads, rows, title: str, right: Collection[int], fold: bool) -> bool:
+def _drawn(heads, rows, right: Collection[int], fold: bool) -> bool:
     """Draw the table, if the terminal is wide enough."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    table = Table(title=Text(title) if title else None, show_header=heads is not None)
+    table = Table(show_header=heads is not None)
     for place, head in enumerate(heads if heads is not None else [""] * len(rows[0])):
         table.add_column(Text(head), justify="right" if place in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as they stand: "[b]" is a name, not a style
-    if not fold and console.measure(table).maximum > console.width:
+    unbounded = console.options.update(max_width=100_000)
+    if not fold and console.measure(table, options=unbounded).maximum > console.width:
         return False
     console.print(table)
     return True
