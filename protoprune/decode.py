@@ -2,7 +2,7 @@
 
 JPEG by libjpeg-turbo (`simplejpeg`) and an antialiased uint8 resize in torch, everything else by Pillow. Pixels are
 those of torchvision's transforms on PIL images: nearly all equal, none more than a step or two of 255 away. (Strips
-longer than 4:1, and strips squashed to a square, may differ more on noise: Pillow picks the order of its two passes.)
+longer than 2:1, and strips squashed to a square, may differ more: Pillow picks the order of its two passes.)
 EXIF orientation is applied, the first frame of an animation is taken, transparency is dropped as `convert("RGB")` drops
 it (and with it torchvision's loader), and images with more than 8 bits a channel are scaled to 8. What this module does
 not know: encoders, batches, feature files.

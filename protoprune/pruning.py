@@ -10,6 +10,7 @@ Everything that can be asked for is checked here, for both. Knows nothing of how
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from protoprune import prototypes, selection
+from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
+from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.features import FeatureFile, partial_path
 from protoprune.prototypes import Clustering
@@ -47,6 +49,7 @@ class Ranking:
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
+    vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
 
     @property
     def scored(self) -> np.ndarray:
@@ -96,10 +99,12 @@ class Rule:
     """What to keep of a ranking: the options of `protoprune select` that decide it, checked together.
 
     keep          fraction of the usable images to KEEP, above 0 and at most 1
-    order         which first: hard, easy, middle, random or stratified (see `selection.ranking`)
+    order         which first: hard, easy, middle, random or stratified (see `selection.ranking`), or, by the features
+                  instead of the scores, cover or facility (see `selection.cover`)
     drop_hardest  fraction that is kept only when nothing else is left, easiest first
     quota         None or 'dbp': every cluster gets a quota by its complexity (see `selection.quotas`)
-    balance, by   share of the kept set that is split evenly over groups, and which: 'class' or 'cluster'
+    balance, by   share of the kept set that is split evenly over groups, and which: 'class' or 'cluster'; cover and
+                  facility cover the same groups
     calibrate     None, or the share that goes by order; the rest is drawn at random and weighted
     seed          of ties and of everything random
 
@@ -121,9 +126,11 @@ class Rule:
         check_seed(self.seed)
         if self.by not in (None, *GROUPS):
             raise UsageError(f"--by {self.by}: expected class or cluster")
-        if self.by is not None and not self.balance:
+        covers = self.order in selection.COVERS
+        if self.by is not None and not self.balance and not covers:
             raise UsageError(
-                f"--by {self.by}: --by goes with --balance, which says how much; the paper's is --balance 0.5"
+                f"--by {self.by}: --by goes with --balance, which says how much; the paper's is --balance 0.5 "
+                "(or with --order cover, which covers each group)"
             )
         if self.quota not in (None, *QUOTAS):
             raise UsageError(f"--quota {self.quota}: expected {', '.join(QUOTAS)}")
@@ -133,6 +140,11 @@ class Rule:
             selection.check_calibration(self.calibrate)
             if self.order == "random":
                 raise UsageError("--calibrate does not go with --order random, which needs no weights")
+            if covers:
+                raise UsageError(
+                    f"--calibrate does not go with --order {self.order}, whose list stands for all images with equal "
+                    "weights: a weight of 1 beside drawn images with larger ones would undo that"
+                )
             if self.drop_hardest:
                 raise UsageError(
                     "--calibrate does not go with --drop-hardest: its weights stand for all images, dropped ones too"
@@ -177,7 +189,7 @@ def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None 
     """
     clusters = _clusters(clusters, options)
     with open_features(features) as file:
-        ranking = _ranking(file)
+        ranking = unranked(file)
     add_clusters(ranking, clusters)
     ranking.scores = prototypes.consensus(ranking.clusterings)
     return ranking
@@ -206,7 +218,7 @@ def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) 
 def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, higher_is: str | None = None) -> Ranking:
     """Rank the images of a feature file by a score table (see `scores.read_scores`); no clustering."""
     with open_features(features) as file:
-        ranking = _ranking(file)
+        ranking = unranked(file)
     ranking.table = read_scores(table, ranking.paths, higher_is=higher_is)
     readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
     ranking.scores = np.where(readable, ranking.table.scores, np.nan)
@@ -225,9 +237,9 @@ def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed:
     """
     selection.check_duplicates(epsilon, keep)
     one = _first_clustering(ranking, "--dedup")
-    with open_features(ranking.file) as file:
+    with _vectors(ranking) as vectors:
         ranking.duplicate_of = selection.duplicates(
-            _mapped(file), one.cluster, one.distance, epsilon,
+            vectors, one.cluster, one.distance, epsilon,
             ids=ranking.paths, keep=keep, seed=seed, usable=ranking.usable,
         )  # fmt: skip
 
@@ -247,7 +259,7 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     groups = groups_of(ranking, rule.by) if rule.balance else None
     rows = selection.ranking(
         ranking.scores, ids=ranking.paths, order=rule.order, seed=rule.seed, usable=usable,
-        drop_hardest=rule.drop_hardest,
+        drop_hardest=rule.drop_hardest, arrange=lambda rows: _arranged(ranking, rule, rows),
     )  # fmt: skip
     stay = len(rows) - selection.dropped_count(len(rows), rule.drop_hardest)
     if rule.quota and stay:
@@ -355,6 +367,43 @@ def _quota_shares(one: Clustering, usable: np.ndarray) -> np.ndarray:
     return selection.complexity_shares(values)
 
 
+def _arranged(ranking: Ranking, rule: Rule, rows: np.ndarray) -> np.ndarray:
+    places = cover_places(ranking, rule.order, rows, rule.by, rule.seed)
+    return selection.by_place(places, rows, ranking.paths, rule.seed)
+
+
+def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None = None, seed: int = 0) -> np.ndarray:
+    """(n,) float64: the places of these rows in the order that covers their groups (see `selection.cover`), else NaN.
+
+    The groups are the classes, or the clusters: those of the ranking where their number was given, else of about 400
+    images. Groups so large that their pairs would not do are split by k-means.
+    """
+    if by not in (None, *GROUPS):
+        raise UsageError(f"--by {by}: expected class or cluster")
+    n = len(ranking.paths)
+    usable = np.zeros(n, bool)
+    usable[rows] = True
+    how = ranking.clusters or Clusters()
+    settings = {"ids": ranking.paths, "usable": usable, "seed": seed}
+    if (by or ("class" if ranking.classes else "cluster")) == "class" or how.k is not None:
+        groups, size = groups_of(ranking, by), partition.CLASS_SIZE
+    else:
+        groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
+    with _vectors(ranking) as vectors:
+        groups = partition.split(vectors, groups, size, iterations=how.iterations, backend=how.backend, **settings)
+        return selection.cover(vectors, groups, method=order, workers=cores(), **settings)
+
+
+@contextlib.contextmanager
+def _vectors(ranking: Ranking):
+    """The features of a ranking, (n, d), wherever they are."""
+    if ranking.vectors is not None:
+        yield ranking.vectors
+        return
+    with open_features(ranking.file) as file:
+        yield _mapped(file)
+
+
 def _mapped(file: FeatureFile) -> np.ndarray:
     """The features as a memory map: a cluster's rows lie all over the file, and HDF5 is slow at single rows."""
     offset = file.features.id.get_offset()
@@ -382,6 +431,8 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     ranking, clusters = reference.ranking, reference.ranking.clusters
     if ranking.table is not None or clusters is None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
+    if reference.rule.order in selection.COVERS:
+        raise UsageError(f"--stability compares rankings by prototypes; --order {reference.rule.order} is none")
     rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
     m = int((ranking.status == Status.OK).sum())
@@ -409,7 +460,8 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     return mean_overlap(masks)
 
 
-def _ranking(file: FeatureFile) -> Ranking:
+def unranked(file: FeatureFile) -> Ranking:
+    """The images of an open feature file, without scores."""
     root = file.provenance["root"]
     return Ranking(file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan))
 

@@ -241,6 +241,39 @@ def test_balance_gives_every_class_its_share(here, run):
     assert len(select(run, "--keep", "0.5", "--balance", "0.5", "--by", "cluster").stdout.splitlines()) == 30
 
 
+@pytest.mark.parametrize("order", ["cover", "facility"])
+def test_cover_stands_for_every_class_and_its_table_gives_the_same_list(here, run, order):
+    result = run("select", "--keep", 0.3, "--order", order)
+    kept = result.stdout.splitlines()
+    assert "in each class), removed 41" in result.stderr
+    assert [sum(path.startswith(name) for path in kept) for name in CLASSES] == [6, 6, 6]
+    run("score", order, "-o", "table.csv")
+    assert run("select", "--keep", 0.3, "--scores", "table.csv").stdout == result.stdout
+    half = run("select", "--keep", 0.5, "--order", order).stdout.splitlines()
+    assert set(kept) < set(half)
+    clusters = run("select", "--keep", 0.3, "--order", order, "--by", "cluster")
+    assert "in each cluster), removed 41" in clusters.stderr
+    run("score", order, "--by", "cluster", "-o", "table.csv")
+    assert run("select", "--keep", 0.3, "--scores", "table.csv").stdout == clusters.stdout
+    assert clusters.stdout != result.stdout
+
+
+def test_cover_composes(here, run):
+    """By a table the hardest go, near-duplicates before them, and classes have their floor."""
+    with open("scores.csv", "w") as file:
+        file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
+    by_table = ["select", "--scores", "scores.csv", "--keep", 0.3, "--order", "cover"]
+    kept = run(*by_table, "--drop-hardest", 30 / 59, "--balance", "1", "--by", "class").stdout.splitlines()
+    assert len(kept) == 18
+    assert max(map(PATHS.index, kept)) < 30
+    assert [sum(path.startswith(name) for path in kept) for name in CLASSES] == [6, 6, 6]
+    few = select(run, "--keep", "1", "--order", "cover", "--dedup", "0.02")
+    assert "duplicates: " in few.stderr
+    assert len(few.stdout.splitlines()) < 59
+    own = select(run, "--keep", "0.3", "--order", "cover", "--by", "cluster", "--quota", "dbp")
+    assert len(own.stdout.splitlines()) == 18
+
+
 def test_strata_and_the_hardest_dropped(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
@@ -424,6 +457,8 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--order", "best"], 2, "--order best: expected one of"),
         (["--by", "colour", "--balance", "0.5"], 2, "--by colour: expected class or cluster"),
         (["--by", "class"], 2, "--by goes with --balance"),
+        (["--order", "cover", "--calibrate", "0.5"], 2, "--calibrate does not go with --order cover"),
+        (["--order", "cover", "--stability"], 2, "--stability compares rankings by prototypes; --order cover is none"),
         (["--hard-links"], 2, "--hard-links goes with --links"),
         (["--balance", "2"], 2, "--balance 2"),
         (["--drop-hardest", "1"], 2, "--drop-hardest 1: expected a fraction from 0 to below 1"),

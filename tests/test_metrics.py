@@ -614,6 +614,7 @@ def test_the_catalogue_has_what_the_papers_compare():
         "supervised_prototypes", "self_supervised_prototypes",
     }  # fmt: skip
     others = {"grand", "k_center", "aum", "margin", "entropy", "dyn_unc", "tdds", "moderate", "random"}
+    others |= {"cover", "facility"}
     assert paper | others <= set(METRICS)
     for name, metric in METRICS.items():
         assert metric.needs in ("record", "features", "nothing"), name

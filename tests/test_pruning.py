@@ -16,7 +16,7 @@ from protoprune import pruning
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.prototypes import Clustering
-from protoprune.pruning import Clusters, Ranking, Rule, prune
+from protoprune.pruning import Clusters, Ranking, Rule, cover_places, prune
 
 
 def made_up(scores, labels, cluster, distance, status=None) -> Ranking:
@@ -27,7 +27,8 @@ def made_up(scores, labels, cluster, distance, status=None) -> Ranking:
     clustering = Clustering(centroids, cluster, distance, 0.0, 0, True, 1, n, "made up")
     status = np.ones(n, np.uint8) if status is None else status
     paths = [f"{i:04d}.png" for i in range(n)]
-    return Ranking("f.h5", "images", paths, labels, ["a", "b", "c"], status, scores, [clustering])
+    vectors = np.stack([distance, cluster, distance * cluster % 3], axis=1)  # exact in any order, with copies
+    return Ranking("f.h5", "images", paths, labels, ["a", "b", "c"], status, scores, [clustering], vectors=vectors)
 
 
 @st.composite
@@ -47,14 +48,14 @@ def rankings(draw):
 def rules(draw):
     """Every combination of options that is not refused."""
     options = {
-        "order": draw(st.sampled_from(["hard", "easy", "middle", "random", "stratified"])),
+        "order": draw(st.sampled_from(["hard", "easy", "middle", "random", "stratified", "cover", "facility"])),
         "drop_hardest": draw(st.sampled_from([0.0, 0.0, 0.2, 0.7])),
         "quota": draw(st.sampled_from([None, "dbp"])),
         "balance": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "calibrate": draw(st.sampled_from([None, None, 0.0, 0.4, 1.0])),
         "seed": draw(st.integers(0, 3)),
     }
-    options["by"] = draw(st.sampled_from([None, "class", "cluster"])) if options["balance"] else None
+    options["by"] = draw(st.sampled_from([None, "class", "cluster"]))
     try:
         Rule(0.5, **options)
     except UsageError:
@@ -62,7 +63,7 @@ def rules(draw):
     return options
 
 
-@settings(max_examples=250)
+@settings(max_examples=250, deadline=None)
 @given(rankings(), rules())
 def test_exact_and_nested_whatever_is_asked_for(ranking, options):
     usable = ranking.usable
@@ -102,6 +103,26 @@ def test_the_order_of_the_rows_does_not_matter(ranking, options, keep, random):
     assert straight.kept_paths == sorted(other.kept_paths)
     if straight.weights is not None:
         assert straight.weights[shuffle] == pytest.approx(other.weights, nan_ok=True)
+
+
+def test_cover_takes_classes_in_proportion_and_leaves_out_the_dropped():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    ranking = made_up(np.arange(100.0), labels, np.zeros(100, np.int32), np.zeros(100, np.float32))
+    ranking.vectors = rng.normal(size=(100, 5)) + labels[:, None]
+    chosen = prune(ranking, 0.3, order="cover")
+    assert np.bincount(labels[chosen.keep]).tolist() == [18, 9, 3]
+    places = cover_places(ranking, "cover", np.arange(100), "class")
+    assert places[chosen.keep].max() < places[~chosen.keep].min()
+    dropped = prune(ranking, 0.3, order="cover", drop_hardest=0.5)
+    assert not dropped.keep[50:].any()
+    rest = made_up(np.arange(50.0), labels[:50], np.zeros(50, np.int32), np.zeros(50, np.float32))
+    rest.vectors = ranking.vectors[:50]  # the dropped have no part in what is covered
+    assert np.array_equal(dropped.keep[:50], prune(rest, 0.6, order="cover").keep)
+    even = prune(ranking, 0.3, order="cover", balance=1.0)
+    assert np.bincount(labels[even.keep]).tolist() == [10, 10, 10]
+    floor = prune(ranking, 0.3, order="cover", balance=0.5, by="class", drop_hardest=0.05)
+    assert np.bincount(labels[floor.keep])[2] == 5
 
 
 def test_the_dropped_are_marked_and_come_back_last():
@@ -156,6 +177,8 @@ def test_balance_holds_for_the_part_by_order_when_calibrated():
         ({"quota": "dbp", "order": "stratified"}, "--quota does not go with --order stratified"),
         ({"balance": 2}, "--balance 2"),
         ({"by": "class"}, "--by goes with --balance"),
+        ({"by": "colour", "order": "cover"}, "--by colour: expected class or cluster"),
+        ({"calibrate": 0.5, "order": "cover"}, "--calibrate does not go with --order cover"),
         ({"by": "colour", "balance": 0.5}, "--by colour: expected class or cluster"),
         ({"calibrate": 1.5}, "--calibrate 1.5"),
         ({"calibrate": 0.5, "order": "random"}, "--calibrate does not go with --order random"),

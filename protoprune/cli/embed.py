@@ -187,6 +187,6 @@ def encoders() -> None:
     rows = []
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
-        rows.append((info.name, str(info.dim), count, size, info.licence, info.source))
-    print_table(("name", "dim", "parameters", "input", "licence", "source"), rows, fold=True)
+        rows.append((info.name, str(info.dim), count, size, info.training, info.licence, info.source))
+    print_table(("name", "dim", "parameters", "input", "training", "licence", "source"), rows, fold=True)
     typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)

@@ -62,10 +62,15 @@ def score(
             help="Share of the images that k_center chooses one by one [default: 0.1, at most 10,000 images]."
         ),
     ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Groups that cover and facility cover: class or cluster [default: class].")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=2_000_000_000, help="Seed of self_supervised_prototypes, k_center, random [default: 0]."
+            min=0,
+            max=2_000_000_000,
+            help="Seed of self_supervised_prototypes, k_center, cover, facility, random [default: 0].",
         ),
     ] = None,
     out: Annotated[
@@ -85,7 +90,7 @@ def score(
     if out is not None:
         _check_out(out, source)
     with _open(source, is_record) as file:
-        options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "seed": seed}
+        options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "by": by, "seed": seed}
         result = compute(name, file, **options)
         paths, identity = file.paths, file.provenance.get("uuid")
     _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})

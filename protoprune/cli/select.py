@@ -31,14 +31,18 @@ HigherIs = Annotated[
 ]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 Order = Annotated[
-    str, typer.Option(help="Which to keep first: hard, easy, middle, random, or stratified: evenly over the scores.")
+    str,
+    typer.Option(
+        help="Which to keep first: hard, easy, middle, random; stratified: evenly over the scores; cover: those "
+        "that stand for all of their class or cluster (kernel herding); facility: the same by facility location."
+    ),
 ]
 DropHardest = Annotated[
     float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
 ]
 Quota = Annotated[str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")]
 Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
-By = Annotated[str | None, typer.Option(help="Groups to balance: class or cluster.")]
+By = Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")]
 Calibrate = Annotated[
     float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
 ]
@@ -100,6 +104,8 @@ def select(
     )
     check_links(links, hard_links)
     _check_output(format, null, [features, scores], links, out, removed, manifest)
+    if stability and order in ("cover", "facility"):
+        raise UsageError(f"--stability compares rankings by prototypes; --order {order} is none")
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
@@ -109,7 +115,7 @@ def select(
     say_ranking(ranking)
     if dedup is not None:
         _say_duplicates(ranking, dedup)
-    if restarts > 1 and scores is None:
+    if restarts > 1 and scores is None and order not in ("cover", "facility"):
         share = pruning.restart_overlap(ranking, rule)
         say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     _write(
@@ -296,9 +302,13 @@ def _say_selected(chosen: Selected) -> None:
 
     ranking, usable, rule = chosen.ranking, chosen.ranking.usable, chosen.rule
     kept, of = int(chosen.keep.sum()), int(usable.sum())
-    how = {"random": "at random", "stratified": "evenly over 50 strata of the scores"}.get(
-        rule.order, f"{rule.order} first"
-    )
+    group = rule.by or ("class" if ranking.classes else "cluster")
+    how = {
+        "random": "at random",
+        "stratified": "evenly over 50 strata of the scores",
+        "cover": f"herding in each {group}",
+        "facility": f"facility location in each {group}",
+    }.get(rule.order, f"{rule.order} first")
     how += ", cluster quotas" if rule.quota else ""
     say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
     if chosen.weights is not None:

@@ -333,6 +333,24 @@ def _k_center(file, *, budget: float | None = None, seed: int = 0) -> Scored:
     return Scored(values, {"budget": "default" if budget is None else budget, "seed": seed})
 
 
+def _cover(file, *, by: str | None = None, seed: int = 0) -> Scored:
+    return _covering(file, "cover", by, seed)
+
+
+def _facility(file, *, by: str | None = None, seed: int = 0) -> Scored:
+    return _covering(file, "facility", by, seed)
+
+
+def _covering(file, order: str, by: str | None, seed: int) -> Scored:
+    """1 - the place in the order, so that keeping the largest first is keeping in this order."""
+    from protoprune import pruning
+
+    by = by or ("class" if file.classes else "cluster")
+    ranking = pruning.unranked(file)
+    places = pruning.cover_places(ranking, order, np.flatnonzero(file.usable), by, seed)
+    return Scored((1 - places).astype(np.float32), {"by": by, "seed": seed})
+
+
 def _random(source, *, seed: int = 0) -> Scored:
     values = geometry.random(source.paths, seed)
     if hasattr(source, "usable"):  # a feature file; a record holds readable images only
@@ -391,6 +409,14 @@ METRICS: dict[str, Metric] = {
     "k_center": Metric(
         _k_center, "features", False, False, "minutes at 50,000 images, an hour at a million", "Sener & Savarese 2018",
         "greedy core-set: first the images farthest from those chosen before",
+    ),
+    "cover": Metric(
+        _cover, "features", False, False, "half a minute a million images", "Chen et al. 2010",
+        "kernel herding in each class or cluster: first the images that stand for all",
+    ),
+    "facility": Metric(
+        _facility, "features", False, False, "minutes a million images", "Mirchandani & Francis 1990",
+        "facility location in each class or cluster: first the images that all others are near to",
     ),
     "aum": _record_metric(
         _aum, "a whole training, 1 model or more", "Pleiss et al. 2020",

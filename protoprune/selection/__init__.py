@@ -2,9 +2,11 @@
 
 A larger score means a harder, less prototypical example, and `keep` is always the fraction KEPT. Exactly
 round(keep * m) of the m usable images are kept, the kept sets of growing fractions are nested, and ties are broken by a
-seeded hash of the id, so the order of the rows never matters. Pure arrays: no files; only `dedup` sees features.
+seeded hash of the id, so the order of the rows never matters. Pure arrays: no files; only `covering` and `dedup` see
+features.
 
     orders       which images first: hard, easy, middle, random, stratified; --drop-hardest
+    covering     which images first to cover each group of them: kernel herding, facility location
     quotas       the same images, interleaved so that each cluster gets its share (DBP)
     floors       the first `count` of an order, with a floor for every group (--balance)
     calibration  part by order, part at random, with weights that make up for it
@@ -19,13 +21,16 @@ import numpy as np
 
 from protoprune.errors import UsageError
 from protoprune.selection.calibration import by_score, calibrated, check_calibration
+from protoprune.selection.covering import cover
 from protoprune.selection.dedup import check_duplicates, duplicates
 from protoprune.selection.floors import check_balance, take
-from protoprune.selection.orders import ORDERS, check_order, dropped_count, ranking
+from protoprune.selection.orders import COVERS, ORDERS, by_place, check_order, dropped_count, ranking
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
 
 __all__ = [
+    "COVERS",
     "ORDERS",
+    "by_place",
     "by_quota",
     "by_score",
     "calibrated",
@@ -37,6 +42,7 @@ __all__ = [
     "check_order",
     "complexity",
     "complexity_shares",
+    "cover",
     "cut",
     "dropped_count",
     "duplicates",

@@ -6,13 +6,15 @@ Knows nothing of how many are kept: every order is a ranking, so growing fractio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
+COVERS = ("cover", "facility")  # orders that look at features, not at scores: see `covering`
 STRATA = 50  # of Zheng et al. 2022, "Coverage-centric coreset selection for high pruning rates"
 
 
@@ -24,6 +26,7 @@ def ranking(
     seed: int = 0,
     usable: np.ndarray | None = None,
     drop_hardest: float = 0.0,
+    arrange: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """The usable rows, (m,) int64, in the order in which they are kept: row 0 first.
 
@@ -31,7 +34,8 @@ def ranking(
     - middle: nearest to the median rank first, of two equally near the harder one;
     - random: by the seeded hash of the id, whatever the scores;
     - stratified: CCS (Zheng et al. 2022): the range of the scores is cut into 50 strata of equal width which get equal
-      budgets, or all they have, each filled at random. An odd image goes to the larger stratum.
+      budgets, or all they have, each filled at random. An odd image goes to the larger stratum;
+    - cover, facility: as `arrange` puts the rows that it is given, ascending; it knows the features (see `covering`).
 
     With `drop_hardest` beta the round(beta * m) hardest rows come last, easiest first, and take no part in the order.
 
@@ -42,13 +46,19 @@ def ranking(
     rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
     count = dropped_count(len(rows), drop_hardest)
     values = np.asarray(scores, np.float64)
-    if (order != "random" or count) and np.isnan(values[rows]).any():
+    if ((order in ORDERS and order != "random") or count) and np.isnan(values[rows]).any():
         row = rows[np.flatnonzero(np.isnan(values[rows]))[0]]
         raise ProtopruneError(f"{int(np.isnan(values[rows]).sum())} usable images have no score (first: row {row})")
+    if order in COVERS:
+        if arrange is None:
+            raise UsageError(f"--order {order} looks at features, and there are none here")
+        put = arrange
+    else:
+        put = partial(_ordered, values, ids=ids, order=order, seed=seed)
     if not count:
-        return _ordered(values, rows, ids, order, seed)
+        return put(rows)
     hard = _sorted(-values, rows, ids, seed)
-    return np.concatenate([_ordered(values, hard[count:], ids, order, seed), hard[:count][::-1]])
+    return np.concatenate([put(np.sort(hard[count:])), hard[:count][::-1]])
 
 
 def dropped_count(m: int, drop_hardest: float) -> int:
@@ -58,13 +68,13 @@ def dropped_count(m: int, drop_hardest: float) -> int:
 
 def check_order(order: str, drop_hardest: float = 0.0) -> None:
     """Raise UsageError for an unknown order or a fraction to drop that is out of range."""
-    if order not in ORDERS:
-        raise UsageError(f"--order {order}: expected one of {', '.join(ORDERS)}")
+    if order not in (*ORDERS, *COVERS):
+        raise UsageError(f"--order {order}: expected one of {', '.join((*ORDERS, *COVERS))}")
     if not 0 <= drop_hardest < 1:
         raise UsageError(f"--drop-hardest {drop_hardest:g}: expected a fraction from 0 to below 1")
 
 
-def _ordered(values: np.ndarray, rows: np.ndarray, ids: Sequence[str], order: str, seed: int) -> np.ndarray:
+def _ordered(values: np.ndarray, rows: np.ndarray, *, ids: Sequence[str], order: str, seed: int) -> np.ndarray:
     """The rows in keeping order; values: (n,) float64."""
     if order == "random":
         return _hashed(rows, ids, seed)
@@ -109,6 +119,11 @@ def hashes(ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
 def _hashed(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
     """The rows at random: sorted by hash."""
     return rows[np.argsort(hashes([ids[row] for row in rows], seed, purpose), kind="stable")]
+
+
+def by_place(places: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int = 0) -> np.ndarray:
+    """The rows by their places (n,) upwards, ties by a seeded hash of the id."""
+    return _sorted(places, rows, ids, seed)
 
 
 def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:

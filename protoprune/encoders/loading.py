@@ -1,0 +1,167 @@
+"""An encoder's name (and perhaps a file of weights) -> a frozen model, its preprocessing and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from protoprune.decode import Preprocess
+from protoprune.encoders import sources
+from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
+from protoprune.encoders.weights import load_weights
+from protoprune.errors import ProtopruneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Encoder:
+    """A frozen model: normalised float images (b, 3, s, s) -> features (b, dim)."""
+
+    name: str
+    model: Callable[[torch.Tensor], torch.Tensor]
+    dim: int
+    preprocess: Preprocess
+    digest: str  # sha256 of the weights
+    loaded: str = ""  # how the weights were matched, for the user
+    fp32_only: bool = False  # the model loses too much in half precision
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch)
+
+
+def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_size: int | None = None) -> Encoder:
+    """The encoder called `name` (a key of CATALOGUE, or `timm:NAME`), ready for inference on the CPU.
+
+    `weights` is a local .pth, .pt or .safetensors file for that architecture; without it the published weights are
+    downloaded once and cached, or taken from the package that holds them. `image_size` overrides the side of the input,
+    in pixels.
+
+    Raises UsageError for an unknown name and ProtopruneError when weights cannot be had or do not fit.
+    """
+    info = CATALOGUE.get(name)
+    if info is None and not name.startswith("timm:"):
+        raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
+    if name == "mini":
+        return _bundled(weights, image_size)
+    architecture = info.architecture if info else name.removeprefix("timm:")
+    loaded = ""
+    published = weights is None and (info is None or not (info.url or info.package))
+    # A look at the hub before torch is imported: without a network the answer comes within a second.
+    overlay = sources.hub_overlay(name, f"timm/{architecture}") if published and info else None
+    _require_torch()
+    if published:
+        model = _published_timm_model(name, architecture, image_size, overlay)
+    else:
+        path = os.fspath(weights) if weights is not None else _published_file(info)
+        model = _timm_model(architecture, image_size)
+        loaded = load_weights(model, path)
+    model.eval().requires_grad_(False)
+    preprocess = _preprocess(model, info, image_size)
+    return Encoder(name, model, _output_dim(model, preprocess.size, name), preprocess, digest(model), loaded)
+
+
+def _bundled(weights, image_size: int | None) -> Encoder:
+    """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
+    _require_torch(timm=False)
+    from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
+
+    if weights is not None:
+        raise UsageError("--weights does not go with --encoder mini, whose weights are bundled; name an architecture")
+    if image_size not in (None, MINI_INPUT_SIZE):
+        raise UsageError(f"--image-size {image_size}: the encoder mini takes {MINI_INPUT_SIZE} only")
+    model, sha256 = load_mini()
+    preprocess = Preprocess(MINI_INPUT_SIZE, MINI_INPUT_SIZE, mean=MINI_MEAN, std=MINI_STD)
+    return Encoder("mini", model, MINI_DIM, preprocess, sha256, fp32_only=True)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors of a model."""
+    import torch
+
+    sha = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _require_torch(*, timm: bool = True) -> None:
+    try:
+        import_module("torch")
+        if timm:  # seconds to import, and the bundled encoder does without
+            import_module("timm")
+    except ImportError as error:
+        raise ProtopruneError(
+            f"embedding needs {error.name}, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])"
+        ) from None
+
+
+def _timm_model(architecture: str, image_size: int | None, **options) -> torch.nn.Module:
+    """A timm model without its head. Fixed-size transformers must be told another size; others do not take one."""
+    import timm
+
+    if image_size is not None:
+        try:
+            return timm.create_model(architecture, num_classes=0, img_size=image_size, **options)
+        except TypeError:
+            pass
+        except AssertionError as error:
+            raise UsageError(f"--image-size {image_size}: {error}") from None
+    try:
+        return timm.create_model(architecture, num_classes=0, **options)
+    except RuntimeError as error:
+        raise UsageError(f"--encoder timm:{architecture}: {str(error).splitlines()[0]}") from None
+
+
+def _published_timm_model(name: str, architecture: str, image_size: int | None, overlay) -> torch.nn.Module:
+    import timm
+
+    if not timm.is_model_pretrained(architecture):
+        known = timm.is_model(architecture)
+        why = "no published weights for it; give --weights FILE" if known else "no such model"
+        raise UsageError(f"--encoder {name}: timm has {why}")
+    hub_id = timm.get_pretrained_cfg(architecture).hf_hub_id
+    if name not in CATALOGUE and hub_id:
+        overlay = sources.hub_overlay(name, hub_id)
+    try:
+        return _timm_model(architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise ProtopruneError(sources.cannot_download(name, "its weights", hub_id or "timm's site", error)) from None
+
+
+def _published_file(info: EncoderInfo) -> str:
+    return sources.packaged(info) if info.package else sources.download(info)
+
+
+def _preprocess(model: torch.nn.Module, info: EncoderInfo | None, image_size: int | None) -> Preprocess:
+    import timm.data
+
+    if info and info.preprocess:
+        own = info.preprocess
+        size = image_size or own.size
+        return Preprocess(size, size * own.resize // own.size, own.interpolation, own.crop_mode, own.mean, own.std)
+    return Preprocess.from_timm(timm.data.resolve_model_data_config(model), image_size)
+
+
+def _output_dim(model: torch.nn.Module, size: int, name: str) -> int:
+    import torch
+
+    with torch.inference_mode():
+        try:
+            shape = model(torch.zeros(1, 3, size, size)).shape
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"--encoder {name} does not take images of {size} px ({reason}); give --image-size"
+            ) from None
+    if len(shape) != 2:
+        raise UsageError(f"--encoder {name} gives features of shape {tuple(shape[1:])}, not one vector an image")
+    return shape[1]

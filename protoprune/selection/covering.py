@@ -1,0 +1,190 @@
+"""Lists that stand for all images: greedy orders that cover each group of them, by class or by cluster.
+
+Herding (Chen, Welling & Smola 2010, "Super-samples from kernel herding"): within a group always the image next that
+brings the mean of those taken, in the feature space of a Gaussian kernel, nearest to the mean of all, so that their
+maximum mean discrepancy (MMD) falls about as 1/t where that of random images falls as 1/sqrt(t). Here without
+replacement, and with the authors' greedy rule. Facility location (Mirchandani & Francis 1990; greedy by Minoux 1978's
+lazy evaluation): always the image next that raises most the sum over the group of the similarity to the nearest one
+taken.
+
+Groups are covered each by itself and interleaved in proportion to their sizes, so that growing lists are nested. Pure
+arrays: features are anything that gives rows for an array of ascending row numbers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.selection.orders import hashes
+
+BLOCK = 65_536  # rows that are read at once for the mean
+LARGEST = 8192  # images a group: a kernel of 256 MiB
+
+
+def cover(
+    features,
+    groups: np.ndarray,
+    *,
+    ids: Sequence[str],
+    method: str = "cover",
+    usable: np.ndarray | None = None,
+    seed: int = 0,
+    workers: int = 1,
+) -> np.ndarray:
+    """(n,) float64: each usable image's place in the order that covers its group, above 0 and below 1; NaN elsewhere.
+
+    features: (n, d) of any float type; groups: (n,) integers. An image that comes t-th (from 0) in a group of s has the
+    place (t + 0.5) / s, so sorting by place interleaves the groups in proportion. Within a group x is the feature less
+    the mean of all usable ones, at length 1; the kernel is exp(-D / median D), with D the squared distances of the
+    group's distinct x. Images of equal x are told apart by a seeded hash of the id, and so are equal gains; an image
+    that lies at the mean itself has no direction, x = 0, and resembles its equals alone. `workers` threads hold a
+    kernel each, 4 bytes a pair of images, and do not change the answer.
+
+    Raises UsageError for a method that there is not or a group too large, ProtopruneError for NaN or infinite features.
+    """
+    if method not in METHODS:
+        raise UsageError(f"--order {method}: expected one of {', '.join(METHODS)}")
+    rows = np.arange(len(groups)) if usable is None else np.flatnonzero(usable)
+    places = np.full(len(groups), np.nan)
+    if not len(rows):
+        return places
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    members = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1)
+    largest = max(map(len, members))
+    if largest > LARGEST:
+        raise UsageError(f"a group of {largest:,} images is too large to cover, at most {LARGEST:,}; split it")
+    mean = _mean(features, np.sort(rows))
+
+    def one(own: np.ndarray) -> None:
+        own = own[np.argsort(hashes([ids[row] for row in own], seed, b"cover"), kind="stable")]
+        order = order_of(_directions(features, own, mean), METHODS[method])
+        places[own[order]] = (np.arange(len(own)) + 0.5) / len(own)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for _ in pool.map(one, members):
+            pass
+    return places
+
+
+def order_of(x: np.ndarray, greedy: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """(m,) positions in the order in which `greedy` takes the rows of x, (m, d) float32 of length 1 or 0.
+
+    Equal rows are made one with a count, and so are exactly equal in all sums; the first of them comes first.
+    """
+    codes = np.ascontiguousarray(x + np.float32(0)).view(np.dtype((np.void, x.itemsize * x.shape[1])))[:, 0]
+    _, first, same_as = np.unique(codes, return_index=True, return_inverse=True)
+    by_first = np.argsort(first)  # distinct rows in the order given: of equal gains the earlier one is taken
+    number = np.empty(len(first), np.int64)
+    number[by_first] = np.arange(len(first))
+    same_as = number[same_as]
+    counts = np.bincount(same_as)
+    taken = greedy(kernel(x[first[by_first]]), counts)
+    # The t-th time that a distinct row is taken means its t-th copy.
+    order = np.empty(len(x), np.int64)
+    order[np.argsort(taken, kind="stable")] = np.argsort(same_as, kind="stable")
+    return order
+
+
+def kernel(x: np.ndarray) -> np.ndarray:
+    """(p, p) float32 exp(-D / median D) of distinct rows x (p, d), of length 1 or 0; D: squared distances.
+
+    The median is that of the pairs of two different rows, as usual for this kernel; of two middle ones the larger.
+    """
+    p = len(x)
+    distance = x @ x.T
+    distance *= -2
+    distance += 2
+    np.maximum(distance, 0, out=distance)
+    np.fill_diagonal(distance, 0)
+    if p > 1:
+        middle = p + (p * p - p) // 2  # of the sorted entries; the p zeros of the diagonal come first
+        width = np.partition(distance, middle, axis=None)[middle]
+        width = width or distance.mean() or 1.0  # most pairs, or all, may differ by less than rounding
+        distance /= -np.float32(width)
+    return np.exp(distance, out=distance)
+
+
+def herding(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(m,) rows of the kernel (p, p), which it overwrites, in the order taken; row i can be taken counts[i] times.
+
+    Taken next is the j with the largest mu_j - acc_j / (t + 1): mu is the mean of the kernel over all m images, acc its
+    sum over the t images taken. Kept is (t + 1) mu_j - acc_j, which grows by mu - kernel[taken] from step to step.
+    """
+    mu = _row_sums(kernel, counts) / counts.sum()
+    step, gain = np.subtract(mu.astype(np.float32), kernel, out=kernel), mu
+    left, order = counts.tolist(), np.empty(int(counts.sum()), np.int64)
+    for t in range(len(order)):
+        taken = int(gain.argmax())
+        order[t] = taken
+        gain += step[taken]
+        left[taken] -= 1
+        if not left[taken]:
+            gain[taken] = -np.inf
+    return order
+
+
+def facility_location(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(m,) rows of the kernel (p, p) in the order taken: lazy greedy on sum_i counts_i max_{j taken} kernel_ij.
+
+    A further copy of a row adds nothing: those come last, the copies of one row after another.
+    """
+    weight, covered = counts.astype(np.float32), np.zeros(len(kernel), np.float32)
+    waiting = [(-gain, row) for row, gain in enumerate(_row_sums(kernel, counts))]  # upper bounds: gains only fall
+    heapq.heapify(waiting)
+    order = []
+    while waiting:
+        _, row = waiting[0]
+        gain = float(np.maximum(kernel[row] - covered, 0) @ weight)
+        heapq.heapreplace(waiting, (-gain, row))
+        if waiting[0][1] == row:  # still the best, or first of equals
+            heapq.heappop(waiting)
+            order.append(row)
+            np.maximum(covered, kernel[row], out=covered)
+    return np.concatenate([order, np.repeat(np.arange(len(counts)), counts - 1)])
+
+
+METHODS = {"cover": herding, "facility": facility_location}  # by the name of the order
+
+
+def mmd(kernel: np.ndarray, taken: np.ndarray) -> float:
+    """Maximum mean discrepancy between the taken rows and all rows, for a kernel (m, m) over all of them."""
+    kernel = np.asarray(kernel, np.float64)
+    inside = kernel[np.ix_(taken, taken)].mean() - 2 * kernel[taken].mean() + kernel.mean()
+    return float(np.sqrt(max(inside, 0)))
+
+
+def _row_sums(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(p,) float64 sums of the kernel over all images, equal for rows of equal entries."""
+    if (counts == 1).all():
+        return kernel.sum(axis=1, dtype=np.float64)
+    return np.array([np.dot(row.astype(np.float64), counts) for row in kernel])
+
+
+def _mean(features, rows: np.ndarray) -> np.ndarray:
+    """(d,) mean of the rows, rounded to float32, so that neither blocks nor the order of the rows can be seen in it."""
+    total = np.zeros(features.shape[1])
+    for first in range(0, len(rows), BLOCK):
+        block = rows[first : first + BLOCK]
+        part = np.asarray(features[block], np.float64).sum(axis=0)
+        if not np.isfinite(part).all():
+            values = np.isfinite(np.asarray(features[block])).all(axis=1)
+            bad = block[~values]
+            where = f" (first: row {bad[0]})" if len(bad) else ""
+            raise ProtopruneError(f"features of {len(bad)} images are NaN or infinite{where}; embed them again")
+        total += part
+    return (total / len(rows)).astype(np.float32)
+
+
+def _directions(features, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(len(rows), d) float32: the features less the mean, at length 1; what lies at the mean itself stays 0."""
+    ascending = np.argsort(rows)
+    x = np.empty((len(rows), features.shape[1]))
+    x[ascending] = features[rows[ascending]]
+    x -= mean
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return (x / np.where(norm > 0, norm, 1)).astype(np.float32)

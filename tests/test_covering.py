@@ -1,0 +1,211 @@
+"""Herding and facility location: against brute force and known rates, and the contracts of every order."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protoprune import partition
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.selection import by_place, cover, covering
+
+
+def ids_of(n: int) -> list[str]:
+    return [f"class/{i:05d}.png" for i in range(n)]
+
+
+def cloud(n: int, d: int = 8, seed: int = 0) -> np.ndarray:
+    """(n, d) float32 from a few uneven clumps."""
+    rng = np.random.default_rng(seed)
+    centres = 2 * rng.standard_normal((5, d))
+    return (centres[rng.integers(0, 5, n) ** 2 % 5] + rng.standard_normal((n, d))).astype(np.float32)
+
+
+def reference_kernel(features: np.ndarray) -> np.ndarray:
+    """The recipe in float64, one pair after another; all rows distinct."""
+    x = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    distance = np.array([((x - one) ** 2).sum(axis=1) for one in x])
+    pairs = distance[np.triu_indices(len(x), 1)]
+    return np.exp(-distance / np.sort(pairs)[len(pairs) // 2])
+
+
+def plain_herding(kernel: np.ndarray) -> list[int]:
+    """The greedy rule as it is written: the largest mu_j - acc_j / (t + 1) of those not taken."""
+    mu, acc, taken = kernel.mean(axis=1), np.zeros(len(kernel)), []
+    for t in range(len(kernel)):
+        gain = mu - acc / (t + 1)
+        gain[taken] = -np.inf
+        taken.append(int(gain.argmax()))
+        acc += kernel[taken[-1]]
+    return taken
+
+
+def plain_facility(kernel: np.ndarray) -> list[int]:
+    covered, taken = np.zeros(len(kernel)), []
+    for _ in range(len(kernel)):
+        gain = np.maximum(kernel - covered, 0).sum(axis=1)
+        gain[taken] = -np.inf
+        taken.append(int(gain.argmax()))
+        covered = np.maximum(covered, kernel[taken[-1]])
+    return taken
+
+
+def order(features, groups=None, **options) -> list[int]:
+    groups = np.zeros(len(features), int) if groups is None else groups
+    places = cover(features, groups, ids=ids_of(len(features)), **options)
+    return by_place(places, np.flatnonzero(~np.isnan(places)), ids_of(len(features))).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_orders_are_those_of_the_recipe_written_plainly(seed):
+    features = cloud(60, seed=seed)
+    kernel = reference_kernel(features)
+    assert order(features) == plain_herding(kernel)
+    # Of a pair that resembles each other alone both have the same gain but for rounding: the values are compared.
+    ours, plain = order(features, method="facility"), plain_facility(kernel)
+    values = [[kernel[one[:t]].max(axis=0).sum() for t in range(1, 60)] for one in (ours, plain)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_greedy_set_is_near_the_best_of_all_sets(seed):
+    """Facility location far within the 1 - 1/e of Nemhauser et al. 1978; herding's MMD below almost all sets'."""
+    features = cloud(13, 4, seed)
+    kernel = reference_kernel(features)
+    sets = [list(one) for one in itertools.combinations(range(13), 4)]
+    best = max(kernel[one].max(axis=0).sum() for one in sets)
+    assert kernel[order(features, method="facility")[:4]].max(axis=0).sum() >= 0.97 * best
+    discrepancies = np.array([covering.mmd(kernel, np.array(one)) for one in sets])
+    assert (discrepancies < covering.mmd(kernel, np.array(order(features)[:4])) - 1e-6).mean() < 0.05
+
+
+def test_herding_follows_chens_rate_and_random_the_square_root():
+    features = cloud(1000, 6)
+    kernel = reference_kernel(features)
+    sizes, herded, rng = [10, 20, 40, 80, 160], order(features), np.random.default_rng(0)
+    ours = [covering.mmd(kernel, np.array(herded[:t])) for t in sizes]
+    draws = [np.mean([covering.mmd(kernel, rng.choice(1000, t, replace=False)) for _ in range(20)]) for t in sizes]
+    assert np.polyfit(np.log(sizes), np.log(ours), 1)[0] < -0.8  # Chen et al.: 1 / t
+    assert -0.7 < np.polyfit(np.log(sizes), np.log(draws), 1)[0] < -0.4  # 1 / sqrt(t)
+    assert all(a < b / 2 for a, b in zip(ours, draws, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    st.lists(st.integers(0, 5), min_size=30, max_size=30),
+    st.sampled_from(sorted(covering.METHODS)),
+    st.integers(0, 3),
+    st.randoms(use_true_random=False),
+)
+def test_every_image_once_whatever_the_order_of_rows_and_the_workers(groups, values, method, seed, random):
+    """Few distinct vectors, zero ones among them, so that copies and ties are everywhere."""
+    n, groups = len(groups), np.array(groups)
+    table = np.array([[0, 0], [1, 0], [0, 1], [1, 1], [-1, 2], [0.5, 0.5]], np.float16)
+    features, ids = table[values[:n]], ids_of(n)
+    places = cover(features, groups, ids=ids, method=method, seed=seed)
+    for name in np.unique(groups):
+        own = np.sort(places[groups == name])
+        np.testing.assert_allclose(own, (np.arange(len(own)) + 0.5) / len(own))
+    mixed = np.array(random.sample(range(n), n))
+    again = cover(features[mixed], groups[mixed], ids=[ids[i] for i in mixed], method=method, seed=seed, workers=3)
+    np.testing.assert_array_equal(again, places[mixed])
+
+
+def test_ties_go_by_a_seeded_hash():
+    """Two images of a group are each other's equals; so are copies of one image."""
+    pair = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    for features in (pair, np.ones((2, 3), np.float32)):
+        first = [order(features, seed=seed)[0] for seed in range(20)]
+        assert set(first) == {0, 1}
+        for seed in range(20):  # the id decides, not the row
+            places = cover(features[::-1], np.zeros(2, int), ids=ids_of(2)[::-1], seed=seed)
+            assert (places[1] < places[0]) == (first[seed] == 0)
+
+
+def test_copies_weigh_in_herding_and_come_last_in_facility_location():
+    rng = np.random.default_rng(3)
+    single = cloud(20, 5)
+    features = np.concatenate([single, np.repeat(single[:1], 20, axis=0)])  # half of all are image 0
+    copy = np.arange(40) >= 20
+    copy[0] = True
+    taken = np.array(order(features, seed=int(rng.integers(9))))
+    for count in (10, 20, 30):  # in proportion, within one
+        assert abs(copy[taken[:count]].sum() - count * copy.mean()) <= 2
+    covered = np.array(order(features, method="facility"))
+    assert copy[covered[:20]].sum() == 1
+    assert copy[covered[20:]].all()
+
+
+def test_an_image_at_the_mean_has_no_direction_and_resembles_its_copies_alone():
+    x = np.array([[0, 0], [0, 0], [1, 0]], np.float32)
+    kernel = covering.kernel(x[1:])
+    assert kernel[0, 1] == pytest.approx(np.exp(-1))  # D = 2 is the median of one pair
+    features = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1], [0, 0], [0, 0]], np.float32)
+    assert sorted(order(features)) == list(range(6))
+
+
+def test_groups_are_interleaved_in_proportion_and_lists_nested():
+    groups = np.repeat([3, 7, 9], [60, 30, 6])
+    taken = order(cloud(96), groups)
+    for count in range(1, 97):
+        kept = np.bincount(groups[taken[:count]], minlength=10)[[3, 7, 9]]
+        assert (np.abs(kept - count * np.array([60, 30, 6]) / 96) <= 1).all()
+
+
+def test_only_usable_images_count():
+    features, usable = cloud(40), np.arange(40) % 3 > 0
+    features[~usable] = np.nan
+    places = cover(features, np.zeros(40, int), ids=ids_of(40), usable=usable)
+    assert np.isnan(places[~usable]).all()
+    alone = cover(features[usable], np.zeros(usable.sum(), int), ids=[ids_of(40)[i] for i in np.flatnonzero(usable)])
+    np.testing.assert_array_equal(places[usable], alone)
+    assert np.isnan(cover(features, np.zeros(40, int), ids=ids_of(40), usable=np.zeros(40, bool))).all()
+
+
+def test_what_cannot_be_covered_is_said():
+    features = cloud(10)
+    with pytest.raises(UsageError, match="--order nearest: expected one of cover, facility"):
+        cover(features, np.zeros(10, int), ids=ids_of(10), method="nearest")
+    features[4, 2] = np.inf
+    with pytest.raises(ProtopruneError, match=r"features of 1 images are NaN or infinite \(first: row 4\)"):
+        cover(features, np.zeros(10, int), ids=ids_of(10))
+    with pytest.raises(UsageError, match="a group of 9,000 images is too large to cover, at most 8,192"):
+        cover(np.zeros((9000, 1), np.float32), np.zeros(9000, int), ids=ids_of(9000))
+
+
+def test_large_numbers_do_not_overflow():
+    features = cloud(30) * np.float32(1e30)
+    assert order(features) == order(cloud(30))
+
+
+# --- groups of a bounded size ----------------------------------------------------------------------------------------
+
+
+def test_groups_above_the_size_are_split_and_the_others_are_left():
+    features, groups = cloud(900), np.repeat([-1, 4, 5], [100, 600, 200])
+    usable = np.arange(900) % 10 > 0
+    found = partition.split(features, groups, 200, ids=ids_of(900), usable=usable)
+    assert (found[~usable] == -1).all()
+    assert (np.bincount(found[usable]) <= 400).all()
+    pairs = set(zip(found[usable].tolist(), groups[usable].tolist(), strict=True))
+    assert len(pairs) == len(np.unique(found[usable]))  # a part lies within a group
+    assert sorted(np.bincount([group + 1 for _, group in pairs])[[0, 5, 6]] > 1) == [False, False, True]
+    np.testing.assert_array_equal(found, partition.split(features, groups, 200, ids=ids_of(900), usable=usable))
+
+
+def test_many_parts_are_made_in_steps_and_alike_images_are_divided(monkeypatch):
+    monkeypatch.setattr(partition, "FAN", 4)
+    features = cloud(2000)
+    sizes = np.bincount(partition.split(features, np.zeros(2000, int), 50, ids=ids_of(2000)))
+    assert sizes.sum() == 2000
+    assert sizes.max() <= 100
+    assert len(sizes) > 30
+    alike = np.bincount(partition.split(np.ones((1000, 3)), np.zeros(1000, int), 100, ids=ids_of(1000)))
+    assert alike.max() <= 200
+    assert partition.split(features[:0], np.zeros(0, int), 50, ids=[]).shape == (0,)
