@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -234,12 +234,14 @@ def draw(result: Comparison, format: str = "png") -> bytes:
 # --- score tables -> arrays of the same images -----------------------------------------------------------------------
 
 
-def join(tables: dict[str, Table], paths: Sequence[str] | None = None) -> tuple[list[str], dict[str, ScoreTable]]:
+def join(
+    tables: dict[str, Table], paths: Sequence[str] | None = None, *, by_place: bool = False
+) -> tuple[list[str], dict[str, ScoreTable]]:
     """The tables over the same images: (N paths, each table's scores in their order).
 
     Without `paths` (those of a feature file) the images are those of the first table that has paths, and the rows of
-    the others are matched to them. Tables of row numbers alone are joined by number. Raises ProtopruneError when a
-    table cannot be matched.
+    the others are matched to them; `by_place` says that tables without names are in their order. Tables of row numbers
+    alone are joined by number. Raises ProtopruneError when a table cannot be matched.
     """
     if paths is None:
         named = [table for table in tables.values() if not _by_number(table)]
@@ -247,16 +249,18 @@ def join(tables: dict[str, Table], paths: Sequence[str] | None = None) -> tuple[
             if named and _by_number(table):
                 raise UsageError(
                     f"{table.source}: has row numbers and {named[0].source} has paths; "
-                    "give --features FILE, which knows both"
+                    "give --features FILE, which knows both, or --rows FILE with the names"
                 )
         if not named:
             n = max(_rows(table) for table in tables.values())
             numbers = [str(row) for row in range(n)]
-            return numbers, {name: match(table, numbers) for name, table in tables.items()}
+            joined = {name: match(table, numbers, by_place=True) for name, table in tables.items()}
+            return numbers, {name: replace(table, ends=[]) for name, table in joined.items()}
         paths, row_numbers = sorted(named[0].keys), False
     else:
         row_numbers = True
-    return list(paths), {name: match(table, paths, row_numbers=row_numbers) for name, table in tables.items()}
+    matched = {name: match(table, paths, row_numbers=row_numbers, by_place=by_place) for name, table in tables.items()}
+    return list(paths), matched
 
 
 def _by_number(table: Table) -> bool:

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -24,8 +25,7 @@ from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.features import FeatureFile, partial_path
 from protoprune.prototypes import Clustering
-from protoprune.scores import ScoreTable, mean_overlap, overlap, read_scores, spearman
-from protoprune.scores.table import check_higher
+from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 
 GROUPS = ("class", "cluster")
 QUOTAS = ("dbp",)
@@ -215,11 +215,12 @@ def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) 
             ranking.cached += found
 
 
-def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, *, higher_is: str | None = None) -> Ranking:
-    """Rank the images of a feature file by a score table (see `scores.read_scores`); no clustering."""
+def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, **reading) -> Ranking:
+    """Rank the images of a feature file by a score table; no clustering. `reading` are the options of
+    `scores.read_scores`: higher_is, rows, by_place."""
     with open_features(features) as file:
         ranking = unranked(file)
-    ranking.table = read_scores(table, ranking.paths, higher_is=higher_is)
+    ranking.table = read_scores(table, ranking.paths, **reading)
     readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
     ranking.scores = np.where(readable, ranking.table.scores, np.nan)
     ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
@@ -286,6 +287,8 @@ def select(
     *,
     scores: str | os.PathLike | None = None,
     higher_is: str | None = None,
+    rows: str | os.PathLike | Sequence[str] | None = None,
+    by_place: bool = False,
     dedup: float | None = None,
     dedup_keep: str | None = None,
     **options,
@@ -294,18 +297,20 @@ def select(
 
     `keep` is the fraction to keep or a `Rule`; `options` are the other fields of `Rule` (order, drop_hardest, quota,
     balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
-    goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none); the
-    images are clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see
-    `deduplicate`; `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+    goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
+    `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
+    clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
+    `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
 
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
     rule, clusters = _rule_and_clusters(keep, clusters, options)
-    _check_together(rule, clusters, scores, higher_is, dedup, dedup_keep)
+    check_reading(scores, higher_is, rows, by_place)
+    _check_together(rule, clusters, scores, dedup, dedup_keep)
     if scores is None:
         ranking = rank(features, clusters)
     else:
-        ranking = rank_by_table(features, scores, higher_is=higher_is)
+        ranking = rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
         if dedup is not None or rule.quota:
             add_clusters(ranking, clusters)
     if dedup is not None:
@@ -331,9 +336,8 @@ def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: d
     return _rule(keep, rule), _clusters(clusters, other)
 
 
-def _check_together(rule: Rule, clusters: Clusters, scores, higher_is, dedup, dedup_keep) -> None:
+def _check_together(rule: Rule, clusters: Clusters, scores, dedup, dedup_keep) -> None:
     """Raise UsageError for options that do not go together, before the work that they would ask for."""
-    check_higher(higher_is)
     if dedup is not None:
         selection.check_duplicates(dedup, dedup_keep or "harder")
     elif dedup_keep is not None:
@@ -341,8 +345,6 @@ def _check_together(rule: Rule, clusters: Clusters, scores, higher_is, dedup, de
     if rule.quota and clusters.euclidean:
         raise UsageError(_NO_QUOTA)
     if scores is None:
-        if higher_is is not None:
-            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
         return
     clustered = dedup is not None or rule.quota
     idle = {"restarts"} if clustered else {"k", "euclidean", "iterations", "restarts", "train_points", "backend"}

@@ -111,11 +111,31 @@ def test_ties_are_pointed_out(here, run):
 def test_with_a_feature_file(here, run, feature_file):
     feature_file("features.h5", np.ones((N, 3)), paths=PATHS, failed={5: Status.TRUNCATED})
     np.save("n.npy", np.arange(N))
-    result = run("a.csv", "n.npy", "--features", "features.h5", "--keep", "0.5")
+    result = run("a.csv", "n.npy", "--features", "features.h5", "--keep", "0.5", "--by-place")
     assert "compared: 59 of 59 images" in result.stderr
     assert set(matrix(result.stdout.splitlines()[:3])) == {("a", "a"), ("a", "n"), ("n", "a"), ("n", "n")}
     error = run("a.csv", "n.npy", code=2).stderr
-    assert error == "error: n.npy: has row numbers and a.csv has paths; give --features FILE, which knows both\n"
+    assert error == (
+        "error: n.npy: has row numbers and a.csv has paths; give --features FILE, which knows both, or --rows FILE "
+        "with the names\n"
+    )
+
+
+def test_tables_that_need_telling(here, run):
+    """An array in an order of its own, one column of several, and one table in which higher means easier."""
+    order = np.random.default_rng(1).permutation(N)
+    np.savez("n.npz", el2n=np.arange(N)[order], aum=-np.arange(N)[order])
+    (here / "rows.txt").write_text("\n".join(PATHS[row] for row in order) + "\n")
+    write_scores("up.csv", PATHS, np.arange(N), metric="up")
+    (here / "down.csv").write_text("".join(f"{path},{-number}\n" for number, path in enumerate(PATHS)))
+    result = run(
+        "up.csv", "n.npz:el2n", "n.npz:aum:easier", "down.csv:easier", "--rows", "rows.txt", "--bootstrap", "0"
+    )
+    cells = [line.split()[-4:] for line in result.stdout.splitlines()[1:]]
+    assert cells == [["1.000"] * 4] * 4
+    assert "1.000" not in run("up.csv", "down.csv", "--bootstrap", "0").stdout.split()[4:5]
+    error = run("up.csv", "n.npz:el2n", "--features", "none.h5", "-o", "n.npz", code=2).stderr
+    assert "n.npz: is one of the inputs" in error
 
 
 def test_a_sheet_of_disagreements(here, run):

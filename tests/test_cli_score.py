@@ -14,6 +14,7 @@ from protoprune import scores
 from protoprune.cli import app
 from protoprune.decode import Status
 from protoprune.features import FeatureFile
+from protoprune.metrics import catalogue
 from protoprune.metrics.catalogue import METRICS, score
 
 PATHS = [f"{'ab'[i % 2]}/{i:03d}.png" for i in range(60)]
@@ -42,7 +43,7 @@ def recorded(here, monkeypatch):
     record = small_record()
     (here / "record.h5").touch()
     opened = []
-    monkeypatch.setattr(score_module_of(), "_open", lambda path, is_record: opened.append(is_record) or record)
+    monkeypatch.setattr(catalogue, "open_source", lambda _, path, is_record: opened.append(is_record) or record)
     record.opened = opened
     return record
 
@@ -181,6 +182,14 @@ def test_equal_scores_are_warned_about(recorded):
     assert "warning: all scores are equal" in result.stderr
 
 
+def test_a_score_that_most_images_share_is_warned_about(recorded):
+    recorded.tables["prediction"][:] = recorded.labels
+    recorded.tables["prediction"][:, :, 0] = (recorded.labels[0] + 1) % 3
+    result = run("score", "forgetting", "--record", "record.h5")
+    assert "warning: 86 % of the images share the score 0; which of them are kept is chosen at random" in result.stderr
+    assert "share the score" not in run("score", "el2n", "--record", "record.h5").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +197,11 @@ def test_equal_scores_are_warned_about(recorded):
         (["el2n"], "record.h5: no such training record"),
         (["el2n", "--features", "features.h5"], "el2n needs --record FILE"),
         (["k_center", "--record", "features.h5"], "k_center needs --features FILE"),
+        (["el2n", "--record", "features.h5"], "an HDF5 file, but not a training record"),
+        (["random", "--record", "features.h5"], "an HDF5 file, but not a training record"),
+        (["el2n", "--record", "list.txt"], "list.txt: not a readable HDF5 file"),
+        (["k_center", "--features", "list.txt"], "list.txt: not a readable HDF5 file"),
+        (["el2n", "--record", "."], ".: not a readable HDF5 file"),
         (["random", "--record", "a.h5", "--features", "b.h5"], "give the one that the metric needs"),
         (["random", "--epoch", "3"], "--epoch does not go with random; it goes with aum, ddd"),
         (["random", "-o", "features.h5"], "score tables are written as"),
@@ -199,6 +213,7 @@ def test_equal_scores_are_warned_about(recorded):
 )
 def test_what_cannot_be_done_is_one_line(here, arguments, message):
     before = (here / "features.h5").read_bytes()
+    (here / "list.txt").write_text("a.png\n")
     result = run("score", *arguments)
     assert result.exit_code in (1, 2)
     assert message in result.stderr

@@ -340,13 +340,42 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
             assert float(rows[record["duplicate_of"]]["distance"]) <= record["distance"]
 
 
+def test_a_table_without_names(here, run):
+    """As select, sheet and scaling take it: the order is asked for, and what is made of it is said."""
+    shuffled = [PATHS[row] for row in np.random.default_rng(0).permutation(len(PATHS))]
+    np.savez("s.npz", el2n=np.arange(60.0), aum=np.zeros(60))
+    (here / "rows.txt").write_text("\n".join(shuffled) + "\n")
+    for command in (["select", "--keep", "0.2"], ["sheet"]):
+        error = run(*command, "--scores", "s.npz", code=1).stderr
+        assert "s.npz: holds the arrays el2n (60,), aum (60,); which is the score? name it: FILE.npz:el2n" in error
+        error = run(*command, "--scores", "s.npz:el2n", code=2).stderr
+        assert "s.npz:el2n: does not say which score is of which image; give --rows FILE" in error
+        assert "--rows: goes with --scores" in run(*command, "--rows", "rows.txt", code=2).stderr
+        assert "--by-place: goes with --scores" in run(*command, "--by-place", code=2).stderr
+    kept = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt")
+    assert kept.stdout.splitlines() == sorted(shuffled[48:])
+    assert "warning" not in kept.stderr
+    placed = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--by-place")
+    assert placed.stdout.splitlines() == sorted(PATHS)[48:]
+    assert f"scores: warning: matched by place: 0 is taken as {sorted(PATHS)[0]}, 59 as" in placed.stderr
+    easy = run("select", "--keep", "0.2", "--scores", "s.npz:el2n:easier", "--rows", "rows.txt")
+    assert easy.stdout.splitlines() == sorted([path for path in shuffled if path != PATHS[0]][:12])
+    for output in ("s.npz", "rows.txt"):
+        error = run(
+            "select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt", "-o", output, code=2
+        ).stderr
+        assert "is one of the inputs" in error
+
+
 def test_near_duplicates_with_a_score_table(doubled, run):
     np.save("s.npy", np.arange(50.0))
-    result = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    result = run(
+        "select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy", "--by-place"
+    )
     assert "k-means: k = 1 (as given), spherical, 25 iterations on all 50 images" in result.stderr
     assert "score: 0 to 49" in result.stderr
     assert "kept 20 of 40" in result.stderr
-    again = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy")
+    again = run("select", "twice.h5", "--keep", "0.5", "--dedup", "0.02", "--k", "1", "--scores", "s.npy", "--by-place")
     assert "(from the cache)" in again.stderr
     assert again.stdout == result.stdout
 

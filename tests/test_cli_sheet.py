@@ -75,7 +75,7 @@ def test_sheet_has_a_row_for_each_class(coloured, run):
     assert [{number % 3 for number in row} for row in shown] == [{0}, {1}, {2}]
     outliers = {PATHS.index(path) for path in OUTLIERS}
     assert all(set(row[3:5]) <= outliers for row in shown)
-    assert "showing 2 of 3 rows" in run("sheet", "--k", "1", "--by", "class", "--rows", "2").stderr
+    assert "showing 2 of 3 rows" in run("sheet", "--k", "1", "--by", "class", "--max-rows", "2").stderr
 
 
 def test_sheet_has_a_row_for_each_cluster(coloured, run):
@@ -111,23 +111,19 @@ def test_sheet_errors(here, run):
     assert "its folder does not exist" in run("sheet", "--k", "3", "-o", "nowhere/s.png", code=2).stderr
 
 
-def test_sheet_says_what_of_the_score_table_did_not_match(coloured, run):
-    rows = [f"{path},{i}" for i, path in enumerate(PATHS) if i != 7]
-    (coloured / "s.csv").write_text("\n".join(["path,score", *rows, "dog/1.png,5", ""]))
-    said = run("sheet", "--scores", "s.csv").stderr
-    assert "scores: 58 images have one; 1 have none" in said
-    assert "scores: 1 table rows name no image, first dog/1.png" in said
+def test_sheet_says_how_it_read_the_table(coloured, run):
+    lines = [f"{path},{-i}\n" for i, path in enumerate(PATHS)]
+    (coloured / "s.csv").write_text("".join(lines[:-2]) + "x.png,1\n")
+    said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
     assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
-    assert "excluded: 1 that could not be read (truncated 1)" in said
-
-
-def test_sheet_takes_the_direction(coloured, run):
-    (coloured / "s.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(PATHS)))
-    result = run("sheet", "--scores", "s.csv", "--count", "4", "--higher-is", "easier")
-    assert "direction from --higher-is" in result.stderr
-    assert cells("sheet.png", 4, 1) == [[59, 58, 57, 56, 1, 2, 3, 4]]
-    assert "goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
-    assert "expected one of" in run("sheet", "--scores", "s.csv", "--higher-is", "up", code=2).stderr
+    assert "57 images have one; 2 have none and are not kept" in said
+    assert "1 table rows name no image, first x.png" in said
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
+    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr
+    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
+    assert "--higher-is easier: goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
+    assert "is one of the inputs" in run("sheet", "--scores", "s.csv:easier", "-o", "s.csv", code=2).stderr
 
 
 def test_sheet_of_duplicates_shows_what_dedup_removes(tmp_path, monkeypatch, feature_file, run):

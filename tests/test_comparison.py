@@ -266,7 +266,7 @@ def test_tables_are_joined_to_the_images_of_a_feature_file(tmp_path):
     tables = tables_of(tmp_path, one="a.png,1\nb.png,2\n", two="index,score\n1,20\n0,10\n")
     np.save(tmp_path / "three.npy", np.array([100, 200, 300]))
     tables["three"] = read_table(tmp_path / "three.npy")
-    paths, matched = join(tables, ["a.png", "b.png", "c.png"])
+    paths, matched = join(tables, ["a.png", "b.png", "c.png"], by_place=True)
     assert paths == ["a.png", "b.png", "c.png"]
     assert [table.scores[:2].tolist() for table in matched.values()] == [[1, 2], [10, 20], [100, 200]]
 

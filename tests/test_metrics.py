@@ -324,9 +324,9 @@ def test_ddd_is_the_share_of_models_that_are_wrong():
     np.testing.assert_array_equal(ensembles.ddd(right), [0, 0.5, 1])
     record = FakeRecord({"prediction": (~right).astype(int)[:, None]}, [0, 0, 0])
     record.classes = ["a", "b"]
-    result = score("ddd", record)
+    result = score("ddd", record, models="trained")
     np.testing.assert_array_equal(result.values, [0, 0.5, 1])
-    assert result.used["averaged_over"] == "all"
+    assert result.used["averaged_over"] == "trained"
     record.subset = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
     result = score("ddd", record)  # models that saw an example say little about its difficulty
     np.testing.assert_array_equal(result.values, [0, 0.5, 1])
@@ -335,6 +335,15 @@ def test_ddd_is_the_share_of_models_that_are_wrong():
     result = score("ddd", record)
     np.testing.assert_array_equal(result.values, [0, 1, 1])
     assert result.used["averaged_over"] == "held-out"
+
+
+def test_ddd_of_models_that_saw_every_image_is_refused_unless_asked_for():
+    """They are right about nearly all of it: quartiles 0, 0, 0 looked like a result."""
+    record = small_record()
+    record.subset[:] = True
+    with pytest.raises(UsageError, match=r"ddd asks models that did not see an image, .*fake\.h5 .*--models trained"):
+        score("ddd", record)
+    assert score("ddd", record, models="trained").used["averaged_over"] == "trained"
 
 
 def test_vote_entropy_by_hand():
@@ -556,7 +565,7 @@ def test_rows_of_features_in_any_order_and_any_chunks(metric, monkeypatch):
 def test_odd_sizes_of_a_record(metric, n, models, epochs):
     record = small_record(n, models, epochs)
     if models == 1 and metric not in ("memorization", "influence_max", "influence_sum_abs"):
-        record.subset[:] = True
+        record.subset[:] = metric != "ddd"  # which asks the models that did not see the image
     if models == 1 and metric in ("memorization", "influence_max", "influence_sum_abs"):
         with pytest.raises(ProtopruneError, match=r"fake\.h5"):  # one model cannot be compared with another
             score(metric, record)
@@ -640,6 +649,40 @@ def test_the_catalogue_has_what_the_papers_compare():
 def test_requests_that_cannot_be_met(metric, options, message):
     with pytest.raises(UsageError, match=message):
         score(metric, small_record(), **options)
+
+
+@pytest.mark.parametrize(
+    ("metric", "source", "message"),
+    [
+        *((name, "features", "needs a training record, and fake.h5 is a feature file") for name in RECORD_METRICS),
+        *((name, "record", "needs a feature file, and fake.h5 is a training record") for name in FEATURE_METRICS),
+        ("el2n", "array", "el2n needs a training record, and got a ndarray"),
+        ("k_center", None, "k_center needs a feature file, and got a NoneType"),
+        ("random", "array", "random needs a training record or a feature file, and got a ndarray"),
+    ],
+)  # fmt: skip
+def test_a_source_of_the_wrong_kind_is_named(metric, source, message):
+    given = {
+        "features": FakeFeatures(np.ones((4, 2)), [0, 1, 0, 1]), "record": small_record(), "array": np.ones(3),
+    }.get(source)  # fmt: skip
+    with pytest.raises(UsageError, match=message) as error:
+        score(metric, given)
+    assert str(error.value).startswith(metric)
+
+
+def test_a_path_is_opened_as_what_the_metric_reads(tmp_path, feature_file):
+    record = small_record()
+    path = write_record(tmp_path / "record.h5", record)
+    feature_file(tmp_path / "features.h5", planted_features(12)[0])
+    np.testing.assert_allclose(score("el2n", path).values, score("el2n", record).values, atol=2e-3)
+    assert len(score("k_center", tmp_path / "features.h5").values) == 12
+    assert [len(score("random", tmp_path / name).values) for name in ("record.h5", "features.h5")] == [7, 12]
+    with pytest.raises(ProtopruneError, match=r"features\.h5: an HDF5 file, but not a training record"):
+        score("el2n", tmp_path / "features.h5")
+    with pytest.raises(ProtopruneError, match=r"record\.h5: an HDF5 file, but not a feature file"):
+        score("k_center", path)
+    with pytest.raises(ProtopruneError, match=r"none\.h5: no such feature file"):
+        score("random", tmp_path / "none.h5")
 
 
 def test_a_statistic_that_was_not_recorded_is_named():

@@ -246,8 +246,8 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     values = np.arange(50.0)
     values[:5] = np.nan  # a/00.png … have no score: they neither stay nor remove anything
     np.save(scores, values)
-    assert not protoprune.select(copies, 0.5, scores=scores).ranking.clusterings
-    chosen = protoprune.select(copies, 0.5, scores=scores, dedup=0.01, k=1)
+    assert not protoprune.select(copies, 0.5, scores=scores, by_place=True).ranking.clusterings
+    chosen = protoprune.select(copies, 0.5, scores=scores, by_place=True, dedup=0.01, k=1)
     assert len(chosen.ranking.clusterings) == 1
     unscored = np.flatnonzero(np.isnan(values))
     assert not np.isin(chosen.ranking.duplicate_of, unscored).any()
@@ -277,6 +277,9 @@ def test_stability_compares_the_same_images(copies):
         ({"dedup_keep": "sideways"}, "--dedup-keep sideways: goes with --dedup"),
         ({"higher_is": "banana"}, "--higher-is banana: expected one of"),
         ({"higher_is": "keep"}, "--higher-is keep: goes with --scores"),
+        ({"by_place": True}, "--by-place: goes with --scores"),
+        ({"rows": ["a.png"]}, "--rows: goes with --scores"),
+        ({"scores": "s.npy", "rows": ["a.png"], "by_place": True}, "--rows and --by-place: give the one"),
         ({"scores": "s.npy", "iterations": -7}, "--iterations -7"),
         ({"scores": "s.npy", "backend": "nonsense"}, "--backend nonsense"),
         ({"scores": "s.npy", "iterations": 7, "euclidean": True}, "no --euclidean, --iterations with it"),
@@ -313,11 +316,11 @@ def test_a_rule_and_clusters_say_the_same_as_their_fields(copies):
 
 
 def test_nothing_to_keep_is_an_error(copies, tmp_path):
-    with pytest.raises(UsageError, match="--keep 0.001 of 50 images is none"):
+    with pytest.raises(UsageError, match=r"--keep 0\.001 of 50 images is none"):
         protoprune.select(copies, 0.001, k=1)
     np.save(tmp_path / "none.npy", np.full(50, np.nan))
-    with pytest.raises(ProtopruneError, match="none.npy: gives none of the images a score"):
-        protoprune.select(copies, 0.5, scores=tmp_path / "none.npy")
+    with pytest.raises(ProtopruneError, match=r"none\.npy: gives none of the images a score"):
+        protoprune.select(copies, 0.5, scores=tmp_path / "none.npy", by_place=True)
 
 
 @pytest.mark.parametrize("one", [Rule, Clusters])

@@ -59,9 +59,10 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_arrays_hold_one_score_a_row(tmp_path):
     np.save(tmp_path / "s.npy", np.array([1, 2, 3], np.float16))
-    table = read_scores(tmp_path / "s.npy", PATHS)
+    table = read_scores(tmp_path / "s.npy", PATHS, by_place=True)
     assert table.scores.tolist() == [1, 2, 3]
     assert table.scores.dtype == np.float64
+    assert f"warning: matched by place: 0 is taken as {PATHS[0]}, 2 as {PATHS[2]}; if" in table.notes()[-1]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +96,14 @@ def test_what_cannot_be_read(tmp_path, data, message):
         (np.array([1, "a", None], object), "not a .npy array of numbers"),
         (np.zeros(3, [("a", float), ("b", float)]), "not a .npy array of numbers"),
         (None, "not a .npy array of numbers"),
-        ("npz", "not a .npy array of numbers"),
+        ("npz", r"its array a has shape \(3, 1\), expected \(n,\)"),
     ],
 )
 def test_arrays_that_cannot_be_used(tmp_path, array, message):
     (tmp_path / "s.npy").touch()
     if isinstance(array, str):
         with open(tmp_path / "s.npy", "wb") as file:
-            np.savez(file, a=np.zeros(3))
+            np.savez(file, a=np.zeros((3, 1)))
     elif array is not None:
         np.save(tmp_path / "s.npy", array, allow_pickle=True)
     with pytest.raises(ProtopruneError, match=message):
@@ -312,7 +313,7 @@ def test_every_layout(tmp_path, delimiter, header, keys):
 )
 def test_layouts_of_their_own(tmp_path, name, text):
     (tmp_path / "s.csv").write_text(text)
-    assert read_scores(tmp_path / "s.csv", IMAGES).scores.tolist() == VALUES
+    assert read_scores(tmp_path / "s.csv", IMAGES, by_place="one" in name or "under" in name).scores.tolist() == VALUES
 
 
 def test_blanks_in_names_that_blanks_separate(tmp_path):
@@ -350,7 +351,7 @@ def test_other_formats(tmp_path, name):
 
         pyarrow.parquet.write_table(pyarrow.table({"el2n": VALUES, "image_path": IMAGES}), data)
     (tmp_path / name).write_bytes(gzip.compress(data.getvalue()) if name.endswith(".gz") else data.getvalue())
-    table = read_scores(tmp_path / name, IMAGES)
+    table = read_scores(tmp_path / name, IMAGES, by_place="npy" in name)
     assert table.scores.tolist() == VALUES
     assert (table.unmatched_rows, table.missing) == ([], 0)
 

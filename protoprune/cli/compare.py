@@ -11,6 +11,7 @@ import typer
 
 from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
+from protoprune.cli.select import ByPlace, Rows, table_file
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 
@@ -24,7 +25,13 @@ _SHEET_ROWS = 10
 
 
 def compare(
-    tables: Annotated[list[Path], typer.Argument(help="Two or more score tables.")],
+    tables: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more score tables; FILE:COLUMN is one of several columns or arrays, FILE:easier says what "
+            "higher means in this one."
+        ),
+    ],
     features: Annotated[
         Path | None, typer.Option(help="Feature file: the images, their classes, and the root of the sheet.")
     ] = None,
@@ -35,6 +42,8 @@ def compare(
         str | None,
         typer.Option(help="What a higher score means in tables that do not say: keep, prune, harder, easier."),
     ] = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one row a pair to this .csv file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the matrix to this .png, .svg or .pdf file.")] = None,
     classes: Annotated[
@@ -50,21 +59,22 @@ def compare(
 ) -> None:
     """Compare score tables: Spearman correlations, and the sets that they would keep."""
     from protoprune import comparison, files, selection
-    from protoprune.scores.table import check_higher
+    from protoprune.scores import check_reading
 
     keeps = list(dict.fromkeys(keep or []))
     for fraction in keeps:
         selection.check(fraction)
-    check_higher(higher_is)
     tables = _without_results(tables)
+    check_reading(tables, higher_is, rows, by_place)
     if len(tables) < 2:
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
     if classes is not None and not keeps:
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
-    _check_outputs(tables, features, out, figure, classes, sheet)
-    result, root = _load(tables, features, higher_is, root, keeps, bootstrap, seed)
+    _check_outputs([*map(table_file, tables), rows], features, out, figure, classes, sheet)
+    reading = {"higher_is": higher_is, "rows": rows, "by_place": by_place}
+    result, root = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
     for picture in (sheet, figure):
@@ -103,7 +113,7 @@ def _is_result(file: Path) -> bool:
     return first[: len(PAIR_COLUMNS)] == PAIR_COLUMNS or first == CLASS_COLUMNS
 
 
-def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | None) -> None:
+def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: Path | None) -> None:
     """Find out what cannot be written before the work is done; `outputs` are the csv, figure, classes and sheet."""
     figure = outputs[1]
     if figure is not None and figure.suffix.lower() not in _FIGURES:
@@ -112,19 +122,18 @@ def _check_outputs(tables: list[Path], features: Path | None, *outputs: Path | N
 
 
 def _load(
-    files: list[Path], features: Path | None, higher_is, root: Path | None, keeps, bootstrap: int, seed: int
+    files: list[Path], features: Path | None, reading: dict, root: Path | None, keeps, bootstrap: int, seed: int
 ) -> tuple[Comparison, str]:
     """Read, join and compare, saying what did not match; also the folder in which the images are."""
     import numpy as np
 
     from protoprune import comparison
-    from protoprune.scores import read_table, turned
 
     names = comparison.short_names(files)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"{twice}: is given twice")
-    tables = {name: turned(read_table(source), higher_is) for name, source in zip(names, files, strict=True)}
+    tables = {name: _table(source, reading) for name, source in zip(names, files, strict=True)}
     paths = labels = classes = usable = None
     if features is not None:
         from protoprune.pruning import open_features
@@ -132,7 +141,7 @@ def _load(
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
             root = root or file.provenance["root"]
-    paths, matched = comparison.join(tables, paths)
+    paths, matched = comparison.join(tables, paths, by_place=reading["by_place"])
     arrays = {name: table.scores for name, table in matched.items()}
     if usable is not None:
         arrays = {name: np.where(usable, scores, np.nan) for name, scores in arrays.items()}
@@ -141,6 +150,14 @@ def _load(
     )
     _say_tables(matched, len(paths) if usable is None else int(usable.sum()), arrays, result)
     return result, os.fspath(root or "")
+
+
+def _table(source: Path, reading: dict):
+    """A table with its direction, and its names where --rows gives them."""
+    from protoprune.scores import named, read_table, turned
+
+    table = turned(read_table(source), reading["higher_is"])
+    return table if reading["rows"] is None or table.kind != "index" else named(table, reading["rows"])
 
 
 def _say_tables(matched, images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:

@@ -17,7 +17,7 @@ import typer
 
 from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import duration, say
-from protoprune.cli.select import HigherIs, number_of_clusters
+from protoprune.cli.select import ByPlace, HigherIs, Rows, number_of_clusters
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
@@ -175,6 +175,8 @@ def scaling(
         typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
     ] = None,
     higher_is: HigherIs = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: Annotated[str, typer.Option(help="Number of clusters of each initial set, or auto.")] = "auto",
     balance: Annotated[
         float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
@@ -221,7 +223,7 @@ def scaling(
     )  # fmt: skip
     train, tested = load_sets(source, test, model, image_size, pixels)
     ranked = {
-        "scores": _scores(scores, higher_is, train),
+        "scores": _scores(scores, train, higher_is=higher_is, rows=rows, by_place=by_place),
         "features": _vectors(features, train) if scores is None else None,
     }
     with _resumable(out):
@@ -343,14 +345,13 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list:
         raise UsageError(f"{option} {text}: expected {kind} separated by commas") from None
 
 
-def _scores(path: Path | None, higher_is: str | None, train) -> np.ndarray | None:
-    if path is None:
-        if higher_is is not None:
-            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-        return None
-    from protoprune.scores import read_scores
+def _scores(path: Path | None, train, **reading) -> np.ndarray | None:
+    from protoprune.scores import check_reading, read_scores
 
-    table = read_scores(path, train.paths, higher_is=higher_is)
+    if path is None:
+        check_reading(path, **reading)
+        return None
+    table = read_scores(path, train.paths, **reading)
     for note in table.notes():
         say(f"{path}: {note}")
     return table.scores

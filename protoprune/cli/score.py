@@ -80,18 +80,17 @@ def score(
     """Score every image by a metric (larger = harder), as a table for `protoprune select --scores`."""
     import time
 
-    from protoprune.metrics.catalogue import lookup
-    from protoprune.metrics.catalogue import score as compute
+    from protoprune.metrics import catalogue
 
     started = time.monotonic()
     name, out = metric.replace("-", "_").lower(), None if out == Path("-") else out
-    chosen = lookup(name)
+    chosen = catalogue.lookup(name)
     source, is_record = _source(name, chosen, record, features)
     if out is not None:
         _check_out(out, source)
-    with _open(source, is_record) as file:
+    with catalogue.open_source(chosen, source, is_record) as file:
         options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "by": by, "seed": seed}
-        result = compute(name, file, **options)
+        result = catalogue.score(name, file, **options)
         paths, identity = file.paths, file.provenance.get("uuid")
     _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})
     _say_summary(name, source, result, time.monotonic() - started)
@@ -116,16 +115,6 @@ def _check_out(out: Path, source: Path) -> None:
 
     check_name(out)
     check_outputs(out, inputs=[source])
-
-
-def _open(source: Path, is_record: bool):
-    if is_record:
-        from protoprune.records import Record
-
-        return Record(source)
-    from protoprune.pruning import open_features
-
-    return open_features(source)
 
 
 def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:
@@ -156,5 +145,15 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
     missing = len(result.values) - len(values)
     if missing:
         say(f"without a score: {missing:,} images, which `protoprune select --scores` does not keep")
-    if low == high and len(values) > 1:
+    if len(values) < 2:
+        return
+    if low == high:
         say("warning: all scores are equal, so keeping by them is keeping at random")
+        return
+    distinct, counts = np.unique(values, return_counts=True)
+    most = int(counts.max())
+    if most > 0.5 * len(values):
+        say(
+            f"warning: {100 * most / len(values):.0f} % of the images share the score {distinct[counts.argmax()]:.4g}; "
+            "which of them are kept is chosen at random"
+        )

@@ -29,6 +29,12 @@ HigherIs = Annotated[
     str | None,
     typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
 ]
+Rows = Annotated[
+    Path | None, typer.Option(help="Names of the images in the order of a score table that has none, a line each.")
+]
+ByPlace = Annotated[
+    bool, typer.Option("--by-place", help="A score table without names is in the order of the sorted paths.")
+]
 Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
 Order = Annotated[
     str,
@@ -48,7 +54,10 @@ Calibrate = Annotated[
 ]
 Dedup = Annotated[float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")]
 DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
-Scores = Annotated[Path | None, typer.Option(help="Rank by this score table (path, score; larger = harder).")]
+Scores = Annotated[
+    Path | None,
+    typer.Option(help="Rank by this score table (path, score; larger = harder); FILE:COLUMN is one of several."),
+]
 
 
 def select(
@@ -64,6 +73,8 @@ def select(
     dedup_keep: DedupKeep = None,
     scores: Scores = None,
     higher_is: HigherIs = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -103,14 +114,15 @@ def select(
         number_of_clusters(k), euclidean, iterations, seed, restarts, train_points, backend, cache
     )
     check_links(links, hard_links)
-    _check_output(format, null, [features, scores], links, out, removed, manifest)
+    _check_output(format, null, [features, table_file(scores), rows], links, out, removed, manifest)
     if stability and order in ("cover", "facility"):
         raise UsageError(f"--stability compares rankings by prototypes; --order {order} is none")
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
-        features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_keep=dedup_keep
-    )
+        features, rule, clusters, scores=scores, higher_is=higher_is, rows=rows, by_place=by_place, dedup=dedup,
+        dedup_keep=dedup_keep,
+    )  # fmt: skip
     ranking = chosen.ranking
     say_ranking(ranking)
     if dedup is not None:
@@ -126,6 +138,13 @@ def select(
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
+
+
+def table_file(source: Path | None) -> Path | None:
+    """The file of a score table that is given as FILE[:COLUMN][:DIRECTION]."""
+    from protoprune.scores import split_source
+
+    return None if source is None else Path(split_source(source)[0])
 
 
 def number_of_clusters(text: str) -> int | None:
@@ -259,12 +278,7 @@ def say_ranking(ranking: Ranking) -> None:
         why = Counter(Status(status).label for status in ranking.status[excluded])
         say(f"excluded: {int(excluded.sum()):,} that could not be read ({describe_counts(why, 10)})")
     if ranking.table is not None:
-        table = ranking.table
-        say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
-        for note in table.notes():
-            say(f"scores: {note}")
-        if table.unmatched_rows:
-            say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
+        say_table(ranking)
     for one in ranking.clusterings[:1]:
         points = int((~excluded).sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
@@ -287,6 +301,16 @@ def say_ranking(ranking: Ranking) -> None:
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def say_table(ranking: Ranking) -> None:
+    """How the score table of a ranking was read, and what did not match, on either side."""
+    table = ranking.table
+    say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
+    for note in table.notes():
+        say(f"scores: {note}")
+    if table.unmatched_rows:
+        say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:

@@ -12,15 +12,18 @@ from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.select import (
     Backend,
+    ByPlace,
     Euclidean,
     Features,
     HigherIs,
     Iterations,
     K,
+    Rows,
     Seed,
     number_of_clusters,
     say_ranking,
-)  # fmt: skip
+    table_file,
+)
 from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
 
@@ -64,7 +67,7 @@ def sheet(
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sheet.png"),
     by: Annotated[str, typer.Option(help="One row for all, or one a class or cluster: none, class, cluster.")] = "none",
     count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row.")] = 8,
-    rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
+    max_rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
     root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
     scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
     higher_is: HigherIs = None,
@@ -74,6 +77,8 @@ def sheet(
             help="Show instead what `select --dedup` of this would remove: each image that stays, and its duplicates."
         ),
     ] = None,
+    rows: Rows = None,
+    by_place: ByPlace = False,
     k: K = "auto",
     euclidean: Euclidean = False,
     iterations: Iterations = 25,
@@ -83,15 +88,18 @@ def sheet(
     """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
     from protoprune import pruning
     from protoprune.files import write_file
+    from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
-    check_outputs(out, inputs=[features, scores])
+    check_outputs(out, inputs=[features, table_file(scores), rows])
+    check_reading(scores, higher_is, rows, by_place)
     clusters = pruning.Clusters(number_of_clusters(k), euclidean, iterations, seed, backend=backend)
-    ranking = _ranked(features, scores, higher_is, clusters, duplicates)
+    reading = {"higher_is": higher_is, "rows": rows, "by_place": by_place}
+    ranking = _ranked(features, scores, reading, clusters, duplicates)
     say_ranking(ranking)
     root = os.fspath(root or ranking.root)
     check_picture(out, root, ranking.paths)
@@ -104,23 +112,21 @@ def sheet(
     else:
         lines, heads = _rows(ranking, by, count, seed), ("easiest (most prototypical)", "hardest")
         what = f"the {count} easiest and the {count} hardest images"
-    if len(lines) > rows:
-        say(f"showing {rows} of {len(lines):,} rows; more with --rows {min(len(lines), 500)}")
-    picture, unreadable = contact_sheet(lines[:rows], root, heads=heads)
+    if len(lines) > max_rows:
+        say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
+    picture, unreadable = contact_sheet(lines[:max_rows], root, heads=heads)
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
-    say(f"{out}: {min(len(lines), rows)} rows of {what}")
+    say(f"{out}: {min(len(lines), max_rows)} rows of {what}")
 
 
-def _ranked(features: Path, scores: Path | None, higher_is: str | None, clusters, duplicates: float | None):
+def _ranked(features: Path, scores: Path | None, reading: dict, clusters, duplicates: float | None):
     from protoprune import pruning
     from protoprune.selection import check_duplicates
 
     if scores is not None:
-        return pruning.rank_by_table(features, scores, higher_is=higher_is)
-    if higher_is is not None:
-        raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
+        return pruning.rank_by_table(features, scores, **reading)
     if duplicates is not None:
         check_duplicates(duplicates)
     ranking = pruning.rank(features, clusters)

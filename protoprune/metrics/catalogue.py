@@ -6,14 +6,15 @@ this module does not know: how a record or a feature file is made, and who is ke
 
 Models that were trained on subsets: metrics of training dynamics average over the models that were trained on an
 example (`models="trained"`), since a model that never sees an example cannot forget or learn it. Memorization and
-influence compare both sides. DDD asks the models that did not see the example where the record has subsets, as its
-authors did with validation images. Ensemble active learning lets all models vote. An example that no such model counts
-for is NaN.
+influence compare both sides. DDD asks the models that did not see the example, as its authors did with validation
+images, and refuses a record whose models all saw everything. Ensemble active learning lets all models vote. An example
+that no such model counts for is NaN.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -58,12 +59,17 @@ class Metric:
 
 
 def score(name: str, source, **options) -> Scored:
-    """Scores of metric `name` from an open Record or FeatureFile, whichever it needs; None options mean the default.
+    """Scores of metric `name` from an open Record or FeatureFile, whichever it needs, or the path of one; None options
+    mean the default.
 
-    Raises UsageError for an unknown metric, an option that it does not have, or a record without what it needs, and
-    ProtopruneError when no row gets a score.
+    Raises UsageError for an unknown metric, an option that it does not have, a file of the wrong kind, or a record
+    without what it needs, and ProtopruneError when no row gets a score.
     """
     metric = lookup(name)
+    if isinstance(source, str | os.PathLike):
+        with open_source(metric, source) as file:
+            return score(name, file, **options)
+    _check_kind(name, metric, source)
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in metric.options:
@@ -79,6 +85,36 @@ def score(name: str, source, **options) -> Scored:
     if len(scored.values) and np.isnan(scored.values).all():
         raise ProtopruneError(f"{name}: {source.path} gives no image a score; {_why_none(metric)}")
     return scored
+
+
+def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None = None):
+    """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
+    `is_record` says which, and without it the file itself."""
+    from protoprune.pruning import open_features
+    from protoprune.records import Record
+
+    if metric.needs != "nothing":
+        is_record = metric.needs == "record"
+    if is_record is None:
+        try:
+            return open_features(path)
+        except ProtopruneError as error:
+            try:
+                return Record(path)
+            except ProtopruneError:
+                raise error from None
+    return Record(path) if is_record else open_features(path)
+
+
+def _check_kind(name: str, metric: Metric, source) -> None:
+    """UsageError for what the metric cannot read, told by what it offers: anything that reads like a record will do."""
+    kinds = {"record": ("a training record", "epoch_numbers"), "features": ("a feature file", "usable")}
+    is_a = next((what for what, sign in kinds.values() if hasattr(source, sign)), None)
+    if is_a is None or (metric.needs in kinds and is_a != kinds[metric.needs][0]):
+        wanted = kinds[metric.needs][0] if metric.needs in kinds else "a training record or a feature file"
+        got = f"{source.path} is {is_a}" if is_a else f"got a {type(source).__name__}"
+        maker = "record" if metric.needs == "record" else "embed"
+        raise UsageError(f"{name} needs {wanted}, and {got}; give the file that `protoprune {maker}` wrote")
 
 
 def lookup(name: str) -> Metric:
@@ -264,20 +300,21 @@ def _influence_sum_abs(record) -> Scored:
     return _influence(record, "sum_abs")
 
 
-def _subsets(record, what: str) -> np.ndarray:
+def _subsets(record, what: str, otherwise: str = "") -> np.ndarray:
     """(models, n) bool, of models that were not all trained on everything."""
     subset = record.subset
     if subset.all():
         raise UsageError(
-            f"{what} compares models with and without an image, and every model of {record.path} was trained on all; "
-            "record many models with --subset 0.7"
+            f"{what} asks models that did not see an image, and every model of {record.path} was trained on all; "
+            f"record many models with --subset 0.7{otherwise}"
         )
     return subset
 
 
 def _ddd(record, *, epoch: int | None = None, models: str | None = None) -> Scored:
     if models is None:
-        models = "all" if record.subset.all() else "held-out"
+        models = "held-out"
+        _subsets(record, "ddd", "; or ask models about their own training images with --models trained")
     epochs = _at(record, epoch, _last(record))
 
     def reduce(prediction, labels):

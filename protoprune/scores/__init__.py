@@ -9,19 +9,22 @@ package does not know: where scores come from, and what is done with them.
     ranks.py      spearman, overlap
 """
 
-from protoprune.scores.matching import ScoreTable, match, read_scores
+from protoprune.scores.matching import ScoreTable, check_reading, match, read_scores
 from protoprune.scores.ranks import mean_overlap, overlap, spearman
-from protoprune.scores.table import Table, read_table, turned, write_scores
+from protoprune.scores.table import Table, named, read_table, split_source, turned, write_scores
 
 __all__ = [
     "ScoreTable",
     "Table",
+    "check_reading",
     "match",
     "mean_overlap",
+    "named",
     "overlap",
     "read_scores",
     "read_table",
     "spearman",
+    "split_source",
     "turned",
     "write_scores",
 ]

@@ -35,10 +35,15 @@ class Columns:
     header: bool
 
 
-def find_columns(rows: Sequence[Sequence[str]]) -> Columns:
-    """Columns of a table whose first rows are given as text; ProtopruneError (which names no file) when unclear."""
+def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Columns:
+    """Columns of a table whose first rows are given as text; ProtopruneError (which names no file) when unclear.
+
+    `wanted` is the name of the score's column, where the user gave it.
+    """
     first, rest = rows[0], rows[1:]
     names = [_plain(name) for name in first]
+    if wanted is not None:
+        return _with_score(first, names, rest, wanted)
     key = _named(names, (*_NAME_KEYS, *_UNSURE_KEYS))
     score = _named(names, _SCORES)
     if key is None or score is None:
@@ -56,6 +61,35 @@ def find_columns(rows: Sequence[Sequence[str]]) -> Columns:
         header = True
     kinds = {**dict.fromkeys(_NAME_KEYS, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
     return Columns(key, score, kinds.get(names[key], "unsure"), header)
+
+
+def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Columns:
+    """Columns of a table with a header, of which the score is the one of that name. Without names of images, and
+    without a column that says that it numbers the rows, there are no keys: the other columns are scores too."""
+    cells = [cell.strip() for cell in first]
+    if wanted not in cells:
+        raise ProtopruneError(f"has no column {wanted!r}; its first row is {_shown(first)}")
+    score = cells.index(wanted)
+    if not _is_numeric(rows, score):
+        raise ProtopruneError(f"its column {wanted} holds something else than numbers")
+    kinds = {**dict.fromkeys(_NAME_KEYS, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
+    others = ["" if column == score else name for column, name in enumerate(names)]
+    key = _named(others, (*_NAME_KEYS, *_UNSURE_KEYS))
+    if key is None:
+        text = [column for column in range(len(first)) if column != score and not _is_numeric(rows, column)]
+        if len(text) > 1:
+            raise ProtopruneError(
+                f"which of its columns {_shown([first[one] for one in text])} is the path? name it path"
+            )
+        key = text[0] if text else _named(others, _INDEX_KEYS)
+    return Columns(key, score, "index" if key is None else kinds.get(names[key], "unsure"), True)
+
+
+def could_be_scores(names: Sequence[str]) -> list[str]:
+    """Of columns of numbers those that may be the score: one that is called so, else all that are not keys."""
+    plain = {name: _plain(name) for name in names}
+    called = [name for name in names if plain[name] in _SCORES]
+    return called or [name for name in names if plain[name] not in (*_NAME_KEYS, *_UNSURE_KEYS, *_COUNTERS)]
 
 
 def _find_key(first, names: list[str], rows, numeric: list[int], score: int | None) -> int:
@@ -85,7 +119,11 @@ def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | No
             candidates = candidates[1:]
     if len(candidates) == 1:
         return candidates[0]
-    advice = "name it score (and the other one path)" if names else "add a header line that names path and score"
+    advice = (
+        f"give it as FILE:{_shown([first[candidates[0]]])}, or name it score (and the other one path)"
+        if names and candidates
+        else "add a header line that names path and score"
+    )
     raise ProtopruneError(f"which of its columns {_shown(first)} is the score? {advice}")
 
 
@@ -127,13 +165,16 @@ def number(text: str) -> float | None:
 # --- delimited text --------------------------------------------------------------------------------------------------
 
 
-def parse_text(text: str, delimiter: str | None = None) -> tuple[list[str] | None, list[float], str]:
+def parse_text(
+    text: str, delimiter: str | None = None, wanted: str | None = None
+) -> tuple[list[str] | None, list[float], str]:
     """(keys or None, scores, kind of the keys) of delimited text.
 
-    With a `delimiter` the columns are path and score under a header. Raises ProtopruneError (which names no file) and
-    csv.Error. Without it, a line that starts with # is a comment, unless it reads like a row: `#1.png,0.5`.
+    With a `delimiter` the columns are path and score under a header. Without it, a line that starts with # is a
+    comment, unless it reads like a row: `#1.png,0.5`. `wanted` is the name of the score's column. Raises
+    ProtopruneError (which names no file) and csv.Error.
     """
-    layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text)
+    layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text, wanted)
     pairs, scores = _extract(text, *layout, comments=not delimiter and "#" in text)
     if not scores:
         raise ProtopruneError("a header and no rows")
@@ -153,7 +194,7 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
     return (row for row in rows if row)
 
 
-def _layout(text: str) -> tuple[str, Columns]:
+def _layout(text: str, wanted: str | None) -> tuple[str, Columns]:
     """The delimiter under which the first rows have clear columns, best all of one width; else why there is none."""
     reason = None
     for even, delimiter in itertools.product((True, False), _DELIMITERS):
@@ -164,7 +205,7 @@ def _layout(text: str) -> tuple[str, Columns]:
             widths = {len(row) for row in rows}
             if not rows or (even and len(widths) > 1) or (len(rows[0]) == 1 and (delimiter or len(widths) > 1)):
                 continue
-            return delimiter, find_columns(rows)
+            return delimiter, find_columns(rows, wanted)
         except (ProtopruneError, csv.Error) as error:
             if isinstance(error, csv.Error) or len(rows[0]) > 1:
                 reason = reason or error

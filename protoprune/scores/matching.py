@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError
-from protoprune.scores.table import Table, read_table
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.scores.table import Table, check_higher, named, read_table
 
 _NONE, _AMBIGUOUS = -1, -2
 
@@ -33,6 +33,7 @@ class ScoreTable:
     metric: str = ""  # empty when the file does not say
     direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
     provenance: dict = field(default_factory=dict)
+    ends: list[tuple[int, str]] = field(default_factory=list)  # matched by place: the first and last row, their images
 
     def notes(self) -> list[str]:
         """What a user should know about how the table was read, a line each."""
@@ -43,7 +44,13 @@ class ScoreTable:
             "assumed": "a higher score is taken as harder, since the table does not say (--higher-is)",
         }
         lines = [f"metric {self.metric}, {who[self.direction]}" if self.metric else who[self.direction]]
-        if self.matched_by != "path":
+        if self.ends:
+            (first, its), (last, others) = self.ends
+            lines.append(
+                f"warning: matched by {self.matched_by}: {first:,} is taken as {its}, {last:,} as {others}; if the "
+                "table is in another order, give --rows FILE with the names in its order"
+            )
+        elif self.matched_by != "path":
             lines.append(f"matched by {self.matched_by}")
         if self.ambiguous:
             lines.append(
@@ -53,24 +60,56 @@ class ScoreTable:
         return lines
 
 
-def read_scores(source: str | os.PathLike, paths: Sequence[str], *, higher_is: str | None = None) -> ScoreTable:
+def read_scores(
+    source: str | os.PathLike,
+    paths: Sequence[str],
+    *,
+    higher_is: str | None = None,
+    rows: str | os.PathLike | Sequence[str] | None = None,
+    by_place: bool = False,
+) -> ScoreTable:
     """Read a score table (see `read_table`) and match it to the images `paths`.
 
-    Raises ProtopruneError for what cannot be read, and when no row names an image.
+    For a table that names no images: `rows` are their names in its order (or a file that lists them), `by_place` says
+    that its order is that of `paths`. Raises ProtopruneError for what cannot be read, when no row names an image, and
+    for a table without names and without either.
     """
-    return match(read_table(source, higher_is=higher_is), paths)
+    check_reading(source, higher_is, rows, by_place)
+    table = read_table(source, higher_is=higher_is)
+    if by_place and table.kind == "name":
+        raise UsageError(f"{table.source}: names its images, and --by-place would not look at them; leave it out")
+    return match(table if rows is None else named(table, rows), paths, by_place=by_place)
 
 
-def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True) -> ScoreTable:
-    """The table's scores in the order of `paths`. `row_numbers` says whether keys may be the places in `paths`."""
+def check_reading(scores, higher_is: str | None, rows, by_place: bool) -> None:
+    """Raise UsageError for options of a score table without one, or that do not go together."""
+    check_higher(higher_is)
+    if rows is not None and by_place:
+        raise UsageError("--rows and --by-place: give the one that says which image each score is of")
+    if scores is None:
+        if higher_is is not None:
+            raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
+        if rows is not None or by_place:
+            raise UsageError(f"{'--by-place' if by_place else '--rows'}: goes with --scores, whose order it gives")
+
+
+def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True, by_place: bool = False) -> ScoreTable:
+    """The table's scores in the order of `paths`. `row_numbers` says whether keys may be the places in `paths`, and
+    `by_place` that a table without keys is in their order."""
     n = len(paths)
     if table.keys is None:
         if table.scores.shape != (n,):
             raise ProtopruneError(f"{table.source}: shape {table.scores.shape}, expected ({n},): one score an image")
-        rows, matched_by = np.arange(n), "place: one score a row"
+        if n and not by_place:
+            raise UsageError(
+                f"{table.source}: does not say which score is of which image; give --rows FILE with their names in its "
+                f"order, or --by-place if it is sorted by path, from {paths[0]} to {paths[-1]}"
+            )
+        rows, matched_by = np.arange(n), "place"
     else:
         rows, matched_by = _match_keys(table, paths, row_numbers)
     hit = rows >= 0
+    ends = (int(rows.min()), int(rows.max())) if matched_by in ("place", "row number") and n else ()
     scores = np.full(n, np.nan)
     scores[rows[hit]] = table.scores[hit]
     unmatched, ambiguous = (
@@ -78,7 +117,9 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True) -> Sc
     )
     missing = int(np.isnan(scores).sum())
     facts = (table.metric, table.direction, table.provenance)
-    return ScoreTable(scores, unmatched, missing, ambiguous, matched_by, *facts)
+    return ScoreTable(
+        scores, unmatched, missing, ambiguous, matched_by, *facts, ends=[(row, paths[row]) for row in ends]
+    )
 
 
 def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:

@@ -16,6 +16,9 @@ import io
 import json
 import os
 import re
+import struct
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +29,8 @@ import numpy as np
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
-from protoprune.scores.columns import find_columns, parse_text
+from protoprune.lists import read_list
+from protoprune.scores.columns import could_be_scores, find_columns, parse_text
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -39,6 +43,11 @@ RELEASED = (
     "DDD", "EL2N-1-model", "EL2N-20-models", "active-learning", "forgetting", "influence-max", "influence-sum-abs",
     "memorization", "random-100", "random-101", "random-102", "random-103", "random-104",
     "self-supervised-prototypes", "supervised-prototypes",
+)  # fmt: skip
+# What numpy, pyarrow and json raise for bytes that they cannot make sense of.
+_DAMAGED = (
+    ValueError, TypeError, KeyError, EOFError, AttributeError, NotImplementedError, SyntaxError, MemoryError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile,
 )  # fmt: skip
 _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
@@ -154,19 +163,23 @@ def _pyarrow(path: str = ""):
 
 
 def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Table:
-    """Read a score table whose images are not known yet.
+    """Read a score table whose images are not known yet: a file, with `:COLUMN` (or the array of an .npz) and with what
+    higher means in it (`:easier`) after its name where they are wanted.
 
     Read are delimited text (comma, tab, semicolon, bar or blanks; with or without a header; comment lines), JSON lines,
     Parquet, .npy and .npz, each through gzip or not. Keys are paths or row numbers; .npy and a text of one column have
     none. `higher_is` (keep, prune, harder or easier) says what a higher score means in a file that does not say it
     itself; without both, harder is assumed. Raises ProtopruneError for what cannot be read or contradicts itself.
     """
-    source = os.fspath(source)
     check_higher(higher_is)
-    if not os.path.isfile(source):
-        raise UsageError(f"{source}: no such score table; `protoprune score METRIC -o {source}` makes one")
-    keys, scores, kind, header = _read(source)
-    higher, direction = _direction(source, header, higher_is)
+    source = os.fspath(source)
+    file, column, own = split_source(source)
+    if own and higher_is and _HIGHER[own] != _HIGHER[higher_is]:
+        raise UsageError(f"{source}: contradicts --higher-is {higher_is}; leave one of them out")
+    if not os.path.isfile(file):
+        raise UsageError(f"{file}: no such score table; `protoprune score METRIC -o {file}` makes one")
+    keys, scores, kind, header = _read(file, column)
+    higher, direction = _direction(file, header, own or higher_is)
     if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
         scores = scores.astype(np.float32).astype(np.float64)
     if higher == "easier":
@@ -174,9 +187,53 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     if keys is not None:
         keys = keys if header else [key.removeprefix("./") for key in keys]
         _refuse_duplicates(source, keys)
-    released = _RELEASED_FILE.fullmatch(os.path.basename(source))
-    metric = header.get("metric") or (released[1] if released else "")
+    released = _RELEASED_FILE.fullmatch(os.path.basename(file))
+    metric = column or header.get("metric") or (released[1] if released else "")
     return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
+
+
+def split_source(source: str | os.PathLike) -> tuple[str, str | None, str | None]:
+    """(file, column, what higher means) of FILE[:COLUMN][:keep|prune|harder|easier]; a file that has all of it for its
+    name is that file."""
+    file, column, higher = os.fspath(source), None, None
+    head, _, tail = file.rpartition(":")
+    if head and tail in _HIGHER and not os.path.exists(file):
+        file, higher = head, tail
+    head, _, tail = file.rpartition(":")
+    if head and tail and not os.path.exists(file) and os.path.exists(head):
+        file, column = head, tail
+    return file, column, higher
+
+
+def named(table: Table, rows: str | os.PathLike | Sequence[str]) -> Table:
+    """The table with the names of its rows: a file that lists them in the table's order, or the names themselves.
+
+    Raises UsageError for a table that has names of its own, ProtopruneError for another number of names.
+    """
+    what = os.fspath(rows) if isinstance(rows, str | os.PathLike) else "rows"
+    if table.keys is not None and table.kind == "name":
+        raise UsageError(f"{table.source}: names its images itself; --rows goes with a table that does not")
+    names = read_list(rows) if isinstance(rows, str | os.PathLike) else list(rows)
+    if isinstance(names, np.ndarray):
+        raise UsageError(f"--rows {what}: holds row numbers; give a list of names, one a line, in the table's order")
+    if table.keys is None:
+        keys = names
+        if len(names) != len(table.scores):
+            raise ProtopruneError(
+                f"--rows {what}: {len(names):,} names for the {len(table.scores):,} scores of {table.source}"
+            )
+    else:
+        keys = _names_of_rows(table, names, what)
+    _refuse_duplicates(f"--rows {what}", keys)
+    return replace(table, keys=[key.removeprefix("./") for key in keys], kind="name")
+
+
+def _names_of_rows(table: Table, names: list[str], what: str) -> list[str]:
+    numbers = [int(key) if key.isascii() and key.isdecimal() else -1 for key in table.keys]
+    wrong = next((key for key, row in zip(table.keys, numbers, strict=True) if not 0 <= row < len(names)), None)
+    if wrong is not None:
+        raise ProtopruneError(f"{table.source}: {wrong!r} is no row of --rows {what}, which has {len(names):,} names")
+    return [names[row] for row in numbers]
 
 
 def turned(table: Table, higher_is: str | None) -> Table:
@@ -216,44 +273,48 @@ def _refuse_duplicates(source: str, keys: list[str]) -> None:
         raise ProtopruneError(f"{source}: {twice!r} occurs twice; give one score an image")
 
 
-def _read(source: str) -> tuple[list[str] | None, np.ndarray, str, dict]:
+def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.ndarray, str, dict]:
     """(keys, scores as they stand, kind of the keys, header) of a file of any format."""
     suffix = _suffix(source)
     try:
         data = Path(source).read_bytes()
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
-        if suffix == ".npy":
-            return _read_array(data)
-        if suffix == ".npz":
-            with np.load(io.BytesIO(data)) as arrays:
-                return _from_columns({name: arrays[name] for name in arrays.files}, {})
+        if suffix == ".npz" or data.startswith(b"PK\x03\x04"):
+            return _read_arrays(data, column)
+        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+            return _read_array(data, column)
+        if data.startswith(b"\x89HDF\r\n"):
+            raise ProtopruneError(
+                "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
+            )
         if data.startswith(b"PAR1"):
-            return _read_parquet(data)
+            return _read_parquet(data, column)
         if suffix in (".jsonl", ".ndjson"):
-            return _read_json_lines(data)
-        return _read_text(data)
+            return _read_json_lines(data, column)
+        return _read_text(data, column)
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (OSError, zlib.error) as error:
         raise ProtopruneError(f"{source}: cannot be read ({error})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
-    except (ValueError, TypeError, EOFError, AttributeError, NotImplementedError) as error:
+    except _DAMAGED as error:
         what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
         raise ProtopruneError(
             f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
         ) from None
 
 
-def _read_text(data: bytes):
+def _read_text(data: bytes, column: str | None):
     text = os.fsdecode(data).removeprefix("\ufeff")
     header, delimiter = {}, None
     if text.startswith(_MARK):
         line, _, text = text.partition("\n")
         header = _header(line.removeprefix(_MARK))
-        delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
-    keys, scores, kind = parse_text(text, delimiter)
+        if column is None:
+            delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
+    keys, scores, kind = parse_text(text, delimiter, column)
     return keys, np.array(scores, np.float64), kind, header
 
 
@@ -267,21 +328,41 @@ def _header(text: str) -> dict:
     return header
 
 
-def _read_array(data: bytes):
+def _read_array(data: bytes, column: str | None):
+    if column is not None:
+        raise ProtopruneError(f"has no array {column!r}: a .npy file is one array")
     array = np.load(io.BytesIO(data)).astype(np.float64)
     if array.ndim != 1:
-        raise ProtopruneError(f"shape {array.shape}, expected (n,): one score a row of the feature file")
+        raise ProtopruneError(f"shape {array.shape}, expected (n,): one score an image")
     return None, array, "index", {}
 
 
-def _read_json_lines(data: bytes):
+def _read_arrays(data: bytes, wanted: str | None):
+    """An .npz: arrays are columns, of which those that could be the score are named where there are several."""
+    with np.load(io.BytesIO(data)) as file:
+        arrays = {name: file[name] for name in file.files}
+    scores = could_be_scores([name for name, array in arrays.items() if array.dtype.kind in "fiub"])
+    shown = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    if wanted is None and len(scores) != 1:
+        if not scores:
+            raise ProtopruneError(f"holds no array of scores, only {shown or 'nothing'}")
+        raise ProtopruneError(f"holds the arrays {shown}; which is the score? name it: FILE.npz:{scores[0]}")
+    if wanted is not None and wanted not in arrays:
+        raise ProtopruneError(f"has no array {wanted!r}; it holds {shown or 'nothing'}")
+    wanted = wanted or scores[0]
+    if arrays[wanted].ndim != 1:
+        raise ProtopruneError(f"its array {wanted} has shape {arrays[wanted].shape}, expected (n,): one score an image")
+    return _from_columns(arrays, {}, wanted)
+
+
+def _read_json_lines(data: bytes, column: str | None):
     records = [json.loads(line) for line in data.split(b"\n") if line.strip()]
     if not records or not all(isinstance(record, dict) for record in records):
         raise ProtopruneError("expected one object with path and score a line")
-    return _from_columns({name: [record.get(name) for record in records] for name in records[0]}, {})
+    return _from_columns({name: [record.get(name) for record in records] for name in records[0]}, {}, column)
 
 
-def _read_parquet(data: bytes):
+def _read_parquet(data: bytes, wanted: str | None):
     pyarrow = _pyarrow()
     table = pyarrow.parquet.read_table(io.BytesIO(data))
     header = (table.schema.metadata or {}).get(_META)
@@ -290,24 +371,25 @@ def _read_parquet(data: bytes):
         column = table.column(name)
         is_number = pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type)
         columns[name] = column.to_numpy() if is_number else column.to_pylist()
-    return _from_columns(columns, _header(header.decode()) if header else {})
+    return _from_columns(columns, _header(header.decode()) if header else {}, wanted)
 
 
-def _from_columns(columns: dict[str, Sequence], header: dict):
-    """A table whose columns have names. Those of another length than the longest are no columns."""
+def _from_columns(columns: dict[str, Sequence], header: dict, wanted: str | None):
+    """A table whose columns have names. Those of another length than the longest (or the wanted one) are no columns."""
     columns = {name: column for name, column in columns.items() if np.ndim(column) == 1 or isinstance(column, list)}
-    length = max(map(len, columns.values()), default=0)
+    length = len(columns[wanted]) if wanted in columns else max(map(len, columns.values()), default=0)
     if not length:
         raise ProtopruneError("a header and no rows")
     columns = {name: column for name, column in columns.items() if len(column) == length}
     sample = [[_text(column[row]) for column in columns.values()] for row in range(min(length, 50))]
-    if len(columns) == 1:
+    if len(columns) == 1 and wanted in (None, *columns):
         (values,) = columns.values()
         return None, np.array(values, np.float64), "index", header
-    found = find_columns([list(columns), *sample])
+    found = find_columns([list(columns), *sample], wanted)
     columns = list(columns.values())
     scores = np.array([np.nan if value is None else value for value in columns[found.score]], np.float64)
-    return [_text(value) for value in columns[found.key]], scores, found.kind, header
+    keys = None if found.key is None else [_text(value) for value in columns[found.key]]
+    return keys, scores, found.kind, header
 
 
 def _text(value) -> str:
