@@ -49,7 +49,8 @@ def info(
         failures = file.failure_counts()
         echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}")
         echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        echo(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
+        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+        echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         echo(f"root        {facts['root']}")
         echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
         echo(f"preprocess  {facts['preprocess']}")
