@@ -117,6 +117,26 @@ class Record:
         return self.test_at("test_prediction", self.epochs - 1)
 
     @property
+    def train_accuracy(self) -> np.ndarray:
+        """(models,) share that each model gets right, at its last recorded epoch, of the examples it was trained on."""
+        return self._accuracy(self.subset)
+
+    @property
+    def held_out_accuracy(self) -> np.ndarray:
+        """(models,) the same of the examples that a model was not trained on; NaN where there are none."""
+        return self._accuracy(~self.subset)
+
+    @property
+    def test_accuracy(self) -> np.ndarray | None:
+        """(models,) the same of the test set; None without one."""
+        return None if self.test_labels is None else (self.test_prediction == self.test_labels).mean(axis=1)
+
+    def _accuracy(self, counts: np.ndarray) -> np.ndarray:
+        last, labels = slice(self.epochs - 1, None), self.labels
+        right = (self.read("prediction", model, epochs=last)[0] == labels for model in range(self.models))
+        return np.array([one[mine].mean() if mine.any() else np.nan for one, mine in zip(right, counts, strict=True)])
+
+    @property
     def test_true_probability(self) -> np.ndarray:
         """(models, t) float32 at the last recorded epoch."""
         return self.test_at("test_true_probability", self.epochs - 1)

@@ -254,6 +254,13 @@ def test_memorization_of_two_models():
     np.testing.assert_array_equal(ensembles.memorization(right, np.array(subset, bool)), expected)
 
 
+def test_memorization_says_how_much_the_models_fit():
+    prediction = np.array([[[0, 1]], [[0, 0]], [[1, 1]]])
+    record = FakeRecord({"prediction": prediction}, [0, 0], subset=[[1, 1], [1, 0], [0, 1]])
+    used = score("memorization", record).used
+    assert (used["right_with"], used["right_without"]) == (0.5, 0.5)  # models with: 1, 0 and 1, 0; without: 1 and 0
+
+
 def brute_force_influence(subset, right) -> np.ndarray:
     matrix = np.full((subset.shape[1], right.shape[1]), np.nan)
     for i, j in itertools.product(*map(range, matrix.shape)):

@@ -17,6 +17,7 @@ from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate, scaling
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
+from protoprune.cli.report import report
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
@@ -90,6 +91,7 @@ for command in (
     scaling,
     info,
     sheet,
+    report,
     encoders,
     advise,
 ):

@@ -14,6 +14,8 @@ from protoprune.cli.progress import duration, say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 
+_FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
+
 if TYPE_CHECKING:
     from protoprune.metrics.catalogue import Metric, Scored
 
@@ -147,6 +149,12 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
         say(
             f"without a score: {missing:,} images (unreadable, without a class or the models that it takes, or with "
             "features that are all zeros), which `protoprune select --scores` does not keep"
+        )
+    if result.used.get("right_with", 1) < _FITS:
+        say(
+            f"warning: the models are right about {100 * result.used['right_with']:.0f} % of their training images; "
+            "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
+            "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
         )
     if len(values) < 2:
         return

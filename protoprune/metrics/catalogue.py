@@ -279,7 +279,12 @@ def _memorization(record, *, epoch: int | None = None) -> Scored:
             right_in[rows] += right & trained[rows]
             right_out[rows] += right & ~trained[rows]
     values = ensembles.difference(right_in, models_in, right_out, models_out)
-    return Scored(values, _used(record, epochs, record.models))
+    right = {"right_with": (right_in, models_in), "right_without": (right_out, models_out)}
+    shares = {name: float(one.sum() / max(1, of.sum())) for name, (one, of) in right.items()}
+    return Scored(
+        values,
+        _used(record, epochs, record.models, **{name: round(share, 4) for name, share in shares.items()}),
+    )
 
 
 def _influence(record, reduce: str) -> Scored:
