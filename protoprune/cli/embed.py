@@ -29,6 +29,9 @@ def embed(
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
     ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="token (class token) or avg (mean of the patches) [default: the authors'].")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
@@ -56,7 +59,7 @@ def embed(
     _say_found(found)
     from protoprune.encoders import load_encoder
 
-    model = load_encoder(encoder, weights=weights, image_size=image_size)
+    model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool)
     if model.loaded:
         say(f"weights: {model.loaded}")
     from protoprune.embedding import embed as run
@@ -212,6 +215,7 @@ def encoders() -> None:
     rows = []
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
-        rows.append((info.name, str(info.dim), count, size, info.training, info.licence, info.source))
-    print_table(("name", "dim", "parameters", "input", "training", "licence", "source"), rows, fold=True)
+        rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
+    heads = ("name", "dim", "parameters", "input", "pool", "training", "licence", "source")
+    print_table(heads, rows, fold=True)
     typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)

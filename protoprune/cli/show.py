@@ -53,6 +53,8 @@ def info(
         echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         echo(f"root        {facts['root']}")
         echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+        if facts.get("pool"):
+            echo(f"pooling     {facts['pool']}")
         echo(f"preprocess  {facts['preprocess']}")
         echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
         if facts["unreadable_folder_count"]:
