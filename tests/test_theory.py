@@ -6,11 +6,7 @@ import os
 import re
 import subprocess
 import sys
-<<<<<<< HEAD
-=======
 import threading
-from types import SimpleNamespace
->>>>>>> main
 
 import numpy as np
 import pytest

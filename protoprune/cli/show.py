@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-<<<<<<< HEAD
-from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import bytes_text, say
-=======
 from protoprune.cli.outputs import check_outputs, check_picture
-from protoprune.cli.progress import say
->>>>>>> main
+from protoprune.cli.progress import bytes_text, say
 from protoprune.cli.select import (
     Backend,
     ByPlace,
@@ -34,12 +29,10 @@ from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
+    import numpy as np
+
     from protoprune.features import FeatureFile
     from protoprune.records import Record
-=======
-    import numpy as np
->>>>>>> main
 
 
 def info(
@@ -61,7 +54,6 @@ def info(
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     if hdf5.format_of(there) == RECORD.format:
         if errors:
-<<<<<<< HEAD
             raise UsageError(f"--errors: {path} is a training record, which holds readable images only")
         with Record(there, unfinished=True) as record:
             _verify(record) if verify else _describe_record(record)
@@ -69,7 +61,7 @@ def info(
     with FeatureFile(there) as features:
         if errors:
             for name, status, reason in features.failures():
-                _print(f"{name}\t{status.label}\t{reason}")
+                echo(f"{name}\t{status.label}\t{reason}")
         elif verify:
             _verify(features)
         else:
@@ -81,49 +73,47 @@ def _describe_features(file: FeatureFile) -> None:
 
     facts = file.provenance
     usable, failures = int(file.usable.sum()), file.failure_counts()
-    _print(
-        f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(os.path.getsize(file.path))}"
-    )
+    echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(os.path.getsize(file.path))}")
     done = int(file.finished().sum())
     if done < file.n or file.path.endswith(".partial"):
-        _print(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
-    _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+        echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
+    echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
-    _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
-    _print(f"root        {facts['root']}")
-    _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+    echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
+    echo(f"root        {facts['root']}")
+    echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
     if facts.get("pool"):
-        _print(f"pooling     {facts['pool']}")
-    _print(f"preprocess  {facts['preprocess']}")
-    _print(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+        echo(f"pooling     {facts['pool']}")
+    echo(f"preprocess  {facts['preprocess']}")
+    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
     if facts.get("unreadable_folder_count"):
         first = file.unreadable_folders[0]
-        _print(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
+        echo(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
     folder = file.path + ".clusters"
     if os.path.isdir(folder):
-        _print(f"clusterings {len(os.listdir(folder))} in {folder}")
+        echo(f"clusterings {len(os.listdir(folder))} in {folder}")
 
 
 def _describe_record(record: Record) -> None:
     facts, subset, committed = record.provenance, record.subset, record.committed
     models = "1 model" if record.models == 1 else f"{record.models:,} models"
     size = bytes_text(os.path.getsize(record.path))
-    _print(f"{record.path}: {models} x {record.epochs:,} recorded epochs x {record.n:,} images, {size}")
+    echo(f"{record.path}: {models} x {record.epochs:,} recorded epochs x {record.n:,} images, {size}")
     done, total = int(committed.sum()), record.models * record.epochs
     if done < total or record.path.endswith(".partial"):
-        _print(f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest")
-    _print(f"models      {_recipe(facts)}")
-    _print(f"epochs      {', '.join(_ranges(record.epoch_numbers.tolist()))}")
-    _print(f"subsets     {_subsets(subset.mean(axis=1))}")
-    _print(f"classes     {len(record.classes):,}")
+        echo(f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest")
+    echo(f"models      {_recipe(facts)}")
+    echo(f"epochs      {', '.join(_ranges(record.epoch_numbers.tolist()))}")
+    echo(f"subsets     {_subsets(subset.mean(axis=1))}")
+    echo(f"classes     {len(record.classes):,}")
     for number, line in enumerate(_accuracies(record, subset, committed)):
-        _print(f"{'' if number else 'accuracy':<11} {line}")
-    _print(f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}")
+        echo(f"{'' if number else 'accuracy':<11} {line}")
+    echo(f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}")
     if record.test_labels is not None:
-        _print(f"test        {len(record.test_labels):,} images")
-    _print(f"root        {facts.get('root', 'unknown')}")
-    _print(f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}")
-    _print(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+        echo(f"test        {len(record.test_labels):,} images")
+    echo(f"root        {facts.get('root', 'unknown')}")
+    echo(f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}")
+    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
 
 
 def _recipe(facts: dict) -> str:
@@ -182,33 +172,9 @@ def _verify(file: FeatureFile | Record) -> None:
         raise file.damaged(f"{damage[0]} is not what was written{more}")
     size = bytes_text(os.path.getsize(file.path))
     if file.sealed:
-        _print(f"{file.path}: whole: all of its {size} are what was written")
+        echo(f"{file.path}: whole: all of its {size} are what was written")
     else:
-        _print(f"{file.path}: can be read ({size}), but has no digests: an earlier version wrote it")
-=======
-            for path, status, reason in file.failures():
-                echo(f"{path}\t{status.label}\t{reason}")
-            return
-        facts = file.provenance
-        usable = int(file.usable.sum())
-        failures = file.failure_counts()
-        echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}")
-        echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
-        echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
-        echo(f"root        {facts['root']}")
-        echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
-        if facts.get("pool"):
-            echo(f"pooling     {facts['pool']}")
-        echo(f"preprocess  {facts['preprocess']}")
-        echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
-        if facts["unreadable_folder_count"]:
-            first = file.unreadable_folders[0]
-            echo(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
-        folder = file.path + ".clusters"
-        if os.path.isdir(folder):
-            echo(f"clusterings {len(os.listdir(folder))} in {folder}")
->>>>>>> main
+        echo(f"{file.path}: can be read ({size}), but has no digests: an earlier version wrote it")
 
 
 def sheet(
@@ -339,16 +305,3 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
         paths = [[ranking.paths[row] for row in part] for part in (easiest, hardest)]
         lines.append((f"{name} ({len(rows):,})", *paths))
     return lines
-
-
-<<<<<<< HEAD
-def _print(text: str) -> None:
-    typer.echo(text.encode(errors="backslashreplace").decode())
-=======
-def _bytes(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return ""
->>>>>>> main
