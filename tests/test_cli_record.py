@@ -45,11 +45,27 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
         f"training: 12 examples in 3 classes, {images}", f"test: 3 examples in 3 classes, {tmp_path / 'test'}"
     ]  # fmt: skip
     assert lines[2].startswith("record: 2 models x 2 recorded epochs x 12 examples, ")
-    assert lines[2].endswith("KiB in record.h5")
+    assert lines[2].endswith("kB in record.h5")
     assert lines[-1].startswith("record.h5: 2 x cnn, 2 epochs, in ")
     with Record(tmp_path / "record.h5") as found:
         assert (found.models, found.epochs, found.n) == (2, 2, 12)
         assert found.test_labels.tolist() == [1, 1, 2]
+        right = found.last("prediction") == found.labels
+        own, others = (
+            [row[mine].mean() for row, mine in zip(right, counts, strict=True)]
+            for counts in (found.subset, ~found.subset)
+        )
+        np.testing.assert_allclose(found.train_accuracy, own)
+        np.testing.assert_allclose(found.held_out_accuracy, others)
+        np.testing.assert_allclose(found.test_accuracy, (found.test_prediction == [1, 1, 2]).mean(axis=1))
+        shown = [
+            f"{100 * np.mean(one):.1f} % ({100 * np.min(one):.1f}-{100 * np.max(one):.1f})"
+            for one in (own, others, found.test_accuracy)
+        ]
+    assert lines[-2 if "hardly" not in lines[-2] else -3] == (
+        f"accuracy: {shown[0]} right on their training images, {shown[1]} on those left out of it, "
+        f"{shown[2]} on the test set"
+    )
     code, lines = record(*arguments)
     assert code == 0
     assert "4 of 4 epochs are recorded already, 0 to go" in lines
@@ -68,6 +84,29 @@ def test_features_make_heads(feature_file, record, tmp_path):
     with Record(tmp_path / "record.h5") as found:
         assert found.epoch_numbers.tolist() == [0, 10, 20]
         assert "gradient_norm" in found.statistics
+
+
+def test_models_that_have_not_learned_are_warned_about(feature_file, record, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 0, 1, 2], 100)  # always saying the largest class is right for half of them
+    paths = [f"c{label}/{i:03d}.png" for i, label in enumerate(labels)]
+    apart = rng.normal(size=(400, 8)) + 4 * np.eye(3, 8)[labels]
+    for features, poor in ((rng.normal(size=(400, 8)), True), (apart, False)):
+        file = feature_file(tmp_path / "f.h5", features, paths=paths)
+        _, lines = record(file, "--models", "3", "--epochs", "2", "--overwrite")
+        warned = [line for line in lines if "have hardly learned" in line]
+        assert bool(warned) == poor
+        assert lines[-2 - poor].startswith("accuracy: ")
+    with Record(tmp_path / "record.h5") as found:
+        assert found.train_accuracy.min() > 0.7
+        assert np.isnan(found.held_out_accuracy).all()
+        assert found.test_accuracy is None
+
+
+def test_networks_are_small_ones_unless_asked_for(images, record):
+    code, lines = record(images, "--image-size", "8", "--epochs", "1", "--batch-size", "4", "--device", "cpu")
+    assert code == 0
+    assert lines[-1].startswith("record.h5: 1 x cnn, 1 epochs, in ")
 
 
 def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch):

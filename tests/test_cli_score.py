@@ -182,6 +182,14 @@ def test_equal_scores_are_warned_about(recorded):
     assert "warning: all scores are equal" in result.stderr
 
 
+def test_memorization_of_models_that_do_not_fit_is_warned_about(recorded):
+    said = run("score", "memorization", "--record", "record.h5").stderr
+    assert "% of their training images; what a model cannot fit it cannot memorize" in said
+    for model, trained in enumerate(recorded.subset):
+        recorded.tables["prediction"][model][:, trained] = recorded.labels[trained]
+    assert "cannot memorize" not in run("score", "memorization", "--record", "record.h5").stderr
+
+
 def test_a_score_that_most_images_share_is_warned_about(recorded):
     recorded.tables["prediction"][:] = recorded.labels
     recorded.tables["prediction"][:, :, 0] = (recorded.labels[0] + 1) % 3

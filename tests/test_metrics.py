@@ -250,8 +250,13 @@ def test_memorization_of_two_models():
     # right only when trained on; always in; right only when not trained on; never in; right either way
     expected = [1, np.nan, -1, np.nan, 0]
     np.testing.assert_array_equal(score("memorization", record).values, expected)
-    right = np.array(prediction)[:, 0] == labels
-    np.testing.assert_array_equal(ensembles.memorization(right, np.array(subset, bool)), expected)
+
+
+def test_memorization_says_how_much_the_models_fit():
+    prediction = np.array([[[0, 1]], [[0, 0]], [[1, 1]]])
+    record = FakeRecord({"prediction": prediction}, [0, 0], subset=[[1, 1], [1, 0], [0, 1]])
+    used = score("memorization", record).used
+    assert (used["right_with"], used["right_without"]) == (0.5, 0.5)  # models with: 1, 0 and 1, 0; without: 1 and 0
 
 
 def brute_force_influence(subset, right) -> np.ndarray:

@@ -6,13 +6,18 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, bytes_text, duration, say
 from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_LEARNED = 0.1  # of the way from the largest class's share to all right: a model below has learned next to nothing
 
 Labels = Annotated[Path | None, typer.Option(help="File of the images' classes: a table of path and class.")]
 TestLabels = Annotated[Path | None, typer.Option(help="The same for the test images.")]
@@ -26,7 +31,7 @@ def record(
     out: Annotated[Path, typer.Option("-o", "--out", help="Training record to write.")] = Path("record.h5"),
     test: Annotated[Path | None, typer.Option(help="Test images or features: influence needs them.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head for features, else resnet18].")
+        str | None, typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head for features, else cnn].")
     ] = None,
     models: Annotated[int, typer.Option(help="How many models to train.")] = 1,
     subset: Annotated[
@@ -68,7 +73,8 @@ def record(
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    check_outputs(out, inputs=[source, test, weights, labels, test_labels, class_names])
+    caches = [] if pixels is None else [f"{pixels}.{part}" for part in ("training", "test")]
+    check_outputs(*caches, hdf5=out, inputs=[source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     from protoprune.device import resolve_device
     from protoprune.training import recording
@@ -79,7 +85,7 @@ def record(
         raise UsageError(f"--weights {weights}: no such file")
     recording.check(models, subset, every)
     if model is None:
-        model = "resnet18" if source.is_dir() else "head"
+        model = "cnn" if source.is_dir() else "head"
     recipe = Recipe.for_model(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
@@ -92,7 +98,7 @@ def record(
     )  # fmt: skip
     say(
         f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
-        f"{len(train):,} examples, {_size(laid_out.bytes)} in {out}"
+        f"{len(train):,} examples, {bytes_text(laid_out.bytes)} in {out}"
     )
     if plan:
         return
@@ -114,7 +120,40 @@ def record(
             say("interrupted: what is recorded is kept; to go on, run the same again:")
             say(f"  {shlex.join(['protoprune', *again])}")
             raise typer.Exit(130) from None
+    _say_accuracy(out)
     say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
+
+
+def _say_accuracy(out: Path) -> None:
+    """How much the models have learned: what scores from this record are worth depends on it."""
+    import numpy as np
+
+    from protoprune.records import Record
+
+    with Record(out) as record:
+        own, others, tested = record.train_accuracy, record.held_out_accuracy, record.test_accuracy
+        chance = np.bincount(record.labels).max() / record.n  # of always saying the largest class
+    parts = [f"{_percent(own)} right on their training images"]
+    if not np.isnan(others).all():
+        parts.append(f"{_percent(others)} on those left out of it")
+    if tested is not None:
+        parts.append(f"{_percent(tested)} on the test set")
+    say(f"accuracy: {', '.join(parts)}")
+    poor = int((own < chance + _LEARNED * (1 - chance)).sum())
+    if poor:
+        say(
+            f"warning: {poor:,} of {len(own):,} models have hardly learned (the largest class alone is "
+            f"{100 * chance:.1f} %), and scores from them are mostly noise; train longer (--epochs) or try another --lr"
+        )
+
+
+def _percent(accuracies: np.ndarray) -> str:
+    """Mean over models, and their range where there are several."""
+    import numpy as np
+
+    low, high = 100 * np.nanmin(accuracies), 100 * np.nanmax(accuracies)
+    spread = f" ({low:.1f}-{high:.1f})" if np.sum(~np.isnan(accuracies)) > 1 else ""
+    return f"{100 * np.nanmean(accuracies):.1f} %{spread}"
 
 
 def label_options(labels, test_labels, column, names, level: int | None) -> tuple[dict, dict]:
@@ -181,10 +220,3 @@ def load_sets(
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
         loaded.append(data)
     return loaded
-
-
-def _size(count: float) -> str:
-    unit = 0
-    while count >= 1024 and unit < 4:
-        count, unit = count / 1024, unit + 1
-    return f"{count:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,10 @@ import typer
 
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import duration, say
+from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+
+_FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
 
 if TYPE_CHECKING:
     from protoprune.metrics.catalogue import Metric, Scored
@@ -27,18 +29,7 @@ def metrics() -> None:
         labels, training = ("yes" if needed else "no" for needed in (one.labels, one.training))
         rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
     heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
-    if sys.stdout is not None and sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*heads)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        for row in (heads, *rows):
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(heads, rows, fold=True)
     typer.echo("protoprune score METRIC --record FILE or --features FILE computes one.", err=True)
 
 
@@ -158,6 +149,12 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
         say(
             f"without a score: {missing:,} images (unreadable, without a class or the models that it takes, or with "
             "features that are all zeros), which `protoprune select --scores` does not keep"
+        )
+    if result.used.get("right_with", 1) < _FITS:
+        say(
+            f"warning: the models are right about {100 * result.used['right_with']:.0f} % of their training images; "
+            "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
+            "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
         )
     if len(values) < 2:
         return

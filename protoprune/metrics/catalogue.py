@@ -90,19 +90,14 @@ def score(name: str, source, **options) -> Scored:
 def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None = None):
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
-    from protoprune.pruning import open_features
-    from protoprune.records import Record
+    from protoprune import hdf5
+    from protoprune.features import open_features
+    from protoprune.records import KIND, Record
 
     if metric.needs != "nothing":
         is_record = metric.needs == "record"
     if is_record is None:
-        try:
-            return open_features(path)
-        except ProtopruneError as error:
-            try:
-                return Record(path)
-            except ProtopruneError:
-                raise error from None
+        is_record = KIND.format in (hdf5.format_of(path), hdf5.format_of(f"{os.fspath(path)}.partial"))
     return Record(path) if is_record else open_features(path)
 
 
@@ -279,7 +274,12 @@ def _memorization(record, *, epoch: int | None = None) -> Scored:
             right_in[rows] += right & trained[rows]
             right_out[rows] += right & ~trained[rows]
     values = ensembles.difference(right_in, models_in, right_out, models_out)
-    return Scored(values, _used(record, epochs, record.models))
+    right = {"right_with": (right_in, models_in), "right_without": (right_out, models_out)}
+    shares = {name: float(one.sum() / max(1, of.sum())) for name, (one, of) in right.items()}
+    return Scored(
+        values,
+        _used(record, epochs, record.models, **{name: round(share, 4) for name, share in shares.items()}),
+    )
 
 
 def _influence(record, reduce: str) -> Scored:
