@@ -29,14 +29,14 @@ def numbers(
     """
     words, values = several(given), []
     if given is not None and not words:
-        raise UsageError(f"{option}: empty, expected one or more numbers, such as {option} {example}")
+        raise UsageError(f"{option}: empty; expected one or more numbers, such as {option} {example}")
     for word in words:
         try:
             value = float(word)
         except ValueError:
             value = math.nan
         if not ((low <= value if closed else low < value) and value <= high and value != math.inf):
-            raise UsageError(f"{option} {word}: is not a number{_range(low, high, closed)}; separate several by commas")
+            raise UsageError(f"{option} {word}: not a number{_range(low, high, closed)}; separate several by commas")
         values.append(value)
     return values
 

@@ -13,7 +13,12 @@ def say(text: str) -> None:
     """One line on stderr; names that are not UTF-8 are shown escaped."""
     if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
         return
-    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with the odd bytes of names that are not UTF-8 escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def duration(seconds: float) -> str:

@@ -73,7 +73,8 @@ def record(
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    check_outputs(out, inputs=[source, test, weights, labels, test_labels, class_names])
+    caches = [] if pixels is None else [f"{pixels}.{part}" for part in ("training", "test")]
+    check_outputs(*caches, hdf5=out, inputs=[source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     from protoprune.device import resolve_device
     from protoprune.training import recording
