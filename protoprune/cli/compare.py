@@ -138,7 +138,7 @@ def _load(
     tables = {name: _table(source, reading) for name, source in zip(names, files, strict=True)}
     paths = labels = classes = usable = None
     if features is not None:
-        from protoprune.pruning import open_features
+        from protoprune.features import open_features
 
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable

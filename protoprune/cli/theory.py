@@ -304,9 +304,9 @@ def _count(path: Path) -> tuple[int, list[int]]:
     """Readable images in a feature file, and those of each class that has any."""
     import numpy as np
 
-    from protoprune.features import FeatureFile
+    from protoprune.features import open_features
 
-    with FeatureFile(path) as file:
+    with open_features(path) as file:
         labels = file.labels[file.usable]
         counts = np.bincount(labels[labels >= 0])
         return labels.size, [int(c) for c in counts if c]
