@@ -357,7 +357,9 @@ def _kept(path: str, key: str) -> Clustering | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         entry = load_npz(path)
         if entry["key"].item() == key:
-            return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item()))
+            stored = json.loads(entry["plain"].item())
+            stored.update({name: entry[name] for name in _ARRAYS})
+            return Clustering(**stored)
     return None
 
 
