@@ -9,7 +9,7 @@ DEMO := .demo
 IMAGES ?= $(DEMO)/digits
 
 .DEFAULT_GOAL := help
-EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
+EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet choice
 SIZE ?= small
 
 .PHONY: help venv demo test test-all lint docs bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean

@@ -95,6 +95,15 @@ def load_examples(
     return _load_features(source, classes)
 
 
+def subset(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples of these rows alone, as a set of its own."""
+    rows = np.sort(np.asarray(rows))
+    return Examples(
+        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
+        examples.inputs[torch.from_numpy(rows)],
+    )  # fmt: skip
+
+
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
     from protoprune.features import open_features
 
