@@ -8,6 +8,7 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     prediction         uint16  (m, e, n)
     true_probability, margin, error_norm, loss, entropy, change and, where asked for, gradient_norm  float16 (m, e, n)
     test_path, test_label, test_prediction uint16 (m, e, t), test_true_probability float16 (m, e, t)
+    probability        float16 (m, n, c) of all c classes at the last recorded epoch, where asked for
     committed          int32   (m,) recorded epochs of each model that are finished
 
 What the statistics are is said in `training.statistics`; everything else about the run is in the attributes. While a
@@ -50,7 +51,7 @@ class Record:
         self._file = hdf5.open_file(self.path, "r", KIND)
         self.models, self.epochs, self.n = self._file["prediction"].shape
         self.epoch_numbers = self._file["epoch"][:]
-        self.statistics = ("prediction", *(name for name in STORED if name in self._file))
+        self.statistics = ("prediction", *(name for name in (*STORED, "probability") if name in self._file))
         self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
 
     def __enter__(self) -> Record:
@@ -95,9 +96,14 @@ class Record:
         """(models, n): a statistic at recorded epoch number `epoch` (an index, not a number of epochs)."""
         return _wide(self._read(name)[:, epoch, :])
 
+    def probabilities(self, model: int, rows: slice = slice(None)) -> np.ndarray:
+        """(rows, classes) float32: the softmax of one model at its last recorded epoch."""
+        return _wide(self._read("probability")[model, rows])
+
     def _read(self, name: str):
         if name not in self._file:
-            hint = "; record it with --gradients" if name == "gradient_norm" else ""
+            option = {"gradient_norm": "--gradients", "probability": "--probabilities"}.get(name)
+            hint = f"; record it with {option}" if option else ""
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
         return self._file[name]
 
@@ -170,6 +176,13 @@ class PartialRecord:
         except OSError as error:
             raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
+    def write_probabilities(self, models: slice, rows: slice, values: np.ndarray) -> None:
+        """Write (models, rows, classes) class probabilities at the last recorded epoch."""
+        try:
+            self._file["probability"][models, rows] = values
+        except OSError as error:
+            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
+
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""
         files.sync(partial_path(self.out))
@@ -193,10 +206,10 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
-def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False) -> int:
-    """Bytes of a record, names not counted."""
+def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:
+    """Bytes of a record, names not counted; `classes` is their number where class probabilities are recorded."""
     a_row = 2 + 2 * (len(STORED) - (not gradients))
-    return models * (epochs * (n * a_row + test * 4) + n) + n * 4 + test * 4 + _OVERHEAD
+    return models * (epochs * (n * a_row + test * 4) + n + 2 * n * classes) + n * 4 + test * 4 + _OVERHEAD
 
 
 def create(
@@ -209,6 +222,7 @@ def create(
     subset: np.ndarray,
     epoch_numbers: Sequence[int],
     gradients: bool = False,
+    probabilities: bool = False,
     test_paths: Sequence[str] = (),
     test_labels: np.ndarray | None = None,
 ) -> None:
@@ -217,7 +231,9 @@ def create(
     (models, _), epochs = subset.shape, len(epoch_numbers)
     names = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
     with files.creating(partial_path(out)) as path:
-        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + names)
+        files.reserve(
+            path, "wb", size(models, epochs, n, test, gradients=gradients, classes=probabilities * len(classes)) + names
+        )
         with hdf5.create(path, KIND) as file:
             for name, value in provenance.items():
                 file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
@@ -231,6 +247,8 @@ def create(
             for name in STORED:
                 if name != "gradient_norm" or gradients:
                     hdf5.dataset(file, name, shape=(models, epochs, n), dtype=np.dtype(np.float16))
+            if probabilities:
+                hdf5.dataset(file, "probability", shape=(models, n, len(classes)), dtype=np.dtype(np.float16))
             if test:
                 hdf5.dataset(file, "test_path", hdf5.block(test_paths))
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
