@@ -26,18 +26,20 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS),dev]'
 	@touch $@
 
-demo: $(READY) ## Embed, select and draw a sheet, offline; IMAGES=folder for your own images.
+demo: $(READY) ## Embed, select and make a report, offline; IMAGES=folder for your own images.
 	@test '$(IMAGES)' != '$(DEMO)/digits' || $(BIN)/python scripts/write_digits.py $(DEMO)/digits
 	@mkdir -p $(DEMO)
 	$(BIN)/protoprune embed '$(IMAGES)' --encoder mini -o $(DEMO)/features.h5
 	$(BIN)/protoprune select $(DEMO)/features.h5 --keep 0.7 --manifest $(DEMO)/manifest.csv > $(DEMO)/kept.txt
 	$(BIN)/protoprune sheet $(DEMO)/features.h5 -o $(DEMO)/sheet.png
+	$(BIN)/protoprune report $(DEMO)/features.h5 -o $(DEMO)/report.html
 	@echo
 	@echo "Made in $(DEMO)/:"
 	@echo "  features.h5   one vector an image, by the bundled encoder"
 	@echo "  kept.txt      $$(wc -l < $(DEMO)/kept.txt) images to keep, a path a line, relative to $(IMAGES)"
 	@echo "  manifest.csv  cluster, distance, rank and keep of every image"
 	@echo "  sheet.png     the easiest and the hardest images side by side"
+	@echo "  report.html   one page to look at before you train: open it in a browser, it needs no network"
 
 test: $(READY) ## Run the tests (fast, offline).
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

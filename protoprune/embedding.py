@@ -82,10 +82,13 @@ def embed(
     batch_size and workers (decoding threads) default to what suits the device. `on_start(total, left)` is called once,
     `on_progress(done, failed)` after every batch, with the numbers of this run.
 
-    Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder (unless
-    `overwrite`), cannot be written, or a feature overflows `store`.
+    Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder or most
+    of its images would be lost (unless `overwrite`), cannot be written, or a feature overflows `store`. A file that has
+    features is never replaced by one that has none.
     """
     out = os.fspath(out)
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     if store not in ("float16", "float32"):
         raise UsageError(f"--store {store}: expected float16 or float32")
     where = resolve_device(device)
@@ -109,6 +112,7 @@ def embed(
             if len(partial.todo):
                 forward, size = _forward(encoder, where, precision, compile, batch_size)
                 _run(images, encoder, partial, forward, where, size, compile, workers or cores(), on_progress)
+            _check_result(out, partial)
             partial.finish()
         except _out_of_memory() as error:
             raise ProtopruneError(
@@ -160,7 +164,10 @@ def _prepare(
                 files.pop(started, None)
         elif other.get(finished):
             raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
+        if os.path.exists(out):
+            _check_findable(out, images)
         if finished in files:
+            _check_losses(files[finished], images)
             report.dropped = len(set(files[finished].paths).difference(images.paths))
             if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
                 report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
@@ -170,10 +177,69 @@ def _prepare(
                 f"{started} is an unfinished run with other features ({'; '.join(other[started])}); finish that one "
                 f"first, write to another file with -o, or delete {started} to give it up"
             )
-        if started not in files or not feature_file.covers(files[started], images):
+        refused = started in files and files[started].finished().all()  # all done, and yet not in its place
+        if started not in files or refused or not feature_file.covers(files[started], images):
             replaces = {**provenance, "overwrite": int(overwrite or replacing)}
             feature_file.create_partial(out, images, encoder.dim, replaces, list(files.values()))
     return True
+
+
+def _check_findable(out: str, images: ImageList) -> None:
+    """Refuse early to replace features by none: not one of the images is there (a disk away, a wrong --root)."""
+    if (images.mtime_ns < 0).all() and _usable_rows(out):
+        raise ProtopruneError(
+            f"none of the {len(images):,} images can be found below {images.root}, so {out} stays as it is; "
+            "check the list, --root and that the disk is mounted"
+        )
+
+
+def _check_losses(file: FeatureFile, images: ImageList) -> None:
+    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would."""
+    usable = np.flatnonzero(file.usable)
+    if not len(usable):
+        return
+    row_of = {path: row for row, path in enumerate(images.paths)}
+    paths = file.paths
+    rows = np.array([row_of.get(paths[row], -1) for row in usable])
+    stays = (rows >= 0) & (images.mtime_ns[rows] >= 0)
+    moved = file.provenance["root"] != images.root
+    if moved:  # there the same name may well be another image
+        stays &= (file.size[usable] == images.size[rows]) & (file.mtime_ns[usable] == images.mtime_ns[rows])
+    if 2 * stays.sum() >= len(usable):
+        return
+    what = f"is for images below {file.provenance['root']}, not {images.root}" if moved else "is for other images"
+    raise ProtopruneError(
+        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; "
+        "write to another file with -o, or replace it with --overwrite"
+    )
+
+
+def _check_result(out: str, partial: PartialFile) -> None:
+    """Refuse to put a run's result in the place of a file that has features, when it has none or lost most of them.
+
+    What was computed stays in the unfinished file, for the next run, when there is any.
+    """
+    counts = partial.status_counts()
+    before, now = _usable_rows(out), counts.pop(Status.OK.label, 0)
+    if not before or (now and (2 * now >= before or partial.overwrite)):
+        return
+    if not now:
+        partial.discard()
+    why = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(3))
+    raise ProtopruneError(
+        f"{f'only {now:,}' if now else 'none'} of the {partial.n:,} images could be used ({why}), so {out} with its "
+        f"{before:,} features stays as it is; check the list and that the disk is mounted"
+        + (", or replace it with --overwrite" if now else "")
+    )
+
+
+def _usable_rows(path: str) -> int:
+    """How many features a file has; 0 when it is missing or damaged."""
+    try:
+        with FeatureFile(path) as file:
+            return int(file.usable.sum())
+    except ProtopruneError:
+        return 0
 
 
 def _readable(path: str, overwrite: bool) -> bool:
@@ -368,19 +434,26 @@ def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -
     status = np.array([status for status, _ in outcome], np.uint8)
     values = features[: len(rows)].numpy()
     dtype = partial.dtype
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(dtype)
     stored[status != Status.OK] = 0
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & _vanished(values, dtype)))
     if len(bad):
         _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
     partial.commit(rows, stored, status, [reason for _, reason in outcome])
 
 
+def _vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(b,) bool: rows that are not all zeros, but so small that `dtype` has few digits for them or none."""
+    largest = np.abs(values).max(axis=1)
+    return (largest > 0) & (largest < np.finfo(dtype).tiny)
+
+
 def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
     if np.isfinite(values).all():
+        how = "overflow" if np.abs(values).max() > 1 else "underflow"
         raise ProtopruneError(
-            f"features of {count} images of a batch (first: row {row}) overflow {dtype} "
+            f"features of {count} images of a batch (first: row {row}) {how} {dtype} "
             f"(largest {np.abs(values).max():.3g}); run again with --store float32 --overwrite"
         )
     raise ProtopruneError(

@@ -1,4 +1,6 @@
-"""The one exception that users see."""
+"""What users see when something is wrong: one exception, and one warning for what does not stop the work."""
+
+import warnings
 
 
 class ProtopruneError(Exception):
@@ -14,6 +16,15 @@ class UsageError(ProtopruneError):
     """The request itself cannot be met (a bad value, options that do not fit together)."""
 
     exit_code = 2
+
+
+class ProtopruneWarning(UserWarning):
+    """Something to know about a result that is made all the same; the command line shows it as one line."""
+
+
+def warn(message: str) -> None:
+    """Warn the caller of the public function; every occurrence is shown by the command line."""
+    warnings.warn(message, ProtopruneWarning, stacklevel=3)
 
 
 SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bits, and restarts count on from a seed

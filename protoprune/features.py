@@ -127,6 +127,7 @@ class PartialFile:
         self.out = out
         self._file = hdf5.open_file(partial_path(out), "r+", KIND)
         self._committed = self._file["committed"]
+        self.overwrite = bool(self._file.attrs.get("overwrite", 0))  # was asked to replace what is there
         self.done = int(self._committed[0])
         self.n, self.dtype = self._file["features"].shape[0], self._file["features"].dtype
         todo = np.flatnonzero(self._file["borrowed"][:] == 0)
@@ -158,6 +159,17 @@ class PartialFile:
             self._file["reasons"][self._reasons[stored]] = stored.encode()
         return self._reasons[stored]
 
+    def status_counts(self) -> Counter:
+        """Status label -> number of images, ok and pending ones too."""
+        values, counts = np.unique(self._file["status"][:], return_counts=True)
+        return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True)})
+
+    def discard(self) -> None:
+        """Remove the unfinished file: there is nothing in it."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path(self.out))
+
     def finish(self) -> None:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
@@ -185,7 +197,7 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
         with hdf5.create(path, KIND) as file:
             _allocate(file, images, dim, provenance)
         files.reserve(path, "r+b", os.path.getsize(path))
-        with h5py.File(path, "r+") as file:
+        with h5py.File(path, "r+", locking="best-effort") as file:
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
                 _borrow(file, source, rows)
@@ -201,6 +213,7 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
     n = len(images)
     file.attrs["root"] = hdf5.text(images.root)
+    file.attrs["labels_from"] = hdf5.text(images.labels_from)
     file.attrs["unreadable_folder_count"] = len(images.unreadable_folders)
     file.attrs["unreadable_folders"] = json.dumps(images.unreadable_folders[:100])
     for name, value in provenance.items():

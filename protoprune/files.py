@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -59,18 +59,26 @@ def creating(path: str) -> Iterator[str]:
     The temporary name, `<path>.new`, is the same each time: the run holds a lock, and a killed one leaves no heap.
     """
     temporary = f"{path}.new"
-    try:
-        with replacing(path, temporary):
-            yield temporary
-    except OSError as error:
-        raise ProtopruneError(disk_trouble(temporary, error)) from None
+    with told(temporary), replacing(path, temporary):
+        yield temporary
 
 
 def publish(partial: str, path: str) -> None:
     """Give a finished file its name. It is on the disk before the rename, and the rename before the return."""
-    sync(partial)
-    os.replace(partial, path)
-    sync(os.path.dirname(os.path.abspath(path)))
+    with told(partial):
+        sync(partial)
+        os.replace(partial, path)
+    with contextlib.suppress(OSError):  # not every file system can do this with a folder
+        sync(os.path.dirname(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def told(path: str) -> Iterator[None]:
+    """Trouble with the disk, while a long run writes `path`, as a ProtopruneError with the way on."""
+    try:
+        yield
+    except OSError as error:
+        raise ProtopruneError(disk_trouble(path, error)) from None
 
 
 def _write_device(path: str, data: bytes) -> None:
@@ -166,7 +174,8 @@ def _locked(path: str, fcntl):
     while True:
         file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _flock(file, path, fcntl):
+                return file
             if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -176,6 +185,18 @@ def _locked(path: str, fcntl):
             file.close()
             raise
         file.close()  # its holder removed it between our open and our flock: this lock guards nothing
+
+
+def _flock(file, path: str, fcntl) -> bool:
+    """Take the lock; False on a file system that has none (Lustre, some NFS), where the run goes on without."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
+        warn(f"{path}: the file system has no locks ({error.strerror}); let no other process write the same file")
+        return False
+    return True
 
 
 def reserve(path: str, mode: str, size: int) -> None:
@@ -191,6 +212,10 @@ def reserve(path: str, mode: str, size: int) -> None:
 
 
 def disk_trouble(path: str, error: OSError) -> str:
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        return f"{path}: its folder vanished while it was being written; make the folder again, or choose another -o"
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: vanished while it was being written; run it again"
     reason = error.strerror or str(error)
     return f"{path}: cannot write ({reason}); what is done is kept: make room or choose another -o, and run it again"
 

@@ -56,7 +56,7 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
 
 def create(path: str, kind: Kind) -> h5py.File:
     """A new file that is marked with its kind, a uuid, the date and our version."""
-    file = h5py.File(path, "w")
+    file = h5py.File(path, "w", locking="best-effort")
     file.attrs["format"], file.attrs["format_version"] = kind.format, kind.version
     file.attrs["uuid"] = uuid.uuid4().hex
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,20 +9,37 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
+
+if TYPE_CHECKING:
+    from protoprune.labels import LabelFile
 
 # Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
 # file in the image folder into an image.
 _STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
+
+_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
+# How files that are no lists begin. Images are among them: `embed photo` of a file without a suffix.
+_MAGIC = (
+    (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"),
+    (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
+)  # fmt: skip
 
 
 @dataclass
@@ -35,6 +52,7 @@ class ImageList:
     mtime_ns: np.ndarray  # (n,) int64; -1 where the file cannot be examined
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
     classes: list[str]
+    labels_from: str = ""  # where the classes come from, in words; empty without classes
     skipped: Counter = field(default_factory=Counter)  # suffix -> files that are not images by their name
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
@@ -55,9 +73,17 @@ def image_suffixes() -> frozenset[str]:
 
 
 def list_folder(
-    root: str | os.PathLike, *, labels: bool = True, on_progress: Callable[[int], None] | None = None
+    root: str | os.PathLike,
+    *,
+    labels: bool | str | os.PathLike | LabelFile = True,
+    class_level: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> ImageList:
     """Every image below `root`, recursively.
+
+    Classes are the first-level folders, where the tree has that shape (see `folder_labels`); with `class_level` N the
+    folders of level N (2 for `train/<class>/…`); with `labels` a file those that it lists (see `labels.LabelFile`);
+    with `labels=False` there are none.
 
     Hidden files and folders are skipped, links are followed, and a link to one of its own parents is not entered
     again. A file without a suffix counts as an image when Pillow recognises its content; what is left out for its
@@ -80,31 +106,69 @@ def list_folder(
     if not found:
         raise ProtopruneError(_nothing_found(root, skipped, unreadable))
     found.sort()
-    return _build(root, found, labels, skipped=skipped, unreadable_folders=unreadable)
+    return _build(root, found, labels, class_level, skipped=skipped, unreadable_folders=unreadable)
 
 
-def list_paths(entries: Iterable[str], root: str | os.PathLike | None = None, *, labels: bool = True) -> ImageList:
+def list_paths(
+    entries: Iterable[str],
+    root: str | os.PathLike | None = None,
+    *,
+    labels: bool | str | os.PathLike | LabelFile = True,
+    class_level: int | None = None,
+) -> ImageList:
     """The images named by `entries`, absolute or relative to `root`, whatever their suffix.
 
-    Without `root` it is the current folder, or, when the entries are absolute, their deepest common folder. An entry
-    that does not exist is kept: it becomes a row with a failed status, never a silent loss.
+    Without `root` it is the current folder, or, when all entries are absolute, their deepest common folder. An entry
+    that does not exist is kept: it becomes a row with a failed status, never a silent loss. `labels` and `class_level`
+    are those of `list_folder`, with levels counted from the root.
 
     Raises UsageError for an entry outside `root` or that no file can be called, and ProtopruneError for an empty list.
     """
     entries = [e for e in entries if e]
     if not entries:
         raise ProtopruneError("the list of images is empty; give one path a line")
-    root = os.fspath(root) if root is not None else _common_root(entries)
+    chosen = root is not None
+    root = os.fspath(root) if chosen else _common_root(entries)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids))
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
-    return _build(root, found, labels, duplicates=len(ids) - len(unique))
+    images = _build(root, found, labels, class_level, duplicates=len(ids) - len(unique))
+    if not chosen and labels is True and class_level is None:
+        _doubt_common_root(images)
+    return images
 
 
-def split_list(data: bytes) -> list[str]:
-    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped."""
+def archive_kind(head: bytes) -> str | None:
+    """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
+    if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
+        return None
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # checks the header's sum
+    except tarfile.HeaderError:
+        return None
+    return "a tar archive"
+
+
+def refuse_archive(data: bytes, name: str) -> None:
+    """Raise UsageError for what is no list by its content, whatever its name."""
+    kind = archive_kind(data[:512])
+    if kind == "a gzip file":
+        raise UsageError(f"{name}: {kind}, not a list of paths; unpack it first (gzip -d)")
+    if kind:
+        raise UsageError(f"{name}: {kind}, not a list of paths")
+
+
+def split_list(data: bytes, name: str = "the list") -> list[str]:
+    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped.
+
+    Raises UsageError, with the list's `name`, for an archive or an image.
+    """
+    refuse_archive(data, name)
     if b"\0" in data:
         parts = data.split(b"\0")
     else:
@@ -114,32 +178,79 @@ def split_list(data: bytes) -> list[str]:
     return [os.fsdecode(part) for part in parts if part]
 
 
-def _build(root: str, found: list[tuple[str, int, int]], labels: bool, **counts) -> ImageList:
+def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: int | None, **counts) -> ImageList:
     paths = [path for path, _, _ in found]
-    label, classes = folder_labels(paths) if labels else (np.full(len(paths), -1, np.int32), [])
+    root = os.path.abspath(root)
+    label, classes, source = _labels(root, paths, labels, class_level)
     return ImageList(
-        root=os.path.abspath(root),
+        root=root,
         paths=paths,
         size=np.array([size for _, size, _ in found], np.int64),
         mtime_ns=np.array([mtime for _, _, mtime in found], np.int64),
         labels=label,
         classes=classes,
+        labels_from=source,
         **counts,
     )
 
 
-def folder_labels(paths: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Class labels from first-level folders: (n,) int32 and the class names, sorted as torchvision's ImageFolder does.
+def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
+    """(label of each image, classes, where they come from)."""
+    if class_level is not None and labels is not True:
+        raise UsageError(
+            f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
+        )
+    if labels is False:
+        return np.full(len(paths), -1, np.int32), [], ""
+    if labels is not True:
+        from protoprune.labels import LabelFile, read_labels
 
-    A tree has that shape when every image lies in a folder and there are at least two first-level folders; otherwise
-    every label is -1 and there are no classes.
+        return read_labels(labels if isinstance(labels, LabelFile) else LabelFile(labels), paths, root)
+    label, classes = folder_labels(paths, class_level)
+    if class_level is None:
+        splits = [name for name in classes if _SPLIT.fullmatch(name)]
+        if len(splits) >= 2 and 2 * len(splits) >= len(classes):
+            warn(
+                f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
+                "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
+            )
+        return label, classes, "first-level folders" if classes else ""
+    without = int((label < 0).sum())
+    if not classes:
+        raise UsageError(f"--class-level {class_level}: no image of {root} lies that deep; count folders from there")
+    if without:
+        first = paths[int(np.flatnonzero(label < 0)[0])]
+        warn(f"{without:,} images lie in no folder of level {class_level} and get no class (first: {first})")
+    return label, classes, f"folders of level {class_level}"
+
+
+def _doubt_common_root(images: ImageList) -> None:
+    """Warn when the common folder of an absolute list is hardly what the classes lie in: several disks or sets."""
+    folders = images.classes
+    if folders and (os.path.dirname(images.root) == images.root or all(path.count("/") > 1 for path in images.paths)):
+        warn(
+            f"the classes are the folders {', '.join(folders[:6])} below {images.root}, the common folder of the list; "
+            "if they are disks or data sets, give --root, --class-level N, --labels FILE or --no-labels"
+        )
+
+
+def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """Class labels from folders: (n,) int32 and the class names, sorted as torchvision's ImageFolder does.
+
+    Without `level` classes are the first-level folders of a tree of that shape: every image lies in a folder and there
+    are at least two first-level folders; otherwise every label is -1 and there are no classes. With `level` N they are
+    the folders of level N, 1 the first, whatever lies above them; images that lie less deep have label -1.
     """
-    first = [path.partition("/") for path in paths]
-    names = sorted({folder for folder, _, _ in first})
-    if len(names) < 2 or not all(rest for _, _, rest in first):
+    if level is not None and level < 1:
+        raise UsageError(f"--class-level {level}: expected at least 1, the first-level folders")
+    place = (level or 1) - 1
+    parts = [path.split("/", place + 1) for path in paths]
+    folder = [part[place] if len(part) > place + 1 else None for part in parts]
+    names = sorted(set(folder) - {None})
+    if level is None and (len(names) < 2 or None in folder):
         return np.full(len(paths), -1, np.int32), []
-    index = {name: i for i, name in enumerate(names)}
-    return np.array([index[folder] for folder, _, _ in first], np.int32), names
+    index = {None: -1, **{name: i for i, name in enumerate(names)}}
+    return np.array([index[name] for name in folder], np.int32), names
 
 
 def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
@@ -198,10 +309,10 @@ def _size_and_mtime(path: str) -> tuple[int, int]:
 
 
 def _common_root(entries: list[str]) -> str:
-    if not os.path.isabs(entries[0]):
+    """The current folder as soon as one entry is relative to it, wherever in the list that one is."""
+    if not all(os.path.isabs(entry) for entry in entries):
         return os.getcwd()
-    absolute = [os.path.dirname(e) for e in entries if os.path.isabs(e)]
-    return os.path.commonpath(absolute)
+    return os.path.commonpath([os.path.dirname(entry) for entry in entries])
 
 
 def _possible_name(entry: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
-from protoprune.images import split_list
+from protoprune.images import refuse_archive, split_list
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
 
@@ -81,6 +81,7 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
         if suffix == ".npy":
             return np.load(source)
         data = Path(source).read_bytes()
+        refuse_archive(data, source)
         if suffix == ".jsonl":
             return [json.loads(line)["path"] for line in data.splitlines() if line.strip()]
         if suffix == ".csv":
@@ -92,7 +93,7 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
     except (ValueError, KeyError, TypeError, EOFError, csv.Error) as error:
         reason = f"no {error} column" if isinstance(error, KeyError) else str(error)
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({reason})") from None
-    return split_list(data)
+    return split_list(data, source)
 
 
 def read_weights(source: str | os.PathLike) -> dict[str, float]:

@@ -3,7 +3,8 @@
 Spherical k-means on L2-normalised features with difficulty = 1 - cosine by default (Sorscher et al. 2022 and its
 released scores), Euclidean k-means on the raw features as the alternative. Lloyd's iterations run in faiss or, where a
 GPU is at hand but faiss has none, in torch; both start from the same images, so they agree to within rounding. Features
-are read in chunks: only the points that k-means trains on are held in memory. Knows nothing of files or selection.
+are read in chunks: only the points that k-means trains on are held in memory. Vectors of zeros have no direction and
+take no part in spherical clusterings. Knows nothing of files or selection.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from protoprune import files
+from protoprune import files, vectors
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.scores.ranks import spearman
 
 # Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
 TRAIN_BYTES = 4 << 30
 BACKENDS = ("auto", "faiss", "torch")
-_CHUNK = 65_536
+_SHORTEST = 1e-15  # squares of shorter vectors vanish in float32
 _ENTRY = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.npz(\.\d+)?")
 _ARRAYS = ("centroids", "cluster", "distance")
 
 
 @dataclass
 class Clustering:
-    """One k-means clustering of n images of which m are usable; rows that are not have cluster -1 and distance NaN."""
+    """One k-means clustering of n images of which m have a place; the others have cluster -1 and distance NaN."""
 
     centroids: np.ndarray  # (k, d) float32, of length 1 when spherical
     cluster: np.ndarray  # (n,) int32
@@ -44,6 +45,7 @@ class Clustering:
     iterations: int
     train_points: int  # how many points Lloyd's iterations saw
     backend: str
+    length_spearman: float | None = None  # Euclidean: rank correlation of the distance with the vector's length
 
     @property
     def k(self) -> int:
@@ -90,10 +92,11 @@ def cluster(
     """Cluster the usable rows of `features`, (n, d) of any float type, an array or an HDF5 dataset.
 
     `train_points` bounds the points that Lloyd's iterations see (default: all, up to TRAIN_BYTES or 256 a cluster,
-    whichever is more); every image gets a cluster in any case. Clusters can end up empty when images are identical;
-    their centroids stay in the result.
+    whichever is more); every image gets a cluster in any case, but for vectors of zeros when spherical. Clusters can
+    end up empty when images are identical; their centroids stay in the result.
 
-    Raises UsageError for a k that does not fit and ProtopruneError for NaN or infinite features.
+    Raises UsageError for a k that does not fit and ProtopruneError for features that cannot be computed with: NaN,
+    infinite, all zero, or of lengths that Euclidean distances do not bear.
     """
     n, d = features.shape
     usable = np.ones(n, bool) if usable is None else usable
@@ -109,21 +112,40 @@ def cluster(
     if limit < m:
         rows = np.sort(rng.choice(rows, limit, replace=False))
     points = _gather(features, rows, spherical)
+    _check_points(points, k, m, spherical)
     start = _seeds(points, k, rng)
     engine, assign = _engine(backend)
+    trained = len(points)
     centroids = engine(points, start, iterations, spherical, seed)
     del points
-    labels, distance = np.full(n, -1, np.int32), np.full(n, np.nan, np.float32)
-    for first, chunk in _chunks(features):
-        here = np.flatnonzero(usable[first : first + len(chunk)])
+    labels, distance, length = np.full(n, -1, np.int32), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)
+    for here, x in vectors.slices(features, usable, unit=spherical):
+        if spherical:
+            directed = x.any(axis=1)
+            here, x = here[directed], x[directed]
         if len(here):
-            x = _prepare(chunk[here], spherical, first + here)
             nearest = assign(x, centroids, spherical)
-            labels[first + here] = nearest
-            distance[first + here] = _distance(x, centroids, nearest, spherical)
-    cost = distance[usable].astype(np.float64)
+            labels[here], distance[here] = nearest, _distance(x, centroids, nearest, spherical)
+            length[here] = np.linalg.norm(x, axis=1)
+    placed = labels >= 0
+    cost = distance[placed].astype(np.float64)
     objective = float(cost.sum() if spherical else (cost**2).sum())
-    return Clustering(centroids, labels, distance, objective, seed, spherical, iterations, limit, engine.__name__[1:])
+    by_length = None if spherical else spearman(distance[placed], length[placed])
+    name = engine.__name__[1:]
+    return Clustering(centroids, labels, distance, objective, seed, spherical, iterations, trained, name, by_length)
+
+
+def _check_points(points: np.ndarray, k: int, m: int, spherical: bool) -> None:
+    """Refuse points that k clusters cannot be found in; points: (p, d), those of m images that k-means trains on."""
+    if not len(points):
+        raise ProtopruneError(f"the features of all {m:,} images are zeros; embed them again")
+    if k > len(points):
+        raise UsageError(
+            f"--k {k}: more clusters than images whose features are not all zeros ({len(points):,}); use --k 1"
+        )
+    longest = max(float(points.max()), -float(points.min()))
+    if not spherical and 0 < longest < _SHORTEST:
+        raise ProtopruneError(f"no feature exceeds {longest:.3g}, too short for Euclidean distances; scale them")
 
 
 def _seeds(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -154,33 +176,17 @@ def _seeds(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     return sample[chosen].copy()
 
 
-def _chunks(features) -> Iterator[tuple[int, np.ndarray]]:
-    for first in range(0, features.shape[0], _CHUNK):
-        yield first, features[first : first + _CHUNK]
-
-
 def _gather(features, rows: np.ndarray, spherical: bool) -> np.ndarray:
-    """The given rows as (len(rows), d) float32, checked and normalised; read in slices, since HDF5 is slow at rows."""
-    points = np.empty((len(rows), features.shape[1]), np.float32)
-    for first, chunk in _chunks(features):
-        low, high = np.searchsorted(rows, (first, first + len(chunk)))
-        if high > low:
-            points[low:high] = _prepare(chunk[rows[low:high] - first], spherical, rows[low:high])
-    return points
-
-
-def _prepare(x: np.ndarray, spherical: bool, rows: np.ndarray) -> np.ndarray:
-    """float32, normalised when spherical. A zero vector stays zero: its cosine with anything is 0, its distance 1."""
-    x = x.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if len(bad):
-        raise ProtopruneError(
-            f"features of {len(bad)} images are NaN or infinite (first: row {rows[bad[0]]}); embed them again"
-        )
-    if spherical:
-        norm = np.linalg.norm(x, axis=1, keepdims=True)
-        x /= np.where(norm > 0, norm, 1)
-    return x
+    """(p, d) float32: the given rows (ascending), checked and normalised, without zeros when spherical."""
+    wanted = np.zeros(features.shape[0], bool)
+    wanted[rows] = True
+    points, filled = np.empty((len(rows), features.shape[1]), np.float32), 0
+    for _, x in vectors.slices(features, wanted, unit=spherical):
+        if spherical and not (directed := x.any(axis=1)).all():
+            x = x[directed]
+        points[filled : filled + len(x)] = x
+        filled += len(x)
+    return points[:filled]
 
 
 def _distance(x: np.ndarray, centroids: np.ndarray, nearest: np.ndarray, spherical: bool) -> np.ndarray:
@@ -316,7 +322,7 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     A folder that cannot be written or an entry that cannot be read costs time, never the answer. Entries of other
     content are removed when one is added: the folder belongs to one feature file.
     """
-    key = json.dumps({"version": 2, "content": content, **settings}, sort_keys=True)
+    key = json.dumps({"version": 3, "content": content, **settings}, sort_keys=True)
     name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     path = os.path.join(folder, name)
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:

@@ -28,6 +28,7 @@ from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 
 GROUPS = ("class", "cluster")
+BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
 QUOTAS = ("dbp",)
 _NO_QUOTA = "--quota dbp does not go with --euclidean: its complexity is a product of cosine distances"
 
@@ -60,6 +61,40 @@ class Ranking:
     def usable(self) -> np.ndarray:
         """(n,) bool: rows that have a score and may be kept: all that have one but the removed duplicates."""
         return self.scored if self.duplicate_of is None else self.scored & (self.duplicate_of < 0)
+
+    @property
+    def readable(self) -> np.ndarray:
+        """(n,) bool: rows of images that could be read, whether or not they have a score."""
+        return self.status == Status.OK
+
+    @property
+    def undirected(self) -> np.ndarray:
+        """(n,) bool: readable rows whose features are all zeros, so that no spherical cluster has a place for them."""
+        if not self.clusterings:
+            return np.zeros(len(self.paths), bool)
+        return self.readable & (self.clusterings[0].cluster < 0)
+
+    def notes(self) -> list[str]:
+        """What a user should know before trusting the ranking, a line each."""
+        notes = []
+        if zeros := int(self.undirected.sum()):
+            effect = "in no cluster" if self.table is not None else "not ranked and not kept"
+            first = self.paths[int(np.flatnonzero(self.undirected)[0])]
+            notes.append(f"{zeros:,} images have features that are all zeros, and are {effect} (first: {first})")
+        if self.table is not None or not self.clusterings:
+            return notes
+        one = self.clusterings[0]
+        alone = int((one.sizes() == 1).sum())
+        if alone and one.k < int(self.scored.sum()):
+            notes.append(
+                f"{alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
+            )
+        if one.length_spearman is not None and abs(one.length_spearman) >= BY_LENGTH:
+            notes.append(
+                "this ranking is mostly that of the lengths of the feature vectors (Spearman "
+                f"{one.length_spearman:.2f}), and says little about what is in the images; leave out --euclidean"
+            )
+        return notes
 
 
 @dataclass(frozen=True)
@@ -198,7 +233,7 @@ def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None 
 def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
     """Cluster the features of all readable images into `ranking.clusterings`, whatever the scores are (see `rank`)."""
     clusters = ranking.clusters = _clusters(clusters, options)
-    usable = ranking.status == Status.OK
+    usable = ranking.readable
     with open_features(ranking.file) as file:
         if not usable.any():
             raise ProtopruneError(f"{file.path}: none of its {file.n:,} images could be read; see `protoprune info`")
@@ -221,9 +256,9 @@ def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, **readi
     with open_features(features) as file:
         ranking = unranked(file)
     ranking.table = read_scores(table, ranking.paths, **reading)
-    readable = ranking.status == Status.OK  # a table may well score an image that cannot be read any more
-    ranking.scores = np.where(readable, ranking.table.scores, np.nan)
-    ranking.table.missing = int(np.isnan(ranking.scores[readable]).sum())
+    # A table may well score an image that cannot be read any more.
+    ranking.scores = np.where(ranking.readable, ranking.table.scores, np.nan)
+    ranking.table.missing = int(np.isnan(ranking.scores[ranking.readable]).sum())
     if not ranking.scored.any():
         raise ProtopruneError(f"{table}: gives none of the images a score; nothing can be ranked")
     return ranking
@@ -265,7 +300,7 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     stay = len(rows) - selection.dropped_count(len(rows), rule.drop_hardest)
     if rule.quota and stay:
         one = _first_clustering(ranking, "--quota")
-        rows[:stay] = selection.by_quota(rows[:stay], one.cluster, _quota_shares(one, usable))
+        rows[:stay] = _by_quota(rows[:stay], one, usable & (one.cluster >= 0))
     rank_of, dropped = np.full(n, -1, np.int64), np.zeros(n, bool)
     rank_of[rows] = np.arange(len(rows))
     dropped[rows[stay:]] = True
@@ -361,12 +396,15 @@ def _first_clustering(ranking: Ranking, option: str) -> Clustering:
     return ranking.clusterings[0]
 
 
-def _quota_shares(one: Clustering, usable: np.ndarray) -> np.ndarray:
-    """(k,) the share of each cluster in the kept set, before its size caps it."""
+def _by_quota(rows: np.ndarray, one: Clustering, usable: np.ndarray) -> np.ndarray:
+    """The rows, given in keeping order, by cluster quotas; those without a cluster come last."""
     if not one.spherical:
         raise UsageError(_NO_QUOTA)
-    values = selection.complexity(one.centroids, one.cluster[usable], one.distance[usable])
-    return selection.complexity_shares(values)
+    if not usable.any():
+        return rows
+    shares = selection.complexity_shares(selection.complexity(one.centroids, one.cluster[usable], one.distance[usable]))
+    placed = one.cluster[rows] >= 0
+    return np.concatenate([selection.by_quota(rows[placed], one.cluster, shares), rows[~placed]])
 
 
 def _arranged(ranking: Ranking, rule: Rule, rows: np.ndarray) -> np.ndarray:
@@ -437,7 +475,7 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
         raise UsageError(f"--stability compares rankings by prototypes; --order {reference.rule.order} is none")
     rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
-    m = int((ranking.status == Status.OK).sum())
+    m = int(ranking.scored.sum())
     # Other seeds come after those of the restarts, which the reference has used up.
     fresh = seed + len(ranking.clusterings)
     others = [(base, fresh + number) for number in range(seeds)]

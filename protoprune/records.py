@@ -185,7 +185,8 @@ class PartialRecord:
 
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""
-        files.sync(partial_path(self.out))
+        with files.told(partial_path(self.out)):
+            files.sync(partial_path(self.out))
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""

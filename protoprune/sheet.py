@@ -54,11 +54,19 @@ def contact_sheet(
 
 
 def _thumbnail(path: str, side: int):
+    try:
+        with open(path, "rb") as file:
+            return thumbnail(file.read(), side)
+    except OSError:
+        return None
+
+
+def thumbnail(data: bytes, side: int):
+    """A PIL image of `side` pixels squared, the middle of the picture; None for data that are no image."""
     from PIL import Image, ImageOps
 
     try:
-        with open(path, "rb") as file:
-            pixels = decode(file.read())
-    except (OSError, ImageError):
+        pixels = decode(data)
+    except ImageError:
         return None
     return ImageOps.fit(Image.fromarray(np.ascontiguousarray(pixels)), (side, side), Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile, partial_path
-from protoprune.images import list_folder
+from protoprune.images import list_folder, list_paths
 
 SIDE = 32
 
@@ -299,7 +300,11 @@ def test_a_file_that_changes_after_the_listing_is_marked(images, tmp_path):
     assert run(images, tmp_path / "f.h5").failures == {}
 
 
-@pytest.mark.parametrize(("value", "advice"), [(1e6, "--store float32"), (np.nan, "--precision fp32")])
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [(1e6, "overflow float16.*--store float32"), (1e-5, "underflow float16.*--store float32"),
+     (np.nan, "--precision fp32")],
+)  # fmt: skip
 def test_overflow_and_nan_are_errors_not_values(value, advice, images, tmp_path):
     encoder = fake_encoder()
     encoder.model = lambda x: torch.full((len(x), 12), value)
@@ -308,6 +313,12 @@ def test_overflow_and_nan_are_errors_not_values(value, advice, images, tmp_path)
     assert not (tmp_path / "f.h5").exists()
     if np.isfinite(value):
         assert run(images, tmp_path / "f.h5", encoder, store="float32", overwrite=True).failed == 0
+
+
+def test_features_that_are_zeros_are_features(images, tmp_path):
+    encoder = fake_encoder()
+    encoder.model = lambda x: torch.zeros(len(x), 12)
+    assert run(images, tmp_path / "f.h5", encoder).failed == 0
 
 
 def test_a_second_process_on_the_same_file_is_refused(images, tmp_path):
@@ -477,7 +488,10 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path):
                 assert process.exitcode == 0
                 length = min(length, time.monotonic() - started)  # the machine may be less busy than it was
                 break
-            os.kill(process.pid, signal.SIGKILL)
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself just now
+                continue
             process.join()
             kills += 1
             length *= 1.2  # or it may be busier: a run that is always killed while it starts would never end
@@ -520,3 +534,122 @@ def test_cuda_equals_cpu(images, tmp_path):
     run(images, tmp_path / "gpu.h5", device="cuda")
     cpu, gpu = stored(tmp_path / "cpu.h5"), stored(tmp_path / "gpu.h5")
     assert all(np.allclose(cpu[path], gpu[path], atol=1e-3) for path in cpu)
+
+
+# --- a finished file is never replaced by less
+
+
+def bytes_of(tmp_path):
+    return (tmp_path / "f.h5").read_bytes()
+
+
+def test_a_disk_that_is_away_leaves_the_file(images, tmp_path):
+    listed = [f"c{i % 3}/{i:04d}.png" for i in range(21)]
+    options = {"device": "cpu", "precision": "fp32"}
+    embed(list_paths(listed, images), fake_encoder(), tmp_path / "f.h5", **options)
+    before = bytes_of(tmp_path)
+    images.rename(tmp_path / "unmounted")
+    images.mkdir()
+    for overwrite in (False, True):  # nothing is never better than something
+        with pytest.raises(ProtopruneError, match=r"none of the 21 images can be found .*stays as it is.*disk"):
+            embed(list_paths(listed, images), fake_encoder(), tmp_path / "f.h5", overwrite=overwrite, **options)
+    assert bytes_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["f.h5"]
+
+
+def test_a_disk_that_goes_away_during_the_run_leaves_the_file(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = bytes_of(tmp_path)
+    for path in images.rglob("*.png"):
+        os.utime(path, ns=(1, 1))  # all have to be embedded again
+    listed = list_folder(images)
+    images.rename(tmp_path / "unmounted")
+    with pytest.raises(ProtopruneError, match=r"none of the 21 images could be used \(missing 21\).*stays as it is"):
+        embed(listed, fake_encoder(), tmp_path / "f.h5", device="cpu", precision="fp32")
+    assert bytes_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["f.h5"]
+
+
+def test_what_was_computed_before_the_disk_went_away_is_kept_for_the_next_run(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = bytes_of(tmp_path)
+    for path in images.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    listed = list_folder(images)
+    away = sorted(images.rglob("*.png"))[5:]
+    moved = [path.rename(tmp_path / path.name) for path in away]
+    with pytest.raises(ProtopruneError, match=r"only 5 of the 21 images could be used \(missing 16\).*--overwrite"):
+        embed(listed, fake_encoder(), tmp_path / "f.h5", device="cpu", precision="fp32")
+    assert bytes_of(tmp_path) == before
+    for path, place in zip(moved, away, strict=True):
+        path.rename(place)
+    report = run(images, tmp_path / "f.h5")
+    assert (report.embedded, report.unchanged, report.failed) == (16, 5, 0)
+
+
+def test_another_folder_is_refused_and_overwritten_on_request(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = bytes_of(tmp_path)
+    other = make_images(tmp_path / "other", 30, start=500)
+    with pytest.raises(
+        ProtopruneError, match=r"is for images below .*/images, not .*/other: 21 of its 21 .*--overwrite"
+    ):
+        run(other, tmp_path / "f.h5")
+    assert bytes_of(tmp_path) == before
+    assert run(other, tmp_path / "f.h5", overwrite=True).embedded == 30
+
+
+def test_the_same_names_in_another_folder_are_other_images(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    other = make_images(tmp_path / "other", 21)
+    for path in other.rglob("*.png"):
+        os.utime(path, ns=(5, 5))
+    with pytest.raises(ProtopruneError, match="21 of its 21 features would be lost"):
+        run(other, tmp_path / "f.h5")
+
+
+def test_losing_most_images_of_the_same_folder_is_refused(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before = bytes_of(tmp_path)
+    for path in sorted(images.rglob("*.png"))[:11]:
+        path.unlink()
+    with pytest.raises(ProtopruneError, match=r"f\.h5: is for other images: 11 of its 21 features would be lost"):
+        run(images, tmp_path / "f.h5")
+    assert bytes_of(tmp_path) == before
+    assert run(images, tmp_path / "f.h5", overwrite=True).n == 10
+
+
+def test_a_file_without_features_may_be_replaced(images, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("no")
+    assert run(tmp_path / "bad", tmp_path / "f.h5").failed == 1
+    assert run(images, tmp_path / "f.h5").embedded == 21
+
+
+def test_out_is_a_folder(images, tmp_path):
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"a folder; name a file"):
+            run(images, images, overwrite=overwrite)
+
+
+def test_a_folder_that_vanishes_while_its_file_is_written(images, tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def vanish(done, failed):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    with pytest.raises(ProtopruneError, match="its folder vanished while it was being written"):
+        run(images, tmp_path / "out" / "f.h5", on_progress=vanish)
+
+
+def test_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch):
+    real = open
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ProtopruneError, match="Permission denied; choose an output in a folder that can be written"):
+        run(images, tmp_path / "f.h5")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from protoprune import files
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.files import write_file, write_links
 
 
@@ -66,6 +69,45 @@ def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path):
     reader.join(10)
     assert got == [b"through the pipe"]
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+# --- long writes
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_there_is_a_warning_and_the_work_goes_on(code, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = False
+    with (
+        pytest.warns(ProtopruneWarning, match=r"f\.h5\.lock: the file system has no locks"),
+        files.lock(str(tmp_path / "f.h5")),
+    ):
+        done = True
+    assert done
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_trouble_with_the_lock_is_an_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ProtopruneError, match="Input/output error"), files.lock(str(tmp_path / "f.h5")):
+        pass
+
+
+def test_a_folder_that_vanishes_is_one_clear_line(tmp_path):
+    folder = tmp_path / "away"
+    folder.mkdir()
+    (folder / "f.partial").write_text("x")
+    shutil.rmtree(folder)
+    with pytest.raises(ProtopruneError, match="its folder vanished while it was being written"):
+        files.publish(str(folder / "f.partial"), str(folder / "f"))
+    with pytest.raises(ProtopruneError, match=r"f\.partial: vanished while it was being written; run it again"):
+        files.publish(str(tmp_path / "f.partial"), str(tmp_path / "f"))
 
 
 # --- links

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
+import tarfile
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,8 +15,9 @@ from helpers import encoded, picture, write_image
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import describe_counts, folder_labels, image_suffixes, list_folder, list_paths, split_list
+from protoprune.lists import read_list
 
 PNG = encoded(picture(), "PNG")
 
@@ -375,3 +381,120 @@ def test_progress_is_called_while_listing(tmp_path, monkeypatch):
 def test_a_single_image_is_enough(tmp_path):
     write_image(tmp_path / "one.png")
     assert list_folder(os.path.relpath(tmp_path)).paths == ["one.png"]
+
+
+# --- classes from folders of another level, splits and disks
+
+
+def test_class_level_takes_the_folders_below_the_splits(tmp_path):
+    for path in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "val/dog/more/4.png", "train/5.png"):
+        put(tmp_path, path)
+    with pytest.warns(ProtopruneWarning, match=r"1 images lie in no folder of level 2 .*train/5\.png"):
+        found = list_folder(tmp_path, class_level=2)
+    assert (found.classes, found.labels_from) == (["cat", "dog"], "folders of level 2")
+    named = {
+        path: found.classes[label] if label >= 0 else "" for path, label in zip(found.paths, found.labels, strict=True)
+    }
+    assert named == {
+        "train/cat/1.png": "cat", "train/dog/2.png": "dog", "val/dog/3.png": "dog", "val/dog/more/4.png": "dog",
+        "train/5.png": "",
+    }  # fmt: skip
+    listed = list_paths(["train/cat/1.png", "val/dog/3.png"], tmp_path, class_level=2)
+    assert listed.classes == ["cat", "dog"]
+    for level, message in ((9, "no image of .* lies that deep"), (0, "expected at least 1")):
+        with pytest.raises(UsageError, match=message):
+            list_folder(tmp_path, class_level=level)
+    with pytest.raises(UsageError, match="goes with classes from folders"):
+        list_folder(tmp_path, class_level=2, labels=False)
+
+
+@pytest.mark.parametrize(
+    ("folders", "warned"),
+    [
+        (("train", "val", "test"), True),
+        (("Training", "Validation"), True),
+        (("train2017", "val2017", "extra"), True),
+        (("train", "car", "bus"), False),  # COCO's train is a class
+        (("test", "dev", "a", "b", "c", "d"), False),
+        (("cat", "dog"), False),
+    ],
+)
+def test_split_folders_are_doubted(folders, warned, tmp_path):
+    for name in folders:
+        put(tmp_path, f"{name}/x/1.png")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = list_folder(tmp_path)
+        list_folder(tmp_path, class_level=1)  # asked for: no doubt
+        list_folder(tmp_path, labels=False)
+    assert found.classes == sorted(folders)
+    assert len(said) == warned
+    if warned:
+        assert "look like splits" in str(said[0].message)
+        assert "--class-level 2" in str(said[0].message)
+
+
+def test_lists_over_several_disks_are_doubted(tmp_path):
+    for path in ("disk1/set/cat/1.png", "disk2/set/dog/2.png"):
+        put(tmp_path, path)
+    entries = [f"{tmp_path}/disk1/set/cat/1.png", f"{tmp_path}/disk2/set/dog/2.png"]
+    with pytest.warns(ProtopruneWarning, match=r"classes are the folders disk1, disk2 below .*--class-level N"):
+        list_paths(entries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list_paths(entries, class_level=3).classes == ["cat", "dog"]
+        assert list_paths(entries, tmp_path).classes == ["disk1", "disk2"]  # a root that was given is meant
+        assert list_paths([f"{tmp_path}/disk1/set/cat/1.png", f"{tmp_path}/disk1/set/dog/2.png"]).classes == [
+            "cat", "dog",
+        ]  # fmt: skip
+
+
+def test_absolute_and_relative_entries_in_any_order(tmp_path, monkeypatch):
+    put(tmp_path, "a/1.png", "b/2.png")
+    monkeypatch.chdir(tmp_path)
+    both = [f"{tmp_path}/a/1.png", "b/2.png"]
+    one, other = list_paths(both), list_paths(both[::-1])
+    assert (one.root, one.paths) == (other.root, other.paths) == (str(tmp_path), ["a/1.png", "b/2.png"])
+    monkeypatch.chdir(tmp_path / "b")
+    for order in (both, both[::-1]):
+        with pytest.raises(UsageError, match="outside the root"):
+            list_paths(order)
+
+
+# --- what is no list
+
+
+def archives() -> dict[str, bytes]:
+    buffers = {name: io.BytesIO() for name in ("tar", "zip")}
+    with tarfile.open(fileobj=buffers["tar"], mode="w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(PNG)
+        tar.addfile(info, io.BytesIO(PNG))
+    with zipfile.ZipFile(buffers["zip"], "w") as archive:
+        archive.writestr("a.png", PNG)
+    kinds = {name: buffer.getvalue() for name, buffer in buffers.items()}
+    kinds["gzip"] = gzip.compress(b"a.png\nb.png\n" * 20)
+    kinds["image"] = PNG + bytes(20)
+    return kinds
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "gzip", "image"])
+def test_archives_are_no_lists_whatever_they_are_called(kind, tmp_path):
+    data = archives()[kind]
+    with pytest.raises(UsageError, match=rf"the list: an? {kind}"):
+        split_list(data)
+    for name in ("list.txt", "list.csv", "list.jsonl"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UsageError, match=rf"{name}: an? {kind}"):
+            read_list(tmp_path / name)
+
+
+def test_parquet_is_no_list(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"path": ["a.png"]}), tmp_path / "a.txt")
+    with pytest.raises(UsageError, match="a Parquet file"):
+        read_list(tmp_path / "a.txt")
+
+
+def test_names_that_begin_like_an_archive_are_names():
+    assert split_list(b"PAR1\nGIF8\nBZh.png\nRar!.png, a name of more than twenty bytes\n")[:2] == ["PAR1", "GIF8"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from protoprune import pruning, records
+from protoprune import pruning, records, vectors
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile
 from protoprune.metrics import catalogue, dynamics, ensembles, geometry
@@ -437,8 +437,8 @@ def test_supervised_prototypes_by_hand():
     labels = np.array([0, 0, 0, 1, 1, -1])
     usable = np.array([1, 1, 1, 1, 1, 1], bool)
     half = 0.5**0.5
-    # the mean of (1, 0), (0, 1) and (.7, .7) points to (1, 1); a zero vector is at distance 1 of everything
-    expected = [1 - half, 1 - half, 0, 0, 1, np.nan]
+    # the mean of (1, 0), (0, 1) and (.7, .7) points to (1, 1); a vector of zeros has no direction
+    expected = [1 - half, 1 - half, 0, 0, np.nan, np.nan]
     scores = geometry.supervised_prototypes(features, labels, usable)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     usable[1] = False  # now class 0 points between (1, 0) and (.7, .7)
@@ -623,7 +623,7 @@ def test_rows_of_features_in_any_order_and_any_chunks(metric, monkeypatch):
     order = np.random.default_rng(1).permutation(60)
     moved = FakeFeatures(features[order], labels[order], [file.paths[row] for row in order])
     np.testing.assert_allclose(score(metric, moved).values, reference[order], atol=1e-5)
-    monkeypatch.setattr(geometry, "CHUNK", 7)
+    monkeypatch.setattr(vectors, "CHUNK", 7)
     np.testing.assert_allclose(score(metric, file).values, reference, atol=1e-5)
 
 

@@ -202,6 +202,11 @@ def test_python(here, capsys):
     assert capsys.readouterr().out == "14 of 20\n"
 
 
+def test_report(here):
+    given = run_block("report")
+    assert given["told"]["thumbnails"] == 20
+
+
 def test_h5py(here):
     given = run_block("h5py")
     assert len(given["paths"]) == len(given["features"]) == given["usable"].sum() == 20

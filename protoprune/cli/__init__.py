@@ -6,6 +6,7 @@ stdout carries a command's answer and nothing else; progress, summaries and erro
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 from typer.core import TyperGroup
@@ -14,12 +15,14 @@ from protoprune import __version__
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.progress import say
 from protoprune.cli.record import record
+from protoprune.cli.report import report
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, ProtopruneWarning
 
 
 class _Group(TyperGroup):
@@ -27,7 +30,10 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", ProtopruneWarning)
+                warnings.showwarning = _show_warning(warnings.showwarning)
+                return super().invoke(ctx)
         except ProtopruneError as error:
             text = f"error: {error}".replace("\r", "\\r").replace("\n", "\\n")  # file names may hold line breaks
             typer.echo(text.encode(errors="backslashreplace").decode(), err=True)
@@ -35,6 +41,18 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # `| head`
             sys.stderr.close()
             raise typer.Exit(0) from None
+
+
+def _show_warning(otherwise):
+    """Our own warnings as one line on stderr, those of others as Python shows them."""
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, ProtopruneWarning):
+            say("warning: " + str(message).replace("\r", "\\r").replace("\n", "\\n"))
+        else:
+            otherwise(message, category, filename, lineno, file, line)
+
+    return show
 
 
 app = typer.Typer(
@@ -73,6 +91,7 @@ for command in (
     scaling,
     info,
     sheet,
+    report,
     encoders,
     advise,
 ):

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
 from protoprune.errors import ProtopruneError, UsageError
 
 
@@ -32,20 +34,26 @@ def embed(
     workers: Annotated[str, typer.Option(help="Decoding threads, or auto (one a core).")] = "auto",
     store: Annotated[str, typer.Option(help="Type of the stored features: float16 or float32.")] = "float16",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder: pays on a GPU.")] = False,
-    labels: Annotated[bool, typer.Option(help="Take classes from the first-level folders.")] = True,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="File of classes: a table of path and class [default: classes are the first-level folders]."),
+    ] = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
     started = time.monotonic()
-    for path in (errors, out):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist; make it first")
+    check_outputs(out, errors, inputs=[Path(images), weights, labels, class_names])
     if errors is not None and errors.absolute() == out.absolute():
         raise UsageError(f"--errors {errors}: is the feature file itself; choose another name")
+    classes = _classes(labels, label_column, class_names, class_level, no_labels)
     size, threads = _number("--batch-size", batch_size), _number("--workers", workers)
-    found = _find_images(images, root, labels)
+    found = _find_images(images, root, {"labels": classes, "class_level": class_level})
     _say_found(found)
     from protoprune.encoders import load_encoder
 
@@ -91,25 +99,44 @@ def _number(option: str, text: str) -> int | None:
     return int(text)
 
 
-def _find_images(images: str, root: Path | None, labels: bool):
-    from protoprune.images import image_suffixes, list_folder, list_paths, split_list
+def _classes(labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool):
+    """The `labels` argument of `list_folder`."""
+    from protoprune.labels import label_file
+
+    if labels is None and (column or names):
+        raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
+    if none and (labels is not None or level is not None):
+        raise UsageError(f"--no-labels does not go with {'--labels' if labels is not None else '--class-level'}")
+    return False if none else label_file(labels, column, names, level)
+
+
+def _find_images(images: str, root: Path | None, classes: dict):
+    from protoprune.images import archive_kind, image_suffixes, list_folder, list_paths, split_list
 
     if images == "-":
-        return list_paths(split_list(sys.stdin.buffer.read()), root, labels=labels)
+        return list_paths(split_list(sys.stdin.buffer.read(), "the list on stdin"), root, **classes)
     if os.path.isdir(images):
         if root is not None:
             raise UsageError("--root goes with a list of paths; the folder itself is the root here")
-        return list_folder(images, labels=labels, on_progress=_say_listing if sys.stderr.isatty() else None)
+        return list_folder(images, **classes, on_progress=_say_listing if sys.stderr.isatty() else None)
     if not os.path.exists(images):
         raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
-    if os.path.splitext(images)[1].lower() in image_suffixes():
+    if os.path.splitext(images)[1].lower() in image_suffixes() or _begins_like(images, archive_kind) == "an image":
         raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
     from protoprune.lists import read_list
 
     entries = read_list(images)
     if not isinstance(entries, list):
         raise UsageError(f"{images}: row indices do not name images; give a list of paths")
-    return list_paths(entries, root, labels=labels)
+    return list_paths(entries, root, **classes)
+
+
+def _begins_like(path: str, kind):
+    try:
+        with open(path, "rb") as file:
+            return kind(file.read(512))
+    except OSError as error:
+        raise ProtopruneError(f"{path}: cannot read ({error.strerror})") from None
 
 
 def _say_listing(count: int) -> None:
@@ -119,7 +146,7 @@ def _say_listing(count: int) -> None:
 def _say_found(found) -> None:
     from protoprune.images import describe_counts
 
-    classes = f" in {len(found.classes):,} classes (first-level folders)" if found.classes else ""
+    classes = f" in {len(found.classes):,} classes ({found.labels_from})" if found.classes else ""
     say(f"{len(found):,} images{classes} under {found.root}")
     if found.skipped:
         count = sum(found.skipped.values())

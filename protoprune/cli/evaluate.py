@@ -16,6 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.progress import duration, say
+from protoprune.cli.record import (
+    ClassLevel,
+    ClassNames,
+    LabelColumn,
+    Labels,
+    TestLabels,
+    label_options,
+    load_sets,
+)
 from protoprune.cli.select import ByPlace, HigherIs, Rows, number_of_clusters
 from protoprune.errors import UsageError
 
@@ -111,6 +120,11 @@ def evaluate(
     device: Device = "auto",
     compile: Compile = False,
     pixels: Pixels = None,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     out: Out = None,
 ) -> None:
     """Does a list pay? Train on it, on random images and on everything, and compare.
@@ -120,7 +134,6 @@ def evaluate(
     called better or worse than random only where the interval supports it: it covers the seeds and the luck of one
     draw, since a random list is better or worse than the average one too.
     """
-    from protoprune.cli.record import load_sets
     from protoprune.evaluation.comparing import check_options
     from protoprune.evaluation.comparing import evaluate as compare
     from protoprune.lists import read_list
@@ -131,6 +144,7 @@ def evaluate(
     costs = _costs(selection_seconds or [], len(lists))
     check_options(lists, samplers, budget, target_accuracy)
     _check_folder(out)
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     for path in lists:
         read_list(path)
         _refuse_manifest(path)
@@ -139,7 +153,7 @@ def evaluate(
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
-    train, tested = load_sets(source, test, model, image_size, pixels)
+    train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
     with _resumable(out):
         result = compare(
@@ -197,6 +211,11 @@ def scaling(
     device: Device = "auto",
     compile: Compile = False,
     pixels: Pixels = None,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     out: Out = None,
 ) -> None:
     """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
@@ -205,7 +224,6 @@ def scaling(
     offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
     law wins, or that it is undecided.
     """
-    from protoprune.cli.record import load_sets
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
 
@@ -214,12 +232,13 @@ def scaling(
     names = [one.strip() for one in orders.split(",") if one.strip()]
     check_options(wanted["keeps"], names, budget)
     _check_folder(out)
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
-    train, tested = load_sets(source, test, model, image_size, pixels)
+    train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     ranked = {
         "scores": _scores(scores, train, higher_is=higher_is, rows=rows, by_place=by_place),
         "features": _vectors(features, train) if scores is None else None,
@@ -316,7 +335,7 @@ def _every_path(source: Path) -> list[str]:
     if source.is_dir():
         from protoprune.images import list_folder
 
-        return list_folder(source).paths
+        return list_folder(source, labels=False).paths
     from protoprune.pruning import open_features
 
     with open_features(source) as file:

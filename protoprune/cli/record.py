@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 _LEARNED = 0.1  # of the way from the largest class's share to all right: a model below has learned next to nothing
 
+Labels = Annotated[Path | None, typer.Option(help="File of the images' classes: a table of path and class.")]
+TestLabels = Annotated[Path | None, typer.Option(help="The same for the test images.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, where a --labels file has several.")]
+ClassNames = Annotated[Path | None, typer.Option(help="File that turns the class numbers of --labels into names.")]
+ClassLevel = Annotated[int | None, typer.Option(min=1, help="Classes are the folders of this level (2: train/CLASS).")]
+
 
 def record(
     source: Annotated[Path, typer.Argument(help="Image folder with a folder a class, or a feature file (for heads).")],
@@ -61,12 +67,18 @@ def record(
         Path | None, typer.Option(help="File for decoded pixels, for a data set larger than memory.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of subsets, models, order and augmentation.")] = 0,
+    labels: Labels = None,
+    test_labels: TestLabels = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say how large the record will be, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record of another run.")] = False,
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    check_outputs(out, inputs=[source, test, weights])
+    check_outputs(out, inputs=[source, test, weights, labels, test_labels, class_names])
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     from protoprune.device import resolve_device
     from protoprune.training import recording
     from protoprune.training.loop import Recipe
@@ -82,7 +94,7 @@ def record(
         augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
         weights=str(weights) if weights else None, compile=compile or None,
     )  # fmt: skip
-    train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan)
+    train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan, labelled=labelled)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
         gradients=gradients, probabilities=probabilities, seed=seed,
@@ -152,10 +164,30 @@ def _percent(accuracies: np.ndarray) -> str:
     return f"{100 * np.nanmean(accuracies):.1f} %{spread}"
 
 
+def label_options(labels, test_labels, column, names, level: int | None) -> tuple[dict, dict]:
+    """Where the classes of training and test images come from: arguments of `load_examples` for each."""
+    from protoprune.labels import label_file
+
+    train, test = ({"labels": label_file(path, column, names, level)} for path in (labels, test_labels))
+    if labels is None and test_labels is None and (column or names):
+        raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
+    return ({**train, "class_level": level}, {**test, "class_level": level})
+
+
 def load_sets(
-    source: Path, test: Path | None, model: str, image_size: int, pixels: Path | None, *, decode: bool = True
+    source: Path,
+    test: Path | None,
+    model: str,
+    image_size: int,
+    pixels: Path | None,
+    *,
+    decode: bool = True,
+    labelled: tuple[dict, dict] = ({}, {}),
 ):
-    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
+    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`.
+
+    `labelled` is what `label_options` gives.
+    """
     from protoprune.training.examples import load_examples
 
     for path in (source, test):
@@ -172,7 +204,7 @@ def load_sets(
     if test is not None and test.samefile(source):
         say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
     loaded, classes = [], None
-    for path, what in ((source, "training"), (test, "test")):
+    for path, what, options in ((source, "training", labelled[0]), (test, "test", labelled[1])):
         if path is None:
             loaded.append(None)
             continue
@@ -184,11 +216,13 @@ def load_sets(
                     progress.start(total)
                 progress.update(done)
 
-            data = load_examples(path, image_size, classes=classes, cache=cache, decode=decode, on_progress=show)
+            data = load_examples(
+                path, image_size, classes=classes, cache=cache, decode=decode, on_progress=show, **options
+            )
         classes = data.classes
         say(f"{what}: {len(data):,} examples in {len(classes):,} classes, {path}")
         if data.unlabelled:
-            say(f"warning: {data.unlabelled:,} images of {path} are in no class folder and are left out")
+            say(f"warning: {data.unlabelled:,} images of {path} have no class and are left out")
         if data.unreadable:
             first, reason = data.unreadable[0]
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")

@@ -157,7 +157,10 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
     say(f"scores: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}; larger = harder")
     missing = len(result.values) - len(values)
     if missing:
-        say(f"without a score: {missing:,} images, which `protoprune select --scores` does not keep")
+        say(
+            f"without a score: {missing:,} images (unreadable, without a class or the models that it takes, or with "
+            "features that are all zeros), which `protoprune select --scores` does not keep"
+        )
     if result.used.get("right_with", 1) < _FITS:
         say(
             f"warning: the models are right about {100 * result.used['right_with']:.0f} % of their training images; "

@@ -205,7 +205,7 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        files.write_file(removed, text(ranking.scored & ~chosen.keep, removed))
+        files.write_file(removed, text(ranking.readable & ~chosen.keep, removed))
     if manifest is not None:
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
         files.write_file(manifest, lists.manifest(_columns(chosen), kind))
@@ -233,7 +233,10 @@ def _columns(chosen: Selected) -> dict:
         "score": ranking.scores,
         "rank": chosen.rank,
         "keep": chosen.keep.astype(int),
-        "status": [Status(status).label for status in ranking.status],
+        "status": [
+            "all zeros" if zero else Status(status).label
+            for status, zero in zip(ranking.status, ranking.undirected, strict=True)
+        ],
     }
     if chosen.weights is not None:
         columns["weight"] = chosen.weights
@@ -258,7 +261,7 @@ def _say_ranking(ranking: Ranking) -> None:
     if ranking.table is not None:
         say_table(ranking)
     for one in ranking.clusterings[:1]:
-        points = int((~excluded).sum())
+        points = int((one.cluster >= 0).sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
         kind = "spherical" if one.spherical else "Euclidean"
         cached = " (from the cache)" if ranking.cached == len(ranking.clusterings) else ""
@@ -269,11 +272,8 @@ def _say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-        alone = int((sizes == 1).sum())
-        if alone and one.k < points and ranking.table is None:
-            say(
-                f"warning: {alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
-            )
+    for note in ranking.notes():
+        say(f"warning: {note}")
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))

@@ -47,7 +47,8 @@ def info(
             f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}"
         )
         _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        _print(f"classes     {len(file.classes):,}" if file.classes else "classes     none")
+        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+        _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         _print(f"root        {facts['root']}")
         _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
         _print(f"preprocess  {facts['preprocess']}")
@@ -95,6 +96,8 @@ def sheet(
         ranking = pruning.rank(
             features, k=number, euclidean=euclidean, iterations=iterations, seed=seed, backend=backend
         )
+    for note in ranking.notes():
+        say(f"warning: {note}")
     lines = _rows(ranking, by, count, seed)
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines)} rows; more with --max-rows {len(lines)}")

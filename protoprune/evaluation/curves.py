@@ -149,8 +149,10 @@ def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int
 def _cut(train, initial, hardness, order: str, keep: float, seed: int, balance: float) -> np.ndarray:
     if keep == 1:
         return initial
+    # Images whose features are all zeros have no distance and cannot be ranked, as in `protoprune select`.
+    usable = None if order == "random" else ~np.isnan(hardness)
     mask = selection.select(
-        hardness, keep, ids=[train.paths[row] for row in initial], order=order, seed=seed,
+        hardness, keep, usable=usable, ids=[train.paths[row] for row in initial], order=order, seed=seed,
         groups=np.asarray(train.labels)[initial] if balance else None, balance=balance,
     )  # fmt: skip
     return initial[mask]

@@ -1,19 +1,20 @@
 """Positions in an embedding -> difficulty: features (n, d) in, (n,) float32 out, larger = harder (kept first).
 
-Features are an array or an HDF5 dataset of any float type, read in chunks; rows that are not `usable` (or have no class
-where classes matter) come out as NaN. What this module does not know: files, encoders, k-means (see `prototypes`).
+Features are an array or an HDF5 dataset of any float type, read in chunks; rows that are not `usable`, have no class
+where classes matter, or are all zeros where directions do, come out as NaN. What this module does not know: files,
+encoders, k-means (see `prototypes`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune import vectors
+from protoprune.errors import UsageError
 
-CHUNK = 65_536
 K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by one unless told otherwise
 FARTHEST = 2.0  # the largest 1 - cosine there is
 
@@ -57,15 +58,18 @@ def k_center(
         raise UsageError(f"--budget {budget:g}: expected the share of images to choose, above 0 and at most 1")
     usable = np.ones(len(ids), bool) if usable is None else usable
     rows = np.flatnonzero(usable)
-    order = np.argsort(hashes([ids[row] for row in rows], seed), kind="stable")
+    rows = rows[np.argsort(hashes([ids[row] for row in rows], seed), kind="stable")]
     points = np.empty((len(rows), features.shape[1]), np.float32)
     place = np.full(len(ids), -1)
-    place[rows[order]] = np.arange(len(rows))
-    for here, x in _chunks(features, usable, True):
+    place[rows] = np.arange(len(rows))
+    for here, x in vectors.slices(features, usable, unit=True):
         points[place[here]] = x
+    directed = points.any(axis=1)
+    if not directed.all():
+        rows, points = rows[directed], points[directed]
     share = min(round(K_CENTER_SHARE * len(rows)), K_CENTER_MOST) if budget is None else round(budget * len(rows))
     scores = np.full(len(ids), np.nan, np.float32)
-    scores[rows[order]] = _farthest_first(points, max(1, share)) if len(rows) else 0
+    scores[rows] = _farthest_first(points, max(1, share)) if len(rows) else 0
     return scores
 
 
@@ -104,27 +108,11 @@ def _labelled(labels: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
     return (labels >= 0) if usable is None else (labels >= 0) & usable
 
 
-def _chunks(features, rows: np.ndarray, normalise: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers, their float32 features) of the marked rows, in slices, since HDF5 is slow at single rows."""
-    for first in range(0, features.shape[0], CHUNK):
-        here = np.flatnonzero(rows[first : first + CHUNK])
-        if not len(here):
-            continue
-        x = features[first : first + CHUNK][here].astype(np.float32)
-        if not np.isfinite(x).all():
-            row = first + here[~np.isfinite(x).all(axis=1)][0]
-            raise ProtopruneError(f"features of row {row} are NaN or infinite; embed the images again")
-        if normalise:  # a zero vector stays zero: its cosine with anything is 0, its distance 1
-            norm = np.linalg.norm(x, axis=1, keepdims=True)
-            x /= np.where(norm > 0, norm, 1)
-        yield first + here, x
-
-
 def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool) -> np.ndarray:
     """(classes, d) float32 mean of each class's features; of length 1 when `normalise`."""
     classes = int(labels.max(initial=-1)) + 1
     sums = np.zeros((classes, features.shape[1]))
-    for here, x in _chunks(features, rows, normalise):
+    for here, x in vectors.slices(features, rows, unit=normalise):
         by_class = np.argsort(labels[here], kind="stable")
         found, starts = np.unique(labels[here][by_class], return_index=True)
         sums[found] += np.add.reduceat(x[by_class], starts, axis=0, dtype=np.float64)
@@ -137,10 +125,11 @@ def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool
 
 def _distance_to_mean(features, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool) -> np.ndarray:
     distance = np.full(features.shape[0], np.nan, np.float32)
-    for here, x in _chunks(features, rows, normalise):
+    for here, x in vectors.slices(features, rows, unit=normalise):
         own = means[labels[here]]
         if normalise:
-            distance[here] = np.clip(1 - np.einsum("nd,nd->n", x, own), 0, FARTHEST)
+            cosine = np.einsum("nd,nd->n", x, own)
+            distance[here] = np.where(x.any(axis=1), np.clip(1 - cosine, 0, FARTHEST), np.nan)
         else:
             distance[here] = np.linalg.norm(x - own, axis=1)
     return distance

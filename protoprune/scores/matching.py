@@ -125,7 +125,7 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True, by_pl
 def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:
     if table.kind == "index":
         return _row_numbers(table, len(paths)), "row number"
-    rows, matched_by = _by_name(table.keys, paths)
+    rows, matched_by = match_names(table.keys, paths)
     found = rows >= 0
     if table.kind == "unsure" and row_numbers and _could_be_row_numbers(table.keys, len(paths)):
         numbers = np.array([int(key) for key in table.keys])
@@ -168,7 +168,7 @@ def _row_numbers(table: Table, n: int) -> np.ndarray:
     return rows
 
 
-def _by_name(keys: Sequence[str], paths: Sequence[str]) -> tuple[np.ndarray, str]:
+def match_names(keys: Sequence[str], paths: Sequence[str]) -> tuple[np.ndarray, str]:
     """The first form that matches at least half of the smaller side; if none does, the first that matches anything."""
     enough = min(len(keys), len(paths)) / 2
     best, most = (np.full(len(keys), _NONE), "path"), -1

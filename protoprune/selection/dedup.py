@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from protoprune import vectors
 from protoprune.errors import UsageError
 from protoprune.selection.orders import hashes
 
@@ -90,6 +91,4 @@ def _within_block(cosine, block, threshold, best: np.ndarray, whom: np.ndarray) 
 
 def _unit(features, rows: np.ndarray) -> np.ndarray:
     """(len(rows), d) float32 of length 1; a zero vector stays zero and resembles nothing."""
-    x = np.asarray(features[rows], np.float32)
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
+    return vectors.prepared(features[rows], rows, unit=True)

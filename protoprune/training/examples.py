@@ -25,6 +25,7 @@ from protoprune.decode import ImageError, Preprocess, Status, load, silence_libt
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import ImageList, list_folder
+from protoprune.labels import LabelFile
 
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
 _READ_ROWS = 65_536  # features that are read at once
@@ -67,22 +68,30 @@ def load_examples(
     classes: Sequence[str] | None = None,
     cache: str | os.PathLike | None = None,
     decode: bool = True,
+    labels: bool | str | os.PathLike | LabelFile = True,
+    class_level: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Examples:
     """The labelled examples of an image folder (pixels) or of a feature file (vectors).
 
     `classes` fixes the numbering of the classes, for a test set that must agree with its training set. Images without
     a class and images that cannot be read are left out and counted. `cache` is a file for pixels that do not fit into
-    memory. Without `decode` images are only listed, and the pixels have size 0. `on_progress(done, total)` is called as
-    images are decoded.
+    memory. Without `decode` images are only listed, and the pixels have size 0. `labels` and `class_level` say where
+    the classes of an image folder come from (see `images.list_folder`). `on_progress(done, total)` is called as images
+    are decoded.
 
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
-        return _load_images(source, image_size, classes, cache, decode, on_progress)
+        images = list_folder(source, labels=labels, class_level=class_level)
+        return _load_images(images, source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
         raise UsageError(f"{source}: no such image folder or feature file")
+    if labels is not True or class_level is not None:
+        raise UsageError(
+            f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
+        )
     return _load_features(source, classes)
 
 
@@ -106,10 +115,9 @@ def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
         )  # fmt: skip
 
 
-def _load_images(root: str, size: int, classes, cache, decode: bool, on_progress) -> Examples:
+def _load_images(images: ImageList, root: str, size: int, classes, cache, decode: bool, on_progress) -> Examples:
     if size < 8:
         raise UsageError(f"--image-size {size}: expected at least 8")
-    images = list_folder(root)
     labelled = np.flatnonzero(images.labels >= 0)
     _require_classes(root, images.classes, len(labelled), images.paths)
     labels = _renumber(root, images.labels[labelled], images.classes, classes)
@@ -133,7 +141,7 @@ def _require_classes(source: str, classes: Sequence[str], labelled: int, paths: 
         stray = next((path for path in paths if "/" not in path), None)
         raise ProtopruneError(
             f"{source}: training needs labels, and no two classes were found; put the images of each class into a "
-            f"first-level folder of its own{f' (not so: {stray})' if stray else ''}"
+            f"first-level folder of its own{f' (not so: {stray})' if stray else ''}, or give --labels FILE"
         )
 
 

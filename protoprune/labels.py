@@ -1,0 +1,345 @@
+"""Class labels from a file: a table of path and class, ImageNet's ground truth for its flat folder, or the
+metadata.csv / metadata.jsonl of a Hugging Face imagefolder.
+
+Paths are matched to images as those of score tables are (`scores.matching`): tolerantly about the root, never by guess.
+What does not match, on either side, is counted and said.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.images import refuse_archive
+from protoprune.scores.matching import match_names
+
+_PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
+          "imageid", "img", "id", "name", "key")  # fmt: skip
+_CLASSES = ("label", "class", "classname", "labelname", "category", "target", "wnid", "synset", "species", "classid",
+            "categoryid", "labelid", "labels", "predictionstring", "y")  # fmt: skip
+_DELIMITERS = ("\t", ",", ";", "|", " ")
+_WNID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """A file of labels and how to read it.
+
+    path    CSV, TSV, text, JSON, JSON lines or Parquet: a path and a class a row; or text with one class a line, the
+            i-th for the i-th image in the order of names (ImageNet's ILSVRC2012_validation_ground_truth.txt)
+    column  name of the class column, where the file has several that could be it
+    names   file that turns class numbers into names: lines of number and name in either order (map_clsloc.txt), one
+            name a line (synsets.txt), or JSON (imagenet_class_index.json)
+    """
+
+    path: str | os.PathLike
+    column: str | None = None
+    names: str | os.PathLike | None = None
+
+
+def label_file(path, column: str | None, names, level: int | None = None) -> LabelFile | bool:
+    """The `labels` argument of `list_folder` for the command line's options."""
+    if path is None:
+        return True
+    if level is not None:
+        raise UsageError(f"--class-level {level} does not go with --labels {path}, which gives the classes")
+    return LabelFile(path, column, names)
+
+
+def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.ndarray, list[str], str]:
+    """(n,) int32 label of each image of `paths` (-1: none), the class names, and where they come from in words.
+
+    Classes are sorted by name, by value when all of them are numbers. Warns of rows that name no image, images without
+    a class, and images with two. Raises UsageError or ProtopruneError when the file cannot be read or names no image.
+    """
+    source = os.fspath(file.path)
+    data = _read(source, "--labels")
+    keys, values = _parse(source, data, file.column)
+    if file.names is not None:
+        values = _rename(source, values, os.fspath(file.names))
+    if keys is None:
+        values = _by_place(source, values, paths)
+        found = dict(enumerate(values))
+    else:
+        found = _by_path(source, keys, values, paths, root)
+    found = {row: value for row, value in found.items() if value}
+    classes = sorted(set(found.values()))
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=lambda name: (int(name), name))
+    if not classes:
+        raise ProtopruneError(f"{source}: gives no image a class")
+    index = {name: number for number, name in enumerate(classes)}
+    label = np.full(len(paths), -1, np.int32)
+    label[list(found)] = [index[value] for value in found.values()]
+    without = np.flatnonzero(label < 0)
+    if len(without):
+        warn(f"{source}: {len(without):,} of {len(paths):,} images have no class (first: {paths[without[0]]})")
+    return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def _read(source: str, option: str) -> bytes:
+    if not os.path.isfile(source):
+        raise UsageError(f"{option} {source}: no such file; give a table of path and class")
+    try:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
+    if not data.startswith(b"PAR1"):
+        refuse_archive(data, source)
+    return data
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(source: str, data: bytes, column: str | None) -> tuple[list[str] | None, list[str]]:
+    """(paths or None for one class a line, classes) of a file's rows; a class is '' where the row has none."""
+    try:
+        if data.startswith(b"PAR1"):
+            return _from_records(_parquet(source, data), column)
+        text = _text(data)
+        if text.lstrip()[:1] in ("{", "["):
+            return _from_records(_json(text), column)
+        return _from_text(text, source, column)
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ProtopruneError(f"{source}: cannot read its rows ({error})") from None
+    except _Unclear as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+class _Unclear(Exception):
+    """What is wrong with a table, without its name."""
+
+
+def _text(data: bytes) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # PowerShell's `>`
+        return data.decode("utf-16", "replace")
+    return os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _json(text: str) -> list[dict]:
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(whole, dict) and all(isinstance(value, (str, int)) for value in whole.values()) and len(whole) > 1:
+        return [{"path": path, "label": value} for path, value in whole.items()]
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _parquet(source: str, data: bytes) -> list[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ProtopruneError(f"{source}: Parquet needs pyarrow; pip install 'protoprune[tables]'") from None
+    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+    flat = [name for name, kind in zip(schema.names, schema.types, strict=True) if not pyarrow.types.is_nested(kind)]
+    return pyarrow.parquet.read_table(io.BytesIO(data), columns=flat).to_pylist()
+
+
+def _from_records(records: list, column: str | None) -> tuple[list[str], list[str]]:
+    if not records or not all(isinstance(one, dict) for one in records):
+        raise _Unclear("expected rows with a path and a class")
+    names = list(dict.fromkeys(name for one in records for name in one))
+    key, label = _columns(names, column)
+    return [_cell(one.get(names[key])) for one in records], [_cell(one.get(names[label])) for one in records]
+
+
+def _cell(value) -> str:
+    if isinstance(value, (list, dict)):
+        raise _Unclear(f"a class that is not one value ({str(value)[:60]}); expected one class an image")
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None or value != value else str(value)
+
+
+def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | None, list[str]]:
+    rows = _rows(text, source)
+    if not rows:
+        raise _Unclear("the file has no rows")
+    width = len(rows[0])
+    header = any(_plain(name) in (*_PATHS, *_CLASSES) for name in rows[0]) or column in rows[0]
+    if width == 1:
+        return None, [row[0].strip() for row in rows[header:]]
+    if header:
+        key, label = _columns(rows[0], column)
+    elif column is not None:
+        raise _Unclear(f"no column {column}: the file has no header")
+    elif width == 2:
+        key, label = (1, 0) if _like_paths(rows, 1) and not _like_paths(rows, 0) else (0, 1)
+    else:
+        raise _Unclear(f"which of its {width} columns is the path, which the class? add a header line that names both")
+    first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated
+    keys, values = [], []
+    for place, row in enumerate(rows[header:], 1 + header):
+        if len(row) <= key:
+            raise _Unclear(f"row {place} has {len(row)} columns, expected {width}")
+        value = row[label].strip() if len(row) > label else ""
+        keys.append(row[key].strip())
+        values.append(value.split(" ")[0] if first_word else value)
+    return keys, values
+
+
+def _like_paths(rows: list[list[str]], column: int) -> bool:
+    return all(len(row) > column and ("/" in row[column] or "." in row[column]) for row in rows[:50])
+
+
+def _rows(text: str, source: str) -> list[list[str]]:
+    """Rows of fields. The delimiter is the first under which the first rows have one width of two or more."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    for delimiter in _DELIMITERS:
+        if delimiter == " " and source.lower().endswith((".csv", ".tsv")):
+            continue
+        if delimiter == " ":  # names may hold blanks: the last word is the class
+            split = [line.strip().rsplit(None, 1) for line in lines]
+        else:
+            split = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+            split = [row for row in split if row and not row[0].startswith("#")]
+        if split and len(split[0]) > 1 and len({len(row) for row in split[:50]}) == 1:
+            return split
+    return [[line] for line in lines]
+
+
+def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
+    """(path, class) columns by name."""
+    plain = [_plain(name) for name in names]
+    key = next((plain.index(name) for name in _PATHS if name in plain), None)
+    if column is not None:
+        if column not in names:
+            raise _Unclear(f"no column {column}, only {', '.join(names)}")
+        label = list(names).index(column)
+    else:
+        label = next((plain.index(name) for name in _CLASSES if name in plain and plain.index(name) != key), None)
+    if len(names) == 2 and (key is None) != (label is None):
+        key, label = (1 - label, label) if key is None else (key, 1 - key)
+    if label is None:
+        raise _Unclear(f"which of its columns {', '.join(names)} is the class? give --label-column NAME")
+    if key is None or key == label:
+        raise _Unclear(f"which of its columns {', '.join(names)} is the path? name it path")
+    return key, label
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
+
+
+# --- class numbers -> names -------------------------------------------------------------------------------------------
+
+
+def _rename(source: str, values: list[str], names: str) -> list[str]:
+    numbers = {value for value in values if value}
+    if not all(value.isdecimal() for value in numbers):
+        first = next(value for value in values if value and not value.isdecimal())
+        raise UsageError(f"--class-names goes with class numbers, and {source} has {first!r}")
+    table = _class_names(names, {int(value) for value in numbers})
+    unknown = sorted(int(value) for value in numbers if int(value) not in table)
+    if unknown:
+        raise UsageError(f"--class-names {names}: has no name for {len(unknown)} class numbers (first: {unknown[0]})")
+    return [table[int(value)] if value else "" for value in values]
+
+
+def _class_names(names: str, used: set[int]) -> dict[int, str]:
+    """number -> name of a file of class names."""
+    text = _text(_read(names, "--class-names"))
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
+        if isinstance(whole, list):
+            return _numbered(names, [_first(one) for one in whole], used)
+        pairs = [(str(a), _first(b)) for a, b in whole.items()]
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        words = [re.split(r"[\s,:]+", line.strip(), maxsplit=2) for line in lines]
+        if not all(len(word) > 1 and (word[0].isdecimal() != word[1].isdecimal()) for word in words):
+            wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
+            return _numbered(names, [line.split()[0] if wnids else line.strip() for line in lines], used)
+        pairs = [(word[0], word[1]) for word in words]
+    turned = [(b, a) if b.isdecimal() and not a.isdecimal() else (a, b) for a, b in pairs]
+    if not all(number.isdecimal() for number, _ in turned):
+        raise ProtopruneError(f"{names}: expected class numbers and names")
+    return {int(number): name for number, name in turned}
+
+
+def _first(value) -> str:
+    return str(value[0]) if isinstance(value, list) and value else str(value)
+
+
+def _numbered(source: str, names: list[str], used: set[int]) -> dict[int, str]:
+    """Names without numbers: counted from 0, or from 1 where the labels show it."""
+    if min(used) == 0:
+        return dict(enumerate(names))
+    if max(used) == len(names):
+        return dict(enumerate(names, 1))
+    raise UsageError(
+        f"--class-names {source}: do its {len(names):,} names count from 0 or from 1? the labels go from {min(used)} "
+        f"to {max(used)}; give a file with number and name in each line"
+    )
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+def _by_place(source: str, values: list[str], paths: Sequence[str]) -> list[str]:
+    if len(values) != len(paths):
+        raise UsageError(
+            f"{source}: {len(values):,} lines of one class each, and {len(paths):,} images; "
+            "give a table of path and class, or one line an image in the order of their names"
+        )
+    warn(
+        f"{source}: one class a line, taken for the images in the order of their names: {paths[0]} is {values[0]}, "
+        f"{paths[-1]} is {values[-1]}"
+    )
+    return values
+
+
+def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[str], root: str) -> dict[int, str]:
+    """row -> class of the images that the table names."""
+    if not any("/" in key for key in keys) and not any("\\" in path for path in paths):  # written on Windows
+        keys = [key.replace("\\", "/") for key in keys]
+    of: dict[str, set[str]] = {}
+    for key, value in zip(keys, values, strict=True):
+        of.setdefault(key.removeprefix("./"), set()).add(value)
+    if len(of) < len(keys):
+        warn(f"{source}: {len(keys) - len(of):,} rows name an image a second time")
+    unique = list(of)
+    rows, _ = match_names(_below(source, unique, paths, root), paths)
+    found: dict[int, set[str]] = {int(row): of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
+    if not found:
+        raise ProtopruneError(
+            f"{source}: none of its {len(unique):,} rows names an image (it has {unique[0]!r}, the images are like "
+            f"{paths[0]!r}); paths must be relative to the same root"
+        )
+    lost = [key for key, row in zip(unique, rows, strict=True) if row < 0]
+    if lost:
+        warn(f"{source}: {len(lost):,} of {len(unique):,} rows name no image, or could name several (first: {lost[0]})")
+    torn = [row for row, classes in found.items() if len(classes) > 1]
+    if torn:
+        first = min(torn)
+        warn(
+            f"{source}: {len(torn):,} images have several classes and get none "
+            f"(first: {paths[first]}: {', '.join(sorted(found[first])[:4])})"
+        )
+    return {row: next(iter(classes)) for row, classes in found.items() if len(classes) == 1}
+
+
+def _below(source: str, keys: list[str], paths: Sequence[str], root: str) -> list[str]:
+    """The keys relative to the root where they are relative to the file's own folder below it (metadata.csv)."""
+    folder = os.path.relpath(os.path.dirname(os.path.abspath(source)), root).replace(os.sep, "/")
+    if folder in (".", "..") or folder.startswith("../"):
+        return keys
+    moved, known = [f"{folder}/{key}" for key in keys], set(paths)
+    return moved if sum(one in known for one in moved) > sum(one in known for one in keys) else keys

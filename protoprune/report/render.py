@@ -1,0 +1,140 @@
+"""Facts and pictures -> one HTML file that opens from a disk. No request leaves it, and no name in it is markup.
+
+Numbers travel as deflated, base64-coded arrays in blocks of data, which a browser does not run; the page's one script
+and one style are allowed by their digests, everything else is forbidden (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import resources
+
+import numpy as np
+
+from protoprune import __version__
+from protoprune.errors import UsageError
+from protoprune.pruning import Selected
+from protoprune.report import maps, thumbnails
+from protoprune.report.facts import Facts, Options, gather, shown
+from protoprune.report.stops import NEVER
+from protoprune.selection import check_duplicates
+
+SMALL = 10_000  # images up to which a page is held to the first limit
+LIMITS = (5_000_000, 15_000_000)  # bytes
+LIST_SHARE = 0.45  # of the limit, that the list of all images may take; without it the page cannot save lists
+_TYPES = {"uint8": "u1", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4"}
+
+
+def page(
+    chosen: Selected,
+    options: Options | None = None,
+    *,
+    on_step: Callable[[str], None] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> tuple[bytes, dict]:
+    """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists.
+
+    Raises UsageError for options out of range; reads images only for thumbnails, under `options.root` or the root of
+    the feature file.
+    """
+    options = options or Options()
+    check_duplicates(options.duplicates)
+    maps.check_method(options.map)
+    if options.evaluation is not None and not os.path.isdir(options.evaluation):
+        raise UsageError(f"--evaluation {options.evaluation}: no such folder; give the one of `evaluate -o`")
+    facts = gather(chosen, options, on_step)
+    limit = LIMITS[facts.n > SMALL]
+    blocks = {name: _block(array) for name, array in facts.blocks.items()}
+    blocks["names"] = _block(_names([chosen.ranking.paths[row] for row in facts.sample]))
+    whole = _whole_list(chosen, facts)
+    why = _no_list(chosen, facts, sum(len(text) for _, text in whole.values()), LIST_SHARE * limit)
+    saves = why is None
+    blocks |= whole if saves else {}
+    sprites = thumbnails.Sprites()
+    if options.thumbnails:
+        if on_step:
+            on_step("thumbnails")
+        sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
+    place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
+    blocks["thumb"] = _block(place)
+    facts.data |= {"side": thumbnails.SIDE, "across": thumbnails.ACROSS, "saves": saves}
+    facts.text |= {"no_list": why, "thumbnails": len(sprites.place) - sprites.missing, "missing": sprites.missing}
+    html = _render(facts, blocks, sprites.images)
+    told = {"bytes": len(html), "limit": limit, "thumbnails": facts.text["thumbnails"], "missing": sprites.missing}
+    return html, told | {"saves": saves, "why": why}
+
+
+def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | None:
+    """Why the page cannot save lists; None where it can."""
+    broken = [path for path in chosen.ranking.paths if "\n" in path or path.endswith("\r")]
+    if broken:
+        return f"{len(broken):,} file names hold a line break, which a list of lines cannot hold"
+    if size > room:
+        return f"the names of {facts.n:,} images would not fit"
+    return None
+
+
+def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
+    """What saving a list takes: the stop and the name of every image that can be kept."""
+    can = np.flatnonzero(facts.first != NEVER)
+    names = [chosen.ranking.paths[row] for row in can]
+    return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
+
+
+def _pictures(chosen: Selected, facts: Facts, options: Options, room: int, on_image):
+    """Sprites that fit into `room` bytes of the page, less what the page itself takes."""
+    root = os.path.abspath(options.root or chosen.ranking.root)
+    paths = chosen.ranking.paths
+
+    def read(row: int) -> bytes:
+        with open(os.path.join(root, paths[row]), "rb") as file:
+            return file.read()
+
+    budget = int((room - 400_000) * 0.74)  # base64 makes 4 bytes of 3
+    return thumbnails.make(facts.thumbs[: max(0, budget // 900)], read, budget, on_image)
+
+
+def _names(paths: list[str]) -> np.ndarray:
+    """The bytes of the names, each followed by a NUL byte."""
+    return np.frombuffer(os.fsencode("".join(f"{path}\0" for path in paths)), np.uint8)
+
+
+def _block(array: np.ndarray) -> tuple[str, str]:
+    """(type, deflated and base64-coded bytes), little-endian."""
+    kind = _TYPES[array.dtype.name]
+    data = np.ascontiguousarray(array).astype(f"<{kind}").tobytes()
+    return kind, base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def _render(facts: Facts, blocks: dict, sprites: list[bytes]) -> bytes:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("protoprune.report", "page"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["shown"] = shown
+    folder = resources.files("protoprune.report") / "page"
+    style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    html = environment.get_template("page.html").render(
+        **facts.text, style=style, script=script, style_digest=_digest(style), script_digest=_digest(script),
+        data=_json(facts.data), blocks=blocks, sprites=[base64.b64encode(one).decode() for one in sprites],
+        version=__version__, now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+    return html.encode()
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(data: dict) -> str:
+    """JSON that stands in a script element: no sequence in it can end the element or open a comment."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

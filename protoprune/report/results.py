@@ -1,0 +1,55 @@
+"""What `evaluate -o DIR` found, for the page: its table, its verdicts in words, its figure."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from protoprune.errors import ProtopruneError
+from protoprune.evaluation.statistics import Comparison, sentence
+
+
+def read(folder: str | os.PathLike) -> dict:
+    """{'header', 'rows', 'verdicts', 'figure'} of a folder of results; ProtopruneError where there are none."""
+    path = os.path.join(folder, "results.json")
+    try:
+        methods = json.loads(Path(path).read_bytes())["methods"]
+        rows = [_row(one) for one in methods]
+        verdicts = [f"{one['name']}: {_verdict(one['to_random'])}" for one in methods if one.get("to_random")]
+    except FileNotFoundError:
+        raise ProtopruneError(f"{folder}: holds no results.json; give the folder of `protoprune evaluate -o`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProtopruneError(f"{path}: not results of `evaluate` ({error}); run it again, it keeps its runs") from None
+    figure = ""
+    with contextlib.suppress(OSError):
+        figure = base64.b64encode(Path(folder, "figure.png").read_bytes()).decode()
+    header = ["List", "Kept", "Accuracy", "Against random", "Against everything", "Worst class"]
+    return {"header": header, "rows": rows, "verdicts": verdicts, "figure": figure}
+
+
+def _verdict(comparison: dict) -> str:
+    names = {one.name for one in fields(Comparison)}
+    return sentence(Comparison(**{name: value for name, value in comparison.items() if name in names}))
+
+
+def _row(one: dict) -> list[str]:
+    random, full = one.get("to_random"), one.get("to_everything")
+    return [
+        str(one["name"]),
+        f"{one['kept']:,} ({100 * one['fraction']:.3g} %)",
+        _span(one["accuracy"]["mean"], one["accuracy"], ""),
+        _span(random["difference"], random, "+") if random else "",
+        _span(full["mean"], full, "+") if full else "",
+        f"{100 * one['worst_class_accuracy']:.1f} ({one['worst_class']})",
+    ]
+
+
+def _span(value: float, ends: dict, sign: str) -> str:
+    """'92.3 (92.0 to 92.6)' of fractions."""
+    text = f"{100 * value:{sign}.1f}"
+    low, high = ends.get("low"), ends.get("high")
+    return text if low is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
