@@ -14,6 +14,8 @@ Decoding is timed apart from encoding; `images/s` is encoding alone, on --thread
 
 import argparse
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,10 @@ import numpy as np
 import torch
 
 from protoprune.decode import Preprocess, decode
+from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
+from protoprune.features import FeatureFile
+from protoprune.images import list_paths
 
 BATCH = 32
 
@@ -141,6 +146,32 @@ def measure_photos(encoder: Contender, root: Path, skip: int, pool: ThreadPoolEx
     return result | {f"photos k-NN ({len(points)} of {labels.max() + 1} classes)": accuracy}
 
 
+def measure_pair(name: str, gallery: Path, queries: Path, counts: tuple[int, int]) -> dict:
+    """k-NN of one folder's images among another's (or, for the same folder, of the images after the gallery's), as
+    `protoprune embed` gives their features: its precision on this machine, stored as float16."""
+    first, second = class_folders(gallery, 0, counts[0] or None), class_folders(queries, 0, counts[1] or None)
+    if gallery == queries:
+        files, labels = class_folders(gallery, 0, sum(counts))
+        place = np.concatenate([np.arange(count) for count in np.bincount(labels)])
+        first, second = (
+            ([files[i] for i in np.flatnonzero(mask)], labels[mask]) for mask in (place < counts[0], place >= counts[0])
+        )
+    encoder = load_encoder(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        points = []
+        for files, _ in (first, second):
+            images = list_paths([str(file.resolve()) for file in files])
+            embed(images, encoder, f"{scratch}/{len(points)}.h5")
+            with FeatureFile(f"{scratch}/{len(points)}.h5") as file:
+                row = {path: i for i, path in enumerate(file.paths)}
+                order = [row[os.path.relpath(f.resolve(), images.root)] for f in files]
+                rows = file.features[:].astype(np.float32)[order]
+            points.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    accuracy = knn(points[0], first[1], points[1], second[1])
+    error = (accuracy * (100 - accuracy) / len(points[1])) ** 0.5
+    return {"dim": encoder.dim, "gallery": len(points[0]), "queries": len(points[1]), "k-NN %": accuracy, "se": error}
+
+
 def table(results: list[dict]) -> str:
     columns = list(results[0])
     rows = [[format(row[c], ".1f") if isinstance(row[c], float) else str(row[c]) for c in columns] for row in results]
@@ -154,23 +185,33 @@ def main():
     parser.add_argument("--photos", type=Path, help="folder of class folders")
     parser.add_argument("--skip-classes", type=int, default=150, help="class folders mini was trained on")
     parser.add_argument("--per-class", type=int, help="at most this many CIFAR-10 images a class, for a quick look")
+    parser.add_argument(
+        "--pair", nargs=3, action="append", default=[], metavar=("GALLERY", "QUERIES", "COUNTS"),
+        help="two folders of class folders and the images a class of each, as 800,200; 0 for all",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    if not (options.cifar10 or options.photos):
-        parser.error("give --cifar10 or --photos or both")
+    if not (options.cifar10 or options.photos or options.pair):
+        parser.error("give --cifar10, --photos or --pair")
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
     results = []
     with ThreadPoolExecutor(options.threads) as pool:
         for name in options.encoders:
+            for gallery, queries, counts in options.pair:
+                one = measure_pair(name, Path(gallery), Path(queries), tuple(map(int, counts.split(","))))
+                print(table([{"encoder": name, "set": gallery} | one]), flush=True)
+            if not (options.cifar10 or options.photos):
+                continue
             encoder, result = contender(name), {"encoder": name}
             if options.cifar10:
                 result |= measure_cifar10(encoder, options.cifar10, options.per_class, pool)
             if options.photos:
                 result |= measure_photos(encoder, options.photos, options.skip_classes, pool)
             results.append(result)
-    print(table(results))
+    if results:
+        print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -96,6 +96,7 @@ def embed(
     provenance = {
         "encoder": encoder.name,
         "weights_sha256": encoder.digest,
+        "pool": encoder.pool,
         "preprocess": json.dumps(encoder.preprocess.describe(), sort_keys=True),
         "precision": precision,
         "store": store,

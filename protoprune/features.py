@@ -36,7 +36,7 @@ from protoprune.images import ImageList
 
 KIND = hdf5.Kind("protoprune-features", 1, "feature file", "protoprune embed IMAGES")
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
-KEY = ("encoder", "weights_sha256", "preprocess", "precision", "store")
+KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
 
@@ -289,9 +289,9 @@ def covers(file: FeatureFile, images: ImageList) -> bool:
 def key_differences(provenance: dict, wanted: dict) -> list[str]:
     """'encoder: dino_vits16, not mini' for everything in KEY that differs between a file and a request."""
     return [
-        f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted[name])}"
+        f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted.get(name))}"
         for name in KEY
-        if provenance.get(name) != wanted[name]
+        if provenance.get(name) != wanted.get(name)
     ]
 
 

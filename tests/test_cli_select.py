@@ -262,6 +262,27 @@ def test_cover_composes(here, run):
     assert len(own.stdout.splitlines()) == 18
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "advice"),
+    [
+        (20, [], "--balance 0.5 --by class keeps some of each"),
+        (4, [], "--balance 0.75 --by class keeps some of each"),
+        (4, ["--balance", "0.5"], "--balance 0.75 --by class keeps some of each"),
+        (2, ["--balance", "1"], "keep at least 3 images for one of each"),
+        (3, ["--balance", "0.5", "--calibrate", "0.7"], "take by order at least 3 images for one of each"),
+    ],
+)
+def test_what_would_keep_some_of_each_class_is_what_was_not_done(here, run, count, options, advice):
+    with open("scores.csv", "w") as file:  # all apes are easy
+        file.writelines(f"{path},{0 if path.startswith('ape') else i + 1}\n" for i, path in enumerate(PATHS))
+    arguments = ["select", "--scores", "scores.csv", "--keep", (count + 0.1) / 59]
+    result = run(*arguments, *options)
+    assert f"classes lost every image; {advice}" in result.stderr
+    if "--balance" in advice:
+        again = run(*arguments, *advice.partition(" keeps")[0].split())
+        assert "lost every image" not in again.stderr
+
+
 def test_strata_and_the_hardest_dropped(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))

@@ -1,16 +1,22 @@
 """Encoders: weight files in every usual wrapping, refusals that name tensors, and short answers without a network."""
 
 import dataclasses
+import os
+import re
 import time
+from argparse import Namespace
+from collections import Counter
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from protoprune.encoders import CATALOGUE, load_encoder, sources
+from protoprune.encoders import CATALOGUE, load_encoder, load_weights, sources
 from protoprune.errors import ProtopruneError, UsageError
 
 WRAPPINGS = {
@@ -37,6 +43,10 @@ WRAPPINGS = {
 def models():
     torch.manual_seed(0)
     return {name: timm.create_model(name, num_classes=0).eval() for name in ("test_vit", "test_resnet")}
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def same_features(encoder, model):
@@ -119,6 +129,242 @@ def test_layer_scale_that_the_encoder_lacks_is_refused(models, tmp_path):
 def test_a_classifier_in_the_file_is_ignored(architecture, tmp_path):
     torch.save(timm.create_model(architecture, num_classes=10).state_dict(), tmp_path / "w.pth")
     assert "others ignored" in load_encoder(f"timm:{architecture}", weights=tmp_path / "w.pth").loaded
+
+
+CHECKPOINTS = {
+    "main_dino.py": lambda s: {
+        "student": {f"module.backbone.{k}": v + 1 if v.is_floating_point() else v for k, v in s.items()},
+        "teacher": {f"backbone.{k}": v for k, v in s.items()},
+        "args": Namespace(lr=0.1, path=Path("out"), crops=(0.4, 1.0)),
+        "epoch": 100,
+    },
+    "timm train.py": lambda s: {
+        "state_dict": s,
+        "args": Namespace(model="x"),
+        "metric": np.float64(71.2),
+        "version": 2,
+    },
+    "moco": lambda s: {
+        "state_dict": s,
+        "best_acc1": np.float32(70),
+        "when": datetime(2026, 1, 1),
+        "log": np.arange(3.0),
+    },
+    "pathlib, counters": lambda s: {
+        "model": s,
+        "dir": Path("/data"),
+        "seen": Counter("aab"),
+        "more": SimpleNamespace(a=1),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_ordinary_training_checkpoints_load(kind, models, tmp_path):
+    torch.save(CHECKPOINTS[kind](models["test_vit"].state_dict()), tmp_path / "w.pth")
+    assert same_features(load_encoder("timm:test_vit", weights=tmp_path / "w.pth"), models["test_vit"])
+
+
+class Config:
+    """Somebody's own class; the pickle below would run a program, were it read as pickle reads."""
+
+    def __reduce__(self):
+        return (os.system, (f"touch {os.environ['RAN']}",))
+
+
+class Own:
+    pass
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_that_would_run_code_are_named_and_do_not(zipped, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    content = {"state_dict": models["test_vit"].state_dict(), "config": Config()}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ProtopruneError, match=r"holds (posix|nt)\.system, and reading such an object would run code"
+    ) as e:
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+    assert "\n" not in str(e.value)
+    assert str(e.value).endswith("NEW)")  # nothing is cut off
+    assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": models["test_vit"].state_dict(), "config": Own()}, tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=r"holds \S*test_encoders\.Own, and reading"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+
+
+def hugging_face(state: dict, prefix: str, names: dict, *, fused: str) -> dict:
+    """timm's ViT under Hugging Face's names: `fused` has {} for the projection."""
+    new = {}
+    for key, value in state.items():
+        number = re.match(r"blocks\.(\d+)\.", key)
+        layer, inner = (number[1], key[number.end() :]) if number else ("", key)
+        part, _, tensor = inner.rpartition(".")
+        if part == "attn.qkv":
+            for which, one in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                new[f"{prefix}{fused.format(n=layer, which=which, q=which[0])}.{tensor}"] = one
+        elif inner in names:
+            new[prefix + names[inner]] = value
+        else:
+            new[f"{prefix}{names[part].format(n=layer)}.{'lambda1' if tensor == 'gamma' else tensor}"] = value
+    return new
+
+
+TOP = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+       "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}  # fmt: skip
+V4 = TOP | {"norm1": "encoder.layer.{n}.layernorm_before", "norm2": "encoder.layer.{n}.layernorm_after",
+            "attn.proj": "encoder.layer.{n}.attention.output.dense", "mlp.fc1": "encoder.layer.{n}.intermediate.dense",
+            "mlp.fc2": "encoder.layer.{n}.output.dense"}  # fmt: skip
+V5 = TOP | {"norm1": "layers.{n}.layernorm_before", "norm2": "layers.{n}.layernorm_after",
+            "attn.proj": "layers.{n}.attention.o_proj", "mlp.fc1": "layers.{n}.mlp.fc1",
+            "mlp.fc2": "layers.{n}.mlp.fc2"}  # fmt: skip
+DINOV2 = TOP | {"norm1": "encoder.layer.{n}.norm1", "norm2": "encoder.layer.{n}.norm2",
+                "attn.proj": "encoder.layer.{n}.attention.output.dense", "mlp.fc1": "encoder.layer.{n}.mlp.fc1",
+                "mlp.fc2": "encoder.layer.{n}.mlp.fc2", "ls1": "encoder.layer.{n}.layer_scale1",
+                "ls2": "encoder.layer.{n}.layer_scale2"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix", "fused", "options"),
+    [
+        (V4, "vit.", "encoder.layer.{n}.attention.attention.{which}", {}),
+        (V4, "", "encoder.layer.{n}.attention.attention.{which}", {}),
+        (V5, "vit.", "layers.{n}.attention.{q}_proj", {}),
+        (DINOV2, "dinov2.", "encoder.layer.{n}.attention.attention.{which}", {"init_values": 1e-5}),
+    ],
+)
+def test_vits_of_transformers_load_under_their_own_names(names, prefix, fused, options, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=3, **options).eval()
+    state = hugging_face(model.state_dict(), prefix, names, fused=fused)
+    state |= {f"{prefix}pooler.dense.weight": torch.ones(192, 192), "classifier.weight": torch.ones(2, 192)}
+    if options:
+        state[f"{prefix}embeddings.mask_token"] = torch.ones(1, 192)
+    torch.save(state, tmp_path / "w.pth")
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=3, **options).eval()
+    said = load_weights(other, str(tmp_path / "w.pth"))
+    assert all(torch.equal(value, bits(model)[name]) for name, value in bits(other).items())
+    assert f"{3 if options else 2} others ignored" in said
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_dinov3_of_transformers(biased, tmp_path):
+    """Its names are the authors' with registers; queries and values have a bias that the small models leave at zero."""
+    name = "vit_small_patch16_dinov3_qkvb"
+    model = timm.create_model(name, num_classes=0, img_size=32, depth=2).eval()
+    torch.manual_seed(0)
+    state = {"embeddings.mask_token": torch.ones(1, 1, 384)}
+    for key, value in model.state_dict().items():
+        number = re.match(r"blocks\.(\d+)\.", key)
+        to = {"cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+              "patch_embed.proj": "embeddings.patch_embeddings", "norm": "norm"}  # fmt: skip
+        if key in to:
+            state[to[key]] = value
+        elif not number:
+            part, _, tensor = key.rpartition(".")
+            state[f"{to[part]}.{tensor}"] = value
+        else:
+            inner, layer = key[number.end() :], f"model.layer.{number[1]}."
+            part, _, tensor = inner.rpartition(".")
+            if inner == "attn.qkv.weight":
+                for which, one in zip("qkv", value.chunk(3), strict=True):
+                    state[f"{layer}attention.{which}_proj.weight"] = one
+            elif inner in ("attn.q_bias", "attn.v_bias"):
+                value.copy_(torch.randn_like(value) if biased else torch.zeros_like(value))
+                state[f"{layer}attention.{inner[5]}_proj.bias"] = value
+            elif inner.startswith("gamma_"):
+                state[f"{layer}layer_scale{inner[6]}.lambda1"] = value
+            elif inner != "attn.k_bias":
+                now = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+                state[f"{layer}{now.get(part, part)}.{tensor}"] = value
+    torch.save(state, tmp_path / "w.pth")
+    same = timm.create_model(name, num_classes=0, img_size=32, depth=2).eval()
+    load_weights(same, str(tmp_path / "w.pth"))
+    x = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(same(x), model(x))
+    plain = timm.create_model("vit_small_patch16_dinov3", num_classes=0, img_size=32, depth=2).eval()
+    if biased:
+        with pytest.raises(
+            ProtopruneError, match=r"2 tensors that carry values .*qkv.bias.*timm:vit_small_patch16_dinov3_qkvb"
+        ):
+            load_weights(plain, str(tmp_path / "w.pth"))
+    else:
+        load_weights(plain, str(tmp_path / "w.pth"))
+        with torch.inference_mode():
+            assert torch.allclose(plain(x), model(x), atol=1e-5)
+
+
+def test_timm_says_nothing_on_stdout(tmp_path, capsys):
+    """Its conversion of DINOv3 prints each bias that the model lacks."""
+    model = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=2)
+    state = {k.replace("gamma_", "ls").replace("reg_token", "storage_tokens"): v for k, v in model.state_dict().items()}
+    state = {re.sub(r"ls(\d)$", r"ls\1.gamma", k): v for k, v in state.items()}
+    state |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(3 * 384) for i in range(2)}
+    torch.save(state, tmp_path / "w.pth")
+    load_weights(timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=2), str(tmp_path / "w.pth"))
+    state["blocks.1.attn.qkv.bias"] = torch.ones(3 * 384)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=r"1 tensors .*\(blocks.1.attn.qkv.bias\); .*_qkvb"):
+        load_weights(timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=2), str(tmp_path / "w.pth"))
+    assert capsys.readouterr().out == ""
+
+
+def test_dinov2_with_its_blocks_in_chunks_loads(tmp_path):
+    """As its training saves them: teacher.backbone.blocks.CHUNK.BLOCK."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=4, init_values=1e-5)
+    chunked = {
+        re.sub(r"blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 3}.{m[1]}.", k): v for k, v in bits(model).items()
+    }
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in chunked.items()}}, tmp_path / "w.pth")
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=4, init_values=1e-5)
+    load_weights(other, str(tmp_path / "w.pth"))
+    assert all(torch.equal(value, bits(model)[name]) for name, value in bits(other).items())
+
+
+def test_registers_that_the_encoder_lacks_are_refused(models, tmp_path):
+    torch.save(models["test_vit"].state_dict() | {"reg_token": torch.ones(1, 4, 64)}, tmp_path / "w.pth")
+    with pytest.raises(ProtopruneError, match=r"not the encoder's \(reg_token\)"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "vit_small_patch16_dinov3"])
+def test_pooling_is_what_was_asked_for(architecture, tmp_path):
+    model = timm.create_model(architecture, num_classes=0, img_size=64).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        tokens = model.forward_features(x)
+    expected = {"token": tokens[:, 0], "avg": tokens[:, model.num_prefix_tokens :].mean(1)}
+    for pool, features in expected.items():
+        encoder = load_encoder(f"timm:{architecture}", weights=tmp_path / "w.pth", image_size=64, pool=pool)
+        with torch.inference_mode():
+            torch.testing.assert_close(encoder(x), features)
+        assert encoder.pool == pool
+
+
+@pytest.mark.parametrize(("name", "pool"), [("timm:test_resnet", "token"), ("mini", "token"), ("timm:test_vit", "max")])
+def test_pooling_that_there_is_not_is_a_usage_error(name, pool, tmp_path):
+    if name != "mini":
+        torch.save(timm.create_model(name[5:], num_classes=0).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=f"--pool {pool}"):
+        load_encoder(name, weights=None if name == "mini" else tmp_path / "w.pth", pool=pool)
+    if name == "timm:test_resnet":
+        assert load_encoder(name, weights=tmp_path / "w.pth", pool="avg").pool == "avg"
+
+
+@pytest.mark.parametrize("name", ["dino_vits16", "dinov2_vits14", "dinov3_vits16"])
+def test_vits_of_the_catalogue_are_evaluated_as_their_authors_do(name, tmp_path):
+    """256 pixels, the middle 224, the class token: eval_knn.py and make_classification_eval_transform."""
+    model = timm.create_model(CATALOGUE[name].architecture, num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    encoder = load_encoder(name, weights=tmp_path / "w.pth")
+    p = encoder.preprocess
+    assert (p.resize, p.size, p.interpolation, p.crop_mode) == (256, 224, "bicubic", "center")
+    assert (p.mean, p.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(x), encoder.model.forward_features(x)[:, 0])
+    assert (encoder.pool, encoder.dim) == ("token", 384) == (CATALOGUE[name].pool, CATALOGUE[name].dim)
 
 
 def test_position_embeddings_follow_the_image_size(models, tmp_path):
@@ -215,7 +461,7 @@ def test_the_catalogue_tells_the_truth_about_mini():
 def test_the_catalogue_tells_the_truth_about_timms_models(name):
     info = CATALOGUE[name]
     cfg = timm.get_pretrained_cfg(info.architecture)
-    assert cfg.input_size[1] == info.input_size
+    assert info.input_size == (info.preprocess.size if info.preprocess else cfg.input_size[1])
     assert cfg.hf_hub_id == f"timm/{info.architecture}"
     with torch.device("meta"):
         model = timm.create_model(info.architecture, num_classes=0)

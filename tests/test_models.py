@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import torch
 from training_helpers import cloned, pixels, vectors
@@ -90,6 +92,20 @@ def test_timms_own_weight_file_is_a_start(tmp_path):
     assert model.network.head.weight.shape[0] == 3
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "args": Namespace(lr=1)},
+        lambda s: {k.removeprefix("network."): v for k, v in s.items()},
+    ],
+)
+def test_other_peoples_checkpoints_of_a_resnet18_are_a_start(wrap, tmp_path):
+    old = built("resnet18", 5, seed=1)
+    torch.save(wrap(old.state_dict()), tmp_path / "w.pt")
+    new = built("resnet18", 3, seed=2, weights=str(tmp_path / "w.pt"))
+    assert torch.equal(new.network.layer4[1].conv2.weight, old.network.layer4[1].conv2.weight)
+
+
 def test_a_head_with_a_hidden_layer_starts_from_weights_and_a_linear_one_cannot(tmp_path):
     data = vectors(20).inputs
     old = built("head", 3, data, hidden=6)
@@ -108,9 +124,9 @@ def test_wrong_weights_are_one_clear_line(tmp_path):
     torch.save({"model": {}, "epoch": 3}, tmp_path / "nested.pt")
     for name, model, words in [
         ("wide.pt", "cnn", "7 of 42 tensors fit the model .*network.0.0.weight"),
-        ("text.pt", "cnn", "not weights that torch.save wrote"),
-        ("list.pt", "cnn", "holds no state dict"),
-        ("nested.pt", "cnn", "tensors fit the model"),
+        ("text.pt", "cnn", r"not readable \(.*\); give a .pth"),
+        ("list.pt", "cnn", "a list instead of a state dict"),
+        ("nested.pt", "cnn", "no tensors in it"),
         ("none.pt", "cnn", "no such file"),
         ("wide.pt", "timm:test_vit", "wide.pt"),
     ]:

@@ -28,6 +28,9 @@ def embed(
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
     ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="token (class token) or avg (mean of the patches) [default: the authors'].")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
@@ -57,7 +60,7 @@ def embed(
     _say_found(found)
     from protoprune.encoders import load_encoder
 
-    model = load_encoder(encoder, weights=weights, image_size=image_size)
+    model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool)
     if model.loaded:
         say(f"weights: {model.loaded}")
     from protoprune.embedding import embed as run
@@ -210,10 +213,10 @@ def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
 
-    rows = [("name", "dim", "parameters", "input", "training", "licence", "source")]
+    rows = [("name", "dim", "parameters", "input", "pool", "training", "licence", "source")]
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
-        rows.append((info.name, str(info.dim), count, size, info.training, info.licence, info.source))
+        rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

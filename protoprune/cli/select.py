@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -334,9 +335,22 @@ def _say_selected(chosen: Selected) -> None:
     )
     gone = int((shares == 0).sum())
     if gone:
-        say(f"warning: {gone} of {len(sizes)} classes lost every image; --balance 0.5 keeps some of each")
+        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, sizes)}")
     elif not rule.balance and shares[high] > 2 * shares[low]:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
+
+
+def _to_keep_each(chosen: Selected, sizes) -> str:
+    """What gives every class at least one image; sizes: (classes,) usable images of each."""
+    from protoprune.selection import by_score
+
+    rule, kept, classes = chosen.rule, int(chosen.keep.sum()), int((sizes > 0).sum())
+    by_order = kept if rule.calibrate is None else by_score(kept, rule.calibrate)
+    if by_order < classes:
+        what = "keep" if rule.calibrate is None else "take by order"
+        return f"{what} at least {classes:,} images for one of each"
+    least = max(0.5, math.ceil(100 * classes / by_order) / 100)  # floor(balance * kept / classes) is at least 1
+    return f"--balance {least:g} --by class keeps some of each"
 
 
 def _say_stability(rows) -> None:

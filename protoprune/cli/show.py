@@ -51,6 +51,8 @@ def info(
         _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         _print(f"root        {facts['root']}")
         _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+        if facts.get("pool"):
+            _print(f"pooling     {facts['pool']}")
         _print(f"preprocess  {facts['preprocess']}")
         _print(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
         if facts["unreadable_folder_count"]:

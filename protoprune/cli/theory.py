@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -237,15 +239,12 @@ def advise(
         images, classes = images or found, classes or len(counts) or None
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
-        raise typer.BadParameter(
-            "missing, and no feature file with labels says it: give the number, for example "
-            f"{missing} {50000 if images is None else 10}",
-            param_hint=missing,
+        raise UsageError(
+            f"{missing}: missing, and no feature file with labels says it; give the number, for example "
+            f"{missing} {50000 if images is None else 10}"
         )
     if classes > images:
-        raise typer.BadParameter(
-            f"{classes} classes for {images} images: expected at least one image a class", param_hint="--classes"
-        )
+        raise UsageError(f"--classes {classes}: for {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
     console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
     for number, piece in enumerate(advice_for(images, classes, counts, probe_quality), 1):
@@ -268,21 +267,17 @@ def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"
         if not ((low <= value if closed else low < value) and value <= high and value != float("inf")):
             least = f"from {low:g}" if closed else f"above {low:g}"
             most = "" if high == float("inf") else f" and at most {high:g}"
-            raise typer.BadParameter(
-                f"{part!r} is not a number {least}{most}; separate several by commas", param_hint=option
-            )
+            raise UsageError(f"{option} {part}: is not a number {least}{most}; separate several by commas")
         values.append(value)
     if not values:
-        raise typer.BadParameter("empty: expected one or more numbers, separated by commas", param_hint=option)
+        raise UsageError(f"{option}: empty, expected one or more numbers, separated by commas")
     return values
 
 
 def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
     """Which of the two was given, and its numbers."""
     if (alpha_tot is None) == (alpha_prune is None):
-        raise typer.BadParameter(
-            "give exactly one of the two, for example --alpha-tot 5", param_hint="--alpha-tot / --alpha-prune"
-        )
+        raise UsageError("--alpha-tot, --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
         return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
     return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
@@ -299,7 +294,7 @@ def _angles(text: str) -> list[float]:
 def _grid(start: float, stop: float, points: int) -> np.ndarray:
     """Sizes from start to stop, evenly spaced in the logarithm."""
     if not 0 < start < stop < float("inf"):
-        raise typer.BadParameter(f"from {start:g} to {stop:g}: expected 0 < from < to", param_hint="--from / --to")
+        raise UsageError(f"--from {start:g} --to {stop:g}: expected 0 < from < to")
     import numpy as np
 
     return np.geomspace(start, stop, points)
@@ -307,9 +302,7 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
 
 def _check_plot(plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise typer.BadParameter(
-            f"{plot} ends in {plot.suffix or 'nothing'!r}: expected .png or .svg", param_hint="--plot"
-        )
+        raise UsageError(f"--plot {plot}: ends in {plot.suffix or 'nothing'!r}: expected .png or .svg")
 
 
 def _count(path: Path) -> tuple[int, list[int]]:
@@ -376,24 +369,17 @@ def _answer(
 
 
 def _print_table(rows: list[dict], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from protoprune.cli.tables import show_table
 
-    table = Table(title=title, show_header=len(rows) > 1)
     if len(rows) == 1:
-        for name, value in rows[0].items():
-            table.add_row(name, _cell(value))
-    else:
-        shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
-        table.caption = ", ".join(
-            f"{name} {_cell(rows[0][name])}" for name in shared
-        )  # said once: the columns must fit
-        varying = [name for name in rows[0] if name not in shared]
-        for name in varying:
-            table.add_column(name.replace("_", " "), justify="right")
-        for row in rows:
-            table.add_row(*(_cell(row[name]) for name in varying))
-    Console().print(table)
+        show_table(["", ""], [[name, _cell(value)] for name, value in rows[0].items()], title=title)
+        return
+    shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]  # said once, below
+    varying = [name for name in rows[0] if name not in shared]
+    show_table(
+        [name.replace("_", " ") for name in varying], [[_cell(row[name]) for name in varying] for row in rows],
+        title=title, caption=", ".join(f"{name} {_cell(rows[0][name])}" for name in shared), numbers=True,
+    )  # fmt: skip
 
 
 def _cell(value: float | str | None) -> str:

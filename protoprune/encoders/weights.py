@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
+import io
 import sys
 from typing import TYPE_CHECKING
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.encoders.checkpoints import read_state
+from protoprune.encoders.names import familiar
+from protoprune.errors import ProtopruneError
 
 if TYPE_CHECKING:
     import torch
 
 _ANOTHER = "give the weights of this architecture, or another --encoder"
+# What a checkpoint has beside the weights of a backbone: counters, masks, and the token of masked training.
+_HARMLESS = ("num_batches_tracked", "bias_mask", "relative_position_index", "mask_token")
 
 
 def load_weights(model: torch.nn.Module, path: str) -> str:
@@ -20,17 +24,20 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
 
     Refuses, with ProtopruneError, a file that does not cover every tensor of the backbone.
     """
-    state = _timm_names(_unwrap(_read_weights(path)), model)
+    state = familiar(read_state(path), model)
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     prefix = _prefix(state, wanted)
-    inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    inner = unprefixed(state, wanted)
     _same_patches(path, inner, wanted)
+    before = inner
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert and any(key not in inner or inner[key].shape != tensor.shape for key, tensor in wanted.items()):
         try:
-            inner = convert(dict(inner), model)  # timm's: renamed tensors, position embeddings of another size
+            with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, and stdout is for answers
+                inner = convert(dict(before), model)  # renamed tensors, position embeddings of another size
         except Exception as error:
             raise ProtopruneError(f"{path}: does not fit {type(model).__name__} ({error})") from None
+        _nothing_dropped(path, before, inner, model)
     _nothing_left_over(path, inner, wanted)
     missing = [key for key in wanted if key not in inner]
     misshapen = [key for key, tensor in wanted.items() if key in inner and inner[key].shape != tensor.shape]
@@ -43,7 +50,9 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
             f"{'; …' if len(trouble) > 3 else ''}); {_ANOTHER}"
         )
     model.load_state_dict({key: inner[key] for key in wanted}, strict=False)
-    others = sorted(set(state) - {prefix + key for key in wanted} - {k for k in state if k.endswith("_tracked")})
+    filled = {inner[key].untyped_storage().data_ptr() for key in wanted}
+    used = {prefix + k for k, v in before.items() if k in wanted or v.untyped_storage().data_ptr() in filled}
+    others = sorted(key for key in state.keys() - used if not key.endswith("num_batches_tracked"))
     text = f"{len(wanted)} of {len(wanted)} tensors matched"
     if prefix:
         text += f" under {prefix!r}"
@@ -60,11 +69,35 @@ def _same_patches(path: str, state: dict, wanted: dict) -> None:
             raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
 
 
+def _nothing_dropped(path: str, before: dict, after: dict, model: torch.nn.Module) -> None:
+    """timm's conversion leaves out what the model has no place for. Inside the backbone that changes every feature."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
+    gone = [k for k, v in before.items() if k not in after and v.untyped_storage().data_ptr() not in places]
+    parts = {key.split(".")[0] for key in before.keys() - set(gone) if "." in key}
+    lost = [key for key in gone if "." in key and key.split(".")[0] in parts and not key.endswith(_HARMLESS)]
+    lost = [key for key in lost if before[key].nan_to_num().count_nonzero()]
+    if not lost:
+        return
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    way = _ANOTHER
+    if all(key.endswith("qkv.bias") for key in lost):
+        import timm
+
+        biased = architecture.replace("dinov3", "dinov3_qkvb")
+        if biased != architecture and timm.is_model(biased):
+            way = f"the architecture with that bias is timm:{biased}"
+    raise ProtopruneError(
+        f"{path}: {len(lost)} tensors that carry values have no place in {architecture or 'the model'} "
+        f"({', '.join(sorted(lost)[:3])}{', …' if len(lost) > 3 else ''}); {way}"
+    )
+
+
 def _nothing_left_over(path: str, state: dict, wanted: dict) -> None:
     """A larger backbone of the same family covers a smaller one's names: what it has besides gives it away."""
     parts = {key.split(".")[0] for key in wanted if "." in key} - {"head", "fc", "classifier"}
-    harmless = ("num_batches_tracked", "bias_mask", "relative_position_index")
-    more = [key for key in state if key not in wanted and key.split(".")[0] in parts and not key.endswith(harmless)]
+    more = [key for key in state if key not in wanted and key.split(".")[0] in parts]
+    more += [key for key in state if key not in wanted and key.endswith(("token", "tokens", "pos_embed"))]
+    more = [key for key in more if not key.endswith(_HARMLESS)]
     if more:
         raise ProtopruneError(
             f"{path}: {len(more)} tensors inside the backbone are not the encoder's ({', '.join(sorted(more)[:3])}); "
@@ -72,38 +105,10 @@ def _nothing_left_over(path: str, state: dict, wanted: dict) -> None:
         )
 
 
-def _read_weights(path: str) -> dict:
-    if not os.path.isfile(path):
-        raise UsageError(f"--weights {path}: no such file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        import torch
-
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProtopruneError(
-            f"--weights {path}: not readable ({reason[:120]}); give a .pth, .pt or .safetensors state dict"
-        ) from None
-
-
-def _unwrap(state: dict) -> dict:
-    """The dictionary of tensors inside a training checkpoint; of DINO's two networks the teacher, as its authors do."""
-    import torch
-
-    while isinstance(state, dict):
-        for key in ("teacher", "student", "state_dict", "model", "model_state_dict", "target_encoder", "encoder"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-                break
-        else:
-            break
-    if not isinstance(state, dict):
-        raise ProtopruneError(f"--weights: a {type(state).__name__} instead of a state dict; save model.state_dict()")
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+def unprefixed(state: dict, wanted: dict) -> dict:
+    """The tensors of the network that covers most of the names in `wanted`, without what stands before them."""
+    prefix = _prefix(state, wanted)
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _prefix(state: dict, wanted: dict) -> str:
@@ -120,35 +125,3 @@ def _prefix(state: dict, wanted: dict) -> str:
         return matched, "teacher" in prefix, "encoder_q" in prefix, "encoder_k" not in prefix, -len(prefix), prefix
 
     return max(usable, key=merit)
-
-
-_PARTS = {  # of a block: lukemelas's EfficientNet -> timm's, after an expansion and without one
-    True: {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-           "_project_conv": "conv_pwl", "_bn2": "bn3"},
-    False: {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
-}  # fmt: skip
-_ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-
-
-def _timm_names(state: dict, model: torch.nn.Module) -> dict:
-    """An EfficientNet of lukemelas's port (and what was made from it, Lite included) under timm's names.
-
-    There the blocks are numbered through; in timm by stage, which the model knows.
-    """
-    if "_conv_stem.weight" not in state or not hasattr(model, "blocks"):
-        return state
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
-    inner = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
-
-    def renamed(key: str) -> str:
-        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-        if not block:
-            part, _, tensor = key.partition(".")
-            return f"{_ENDS.get(part, part)}.{tensor}"
-        number, part, tensor = block.groups()
-        names = _PARTS[f"_blocks.{number}._expand_conv.weight" in state] | inner
-        if int(number) >= len(places) or part not in names:
-            return key
-        return f"{places[int(number)]}.{names[part]}.{tensor}"
-
-    return {renamed(key): value for key, value in state.items()}

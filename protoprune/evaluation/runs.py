@@ -209,10 +209,8 @@ def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch
     from the steps, with two thirds of the losses below their mean.
     """
     check_dynamic({"name": name, "keep": keep})
-    try:
-        from protoprune import samplers
-    except ImportError:
-        raise ProtopruneError("--dynamic: this installation has no protoprune.samplers; upgrade it") from None
+    from protoprune import samplers
+
     if name == "infobatch" and "epochs" not in options:
         from protoprune.training.loop import steps_per_epoch
 

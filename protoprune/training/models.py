@@ -61,7 +61,7 @@ def build(
     if name == "head":
         model = Normalised(head(sample.shape[1], classes, hidden), *head_scale(sample))
         if weights is not None:
-            start_from(model, _read(weights), weights)
+            start_from(model, _state(weights, model), weights)
         return model
     mean = sample.float().mean((0, 2, 3)).view(1, 3, 1, 1)
     std = sample.float().std((0, 2, 3)).clamp_min(1).view(1, 3, 1, 1)
@@ -76,7 +76,7 @@ def build(
         std = 255 * torch.tensor(config.get("std", _IMAGENET_STD)).view(1, 3, 1, 1)
     model = Normalised(network, mean, std)
     if weights is not None and not name.startswith("timm:"):
-        start_from(model, _read(weights), weights)
+        start_from(model, _state(weights, model), weights)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -157,6 +157,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
+def _state(path: str | os.PathLike, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's tensors in a file, under our names: out of a training checkpoint, whatever stands before them."""
+    from protoprune.encoders import read_state, unprefixed
+
+    wanted = {key.removeprefix("network."): value for key, value in model.state_dict().items() if "network." in key}
+    return {f"network.{key}": value for key, value in unprefixed(read_state(path), wanted).items()}
+
+
 def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "weights") -> None:
     """Copy all weights but the classifier's (and the normalisation of the inputs, which stays that of the new data).
 
@@ -183,19 +191,6 @@ def _classifier(model: nn.Module) -> tuple[str, ...]:
         own = {id(one) for one in (found if isinstance(found, tuple) else (found,))}
         return tuple(name + "." for name, module in model.named_modules() if id(module) in own)
     return ([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + ".",)
-
-
-def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The weights of a file that `torch.save(model.state_dict(), path)` wrote."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"--weights {path}: no such file") from None
-    except Exception as error:
-        raise ProtopruneError(f"--weights {path}: not weights that torch.save wrote ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise ProtopruneError(f"--weights {path}: holds no state dict")
-    return state
 
 
 def file_digest(path: str | os.PathLike) -> str:
