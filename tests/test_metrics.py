@@ -796,7 +796,12 @@ def test_a_record_is_read_a_block_of_one_model_at_a_time(monkeypatch):
         assert rows.stop - rows.start <= 3
         return read(name, model, rows, epochs)
 
-    record.read = watched
+    def watched_probabilities(model, rows):
+        reads.append(("probability", model, rows.start))
+        assert 8 * len(record.classes) * (rows.stop - rows.start) <= catalogue.BLOCK_BYTES
+        return record.class_probabilities[model][rows]
+
+    record.read, record.probabilities = watched, watched_probabilities
     monkeypatch.setattr(catalogue, "BLOCK_BYTES", 8 * record.epochs * 3)
     for metric in RECORD_METRICS:
         reads.clear()
