@@ -203,6 +203,13 @@ def test_class_probabilities_are_those_of_the_last_epoch(tmp_path, kind, monkeyp
             np.testing.assert_allclose(own, record.last("true_probability")[model], atol=2e-3)
             assert seen.argmax(axis=1).tolist() == record.last("prediction")[model].tolist()
             np.testing.assert_array_equal(record.probabilities(model, slice(3, 9)), seen[3:9])
+    with h5py.File(out) as file:
+        place = file["probability"].id.get_offset()
+    whole = out.read_bytes()
+    out.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with records.Record(out) as record, pytest.raises(ProtopruneError, match="its probability is not what was written"):
+        record.probabilities(1)
+    out.write_bytes(whole)
     before = stored(out)
     run(train, None, recipe, out, models=2, subset_fraction=0.6)  # it holds all that this asks for
     assert stored(out) == before
@@ -451,7 +458,7 @@ def test_an_interrupted_overwrite_goes_on(tmp_path, again):
 def test_a_damaged_record_is_refused_or_overwritten(tmp_path):
     run(vectors(), None, HEAD, tmp_path / "r.h5")
     (tmp_path / "r.h5").write_bytes((tmp_path / "r.h5").read_bytes()[:3000])
-    with pytest.raises(ProtopruneError, match="not a readable HDF5 file"):
+    with pytest.raises(ProtopruneError, match=r"damaged \(it is cut short: 3,000 of .* again with --overwrite"):
         run(vectors(), None, HEAD, tmp_path / "r.h5")
     run(vectors(), None, HEAD, tmp_path / "r.h5", overwrite=True)
     assert records.Record(tmp_path / "r.h5").n == 60

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_outputs
+from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def error(
 ) -> None:
     """Test error at given sizes and fractions kept."""
     (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     orders = [order] if order else list(Order)
     points = [
         (a if name == "alpha_tot" else a / f, f, theta, o.value, margin.value)
@@ -113,7 +115,7 @@ def curve(
 ) -> None:
     """Test error against the number of examples, one line a fraction kept."""
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     total = against is Size.total
     rows = _solve_rows(
         [(float(a if total else a / f), f, theta, order.value, margin.value) for f in keeps for a in grid],
@@ -139,7 +141,7 @@ def pareto(
 ) -> None:
     """Lowest test error at each pruned size, over the fraction kept."""
     thetas, grid = _angles(theta), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory.solver import pareto as envelope
 
     rows = [_row(s) for t in thetas for s in envelope(grid, t, order.value, margin.value, min_keep)]
@@ -159,7 +161,7 @@ def best_keep(
 ) -> None:
     """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory import solver as theory
 
     options = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
@@ -177,7 +179,7 @@ def crossover(
 ) -> None:
     """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
     keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
 
     rows = [
@@ -203,7 +205,7 @@ def information(
     `gain` solves for both overlaps; `energetic` is the paper's form, which assumes that they are equal.
     """
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory.information import energetic_gain, information_gain
 
     solved = [information_gain(float(a), f) for f in keeps for a in grid]
@@ -244,7 +246,7 @@ def advise(
             f"{missing} {50000 if images is None else 10}"
         )
     if classes > images:
-        raise UsageError(f"--classes {classes}: for {images} images; expected at least one image a class")
+        raise UsageError(f"--classes {classes}: more than the {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
     console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
     for number, piece in enumerate(advice_for(images, classes, counts, probe_quality), 1):
@@ -267,17 +269,17 @@ def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"
         if not ((low <= value if closed else low < value) and value <= high and value != float("inf")):
             least = f"from {low:g}" if closed else f"above {low:g}"
             most = "" if high == float("inf") else f" and at most {high:g}"
-            raise UsageError(f"{option} {part}: is not a number {least}{most}; separate several by commas")
+            raise UsageError(f"{option} {part}: not a number {least}{most}; separate several by commas")
         values.append(value)
     if not values:
-        raise UsageError(f"{option}: empty, expected one or more numbers, separated by commas")
+        raise UsageError(f"{option}: empty; expected one or more numbers, separated by commas")
     return values
 
 
 def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
     """Which of the two was given, and its numbers."""
     if (alpha_tot is None) == (alpha_prune is None):
-        raise UsageError("--alpha-tot, --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
+        raise UsageError("--alpha-tot or --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
         return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
     return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
@@ -300,18 +302,19 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
     return np.geomspace(start, stop, points)
 
 
-def _check_plot(plot: Path | None) -> None:
+def _check_outputs(csv: str | None, plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}: ends in {plot.suffix or 'nothing'!r}: expected .png or .svg")
+        raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
+    check_outputs(csv, plot)
 
 
 def _count(path: Path) -> tuple[int, list[int]]:
     """Readable images in a feature file, and those of each class that has any."""
     import numpy as np
 
-    from protoprune.features import FeatureFile
+    from protoprune.features import open_features
 
-    with FeatureFile(path) as file:
+    with open_features(path) as file:
         labels = file.labels[file.usable]
         counts = np.bincount(labels[labels >= 0])
         return labels.size, [int(c) for c in counts if c]
@@ -365,21 +368,19 @@ def _answer(
         return
     if csv is not None:
         write_file(csv, table_csv(rows))
-    _print_table(rows, title)
+    _print_rows(rows, title)
 
 
-def _print_table(rows: list[dict], title: str) -> None:
-    from protoprune.cli.tables import show_table
-
+def _print_rows(rows: list[dict], title: str) -> None:
     if len(rows) == 1:
-        show_table(["", ""], [[name, _cell(value)] for name, value in rows[0].items()], title=title)
+        print_table(None, [[name, _cell(value)] for name, value in rows[0].items()], title=title)
         return
-    shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]  # said once, below
+    shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
     varying = [name for name in rows[0] if name not in shared]
-    show_table(
-        [name.replace("_", " ") for name in varying], [[_cell(row[name]) for name in varying] for row in rows],
-        title=title, caption=", ".join(f"{name} {_cell(rows[0][name])}" for name in shared), numbers=True,
-    )  # fmt: skip
+    cells = [[_cell(row[name]) for name in varying] for row in rows]
+    print_table([name.replace("_", " ") for name in varying], cells, title=title, right=range(len(varying)))
+    if shared:  # said once: the columns must fit
+        echo(", ".join(f"{name} {_cell(rows[0][name])}" for name in shared))
 
 
 def _cell(value: float | str | None) -> str:
