@@ -18,6 +18,8 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import folder_labels
 from protoprune.scores import ScoreTable, Table, match
 
+PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
+CLASS_COLUMNS = ["keep", "table", "class", "images", "share"]  # those of `class_rows`
 _RESAMPLE = 10_000  # rows of a bootstrap resample; intervals of larger sets are scaled (see `bootstrap`)
 
 

@@ -23,7 +23,7 @@ from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
-from protoprune.features import FeatureFile, partial_path
+from protoprune.features import FeatureFile, open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 
@@ -201,19 +201,6 @@ class Selected:
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
         return list(itertools.compress(self.ranking.paths, self.keep))
-
-
-def open_features(path: str | os.PathLike) -> FeatureFile:
-    """The finished feature file; a run that was cut short gets an error that says how to finish it."""
-    path = os.fspath(path)
-    if not os.path.exists(path) and os.path.exists(partial_path(path)):
-        with FeatureFile(partial_path(path)) as partial:
-            done = int(partial.finished().sum())
-        raise ProtopruneError(
-            f"{path}: not finished, {done:,} of {partial.n:,} images are embedded; "
-            "run the same `protoprune embed` again, it does the rest"
-        )
-    return FeatureFile(path)
 
 
 def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
@@ -441,15 +428,7 @@ def _vectors(ranking: Ranking):
         yield ranking.vectors
         return
     with open_features(ranking.file) as file:
-        yield _mapped(file)
-
-
-def _mapped(file: FeatureFile) -> np.ndarray:
-    """The features as a memory map: a cluster's rows lie all over the file, and HDF5 is slow at single rows."""
-    offset = file.features.id.get_offset()
-    if offset is None:  # not contiguous, or empty
-        return file.features[:]
-    return np.memmap(file.path, file.features.dtype, "r", offset, file.features.shape)
+        yield file.features
 
 
 @dataclass

@@ -25,8 +25,6 @@ import numpy as np
 
 from protoprune.errors import UsageError
 
-VERDICTS = ("better", "worse", "undecided")
-
 
 @dataclass(frozen=True)
 class Interval:
