@@ -6,10 +6,8 @@ import csv
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -296,36 +294,32 @@ def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "scaling", "record"])
-def test_features_of_another_encoder_are_refused(here, run, command):
+def test_features_of_another_encoder_are_refused(here, run, command, feature_file):
     arguments = {
         "evaluate": ["evaluate", "good.txt", "--features", "train.h5"],
         "scaling": ["scaling", "--features", "train.h5", "--sizes", "50,100", "--orders", "random"],
         "record": ["record", "train.h5"],
     }[command]
     for name, value in (("encoder", "another"), ("weights_sha256", "1" * 64), ("preprocess", "224 pixels")):
-        shutil.copy("test.h5", "other.h5")
-        with h5py.File("other.h5", "r+") as file:
-            file.attrs[name] = value
+        feature_file("other.h5", blobs(PATHS, 1), paths=PATHS, root="test-images", made_by={name: value})
         error = run(*arguments, "--test", "other.h5", code=2).stderr
         assert "the test features were not made as the training features were" in error
         assert f"{name.replace('_', ' ')}: " in error
-    with h5py.File("test.h5", "r+") as file:
-        file.attrs["precision"] = "bf16"
+    feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images", made_by={"precision": "bf16"})
     more = [] if command == "record" else ["--device", "cpu", "--seeds", "1"]
     more += ["--epochs", "1"] if command == "record" else []
     warned = run(*arguments, "--test", "test.h5", *more).stderr
     assert "differ from the training features in precision: bf16, not fp32: in the last digits" in warned
 
 
-def test_the_python_api_refuses_them_too(here):
+def test_the_python_api_refuses_them_too(here, feature_file):
     from protoprune.errors import UsageError
     from protoprune.evaluation import Kept, evaluate, scaling
     from protoprune.training import recording
     from protoprune.training.examples import load_examples
     from protoprune.training.loop import Recipe
 
-    with h5py.File("test.h5", "r+") as file:
-        file.attrs["encoder"] = "another"
+    feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images", made_by={"encoder": "another"})
     train = load_examples("train.h5")
     test, recipe = load_examples("test.h5", classes=train.classes), Recipe.for_model("head")
     for call in (
