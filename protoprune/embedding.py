@@ -91,6 +91,9 @@ def embed(
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     if store not in ("float16", "float32"):
         raise UsageError(f"--store {store}: expected float16 or float32")
+    for option, number in (("--batch-size", batch_size), ("--workers", workers)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: expected auto or a number of at least 1")
     where = resolve_device(device)
     precision = resolve_precision(precision, where, encoder)
     provenance = {

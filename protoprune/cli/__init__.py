@@ -22,6 +22,7 @@ from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
+from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning
 
 _Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
@@ -120,6 +121,7 @@ for command in (
     compare,
     evaluate,
     scaling,
+    tune,
     info,
     sheet,
     report,

@@ -100,6 +100,8 @@ def scaling(
 
     Raises UsageError for options that do not fit, ProtopruneError for images without a score.
     """
+    if bootstrap < 0:
+        raise UsageError(f"--bootstrap {bootstrap}: expected 0 or more samples")
     seeds, n = _seeds(seeds), len(train.paths)
     check_options(keeps, orders, k, balance, recipe, budget, min_steps, device)
     sizes, keeps = _check(n, sizes, keeps, orders, scores, features)

@@ -124,6 +124,15 @@ def check_same_inputs(train: Examples, test: Examples) -> list[str]:
     return [text for name in _ROUNDING for text in differences.get(name, [])]
 
 
+def subset(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples of these rows alone, as a set of its own."""
+    rows = np.sort(np.asarray(rows))
+    return Examples(
+        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
+        examples.inputs[torch.from_numpy(rows)], made_by=examples.made_by,
+    )  # fmt: skip
+
+
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
     from protoprune.features import KEY, open_features
 

@@ -21,7 +21,7 @@ import torch
 
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.training import heads, loop, statistics
 from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
@@ -67,6 +67,7 @@ def plan(
     Raises UsageError for values out of range, and for test features that were not made as the training features were.
     """
     check(models, subset_fraction, every)
+    check_seed(seed)
     if test is not None:
         check_same_inputs(train, test)
     if len(train.classes) > 65_536:
