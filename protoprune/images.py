@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.text import plain_bytes, unpacked, with_slashes
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
@@ -36,7 +37,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
-    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
+    (b"PAR1", "a Parquet file"), (b"ARROW1\0\0", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
     (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
 )  # fmt: skip
@@ -131,6 +132,7 @@ def list_paths(
     root = os.fspath(root) if chosen else _common_root(entries)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
+    entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids))
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
@@ -166,9 +168,12 @@ def refuse_archive(data: bytes, name: str) -> None:
 def split_list(data: bytes, name: str = "the list") -> list[str]:
     """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped.
 
-    Raises UsageError, with the list's `name`, for an archive or an image.
+    UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
+    `name`, for an archive or an image.
     """
+    data = unpacked(data, name)
     refuse_archive(data, name)
+    data = plain_bytes(data)
     if b"\0" in data:
         parts = data.split(b"\0")
     else:
