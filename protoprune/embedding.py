@@ -264,9 +264,9 @@ def _other_features(path: str, file: FeatureFile, differences: list[str], wanted
 
 
 def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
-    """Whether the finished file is what a run would make: the same images, and what failed for want of something
-    (a permission, memory, another program) still fails."""
-    if not feature_file.covers(file, images):
+    """Whether the finished file is what a run would make: the same images, no row damaged, and what failed for want of
+    something (a permission, memory, another program) still fails."""
+    if not feature_file.covers(file, images) or not file.intact().all():
         return False
     status = file.status
     pixels = np.empty((encoder.preprocess.size, encoder.preprocess.size, 3), np.uint8)

@@ -24,6 +24,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.images import refuse_archive, split_list
+from protoprune.npy import load_npy
 from protoprune.text import PATH_NAMES, plain_bytes, plain_name, unpacked
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
@@ -151,7 +152,7 @@ def _read(source: str) -> _Rows | np.ndarray:
     suffix = os.path.splitext(source.lower().removesuffix(".gz"))[1]
     try:
         if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-            return np.load(io.BytesIO(data))
+            return load_npy(data)
         refuse_archive(data, source)
         data = plain_bytes(data)
         if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(data)):

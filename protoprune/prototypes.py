@@ -15,13 +15,13 @@ import json
 import math
 import os
 import re
-import zipfile
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from protoprune import files, vectors
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
 
 # Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
@@ -325,9 +325,9 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     key = json.dumps({"version": 3, "content": content, **settings}, sort_keys=True)
     name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     path = os.path.join(folder, name)
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:
-        if entry["key"].item() == key:
-            return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
+    found = _kept(path, key)
+    if found is not None:
+        return found, True
     result = compute(**settings)
     plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
     with contextlib.suppress(OSError):
@@ -338,6 +338,15 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
             if _ENTRY.fullmatch(other) and other[:12] != name[:12]:
                 os.unlink(os.path.join(folder, other))
     return result, False
+
+
+def _kept(path: str, key: str) -> Clustering | None:
+    """The clustering in a cache entry; None where there is none, it is another's, or damaged: it is computed again."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        entry = load_npz(path)
+        if entry["key"].item() == key:
+            return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item()))
+    return None
 
 
 def consensus(clusterings: list[Clustering]) -> np.ndarray:

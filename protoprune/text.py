@@ -23,7 +23,7 @@ def plain_name(name: str) -> str:
 
 def unpacked(data: bytes, source: str) -> bytes:
     """The content of a gzip file, whatever its name; other data as they are. Raises ProtopruneError when damaged."""
-    if not data.startswith(b"\x1f\x8b\x08"):
+    if not data.startswith(b"\x1f\x8b\x08") or len(data) < 20:  # that of nothing has 20 bytes
         return data
     try:
         return gzip.decompress(data)

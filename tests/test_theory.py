@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from scipy.special import ndtr
 from typer.testing import CliRunner
 
 from protoprune.cli import app
+from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.theory import solver as theory
 from protoprune.theory.advice import advise as advice_for
@@ -360,6 +360,14 @@ def test_error_command_writes_csv_to_stdout():
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
 
 
+def test_several_numbers_are_repeated_or_separated_by_commas():
+    once = rows_of(run_line("theory error --alpha-tot 2,5 --keep 0.5,0.2 --order hard --csv -"))
+    assert (
+        rows_of(run_line("theory error --alpha-tot 2 --alpha-tot 5 --keep 0.5 --keep 0.2 --order hard --csv -")) == once
+    )
+    assert rows_of(run_line("theory error --alpha-tot 2, --alpha-tot 5 --keep 0.5,,0.2 --order hard --csv -")) == once
+
+
 def test_error_command_takes_the_size_after_pruning():
     rows = rows_of(run_line("theory error --alpha-prune 1,2.5 --keep 0.5 --order hard --csv -"))
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
@@ -565,22 +573,12 @@ def test_a_worse_probe_is_told_to_keep_more():
     assert percent[0] < percent[1]
 
 
-def test_advise_command_counts_a_feature_file(monkeypatch):
-    class FeatureFile:
-        labels = np.array([0] * 6 + [2] * 3 + [-1] + [1] * 5, dtype=np.int32)
-        usable = np.arange(15) < 10  # the last five images could not be read
-
-        def __init__(self, path):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-    monkeypatch.setitem(sys.modules, "protoprune.features", SimpleNamespace(FeatureFile=FeatureFile))
-    result = run("advise", "--features", "some.h5")
+def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
+    paths = [f"a/{i}.png" for i in range(7)] + [f"b/{i}.png" for i in range(3)]
+    paths += [f"d/{i}.png" for i in range(5)]  # these could not be read
+    failed = dict.fromkeys(range(10, 15), Status.CORRUPT)
+    out = feature_file(tmp_path / "some.h5", np.ones((15, 2)), paths=paths, failed=failed)
+    result = run("advise", "--features", out)
     assert result.exit_code == 0, result.output
     assert "10 images, 2 classes" in result.stdout
-    assert "3 to 6 images" in " ".join(result.stdout.split())
+    assert "3 to 7 images" in " ".join(result.stdout.split())

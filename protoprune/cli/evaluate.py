@@ -323,7 +323,7 @@ def _every_path(source: Path) -> list[str]:
         from protoprune.images import list_folder
 
         return list_folder(source, labels=False).paths
-    from protoprune.pruning import open_features
+    from protoprune.features import open_features
 
     with open_features(source) as file:
         return file.paths

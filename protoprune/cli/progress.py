@@ -29,6 +29,15 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def bytes_text(count: float) -> str:
+    """'512 bytes', '3.1 kB', '1.2 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
 class Progress(AbstractContextManager):
     """Call `start(total)` once and `update(done, failed)` as often as you like; rate and time left are its own."""
 

@@ -314,11 +314,25 @@ def say_table(ranking: Ranking) -> None:
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
+    import numpy as np
+
     gone, left = int((ranking.duplicate_of >= 0).sum()), int(ranking.usable.sum())
     say(
         f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
         f"{left:,} remain, of which --keep is a fraction"
     )
+    from protoprune.pruning import likeness
+
+    near = likeness(ranking, epsilon)
+    say("duplicates: within clusters, --dedup E would find")
+    for threshold, pairs, images in zip(near.thresholds, near.pairs, near.images, strict=True):
+        mark = " (this run)" if abs(threshold - epsilon) < 1e-6 else ""
+        say(f"  E {threshold:<6g} {pairs:>9,} pairs, among {images:,} images{mark}")
+    if near.suggested is not None:
+        say(
+            f"  an image's nearest one is at {np.nanmedian(near.nearest):.3g} (median); a quarter of that, --dedup "
+            f"{near.suggested:g}, is where near-duplicates usually end: look at some before you trust it"
+        )
 
 
 def _say_selected(chosen: Selected) -> None:

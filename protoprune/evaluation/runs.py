@@ -331,7 +331,7 @@ def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) 
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(Path(folder, f"{name}.json").read_text())
-        if kept["key"] == key:
+        if kept["key"] == key and kept["digest"] == _result_digest(key, kept["outcome"]):
             outcome = Outcome(**kept["outcome"], cached=True)
             return outcome if outcome.curve or not curves else None
     return None
@@ -341,5 +341,10 @@ def _write(folder: str | os.PathLike | None, name: str, key: dict, outcome: Outc
     if folder is None:
         return
     result = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "cached"}
-    text = json.dumps({"method": run.method, "key": key, "outcome": result}, indent=1)
+    kept = {"method": run.method, "key": key, "outcome": result, "digest": _result_digest(key, result)}
+    text = json.dumps(kept, indent=1)
     write_file(os.path.join(folder, f"{name}.json"), text.encode())
+
+
+def _result_digest(key: dict, outcome: dict) -> str:
+    return hashlib.sha256(json.dumps([key, outcome], sort_keys=True).encode()).hexdigest()

@@ -90,19 +90,14 @@ def score(name: str, source, **options) -> Scored:
 def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None = None):
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
-    from protoprune.pruning import open_features
-    from protoprune.records import Record
+    from protoprune import hdf5
+    from protoprune.features import open_features
+    from protoprune.records import KIND, Record
 
     if metric.needs != "nothing":
         is_record = metric.needs == "record"
     if is_record is None:
-        try:
-            return open_features(path)
-        except ProtopruneError as error:
-            try:
-                return Record(path)
-            except ProtopruneError:
-                raise error from None
+        is_record = KIND.format in (hdf5.format_of(path), hdf5.format_of(f"{os.fspath(path)}.partial"))
     return Record(path) if is_record else open_features(path)
 
 
