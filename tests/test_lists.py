@@ -42,7 +42,8 @@ NASTY = [
 def written(paths, format, folder, null=False) -> str:
     scores = np.arange(len(paths), dtype=np.float32) / 3
     data = format_list(paths, np.arange(len(paths)) * 2, scores, format, null=null)
-    assume(archive_kind(data[:512]) is None)  # names that nobody has: the marks of archives, and control characters
+    if format != "npy":
+        assume(archive_kind(data[:512]) is None)  # names that nobody has: the marks of archives, and control characters
     path = os.path.join(folder, f"list.{format}")
     with open(path, "wb") as file:
         file.write(data)
@@ -123,7 +124,7 @@ def test_formats_that_do_not_exist(format, null, message):
         ("l.csv", b"path,keep\na.png,1\nb.png,perhaps\n", "its keep column has 'perhaps' in row 2, expected 1 or 0"),
         ("l.csv", b"path,keep\na.png,1\nb.png\n", "its keep column has None in row 2"),
         ("l.jsonl", b'{"path": 3}\n', "row 1 has no 'path'"),
-        ("l.txt.gz", b"\x1f\x8b\x08\x00garbage", "a damaged gzip file"),
+        ("l.txt.gz", b"\x1f\x8b\x08\x00garbage of twenty bytes", "a damaged gzip file"),
         ("l.csv", b"index,path\n0\n", "no 'path'"),
         ("l.csv", b"path\n" + b"x" * 200_000 + b"\n", "field"),
         ("l.jsonl", b'{"path": "a.png"}\nnot json\n', "not a list that protoprune wrote"),

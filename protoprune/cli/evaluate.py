@@ -23,6 +23,7 @@ from protoprune.cli.record import (
     LabelColumn,
     Labels,
     TestLabels,
+    is_image_folder,
     label_options,
     load_sets,
 )
@@ -269,11 +270,11 @@ def _source(images: Path | None, features: Path | None, model: str | None, *, ra
     """What is trained on, and the model: heads on feature files, networks on folders."""
     if images is None and features is None:
         raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
-    is_file = images is not None and images.is_file()
+    is_file = images is not None and images.exists() and not is_image_folder(images)
     model = model or ("head" if features is not None or is_file else "cnn")
     if model == "head":
         source = features or images
-        if source.is_dir():
+        if is_image_folder(source):
             raise UsageError(
                 f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
                 "its file with --features, or take --model cnn"
@@ -319,7 +320,7 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
 
 def _every_path(source: Path) -> list[str]:
     """All paths that row indices count, unusable images included."""
-    if source.is_dir():
+    if is_image_folder(source):
         from protoprune.images import list_folder
 
         return list_folder(source, labels=False).paths

@@ -294,13 +294,18 @@ def say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-    for note in ranking.notes():
-        say(f"warning: {note}")
+    say_notes(ranking)
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def say_notes(ranking: Ranking) -> None:
+    """What to know before trusting the ranking."""
+    for note in ranking.notes():
+        say(f"warning: {note}")
 
 
 def say_table(ranking: Ranking) -> None:
@@ -331,7 +336,8 @@ def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
     if near.suggested is not None:
         say(
             f"  an image's nearest one is at {np.nanmedian(near.nearest):.3g} (median); a quarter of that, --dedup "
-            f"{near.suggested:g}, is where near-duplicates usually end: look at some before you trust it"
+            f"{near.suggested:g}, is where near-duplicates usually end; `protoprune sheet --duplicates "
+            f"{near.suggested:g}` shows them"
         )
 
 

@@ -34,7 +34,7 @@ def check_duplicates(epsilon: float, keep: str = "harder") -> None:
 
 
 def duplicates(
-    features,
+    features: vectors.Rows,
     cluster: np.ndarray,
     distance: np.ndarray,
     epsilon: float,
@@ -56,7 +56,7 @@ def duplicates(
     duplicate_of = np.full(len(cluster), -1, np.int64)
     rows = np.arange(len(cluster)) if usable is None else np.flatnonzero(usable)
     side = -distance[rows] if keep == "harder" else distance[rows]
-    rows = rows[np.lexsort((hashes([ids[row] for row in rows], seed), side, cluster[rows]))]
+    rows = rows[np.lexsort((hashes([ids[row] for row in rows.tolist()], seed), side, cluster[rows]))]
     for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
         _within(features, members, np.float32(1 - epsilon), duplicate_of)
     return duplicate_of
@@ -74,9 +74,9 @@ class Likeness:
     def suggested(self) -> float | None:
         """A quarter of the median distance to the nearest image, or None where no image has another beside it.
 
-        Duplicates do not move the median while fewer than half of the images are. On CIFAR-10 and Imagenette with
-        planted crops, re-encodings, changes of brightness and mirrored copies it finds at least nine in ten of each
-        kind, and takes under one in a hundred other images for copies (docs/select.md).
+        Duplicates hardly move the median while fewer than half of the images are. On CIFAR-10 and Imagenette with
+        planted copies it found nine in ten crops and more of the other kinds, and took 4 in 1,000 other images for
+        copies (bundled encoder; docs/select.md).
         """
         found = self.nearest[~np.isnan(self.nearest)]
         middle = float(np.median(found)) if len(found) else 0.0
@@ -90,7 +90,11 @@ class Likeness:
 
 
 def likeness(
-    features, cluster: np.ndarray, *, usable: np.ndarray | None = None, thresholds: Sequence[float] = THRESHOLDS
+    features: vectors.Rows,
+    cluster: np.ndarray,
+    *,
+    usable: np.ndarray | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
 ) -> Likeness:
     """The pairs within clusters, counted, and each image's nearest one; arguments as in `duplicates`.
 
@@ -116,7 +120,7 @@ def likeness(
     return Likeness(tuple(marks.astype(float).round(6).tolist()), pairs, np.maximum(nearest, 0))
 
 
-def _within(features, members: np.ndarray, threshold: np.float32, duplicate_of: np.ndarray) -> None:
+def _within(features: vectors.Rows, members: np.ndarray, threshold: np.float32, duplicate_of: np.ndarray) -> None:
     """Fill in the duplicates among the members of one cluster, which are in the order they are gone through."""
     kept = members[:0]
     for first in range(0, len(members), BLOCK):
@@ -136,7 +140,9 @@ def _within(features, members: np.ndarray, threshold: np.float32, duplicate_of: 
         kept = np.concatenate([kept, block[~removed]])
 
 
-def _within_block(cosine, block, threshold, best: np.ndarray, whom: np.ndarray) -> None:
+def _within_block(
+    cosine: np.ndarray, block: np.ndarray, threshold: np.float32, best: np.ndarray, whom: np.ndarray
+) -> None:
     """Update each image's best cosine to a kept one before it, for the images of the block itself."""
     close = cosine > threshold
     for i in np.flatnonzero(np.triu(close, 1).any(axis=1)):  # the others remove nothing
@@ -146,6 +152,6 @@ def _within_block(cosine, block, threshold, best: np.ndarray, whom: np.ndarray) 
             best[better], whom[better] = cosine[i, better], block[i]
 
 
-def _unit(features, rows: np.ndarray) -> np.ndarray:
+def _unit(features: vectors.Rows, rows: np.ndarray) -> np.ndarray:
     """(len(rows), d) float32 of length 1; a zero vector stays zero and resembles nothing."""
     return vectors.prepared(features[rows], rows, unit=True)

@@ -23,7 +23,7 @@ from protoprune import files
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import ImageList, list_folder
+from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
 
@@ -83,7 +83,7 @@ def load_examples(
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
     source = os.fspath(source)
-    if os.path.isdir(source):
+    if os.path.isdir(source) and not is_feature_set(source):
         images = list_folder(source, labels=labels, class_level=class_level)
         return _load_images(images, source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
@@ -93,6 +93,15 @@ def load_examples(
             f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
         )
     return _load_features(source, classes)
+
+
+def subset(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples of these rows alone, as a set of its own."""
+    rows = np.sort(np.asarray(rows))
+    return Examples(
+        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
+        examples.inputs[torch.from_numpy(rows)],
+    )  # fmt: skip
 
 
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:

@@ -21,7 +21,7 @@ import torch
 
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.training import heads, loop, statistics
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
@@ -67,6 +67,7 @@ def plan(
     Raises UsageError for values out of range.
     """
     check(models, subset_fraction, every)
+    check_seed(seed)
     if len(train.classes) > 65_536:
         raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)
