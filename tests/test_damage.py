@@ -267,7 +267,7 @@ def test_a_result_of_evaluate(here, count):
 
     def fit(train, test, recipe, **how):
         trained.append(1)
-        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7)
+        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7, losses=[])
 
     def outcome():
         (one,) = runs.run_all([run], examples, examples, recipe, folder="runs", fit=fit, device="cpu")

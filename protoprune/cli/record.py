@@ -187,7 +187,7 @@ def load_sets(
 
     `labelled` is what `label_options` gives.
     """
-    from protoprune.training.examples import load_examples
+    from protoprune.training.examples import check_same_inputs, load_examples
 
     for path in (source, test):
         if path is not None and not path.exists():
@@ -226,4 +226,7 @@ def load_sets(
             first, reason = data.unreadable[0]
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
         loaded.append(data)
+    if test is not None:
+        for difference in check_same_inputs(*loaded):
+            say(f"warning: the test features differ from the training features in {difference}: in the last digits")
     return loaded
