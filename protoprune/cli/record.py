@@ -180,11 +180,12 @@ def load_sets(
 
     `labelled` is what `label_options` gives.
     """
+    from protoprune.features import missing
     from protoprune.training.examples import load_examples
 
     for path in (source, test):
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such image folder or feature file")
+            raise missing(path)
     if model != "head" and not source.is_dir():
         raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
     if model == "head" and source.is_dir():

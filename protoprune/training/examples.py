@@ -23,6 +23,7 @@ from protoprune import files
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import missing, open_features
 from protoprune.images import ImageList, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
@@ -87,7 +88,7 @@ def load_examples(
         images = list_folder(source, labels=labels, class_level=class_level)
         return _load_images(images, source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
-        raise UsageError(f"{source}: no such image folder or feature file")
+        raise missing(source)
     if labels is not True or class_level is not None:
         raise UsageError(
             f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
@@ -96,8 +97,6 @@ def load_examples(
 
 
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    from protoprune.features import open_features
-
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
         rows = np.flatnonzero(usable & (labels >= 0))
