@@ -133,7 +133,11 @@ def load(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> np.ndar
 
     Raises ImageError, and nothing else, when the image cannot be used.
     """
-    data = _read(path, size, mtime_ns)
+    return crop(read_file(path, size, mtime_ns), preprocess)
+
+
+def crop(data: bytes, preprocess: Preprocess) -> np.ndarray:
+    """An encoded image -> its crop, (s, s, 3) uint8. Raises ImageError, and nothing else."""
     try:
         return preprocess.apply(decode(data))
     except ImageError:
@@ -155,8 +159,8 @@ def decode(data: bytes) -> np.ndarray:
     return _decode_pillow(data)
 
 
-def _read(path: str, size: int, mtime_ns: int) -> bytes:
-    """The bytes of a file that is still the one that was listed."""
+def read_file(path: str, size: int, mtime_ns: int) -> bytes:
+    """The bytes of a file that is still the one that was listed. Raises ImageError."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             before = os.fstat(file.fileno())

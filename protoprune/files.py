@@ -199,6 +199,10 @@ def check_free(folder: str | os.PathLike) -> None:
         raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
 
 
+class BusyError(ProtopruneError):
+    """Another process is writing the file."""
+
+
 # --- long writes ------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +217,7 @@ def lock(out: str) -> Iterator[None]:
     except BlockingIOError:
         with contextlib.suppress(OSError), open(path) as holder:
             who = holder.read().strip()
-        raise ProtopruneError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
+        raise BusyError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
     except OSError as error:
         raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
     try:

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from protoprune.decode import read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
+SET_FILE = "set.json"  # what makes a folder a feature set
 # Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
 # file in the image folder into an image.
 _STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
@@ -58,8 +60,14 @@ class ImageList:
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
 
+    provenance: dict = field(default_factory=dict)  # more attributes for the feature file that is made of them
+
     def __len__(self) -> int:
         return len(self.paths)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row, if it is still the one that was listed. Raises `decode.ImageError`."""
+        return read_file(os.path.join(self.root, self.paths[row]), int(self.size[row]), int(self.mtime_ns[row]))
 
 
 @cache
@@ -141,12 +149,18 @@ def list_paths(
     return images
 
 
+def is_feature_set(path: str | os.PathLike) -> bool:
+    """Whether a folder holds features (see `featureset`) and not images."""
+    return os.path.isfile(os.path.join(path, SET_FILE))
+
+
 def archive_kind(head: bytes) -> str | None:
     """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
     if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
         return None
     for magic, kind in _MAGIC:
-        if head.startswith(magic):
+        # Every zip of today asks for a version below 256 (APPNOTE 4.4.3); a name that begins as one goes on otherwise.
+        if head.startswith(magic) and (magic != b"PK\x03\x04" or head[5] == 0):
             return kind
     try:
         tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # checks the header's sum
@@ -182,7 +196,7 @@ def split_list(data: bytes, name: str = "the list") -> list[str]:
 def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: int | None, **counts) -> ImageList:
     paths = [path for path, _, _ in found]
     root = os.path.abspath(root)
-    label, classes, source = _labels(root, paths, labels, class_level)
+    label, classes, source = image_labels(root, paths, labels, class_level)
     return ImageList(
         root=root,
         paths=paths,
@@ -195,8 +209,8 @@ def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: in
     )
 
 
-def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
-    """(label of each image, classes, where they come from)."""
+def image_labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
+    """(label of each image, classes, where they come from); `labels` and `class_level` are those of `list_folder`."""
     if class_level is not None and labels is not True:
         raise UsageError(
             f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
@@ -299,6 +313,12 @@ def _is_image_name(entry: os.DirEntry) -> bool:
             return True
     except Exception:
         return False
+
+
+def stat_files(root: str, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(size, mtime_ns), each (n,) int64, of files below root; -1 where a file cannot be examined."""
+    found = np.array([_size_and_mtime(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 def _size_and_mtime(path: str) -> tuple[int, int]:

@@ -267,6 +267,17 @@ def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed:
         )  # fmt: skip
 
 
+def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
+    """How many pairs and images of a ranking that has clusters are nearer than several thresholds, `epsilon` included.
+
+    Counted before anything was removed, within the clusters that `deduplicate` goes through.
+    """
+    one = _first_clustering(ranking, "--dedup")
+    thresholds = sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
+    with _vectors(ranking) as vectors:
+        return selection.likeness(vectors, one.cluster, usable=ranking.scored, thresholds=thresholds)
+
+
 def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     """The kept set of a ranking: exactly round(keep * m) of its m usable images, nested for growing `keep`.
 

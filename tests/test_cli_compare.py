@@ -75,7 +75,7 @@ def test_the_direction_of_the_table_that_does_not_say(here, run):
 
 def test_kept_sets_and_files(here, run):
     result = run(
-        "a.csv", "b.csv.gz", "c.txt", "--keep", "0.25", "--keep", "0.5", "-o", "pairs.csv", "--figure", "heat.png",
+        "a.csv", "b.csv.gz", "c.txt", "--keep", "0.25,0.5", "--keep", "0.5", "-o", "pairs.csv", "--figure", "heat.png",
         "--classes", "classes.csv", "--bootstrap", "20",
     )  # fmt: skip
     blocks = result.stdout.split("\n\n")

@@ -353,6 +353,11 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
             assert (row["rank"], row["keep"]) == ("-1", "0")
             assert float(row["distance"]) <= float(rows[row["duplicate_of"]]["distance"])
             assert rows[row["duplicate_of"]]["duplicate_of"] == ""
+    told = re.findall(r"E (\S+) +(\d+) pairs, among (\d+) images( \(this run\))?", result.stderr)
+    assert [one[0] for one in told] == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]
+    assert told[4] == ("0.02", "10", "20", " (this run)")
+    assert 5 <= int(told[0][1]) <= 10  # five copies are exact
+    assert re.search(r"a quarter of that, --dedup 0\.\d+", result.stderr)
     central = run("select", "--keep", "0.5", *options, "--dedup-keep", "central", "--manifest", "c.jsonl")
     assert "40 remain" in central.stderr
     for record in map(json.loads, (doubled / "c.jsonl").read_text().splitlines()):

@@ -267,7 +267,7 @@ def test_a_result_of_evaluate(here, count):
 
     def fit(train, test, recipe, **how):
         trained.append(1)
-        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7)
+        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7, losses=[])
 
     def outcome():
         (one,) = runs.run_all([run], examples, examples, recipe, folder="runs", fit=fit, device="cpu")
@@ -444,4 +444,4 @@ def test_damage_in_files_of_earlier_versions_is_one_line_or_another_number(here,
     without_seal(here / name)
     lines = ["info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"]
     lines = lines if name == "f.h5" else ["info r.h5", "score ddd --record r.h5", "score tdds --record r.h5"]
-    check({line: command(*line.split()) for line in lines}, here / name, 300, unsigned=True)
+    check({line: command(*line.split()) for line in lines}, here / name, 100, unsigned=True)

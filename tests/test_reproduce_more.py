@@ -337,7 +337,7 @@ def test_dynamic_from_images_to_claims(data, tmp_path, monkeypatch, capsys):
 def test_calibration_from_features_to_claims(data, tmp_path, monkeypatch):
     settings = {
         "keep": [0.3, 0.2], "calibrate": [0.5], "probes": 1, "probe_epochs": 1, "toy_images": 400, "toy_seeds": 2,
-        "recipe": {"model": "head", "hidden": 4, "epochs": 1, "batch_size": 8},
+        "probe": {"model": "head", "hidden": 4, "batch_size": 8}, "recipe": {"model": "head"},
     }  # fmt: skip
     lab = a_lab("calibration", data, tmp_path, settings)
     claims = calibration.run(lab)

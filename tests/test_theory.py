@@ -360,6 +360,14 @@ def test_error_command_writes_csv_to_stdout():
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
 
 
+def test_several_numbers_are_repeated_or_separated_by_commas():
+    once = rows_of(run_line("theory error --alpha-tot 2,5 --keep 0.5,0.2 --order hard --csv -"))
+    assert (
+        rows_of(run_line("theory error --alpha-tot 2 --alpha-tot 5 --keep 0.5 --keep 0.2 --order hard --csv -")) == once
+    )
+    assert rows_of(run_line("theory error --alpha-tot 2, --alpha-tot 5 --keep 0.5,,0.2 --order hard --csv -")) == once
+
+
 def test_error_command_takes_the_size_after_pruning():
     rows = rows_of(run_line("theory error --alpha-prune 1,2.5 --keep 0.5 --order hard --csv -"))
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]

@@ -15,13 +15,16 @@ from protoprune import __version__
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.imports import import_
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
+from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
+from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning
 
 _Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
@@ -120,13 +123,16 @@ for command in (
     compare,
     evaluate,
     scaling,
+    tune,
     info,
     sheet,
     report,
     encoders,
+    merge,
     advise,
 ):
     app.command()(command)
+app.command("import")(import_)
 app.add_typer(theory_app, name="theory")
 
 

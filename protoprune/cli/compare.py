@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.options import numbers
 from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.select import ByPlace, Rows, table_file
@@ -36,7 +37,8 @@ def compare(
         Path | None, typer.Option(help="Feature file: the images, their classes, and the root of the sheet.")
     ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option(help="Compare the sets kept at this fraction, hardest first; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NUMBERS", help="Compare the sets kept at these fractions, hardest first: 0.5,0.2."),
     ] = None,
     higher_is: Annotated[
         str | None,
@@ -61,7 +63,7 @@ def compare(
     from protoprune import comparison, files, selection
     from protoprune.scores import check_reading
 
-    keeps = list(dict.fromkeys(keep or []))
+    keeps = list(dict.fromkeys(numbers(keep, "--keep")))
     for fraction in keeps:
         selection.check(fraction)
     tables = _without_results(tables)

@@ -295,13 +295,18 @@ def say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-    for note in ranking.notes():
-        say(f"warning: {note}")
+    say_notes(ranking)
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def say_notes(ranking: Ranking) -> None:
+    """What to know before trusting the ranking."""
+    for note in ranking.notes():
+        say(f"warning: {note}")
 
 
 def say_table(ranking: Ranking) -> None:
@@ -315,11 +320,26 @@ def say_table(ranking: Ranking) -> None:
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
+    import numpy as np
+
     gone, left = int((ranking.duplicate_of >= 0).sum()), int(ranking.usable.sum())
     say(
         f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
         f"{left:,} remain, of which --keep is a fraction"
     )
+    from protoprune.pruning import likeness
+
+    near = likeness(ranking, epsilon)
+    say("duplicates: within clusters, --dedup E would find")
+    for threshold, pairs, images in zip(near.thresholds, near.pairs, near.images, strict=True):
+        mark = " (this run)" if abs(threshold - epsilon) < 1e-6 else ""
+        say(f"  E {threshold:<6g} {pairs:>9,} pairs, among {images:,} images{mark}")
+    if near.suggested is not None:
+        say(
+            f"  an image's nearest one is at {np.nanmedian(near.nearest):.3g} (median); a quarter of that, --dedup "
+            f"{near.suggested:g}, is where near-duplicates usually end; `protoprune sheet --duplicates "
+            f"{near.suggested:g}` shows them"
+        )
 
 
 def _say_selected(chosen: Selected) -> None:

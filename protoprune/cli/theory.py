@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.options import numbers
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
@@ -41,10 +42,19 @@ class Size(StrEnum):
     pruned = "alpha-prune"
 
 
-Tots = Annotated[str | None, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")]
-Prunes = Annotated[str | None, typer.Option("--alpha-prune", help="Or: after pruning, comma-separated.")]
-Keeps = Annotated[str, typer.Option("--keep", help="Fractions kept, comma-separated, above 0 and at most 1.")]
-Thetas = Annotated[str, typer.Option("--theta", help="Probe angles in degrees, comma-separated; 0 is a perfect probe.")]
+# Options that take several numbers: repeated, or separated by commas.
+Tots = Annotated[
+    list[str] | None,
+    typer.Option("--alpha-tot", metavar="NUMBERS", help="Examples a dimension before pruning: 2,5,10."),
+]
+Prunes = Annotated[list[str] | None, typer.Option("--alpha-prune", metavar="NUMBERS", help="Or: after pruning.")]
+Keeps = Annotated[
+    list[str], typer.Option("--keep", metavar="NUMBERS", help="Fractions kept, above 0 and at most 1: 1,0.5,0.2.")
+]
+Thetas = Annotated[
+    list[str],
+    typer.Option("--theta", metavar="NUMBERS", help="Probe angles in degrees: 0,10,20; 0 is a perfect probe."),
+]
 Theta = Annotated[float, typer.Option("--theta", min=0, max=89, help="Probe angle in degrees; 0 is a perfect probe.")]
 OneOrder = Annotated[Order, typer.Option("--order", help="Which examples are kept.")]
 OneMargin = Annotated[
@@ -71,7 +81,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation
 def error(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    keep: Keeps = "1,0.5,0.2",
+    keep: Keeps = ("1,0.5,0.2",),
     theta: Theta = 0.0,
     order: Annotated[
         Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
@@ -99,7 +109,7 @@ def error(
 
 @theory_app.command()
 def curve(
-    keep: Keeps = "1,0.5,0.2,0.1",
+    keep: Keeps = ("1,0.5,0.2,0.1",),
     theta: Theta = 0.0,
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
@@ -129,7 +139,7 @@ def curve(
 
 @theory_app.command()
 def pareto(
-    theta: Thetas = "0,10,20,40",
+    theta: Thetas = ("0,10,20,40",),
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     start: Start = 0.5,
@@ -152,7 +162,7 @@ def pareto(
 def best_keep(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    theta: Thetas = "0,10,20,40",
+    theta: Thetas = ("0,10,20,40",),
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
@@ -171,14 +181,14 @@ def best_keep(
 
 @theory_app.command()
 def crossover(
-    keep: Keeps = "0.8,0.5,0.2",
-    theta: Thetas = "0,10,20",
+    keep: Keeps = ("0.8,0.5,0.2",),
+    theta: Thetas = ("0,10,20",),
     margin: OneMargin = Margin.absolute,
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
     """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
-    keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
+    keeps, thetas = numbers(keep, "--keep", low=0, high=0.99), _angles(theta)
     _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
 
@@ -193,7 +203,7 @@ def crossover(
 
 @theory_app.command()
 def information(
-    keep: Keeps = "1,0.5,0.2,0.05",
+    keep: Keeps = ("1,0.5,0.2,0.05",),
     start: Start = 0.1,
     stop: Stop = 20.0,
     points: Points = 12,
@@ -258,39 +268,21 @@ def advise(
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> list[float]:
-    """Comma-separated numbers above `low` (or from it, if closed) up to `high`; a usage error names a wrong one."""
-    values = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        try:
-            value = float(part)
-        except ValueError:
-            value = float("nan")
-        if not ((low <= value if closed else low < value) and value <= high and value != float("inf")):
-            least = f"from {low:g}" if closed else f"above {low:g}"
-            most = "" if high == float("inf") else f" and at most {high:g}"
-            raise UsageError(f"{option} {part}: not a number {least}{most}; separate several by commas")
-        values.append(value)
-    if not values:
-        raise UsageError(f"{option}: empty; expected one or more numbers, separated by commas")
-    return values
-
-
-def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
+def _sizes(alpha_tot: list[str] | None, alpha_prune: list[str] | None) -> tuple[str, list[float]]:
     """Which of the two was given, and its numbers."""
     if (alpha_tot is None) == (alpha_prune is None):
         raise UsageError("--alpha-tot or --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
-        return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
-    return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
+        return "alpha_prune", numbers(alpha_prune, "--alpha-prune", low=0)
+    return "alpha_tot", numbers(alpha_tot, "--alpha-tot", low=0)
 
 
-def _fractions(text: str) -> list[float]:
-    return _numbers(text, "--keep", high=1.0)
+def _fractions(given: list[str]) -> list[float]:
+    return numbers(given, "--keep", low=0, high=1)
 
 
-def _angles(text: str) -> list[float]:
-    return _numbers(text, "--theta", high=89.0, closed=True)
+def _angles(given: list[str]) -> list[float]:
+    return numbers(given, "--theta", low=0, high=89, closed=True)
 
 
 def _grid(start: float, stop: float, points: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.metrics import dynamics, ensembles, geometry
 
 # EL2N and GraNd are early scores: Data Diet (Paul et al. 2021) takes them from epoch 10 to 20 of 200. A training of
@@ -75,6 +75,11 @@ def score(name: str, source, **options) -> Scored:
         if key not in metric.options:
             able = ", ".join(sorted(other for other in METRICS if key in METRICS[other].options))
             raise UsageError(f"--{key} does not go with {name}; it goes with {able or 'no metric'}")
+    if "seed" in given:
+        check_seed(given["seed"])
+    for key in ("k", "window"):
+        if given.get(key, 1) < 1:
+            raise UsageError(f"--{key} {given[key]}: expected at least 1")
     missing = [one for one in metric.statistics if one not in source.statistics] if metric.needs == "record" else []
     if missing:
         raise UsageError(

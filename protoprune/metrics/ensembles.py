@@ -14,7 +14,9 @@ REDUCTIONS = ("max", "sum_abs")
 BLOCK_BYTES = 64 << 20  # of the influence matrix held at a time, twice
 
 
-def difference(right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray):
+def difference(
+    right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray
+) -> np.ndarray:
     """(n,) float32 memorization (Feldman & Zhang 2020): P[right | trained on it] - P[right | not], NaN for 0 models."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return (right_in / models_in - right_out / models_out).astype(np.float32)

@@ -38,9 +38,12 @@ def advise(
     per_class = images / classes
     theta = None if probe_quality is None else 180 * (1 - probe_quality)
     balance = [_balance(classes, counts)] if classes > 1 else []
-    if theta is not None and theta > USELESS_THETA:
+    if probe_quality is None or theta is None:
+        probe = _any_probe()
+    elif theta > USELESS_THETA:
         return [_useless_probe(probe_quality, theta), *balance]
-    probe = _any_probe() if theta is None else _this_probe(probe_quality, theta)
+    else:
+        probe = _this_probe(probe_quality, theta)
     return [_order(per_class), _fraction(per_class), _aggressive(per_class), *balance, probe]
 
 

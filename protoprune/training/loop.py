@@ -94,6 +94,7 @@ class State:
     seconds: float  # of training alone
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    losses: np.ndarray  # (steps of this epoch,) float32 training loss of each step
 
     def checkpoint(self) -> dict:
         """Everything that a later `epochs(..., resume=)` needs, for torch.save."""
@@ -160,6 +161,7 @@ def epochs(
                 raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
         augmentation = _Augmentation(recipe.augment, data.inputs.shape, seed, epoch)
         model.train()
+        losses_seen = []
         batches = split(torch.from_numpy(np.ascontiguousarray(chosen)), recipe.batch_size)[: total - step]
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
             for picked, inputs in stream:
@@ -175,6 +177,7 @@ def epochs(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                losses_seen.append(loss.detach())
                 step += 1
                 if sampler is not None:
                     sampler.update(picked, losses.detach())
@@ -184,7 +187,7 @@ def epochs(
             torch.cuda.synchronize(device)
         epoch += 1
         seconds += time.perf_counter() - began
-        yield State(epoch, step, seconds, model, optimizer)
+        yield State(epoch, step, seconds, model, optimizer, torch.stack(losses_seen).cpu().numpy())
 
 
 def make_model(data: Examples, recipe: Recipe, seed: int, start: dict | None = None) -> nn.Module:
@@ -208,6 +211,7 @@ class Fit:
     seconds: float  # of training alone, evaluation not counted
     steps: int
     model: nn.Module
+    losses: np.ndarray  # (steps,) float32 training loss of each step
 
 
 def fit(
@@ -222,11 +226,13 @@ def fit(
 
     `on_epoch(epoch, training seconds so far, predictions on the test set)` costs an evaluation an epoch.
     """
+    losses = []
     for state in epochs(train, recipe, **how):
+        losses.append(state.losses)
         if on_epoch:
             on_epoch(state.epoch, state.seconds, predict(state.model, test, recipe.precision))
     predictions = np.empty(0, np.int64) if test is None else predict(state.model, test, recipe.precision)
-    return Fit(predictions, state.seconds, state.step, state.model)
+    return Fit(predictions, state.seconds, state.step, state.model, np.concatenate(losses))
 
 
 def predict(model: nn.Module, data: Examples, precision: str = "auto") -> np.ndarray:

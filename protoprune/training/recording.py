@@ -21,9 +21,9 @@ import torch
 
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.training import heads, loop, statistics
-from protoprune.training.examples import Examples
+from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
 from protoprune.training.models import file_digest
 
@@ -64,9 +64,12 @@ def plan(
 
     every: record every so many epochs, and the last; initial: also record the untrained models, as epoch 0.
 
-    Raises UsageError for values out of range.
+    Raises UsageError for values out of range, and for test features that were not made as the training features were.
     """
     check(models, subset_fraction, every)
+    check_seed(seed)
+    if test is not None:
+        check_same_inputs(train, test)
     if len(train.classes) > 65_536:
         raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)

@@ -17,9 +17,10 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
 from protoprune.files import table_csv, write_file
-from protoprune.training.examples import Examples, load_examples
+from protoprune.training.examples import Examples, load_examples, subset
 from protoprune.training.loop import Recipe
 
+__all__ = ["Claim", "Lab", "held_out", "interval_text", "report", "stratified_rows", "subset"]
 VERDICTS = ("holds", "does not hold", "undecided")
 
 
@@ -90,9 +91,10 @@ class Lab:
             accuracy = 100 * step.outcome.accuracy
             self.say(f"run {step.done}/{step.total}: {step.run.method}, seed {step.run.seed}: {accuracy:.2f} %{left}")
 
-    def recipe(self, **changes) -> Recipe:
-        """The training recipe of [size.recipe], with changes."""
-        given = {**self.settings.get("recipe", {}), **changes}
+    def recipe(self, part: str = "recipe", **changes) -> Recipe:
+        """The training recipe of the settings, with changes. `part = "probe"` is that of the models whose mistakes rank
+        the images, where there is one of its own: a converged head has no course of training that could be read."""
+        given = {**self.settings.get(part, self.settings.get("recipe", {})), **changes}
         return Recipe.for_model(given.pop("model"), **given)
 
     def folder_of(self, name: str) -> Path:
@@ -188,17 +190,6 @@ def held_out(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
         own = np.flatnonzero(labels == label)
         test[own[len(own) - int(share * len(own)) :]] = True
     return test
-
-
-def subset(examples: Examples, rows: np.ndarray) -> Examples:
-    """The examples of these rows alone, as a set of its own."""
-    import torch
-
-    rows = np.sort(np.asarray(rows))
-    return Examples(
-        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
-        examples.inputs[torch.from_numpy(rows)],
-    )  # fmt: skip
 
 
 def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
