@@ -109,6 +109,14 @@ def test_networks_are_small_ones_unless_asked_for(images, record):
     assert lines[-1].startswith("record.h5: 1 x cnn, 1 epochs, in ")
 
 
+def test_class_probabilities_are_sized_and_recorded(images, record, tmp_path):
+    _, lines = record(images, *QUICK, "--models", "2", "--probabilities", "--plan")
+    assert lines[-1].endswith("kB in record.h5, 144 bytes of it class probabilities")  # 2 x 12 x 3 float16
+    assert record(images, *QUICK, "--models", "2", "--probabilities")[0] == 0
+    with Record(tmp_path / "record.h5") as found:
+        assert found.probabilities(1).shape == (12, 3)
+
+
 def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "load", None)
     code, lines = record(images, "--plan", "--epochs", "90", "--models", "20")

@@ -43,6 +43,10 @@ def record(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Record gradient norms (GraNd): slow for networks, cheap for heads.")
     ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Record all class probabilities at the end, for label_issues."),
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step [default: 256 for a head, else 128].")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: what suits the model].")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay [default: what suits the model].")] = None,
@@ -94,11 +98,16 @@ def record(
     train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan, labelled=labelled)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
-        gradients=gradients, seed=seed,
+        gradients=gradients, probabilities=probabilities, seed=seed,
     )  # fmt: skip
     say(
         f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
         f"{len(train):,} examples, {bytes_text(laid_out.bytes)} in {out}"
+        + (
+            f", {bytes_text(2 * models * len(train) * len(train.classes))} of it class probabilities"
+            if probabilities
+            else ""
+        )
     )
     if plan:
         return
@@ -111,8 +120,8 @@ def record(
 
         try:
             recording.record(
-                train, held_out, recipe, out, laid_out, gradients=gradients, seed=seed, device=device,
-                overwrite=overwrite, on_start=on_start, on_progress=progress.update,
+                train, held_out, recipe, out, laid_out, gradients=gradients, probabilities=probabilities, seed=seed,
+                device=device, overwrite=overwrite, on_start=on_start, on_progress=progress.update,
             )  # fmt: skip
         except KeyboardInterrupt:
             progress.__exit__()
@@ -187,11 +196,12 @@ def load_sets(
 
     `labelled` is what `label_options` gives.
     """
+    from protoprune.features import missing
     from protoprune.training.examples import check_same_inputs, load_examples
 
     for path in (source, test):
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such image folder or feature file")
+            raise missing(path)
     if model != "head" and not is_image_folder(source):
         raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
     if model == "head" and is_image_folder(source):
