@@ -25,7 +25,8 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
       `torch.utils.data.Subset` (classes keep their numbers);
     - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
     - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
-      file's name; where that makes one key of several images, of which some are to go, the sample is refused.
+      file's name; where that makes one key of several images, of which some are to go, the sample is refused. A list
+      that was made from shards is matched by shard and key.
 
     `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
     empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it), so
@@ -183,16 +184,32 @@ class _KeptSamples:
 
     def stage(self, samples: Iterable[dict]) -> Iterator[dict]:
         unseen = {path for names in self.listed.values() for path in names.values()}
+        shards: dict[str, str | None] = {}  # key -> the shard that it was found in
         for sample in samples:
             if not isinstance(sample, dict) or "__key__" not in sample:
                 has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
                 raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
-            names = self.listed.get(sample["__key__"].removeprefix("./"))
+            key = sample["__key__"].removeprefix("./")
+            one = next((one for one in _keys(sample, key) if one in self.listed), None)
+            names = self.listed.get(one)
+            if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
+                raise ProtopruneError(
+                    f"{one} is in {shards[one]} and in {sample['__url__']}: two shards of one name; list them by their "
+                    "paths below a common root"
+                )
             if names and (found := _named_in(sample, names)):
                 unseen -= found
                 yield sample
         if not _is_loader_worker():
             _all_present(unseen, self.count, "(by key)")
+
+
+def _keys(sample: dict, key: str) -> Iterator[str]:
+    """What the sample may be called in a list, the longest first: its shard's path and key where the list was made from
+    shards (`0000.tar/cat/1`, below whichever root), else its key."""
+    parts = str(sample.get("__url__") or "").removesuffix(" -").split("/")
+    yield from (f"{'/'.join(parts[start:])}/{key}" for start in range(len(parts)) if parts[start])
+    yield key
 
 
 def _named_in(sample: dict, names: dict[str, str]) -> set[str]:

@@ -322,3 +322,27 @@ def test_webdataset_keys(tmp_path, names, kept, keys, prefix):
 def test_two_names_that_webdataset_cannot_tell_apart():
     with pytest.raises(ProtopruneError, match=r"a\.JPG and a\.jpg: one key and suffix"):
         keep_only([{"__key__": "a"}], ["a.jpg", "a.JPG"])
+
+
+def test_lists_of_shards_match_by_shard_and_key(tmp_path):
+    """Two tars that share their keys: the list says which image of which shard."""
+    samples = [{"__url__": f"/mnt/set/{shard}.tar", "__key__": f"cat/{key}", "png": b"", "id": (shard, key)}
+               for shard in ("a/0", "a/1", "b/0") for key in (1, 2)]  # fmt: skip
+    kept = ["a/0.tar/cat/1.png", "a/1.tar/cat/2.png", "b/0.tar/cat/2.png"]
+    assert [one["id"] for one in keep_only(samples, kept)] == [("a/0", 1), ("a/1", 2), ("b/0", 2)]
+    assert [one["id"] for one in keep_only(samples[:2], ["0.tar/cat/2.png"])] == [("a/0", 2)]
+    with pytest.raises(ProtopruneError, match=r"0\.tar/cat/1 is in /mnt/set/a/0\.tar and in /mnt/set/b/0\.tar"):
+        list(keep_only(samples, ["0.tar/cat/1.png"]))
+    with pytest.raises(ProtopruneError, match=r"1 of 1 listed images are not in the data set"):
+        list(keep_only(samples, ["c/0.tar/cat/1.png"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_webdataset_by_the_list_of_a_feature_set(image_tree, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    urls = shards(image_tree(), tmp_path)
+    kept = ["shard-0.tar/cat/000.png", "shard-1.tar/cat/001.png"]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False)
+    assert [one["__key__"] for one in keep_only(dataset, kept)] == ["cat/000", "cat/001"]
+    with pytest.raises(ProtopruneError, match="1 of 1 listed images are not in the data set"):
+        list(keep_only(webdataset.WebDataset(urls, shardshuffle=False), ["shard-1.tar/cat/000.png"]))
