@@ -35,7 +35,7 @@ from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.decode import TRANSIENT, Status
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList, is_feature_set
 
@@ -305,6 +305,16 @@ def open_features(path: str | os.PathLike) -> FeatureFile | FeatureSet:
         file.close()
         raise
     return file
+
+
+def missing(path: str | os.PathLike) -> ProtopruneError:
+    """The error for an image folder or a feature file that is not there: an unfinished one says how to finish it."""
+    if os.path.exists(partial_path(os.fspath(path))):
+        try:
+            open_features(path).close()
+        except ProtopruneError as error:
+            return error
+    return UsageError(f"{path}: no such image folder or feature file")
 
 
 class PartialFile:

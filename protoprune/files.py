@@ -24,7 +24,7 @@ CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of th
 
 # How files begin that took hours to make or cannot be made again: nothing of another kind is written over them.
 _PRECIOUS = (
-    (b"\x89HDF", "an HDF5 file, perhaps features or a training record"),
+    (b"\x89HDF", "an HDF5 file"), (b"protoprune-seal", "a feature file or a training record"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
     (b"II*\0", "an image"), (b"MM\0*", "an image"), (b"PK\x03\x04", "a zip archive, perhaps weights"),
 )  # fmt: skip

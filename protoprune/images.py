@@ -23,6 +23,7 @@ import numpy as np
 
 from protoprune.decode import read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.text import plain_bytes, unpacked, with_slashes
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
@@ -140,6 +141,7 @@ def list_paths(
     root = os.fspath(root) if chosen else _common_root(entries)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
+    entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids))
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
@@ -181,9 +183,12 @@ def refuse_archive(data: bytes, name: str) -> None:
 def split_list(data: bytes, name: str = "the list") -> list[str]:
     """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped.
 
-    Raises UsageError, with the list's `name`, for an archive or an image.
+    UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
+    `name`, for an archive or an image.
     """
+    data = unpacked(data, name)
     refuse_archive(data, name)
+    data = plain_bytes(data)
     if b"\0" in data:
         parts = data.split(b"\0")
     else:

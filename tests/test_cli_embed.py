@@ -103,7 +103,6 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--errors", "empty"], 2, "empty: a folder; name a file"),
         (["list.txt", "--errors", "list.txt"], 2, "is one of the inputs"),
         (["list.txt", "-o", "list.txt"], 2, "is one of the inputs"),
-        (["list.gz"], 2, "list.gz: a gzip file, not a list of paths"),
         (["images.tar", "--root", "."], 2, "--root goes with a list of paths; a folder or a pattern has its own"),
         (["photo"], 2, "photo: a single image"),
         (["images", "--no-labels", "--class-level", "1"], 2, "--no-labels does not go with --class-level"),
@@ -114,7 +113,6 @@ def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("images/c0/00.png\n")
-    (tmp_path / "list.gz").write_bytes(gzip.compress(b"images/c0/00.png\n"))
     (tmp_path / "photo").write_bytes((images / "c0" / "00.png").read_bytes())
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(images, "images")
@@ -171,7 +169,7 @@ def test_the_default_name_keeps_the_first_sets_features(images, tmp_path, monkey
         (["other"], "is for images below", {}),
         (["list.txt"], "stays as it is", {}),
         (["list.txt", "--root", "other", "--overwrite"], "stays as it is", {}),
-        (["-"], "the list on stdin: a gzip file", {"input": gzip.compress(b"x/1.png\n" * 9)}),
+        (["-"], "the list on stdin: a damaged gzip file", {"input": gzip.compress(b"x/1.png\n" * 9)[:-9]}),
     ):
         result = call(*arguments, **options)
         assert result.exit_code in (1, 2), result.stderr

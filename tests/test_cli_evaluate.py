@@ -231,9 +231,17 @@ def test_a_list_of_other_images_is_refused_with_a_count(here, run):
     assert "cannot be read: made up truncated" in run("evaluate", "unreadable.txt", *QUICK, code=1).stderr
 
 
-def test_a_manifest_is_no_list(here, run):
-    Path("all.csv").write_text("path,keep\n" + "".join(f"{path},True\n" for path in PATHS[1:]))
-    assert "all.csv: a manifest" in run("evaluate", "all.csv", *QUICK, code=2).stderr
+def test_a_manifest_is_the_list_of_what_it_keeps(here, run):
+    Path("all.csv").write_text("path,keep\n" + "".join(f"{path},{i % 3}\n".replace(",2", ",1")
+                                                      for i, path in enumerate(PATHS[1:])))  # fmt: skip
+    kept = [path for i, path in enumerate(PATHS[1:]) if i % 3]
+    Path("kept.txt").write_text("".join(f"./{path}\r\n" for path in kept))
+    results = []
+    for name in ("all.csv", "kept.txt"):
+        run("evaluate", name, *QUICK, "-o", f"of-{name}")
+        results.append(Path(f"of-{name}", "results.csv").read_text().replace(name, "the list"))
+    assert results[0] == results[1]
+    assert f"the list,list,{len(kept)}," in results[0]
 
 
 def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
@@ -265,14 +273,12 @@ def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
     from protoprune.training import examples
 
     monkeypatch.setattr(examples, "load_examples", None)
-    Path("manifest.csv").write_text("path,keep\nape/000.png,1\n")
     Path("file").touch()
     sets = ["--features", "train.h5", "--test", "test.h5"]
     for arguments in (
         ["evaluate", "good.txt", *sets, "--budget", "days"],
         ["evaluate", "good.txt", *sets, "--target-accuracy", "90"],
         ["evaluate", "none.txt", *sets],
-        ["evaluate", "manifest.csv", *sets],
         ["evaluate", "good.txt", *sets, "-o", "file"],
         ["evaluate", *sets, "--dynamic", "best", "--keep", "0.5"],
         ["evaluate", "good.txt", *sets, "--device", "abacus"],

@@ -71,7 +71,7 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
     assert "4 of 4 epochs are recorded already, 0 to go" in lines
     code, lines = record(*arguments, "--lr", "0.07")
     assert code == 1
-    assert lines[-1].startswith("error: record.h5 is of another run (lr 0.1, now 0.07); ")
+    assert lines[-1].startswith("error: record.h5 is of another run (lr 0.2, now 0.07); ")
     assert record(*arguments, "--lr", "0.07", "--overwrite")[0] == 0
 
 

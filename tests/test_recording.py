@@ -54,7 +54,7 @@ def literal_gradient_norms(model, data) -> list[float]:
     norms = []
     for one, label in zip(data.inputs, data.labels, strict=True):
         loss = nn.functional.cross_entropy(model(one[None]), torch.tensor([label]))
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
         norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
     return norms
 

@@ -15,8 +15,10 @@ from shard_helpers import image_folder, members, write_parquet, write_tar, write
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import list_folder
+from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
 from protoprune.sources.finding import Shard, expand, fixed_part, in_order
+from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
 
@@ -366,3 +368,26 @@ def test_a_shard_without_images(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     assert refused(path) == (Status.EMPTY, "holds no images (but .txt 2)")
     assert refused(tmp_path / "gone.tar") == (Status.MISSING, "no such file")
+
+
+def test_single_images_are_read_by_their_ids(folder, tmp_path):
+    files = members(folder)
+    write_tars(tmp_path / "set/deep", files, 2)
+    write_zip(tmp_path / "set/z.zip", files)
+    (tmp_path / "set/plain.png").write_bytes(PNG)
+    read = ImageReader(tmp_path / "set")
+    for name, data in files:
+        assert read(f"z.zip/{name}") == data
+    assert read(f"deep/0000.tar/{files[0][0]}") == files[0][1]
+    assert read(f"deep/0001.tar/{files[-1][0]}") == files[-1][1]
+    assert read("plain.png") == PNG
+    for path in ("gone.png", "gone.tar/x.png", "z.zip/gone.png", "plain.png/x.png", f"deep/0000.tar/{files[-1][0]}"):
+        with pytest.raises(ImageError):
+            read(path)
+
+
+def test_a_sheet_of_images_in_shards(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    names = [path for shard in ("0000.tar", "0001.tar") for path in contents(tmp_path / "set" / shard)]
+    _, unreadable = contact_sheet([("all", names[:3], names[-3:])], str(tmp_path / "set"))
+    assert unreadable == 0

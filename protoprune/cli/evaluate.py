@@ -173,7 +173,6 @@ def evaluate(
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     for path in lists:
         read_list(path)
-        _refuse_manifest(path)
     train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
     with _resumable(out):
@@ -335,15 +334,6 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     every = _every_path(source) if isinstance(listed, np.ndarray) else None
     rows = list_rows(listed, train, os.fspath(path), every_path=every)
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
-
-
-def _refuse_manifest(path: Path) -> None:
-    """A manifest names the removed images too: as a list it would be everything, in silence."""
-    if path.suffix in (".csv", ".jsonl"):
-        with open(path, errors="replace") as file:
-            first = file.readline()
-        if "keep" in first.strip().split(",") or '"keep":' in first:
-            raise UsageError(f"{path}: a manifest, which holds the removed images too; give the list that select wrote")
 
 
 def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:

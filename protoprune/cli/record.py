@@ -196,11 +196,12 @@ def load_sets(
 
     `labelled` is what `label_options` gives.
     """
+    from protoprune.features import missing
     from protoprune.training.examples import check_same_inputs, load_examples
 
     for path in (source, test):
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such image folder or feature file")
+            raise missing(path)
     if model != "head" and not is_image_folder(source):
         raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
     if model == "head" and is_image_folder(source):

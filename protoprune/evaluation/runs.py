@@ -25,6 +25,7 @@ import numpy as np
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
+from protoprune.text import with_slashes
 
 FORMAT = 3  # one more whenever the training itself changes
 MIN_STEPS = 500  # optimizer steps that every network takes at least: fewer would judge the length of training
@@ -110,8 +111,8 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
     """
     if isinstance(listed, np.ndarray):
         listed = _paths_of_indices(listed, list(every_path if every_path is not None else examples.paths), name)
-    listed = [_relative(path, examples) for path in listed]
     row_of = {path: row for row, path in enumerate(examples.paths)}
+    listed = _relative(listed, examples, row_of)
     missing = [path for path in listed if path not in row_of]
     if missing:
         reasons = dict(getattr(examples, "unreadable", ()))
@@ -130,7 +131,8 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
 
 def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: str) -> np.ndarray:
     """(m,) loss weights of the rows of a list, from a weight a path. Raises ProtopruneError where one is missing."""
-    by_path = {_relative(path, examples): weight for path, weight in weights.items()}
+    known = set(examples.paths)
+    by_path = dict(zip(_relative(list(weights), examples, known), weights.values(), strict=True))
     missing = [examples.paths[row] for row in rows if examples.paths[row] not in by_path]
     if missing:
         raise ProtopruneError(
@@ -139,8 +141,11 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: st
     return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
 
 
-def _relative(path: str, examples) -> str:
-    return path.removeprefix(os.path.join(os.path.abspath(examples.root), "")).removeprefix("./")
+def _relative(listed: Sequence[str], examples, known) -> list[str]:
+    """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
+    base = os.path.join(os.path.abspath(examples.root), "")
+    listed = with_slashes(listed, known.__contains__)
+    return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 
 def _paths_of_indices(indices: np.ndarray, paths: list[str], name: str) -> list[str]:

@@ -23,6 +23,7 @@ from protoprune import files
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import KEY, key_differences, missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
@@ -89,7 +90,7 @@ def load_examples(
         images = list_folder(source, labels=labels, class_level=class_level)
         return _load_images(images, source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
-        raise UsageError(f"{source}: no such image folder or feature file")
+        raise missing(source)
     if labels is not True or class_level is not None:
         raise UsageError(
             f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
@@ -109,8 +110,6 @@ def check_same_inputs(train: Examples, test: Examples) -> list[str]:
         raise UsageError(f"the inputs of the training set are {sizes[0]} and those of the test set {sizes[1]}")
     if not train.made_by or not test.made_by:
         return []
-    from protoprune.features import key_differences
-
     differences = {
         name: key_differences({**train.made_by, name: test.made_by.get(name)}, train.made_by)
         for name in {**train.made_by, **test.made_by}
@@ -134,8 +133,6 @@ def subset(examples: Examples, rows: np.ndarray) -> Examples:
 
 
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    from protoprune.features import KEY, open_features
-
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
         rows = np.flatnonzero(usable & (labels >= 0))

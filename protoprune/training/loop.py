@@ -41,6 +41,7 @@ class Recipe:
     lr: float = 0.1  # at its highest
     momentum: float = 0.9  # Nesterov
     weight_decay: float = 5e-4
+    bias_lr: float = 1.0  # learning rate of biases and batch norm, as a multiple
     schedule: str = "linear"  # to 0; or cosine, or steps: x 0.2 at 30, 60 and 80 % (Data Diet)
     warmup: float = 0.15  # of all steps
     augment: str = "crop-flip"
@@ -58,6 +59,7 @@ class Recipe:
         known = {
             "head": {"epochs": 20, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "augment": "none"},
             "resnet18": {"epochs": 20},
+            "cnn": {"lr": 0.2, "momentum": 0.85, "weight_decay": 1.3e-3, "bias_lr": 64.0},
         }.get(model, {"lr": 0.02, "weight_decay": 5e-4} if model.startswith("timm:") else {})
         chosen = {**known, **{name: value for name, value in given.items() if value is not None}}
         unknown = set(chosen) - set(cls.__dataclass_fields__)
@@ -132,7 +134,7 @@ def epochs(
         raise UsageError("a network is trained on batches of 2 images and more; keep more, or raise --batch-size")
     model = make_model(data, recipe, seed, start).to(device)
     optimizer = torch.optim.SGD(
-        models.parameters_with_decay(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum,
+        models.parameter_groups(model, recipe.weight_decay, recipe.bias_lr), lr=recipe.lr, momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
     )  # fmt: skip
     epoch = step = 0
@@ -166,7 +168,7 @@ def epochs(
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
             for picked, inputs in stream:
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * rate(recipe, step, total)
+                    group["lr"] = group["times"] * recipe.lr * rate(recipe, step, total)
                 target = labels[picked.to(device)]
                 with cast():
                     logits = forward(augmentation(inputs, picked))
@@ -368,7 +370,9 @@ class _Augmentation:
         self.pad = max(1, shape[-1] // 8)
         generator = np.random.default_rng([seed, 3, epoch])
         if self.kind != "none":
-            self.flip = torch.from_numpy(generator.random(n) < 0.5)
+            # Jordan 2024: seen in one way in one epoch and in the other in the next, never twice the same
+            first = np.random.default_rng([seed, 3]).random(n) < 0.5
+            self.flip = torch.from_numpy(first ^ bool(epoch % 2))
         if self.kind == "crop-flip":
             self.shift = torch.from_numpy(generator.integers(0, 2 * self.pad + 1, (2, n)))
         elif self.kind == "resized-crop":  # area 25-100 %, aspect 3/4 to 4/3, anywhere inside

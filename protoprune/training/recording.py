@@ -354,8 +354,9 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    parameters = {name: value.detach() for name, value in model.named_parameters() if name in trained}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in trained}
 
     def loss(parameters, one, label):
         logits = torch.func.functional_call(model, (parameters, buffers), (one[None],))
