@@ -49,4 +49,5 @@ def load_npz(source: bytes | str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return reason if len(reason) <= 120 else reason[:120] + "…"  # zipfile shows the bytes that it found
