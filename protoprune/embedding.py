@@ -25,7 +25,7 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, hdf5
-from protoprune.decode import TRANSIENT, ImageError, Status, load, silence_libtiff
+from protoprune.decode import TRANSIENT, ImageError, Status, load_noted, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -54,6 +54,7 @@ class EmbedReport:
     unchanged: int = 0  # images whose features an earlier run had left
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
+    transparent: int = 0  # images with transparent parts, of all n
     device: str = ""
     precision: str = ""
 
@@ -123,7 +124,7 @@ def embed(
         finally:
             partial.close()
         with FeatureFile(out) as done:
-            report.failures = done.failure_counts()
+            report.failures, report.transparent = done.failure_counts(), done.transparent
     return report
 
 
@@ -420,8 +421,8 @@ def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list
 def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
     path = os.path.join(images.root, images.paths[row])
     try:
-        slot[...] = load(path, int(images.size[row]), int(images.mtime_ns[row]), encoder.preprocess)
-        return Status.OK, ""
+        slot[...], note = load_noted(path, int(images.size[row]), int(images.mtime_ns[row]), encoder.preprocess)
+        return Status.OK, note
     except ImageError as error:
         slot[...] = 0
         return error.status, error.reason

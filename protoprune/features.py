@@ -8,7 +8,7 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     classes    uint8   class names, each followed by a NUL byte
     features   float16 or float32 (n, d), not normalised; zero where status is not 1
     status     uint8   (n,) 0 pending, 1 ok, others failed: see `decode.Status`
-    reason     uint16  (n,) index into reasons
+    reason     uint16  (n,) index into reasons; of a usable image a note (transparent, shown on white)
     reasons    S160    (1024,) distinct failure messages, the first one empty
     borrowed   uint8   (n,) 1 where the row was copied from an earlier file
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 
 from protoprune import files, hdf5
-from protoprune.decode import TRANSIENT, Status
+from protoprune.decode import ON_WHITE, TRANSIENT, Status
 from protoprune.errors import ProtopruneError
 from protoprune.images import ImageList
 
@@ -109,6 +109,12 @@ class FeatureFile:
         """Status label -> number of images."""
         values, counts = np.unique(self.status, return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True) if v > Status.OK})
+
+    @property
+    def transparent(self) -> int:
+        """How many images have transparent parts, which are shown on white."""
+        slot = np.flatnonzero(self._file["reasons"][:] == ON_WHITE.encode())
+        return int(np.isin(self._file["reason"][:], slot).sum())
 
     @property
     def unreadable_folders(self) -> list[list[str]]:

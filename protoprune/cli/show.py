@@ -48,6 +48,8 @@ def info(
         )
         _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
         origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+        if file.transparent:
+            _print(f"transparent {file.transparent:,} images, shown on white")
         _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
         _print(f"root        {facts['root']}")
         _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
