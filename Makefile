@@ -9,7 +9,7 @@ DEMO := .demo
 IMAGES ?= $(DEMO)/digits
 
 .DEFAULT_GOAL := help
-EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet
+EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet choice
 SIZE ?= small
 
 .PHONY: help venv demo test test-all lint docs bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
@@ -47,9 +47,10 @@ test: $(READY) ## Run the tests (fast, offline).
 test-all: $(READY) ## Run every test, slow and GPU ones included.
 	$(BIN)/python -m pytest -m 'slow or gpu or not slow' --timeout 1800
 
-lint: $(READY) ## Check style and formatting.
+lint: $(READY) ## Check style, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(READY) ## Build the documentation as a site, build/site/index.html; a dead link fails.
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

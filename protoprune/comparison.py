@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from protoprune import selection
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.images import folder_labels
 from protoprune.scores import ScoreTable, Table, match
 
+PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
+CLASS_COLUMNS = ["keep", "table", "class", "images", "share"]  # those of `class_rows`
 _RESAMPLE = 10_000  # rows of a bootstrap resample; intervals of larger sets are scaled (see `bootstrap`)
 
 
@@ -58,6 +60,9 @@ def compare(
     """
     if len(tables) < 2:
         raise UsageError(f"{len(tables)} score tables: expected two or more to compare")
+    check_seed(seed)
+    if resamples < 0:
+        raise UsageError(f"--bootstrap {resamples}: expected 0 or more resamples")
     for keep in keeps:
         selection.check(keep)
     values = np.stack([np.asarray(scores, np.float64) for scores in tables.values()])  # (m, N)

@@ -92,6 +92,9 @@ def embed(
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     if store not in ("float16", "float32"):
         raise UsageError(f"--store {store}: expected float16 or float32")
+    for option, number in (("--batch-size", batch_size), ("--workers", workers)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: expected auto or a number of at least 1")
     where = resolve_device(device)
     precision = resolve_precision(precision, where, encoder)
     provenance = {
@@ -265,9 +268,9 @@ def _other_features(path: str, file: FeatureFile, differences: list[str], wanted
 
 
 def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
-    """Whether the finished file is what a run would make: the same images, and what failed for want of something
-    (a permission, memory, another program) still fails."""
-    if not feature_file.covers(file, images):
+    """Whether the finished file is what a run would make: the same images, no row damaged, and what failed for want of
+    something (a permission, memory, another program) still fails."""
+    if not feature_file.covers(file, images) or not file.intact().all():
         return False
     status = file.status
     pixels = np.empty((encoder.preprocess.size, encoder.preprocess.size, 3), np.uint8)

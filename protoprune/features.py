@@ -10,12 +10,14 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     status     uint8   (n,) 0 pending, 1 ok, others failed: see `decode.Status`
     reason     uint16  (n,) index into reasons; of a usable image a note (transparent, shown on white)
     reasons    S160    (1024,) distinct failure messages, the first one empty
-    borrowed   uint8   (n,) 1 where the row was copied from an earlier file
+    borrowed   uint8   (n,) 1 where the row was copied from an earlier file or finished by an earlier run
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
+    digest     uint64  (n,) xxh3-64 of the row's features, seeded with that of its status byte and its failure message
 
-Provenance is in the attributes. While a run is under way the same file is called `<name>.partial`. A batch is written
-as data, flush, `committed`, flush: of the orders measured this is the one that survived every kill -9, since after
-creation no HDF5 metadata changes. The finished file appears by rename and is never modified.
+Provenance is in the attributes, digests of all else are in the seal (see `seals`); files of earlier versions have none.
+While a run is under way the same file is called `<name>.partial`. A batch is written as data, flush, `committed`,
+flush: of the orders measured this is the one that survived every kill -9, since after creation no HDF5 metadata
+changes. The finished file appears by rename and is never modified.
 """
 
 from __future__ import annotations
@@ -28,32 +30,52 @@ from collections.abc import Sequence
 
 import h5py
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
-from protoprune import files, hdf5
+from protoprune import files, hdf5, seals
 from protoprune.decode import ON_WHITE, TRANSIENT, Status
 from protoprune.errors import ProtopruneError
+from protoprune.hdf5 import Column
 from protoprune.images import ImageList
 
-KIND = hdf5.Kind("protoprune-features", 1, "feature file", "protoprune embed IMAGES")
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
+_PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
+KIND = hdf5.Kind(
+    "protoprune-features", 1, "feature file", "protoprune embed IMAGES",
+    {
+        "path": Column(("uint8",), ("*",)),
+        "size": Column(("int64",), ("n",)),
+        "mtime_ns": Column(("int64",), ("n",)),
+        "label": Column(("int32",), ("n",)),
+        "classes": Column(("uint8",), ("*",)),
+        "features": Column(("float16", "float32"), ("n", "d")),
+        "status": Column(("uint8",), ("n",)),
+        "reason": Column(("uint16",), ("n",)),
+        "reasons": Column((f"|S{_REASON_WIDTH}",), (_REASON_SLOTS,)),
+        "borrowed": Column(("uint8",), ("n",)),
+        "committed": Column(("int64",), (1,)),
+        "digest": Column(("uint64",), ("n",), optional=True),
+    },
+    ("root", "uuid", "created", "protoprune", "encoder", "weights_sha256", "preprocess", "precision", "store"),
+)  # fmt: skip
 
 
 class FeatureFile:
-    """A finished feature file, opened for reading; a context manager.
+    """A feature file, opened for reading; a context manager. `open_features` is for finished ones only.
 
-    Attributes: path, n, dim, features (h5py dataset, (n, d)), provenance (dict of plain values).
-    Arrays are read when first used. Raises ProtopruneError when the file is missing, damaged or something else.
+    Attributes: path, n, dim, features (see `Features`), provenance (dict of plain values). Arrays are read and checked
+    when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._file = hdf5.open_file(self.path, "r", KIND)
-        self.features = self._file["features"]
-        self.n, self.dim = self.features.shape
-        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
+        self._reader = hdf5.Reader(self.path, KIND)
+        self.n, self.dim = (self._reader.dims[name] for name in "nd")
+        self.provenance = self._reader.attributes
+        self.features = Features(self)
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -62,26 +84,31 @@ class FeatureFile:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        self._reader.close()
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the file has digests; those of earlier versions have none."""
+        return self._reader.seal is not None and "digest" in self._reader
 
     @property
     def paths(self) -> list[str]:
         """The n ids (surrogateescape where a name is not UTF-8), in row order."""
-        return hdf5.split(self._file["path"])
+        return self._reader.names("path", self.n)
 
     @property
     def classes(self) -> list[str]:
-        return hdf5.split(self._file["classes"])
+        return self._reader.names("classes")
 
     @property
     def labels(self) -> np.ndarray:
         """(n,) int32, -1 where there is no class."""
-        return self._file["label"][:]
+        return self._reader.within("label", -1, len(self.classes))
 
     @property
     def status(self) -> np.ndarray:
         """(n,) uint8, values of `decode.Status`."""
-        return self._file["status"][:]
+        return self._reader.within("status", 0, max(Status) + 1)
 
     @property
     def usable(self) -> np.ndarray:
@@ -90,18 +117,27 @@ class FeatureFile:
 
     @property
     def size(self) -> np.ndarray:
-        return self._file["size"][:]
+        return self._reader.whole("size")
 
     @property
     def mtime_ns(self) -> np.ndarray:
-        return self._file["mtime_ns"][:]
+        return self._reader.whole("mtime_ns")
+
+    @property
+    def reasons(self) -> list[bytes]:
+        """The failure messages, which the rows have numbers of."""
+        return self._reader.whole("reasons").tolist()
+
+    @property
+    def reason(self) -> np.ndarray:
+        """(n,) uint16 index into reasons."""
+        return self._reader.within("reason", 0, _REASON_SLOTS)
 
     def failures(self) -> list[tuple[str, Status, str]]:
         """(id, status, reason) of every image that has no features."""
-        status, paths = self.status, self.paths
-        reason, reasons = self._file["reason"][:], self._file["reasons"][:]
+        status, paths, reason, reasons = self.status, self.paths, self.reason, self.reasons
         return [
-            (paths[row], Status(status[row]), reasons[reason[row]].decode())
+            (paths[row], Status(status[row]), reasons[reason[row]].decode(errors="backslashreplace"))
             for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING))
         ]
 
@@ -113,42 +149,195 @@ class FeatureFile:
     @property
     def transparent(self) -> int:
         """How many images have transparent parts, which are shown on white."""
-        slot = np.flatnonzero(self._file["reasons"][:] == ON_WHITE.encode())
-        return int(np.isin(self._file["reason"][:], slot).sum())
+        slots = [slot for slot, text in enumerate(self.reasons) if text == ON_WHITE.encode()]
+        return int(np.isin(self.reason, slots).sum())
 
     @property
     def unreadable_folders(self) -> list[list[str]]:
         """[folder, reason] of the first 100 folders that could not be listed."""
-        return json.loads(self.provenance.get("unreadable_folders", "[]"))
+        with self._reader.trouble("its unreadable_folders"):
+            return json.loads(self.provenance.get("unreadable_folders", "[]"))
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
-        return _finished(self._file)
+        finished = self._reader.whole("borrowed") == 1
+        finished[np.flatnonzero(~finished)[: int(self._reader.whole("committed")[0])]] = True
+        return finished
+
+    def intact(self) -> np.ndarray:
+        """(n,) bool: finished rows that are what was written, as far as the file has digests."""
+        good = self.finished()
+        for start in range(0, self.n, _COPY_ROWS):
+            rows = np.arange(start, min(start + _COPY_ROWS, self.n))
+            with self._reader.trouble("its features"):
+                block = self._reader.file["features"][start : start + len(rows)]
+            good[rows[self.features.differs(rows, block)]] = False
+        return good
+
+    def damaged(self, what: str) -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return self._reader.damaged(what)
+
+    def damage(self) -> list[str]:
+        """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
+        that can be read."""
+        lines = []
+        if self._reader.seal is not None:
+            lines = [f"its {name}" for name in seals.damaged_datasets(self.path, self._reader.seal)]
+        for read in (lambda: self.paths, lambda: self.labels, self.failures, lambda: self.unreadable_folders):
+            try:
+                read()
+            except ProtopruneError as error:
+                lines = lines or [str(error)]
+        if not lines:
+            bad = np.flatnonzero(self.finished() & ~self.intact())
+            lines += [f"its features of {len(bad):,} images, first {self.paths[bad[0]]}"] if len(bad) else []
+        return lines
+
+
+class Features:
+    """The features of an open file: an array, (n, d), on the disk, whose rows are checked when they are first read.
+
+    Indexed by a number, a slice, or an array of numbers or booleans for the rows, and perhaps another index for the
+    columns.
+    """
+
+    ndim = 2
+
+    def __init__(self, file: FeatureFile):
+        self._file = file
+        self.shape, self.dtype = (file.n, file.dim), file._reader.file["features"].dtype
+        self.itemsize = self.dtype.itemsize
+        self._good: np.ndarray | None = None  # (n,) bool: rows that need no more checking
+        self._map: np.ndarray | None = None
+        self._columns: tuple | None = None  # digest, status, reason and reasons
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+    def __getitem__(self, index) -> np.ndarray:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        numbers = np.arange(len(self))[rows]
+        if numbers.ndim == 0:
+            return self[int(numbers) : int(numbers) + 1][0][(*columns,)]
+        with self._file._reader.trouble("its features"):
+            if isinstance(rows, slice) and (rows.step or 1) == 1:
+                block = self._file._reader.file["features"][rows]
+            else:
+                block = self._mapped()[numbers]
+        self._check(numbers, block)
+        return block[(slice(None), *columns)] if columns else block
+
+    def _mapped(self) -> np.ndarray:
+        """All of it as a memory map: HDF5 is slow at single rows."""
+        if self._map is None:
+            offset = self._file._reader.file["features"].id.get_offset()
+            self._map = np.memmap(self._file.path, self.dtype, "r", offset, self.shape)
+        return self._map
+
+    def _check(self, rows: np.ndarray, block: np.ndarray) -> None:
+        if not self._file.sealed:
+            return
+        if self._good is None:
+            self._good = ~self._file.finished()
+        new = np.flatnonzero(~self._good[rows])
+        bad = rows[new[self.differs(rows[new], block[new])]]
+        if len(bad):
+            more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+            what = f"its features of {self._file.paths[bad[0]]}{more} are not what was written"
+            way_on = "the same `protoprune embed` embeds what is damaged again"
+            raise self._file._reader.damaged(what, way_on)
+        self._good[rows] = True
+
+    def differs(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """(len(rows),) bool: which rows are not what their digests say; `block` holds their features."""
+        if not self._file.sealed:
+            return np.zeros(len(rows), bool)
+        if self._columns is None:
+            file = self._file
+            self._columns = (file._reader.whole("digest"), file.status, file.reason, file.reasons)
+        digest, status, reason, reasons = self._columns
+        return row_digests(block, status[rows], reason[rows], reasons) != digest[rows]
+
+
+def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:
+    """(b,) uint64 digests of rows: features (b, d), status and reason (b,), and what the reasons stand for."""
+    raw = memoryview(np.ascontiguousarray(features).reshape(-1).view(np.uint8))
+    step = features.shape[1] * features.itemsize
+    kinds, which = np.unique(status.astype(np.int64) * _REASON_SLOTS + reason, return_inverse=True)
+    seeds = [xxh3_64_intdigest(bytes([kind // _REASON_SLOTS]) + reasons[kind % _REASON_SLOTS]) for kind in kinds]
+    starts = range(0, len(raw), step)
+    if len(seeds) == 1:
+        seed = seeds[0]
+        digests = [xxh3_64_intdigest(raw[start : start + step], seed) for start in starts]
+    else:
+        pairs = zip(starts, which.tolist(), strict=True)
+        digests = [xxh3_64_intdigest(raw[start : start + step], seeds[kind]) for start, kind in pairs]
+    return np.array(digests, np.uint64)
+
+
+def open_features(path: str | os.PathLike) -> FeatureFile:
+    """The finished feature file; a run that was cut short gets an error that says how to finish it."""
+    path = os.fspath(path)
+    there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
+    file = FeatureFile(there)
+    try:
+        done = int(file.finished().sum())
+        if done < file.n or there != path:
+            raise ProtopruneError(
+                f"{path}: not finished, {done:,} of {file.n:,} images are embedded; "
+                "run the same `protoprune embed` again, it does the rest"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class PartialFile:
     """The file of a run under way: which rows are left, committing a batch, and the rename at the end."""
 
     def __init__(self, out: str):
-        self.out = out
-        self._file = hdf5.open_file(partial_path(out), "r+", KIND)
+        self.out, self.damaged = out, 0
+        with FeatureFile(partial_path(out)) as file:
+            if file.sealed and not (good := file.intact())[finished := file.finished()].all():
+                self.damaged = int((finished & ~good).sum())
+        self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
+        self._reader.check_sealed()
+        self._file = self._reader.file
+        if self.damaged:
+            self._forget(good)
         self._committed = self._file["committed"]
         self.overwrite = bool(self._file.attrs.get("overwrite", 0))  # was asked to replace what is there
         self.done = int(self._committed[0])
         self.n, self.dtype = self._file["features"].shape[0], self._file["features"].dtype
         todo = np.flatnonzero(self._file["borrowed"][:] == 0)
         self.todo, self.borrowed = todo[self.done :], self.n - len(todo)
-        self._reasons = {text.decode(): i for i, text in enumerate(self._file["reasons"][:]) if i == 0 or text}
+        self._table = self._file["reasons"][:].tolist()
+        self._reasons = {text: i for i, text in enumerate(self._table) if i == 0 or text}
+
+    def _forget(self, good: np.ndarray) -> None:
+        """Keep the good rows only. `committed` goes first: killed in between, all of it is done again."""
+        self._file["committed"][0] = 0
+        self._file.flush()
+        self._file["status"][...] = np.where(good, self._file["status"][:], Status.PENDING)
+        self._file["borrowed"][...] = good
+        self._file.flush()
 
     def commit(self, rows: np.ndarray, features: np.ndarray, status: np.ndarray, reasons: Sequence[str]) -> None:
         """Write the next rows of `todo`: features (b, d), status (b,) and one reason a row ('' when ok)."""
+        features = np.asarray(features, self.dtype)
         number = np.array([self._reason_number(text) for text in reasons], np.uint16)
+        columns = {"features": features, "status": status, "reason": number}
+        if "digest" in self._file:
+            columns["digest"] = row_digests(features, status, number, self._table)
         try:
             for first, last in _runs(rows):
-                span = slice(rows[first], rows[last] + 1)
-                self._file["features"][span] = features[first : last + 1]
-                self._file["reason"][span] = number[first : last + 1]
-                self._file["status"][span] = status[first : last + 1]
+                for name, values in columns.items():
+                    self._file[name][rows[first] : rows[last] + 1] = values[first : last + 1]
             self._file.flush()
             self.done += len(rows)
             self._committed[0] = self.done
@@ -157,12 +346,12 @@ class PartialFile:
             raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def _reason_number(self, text: str) -> int:
-        stored = text.encode("ascii", "backslashreplace")[:_REASON_WIDTH].decode()
+        stored = text.encode("ascii", "backslashreplace")[:_REASON_WIDTH]
         if stored not in self._reasons:
             if len(self._reasons) == _REASON_SLOTS:
                 return 0  # the status still says what happened
-            self._reasons[stored] = len(self._reasons)
-            self._file["reasons"][self._reasons[stored]] = stored.encode()
+            number = self._reasons[stored] = len(self._reasons)
+            self._table[number] = self._file["reasons"][number] = stored
         return self._reasons[stored]
 
     def status_counts(self) -> Counter:
@@ -180,11 +369,12 @@ class PartialFile:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
+        with files.told(partial_path(self.out)):
+            seals.complete(partial_path(self.out), _PER_ROW)
         files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # after a full disk HDF5 cannot even close cleanly
-            self._file.close()
+        self._reader.close()
 
 
 def partial_path(out: str) -> str:
@@ -207,13 +397,14 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
             borrow_from = _match_rows(images, sources)
             for source, rows in zip(sources, borrow_from, strict=True):
                 _borrow(file, source, rows)
+        hdf5.seal(path, KIND, {"features", "status", "reason", "reasons", "borrowed", "committed", "digest"})
 
 
 def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     """Bytes of the file: what _allocate makes of these images, and a little for HDF5's own use."""
-    columns = 8 + 8 + 4 + 1 + 2 + 1  # size, mtime, label, status, reason, borrowed
+    columns = 8 + 8 + 4 + 1 + 2 + 1 + 8  # size, mtime, label, status, reason, borrowed, digest
     names = sum(len(path) for path in images.paths) + len(images)
-    return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + 16_384
+    return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
 
 def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
@@ -234,6 +425,7 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) ->
     hdf5.dataset(file, "reasons", np.zeros(_REASON_SLOTS, f"S{_REASON_WIDTH}"))
     hdf5.dataset(file, "borrowed", np.zeros(n, np.uint8))
     hdf5.dataset(file, "committed", np.zeros(1, np.int64))
+    hdf5.dataset(file, "digest", np.zeros(n, np.uint64))
     hdf5.dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
 
 
@@ -253,16 +445,16 @@ def _match_rows(images: ImageList, sources: Sequence[FeatureFile]) -> list[np.nd
 
 
 def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
-    """Copy features, status and reason of the matched rows and mark them as borrowed."""
-    status, reason = source._file["status"][:], source._file["reason"][:]
-    table = file["reasons"][:]
+    """Copy features, status and reason of the matched rows and mark them as borrowed, but for damaged rows."""
+    status, reason, reasons = source.status, source.reason, source.reasons
+    table = file["reasons"][:].tolist()
     slot = {text: i for i, text in enumerate(table) if i == 0 or text}
-    for text in source._file["reasons"][:]:
+    for text in reasons:
         if text and text not in slot and len(slot) < _REASON_SLOTS:
             slot[text] = len(slot)
             table[slot[text]] = text
-    file["reasons"][...] = table
-    number = np.array([slot.get(text, 0) for text in source._file["reasons"][:]], np.uint16)
+    file["reasons"][...] = np.array(table, f"S{_REASON_WIDTH}")
+    number = np.array([slot.get(text, 0) for text in reasons], np.uint16)
     here = np.flatnonzero(rows >= 0)
     there = rows[here]  # ascending, since both files are sorted by id
     for start in range(0, source.n, _COPY_ROWS):
@@ -270,13 +462,16 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
         if low == high:
             continue
         theirs, ours = there[low:high], here[low:high]
-        features = source.features[theirs[0] : theirs[-1] + 1][theirs - theirs[0]]
-        for first, last in _runs(ours):
-            span = slice(ours[first], ours[last] + 1)
-            file["features"][span] = features[first : last + 1]
-            file["status"][span] = status[theirs[first : last + 1]]
-            file["reason"][span] = number[reason[theirs[first : last + 1]]]
-            file["borrowed"][span] = 1
+        with source._reader.trouble("its features"):
+            features = source._reader.file["features"][theirs[0] : theirs[-1] + 1][theirs - theirs[0]]
+        good = ~source.features.differs(theirs, features)
+        theirs, ours, features = theirs[good], ours[good], features[good]
+        columns = {"features": features, "status": status[theirs], "reason": number[reason[theirs]]}
+        columns["digest"] = row_digests(features, columns["status"], columns["reason"], table)
+        columns["borrowed"] = np.ones(len(ours), np.uint8)
+        for first, last in _runs(ours) if len(ours) else ():
+            for name, values in columns.items():
+                file[name][ours[first] : ours[last] + 1] = values[first : last + 1]
 
 
 def covers(file: FeatureFile, images: ImageList) -> bool:
@@ -299,12 +494,6 @@ def key_differences(provenance: dict, wanted: dict) -> list[str]:
         for name in KEY
         if provenance.get(name) != wanted.get(name)
     ]
-
-
-def _finished(file: h5py.File) -> np.ndarray:
-    finished = file["borrowed"][:] == 1
-    finished[np.flatnonzero(~finished)[: int(file["committed"][0])]] = True
-    return finished
 
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:

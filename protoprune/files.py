@@ -10,15 +10,24 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import math
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 
-import numpy as np
-
 from protoprune.errors import ProtopruneError, UsageError, warn
+
+CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of their numbers
+
+# How files begin that took hours to make or cannot be made again: nothing of another kind is written over them.
+_PRECIOUS = (
+    (b"\x89HDF", "an HDF5 file, perhaps features or a training record"),
+    (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
+    (b"II*\0", "an image"), (b"MM\0*", "an image"), (b"PK\x03\x04", "a zip archive, perhaps weights"),
+)  # fmt: skip
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -28,11 +37,48 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
         _write_device(path, data)
         return
     path = os.path.realpath(path)  # what a link points to, so that the link stays
+    what = holds(path)
+    if what and what != _kind(data[:16]):
+        raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(data)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def holds(path: str | os.PathLike) -> str:
+    """'an image' and the like, for a file that nothing else may take the place of; '' for others and for none."""
+    try:
+        if not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            return _kind(file.read(16))
+    except OSError:
+        return ""
+
+
+def _kind(head: bytes) -> str:
+    bmp = head[:2] == b"BM" and head[6:10] == b"\0\0\0\0"  # and not a list of BMW/1.jpg
+    if bmp or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "an image"
+    return next((what for magic, what in _PRECIOUS if head.startswith(magic)), "")
+
+
+def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+    """Whether two names lead to one file, now or once it is written.
+
+    Links are followed; of files that are not there yet, names that differ only in case or in Unicode normalisation
+    count as one, as they are on many disks.
+    """
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    if os.path.exists(a) or os.path.exists(b):
+        return False
+    (folder, name), (other, its) = (os.path.split(os.path.realpath(one)) for one in (a, b))
+    if unicodedata.normalize("NFC", name).casefold() != unicodedata.normalize("NFC", its).casefold():
+        return False
+    return os.path.samefile(folder, other) if os.path.isdir(folder) and os.path.isdir(other) else folder == other
 
 
 @contextlib.contextmanager
@@ -105,8 +151,13 @@ def write_stdout(data: bytes) -> None:
             raise ProtopruneError(f"standard output: cannot write ({error.strerror}); the list is cut short") from None
 
 
-def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, hard: bool = False) -> None:
+def write_links(
+    folder: str | os.PathLike, root: str, paths: Sequence[str], *, classes: Sequence[str] = (), hard: bool = False
+) -> None:
     """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist or be empty.
+
+    Of all `classes`, one a line, in the order of their numbers, is made `classes.txt` in it: a loader that counts the
+    folders numbers the classes anew where one has lost all its images, and timm takes it as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
@@ -129,6 +180,9 @@ def write_links(folder: str | os.PathLike, root: str, paths: Sequence[str], *, h
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere
             else:
                 os.symlink(target, link)
+        if classes and not os.path.exists(listed := os.path.join(building, CLASSES)):  # a class may be called so
+            with open(listed, "wb") as file:
+                file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
         os.replace(building, folder)
     except OSError as error:
         raise ProtopruneError(
@@ -250,13 +304,14 @@ def table_csv(rows: Sequence[dict]) -> bytes:
     return csv_bytes(columns, cells)
 
 
-def plain_number(value: np.floating) -> float | str:
-    """A score in its type's shortest exact form; empty where there is none."""
-    return float(str(value)) if np.isfinite(value) else ""
+def plain_number(value) -> float | str:
+    """A float, numpy's or Python's, with its type's shortest exact digits; empty where it is not finite."""
+    return float(str(value)) if math.isfinite(value) else ""
 
 
 def plain_cell(value):
     """A value as csv and json write it: a float in its shortest exact form, empty where it is not finite."""
-    if isinstance(value, (float, np.floating)):
+    dtype = getattr(value, "dtype", None)  # numpy's
+    if isinstance(value, float) or (dtype is not None and dtype.kind == "f"):
         return plain_number(value)
-    return value.item() if isinstance(value, np.generic) else value
+    return value if dtype is None else value.item()

@@ -6,8 +6,10 @@ The one place that knows how HDF5 behaves; `features` and `records` say what is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import uuid
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -15,17 +17,184 @@ import h5py
 import numpy as np
 
 import protoprune
+from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+
+_LARGEST_ATTRIBUTE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a dataset must be: its types, and its shape in dimensions that other datasets share ('n'), fixed ones (1024)
+    and ones of its own ('*')."""
+
+    types: tuple[str, ...]  # numpy's names
+    shape: tuple[str | int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: the `format` and `format_version` attributes that mark it, and how to speak of it."""
+    """A kind of file: the `format` and `format_version` attributes that mark it, what is in it, how to speak of it."""
 
     format: str
     version: int
     what: str  # 'feature file'
     command: str  # the command that makes one
+    layout: Mapping[str, Column]
+    attributes: tuple[str, ...]  # those that are always there
+
+    @property
+    def maker(self) -> str:
+        """'protoprune embed'"""
+        return " ".join(self.command.split()[:2])
+
+
+class Reader:
+    """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
+
+    Attributes: path, file (h5py), attributes (plain values), dims (name of a dimension -> size). With a seal (see
+    `seals`) every byte is known to be what was written before it is used; in files of earlier versions, which have
+    none, shapes, types and sizes must at least agree. Whatever is wrong is one ProtopruneError.
+    """
+
+    def __init__(self, path: str, kind: Kind, mode: str = "r"):
+        self.path, self.kind = path, kind
+        self.seal = self._unbroken_seal()
+        with self.trouble("its HDF5 structure"):
+            self.file = open_file(path, mode, kind)
+        try:
+            with self.trouble("its attributes"):
+                self.attributes = {name: _attribute(self.file, name) for name in self.file.attrs}
+            missing = [name for name in kind.attributes if name not in self.attributes]
+            if missing:
+                raise self.damaged(f"it has no attribute {missing[0]}")
+            with self.trouble("its HDF5 structure"):
+                self.dims = self._check_layout()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self.file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def whole(self, name: str) -> np.ndarray:
+        """A dataset, checked."""
+        with self.trouble(f"its {name}"):
+            array = self.file[name][()]
+        was = self.seal.digest(name) if self.seal else None
+        if was is not None and seals.digest(array) != was:
+            raise self.damaged(f"its {name} is not what was written")
+        return array
+
+    def names(self, name: str, count: int | None = None) -> list[str]:
+        """The names of a `block`, of which there must be `count`."""
+        names = os.fsdecode(self.whole(name).tobytes()).split("\0")
+        if names.pop() or count not in (None, len(names)):
+            raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
+        return names
+
+    def within(self, name: str, low: int, high: int) -> np.ndarray:
+        """A dataset of whole numbers from low to high - 1, checked."""
+        array = self.whole(name)
+        if array.size and not (low <= array.min() and array.max() < high):
+            raise self.damaged(f"its {name} holds {array.min()} to {array.max()}, expected {low} to {high - 1}")
+        return array
+
+    def check_sealed(self) -> None:
+        """ProtopruneError unless every dataset with a digest in the seal is what was written."""
+        for name in seals.damaged_datasets(self.path, self.seal) if self.seal else ():
+            raise self.damaged(f"its {name} is not what was written")
+
+    def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return _damaged(self.path, self.kind, what, way_on)
+
+    @contextlib.contextmanager
+    def trouble(self, what: str) -> Iterator[None]:
+        """Whatever h5py raises while it reads `what` becomes one line."""
+        try:
+            yield
+        except ProtopruneError:
+            raise
+        except _TROUBLES:
+            raise self.damaged(what) from None
+
+    def _unbroken_seal(self) -> seals.Seal | None:
+        try:
+            return seals.read(self.path)
+        except seals.Damaged as error:
+            raise self.damaged(str(error)) from None
+        except OSError:
+            return None  # `open_file` says why
+
+    def _check_layout(self) -> dict[str, int]:
+        """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
+        size, dims = os.path.getsize(self.path), {}
+        self._names = set(self.file)
+        for name in sorted({*self.kind.layout, *self._names}):
+            column = self.kind.layout.get(name)
+            if name not in self._names:
+                if not column.optional:
+                    raise self.damaged(f"it has no {name}")
+                continue
+            dataset = self.file[name]
+            if not isinstance(dataset, h5py.Dataset):
+                raise self.damaged(f"its {name} is not a dataset")
+            _check_stored(self, dataset, size)
+            if column is not None and not _fits(dataset, column, dims):
+                raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
+        return dims
+
+
+# What h5py raises over damaged files, by where it stumbles.
+_TROUBLES = (
+    OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, ArithmeticError,
+    SystemError,
+)  # fmt: skip
+
+
+def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneError:
+    if path.endswith(".partial"):
+        return ProtopruneError(f"{path}: a damaged unfinished run ({what}); delete it and run `{kind.maker}` again")
+    way_on = way_on or f"take a copy that is whole, or run `{kind.maker}` again with --overwrite"
+    return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
+
+
+def _attribute(file: h5py.File, name: str):
+    identity = h5py.h5a.open(file.id, name.encode())
+    if identity.shape not in ((), None) or identity.get_storage_size() > _LARGEST_ATTRIBUTE:
+        raise ValueError("an attribute of this size is none of ours")
+    return plain(file.attrs[name])
+
+
+def _check_stored(reader: Reader, dataset: h5py.Dataset, size: int) -> None:
+    """Raise ProtopruneError unless all of the dataset lies in the file, as it is in memory."""
+    plist, name = dataset.id.get_create_plist(), dataset.name.lstrip("/")
+    if dataset.dtype.kind not in "iufS":
+        raise reader.damaged(f"its {name} is of type {dataset.dtype}")
+    if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
+        raise reader.damaged(f"its {name} is not stored as one piece; `h5repack -f NONE -l CONTI` may mend that")
+    need = math.prod(dataset.shape) * dataset.dtype.itemsize
+    offset = dataset.id.get_offset()
+    if need and (offset is None or dataset.id.get_storage_size() != need or offset + need > size):
+        raise reader.damaged(f"its {name} of shape {dataset.shape} does not fit into a file of {size:,} bytes")
+
+
+def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
+    """Whether type and shape are as they must be; notes the dimensions that it is the first to have."""
+    if dataset.dtype.name not in column.types and dataset.dtype.str not in column.types:
+        return False
+    if len(dataset.shape) != len(column.shape):
+        return False
+    for here, length in zip(column.shape, dataset.shape, strict=True):
+        if here != "*" and (dims.setdefault(here, length) if isinstance(here, str) else here) != length:
+            return False
+    return True
 
 
 def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
@@ -39,24 +208,25 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
             raise ProtopruneError(f"{path}: permission denied") from None
         if "unable to lock" in str(error):  # not merely "lock": a truncated file's message names its superblock
             raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
-        maker = " ".join(kind.command.split()[:2])
         if path.endswith(".partial"):
-            raise ProtopruneError(f"{path}: a damaged unfinished run; delete it and run `{maker}` again") from None
-        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{maker}` wrote") from None
-    if plain(file.attrs.get("format")) != kind.format:
+            raise _damaged(path, kind, "not a readable HDF5 file") from None
+        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{kind.maker}` wrote") from None
+    try:
+        format, version = _attribute(file, "format"), _attribute(file, "format_version")
+    except _TROUBLES:
+        format = version = None
+    if format != kind.format:
         file.close()
-        maker = " ".join(kind.command.split()[:2])
-        raise ProtopruneError(f"{path}: an HDF5 file, but not a {kind.what} of `{maker}`")
-    if file.attrs["format_version"] != kind.version:
-        version = file.attrs["format_version"]
+        raise ProtopruneError(f"{path}: an HDF5 file, but not a {kind.what} of `{kind.maker}`")
+    if version != kind.version:
         file.close()
         raise ProtopruneError(f"{path}: {kind.what} version {version}, this program reads {kind.version}; upgrade it")
     return file
 
 
 def create(path: str, kind: Kind) -> h5py.File:
-    """A new file that is marked with its kind, a uuid, the date and our version."""
-    file = h5py.File(path, "w", locking="best-effort")
+    """A new file that is marked with its kind, a uuid, the date and our version; `seal` it when it is laid out."""
+    file = h5py.File(path, "w", userblock_size=seals.BLOCK, libver=("earliest", "v110"), locking="best-effort")
     file.attrs["format"], file.attrs["format_version"] = kind.format, kind.version
     file.attrs["uuid"] = uuid.uuid4().hex
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -64,13 +234,32 @@ def create(path: str, kind: Kind) -> h5py.File:
     return file
 
 
+def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
+    """Seal a new file that is laid out; the datasets in `changing` are still to be written."""
+    with h5py.File(path, "r") as file:
+        extents = {name: (file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file}
+    seals.make(path, kind.format, extents, [name for name in extents if name not in changing])
+
+
+def format_of(path: str) -> str | None:
+    """What an HDF5 file says that it is, by seal or attributes: '' for nothing, None where it cannot be read."""
+    try:
+        if known := seals.format_of(path):
+            return known
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return _attribute(file, "format") if "format" in file.attrs else ""
+    except _TROUBLES:
+        return None
+
+
 def check_replaceable(path: str, kind: Kind) -> None:
     """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
-    with open(path, "rb") as file:
-        good = file.read(8) in (b"", b"\x89HDF\r\n\x1a\n")
-    with contextlib.suppress(OSError), h5py.File(path, "r", locking="best-effort") as file:
-        good = plain(file.attrs.get("format")) == kind.format
-    if not good:
+    format = format_of(path)
+    if format is None:
+        with open(path, "rb") as file:
+            damaged = file.read(len(seals.SIGNATURE)) in (b"", seals.SIGNATURE) or seals.format_of(path) == ""
+        format = kind.format if damaged else None
+    if format != kind.format:
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 
@@ -92,11 +281,6 @@ def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=No
 def block(names: list[str]) -> np.ndarray:
     """Names as one array of bytes, each followed by a NUL byte."""
     return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
-
-
-def split(dataset: h5py.Dataset) -> list[str]:
-    """The names of a `block`."""
-    return os.fsdecode(dataset[:].tobytes()).split("\0")[:-1]
 
 
 def text(value: str) -> str | np.void:

@@ -21,6 +21,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.images import refuse_archive, split_list
+from protoprune.npy import load_npy
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
 
@@ -79,7 +80,7 @@ def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
     suffix = os.path.splitext(source)[1]
     try:
         if suffix == ".npy":
-            return np.load(source)
+            return load_npy(source)
         data = Path(source).read_bytes()
         refuse_archive(data, source)
         if suffix == ".jsonl":

@@ -15,14 +15,22 @@ import json
 import math
 import os
 import re
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protoprune import files, vectors
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
+
+if TYPE_CHECKING:
+    import torch
+
+Engine = Callable[[np.ndarray, np.ndarray, int, bool, int], np.ndarray]  # points, start, iterations, spherical, seed
+Assign = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # points, centroids, spherical -> their clusters
 
 # Training points are held as float32: at most this many bytes of them unless --train-points says otherwise.
 TRAIN_BYTES = 4 << 30
@@ -79,7 +87,7 @@ def check_settings(
 
 
 def cluster(
-    features,
+    features: vectors.Rows,
     k: int,
     *,
     usable: np.ndarray | None = None,
@@ -176,7 +184,7 @@ def _seeds(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     return sample[chosen].copy()
 
 
-def _gather(features, rows: np.ndarray, spherical: bool) -> np.ndarray:
+def _gather(features: vectors.Rows, rows: np.ndarray, spherical: bool) -> np.ndarray:
     """(p, d) float32: the given rows (ascending), checked and normalised, without zeros when spherical."""
     wanted = np.zeros(features.shape[0], bool)
     wanted[rows] = True
@@ -197,7 +205,7 @@ def _distance(x: np.ndarray, centroids: np.ndarray, nearest: np.ndarray, spheric
     return np.linalg.norm(x - own, axis=1)
 
 
-def _engine(backend: str):
+def _engine(backend: str) -> tuple[Engine, Assign]:
     """(Lloyd's iterations, assignment) of the backend; torch only where it has a GPU that faiss has not."""
     if backend == "torch":
         try:
@@ -205,23 +213,25 @@ def _engine(backend: str):
         except ImportError:
             raise ProtopruneError("torch is not installed; run: pip install torch, or use --backend faiss") from None
         return _torch, _assign_torch
+    gpus = -1  # that faiss sees; -1 without faiss
     try:
         import faiss
+
+        gpus = faiss.get_num_gpus()
     except ImportError:
         if backend == "faiss":
             raise ProtopruneError(
                 "faiss is not installed; run: pip install faiss-cpu, or use --backend torch"
             ) from None
-        faiss = None
     gpu_node = os.path.exists("/dev/nvidiactl")  # looked at first: importing torch costs seconds
-    if backend == "auto" and (faiss is None or (gpu_node and faiss.get_num_gpus() == 0)):
+    if backend == "auto" and (gpus < 0 or (gpu_node and gpus == 0)):
         try:
             import torch
 
-            if faiss is None or torch.cuda.is_available():
+            if gpus < 0 or torch.cuda.is_available():
                 return _torch, _assign_torch
         except ImportError:
-            if faiss is None:
+            if gpus < 0:
                 raise ProtopruneError("clustering needs faiss or torch; run: pip install faiss-cpu") from None
     return _faiss, _assign_faiss
 
@@ -240,7 +250,7 @@ def _faiss(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bo
         min_points_per_centroid=1,
     )
     kmeans.train(points, init_centroids=start)
-    return kmeans.centroids
+    return np.asarray(kmeans.centroids)
 
 
 def _assign_faiss(x: np.ndarray, centroids: np.ndarray, spherical: bool) -> np.ndarray:
@@ -272,7 +282,7 @@ def _torch(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bo
     return centroids.cpu().numpy()
 
 
-def _sums_torch(x, nearest, k: int):
+def _sums_torch(x: torch.Tensor, nearest: torch.Tensor, k: int) -> torch.Tensor:
     """(k, d) sum of each cluster's points. On a GPU index_add_ adds in any order, but a seed must mean one list."""
     import torch
 
@@ -280,12 +290,12 @@ def _sums_torch(x, nearest, k: int):
         return torch.zeros(k, x.shape[1]).index_add_(0, nearest, x)
     sums = torch.zeros(k, x.shape[1], device=x.device)
     rows = max(1, (1 << 28) // (4 * k))
-    for part, which in zip(x.split(rows), nearest.split(rows), strict=True):
+    for part, which in zip(torch.split(x, rows), torch.split(nearest, rows), strict=True):
         sums += torch.nn.functional.one_hot(which, k).to(x.dtype).T @ part
     return sums
 
 
-def _split_largest(centroids, counts) -> None:
+def _split_largest(centroids: torch.Tensor, counts: torch.Tensor) -> None:
     """Refill empty clusters as faiss does: a copy of the largest cluster's centroid, both nudged apart."""
     for empty in (counts == 0).nonzero()[:, 0].tolist():
         largest = int(counts.argmax())
@@ -298,12 +308,12 @@ def _split_largest(centroids, counts) -> None:
         counts[largest] /= 2
 
 
-def _nearest_torch(x, centroids, spherical: bool):
+def _nearest_torch(x: torch.Tensor, centroids: torch.Tensor, spherical: bool) -> torch.Tensor:
     import torch
 
     offset = torch.zeros(len(centroids), device=x.device) if spherical else -0.5 * (centroids**2).sum(1)
     rows = max(1, (1 << 28) // (4 * len(centroids)))  # a quarter of a gigabyte of similarities at a time
-    parts = [torch.addmm(offset, part, centroids.T).argmax(1) for part in x.split(rows)]
+    parts = [torch.addmm(offset, part, centroids.T).argmax(1) for part in torch.split(x, rows)]
     return torch.cat(parts)
 
 
@@ -315,7 +325,9 @@ def _assign_torch(x: np.ndarray, centroids: np.ndarray, spherical: bool) -> np.n
     return nearest.cpu().numpy().astype(np.int32)
 
 
-def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, bool]:
+def cached(
+    folder: str, content: str, compute: Callable[..., Clustering], **settings: int | bool | str | None
+) -> tuple[Clustering, bool]:
     """The clustering of `content` (an id of the features) under these settings, from `folder` when it is there.
 
     `compute(**settings)` is called otherwise and its result kept. Returns the clustering and whether it was found.
@@ -325,9 +337,9 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     key = json.dumps({"version": 3, "content": content, **settings}, sort_keys=True)
     name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     path = os.path.join(folder, name)
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as entry:
-        if entry["key"].item() == key:
-            return Clustering(**{name: entry[name] for name in _ARRAYS}, **json.loads(entry["plain"].item())), True
+    found = _kept(path, key)
+    if found is not None:
+        return found, True
     result = compute(**settings)
     plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
     with contextlib.suppress(OSError):
@@ -340,6 +352,17 @@ def cached(folder: str, content: str, compute, **settings) -> tuple[Clustering, 
     return result, False
 
 
+def _kept(path: str, key: str) -> Clustering | None:
+    """The clustering in a cache entry; None where there is none, it is another's, or damaged: it is computed again."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        entry = load_npz(path)
+        if entry["key"].item() == key:
+            stored = json.loads(entry["plain"].item())
+            stored.update({name: entry[name] for name in _ARRAYS})
+            return Clustering(**stored)
+    return None
+
+
 def consensus(clusterings: list[Clustering]) -> np.ndarray:
     """(n,) float32: the mean distance over restarts from different seeds, which is what moves a kept set most."""
-    return np.mean([one.distance for one in clusterings], axis=0, dtype=np.float64).astype(np.float32)
+    return np.stack([one.distance for one in clusterings]).mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -23,7 +23,7 @@ from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
-from protoprune.features import FeatureFile, partial_path
+from protoprune.features import FeatureFile, open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 
@@ -203,19 +203,6 @@ class Selected:
         return list(itertools.compress(self.ranking.paths, self.keep))
 
 
-def open_features(path: str | os.PathLike) -> FeatureFile:
-    """The finished feature file; a run that was cut short gets an error that says how to finish it."""
-    path = os.fspath(path)
-    if not os.path.exists(path) and os.path.exists(partial_path(path)):
-        with FeatureFile(partial_path(path)) as partial:
-            done = int(partial.finished().sum())
-        raise ProtopruneError(
-            f"{path}: not finished, {done:,} of {partial.n:,} images are embedded; "
-            "run the same `protoprune embed` again, it does the rest"
-        )
-    return FeatureFile(path)
-
-
 def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
     """Rank the images of a feature file by their distance to their k-means prototype.
 
@@ -278,6 +265,17 @@ def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed:
             vectors, one.cluster, one.distance, epsilon,
             ids=ranking.paths, keep=keep, seed=seed, usable=ranking.usable,
         )  # fmt: skip
+
+
+def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
+    """How many pairs and images of a ranking that has clusters are nearer than several thresholds, `epsilon` included.
+
+    Counted before anything was removed, within the clusters that `deduplicate` goes through.
+    """
+    one = _first_clustering(ranking, "--dedup")
+    thresholds = sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
+    with _vectors(ranking) as vectors:
+        return selection.likeness(vectors, one.cluster, usable=ranking.scored, thresholds=thresholds)
 
 
 def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
@@ -441,15 +439,7 @@ def _vectors(ranking: Ranking):
         yield ranking.vectors
         return
     with open_features(ranking.file) as file:
-        yield _mapped(file)
-
-
-def _mapped(file: FeatureFile) -> np.ndarray:
-    """The features as a memory map: a cluster's rows lie all over the file, and HDF5 is slow at single rows."""
-    offset = file.features.id.get_offset()
-    if offset is None:  # not contiguous, or empty
-        return file.features[:]
-    return np.memmap(file.path, file.features.dtype, "r", offset, file.features.shape)
+        yield file.features
 
 
 @dataclass

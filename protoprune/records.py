@@ -9,83 +9,121 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     true_probability, margin, error_norm, loss, entropy, change and, where asked for, gradient_norm  float16 (m, e, n)
     test_path, test_label, test_prediction uint16 (m, e, t), test_true_probability float16 (m, e, t)
     committed          int32   (m,) recorded epochs of each model that are finished
+    digest             uint64  (s, m, e) xxh3-64 of each model's values at each recorded epoch, of the s datasets that
+                       have such values, in the order of their names
 
-What the statistics are is said in `training.statistics`; everything else about the run is in the attributes. While a
+What the statistics are is said in `training.statistics`; everything else about the run is in the attributes, and
+digests of all else in the seal (see `seals`). Files of earlier versions have no digests. While a
 run is under way the file is called `<name>.partial`; it gets its name by a rename. What this module does not know:
 how models are trained, what metrics make of this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
-from protoprune import files, hdf5
+from protoprune import files, hdf5, seals
 from protoprune.errors import ProtopruneError
+from protoprune.hdf5 import Column
 
-KIND = hdf5.Kind("protoprune-record", 1, "training record", "protoprune record IMAGES")
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
 _OVERHEAD = 65_536  # bytes of HDF5's own
+_EACH = ("m", "e", "n")
+KIND = hdf5.Kind(
+    "protoprune-record", 1, "training record", "protoprune record IMAGES",
+    {
+        "path": Column(("uint8",), ("*",)),
+        "classes": Column(("uint8",), ("*",)),
+        "label": Column(("int32",), ("n",)),
+        "epoch": Column(("int32",), ("e",)),
+        "subset": Column(("uint8",), ("m", "n")),
+        "committed": Column(("int32",), ("m",)),
+        "prediction": Column(("uint16",), _EACH),
+        **{name: Column(("float16",), _EACH, optional=True) for name in STORED},
+        "test_path": Column(("uint8",), ("*",), optional=True),
+        "test_label": Column(("int32",), ("t",), optional=True),
+        "test_prediction": Column(("uint16",), ("m", "e", "t"), optional=True),
+        "test_true_probability": Column(("float16",), ("m", "e", "t"), optional=True),
+        "digest": Column(("uint64",), ("s", "m", "e"), optional=True),
+    },
+    ("uuid", "created", "protoprune"),
+)  # fmt: skip
 
 
 class Record:
-    """A finished training record, opened for reading; a context manager.
+    """A training record, opened for reading; a context manager. An unfinished one is refused unless it is asked for.
 
     Attributes: path, n, models, epochs (recorded ones), epoch_numbers (e,), statistics (names), provenance (dict).
-    Raises ProtopruneError when the file is missing, damaged or something else.
+    Arrays are read, and checked, when they are used. Raises ProtopruneError when the file is missing, not finished,
+    damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, unfinished: bool = False):
         self.path = os.fspath(path)
-        if not os.path.exists(self.path) and os.path.exists(partial_path(self.path)):
-            with Record(partial_path(self.path)) as partial:
-                done, total = int(partial.committed.sum()), partial.models * partial.epochs
+        there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
+        self._reader = hdf5.Reader(there if os.path.exists(there) else self.path, KIND)
+        try:
+            self.models, self.epochs, self.n = (self._reader.dims[name] for name in _EACH)
+            if not unfinished:
+                self._require_finished()
+            self.epoch_numbers = self._reader.whole("epoch")
+        except BaseException:
+            self._reader.close()
+            raise
+        self.statistics = ("prediction", *(name for name in STORED if name in self._reader))
+        self.provenance = self._reader.attributes
+        self._digests = _Digests(self._reader)
+
+    def _require_finished(self) -> None:
+        done, total = int(self.committed.sum()), self.models * self.epochs
+        if done < total or self._reader.path != self.path:
             raise ProtopruneError(
                 f"{self.path}: not finished, {done} of {total} epochs are recorded; "
                 "run the same `protoprune record` again, it does the rest"
             )
-        self._file = hdf5.open_file(self.path, "r", KIND)
-        self.models, self.epochs, self.n = self._file["prediction"].shape
-        self.epoch_numbers = self._file["epoch"][:]
-        self.statistics = ("prediction", *(name for name in STORED if name in self._file))
-        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
 
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        self._reader.close()
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the file has digests; those of earlier versions have none."""
+        return self._digests.known
 
     @property
     def paths(self) -> list[str]:
         """The n ids, in row order."""
-        return hdf5.split(self._file["path"])
+        return self._reader.names("path", self.n)
 
     @property
     def classes(self) -> list[str]:
-        return hdf5.split(self._file["classes"])
+        return self._reader.names("classes")
 
     @property
     def labels(self) -> np.ndarray:
         """(n,) int64"""
-        return self._file["label"][:].astype(np.int64)
+        return self._reader.within("label", 0, len(self.classes)).astype(np.int64)
 
     @property
     def subset(self) -> np.ndarray:
         """(models, n) bool: which examples each model was trained on."""
-        return self._file["subset"][:].astype(bool)
+        return self._reader.within("subset", 0, 2).astype(bool)
 
     @property
     def committed(self) -> np.ndarray:
         """(models,) finished epochs; all of them unless this is a partial file."""
-        return self._file["committed"][:]
+        return self._reader.within("committed", 0, self.epochs + 1)
 
     def read(self, name: str, model: int, rows: slice = slice(None), epochs: slice = slice(None)) -> np.ndarray:
         """(epochs, rows) of one statistic of one model: float32, int64 for prediction."""
-        return _wide(self._read(name)[model, epochs, rows])
+        return self._read(self._own(name), model, epochs, rows)
 
     def last(self, name: str) -> np.ndarray:
         """(models, n): a statistic at each model's last recorded epoch."""
@@ -93,23 +131,34 @@ class Record:
 
     def at(self, name: str, epoch: int) -> np.ndarray:
         """(models, n): a statistic at recorded epoch number `epoch` (an index, not a number of epochs)."""
-        return _wide(self._read(name)[:, epoch, :])
+        return self._read(self._own(name), slice(None), epoch, slice(None))
 
-    def _read(self, name: str):
-        if name not in self._file:
+    def _own(self, name: str) -> str:
+        if name not in self._reader:
             hint = "; record it with --gradients" if name == "gradient_norm" else ""
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
-        return self._file[name]
+        return name
+
+    def _read(self, name: str, models, epochs, rows) -> np.ndarray:
+        self._digests.check(name, models, epochs)
+        with self._reader.trouble(f"its {name}"):
+            values = self._reader.file[name][models, epochs, rows]
+        values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+        if name.endswith("prediction") and not self.sealed and values.max(initial=0) >= len(self.classes):
+            raise self._reader.damaged(f"its {name} names a class that is not there")
+        return values
 
     @property
     def test_paths(self) -> list[str]:
         """Ids of the test examples; empty without a test set."""
-        return hdf5.split(self._file["test_path"]) if "test_path" in self._file else []
+        return self._reader.names("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
 
     @property
     def test_labels(self) -> np.ndarray | None:
         """(t,) int64, None without a test set."""
-        return self._file["test_label"][:].astype(np.int64) if "test_label" in self._file else None
+        if "test_label" not in self._reader:
+            return None
+        return self._reader.within("test_label", 0, len(self.classes)).astype(np.int64)
 
     @property
     def test_prediction(self) -> np.ndarray:
@@ -143,9 +192,72 @@ class Record:
 
     def test_at(self, name: str, epoch: int) -> np.ndarray:
         """(models, t): test_prediction or test_true_probability at recorded epoch number `epoch` (an index)."""
-        if name not in self._file:
+        if name not in self._reader:
             raise ProtopruneError(f"{self.path}: holds no predictions on a test set; record with --test")
-        return _wide(self._file[name][:, epoch, :])
+        return self._read(name, slice(None), epoch, slice(None))
+
+    def damaged(self, what: str) -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return self._reader.damaged(what)
+
+    def damage(self) -> list[str]:
+        """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
+        that can be read."""
+        lines = []
+        if self._reader.seal is not None:
+            lines = [f"its {name}" for name in seals.damaged_datasets(self._reader.path, self._reader.seal)]
+        for what in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
+            try:
+                getattr(self, what)
+            except ProtopruneError as error:
+                lines = lines or [str(error)]
+        bad = [] if lines else self._digests.differing(self.committed)
+        return lines + [f"its {name} of model {model} at recorded epoch {epoch}" for name, model, epoch in bad]
+
+
+class _Digests:
+    """The digests of what models were like at recorded epochs, compared when one is first read."""
+
+    def __init__(self, reader: hdf5.Reader):
+        self._reader, self._good = reader, set()
+        self.known = reader.seal is not None and "digest" in reader
+        self.names = names_with_digests(reader.file) if self.known else []
+        self._table: np.ndarray | None = None
+
+    def check(self, name: str, models: int | slice, epochs: int | slice) -> None:
+        """ProtopruneError where the values of these models at these recorded epochs are not what was written."""
+        if not self.known:
+            return
+        _, every, numbers = self._reader.file["digest"].shape
+        for model in np.atleast_1d(np.arange(every)[models]).tolist():
+            for epoch in np.atleast_1d(np.arange(numbers)[epochs]).tolist():
+                if (name, model, epoch) not in self._good and self.differs(name, model, epoch):
+                    raise self._reader.damaged(
+                        f"its {name} of model {model} at recorded epoch {epoch} is not what was written"
+                    )
+                self._good.add((name, model, epoch))
+
+    def differs(self, name: str, model: int, epoch: int) -> bool:
+        if self._table is None:
+            self._table = self._reader.whole("digest")
+        with self._reader.trouble(f"its {name}"):
+            values = self._reader.file[name][model, epoch]
+        return digest(values) != int(self._table[self.names.index(name), model, epoch])
+
+    def differing(self, committed: np.ndarray) -> list[tuple[str, int, int]]:
+        """(name, model, epoch) of all that is finished and not what was written."""
+        done = [(model, epoch) for model, count in enumerate(committed.tolist()) for epoch in range(count)]
+        return [(name, *one) for name in self.names for one in done if self.differs(name, *one)]
+
+
+def names_with_digests(file) -> list[str]:
+    """The datasets that hold values of each model at each recorded epoch, in the order of `digest`."""
+    there = file["prediction"].shape[:2]
+    return [name for name in sorted(file) if name != "digest" and file[name].ndim > 2 and file[name].shape[:2] == there]
+
+
+def digest(values: np.ndarray) -> int:
+    return xxh3_64_intdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 class PartialRecord:
@@ -153,19 +265,28 @@ class PartialRecord:
 
     def __init__(self, out: str):
         self.out = out
-        self._file = hdf5.open_file(partial_path(out), "r+", KIND)
-        self.provenance = {name: hdf5.plain(value) for name, value in self._file.attrs.items()}
+        self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
+        self._reader.check_sealed()
+        self._file, self.provenance = self._reader.file, self._reader.attributes
+        self._digests = _Digests(self._reader)
+        for model in {model for _, model, _ in self._digests.differing(self.committed)}:
+            self.commit(slice(model, model + 1), 0)  # nothing is built upon damage
 
     @property
     def committed(self) -> np.ndarray:
         """(models,) how many recorded epochs are finished."""
-        return self._file["committed"][:]
+        return self._reader.within("committed", 0, self._reader.dims["e"] + 1)
 
     def write(self, models: slice, epoch: int, values: dict[str, np.ndarray]) -> None:
         """Write (models, n) or (models, t) arrays by dataset name for one recorded epoch. They survive a kill."""
         try:
             for name, value in values.items():
-                self._file[name][models, epoch, :] = value
+                with np.errstate(over="ignore"):
+                    stored = np.asarray(value).astype(self._file[name].dtype)
+                self._file[name][models, epoch, :] = stored
+                if self._digests.known:
+                    digests = [digest(one) for one in stored]
+                    self._file["digest"][self._digests.names.index(name), models, epoch] = digests
             self._file.flush()
         except OSError as error:
             raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
@@ -182,12 +303,14 @@ class PartialRecord:
 
     def finish(self) -> None:
         """Give the finished record its name."""
+        names = self._digests.names
         self.close()
+        with files.told(partial_path(self.out)):
+            seals.complete(partial_path(self.out), names)
         files.publish(partial_path(self.out), self.out)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            self._file.close()
+        self._reader.close()
 
 
 def partial_path(out: str) -> str:
@@ -197,7 +320,8 @@ def partial_path(out: str) -> str:
 def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False) -> int:
     """Bytes of a record, names not counted."""
     a_row = 2 + 2 * (len(STORED) - (not gradients))
-    return models * (epochs * (n * a_row + test * 4) + n) + n * 4 + test * 4 + _OVERHEAD
+    digests = 8 * (1 + len(STORED) - (not gradients) + 2 * bool(test))
+    return models * (epochs * (n * a_row + test * 4 + digests) + n) + n * 4 + test * 4 + _OVERHEAD
 
 
 def create(
@@ -216,9 +340,9 @@ def create(
     """Create `<out>.partial` with its space reserved, so a disk that is too small is found out before the training."""
     n, test = len(paths), len(test_paths)
     (models, _), epochs = subset.shape, len(epoch_numbers)
-    names = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
+    letters = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
     with files.creating(partial_path(out)) as path:
-        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + names)
+        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + letters)
         with hdf5.create(path, KIND) as file:
             for name, value in provenance.items():
                 file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
@@ -237,8 +361,7 @@ def create(
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
                 hdf5.dataset(file, "test_prediction", shape=(models, epochs, test), dtype=np.dtype(np.uint16))
                 hdf5.dataset(file, "test_true_probability", shape=(models, epochs, test), dtype=np.dtype(np.float16))
+            names = names_with_digests(file)
+            hdf5.dataset(file, "digest", np.zeros((len(names), models, epochs), np.uint64))
+        hdf5.seal(path, KIND, {*names, "digest", "committed"})
         files.reserve(path, "r+b", os.path.getsize(path))
-
-
-def _wide(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)

@@ -8,6 +8,7 @@ and what the vectors are compared with.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +19,19 @@ _SAFE = 1e-15, 1e15  # lengths whose squares are ordinary float32 numbers
 LONGEST = 1e15  # beyond it sums of squares over many images overflow
 
 
-def slices(features, wanted: np.ndarray, *, unit: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+class Rows(Protocol):
+    """What is asked of features, (n, d): their shape, and their rows by a slice or an array of numbers.
+
+    numpy arrays, memory maps and HDF5 datasets (in rising order) have it.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray: ...
+
+
+def slices(features: Rows, wanted: np.ndarray, *, unit: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(row numbers (b,), their vectors (b, d), see `prepared`) of the rows marked in `wanted`, (n,) bool.
 
     features: (n, d) of any float type, an array or an HDF5 dataset, which is slow at single rows.

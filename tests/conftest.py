@@ -115,7 +115,7 @@ def run_program(tmp_path):
     def run(*arguments, cwd: Path | None = None, python: tuple[str, ...] = ("-m", "protoprune"), **options):
         environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), **options.pop("env", {})}
         command = [sys.executable, *python, *map(os.fspath, arguments)]
-        return subprocess.run(command, cwd=cwd or tmp_path, capture_output=True, env=environment, timeout=60, **options)
+        return subprocess.run(command, cwd=cwd or tmp_path, capture_output=True, env=environment, timeout=300, **options)
 
     return run
 

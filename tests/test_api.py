@@ -3,9 +3,12 @@
 import importlib
 import pkgutil
 
+import numpy as np
 import pytest
 
 import protoprune
+from protoprune.errors import UsageError
+from protoprune.training import recording
 
 
 def test_no_submodule_hides_a_public_name():
@@ -34,3 +37,24 @@ MODULES = list(pkgutil.walk_packages(protoprune.__path__, "protoprune."))
 def test_every_module_says_what_it_is(module):
     if module.name != "protoprune.__main__":
         assert importlib.import_module(module.name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda file: protoprune.score("random", file, seed=-1), "--seed -1"),
+        (lambda file: protoprune.score("k_center", file, seed=3_000_000_000), "--seed 3000000000"),
+        (lambda file: protoprune.score("self_supervised_prototypes", file, k=0), "--k 0"),
+        (lambda file: protoprune.rank(file, seed=-1), "--seed -1"),
+        (lambda file: protoprune.compare({"a": [1, 2], "b": [2, 1]}, ["x", "y"], seed=-1), "--seed -1"),
+        (lambda file: protoprune.compare({"a": [1, 2], "b": [2, 1]}, ["x", "y"], resamples=-1), "--bootstrap -1"),
+        (lambda file: protoprune.embed(None, None, file + "2", batch_size=0), "--batch-size 0"),
+        (lambda file: protoprune.embed(None, None, file + "2", workers=-1), "--workers -1"),
+        (lambda file: protoprune.load_encoder("dino_vits16", image_size=4), "--image-size 4"),
+        (lambda file: recording.plan(None, None, None, seed=-1), "--seed -1"),
+        (lambda file: protoprune.scaling(None, None, None, sizes=[2], bootstrap=-1), "--bootstrap -1"),
+    ],
+)
+def test_python_refuses_what_the_command_line_refuses(call, message, tmp_path, feature_file):
+    with pytest.raises(UsageError, match=message):
+        call(feature_file(tmp_path / "f.h5", np.eye(12)))

@@ -75,7 +75,7 @@ def test_the_direction_of_the_table_that_does_not_say(here, run):
 
 def test_kept_sets_and_files(here, run):
     result = run(
-        "a.csv", "b.csv.gz", "c.txt", "--keep", "0.25", "--keep", "0.5", "-o", "pairs.csv", "--figure", "heat.png",
+        "a.csv", "b.csv.gz", "c.txt", "--keep", "0.25,0.5", "--keep", "0.5", "-o", "pairs.csv", "--figure", "heat.png",
         "--classes", "classes.csv", "--bootstrap", "20",
     )  # fmt: skip
     blocks = result.stdout.split("\n\n")
@@ -157,10 +157,11 @@ def test_a_sheet_of_disagreements(here, run):
     assert "is one of the inputs" in again.stderr
 
 
-def test_a_terminal_gets_a_table(here, capsys):
+def test_a_terminal_gets_a_table(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     tables = {"a": np.arange(4.0), "[b]": -np.arange(4.0)}  # a name that rich would take for a style
     result = compare(tables, list("pqrs"), keeps=(0.5,), resamples=0)
-    sys.modules["protoprune.cli.compare"]._show(result, terminal=True)
+    sys.modules["protoprune.cli.compare"]._show(result)
     shown = capsys.readouterr().out
     assert shown.count("[b]") == 4
     assert shown.count("-1.000") == 2
@@ -170,9 +171,10 @@ def test_a_terminal_gets_a_table(here, capsys):
 
 def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     tables = {f"metric-{i}": np.arange(4.0) for i in range(8)}
     result = compare(tables, list("pqrs"), resamples=0)
-    sys.modules["protoprune.cli.compare"]._show(result, terminal=True)
+    sys.modules["protoprune.cli.compare"]._show(result)
     shown = capsys.readouterr().out
     assert shown.count("1.000") == 64
     assert "│" not in shown

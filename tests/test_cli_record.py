@@ -45,7 +45,7 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
         f"training: 12 examples in 3 classes, {images}", f"test: 3 examples in 3 classes, {tmp_path / 'test'}"
     ]  # fmt: skip
     assert lines[2].startswith("record: 2 models x 2 recorded epochs x 12 examples, ")
-    assert lines[2].endswith("KiB in record.h5")
+    assert lines[2].endswith("kB in record.h5")
     assert lines[-1].startswith("record.h5: 2 x cnn, 2 epochs, in ")
     with Record(tmp_path / "record.h5") as found:
         assert (found.models, found.epochs, found.n) == (2, 2, 12)

@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 from helpers import write_image
-from PIL import Image
 from typer.testing import CliRunner
 
 from protoprune.cli import app
@@ -172,6 +171,19 @@ def test_manifest_accounts_for_every_image(here, run, kind):
     assert {int(row["cluster"]) for row in usable} == {0, 1, 2}
 
 
+def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image_tree):
+    image_tree({"ape": 20, "bee": 20, "cat": 20})
+    for path in PATHS:
+        (here / "images" / path).write_bytes((here / "images/ape/000.png").read_bytes())
+    (here / "s.csv").write_text("".join(f"{path},{path >= 'b'}\n" for path in PATHS))
+    result = run("select", "--scores", "s.csv", "--keep", "0.5", "--links", "linked")
+    assert "warning: linked has no image of 1 of 3 classes (ape), so that ImageFolder numbers" in result.stderr
+    assert (here / "linked/classes.txt").read_text() == "ape\nbee\ncat\n"
+    assert "ImageFolder" not in run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "all").stderr
+    inside = run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "images/kept").stderr
+    assert "lies in the folder of the images, where `protoprune embed` will find them twice" in inside
+
+
 @pytest.mark.parametrize("hard", [[], ["--hard-links"]])
 def test_links_are_an_image_folder_of_the_kept(here, run, hard):
     for i, path in enumerate(PATHS):
@@ -262,6 +274,27 @@ def test_cover_composes(here, run):
     assert len(own.stdout.splitlines()) == 18
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "advice"),
+    [
+        (20, [], "--balance 0.5 --by class keeps some of each"),
+        (4, [], "--balance 0.75 --by class keeps some of each"),
+        (4, ["--balance", "0.5"], "--balance 0.75 --by class keeps some of each"),
+        (2, ["--balance", "1"], "keep at least 3 images for one of each"),
+        (3, ["--balance", "0.5", "--calibrate", "0.7"], "take by order at least 3 images for one of each"),
+    ],
+)
+def test_what_would_keep_some_of_each_class_is_what_was_not_done(here, run, count, options, advice):
+    with open("scores.csv", "w") as file:  # all apes are easy
+        file.writelines(f"{path},{0 if path.startswith('ape') else i + 1}\n" for i, path in enumerate(PATHS))
+    arguments = ["select", "--scores", "scores.csv", "--keep", (count + 0.1) / 59]
+    result = run(*arguments, *options)
+    assert f"classes lost every image; {advice}" in result.stderr
+    if "--balance" in advice:
+        again = run(*arguments, *advice.partition(" keeps")[0].split())
+        assert "lost every image" not in again.stderr
+
+
 def test_strata_and_the_hardest_dropped(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS))
@@ -320,6 +353,11 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
             assert (row["rank"], row["keep"]) == ("-1", "0")
             assert float(row["distance"]) <= float(rows[row["duplicate_of"]]["distance"])
             assert rows[row["duplicate_of"]]["duplicate_of"] == ""
+    told = re.findall(r"E (\S+) +(\d+) pairs, among (\d+) images( \(this run\))?", result.stderr)
+    assert [one[0] for one in told] == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]
+    assert told[4] == ("0.02", "10", "20", " (this run)")
+    assert 5 <= int(told[0][1]) <= 10  # five copies are exact
+    assert re.search(r"a quarter of that, --dedup 0\.\d+", result.stderr)
     central = run("select", "--keep", "0.5", *options, "--dedup-keep", "central", "--manifest", "c.jsonl")
     assert "40 remain" in central.stderr
     for record in map(json.loads, (doubled / "c.jsonl").read_text().splitlines()):
@@ -565,92 +603,3 @@ def test_info(here, run):
 def test_info_lists_what_could_not_be_read(here, run):
     assert run("info", "--errors").stdout == "ape/000.png\ttruncated\tmade up truncated\n"
     assert run("info", "nowhere.h5", code=1).stderr.startswith("error: nowhere.h5")
-
-
-# --- sheet
-
-
-@pytest.fixture
-def coloured(here):
-    """Every image in one colour that no other has, so that the sheet shows which image is where."""
-    for i, path in enumerate(PATHS):
-        (here / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20), (4 * i, 100, 255 - 4 * i)).save(here / "images" / path)
-    return here
-
-
-def cells(file, count: int, rows: int, thumb: int = 96) -> list[list[int]]:
-    """The image numbers in each row of a sheet, by the colours in the middle of the cells."""
-    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    found = []
-    for row in range(rows):
-        y = 14 + row * (thumb + 4 + 14) + 14 + thumb // 2
-        lefts = [4 + i * (thumb + 4) for i in range(count)]
-        lefts += [count * (thumb + 4) + 12 + i * (thumb + 4) for i in range(count)]
-        found.append([pixels[y, left + thumb // 2, 0] // 4 for left in lefts])
-    return found
-
-
-def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
-    (coloured / "s.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(PATHS)))
-    result = run("sheet", "--scores", "s.csv", "--count", "4")
-    assert result.stdout == ""
-    assert "sheet.png: 1 rows of the 4 easiest and the 4 hardest images" in result.stderr
-    assert cells("sheet.png", 4, 1) == [[1, 2, 3, 4, 59, 58, 57, 56]]
-
-
-def test_sheet_says_how_it_read_the_table(coloured, run):
-    lines = [f"{path},{-i}\n" for i, path in enumerate(PATHS)]
-    (coloured / "s.csv").write_text("".join(lines[:-2]) + "x.png,1\n")
-    said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
-    assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
-    assert "57 images have one; 2 have none and are not kept" in said
-    assert "1 table rows name no image, first x.png" in said
-    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
-    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
-    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr
-    assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
-    assert "--higher-is easier: goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
-    assert "is one of the inputs" in run("sheet", "--scores", "s.csv:easier", "-o", "s.csv", code=2).stderr
-
-
-def test_sheet_has_a_row_for_each_class(coloured, run):
-    run("sheet", "--k", "1", "--by", "class", "--count", "3", "-o", "s.png")
-    shown = cells("s.png", 3, 3)
-    assert [{number % 3 for number in row} for row in shown] == [{0}, {1}, {2}]
-    outliers = {PATHS.index(path) for path in OUTLIERS}
-    assert all(set(row[3:5]) <= outliers for row in shown)
-    assert "showing 2 of 3 rows" in run("sheet", "--k", "1", "--by", "class", "--max-rows", "2").stderr
-
-
-def test_sheet_has_a_row_for_each_cluster(coloured, run):
-    select(run, "--keep", "1", "--manifest", "m.csv")
-    with open("m.csv") as file:
-        rows = {PATHS.index(row["path"]): row for row in csv.DictReader(file)}
-    sizes = np.bincount([int(row["cluster"]) for row in rows.values() if row["status"] == "ok"])
-    count = 3
-    run("sheet", "--k", "3", "--by", "cluster", "--count", count, "-o", "s.png")
-    assert max(sizes) >= 2 * count
-    for cluster, shown in enumerate(cells("s.png", count, 3)):
-        if sizes[cluster] < 2 * count:
-            continue  # then the row is shorter
-        assert {int(rows[number]["cluster"]) for number in shown} == {cluster}
-        distance = [float(rows[number]["distance"]) for number in shown]
-        assert distance[:count] == sorted(distance[:count])
-        assert distance[count:] == sorted(distance[count:], reverse=True)
-        assert distance[count - 1] <= distance[-1]
-
-
-def test_sheet_warns_of_images_that_are_gone(coloured, run):
-    assert "warning" not in run("sheet", "--k", "3", "--count", "2").stderr
-    for path in PATHS:
-        os.unlink(coloured / "images" / path)
-    result = run("sheet", "--k", "3", "--count", "2")
-    assert "warning: 4 images could not be read any more; --root says where they are now" in result.stderr
-    assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
-
-
-def test_sheet_errors(here, run):
-    assert "--by colour: expected none, class or cluster" in run("sheet", "--by", "colour", code=2).stderr
-    assert "no such feature file" in run("sheet", "nowhere.h5", code=1).stderr
-    assert "its folder does not exist" in run("sheet", "--k", "3", "-o", "nowhere/s.png", code=2).stderr

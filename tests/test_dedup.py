@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoprune.errors import UsageError
-from protoprune.selection import dedup, duplicates
+from protoprune.selection import dedup, duplicates, likeness
 
 
 def ids_of(n: int) -> list[str]:
@@ -131,3 +131,36 @@ def test_thresholds_out_of_range(epsilon):
 def test_sides_that_there_are_not():
     with pytest.raises(UsageError, match="--dedup-keep best: expected one of harder, central"):
         duplicates(np.ones((2, 2)), np.zeros(2, int), np.zeros(2), 0.1, ids=ids_of(2), keep="best")
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 10**6))
+def test_likeness_equals_the_plain_count(small_blocks, n, clusters, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4)) + 2 * np.eye(4)[rng.integers(0, 2, n)]
+    x[: n // 4] = x[n // 2 : n // 2 + n // 4] * 3  # exact copies
+    cluster, usable = rng.integers(-1, clusters, n), rng.random(n) < 0.8
+    thresholds = (0.05, 0.1, 0.4)
+    found = likeness(x, cluster, usable=usable, thresholds=thresholds)
+    distance = 1 - unit(x) @ unit(x).T
+    together = (cluster[:, None] == cluster) & usable & usable[:, None] & (cluster >= 0)
+    np.fill_diagonal(together, False)
+    if (np.abs(distance[together][:, None] - thresholds) < 1e-5).any():
+        return  # within rounding of a threshold
+    assert found.pairs.tolist() == [int((together & (distance < mark)).sum()) // 2 for mark in thresholds]
+    nearest = np.where(together, distance, np.inf).min(axis=1, initial=np.inf)
+    np.testing.assert_allclose(found.nearest, np.where(np.isinf(nearest), np.nan, nearest), atol=1e-5)
+    assert found.images.tolist() == [int((nearest < mark).sum()) for mark in thresholds]
+
+
+def test_the_suggested_threshold_parts_planted_copies_from_others():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 32))
+    copies = x[:150] + 0.15 * rng.normal(size=(150, 32))
+    both = np.concatenate([x, copies])
+    found = likeness(both, np.zeros(750, int))
+    duplicate_of = duplicates(both, np.zeros(750, int), rng.random(750), found.suggested, ids=ids_of(750))
+    pairs = {frozenset(pair) for pair in enumerate(duplicate_of.tolist()) if pair[1] >= 0}
+    assert pairs == {frozenset((i, 600 + i)) for i in range(150)}
+    assert likeness(x[:1], np.zeros(1, int)).suggested is None
+    assert likeness(np.ones((9, 3)), np.zeros(9, int)).suggested is None

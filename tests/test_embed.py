@@ -22,7 +22,7 @@ from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile, partial_path
+from protoprune.features import FeatureFile, open_features, partial_path
 from protoprune.images import list_folder, list_paths
 
 SIDE = 32
@@ -245,7 +245,38 @@ def test_what_still_cannot_be_read_leaves_the_file_alone(images, tmp_path):
 
 def test_a_damaged_unfinished_run_says_what_to_do(images, tmp_path):
     (tmp_path / "f.h5.partial").write_bytes(b"junk")
-    with pytest.raises(ProtopruneError, match=r"f\.h5\.partial: a damaged unfinished run; delete it"):
+    with pytest.raises(ProtopruneError, match=r"f\.h5\.partial: a damaged unfinished run \(not a .*\); delete it"):
+        run(images, tmp_path / "f.h5")
+    assert run(images, tmp_path / "f.h5", overwrite=True).embedded == 21
+
+
+def test_damaged_rows_are_embedded_again(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    before, data = stored(tmp_path / "f.h5"), bytearray((tmp_path / "f.h5").read_bytes())
+    with FeatureFile(tmp_path / "f.h5") as file:
+        place = file._reader.file["features"].id.get_offset() + 3 * file.dim * file.features.itemsize
+        name = file.paths[3]
+    data[place] ^= 1
+    (tmp_path / "f.h5").write_bytes(data)
+    with open_features(tmp_path / "f.h5") as file, pytest.raises(ProtopruneError, match=rf"its features of {name} are"):
+        file.features[:]
+    report = run(images, tmp_path / "f.h5")
+    assert (report.embedded, report.unchanged) == (1, 20)
+    after = stored(tmp_path / "f.h5")
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[path], before[path]) for path in before)
+
+
+def test_damage_elsewhere_needs_an_overwrite(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    data = bytearray((tmp_path / "f.h5").read_bytes())
+    with FeatureFile(tmp_path / "f.h5") as file:
+        place = file._reader.file["size"].id.get_offset()
+    data[place] ^= 1
+    (tmp_path / "f.h5").write_bytes(data)
+    with pytest.raises(
+        ProtopruneError, match=r"damaged \(its size is not .* `protoprune embed` again with --overwrite"
+    ):
         run(images, tmp_path / "f.h5")
     assert run(images, tmp_path / "f.h5", overwrite=True).embedded == 21
 

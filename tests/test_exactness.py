@@ -96,8 +96,8 @@ def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, sto
 
 
 def test_fast_decoding_holds_its_bounds_on_photos(photos, tmp_path):
-    """Opt-in, since it misses .9999: at least .995 a photo, and the ranking by .99. With mini, at whose 64 pixels photos
-    of 500 x 375 are large enough to be decoded at a half; at 224 pixels they are not."""
+    """Opt-in, since it misses .9999: at least .995 a photo, and the ranking by .99. With mini, at whose 64 pixels
+    photos of 500 x 375 are large enough to be decoded at a half; at 224 pixels they are not."""
     features = {}
     for how in ("exact", "fast"):
         embed(list_folder(photos), load_encoder("mini", decode=how), tmp_path / f"{how}.h5", store="float32")

@@ -38,7 +38,7 @@ def test_layout_is_what_the_docstring_says_and_plain_h5py_reads_it(tmp_path):
     with h5py.File(tmp_path / "f.h5") as file:
         assert set(file) == {
             "path", "size", "mtime_ns", "label", "classes", "features", "status", "reason", "reasons", "borrowed",
-            "committed",
+            "committed", "digest",
         }  # fmt: skip
         assert bytes(file["path"][:]).decode().split("\0")[:-1] == ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/é.jpg"]
         assert (file["features"].dtype, file["features"].chunks) == (np.float16, None)
@@ -79,9 +79,10 @@ def test_reasons_are_stored_once_each_and_the_table_may_fill_up(tmp_path):
 
 def test_rows_in_pieces_are_written_where_they_belong(tmp_path):
     images = images_of([f"{i}.jpg" for i in range(9)])
-    create_partial(str(tmp_path / "old.h5"), images_of(["1.jpg", "4.jpg"]), 2, PROVENANCE, [])
+    earlier = images_of(["1.jpg", "4.jpg"])
+    earlier.size[:], earlier.mtime_ns[:] = [1, 4], [6, 9]  # as in `images`
+    create_partial(str(tmp_path / "old.h5"), earlier, 2, PROVENANCE, [])
     old = PartialFile(str(tmp_path / "old.h5"))
-    old._file["size"][:], old._file["mtime_ns"][:] = [1, 4], [6, 9]  # as in `images`
     old.commit(old.todo, np.array([[1, 1], [4, 4]], np.float16), np.array([1, 1], np.uint8), ["", ""])
     old.finish()
     with FeatureFile(tmp_path / "old.h5") as source:

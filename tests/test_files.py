@@ -152,6 +152,26 @@ def test_links_into_an_empty_folder_but_never_into_a_full_one(tmp_path, image_tr
         write_links(root / "cat/000.png", root, ["cat/001.png"])
 
 
+def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
+    """A class that has lost all its images has no folder, so loaders that count folders shift the others."""
+    timm = pytest.importorskip("timm.data")
+    root = image_tree({"ape": 2, "bee": 2, "cow": 2})
+    write_links(tmp_path / "kept", root, ["bee/000.png", "cow/001.png"], classes=["ape", "bee", "cow"])
+    assert (tmp_path / "kept/classes.txt").read_text() == "ape\nbee\ncow\n"
+    shifted = timm.create_dataset("", root=tmp_path / "kept")
+    assert [label for _, label in shifted] == [0, 1]
+    mapped = timm.create_dataset("", root=tmp_path / "kept", class_map="classes.txt")
+    assert [label for _, label in mapped] == [1, 2]
+    write_links(tmp_path / "other", root, ["bee/000.png"])
+    assert os.listdir(tmp_path / "other") == ["bee"]
+
+
+def test_a_class_with_the_name_of_the_list_of_classes(tmp_path, image_tree):
+    root = image_tree({"ape": 1, "classes.txt": 1})
+    write_links(tmp_path / "kept", root, ["classes.txt/000.png"], classes=["ape", "classes.txt"])
+    assert [p.name for p in (tmp_path / "kept").rglob("*.png")] == ["000.png"]
+
+
 def snapshot(folder):
     return {path: (path.stat().st_ino, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 

@@ -250,8 +250,6 @@ def test_memorization_of_two_models():
     # right only when trained on; always in; right only when not trained on; never in; right either way
     expected = [1, np.nan, -1, np.nan, 0]
     np.testing.assert_array_equal(score("memorization", record).values, expected)
-    right = np.array(prediction)[:, 0] == labels
-    np.testing.assert_array_equal(ensembles.memorization(right, np.array(subset, bool)), expected)
 
 
 def test_memorization_says_how_much_the_models_fit():

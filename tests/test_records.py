@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protoprune import records
+from protoprune import hdf5, records
 from protoprune.errors import ProtopruneError
 from protoprune.records import PartialRecord, Record, partial_path
 
@@ -28,6 +28,17 @@ def values(models, n, seed=0, names=records.STORED[:-1]) -> dict[str, np.ndarray
     rng = np.random.default_rng(seed)
     floats = {name: rng.normal(size=(models, n)).astype(np.float16).astype(np.float32) for name in names}
     return {"prediction": rng.integers(0, 65_536, (models, n)), **floats}
+
+
+def finished(out, **options) -> str:
+    """A whole record of 2 models x 3 epochs x n examples of any values."""
+    out, n = created(out, **options), options.get("n", 4)
+    partial = PartialRecord(out)
+    for epoch in range(3):
+        partial.write(slice(0, 2), epoch, values(2, n, epoch))
+    partial.commit(slice(0, 2), 3)
+    partial.finish()
+    return out
 
 
 @given(
@@ -77,8 +88,7 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, models, epochs, n, te
 
 
 def test_plain_h5py_reads_it(tmp_path):
-    out = created(tmp_path / "r.h5")
-    PartialRecord(out).finish()
+    out = finished(tmp_path / "r.h5")
     with h5py.File(out) as file:
         assert file["prediction"].shape == file["margin"].shape == (2, 3, 4)
         assert file["margin"].dtype == np.float16
@@ -88,8 +98,7 @@ def test_plain_h5py_reads_it(tmp_path):
 
 
 def test_names_that_are_not_utf8_survive(tmp_path):
-    out = created(tmp_path / "r.h5", n=2, paths=["a/\udcff.png", "b/\u00e9.png"], provenance={"root": "/im\udcff"})
-    PartialRecord(out).finish()
+    out = finished(tmp_path / "r.h5", n=2, paths=["a/\udcff.png", "b/\u00e9.png"], provenance={"root": "/im\udcff"})
     with Record(out) as record:
         assert record.paths == ["a/\udcff.png", "b/\u00e9.png"]
         assert record.provenance["root"] == "/im\udcff"
@@ -118,6 +127,7 @@ def test_what_is_no_record_is_said_to_be_none(tmp_path):
     out = created(tmp_path / "new.h5")
     with h5py.File(partial_path(out), "r+") as file:
         file.attrs["format_version"] = 99
+    hdf5.seal(partial_path(out), records.KIND, {"committed"})
     with pytest.raises(ProtopruneError, match="training record version 99, this program reads 1; upgrade"):
         Record(partial_path(out))
 
@@ -128,8 +138,7 @@ def test_a_feature_file_is_no_record(feature_file, tmp_path):
 
 
 def test_what_was_not_recorded_says_how_to_record_it(tmp_path):
-    out = created(tmp_path / "r.h5")
-    PartialRecord(out).finish()
+    out = finished(tmp_path / "r.h5")
     with Record(out) as record:
         with pytest.raises(ProtopruneError, match="holds no gradient norm; record it with --gradients"):
             record.last("gradient_norm")

@@ -2,19 +2,21 @@
 
 import csv
 import io
+import os
+import re
 import subprocess
 import sys
-from types import SimpleNamespace
+import threading
 
 import numpy as np
 import pytest
-import typer
 from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.special import ndtr
 from typer.testing import CliRunner
 
-from protoprune.cli.theory import advise, theory_app
+from protoprune.cli import app
+from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.theory import solver as theory
 from protoprune.theory.advice import advise as advice_for
@@ -339,10 +341,6 @@ def test_simulation_errors_name_the_value():
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
-app = typer.Typer()
-app.add_typer(theory_app, name="theory")
-app.command("advise")(advise)
-
 
 def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "120", "TERMINAL_WIDTH": "120"})
@@ -360,6 +358,14 @@ def rows_of(result):
 def test_error_command_writes_csv_to_stdout():
     rows = rows_of(run("theory", "error", "--alpha-tot", "2,5", "--keep", "0.5", "--order", "hard", "--csv", "-"))
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
+
+
+def test_several_numbers_are_repeated_or_separated_by_commas():
+    once = rows_of(run_line("theory error --alpha-tot 2,5 --keep 0.5,0.2 --order hard --csv -"))
+    assert (
+        rows_of(run_line("theory error --alpha-tot 2 --alpha-tot 5 --keep 0.5 --keep 0.2 --order hard --csv -")) == once
+    )
+    assert rows_of(run_line("theory error --alpha-tot 2, --alpha-tot 5 --keep 0.5,,0.2 --order hard --csv -")) == once
 
 
 def test_error_command_takes_the_size_after_pruning():
@@ -380,6 +386,51 @@ def test_tables_fit_and_say_shared_values_once():
     assert "…" not in result.stdout
     assert result.stdout.count("alpha_tot 5") == 1
     assert "0.09983" in run_line("theory error --alpha-tot 5 --keep 0.5 --order hard").stdout
+
+
+def test_no_number_is_cut_where_there_is_no_terminal():
+    narrow = {"COLUMNS": "20", "TERMINAL_WIDTH": "20"}
+    line = ["theory", "error", "--alpha-tot", "2.5,5", "--keep", "0.5,0.2", "--simulate", "2", "--dimension", "20"]
+    result = CliRunner().invoke(app, line, env=narrow)
+    rows = rows_of(run(*line, "--csv", "-"))
+    header, *lines = result.stdout.splitlines()[1:-1]
+    names = re.split(r"  +", header.strip())
+    assert [dict(zip(names, one.split(), strict=True)) for one in lines] == [
+        {name: (row[key] if key == "order" else f"{float(row[key]):.4g}")
+         for name in names for key in [name.replace(" ", "_")]}
+        for row in rows
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("theory nosuch -h", "No such command 'nosuch'; see `protoprune theory --help`"),
+        ("theory nosuch", "No such command 'nosuch'"),
+        ("nosuch", "No such command 'nosuch'; see `protoprune --help`"),
+        ("theory error --alpha 5", "No such option: --alpha"),
+        ("theory curve --points many", "--points"),
+        ("theory curve --order best", "--order"),
+        ("select --kep 0.5", "No such option: --kep"),
+        ("select", "Missing option '--keep'; see `protoprune select --help`"),
+        ("--bogus", "No such option: --bogus; see `protoprune --help`"),
+        ("select a b --keep 1", "b"),
+    ],
+)
+def test_what_is_misspelt_is_said_in_one_line(line, said):
+    result = run_line(line)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("line", ["", "theory"])
+def test_no_words_at_all_ask_for_the_help(line):
+    result = run_line(line)
+    assert "Usage:" in result.output
+    assert "error:" not in result.output
 
 
 def test_curve_writes_plot_and_csv_files(tmp_path):
@@ -419,15 +470,15 @@ def test_information_command():
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("theory error --alpha-tot 5 --keep 0", "'0' is not a number above 0 and at most 1"),
-        ("theory error --alpha-tot 5 --keep a", "'a' is not a number"),
+        ("theory error --alpha-tot 5 --keep 0", "--keep 0: not a number above 0 and at most 1"),
+        ("theory error --alpha-tot 5 --keep a", "--keep a: not a number"),
         ("theory error --alpha-tot ,", "empty"),
-        ("theory error --alpha-tot inf", "'inf'"),
-        ("theory error --alpha-tot 5 --plot a.jpg", "expected .png or .svg"),
+        ("theory error --alpha-tot inf", "--alpha-tot inf: not a number"),
+        ("theory error --alpha-tot 5 --plot a.jpg", "expected a name that ends in .png or .svg"),
         ("theory best-keep", "exactly one of the two"),
         ("theory error --alpha-tot 5 --alpha-prune 5", "exactly one of the two"),
         ("theory pareto --from 5 --to 2", "0 < from < to"),
-        ("theory pareto --theta 95", "'95' is not a number from 0 and at most 89"),
+        ("theory pareto --theta 95", "--theta 95: not a number from 0 and at most 89"),
         ("advise --images 100", "--classes"),
         ("advise --classes 10", "--images"),
         ("advise --images 5 --classes 10", "at least one image a class"),
@@ -437,13 +488,38 @@ def test_information_command():
 def test_wrong_usage_exits_2_and_names_the_value(words, named):
     result = run_line(words)
     assert result.exit_code == 2
-    assert named in " ".join(result.stderr.replace("│", " ").split())
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_unwritable_file_is_one_clear_error(tmp_path):
     result = run("theory", "error", "--alpha-tot", "5", "--csv", tmp_path / "missing" / "rows.csv")
-    assert isinstance(result.exception, ProtopruneError)
-    assert "cannot write" in str(result.exception)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("rows.csv: its folder does not exist; make it first\n")
+
+
+@pytest.mark.timeout(60)
+def test_csv_into_a_pipe_and_through_a_link(tmp_path):
+    """A rename would put a file in the pipe's place, and another one in the place of the link."""
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert run("theory", "error", "--alpha-tot", "5", "--keep", "0.5", "--csv", pipe).exit_code == 0
+    reader.join(20)
+    assert len(got[0].splitlines()) == 4
+    assert pipe.is_fifo()
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert run("theory", "error", "--alpha-tot", "5", "--keep", "0.5", "--csv", tmp_path / "link.csv").exit_code == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text() == got[0]
+
+
+def test_one_file_for_two_outputs(tmp_path):
+    (tmp_path / "rows.csv").symlink_to("plot.png")
+    line = ("theory", "error", "--alpha-tot", "5", "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "plot.png")
+    assert "is named for two outputs" in run(*line).stderr
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_importing_the_commands_loads_nothing_heavy():
@@ -497,22 +573,12 @@ def test_a_worse_probe_is_told_to_keep_more():
     assert percent[0] < percent[1]
 
 
-def test_advise_command_counts_a_feature_file(monkeypatch):
-    class FeatureFile:
-        labels = np.array([0] * 6 + [2] * 3 + [-1] + [1] * 5, dtype=np.int32)
-        usable = np.arange(15) < 10  # the last five images could not be read
-
-        def __init__(self, path):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-    monkeypatch.setitem(sys.modules, "protoprune.features", SimpleNamespace(FeatureFile=FeatureFile))
-    result = run("advise", "--features", "some.h5")
+def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
+    paths = [f"a/{i}.png" for i in range(7)] + [f"b/{i}.png" for i in range(3)]
+    paths += [f"d/{i}.png" for i in range(5)]  # these could not be read
+    failed = dict.fromkeys(range(10, 15), Status.CORRUPT)
+    out = feature_file(tmp_path / "some.h5", np.ones((15, 2)), paths=paths, failed=failed)
+    result = run("advise", "--features", out)
     assert result.exit_code == 0, result.output
     assert "10 images, 2 classes" in result.stdout
-    assert "3 to 6 images" in " ".join(result.stdout.split())
+    assert "3 to 7 images" in " ".join(result.stdout.split())

@@ -22,11 +22,20 @@ from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
+from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning
+
+_Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
 
 
 class _Group(TyperGroup):
     """Shows what the user can act on in one line, with the exit code that it carries."""
+
+    def make_context(self, *args, **extra):
+        try:
+            return super().make_context(*args, **extra)
+        except _Misspelt as error:
+            _explain(error)
 
     def invoke(self, ctx):
         try:
@@ -35,12 +44,35 @@ class _Group(TyperGroup):
                 warnings.showwarning = _show_warning(warnings.showwarning)
                 return super().invoke(ctx)
         except ProtopruneError as error:
-            text = f"error: {error}".replace("\r", "\\r").replace("\n", "\\n")  # file names may hold line breaks
-            typer.echo(text.encode(errors="backslashreplace").decode(), err=True)
+            _complain(str(error))
             raise typer.Exit(error.exit_code) from None
+        except _Misspelt as error:
+            _explain(error)
         except BrokenPipeError:  # `| head`
             sys.stderr.close()
             raise typer.Exit(0) from None
+
+
+def _explain(error) -> None:
+    """Say in one line what is wrong with the words of the command line, and exit with 2."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise error  # the help itself
+    _complain(f"{error.format_message().rstrip('.')}; see `{_command(error)} --help`")
+    raise typer.Exit(error.exit_code) from None
+
+
+def _command(error) -> str:
+    """The command that was misspelt, as a user calls it."""
+    names, context = [], error.ctx
+    while context is not None and context.parent is not None:
+        names.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(["protoprune", *names])
+
+
+def _complain(text: str) -> None:
+    one_line = f"error: {text}".replace("\r", "\\r").replace("\n", "\\n")  # file names may hold line breaks
+    typer.echo(one_line.encode(errors="backslashreplace").decode(), err=True)
 
 
 def _show_warning(otherwise):
@@ -89,6 +121,7 @@ for command in (
     compare,
     evaluate,
     scaling,
+    tune,
     info,
     sheet,
     report,

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.options import numbers
+from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.select import ByPlace, Rows, table_file
+from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def compare(
         Path | None, typer.Option(help="Feature file: the images, their classes, and the root of the sheet.")
     ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option(help="Compare the sets kept at this fraction, hardest first; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NUMBERS", help="Compare the sets kept at these fractions, hardest first: 0.5,0.2."),
     ] = None,
     higher_is: Annotated[
         str | None,
@@ -60,9 +63,10 @@ def compare(
     from protoprune import comparison, files, selection
     from protoprune.scores import check_reading
 
-    keeps = list(dict.fromkeys(keep or []))
+    keeps = list(dict.fromkeys(numbers(keep, "--keep")))
     for fraction in keeps:
         selection.check(fraction)
+    tables = _without_results(tables)
     check_reading(tables, higher_is, rows, by_place)
     if len(tables) < 2:
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
@@ -75,6 +79,8 @@ def compare(
     result, root = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
+    for picture in (sheet, figure):
+        check_picture(picture, root, result.paths)
     if out is not None:
         files.write_file(out, files.table_csv(comparison.pair_rows(result)))
     if classes is not None:
@@ -84,7 +90,29 @@ def compare(
     if sheet is not None:
         _write_sheet(result, sheet, root, count)
     _say_result(result, bootstrap)
-    _show(result, sys.stdout.isatty())
+    _show(result)
+
+
+def _without_results(files: list[Path]) -> list[Path]:
+    """The score tables: `compare *.csv -o pairs.csv` finds its own pairs.csv among them the second time."""
+    tables = [file for file in files if not _is_result(file)]
+    for file in files:
+        if file not in tables:
+            say(f"{file}: left out, it is what `protoprune compare` wrote and no score table")
+    return tables
+
+
+def _is_result(file: Path) -> bool:
+    from protoprune.comparison import CLASS_COLUMNS, PAIR_COLUMNS
+
+    try:
+        if not file.is_file():  # nothing is taken out of a pipe
+            return False
+        with open(file, "rb") as opened:
+            first = opened.readline(1000).decode(errors="replace").rstrip("\r\n").split(",")
+    except OSError:
+        return False
+    return first[: len(PAIR_COLUMNS)] == PAIR_COLUMNS or first == CLASS_COLUMNS
 
 
 def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: Path | None) -> None:
@@ -93,10 +121,6 @@ def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: P
     if figure is not None and figure.suffix.lower() not in _FIGURES:
         raise UsageError(f"--figure {figure}: expected a name that ends in {', '.join(_FIGURES)}")
     check_outputs(*outputs, inputs=[*tables, features])
-    given = [path.resolve() for path in outputs if path is not None]
-    for path in given:
-        if given.count(path) > 1 and (path.is_file() or not path.exists()):
-            raise UsageError(f"{path}: is named for two outputs; choose another name")
 
 
 def _load(
@@ -114,7 +138,7 @@ def _load(
     tables = {name: _table(source, reading) for name, source in zip(names, files, strict=True)}
     paths = labels = classes = usable = None
     if features is not None:
-        from protoprune.pruning import open_features
+        from protoprune.features import open_features
 
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
@@ -200,48 +224,14 @@ def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
     say(f"{path}: the {min(len(rows), _SHEET_ROWS)} of {len(rows)} pairs that agree least")
 
 
-def _show(result: Comparison, terminal: bool) -> None:
-    """The matrices on stdout: tables on a terminal, else columns of text, the Spearman matrix first."""
-    matrices = [("Spearman", result.spearman)]
+def _show(result: Comparison) -> None:
+    """The matrices on stdout, the Spearman matrix first, similar tables side by side."""
+    matrices = [("Spearman" if sys.stdout is not None and sys.stdout.isatty() else "", result.spearman)]
     matrices += [(f"overlap of the kept sets at {keep:g} (random: {keep:g})", m) for keep, m in result.overlap.items()]
-    names = [name.encode(errors="backslashreplace").decode() for name in result.names]
-    if terminal:
-        from rich.console import Console
-
-        console = Console()
-        if max(map(len, names)) + 9 * (len(names) + 1) <= console.width:
-            for title, matrix in matrices:
-                console.print(title, markup=False, highlight=False)
-                console.print(_rich_table(names, matrix, result.order))
-            return
+    names = [result.names[row] for row in result.order]
     for place, (title, matrix) in enumerate(matrices):
         if place:
-            typer.echo(f"\n{title}")
-        for line in _plain_lines(names, matrix, result.order):
-            typer.echo(line)
-
-
-def _rich_table(names: list[str], matrix: np.ndarray, order: np.ndarray):
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("")
-    for row in order:
-        table.add_column(Text(names[row]), justify="right", min_width=6, overflow="fold")
-    for row in order:
-        table.add_row(Text(names[row]), *(_cell(matrix[row, column]) for column in order))
-    return table
-
-
-def _plain_lines(names: list[str], matrix: np.ndarray, order: np.ndarray) -> list[str]:
-    first = max(map(len, names))
-    widths = {row: max(6, len(names[row])) for row in order}
-    lines = [" " * first + "".join(f"  {names[row]:>{widths[row]}}" for row in order)]
-    for row in order:
-        cells = "".join(f"  {_cell(matrix[row, column]):>{widths[column]}}" for column in order)
-        lines.append(f"{names[row]:<{first}}{cells}")
-    return lines
-
-
-def _cell(value: float) -> str:
-    return f"{value:.3f}"
+            typer.echo("")
+        cells = matrix[result.order][:, result.order]
+        rows = [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, cells, strict=True)]
+        print_table(["", *names], rows, title=title, right=range(1, len(names) + 1))

@@ -14,6 +14,7 @@ import typer
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
 from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
+from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 
 
@@ -54,9 +55,7 @@ def embed(
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
     started = time.monotonic()
-    check_outputs(out, errors, inputs=[Path(images), weights, labels, class_names])
-    if errors is not None and errors.absolute() == out.absolute():
-        raise UsageError(f"--errors {errors}: is the feature file itself; choose another name")
+    check_outputs(errors, hdf5=out, inputs=[images, weights, labels, class_names])
     classes = _classes(labels, label_column, class_names, class_level, no_labels)
     size, threads = _number("--batch-size", batch_size), _number("--workers", workers)
     found = _find_images(images, root, {"labels": classes, "class_level": class_level})
@@ -221,11 +220,10 @@ def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
 
-    rows = [("name", "dim", "parameters", "input", "pool", "training", "licence", "source")]
+    rows = []
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"
         rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    heads = ("name", "dim", "parameters", "input", "pool", "training", "licence", "source")
+    print_table(heads, rows, fold=True)
     typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import duration, say
 from protoprune.cli.record import (
     ClassLevel,
@@ -25,7 +26,8 @@ from protoprune.cli.record import (
     label_options,
     load_sets,
 )
-from protoprune.cli.select import ByPlace, HigherIs, Rows, number_of_clusters
+from protoprune.cli.select import ByPlace, HigherIs, Rows, number_of_clusters, table_file
+from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -143,7 +145,7 @@ def evaluate(
     samplers = _samplers(dynamic, keep or [], every)
     costs = _costs(selection_seconds or [], len(lists))
     check_options(lists, samplers, budget, target_accuracy)
-    _check_folder(out)
+    check_folder(out, [*lists, source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     for path in lists:
         read_list(path)
@@ -231,7 +233,7 @@ def scaling(
     wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
     names = [one.strip() for one in orders.split(",") if one.strip()]
     check_options(wanted["keeps"], names, budget)
-    _check_folder(out)
+    check_folder(out, [table_file(scores), rows, features, source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
@@ -285,11 +287,6 @@ def _source(images: Path | None, features: Path | None, model: str | None, *, ra
     return images, model
 
 
-def _check_folder(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
-
-
 def _recipe(model: str, *, weights: Path | None, **given):
     from protoprune.training.loop import Recipe
 
@@ -336,7 +333,7 @@ def _every_path(source: Path) -> list[str]:
         from protoprune.images import list_folder
 
         return list_folder(source, labels=False).paths
-    from protoprune.pruning import open_features
+    from protoprune.features import open_features
 
     with open_features(source) as file:
         return file.paths
@@ -441,10 +438,10 @@ def _print_evaluation(result: Evaluation) -> None:
     header += ["selection", "net saved"]
     if result.target_accuracy is not None:
         header.append(f"to {100 * result.target_accuracy:g} %")
-    _print_table(header, [_cells(one, result) for one in result.methods])
+    print_table(header, [_cells(one, result) for one in result.methods])
     judged = [one for one in result.methods if one.verdict]
     for one in judged:
-        _print(f"{one.name}: {one.verdict}")
+        echo(f"{one.name}: {one.verdict}")
     notes = [
         f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by seed. "
         "Against random they cover the seeds and, for a list, the luck of one draw."
@@ -454,7 +451,7 @@ def _print_evaluation(result: Evaluation) -> None:
             f"Each interval is for its own line alone; the verdicts allow for all {len(judged)} comparisons (Holm)."
         )
     for note in notes:
-        _print(note)
+        echo(note)
 
 
 def _cells(one: Method, result: Evaluation) -> list[str]:
@@ -498,17 +495,17 @@ def _print_scaling(result: Scaling) -> None:
     for order, keep in dict.fromkeys((point.order, point.keep) for point in result.points):
         errors = [found[order, keep, size].error.mean for size in sizes]
         rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
-    _print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
+    print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
     # Three parameters through three or four points say nothing; fits.csv has them all the same.
     laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
     if laws:
-        _print("")
+        echo("")
         body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
-        _print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+        print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
     for curve in result.curves:
-        _print(f"{curve.name}: {curve.verdict}")
+        echo(f"{curve.name}: {curve.verdict}")
     if laws:
-        _print("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
+        echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 
 
 def _parameter(row: dict, key: str) -> str:
@@ -521,29 +518,3 @@ def _parameter(row: dict, key: str) -> str:
 def _quality(row: dict) -> list[str]:
     delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
     return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A rich table on a terminal, columns of plain text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*(Text(_printable(cell)) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(_printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        _print("  ".join(_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print(text: str) -> None:
-    typer.echo(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """A name that is not UTF-8, with its odd bytes escaped."""
-    return text.encode(errors="backslashreplace").decode()

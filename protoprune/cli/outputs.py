@@ -1,22 +1,97 @@
-"""What every command asks before it works: can the result be written, and is it not over what it is made from?"""
+"""What every command asks before it works: can the results be written, and over nothing that is needed or better?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from protoprune.cli.progress import say
 from protoprune.errors import UsageError
+from protoprune.files import holds, same_file
+
+_RESULTS = ("results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png")
 
 
-def check_outputs(*outputs: Path | None, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UsageError for a file that cannot be made, or that is one of the inputs; None is an option not given."""
-    sources = [one for one in inputs if one is not None and one.exists()]
-    for path in outputs:
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UsageError(f"{path}: a folder; name a file")
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist; make it first")
-        if path.exists() and any(path.samefile(one) for one in sources):
+def check_outputs(
+    *outputs: str | Path | None,
+    inputs: Iterable[str | Path | None] = (),
+    hdf5: Path | None = None,
+    links: Path | None = None,
+) -> None:
+    """Raise UsageError for an output that cannot be made, is an input or another output, or holds something better.
+
+    None is an option not given, and - is stdout, which may be redirected to a file. `hdf5` is an output with a lock
+    and a partial file beside it, whose maker knows what it replaces; `links` a folder of links that is made too.
+    Files are compared as files: through links, by another name, and by names that differ in case only.
+    """
+    given = [Path(one) for one in outputs if one is not None and str(one) != "-"]
+    inputs = [Path(one) for one in inputs if one is not None and os.path.exists(one)]
+    written: list[Path] = [] if links is None else [links]
+    if hdf5 is not None:
+        given.insert(0, hdf5)
+        written = [Path(f"{hdf5}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
+        if any(same_file(one, source) for one in written for source in inputs):
+            raise UsageError(f"{hdf5}: its partial file or lock is one of the inputs; choose another name")
+    for path in given:
+        _check_place(path)
+        if path.exists() and not path.is_file():
+            continue  # a pipe or a device: nothing is replaced
+        if any(same_file(path, one) for one in inputs):
             raise UsageError(f"{path}: is one of the inputs; choose another name")
+        if any(same_file(path, one) for one in written) or _is_stdout(path):
+            raise UsageError(f"{path}: is named for two outputs; choose another name")
+        if links is not None and path.resolve().is_relative_to(links.resolve()):
+            raise UsageError(f"{path}: lies in the folder that --links makes; choose another place")
+        if path != hdf5 and (what := holds(path)) and not _redrawn(path, what):
+            raise UsageError(f"{path}: is {what}; choose another name, or delete it first")
+        written.append(path)
+
+
+def check_picture(path: Path | None, root: str | Path, paths: Sequence[str]) -> None:
+    """Raise UsageError for a picture that would be written over one of the images; say when it lies among them."""
+    if path is None or not root:
+        return
+    place, root = os.path.realpath(path), os.path.realpath(root)
+    if not place.startswith(os.path.join(root, "")):
+        return
+    if path.is_file() and os.path.relpath(place, root) in set(paths):
+        raise UsageError(f"{path}: is one of the images; choose another name")
+    say(f"warning: {path} lies in the folder of the images, where `protoprune embed` will find it; write it elsewhere")
+
+
+def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """As `check_outputs`, for the folder of results of `evaluate` and `scaling`. It need not exist."""
+    if out is None:
+        return
+    inputs = [one for one in inputs if one is not None and one.exists()]
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
+    for one in inputs:
+        if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
+            raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
+    if out.is_dir():
+        check_outputs(*(out / name for name in _RESULTS), inputs=inputs)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; name a file")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise UsageError(f"{path}: its folder does not exist; make it first")
+    if not os.access(folder, os.W_OK) and not (path.exists() and not path.is_file()):
+        raise UsageError(f"{path}: its folder cannot be written; choose another place")
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether stdout is redirected to this file, which would end up with one of the two."""
+    try:
+        return path.exists() and os.path.samestat(os.fstat(1), os.stat(path))
+    except OSError:
+        return False
+
+
+def _redrawn(path: Path, what: str) -> bool:
+    """A picture may take the place of a picture."""
+    return what == "an image" and path.suffix.lower() == ".png"

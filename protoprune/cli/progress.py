@@ -13,7 +13,12 @@ def say(text: str) -> None:
     """One line on stderr; names that are not UTF-8 are shown escaped."""
     if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
         return
-    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with the odd bytes of names that are not UTF-8 escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +27,15 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def bytes_text(count: float) -> str:
+    """'512 bytes', '3.1 kB', '1.2 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
 
 
 class Progress(AbstractContextManager):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, bytes_text, duration, say
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def record(
 ) -> None:
     """Train models on labelled images and record what every example went through, for `protoprune score`."""
     started = time.monotonic()
-    check_outputs(out, inputs=[source, test, weights, labels, test_labels, class_names])
+    caches = [] if pixels is None else [f"{pixels}.{part}" for part in ("training", "test")]
+    check_outputs(*caches, hdf5=out, inputs=[source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     from protoprune.device import resolve_device
     from protoprune.training import recording
@@ -97,7 +98,7 @@ def record(
     )  # fmt: skip
     say(
         f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
-        f"{len(train):,} examples, {_size(laid_out.bytes)} in {out}"
+        f"{len(train):,} examples, {bytes_text(laid_out.bytes)} in {out}"
     )
     if plan:
         return
@@ -219,10 +220,3 @@ def load_sets(
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
         loaded.append(data)
     return loaded
-
-
-def _size(count: float) -> str:
-    unit = 0
-    while count >= 1024 and unit < 4:
-        count, unit = count / 1024, unit + 1
-    return f"{count:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

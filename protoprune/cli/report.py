@@ -31,6 +31,7 @@ from protoprune.cli.select import (
     Seed,
     TrainPoints,
     number_of_clusters,
+    say_notes,
 )
 from protoprune.errors import UsageError
 
@@ -103,6 +104,7 @@ def report(
     chosen = pruning.select(
         features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_keep=dedup_keep
     )
+    say_notes(chosen.ranking)
     with Progress("thumbnails", "img") as bar:
 
         def on_image(done: int, total: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import duration, say
+from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
@@ -29,18 +29,7 @@ def metrics() -> None:
         labels, training = ("yes" if needed else "no" for needed in (one.labels, one.training))
         rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
     heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
-    if sys.stdout is not None and sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*heads)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        for row in (heads, *rows):
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(heads, rows, fold=True)
     typer.echo("protoprune score METRIC --record FILE or --features FILE computes one.", err=True)
 
 

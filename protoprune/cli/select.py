@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -113,8 +114,8 @@ def select(
     clusters = pruning.Clusters(
         number_of_clusters(k), euclidean, iterations, seed, restarts, train_points, backend, cache
     )
-    _check_output(format, null, [features, table_file(scores), rows], out, removed, manifest)
     check_links(links, hard_links)
+    _check_output(format, null, [features, table_file(scores), rows], links, out, removed, manifest)
     if stability and order in ("cover", "facility"):
         raise UsageError(f"--stability compares rankings by prototypes; --order {order} is none")
     if stability and scores is not None:
@@ -124,7 +125,7 @@ def select(
         dedup_keep=dedup_keep,
     )  # fmt: skip
     ranking = chosen.ranking
-    _say_ranking(ranking)
+    say_ranking(ranking)
     if dedup is not None:
         _say_duplicates(ranking, dedup)
     if restarts > 1 and scores is None and order not in ("cover", "facility"):
@@ -167,13 +168,15 @@ def check_links(links: Path | None, hard: bool) -> None:
         check_free(links)
 
 
-def _check_output(format: str | None, null: bool, inputs: list[Path | None], *outputs: Path | None) -> None:
+def _check_output(
+    format: str | None, null: bool, inputs: list[Path | None], links: Path | None, *outputs: Path | None
+) -> None:
     """Find out what cannot be written before the work is done; `outputs` are the list, the removed, the manifest."""
     import numpy as np
 
     from protoprune.lists import format_list
 
-    check_outputs(*outputs, inputs=inputs)
+    check_outputs(*outputs, inputs=inputs, links=links)
     for path in outputs[:2]:
         format_list([], np.empty(0), np.empty(0), _format(format, path), null=null)
     if format == "npy" and outputs[0] is None and sys.stdout.isatty():
@@ -210,11 +213,31 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
         kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
         files.write_file(manifest, lists.manifest(_columns(chosen), kind))
     if links is not None:
-        files.write_links(links, root, chosen.kept_paths, hard=hard_links)
+        _write_links(links, root, chosen, hard_links)
     if out is not None:
         files.write_file(out, kept)
     else:
         files.write_stdout(kept)
+
+
+def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
+    from protoprune.files import CLASSES, write_links
+    from protoprune.images import folder_labels
+
+    paths = chosen.ranking.paths
+    classes = folder_labels(paths)[1]
+    write_links(folder, root, chosen.kept_paths, classes=classes, hard=hard)
+    kept = {path.partition("/")[0] for path in chosen.kept_paths}
+    lost = [name for name in classes if name not in kept]
+    if lost:
+        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5:,} more" if len(lost) > 5 else "")
+        say(
+            f"warning: {folder} has no image of {len(lost):,} of {len(classes):,} classes ({names}), so that "
+            f"ImageFolder numbers the others anew, unlike those of a validation set; {folder / CLASSES} keeps the "
+            "numbers (timm: --class-map), and so does keep_only on the whole folder"
+        )
+    if os.path.realpath(folder).startswith(os.path.join(os.path.realpath(root), "")):
+        say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 
 def _columns(chosen: Selected) -> dict:
@@ -245,7 +268,7 @@ def _columns(chosen: Selected) -> dict:
     return columns
 
 
-def _say_ranking(ranking: Ranking) -> None:
+def say_ranking(ranking: Ranking) -> None:
     import numpy as np
 
     from protoprune.decode import Status
@@ -272,13 +295,18 @@ def _say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-    for note in ranking.notes():
-        say(f"warning: {note}")
+    say_notes(ranking)
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         what = "distance" if ranking.table is None else "score"
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
+
+
+def say_notes(ranking: Ranking) -> None:
+    """What to know before trusting the ranking."""
+    for note in ranking.notes():
+        say(f"warning: {note}")
 
 
 def say_table(ranking: Ranking) -> None:
@@ -292,11 +320,26 @@ def say_table(ranking: Ranking) -> None:
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
+    import numpy as np
+
     gone, left = int((ranking.duplicate_of >= 0).sum()), int(ranking.usable.sum())
     say(
         f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
         f"{left:,} remain, of which --keep is a fraction"
     )
+    from protoprune.pruning import likeness
+
+    near = likeness(ranking, epsilon)
+    say("duplicates: within clusters, --dedup E would find")
+    for threshold, pairs, images in zip(near.thresholds, near.pairs, near.images, strict=True):
+        mark = " (this run)" if abs(threshold - epsilon) < 1e-6 else ""
+        say(f"  E {threshold:<6g} {pairs:>9,} pairs, among {images:,} images{mark}")
+    if near.suggested is not None:
+        say(
+            f"  an image's nearest one is at {np.nanmedian(near.nearest):.3g} (median); a quarter of that, --dedup "
+            f"{near.suggested:g}, is where near-duplicates usually end; `protoprune sheet --duplicates "
+            f"{near.suggested:g}` shows them"
+        )
 
 
 def _say_selected(chosen: Selected) -> None:
@@ -334,9 +377,22 @@ def _say_selected(chosen: Selected) -> None:
     )
     gone = int((shares == 0).sum())
     if gone:
-        say(f"warning: {gone} of {len(sizes)} classes lost every image; --balance 0.5 keeps some of each")
+        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, sizes)}")
     elif not rule.balance and shares[high] > 2 * shares[low]:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
+
+
+def _to_keep_each(chosen: Selected, sizes) -> str:
+    """What gives every class at least one image; sizes: (classes,) usable images of each."""
+    from protoprune.selection import by_score
+
+    rule, kept, classes = chosen.rule, int(chosen.keep.sum()), int((sizes > 0).sum())
+    by_order = kept if rule.calibrate is None else by_score(kept, rule.calibrate)
+    if by_order < classes:
+        what = "keep" if rule.calibrate is None else "take by order"
+        return f"{what} at least {classes:,} images for one of each"
+    least = max(0.5, math.ceil(100 * classes / by_order) / 100)  # floor(balance * kept / classes) is at least 1
+    return f"--balance {least:g} --by class keeps some of each"
 
 
 def _say_stability(rows) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import say
+from protoprune.cli.outputs import check_outputs, check_picture
+from protoprune.cli.progress import bytes_text, say
 from protoprune.cli.select import (
     Backend,
     ByPlace,
@@ -21,48 +22,161 @@ from protoprune.cli.select import (
     Rows,
     Seed,
     number_of_clusters,
-    say_table,
+    say_ranking,
     table_file,
 )
+from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from protoprune.features import FeatureFile
+    from protoprune.records import Record
 
 
 def info(
-    features: Features = Path("features.h5"),
+    file: Annotated[Path, typer.Argument(help="Feature file or training record.")] = Path("features.h5"),
     errors: Annotated[bool, typer.Option("--errors", help="List every image that could not be used.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
+    ] = False,
 ) -> None:
-    """Describe a feature file."""
-    from protoprune.images import describe_counts
-    from protoprune.pruning import open_features
+    """Describe a feature file or a training record, finished or not, and check it for damage."""
+    from protoprune import hdf5
+    from protoprune.features import FeatureFile, partial_path
+    from protoprune.records import KIND as RECORD
+    from protoprune.records import Record
 
-    with open_features(features) as file:
+    if errors and verify:
+        raise UsageError("--errors and --verify: give one of them")
+    path = os.fspath(file)
+    there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
+    if hdf5.format_of(there) == RECORD.format:
         if errors:
-            for path, status, reason in file.failures():
-                _print(f"{path}\t{status.label}\t{reason}")
-            return
-        facts = file.provenance
-        usable = int(file.usable.sum())
-        failures = file.failure_counts()
-        _print(
-            f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {_bytes(os.path.getsize(file.path))}"
-        )
-        _print(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-        origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
-        if file.transparent:
-            _print(f"transparent {file.transparent:,} images, shown on white")
-        _print(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
-        _print(f"root        {facts['root']}")
-        _print(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
-        if facts.get("pool"):
-            _print(f"pooling     {facts['pool']}")
-        _print(f"preprocess  {facts['preprocess']}")
-        _print(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
-        if facts["unreadable_folder_count"]:
-            first = file.unreadable_folders[0]
-            _print(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
-        folder = file.path + ".clusters"
-        if os.path.isdir(folder):
-            _print(f"clusterings {len(os.listdir(folder))} in {folder}")
+            raise UsageError(f"--errors: {path} is a training record, which holds readable images only")
+        with Record(there, unfinished=True) as record:
+            _verify(record) if verify else _describe_record(record)
+        return
+    with FeatureFile(there) as features:
+        if errors:
+            for name, status, reason in features.failures():
+                echo(f"{name}\t{status.label}\t{reason}")
+        elif verify:
+            _verify(features)
+        else:
+            _describe_features(features)
+
+
+def _describe_features(file: FeatureFile) -> None:
+    from protoprune.images import describe_counts
+
+    facts = file.provenance
+    usable, failures = int(file.usable.sum()), file.failure_counts()
+    echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(os.path.getsize(file.path))}")
+    done = int(file.finished().sum())
+    if done < file.n or file.path.endswith(".partial"):
+        echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
+    echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+    if file.transparent:
+        echo(f"transparent {file.transparent:,} images, shown on white")
+    origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
+    echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
+    echo(f"root        {facts['root']}")
+    echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+    if facts.get("pool"):
+        echo(f"pooling     {facts['pool']}")
+    echo(f"preprocess  {facts['preprocess']}")
+    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+    if facts.get("unreadable_folder_count"):
+        first = file.unreadable_folders[0]
+        echo(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
+    folder = file.path + ".clusters"
+    if os.path.isdir(folder):
+        echo(f"clusterings {len(os.listdir(folder))} in {folder}")
+
+
+def _describe_record(record: Record) -> None:
+    facts, subset, committed = record.provenance, record.subset, record.committed
+    models = "1 model" if record.models == 1 else f"{record.models:,} models"
+    size = bytes_text(os.path.getsize(record.path))
+    echo(f"{record.path}: {models} x {record.epochs:,} recorded epochs x {record.n:,} images, {size}")
+    done, total = int(committed.sum()), record.models * record.epochs
+    if done < total or record.path.endswith(".partial"):
+        echo(f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest")
+    echo(f"models      {_recipe(facts)}")
+    echo(f"epochs      {', '.join(_ranges(record.epoch_numbers.tolist()))}")
+    echo(f"subsets     {_subsets(subset.mean(axis=1))}")
+    echo(f"classes     {len(record.classes):,}")
+    for number, line in enumerate(_accuracies(record, subset, committed)):
+        echo(f"{'' if number else 'accuracy':<11} {line}")
+    echo(f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}")
+    if record.test_labels is not None:
+        echo(f"test        {len(record.test_labels):,} images")
+    echo(f"root        {facts.get('root', 'unknown')}")
+    echo(f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}")
+    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+
+
+def _recipe(facts: dict) -> str:
+    """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
+    import json
+
+    recipe = json.loads(facts.get("recipe", "{}"))
+    model, epochs = recipe.pop("model", "unknown"), recipe.pop("epochs", None)
+    first = [str(model)] + ([f"{epochs:,} epochs"] if epochs else [])
+    return ", ".join(first + [f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value])
+
+
+def _ranges(numbers: list[int]) -> list[str]:
+    """[1, 2, 3, 5] as ['1 to 3', '5']."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return [f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts]
+
+
+def _subsets(share) -> str:
+    low, high = 100 * share.min(), 100 * share.max()
+    if low == 100:
+        return "every model was trained on all images"
+    return f"every model was trained on {low:.3g}{'' if low == high else f' to {high:.3g}'} % of the images"
+
+
+def _accuracies(record: Record, subset, committed) -> Iterator[str]:
+    """Mean accuracies of the models at the last recorded epoch of each, which are computed from the record."""
+    import numpy as np
+
+    labels, test = record.labels, record.test_labels
+    parts: dict[str, list[float]] = {}
+    for model in np.flatnonzero(committed):
+        last = int(committed[model]) - 1
+        right = record.read("prediction", model, epochs=slice(last, last + 1))[0] == labels
+        for what, rows in (("the images trained on", subset[model]), ("the others", ~subset[model])):
+            if rows.any():
+                parts.setdefault(what, []).append(float(right[rows].mean()))
+        if test is not None and len(test):
+            right = record.test_at("test_prediction", last)[model] == test
+            parts.setdefault("the test images", []).append(float(right.mean()))
+    for what, values in parts.items():
+        spread = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ""
+        yield f"{100 * np.mean(values):.1f} %{spread} on {what}"
+
+
+def _verify(file: FeatureFile | Record) -> None:
+    """Say that all of a file is what was written, or raise the error that says what is not."""
+    damage = file.damage()
+    if damage:
+        more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:4])}" if len(damage) > 1 else ""
+        raise file.damaged(f"{damage[0]} is not what was written{more}")
+    size = bytes_text(os.path.getsize(file.path))
+    if file.sealed:
+        echo(f"{file.path}: whole: all of its {size} are what was written")
+    else:
+        echo(f"{file.path}: can be read ({size}), but has no digests: an earlier version wrote it")
 
 
 def sheet(
@@ -74,6 +188,12 @@ def sheet(
     root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
     scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
     higher_is: HigherIs = None,
+    duplicates: Annotated[
+        float | None,
+        typer.Option(
+            help="Show instead what `select --dedup` of this would remove: each image that stays, and its duplicates."
+        ),
+    ] = None,
     rows: Rows = None,
     by_place: ByPlace = False,
     k: K = "auto",
@@ -82,7 +202,7 @@ def sheet(
     seed: Seed = 0,
     backend: Backend = "auto",
 ) -> None:
-    """Write a contact sheet of the easiest and the hardest images."""
+    """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
     from protoprune import pruning
     from protoprune.files import write_file
     from protoprune.scores import check_reading
@@ -90,26 +210,82 @@ def sheet(
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
+    if duplicates is not None and (scores is not None or by != "none"):
+        raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), rows])
     check_reading(scores, higher_is, rows, by_place)
-    if scores is not None:
-        ranking = pruning.rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
-        say_table(ranking)
+    clusters = pruning.Clusters(number_of_clusters(k), euclidean, iterations, seed, backend=backend)
+    reading = {"higher_is": higher_is, "rows": rows, "by_place": by_place}
+    ranking = _ranked(features, scores, reading, clusters, duplicates)
+    say_ranking(ranking)
+    root = os.fspath(root or ranking.root)
+    check_picture(out, root, ranking.paths)
+    if duplicates is not None:
+        lines, heads = _duplicates(ranking, duplicates, count), ("stays", "removed as its duplicates")
+        what = f"images that stay, with up to {count} of their duplicates each"
+        if not lines:
+            say(f"{out}: not written, no two images are that alike; try a larger --duplicates")
+            return
     else:
-        number = number_of_clusters(k)
-        ranking = pruning.rank(
-            features, k=number, euclidean=euclidean, iterations=iterations, seed=seed, backend=backend
-        )
-    for note in ranking.notes():
-        say(f"warning: {note}")
-    lines = _rows(ranking, by, count, seed)
+        lines, heads = _rows(ranking, by, count, seed), ("easiest (most prototypical)", "hardest")
+        what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > max_rows:
-        say(f"showing {max_rows} of {len(lines)} rows; more with --max-rows {len(lines)}")
-    picture, unreadable = contact_sheet(lines[:max_rows], os.fspath(root or ranking.root))
+        say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
+    picture, unreadable = contact_sheet(lines[:max_rows], root, heads=heads)
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
-    say(f"{out}: {min(len(lines), max_rows)} rows of the {count} easiest and the {count} hardest images")
+    say(f"{out}: {min(len(lines), max_rows)} rows of {what}")
+
+
+def _ranked(features: Path, scores: Path | None, reading: dict, clusters, duplicates: float | None):
+    from protoprune import pruning
+    from protoprune.selection import check_duplicates
+
+    if scores is not None:
+        return pruning.rank_by_table(features, scores, **reading)
+    if duplicates is not None:
+        check_duplicates(duplicates)
+    ranking = pruning.rank(features, clusters)
+    if duplicates is not None:
+        pruning.deduplicate(ranking, duplicates, seed=clusters.seed)
+    return ranking
+
+
+def _duplicates(ranking, epsilon: float, count: int) -> list[tuple[str, list[str], list[str]]]:
+    """(title, the image that stays, its duplicates) of each group, those with the most alike first."""
+    import numpy as np
+
+    gone = np.flatnonzero(ranking.duplicate_of >= 0)
+    say(f"duplicates: {len(gone):,} images would be removed by `select --dedup {epsilon:g}`")
+    likeness = dict(zip(gone.tolist(), _cosines(ranking, gone).tolist(), strict=True))
+    groups: dict[int, list[int]] = {}
+    for row in sorted(likeness, key=lambda row: (-likeness[row], row)):
+        groups.setdefault(int(ranking.duplicate_of[row]), []).append(row)
+    lines = []
+    for stays, removed in groups.items():
+        shown = removed[:count]
+        title = f"1 - cosine {1 - likeness[removed[0]]:.4f} to {1 - likeness[removed[-1]]:.4f}"
+        title += f" ({len(removed):,} removed)" if len(removed) > len(shown) else ""
+        lines.append((title, [ranking.paths[stays]], [ranking.paths[row] for row in shown]))
+    return lines
+
+
+def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
+    """(len(rows),) cosine of each removed image to the one that it duplicates."""
+    import numpy as np
+
+    from protoprune.pruning import open_features
+
+    def unit(wanted: np.ndarray) -> np.ndarray:
+        places, back = np.unique(wanted, return_inverse=True)
+        x = file.features[places].astype(np.float64)[back]
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    with open_features(ranking.file) as file:
+        parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
+        cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
+    return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 
 def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str], list[str]]]:
@@ -131,15 +307,3 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
         paths = [[ranking.paths[row] for row in part] for part in (easiest, hardest)]
         lines.append((f"{name} ({len(rows):,})", *paths))
     return lines
-
-
-def _bytes(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return ""
-
-
-def _print(text: str) -> None:
-    typer.echo(text.encode(errors="backslashreplace").decode())

@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.options import numbers
+from protoprune.cli.outputs import check_outputs
+from protoprune.cli.tables import echo, print_table
+from protoprune.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -37,10 +42,19 @@ class Size(StrEnum):
     pruned = "alpha-prune"
 
 
-Tots = Annotated[str | None, typer.Option("--alpha-tot", help="Examples a dimension before pruning, comma-separated.")]
-Prunes = Annotated[str | None, typer.Option("--alpha-prune", help="Or: after pruning, comma-separated.")]
-Keeps = Annotated[str, typer.Option("--keep", help="Fractions kept, comma-separated, above 0 and at most 1.")]
-Thetas = Annotated[str, typer.Option("--theta", help="Probe angles in degrees, comma-separated; 0 is a perfect probe.")]
+# Options that take several numbers: repeated, or separated by commas.
+Tots = Annotated[
+    list[str] | None,
+    typer.Option("--alpha-tot", metavar="NUMBERS", help="Examples a dimension before pruning: 2,5,10."),
+]
+Prunes = Annotated[list[str] | None, typer.Option("--alpha-prune", metavar="NUMBERS", help="Or: after pruning.")]
+Keeps = Annotated[
+    list[str], typer.Option("--keep", metavar="NUMBERS", help="Fractions kept, above 0 and at most 1: 1,0.5,0.2.")
+]
+Thetas = Annotated[
+    list[str],
+    typer.Option("--theta", metavar="NUMBERS", help="Probe angles in degrees: 0,10,20; 0 is a perfect probe."),
+]
 Theta = Annotated[float, typer.Option("--theta", min=0, max=89, help="Probe angle in degrees; 0 is a perfect probe.")]
 OneOrder = Annotated[Order, typer.Option("--order", help="Which examples are kept.")]
 OneMargin = Annotated[
@@ -67,7 +81,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation
 def error(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    keep: Keeps = "1,0.5,0.2",
+    keep: Keeps = ("1,0.5,0.2",),
     theta: Theta = 0.0,
     order: Annotated[
         Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
@@ -81,7 +95,7 @@ def error(
 ) -> None:
     """Test error at given sizes and fractions kept."""
     (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     orders = [order] if order else list(Order)
     points = [
         (a if name == "alpha_tot" else a / f, f, theta, o.value, margin.value)
@@ -95,7 +109,7 @@ def error(
 
 @theory_app.command()
 def curve(
-    keep: Keeps = "1,0.5,0.2,0.1",
+    keep: Keeps = ("1,0.5,0.2,0.1",),
     theta: Theta = 0.0,
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
@@ -111,7 +125,7 @@ def curve(
 ) -> None:
     """Test error against the number of examples, one line a fraction kept."""
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     total = against is Size.total
     rows = _solve_rows(
         [(float(a if total else a / f), f, theta, order.value, margin.value) for f in keeps for a in grid],
@@ -125,7 +139,7 @@ def curve(
 
 @theory_app.command()
 def pareto(
-    theta: Thetas = "0,10,20,40",
+    theta: Thetas = ("0,10,20,40",),
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     start: Start = 0.5,
@@ -137,7 +151,7 @@ def pareto(
 ) -> None:
     """Lowest test error at each pruned size, over the fraction kept."""
     thetas, grid = _angles(theta), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory.solver import pareto as envelope
 
     rows = [_row(s) for t in thetas for s in envelope(grid, t, order.value, margin.value, min_keep)]
@@ -148,7 +162,7 @@ def pareto(
 def best_keep(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    theta: Thetas = "0,10,20,40",
+    theta: Thetas = ("0,10,20,40",),
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
@@ -157,7 +171,7 @@ def best_keep(
 ) -> None:
     """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory import solver as theory
 
     options = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
@@ -167,15 +181,15 @@ def best_keep(
 
 @theory_app.command()
 def crossover(
-    keep: Keeps = "0.8,0.5,0.2",
-    theta: Thetas = "0,10,20",
+    keep: Keeps = ("0.8,0.5,0.2",),
+    theta: Thetas = ("0,10,20",),
     margin: OneMargin = Margin.absolute,
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
     """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
-    keeps, thetas = _numbers(keep, "--keep", high=0.99), _angles(theta)
-    _check_plot(plot)
+    keeps, thetas = numbers(keep, "--keep", low=0, high=0.99), _angles(theta)
+    _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
 
     rows = [
@@ -189,7 +203,7 @@ def crossover(
 
 @theory_app.command()
 def information(
-    keep: Keeps = "1,0.5,0.2,0.05",
+    keep: Keeps = ("1,0.5,0.2,0.05",),
     start: Start = 0.1,
     stop: Stop = 20.0,
     points: Points = 12,
@@ -201,7 +215,7 @@ def information(
     `gain` solves for both overlaps; `energetic` is the paper's form, which assumes that they are equal.
     """
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_plot(plot)
+    _check_outputs(csv, plot)
     from protoprune.theory.information import energetic_gain, information_gain
 
     solved = [information_gain(float(a), f) for f in keeps for a in grid]
@@ -237,15 +251,12 @@ def advise(
         images, classes = images or found, classes or len(counts) or None
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
-        raise typer.BadParameter(
-            "missing, and no feature file with labels says it: give the number, for example "
-            f"{missing} {50000 if images is None else 10}",
-            param_hint=missing,
+        raise UsageError(
+            f"{missing}: missing, and no feature file with labels says it; give the number, for example "
+            f"{missing} {50000 if images is None else 10}"
         )
     if classes > images:
-        raise typer.BadParameter(
-            f"{classes} classes for {images} images: expected at least one image a class", param_hint="--classes"
-        )
+        raise UsageError(f"--classes {classes}: more than the {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
     console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
     for number, piece in enumerate(advice_for(images, classes, counts, probe_quality), 1):
@@ -257,68 +268,45 @@ def advise(
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def _numbers(text: str, option: str, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> list[float]:
-    """Comma-separated numbers above `low` (or from it, if closed) up to `high`; a usage error names a wrong one."""
-    values = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        try:
-            value = float(part)
-        except ValueError:
-            value = float("nan")
-        if not ((low <= value if closed else low < value) and value <= high and value != float("inf")):
-            least = f"from {low:g}" if closed else f"above {low:g}"
-            most = "" if high == float("inf") else f" and at most {high:g}"
-            raise typer.BadParameter(
-                f"{part!r} is not a number {least}{most}; separate several by commas", param_hint=option
-            )
-        values.append(value)
-    if not values:
-        raise typer.BadParameter("empty: expected one or more numbers, separated by commas", param_hint=option)
-    return values
-
-
-def _sizes(alpha_tot: str | None, alpha_prune: str | None) -> tuple[str, list[float]]:
+def _sizes(alpha_tot: list[str] | None, alpha_prune: list[str] | None) -> tuple[str, list[float]]:
     """Which of the two was given, and its numbers."""
     if (alpha_tot is None) == (alpha_prune is None):
-        raise typer.BadParameter(
-            "give exactly one of the two, for example --alpha-tot 5", param_hint="--alpha-tot / --alpha-prune"
-        )
+        raise UsageError("--alpha-tot or --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
-        return "alpha_prune", _numbers(alpha_prune, "--alpha-prune")
-    return "alpha_tot", _numbers(alpha_tot, "--alpha-tot")
+        return "alpha_prune", numbers(alpha_prune, "--alpha-prune", low=0)
+    return "alpha_tot", numbers(alpha_tot, "--alpha-tot", low=0)
 
 
-def _fractions(text: str) -> list[float]:
-    return _numbers(text, "--keep", high=1.0)
+def _fractions(given: list[str]) -> list[float]:
+    return numbers(given, "--keep", low=0, high=1)
 
 
-def _angles(text: str) -> list[float]:
-    return _numbers(text, "--theta", high=89.0, closed=True)
+def _angles(given: list[str]) -> list[float]:
+    return numbers(given, "--theta", low=0, high=89, closed=True)
 
 
 def _grid(start: float, stop: float, points: int) -> np.ndarray:
     """Sizes from start to stop, evenly spaced in the logarithm."""
     if not 0 < start < stop < float("inf"):
-        raise typer.BadParameter(f"from {start:g} to {stop:g}: expected 0 < from < to", param_hint="--from / --to")
+        raise UsageError(f"--from {start:g} --to {stop:g}: expected 0 < from < to")
     import numpy as np
 
     return np.geomspace(start, stop, points)
 
 
-def _check_plot(plot: Path | None) -> None:
+def _check_outputs(csv: str | None, plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise typer.BadParameter(
-            f"{plot} ends in {plot.suffix or 'nothing'!r}: expected .png or .svg", param_hint="--plot"
-        )
+        raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
+    check_outputs(csv, plot)
 
 
 def _count(path: Path) -> tuple[int, list[int]]:
     """Readable images in a feature file, and those of each class that has any."""
     import numpy as np
 
-    from protoprune.features import FeatureFile
+    from protoprune.features import open_features
 
-    with FeatureFile(path) as file:
+    with open_features(path) as file:
         labels = file.labels[file.usable]
         counts = np.bincount(labels[labels >= 0])
         return labels.size, [int(c) for c in counts if c]
@@ -372,28 +360,19 @@ def _answer(
         return
     if csv is not None:
         write_file(csv, table_csv(rows))
-    _print_table(rows, title)
+    _print_rows(rows, title)
 
 
-def _print_table(rows: list[dict], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=len(rows) > 1)
+def _print_rows(rows: list[dict], title: str) -> None:
     if len(rows) == 1:
-        for name, value in rows[0].items():
-            table.add_row(name, _cell(value))
-    else:
-        shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
-        table.caption = ", ".join(
-            f"{name} {_cell(rows[0][name])}" for name in shared
-        )  # said once: the columns must fit
-        varying = [name for name in rows[0] if name not in shared]
-        for name in varying:
-            table.add_column(name.replace("_", " "), justify="right")
-        for row in rows:
-            table.add_row(*(_cell(row[name]) for name in varying))
-    Console().print(table)
+        print_table(None, [[name, _cell(value)] for name, value in rows[0].items()], title=title)
+        return
+    shared = [name for name in rows[0] if len({_cell(row[name]) for row in rows}) == 1]
+    varying = [name for name in rows[0] if name not in shared]
+    cells = [[_cell(row[name]) for name in varying] for row in rows]
+    print_table([name.replace("_", " ") for name in varying], cells, title=title, right=range(len(varying)))
+    if shared:  # said once: the columns must fit
+        echo(", ".join(f"{name} {_cell(rows[0][name])}" for name in shared))
 
 
 def _cell(value: float | str | None) -> str:

@@ -61,6 +61,8 @@ def load_encoder(
     info = CATALOGUE.get(name)
     if info is None and not name.startswith("timm:"):
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
+    if image_size is not None and image_size < 8:
+        raise UsageError(f"--image-size {image_size}: expected at least 8")
     if decode not in DECODERS:
         raise UsageError(f"--decode {decode}: expected {' or '.join(DECODERS)}")
     encoder = _bundled(weights, image_size, pool) if name == "mini" else _timm_encoder(name, weights, image_size, pool)

@@ -97,6 +97,8 @@ def scaling(
 
     Raises UsageError for options that do not fit, ProtopruneError for images without a score.
     """
+    if bootstrap < 0:
+        raise UsageError(f"--bootstrap {bootstrap}: expected 0 or more samples")
     seeds, n = _seeds(seeds), len(train.paths)
     sizes, keeps = _check(n, sizes, keeps, orders, budget, scores, features)
     selection.check(1, balance=balance)

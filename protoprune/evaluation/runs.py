@@ -209,10 +209,8 @@ def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch
     from the steps, with two thirds of the losses below their mean.
     """
     check_dynamic({"name": name, "keep": keep})
-    try:
-        from protoprune import samplers
-    except ImportError:
-        raise ProtopruneError("--dynamic: this installation has no protoprune.samplers; upgrade it") from None
+    from protoprune import samplers
+
     if name == "infobatch" and "epochs" not in options:
         from protoprune.training.loop import steps_per_epoch
 
@@ -328,7 +326,7 @@ def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) 
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(Path(folder, f"{name}.json").read_text())
-        if kept["key"] == key:
+        if kept["key"] == key and kept["digest"] == _result_digest(key, kept["outcome"]):
             outcome = Outcome(**kept["outcome"], cached=True)
             return outcome if outcome.curve or not curves else None
     return None
@@ -338,5 +336,10 @@ def _write(folder: str | os.PathLike | None, name: str, key: dict, outcome: Outc
     if folder is None:
         return
     result = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "cached"}
-    text = json.dumps({"method": run.method, "key": key, "outcome": result}, indent=1)
+    kept = {"method": run.method, "key": key, "outcome": result, "digest": _result_digest(key, result)}
+    text = json.dumps(kept, indent=1)
     write_file(os.path.join(folder, f"{name}.json"), text.encode())
+
+
+def _result_digest(key: dict, outcome: dict) -> str:
+    return hashlib.sha256(json.dumps([key, outcome], sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.metrics import dynamics, ensembles, geometry
 
 # EL2N and GraNd are early scores: Data Diet (Paul et al. 2021) takes them from epoch 10 to 20 of 200. A training of
@@ -75,6 +75,11 @@ def score(name: str, source, **options) -> Scored:
         if key not in metric.options:
             able = ", ".join(sorted(other for other in METRICS if key in METRICS[other].options))
             raise UsageError(f"--{key} does not go with {name}; it goes with {able or 'no metric'}")
+    if "seed" in given:
+        check_seed(given["seed"])
+    for key in ("k", "window"):
+        if given.get(key, 1) < 1:
+            raise UsageError(f"--{key} {given[key]}: expected at least 1")
     missing = [one for one in metric.statistics if one not in source.statistics] if metric.needs == "record" else []
     if missing:
         raise UsageError(
@@ -90,19 +95,14 @@ def score(name: str, source, **options) -> Scored:
 def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None = None):
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
-    from protoprune.pruning import open_features
-    from protoprune.records import Record
+    from protoprune import hdf5
+    from protoprune.features import open_features
+    from protoprune.records import KIND, Record
 
     if metric.needs != "nothing":
         is_record = metric.needs == "record"
     if is_record is None:
-        try:
-            return open_features(path)
-        except ProtopruneError as error:
-            try:
-                return Record(path)
-            except ProtopruneError:
-                raise error from None
+        is_record = KIND.format in (hdf5.format_of(path), hdf5.format_of(f"{os.fspath(path)}.partial"))
     return Record(path) if is_record else open_features(path)
 
 

@@ -14,17 +14,10 @@ REDUCTIONS = ("max", "sum_abs")
 BLOCK_BYTES = 64 << 20  # of the influence matrix held at a time, twice
 
 
-def memorization(correct: np.ndarray, subset: np.ndarray) -> np.ndarray:
-    """P[right | trained on it] - P[right | not trained on it] of each example (Feldman & Zhang 2020).
-
-    correct, subset: (models, n) bool. NaN where all models or none were trained on the example.
-    """
-    inside, right = subset.sum(axis=0), (correct & subset).sum(axis=0)
-    return difference(right, inside, correct.sum(axis=0) - right, len(subset) - inside)
-
-
-def difference(right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray):
-    """(n,) float32: share right among the models with the example minus that among those without; NaN for 0 models."""
+def difference(
+    right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray
+) -> np.ndarray:
+    """(n,) float32 memorization (Feldman & Zhang 2020): P[right | trained on it] - P[right | not], NaN for 0 models."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return (right_in / models_in - right_out / models_out).astype(np.float32)
 

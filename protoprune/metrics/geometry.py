@@ -19,7 +19,7 @@ K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by
 FARTHEST = 2.0  # the largest 1 - cosine there is
 
 
-def supervised_prototypes(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+def supervised_prototypes(features: vectors.Rows, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
     """1 - cosine to the mean of the normalised features of the example's class (Sorscher et al. 2022).
 
     labels: (n,) integers, -1 for none. The only image of a class lies at its own mean and ranks easiest.
@@ -29,7 +29,7 @@ def supervised_prototypes(features, labels: np.ndarray, usable: np.ndarray | Non
     return _distance_to_mean(features, labels, rows, means, True)
 
 
-def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+def moderate(features: vectors.Rows, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
     """Moderate coreset (Xia et al. 2023): minus |d - median of d|, d the Euclidean distance to the class mean.
 
     Neither the nearest nor the farthest images are kept first but those at the median distance, so 'larger = harder'
@@ -43,7 +43,11 @@ def moderate(features, labels: np.ndarray, usable: np.ndarray | None = None) -> 
 
 
 def k_center(
-    features, ids: Sequence[str], budget: float | None = None, seed: int = 0, usable: np.ndarray | None = None
+    features: vectors.Rows,
+    ids: Sequence[str],
+    budget: float | None = None,
+    seed: int = 0,
+    usable: np.ndarray | None = None,
 ) -> np.ndarray:
     """k-center greedy (Sener & Savarese 2018): from a random image on, always the one farthest from those chosen.
 
@@ -58,7 +62,7 @@ def k_center(
         raise UsageError(f"--budget {budget:g}: expected the share of images to choose, above 0 and at most 1")
     usable = np.ones(len(ids), bool) if usable is None else usable
     rows = np.flatnonzero(usable)
-    rows = rows[np.argsort(hashes([ids[row] for row in rows], seed), kind="stable")]
+    rows = rows[np.argsort(hashes([ids[row] for row in rows.tolist()], seed), kind="stable")]
     points = np.empty((len(rows), features.shape[1]), np.float32)
     place = np.full(len(ids), -1)
     place[rows] = np.arange(len(rows))
@@ -108,7 +112,7 @@ def _labelled(labels: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
     return (labels >= 0) if usable is None else (labels >= 0) & usable
 
 
-def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool) -> np.ndarray:
+def _class_means(features: vectors.Rows, labels: np.ndarray, rows: np.ndarray, normalise: bool) -> np.ndarray:
     """(classes, d) float32 mean of each class's features; of length 1 when `normalise`."""
     classes = int(labels.max(initial=-1)) + 1
     sums = np.zeros((classes, features.shape[1]))
@@ -123,7 +127,9 @@ def _class_means(features, labels: np.ndarray, rows: np.ndarray, normalise: bool
     return (sums / np.where(length > 0, length, 1)).astype(np.float32)
 
 
-def _distance_to_mean(features, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool) -> np.ndarray:
+def _distance_to_mean(
+    features: vectors.Rows, labels: np.ndarray, rows: np.ndarray, means: np.ndarray, normalise: bool
+) -> np.ndarray:
     distance = np.full(features.shape[0], np.nan, np.float32)
     for here, x in vectors.slices(features, rows, unit=normalise):
         own = means[labels[here]]

@@ -22,6 +22,7 @@ _INDEX_KEYS = ("index", "idx", "row", "rowindex", "rownumber", "imageindex", "sa
 _SCORES = ("score", "scores", "metricscore", "difficulty", "distance", "value")
 _COUNTERS = ("", "unnamed0", *_INDEX_KEYS)
 _SAMPLE = 50  # rows that are looked at
+_SHOWN = 60  # letters of a row in a message
 _DELIMITERS = ("\t", ";", "|", ",", " ", "")  # "": the last blank of each line, for names that hold blanks
 
 
@@ -127,8 +128,9 @@ def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | No
     raise ProtopruneError(f"which of its columns {_shown(first)} is the score? {advice}")
 
 
-def _shown(first: Sequence[str]) -> str:
-    return " ".join(", ".join(first).split())  # a quoted name may hold line breaks
+def _shown(cells: Sequence[str]) -> str:
+    text = " ".join(", ".join(cells).split())  # a quoted name may hold line breaks
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _plain(name: str) -> str:
@@ -239,7 +241,7 @@ def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tup
             pairs.append((row[key], row[score]))
             scores.append(value)
         elif not comments or not row[0].startswith("#"):
-            raise ProtopruneError(f"row {place} has no number in column {score + 1}: {row}")
+            raise ProtopruneError(f"row {place} has no number in column {score + 1}: {_shown(row)}")
     return pairs, scores
 
 

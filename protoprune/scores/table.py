@@ -3,9 +3,11 @@
 What is written is CSV (path, score), or Parquet when the name ends in .parquet, through gzip when it ends in .gz; the
 bytes depend on nothing but the arguments. The first line (in Parquet the schema's metadata) says what it is:
 
-    # protoprune-scores: {"metric": "el2n", "higher": "harder", "type": "float32", "protoprune": …, "provenance": …}
+    # protoprune-scores: {"metric": "el2n", "higher": "harder", "type": "float32", "protoprune": …, "provenance": …,
+    "digest": …}
 
-What is read is turned round so that a larger score means harder. This module does not know the images: `matching` does.
+The digest is that of the line's other entries, the paths and the numbers, so that damage never becomes a ranking. What
+is read is turned round so that a larger score means harder. This module does not know the images: `matching` does.
 """
 
 from __future__ import annotations
@@ -16,21 +18,20 @@ import io
 import json
 import os
 import re
-import struct
-import tokenize
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
-from protoprune.scores.columns import could_be_scores, find_columns, parse_text
+from protoprune.npy import load_npy, load_npz
+from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -45,10 +46,6 @@ RELEASED = (
     "self-supervised-prototypes", "supervised-prototypes",
 )  # fmt: skip
 # What numpy, pyarrow and json raise for bytes that they cannot make sense of.
-_DAMAGED = (
-    ValueError, TypeError, KeyError, EOFError, AttributeError, NotImplementedError, SyntaxError, MemoryError,
-    struct.error, tokenize.TokenError, zipfile.BadZipFile,
-)  # fmt: skip
 _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
 
@@ -85,16 +82,15 @@ def write_scores(
         )
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64 if scores.itemsize > 2 else np.float32)
-    header = json.dumps(
-        {
-            "metric": metric,
-            "higher": "harder",
-            "type": str(scores.dtype),
-            "protoprune": __version__,
-            "provenance": provenance or {},
-        },
-        default=_plain_value,
-    )
+    facts = {
+        "metric": metric,
+        "higher": "harder",
+        "type": str(scores.dtype),
+        "protoprune": __version__,
+        "provenance": provenance or {},
+    }
+    facts = json.loads(json.dumps(facts, default=_plain_value))
+    header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
     suffix = check_name(path)
     data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
     write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
@@ -110,6 +106,14 @@ def check_name(path: str | os.PathLike) -> str:
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _digest(header: dict, paths: Sequence[str], scores: np.ndarray) -> str:
+    """xxh3-64 of a header without its digest, the paths and the scores in their own type."""
+    digest = xxh3_64(json.dumps({key: header[key] for key in sorted(header) if key != "digest"}).encode())
+    digest.update(b"\0".join(map(os.fsencode, paths)))
+    digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores))  # a NaN comes back as another one
+    return digest.hexdigest()
 
 
 def _plain_value(value):
@@ -181,7 +185,13 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     keys, scores, kind, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
     if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
-        scores = scores.astype(np.float32).astype(np.float64)
+        scores = scores.astype(np.float32)
+    if "digest" in header and header["digest"] != _digest(header, keys or [], scores):
+        raise ProtopruneError(
+            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
+            "where the edit is meant"
+        )
+    scores = scores.astype(np.float64)
     if higher == "easier":
         scores = 0.0 - scores
     if keys is not None:
@@ -284,7 +294,7 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
             return _read_arrays(data, column)
         if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
             return _read_array(data, column)
-        if data.startswith(b"\x89HDF\r\n"):
+        if data.startswith((b"\x89HDF\r\n", b"protoprune-seal")):
             raise ProtopruneError(
                 "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
             )
@@ -299,7 +309,7 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
         raise ProtopruneError(f"{source}: cannot be read ({error})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
-    except _DAMAGED as error:
+    except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
         what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
         raise ProtopruneError(
             f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
@@ -309,6 +319,8 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
 def _read_text(data: bytes, column: str | None):
     text = os.fsdecode(data).removeprefix("\ufeff")
     header, delimiter = {}, None
+    if not text.startswith(_MARK):
+        _refuse_damaged_line(text[:2000].partition("\n")[0])
     if text.startswith(_MARK):
         line, _, text = text.partition("\n")
         header = _header(line.removeprefix(_MARK))
@@ -316,6 +328,14 @@ def _read_text(data: bytes, column: str | None):
             delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
     keys, scores, kind = parse_text(text, delimiter, column)
     return keys, np.array(scores, np.float64), kind, header
+
+
+def _refuse_damaged_line(first: str) -> None:
+    """Raise ProtopruneError for a first line that was ours once, or is neither text nor a row that ends in a number."""
+    parts = sum(one in first for one in ("protoprune", '"metric": ', '"higher": ', '"digest": '))
+    garbled = any("\udc80" <= letter <= "\udcff" for letter in first)  # bytes that are not UTF-8
+    if parts > 1 or (garbled and number(re.split(r"[,;\t| ]", first)[-1]) is None):
+        raise ProtopruneError("its first line is damaged; write it again, or remove that line")
 
 
 def _header(text: str) -> dict:
@@ -331,7 +351,7 @@ def _header(text: str) -> dict:
 def _read_array(data: bytes, column: str | None):
     if column is not None:
         raise ProtopruneError(f"has no array {column!r}: a .npy file is one array")
-    array = np.load(io.BytesIO(data)).astype(np.float64)
+    array = load_npy(data).astype(np.float64)
     if array.ndim != 1:
         raise ProtopruneError(f"shape {array.shape}, expected (n,): one score an image")
     return None, array, "index", {}
@@ -339,8 +359,7 @@ def _read_array(data: bytes, column: str | None):
 
 def _read_arrays(data: bytes, wanted: str | None):
     """An .npz: arrays are columns, of which those that could be the score are named where there are several."""
-    with np.load(io.BytesIO(data)) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = load_npz(data)
     scores = could_be_scores([name for name, array in arrays.items() if array.dtype.kind in "fiub"])
     shown = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if wanted is None and len(scores) != 1:

@@ -22,7 +22,7 @@ import numpy as np
 from protoprune.errors import UsageError
 from protoprune.selection.calibration import by_score, calibrated, check_calibration
 from protoprune.selection.covering import cover
-from protoprune.selection.dedup import check_duplicates, duplicates
+from protoprune.selection.dedup import THRESHOLDS, Likeness, check_duplicates, duplicates, likeness
 from protoprune.selection.floors import check_balance, take
 from protoprune.selection.orders import COVERS, ORDERS, by_place, check_order, dropped_count, ranking
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
@@ -30,6 +30,8 @@ from protoprune.selection.quotas import by_quota, complexity, complexity_shares
 __all__ = [
     "COVERS",
     "ORDERS",
+    "THRESHOLDS",
+    "Likeness",
     "by_place",
     "by_quota",
     "by_score",
@@ -46,6 +48,7 @@ __all__ = [
     "cut",
     "dropped_count",
     "duplicates",
+    "likeness",
     "ranking",
     "select",
 ]

@@ -21,13 +21,14 @@ import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.selection.orders import hashes
+from protoprune.vectors import Rows
 
 BLOCK = 65_536  # rows that are read at once for the mean
 LARGEST = 8192  # images a group: a kernel of 256 MiB
 
 
 def cover(
-    features,
+    features: Rows,
     groups: np.ndarray,
     *,
     ids: Sequence[str],
@@ -165,7 +166,7 @@ def _row_sums(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.array([np.dot(row.astype(np.float64), counts) for row in kernel])
 
 
-def _mean(features, rows: np.ndarray) -> np.ndarray:
+def _mean(features: Rows, rows: np.ndarray) -> np.ndarray:
     """(d,) mean of the rows, rounded to float32, so that neither blocks nor the order of the rows can be seen in it."""
     total = np.zeros(features.shape[1])
     for first in range(0, len(rows), BLOCK):
@@ -180,7 +181,7 @@ def _mean(features, rows: np.ndarray) -> np.ndarray:
     return (total / len(rows)).astype(np.float32)
 
 
-def _directions(features, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def _directions(features: Rows, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """(len(rows), d) float32: the features less the mean, at length 1; what lies at the mean itself stays 0."""
     ascending = np.argsort(rows)
     x = np.empty((len(rows), features.shape[1]))

@@ -38,9 +38,12 @@ def advise(
     per_class = images / classes
     theta = None if probe_quality is None else 180 * (1 - probe_quality)
     balance = [_balance(classes, counts)] if classes > 1 else []
-    if theta is not None and theta > USELESS_THETA:
+    if probe_quality is None or theta is None:
+        probe = _any_probe()
+    elif theta > USELESS_THETA:
         return [_useless_probe(probe_quality, theta), *balance]
-    probe = _any_probe() if theta is None else _this_probe(probe_quality, theta)
+    else:
+        probe = _this_probe(probe_quality, theta)
     return [_order(per_class), _fraction(per_class), _aggressive(per_class), *balance, probe]
 
 
@@ -50,8 +53,8 @@ def _order(per_class: float) -> Advice:
         return Advice(
             f"Keep the HARD examples: {per_class:,.0f} images a class is as many as ImageNet has, or more.",
             f"measured on ImageNet (about {IMAGENET_PER_CLASS:,} a class): keeping the images far from their prototype "
-            f"matched the best supervised score down to 70-80 % kept ({SORSCHER}); theory: with plentiful data hard "
-            "beats easy",
+            f"matched the best supervised score down to 70-80 % kept ({SORSCHER}); "
+            "theory: with plentiful data hard beats easy",
             "one data set and one training recipe; where hard starts to win on your data is not known",
         )
     if per_class >= CIFAR100_PER_CLASS:
@@ -66,12 +69,10 @@ def _order(per_class: float) -> Advice:
     return Advice(
         f"Do not keep hard examples only: about {per_class:,.0f} images a class is little. If you must prune, prune at "
         "RANDOM, and try EASY against it on held-out data.",
-        "theory, perfect probe, half of the data kept: easy beats hard below alpha_tot 5.0, and random beats hard of "
-        "the "
-        "same size below alpha_prune 1.5",
-        f"theory alone: nothing cited here was measured below {CIFAR100_PER_CLASS} images a class, and no formula "
-        f"turns "
-        "a number of images into an alpha",
+        "theory, perfect probe, half of the data kept: easy beats hard below alpha_tot 5.0, "
+        "and random beats hard of the same size below alpha_prune 1.5",
+        f"theory alone: nothing cited here was measured below {CIFAR100_PER_CLASS} images a class, "
+        "and no formula turns a number of images into an alpha",
     )
 
 
@@ -97,11 +98,10 @@ def _aggressive(per_class: float) -> Advice:
     return Advice(
         f"At 30 % kept or less (here {0.3 * per_class:,.0f} images a class) do not keep hard examples only: use "
         "CALIBRATED or RANDOM pruning.",
-        f"measured on CIFAR: random beats score-only pruning at 30 % kept or less ({AYED}); with 10 % of CIFAR-10 "
-        f"kept, "
-        "published accuracies are about 79 % for random and below 40 % for EL2N, AUM and forgetting. Our own check, a "
-        "20-dimensional logistic regression with 20 seeds: at 30 % to 5 % kept, calibrated stays within .003 of random "
-        "while hard-only falls from .83 to .18",
+        f"measured on CIFAR: random beats score-only pruning at 30 % kept or less ({AYED}); "
+        "with 10 % of CIFAR-10 kept, published accuracies are about 79 % for random and below 40 % for EL2N, AUM and "
+        "forgetting. Our own check, a 20-dimensional logistic regression with 20 seeds: at 30 % to 5 % kept, "
+        "calibrated stays within .003 of random while hard-only falls from .83 to .18",
         "small images and a linear model; the theory expects much larger data sets to bear more",
     )
 
@@ -121,9 +121,8 @@ def _balance(classes: int, counts: Sequence[int] | None) -> Advice:
 def _useless_probe(quality: float, theta: float) -> Advice:
     return Advice(
         f"Do not rank with this model: right on {quality:.0%} of the labels, it is close to guessing. Prune at RANDOM.",
-        f"theory: that agreement is an angle of {theta:.0f} degrees between probe and teacher, and at 90 the score "
-        f"knows "
-        "nothing of the labels",
+        f"theory: that agreement is an angle of {theta:.0f} degrees between probe and teacher, "
+        "and at 90 the score knows nothing of the labels",
         "the theory has two classes; with more, a model far above chance may still rank well",
     )
 
@@ -134,9 +133,8 @@ def _this_probe(quality: float, theta: float) -> Advice:
 
     few, many = (best_keep(alpha_prune=alpha, theta=theta).keep for alpha in (4.0, 16.0))
     return Advice(
-        f"With a model that is right on {quality:.0%} of the labels, do not prune to hard examples without limit: in "
-        f"the "
-        f"theory the best fraction kept is {few:.0%} when few examples remain and {many:.0%} when many do.",
+        f"With a model that is right on {quality:.0%} of the labels, do not prune to hard examples without limit: "
+        f"in the theory the best fraction kept is {few:.0%} when few examples remain and {many:.0%} when many do.",
         f"theory: probe angle {theta:.0f} degrees, absolute margin, alpha_prune 4 and 16, fractions down to 1 % tried",
         "a two-class linear model: rely on the direction (a worse probe asks for keeping more), not on the percentages",
     )

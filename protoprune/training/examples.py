@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import ImageList, list_folder
 from protoprune.labels import LabelFile
+from protoprune.npy import load_npz
 
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
 _READ_ROWS = 65_536  # features that are read at once
@@ -95,8 +95,17 @@ def load_examples(
     return _load_features(source, classes)
 
 
+def subset(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples of these rows alone, as a set of its own."""
+    rows = np.sort(np.asarray(rows))
+    return Examples(
+        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
+        examples.inputs[torch.from_numpy(rows)],
+    )  # fmt: skip
+
+
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    from protoprune.pruning import open_features
+    from protoprune.features import open_features
 
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
@@ -265,12 +274,12 @@ def _cache_key(images: ImageList, rows: np.ndarray, preprocess: Preprocess) -> s
 def _cached(cache: str, key: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[int, str]] | None:
     """What an earlier run left in the cache file, if it is for exactly these images."""
     try:
-        with np.load(f"{cache}.failed.npz") as side:
-            if str(side["key"]) != key:
-                return None
-            failed = dict(zip(side["rows"].astype(int).tolist(), side["reasons"].tolist()[:-1], strict=True))
+        side = load_npz(f"{cache}.failed.npz")
+        if str(side["key"]) != key:
+            return None
+        failed = dict(zip(side["rows"].astype(int).tolist(), side["reasons"].tolist()[:-1], strict=True))
         array = np.load(cache, mmap_mode="c")  # copy on write: torch wants memory that it might write to
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # numpy raises whatever it stumbles over; decoding again is always right
         return None
     good = shape[0] - len(failed)
     return (torch.from_numpy(array[:good]), failed) if array.shape == shape and array.dtype == np.uint8 else None

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -20,7 +21,7 @@ import torch
 
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.training import heads, loop, statistics
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
@@ -66,6 +67,7 @@ def plan(
     Raises UsageError for values out of range.
     """
     check(models, subset_fraction, every)
+    check_seed(seed)
     if len(train.classes) > 65_536:
         raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)
@@ -174,7 +176,7 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
     """What a record says of its run, and in what it differs from this one; with --overwrite a damaged one counts as
     another run's."""
     try:
-        with records.Record(path) as record:
+        with records.Record(path, unfinished=True) as record:
             found = {**record.provenance, "committed": int(record.committed.sum())}
     except ProtopruneError:
         if not overwrite:
@@ -369,8 +371,12 @@ def _save_state(folder: str, number: int, state: dict) -> None:
 
 
 def _load_state(folder: str, number: int) -> dict | None:
-    """The checkpoint of a model; None where there is none or it cannot be read, and the model is trained again."""
+    """The checkpoint of a model; None where there is none or it is damaged, and the model is trained again."""
+    path = _state_path(folder, number)
     try:
-        return torch.load(_state_path(folder, number), map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises whatever it stumbles over
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch does not look at the digests that it has written
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # both raise whatever they stumble over
         return None

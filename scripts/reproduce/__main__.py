@@ -18,7 +18,7 @@ from lab import Lab, report
 from protoprune.errors import ProtopruneError
 
 NAMES = (
-    "theory", "cifar10", "svhn", "metrics", "k", "balance", "transfer", "calibration", "dynamic", "imagenet",
+    "theory", "cifar10", "svhn", "metrics", "k", "balance", "transfer", "calibration", "dynamic", "imagenet", "choice",
 )  # fmt: skip
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
 from protoprune.files import table_csv, write_file
-from protoprune.training.examples import Examples, load_examples
+from protoprune.training.examples import Examples, load_examples, subset
 from protoprune.training.loop import Recipe
 
+__all__ = ["Claim", "Lab", "held_out", "interval_text", "report", "stratified_rows", "subset"]
 VERDICTS = ("holds", "does not hold", "undecided")
 
 
@@ -188,17 +189,6 @@ def held_out(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
         own = np.flatnonzero(labels == label)
         test[own[len(own) - int(share * len(own)) :]] = True
     return test
-
-
-def subset(examples: Examples, rows: np.ndarray) -> Examples:
-    """The examples of these rows alone, as a set of its own."""
-    import torch
-
-    rows = np.sort(np.asarray(rows))
-    return Examples(
-        examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
-        examples.inputs[torch.from_numpy(rows)],
-    )  # fmt: skip
 
 
 def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -1,0 +1,256 @@
+"""`protoprune tune`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.cli.evaluate import Batch, Device, Epochs, ImageSize, Precision, Rate, Weights, Width
+from protoprune.cli.progress import duration, say
+from protoprune.cli.select import HigherIs
+from protoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from protoprune.tuning.recipes import Pool
+    from protoprune.tuning.running import Tuned
+    from protoprune.tuning.unlabelled import Unlabelled
+
+
+def tune(
+    keep: Annotated[
+        str, typer.Option(help="Fraction of the images to KEEP, or auto: the least that costs less than --tolerance.")
+    ] = ...,
+    features: Annotated[
+        Path, typer.Option(help="Feature file of the training images that `protoprune embed` wrote.")
+    ] = Path("features.h5"),
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="With --keep auto: points of accuracy that leaving images out may cost.")
+    ] = 0.5,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            help="Feature file of a test set (with --model: its images). It judges the winner and chooses nothing "
+            "[default: a fifth of the training images is put aside for that]."
+        ),
+    ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Also try this score table (larger = harder); repeatable.")
+    ] = None,
+    higher_is: HigherIs = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Train this on the images for the finalists and the verdict: cnn, resnet18, timm:NAME."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the training images, for --model.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Random lists in the verdict [default: 10; with --model 5].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Of the splits, clusterings and ties.")] = 0,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Rate = None,
+    image_size: ImageSize = 32,
+    width: Width = None,
+    weights: Weights = None,
+    precision: Precision = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for list, table, figure and results; a second call resumes.")
+    ] = Path("tune"),
+) -> None:
+    """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
+
+    Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
+    images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that
+    chose nothing, against random lists and random lists with even classes. Where it does not beat both, a random list
+    is written.
+    """
+    import time
+
+    from protoprune.tuning import report, running
+
+    fraction = _fraction(keep)
+    _check(model, images, higher_is, scores, features, out)
+    started = time.monotonic()
+    pool = _pool(features, scores or [], higher_is)
+    if len(pool.classes) < 2:
+        _describe(pool, features, fraction, seed, out)
+        return
+    networks, tested = None, None
+    if model is not None:
+        given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "width": width, "precision": precision}
+        networks = _networks(pool, model, images, test, image_size, weights, device, given)
+        tested = networks.test and _pool_of(networks.test)
+    elif test is not None:
+        tested = _pool(test, [], None, like=pool)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        result = running.tune(
+            pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
+            networks=networks, folder=out, on_progress=say,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        say(f"interrupted: what was trained is kept in {out / 'runs.jsonl'}; to go on, run the same again:")
+        say(f"  {shlex.join(['protoprune', *sys.argv[1:]])}")
+        raise typer.Exit(130) from None
+    command = _write_list(result, features, out / "kept.txt", seed, higher_is)
+    config = {
+        "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
+        "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
+        "recipe": networks and vars(networks.recipe), "device": device,
+    }  # fmt: skip
+    written = report.save(out, result, command, config)
+    _print(result, command)
+    say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
+    say(f"wrote {', '.join([os.fspath(out / 'kept.txt'), *written])}")
+
+
+def _fraction(text: str) -> float | None:
+    """'auto' -> None, a number -> itself, checked."""
+    from protoprune.selection import check_keep
+
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"--keep {text}: expected auto or the fraction to keep, such as 0.3") from None
+    check_keep(value)
+    return value
+
+
+def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
+    if model == "head":
+        raise UsageError("--model head: heads compare the recipes anyway; leave --model out")
+    if model is not None and images is None:
+        raise UsageError(f"--model {model} trains on images: give --images FOLDER")
+    if images is not None and model is None:
+        raise UsageError("--images goes with --model, which trains on them")
+    if higher_is is not None and not scores:
+        raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
+    if not features.exists() or features.is_dir():
+        raise UsageError(f"{features}: no such feature file; make one with `protoprune embed IMAGES -o {features}`")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"-o {out}: a file; name a folder")
+
+
+def _pool(path: Path, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
+    """The labelled images of a feature file (all images, without classes, where it has none)."""
+    import numpy as np
+
+    from protoprune.pruning import open_features
+    from protoprune.scores import read_scores
+    from protoprune.training.examples import load_examples
+    from protoprune.tuning.recipes import Pool
+
+    with open_features(path) as file:
+        if len(file.classes) < 2 and like is None:
+            rows = np.flatnonzero(file.usable)
+            return Pool([file.paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
+    examples = load_examples(path, classes=like and like.classes)
+    if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
+        raise UsageError(f"{path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
+    tables = {}
+    for table in scores:
+        read = read_scores(table, examples.paths, higher_is=higher_is)
+        for note in read.notes():
+            say(f"{table}: {note}")
+        tables[os.fspath(table)] = read.scores
+    if like is None:
+        say(f"{path}: {len(examples):,} images of {len(examples.classes):,} classes")
+    return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
+
+
+def _pool_of(examples) -> Pool:
+    from protoprune.tuning.recipes import Pool
+
+    return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
+
+
+def _networks(pool: Pool, model: str, images: Path, test: Path | None, image_size: int, weights, device: str, given):
+    from protoprune.cli.record import load_sets
+    from protoprune.evaluation.runs import list_rows
+    from protoprune.training.examples import subset
+    from protoprune.training.loop import Recipe
+    from protoprune.tuning.running import Networks
+
+    recipe = Recipe.for_model(model, image_size=image_size, weights=weights and os.fspath(weights), **given)
+    train, tested = load_sets(images, test, model, image_size, None)
+    rows = list_rows(pool.paths, train, "the feature file")
+    return Networks(subset(train, rows), tested, recipe, device)
+
+
+def _write_list(result: Tuned, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
+    """Write the winner's list, by what its command does; returns the command."""
+    import numpy as np
+
+    from protoprune import lists, pruning
+    from protoprune.files import write_file
+
+    one = result.winner
+    chosen = pruning.select(
+        features, one.rule(result.keep, seed), pruning.Clusters(k=one.k, seed=seed), scores=one.scores,
+        higher_is=higher_is if one.scores else None,
+    )  # fmt: skip
+    rows = np.flatnonzero(chosen.keep)
+    write_file(out, lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], "txt"))
+    return one.command(features, result.keep, out, higher_is) + (f" --seed {seed}" if seed else "")
+
+
+def _print(result: Tuned, command: str) -> None:
+    from protoprune.tuning import report
+
+    for row in report.rows(result)[:8]:
+        span = "" if row["low"] is None else f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        say(
+            f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {100 * row['to_random']:+.1f} points to random{span}, "
+            f"{row['splits']} splits"
+        )
+    one = result.judgement
+    if one is not None:
+        say(
+            f"judged on {one.images:,} images that chose nothing, {one.seeds} random lists: {result.best.name} "
+            f"{100 * one.accuracy:.2f} %, random {100 * one.random:.2f} %, random by class {100 * one.balanced:.2f} %, "
+            f"everything {100 * one.everything:.2f} %"
+        )
+    typer.echo(report.sentence(result))
+    typer.echo(command)
+
+
+def _describe(pool: Pool, features: Path, keep: float | None, seed: int, out: Path) -> None:
+    """Without labels: what can be said, and that accuracy cannot."""
+    from protoprune.tuning import report, unlabelled
+
+    if keep is None:
+        raise UsageError(
+            f"--keep auto: {features} has no classes (first-level folders), without which what leaving images out "
+            "costs cannot be judged; give a fraction"
+        )
+    say(f"{features}: {len(pool):,} images without classes")
+    result = unlabelled.describe(pool, keep, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    written = report.save_unlabelled(out, result)
+    _print_unlabelled(result, keep, features, out)
+    say(f"wrote {', '.join(written)}; no list, since nothing here says which is best")
+
+
+def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path) -> None:
+    say(f"features: {100 * result.consistency:.1f} % of an image's 10 nearest lie in its cluster (by chance "
+        f"{100 * result.chance:.1f} %); {100 * result.duplicates:.1f} % have a near-duplicate "
+        f"({result.sampled:,} images looked at)")  # fmt: skip
+    say("recipe: mean distance of an image to the nearest kept one, and of the farthest 1 %; near-duplicates among the "
+        "kept; overlap of the lists of two seeds")  # fmt: skip
+    for one in result.rows:
+        say(f"  {one.name}: {one.farness:.3f}, {one.farthest:.3f}; {100 * one.duplicates:.1f} %; "
+            f"{100 * one.stability:.1f} %")  # fmt: skip
+    best = next(one.candidate for one in result.rows if one.candidate.order == "cover")
+    typer.echo(
+        "without labels coverage, near-duplicates and stability can be judged, accuracy cannot; where it was measured, "
+        "cover beat random at 10 % kept and less (docs/results.md):"
+    )
+    typer.echo(best.command(features, keep, out / "kept.txt"))

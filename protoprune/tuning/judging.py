@@ -1,0 +1,89 @@
+"""The winner on images that chose nothing: against random lists, random lists with even classes, and everything.
+
+Pure: arrays of right and wrong answers in, comparisons out. The interval of a difference to random lists holds the
+seeds, the luck of one draw (see `evaluation.statistics`) and the finite number of images that judge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from protoprune.evaluation import statistics
+from protoprune.evaluation.statistics import Comparison, Interval
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the images that chose nothing say. All as shares of them, from 0 to 1."""
+
+    accuracy: float
+    random: float  # means over draws
+    balanced: float
+    everything: float
+    to_random: Comparison
+    to_balanced: Comparison
+    to_everything: Interval  # list less everything
+    images: int  # that judged
+    seeds: int
+
+    @property
+    def better(self) -> bool:
+        """Whether the list beats random lists and those with even classes.
+
+        Both have to be shown, so neither needs a correction: where one is not so, this errs at most at the rate that
+        the one comparison does.
+        """
+        return all(one.verdict == "better" for one in (self.to_random, self.to_balanced))
+
+    @property
+    def worse(self) -> bool:
+        return any(one.verdict == "worse" for one in (self.to_random, self.to_balanced))
+
+
+def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgement:
+    """right: {'list', 'random', 'balanced', 'everything'} -> (seeds, images) bool, the answers of one model a seed."""
+    ours, full = right["list"], right["everything"]
+    comparisons = []
+    for name in ("random", "balanced"):
+        comparisons.append(against_draws(ours, right[name], confidence))
+    gap = ours.mean(axis=0) - full.mean(axis=0)  # (images,)
+    half = _half(gap, confidence)
+    return Judgement(
+        float(ours.mean()), float(right["random"].mean()), float(right["balanced"].mean()), float(full.mean()),
+        *comparisons, Interval(float(gap.mean()), float(gap.mean()) - half, float(gap.mean()) + half, len(ours)),
+        ours.shape[1], len(ours),
+    )  # fmt: skip
+
+
+def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Comparison:
+    """One list, (seeds, images) bool, against as many random ones; with its verdict."""
+    gap = ours.mean(axis=0) - draws.mean(axis=0)  # (images,): what the images have in common over the seeds
+    one = statistics.compare(
+        ours.mean(axis=1), draws.mean(axis=1), one_draw=True, confidence=confidence, resolution=1 / ours.shape[1],
+        sampling=float(gap.var(ddof=1)) / len(gap),
+    )  # fmt: skip
+    return statistics.judge([one], confidence=confidence)[0]
+
+
+def _half(gap: np.ndarray, confidence: float) -> float:
+    from scipy.stats import norm
+
+    return float(norm.ppf((1 + confidence) / 2)) * math.sqrt(gap.var(ddof=1) / len(gap))
+
+
+def resampled(gaps: np.ndarray, confidence: float = 0.95, held_out: float = 0.25) -> Interval:
+    """Mean and interval of (splits,) differences whose training parts overlap: the corrected resampled t.
+
+    Nadeau & Bengio 2003: the variance of the mean is (1 / splits + held out / trained on) s^2; `held_out` is that ratio
+    of the numbers of images.
+    """
+    from scipy.stats import t
+
+    n, mean = len(gaps), float(np.mean(gaps))
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt((1 / n + held_out) * np.var(gaps, ddof=1))
+    return Interval(mean, mean - half, mean + half, n)

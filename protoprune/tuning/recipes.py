@@ -1,0 +1,137 @@
+"""What is compared: recipes for a kept list, each of which is also a command that a user can run.
+
+A `Candidate` is the options of `protoprune select` that decide a list. It is applied to parts of a set in memory here,
+by the same `pruning.prune` that the command calls, and to the whole feature file by the command itself. What this
+module does not know: which of them is good.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protoprune import prototypes, pruning
+from protoprune.decode import Status
+
+CALM = 0.5  # the paper's share for --balance
+DROPPED = 0.1  # tried for --drop-hardest
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The options of `protoprune select` that make a list; None and 0 are its defaults."""
+
+    order: str = "hard"
+    by: str | None = None
+    balance: float = 0.0
+    drop_hardest: float = 0.0
+    k: int | None = None
+    scores: str | None = None  # a score table takes the place of the distance to the prototype
+
+    @property
+    def name(self) -> str:
+        """In words: 'hard, balance 0.5', 'cover by class', 'random by class'."""
+        if self.order == "random":
+            return "random by class" if self.balance else "random"
+        parts = [f"{self.order} by {self.by}" if self.by and not self.balance else self.order]
+        parts += [f"balance {self.balance:g}"] if self.balance else []
+        parts += [f"drop hardest {self.drop_hardest:g}"] if self.drop_hardest else []
+        parts += [f"k {self.k:,}"] if self.k else []
+        parts += [f"by {os.path.basename(self.scores)}"] if self.scores else []
+        return ", ".join(parts)
+
+    def rule(self, keep: float, seed: int = 0) -> pruning.Rule:
+        return pruning.Rule(
+            keep, order=self.order, drop_hardest=self.drop_hardest, balance=self.balance, by=self.by, seed=seed
+        )
+
+    def command(self, features: str | os.PathLike, keep: float, out: str | os.PathLike, higher_is=None) -> str:
+        """The command line that writes this list."""
+        words = ["protoprune", "select", os.fspath(features), "--keep", f"{keep:g}", "--order", self.order]
+        options = {"--by": self.by, "--balance": self.balance, "--drop-hardest": self.drop_hardest, "--k": self.k}
+        options |= {"--scores": self.scores, "--higher-is": higher_is if self.scores else None}
+        for option, value in options.items():
+            if value:
+                words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+        return shlex.join([*words, "-o", os.fspath(out)])
+
+
+RANDOM, BALANCED = Candidate("random"), Candidate("random", by="class", balance=1.0)
+REFERENCES = (RANDOM, BALANCED)  # what a recipe has to beat
+
+
+def candidates(images: int, classes: int, tables: Sequence[str] = ()) -> list[Candidate]:
+    """The recipes that are compared for a labelled set of so many images, without the references.
+
+    Orders by prototypes with two numbers of clusters (auto and four times as many), by each score table, and by cover;
+    with and without balance and the hardest dropped.
+    """
+    k = 4 * prototypes.auto_k(images, classes)
+    sources = [{}, *({"k": k} for _ in [0] if 10 * k <= images), *({"scores": table} for table in tables)]
+    found = [Candidate("cover", by="class"), Candidate("cover", by="cluster"), Candidate("facility", by="class")]
+    found.append(Candidate("cover", by="class", drop_hardest=DROPPED))
+    for source in sources:
+        for order in ("hard", "easy", "middle", "stratified"):
+            for balance in (0.0, CALM):
+                for dropped in (0.0, DROPPED) if order in ("hard", "stratified") else (0.0,):
+                    by = "class" if balance else None
+                    found.append(Candidate(order, by=by, balance=balance, drop_hardest=dropped, **source))
+    return found
+
+
+@dataclass
+class Pool:
+    """Labelled images with features in memory, of which parts are selected from."""
+
+    paths: Sequence[str]
+    labels: np.ndarray  # (n,) int64
+    classes: Sequence[str]
+    vectors: np.ndarray  # (n, d)
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict)  # {score table: (n,) scores, larger = harder}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class Part:
+    """Some rows of a pool, on which recipes are applied; clusterings are made once."""
+
+    def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0):
+        self.pool, self.rows, self.seed = pool, np.sort(rows), seed
+        self._rankings: dict[tuple, pruning.Ranking] = {}
+
+    def select(self, candidate: Candidate, keep: float, seed: int | None = None) -> np.ndarray:
+        """The rows of the pool that are kept, (m,) ascending; `seed` is that of ties and draws."""
+        ranking = self._ranking(candidate)
+        kept = pruning.prune(ranking, candidate.rule(keep, self.seed if seed is None else seed)).keep
+        return self.rows[kept]
+
+    def _ranking(self, candidate: Candidate) -> pruning.Ranking:
+        key = candidate.k, candidate.scores, self._by_prototypes(candidate)
+        if key not in self._rankings:
+            self._rankings[key] = self._made(candidate)
+        return self._rankings[key]
+
+    @staticmethod
+    def _by_prototypes(candidate: Candidate) -> bool:
+        ranks = candidate.order not in ("random", "cover", "facility") or candidate.drop_hardest > 0
+        return candidate.scores is None and ranks
+
+    def _made(self, candidate: Candidate) -> pruning.Ranking:
+        pool, rows = self.pool, self.rows
+        vectors, scores, clusterings = pool.vectors[rows], np.zeros(len(rows)), []
+        if candidate.scores is not None:
+            scores = pool.tables[candidate.scores][rows]
+        elif self._by_prototypes(candidate):
+            k = candidate.k or prototypes.auto_k(len(rows), len(pool.classes))
+            clusterings = [prototypes.cluster(vectors, min(k, len(rows)), seed=self.seed)]
+            scores = clusterings[0].distance
+        return pruning.Ranking(
+            "", "", [pool.paths[row] for row in rows], pool.labels[rows], list(pool.classes),
+            np.full(len(rows), Status.OK, np.uint8), scores, clusterings,
+            clusters=pruning.Clusters(k=candidate.k, seed=self.seed), vectors=vectors,
+        )  # fmt: skip

@@ -1,0 +1,141 @@
+"""What was found, in one sentence, tables and a figure. What this module does not know: the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from protoprune.evaluation.report import environment
+from protoprune.evaluation.statistics import Comparison, Interval
+from protoprune.files import table_csv, write_file
+from protoprune.tuning import judging
+from protoprune.tuning.recipes import REFERENCES
+from protoprune.tuning.running import Tuned
+from protoprune.tuning.unlabelled import Unlabelled
+
+
+def sentence(result: Tuned) -> str:
+    """The answer: never more than the interval supports."""
+    one = result.judgement
+    if one is None:
+        first = result.curve[0]
+        return (
+            f"keep everything: at {first.keep:.0%} kept already the cost may be {_points(first.cost.high)} points "
+            f"({first.candidate.name}: {_span(first.cost)}), above the tolerance of {_points(result.tolerance)}"
+        )
+    cost = -one.to_everything.mean
+    below = f"{_points(abs(cost))} {'below' if cost >= 0 else 'above'} everything"
+    head = f"keep {result.keep:.0%}"
+    if result.tolerance is not None:
+        head = f"you can leave out {1 - result.keep:.0%}"
+        below += f" ({_points(-one.to_everything.high)} to {_points(-one.to_everything.low)} below)"
+    if one.better:
+        return (
+            f"{head}: {result.best.name}; {_signed(one.to_random)} points over random "
+            f"({_span(one.to_random)}), {_signed(one.to_balanced)} over random by class "
+            f"({_span(one.to_balanced)}), {below}"
+        )
+    why = "worse than" if one.worse else "not shown to be better than"
+    return (
+        f"{head}: nothing beats random here; a random list is written (the best recipe, {result.best.name}, is {why} "
+        f"it: {_signed(one.to_random)} points over random ({_span(one.to_random)}), {_signed(one.to_balanced)} over "
+        f"random by class ({_span(one.to_balanced)})), {below}"
+    )
+
+
+def rows(result: Tuned) -> list[dict]:
+    """One row a candidate, the best first; differences are to random on the same splits."""
+    reference = next(one for one in result.standings if one.number == 0)
+    table = []
+    for place, one in enumerate(result.standings, 1):
+        gap = np.subtract(one.accuracies, reference.accuracies[: len(one.accuracies)])
+        interval = judging.resampled(gap) if one.number else Interval(0.0, None, None, len(gap))
+        candidate = result.candidates[one.number]
+        table.append({
+            "place": place, "recipe": candidate.name, "rounds": one.rounds, "splits": len(one.accuracies),
+            "accuracy": one.mean, "to_random": interval.mean, "low": interval.low, "high": interval.high,
+            "order": candidate.order, "by": candidate.by, "balance": candidate.balance,
+            "drop_hardest": candidate.drop_hardest, "k": candidate.k, "scores": candidate.scores,
+        })  # fmt: skip
+    return table
+
+
+def save(folder: str | os.PathLike, result: Tuned, command: str, config: dict) -> list[str]:
+    """Write table.csv, results.json, figure.png and, for --keep auto, curve.csv; returns their paths."""
+    folder = Path(folder)
+    files = {"table.csv": table_csv(rows(result))}
+    if result.curve:
+        files["curve.csv"] = table_csv([
+            {"keep": one.keep, "recipe": one.candidate.name, "accuracy": one.accuracy, "cost": one.cost.mean,
+             "low": one.cost.low, "high": one.cost.high, "splits": one.cost.n} for one in result.curve
+        ])  # fmt: skip
+    content = {
+        "answer": sentence(result), "command": command, "keep": result.keep, "best": result.best.name,
+        "winner": result.winner.name, "judgement": result.judgement and dataclasses.asdict(result.judgement),
+        "networks": result.network_accuracy, "settings": config, "environment": environment(config["device"]),
+    }  # fmt: skip
+    files["results.json"] = (json.dumps(content, indent=1) + "\n").encode()
+    buffer = io.BytesIO()
+    figure(result).savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    files["figure.png"] = buffer.getvalue()
+    for name, data in files.items():
+        write_file(folder / name, data)
+    return [os.fspath(folder / name) for name in files]
+
+
+def save_unlabelled(folder: str | os.PathLike, result: Unlabelled) -> list[str]:
+    """Write table.csv; returns its path."""
+    path = os.path.join(folder, "table.csv")
+    table = [{"recipe": one.name, "farness": one.farness, "farthest": one.farthest, "duplicates": one.duplicates,
+              "stability": one.stability} for one in result.rows]  # fmt: skip
+    write_file(path, table_csv(table))
+    return [path]
+
+
+def figure(result: Tuned):
+    """Recipes less random on the splits; the judged one; and for --keep auto the cost against the fraction."""
+    from matplotlib.figure import Figure
+
+    table = [row for row in rows(result) if row["splits"] > 1 or row["place"] <= 10][:20][::-1]
+    made = Figure(figsize=(11 if result.curve else 7, 1.2 + 0.28 * (len(table) + 2)), layout="constrained")
+    axes = np.atleast_1d(made.subplots(1, 2 if result.curve else 1))
+    for y, row in enumerate(table):
+        half = 0 if row["low"] is None else 100 * (row["to_random"] - row["low"])
+        grey = row["recipe"] in [one.name for one in REFERENCES]
+        axes[0].errorbar(100 * row["to_random"], y, xerr=half, fmt="o", color="grey" if grey else "C0", capsize=2)
+    labels = [f"{row['recipe']} ({row['splits']} splits)" for row in table]
+    if result.judgement is not None:
+        one = result.judgement.to_random
+        axes[0].errorbar(
+            100 * one.difference, len(table), xerr=100 * (one.difference - one.low), fmt="D", color="C3", capsize=3
+        )
+        labels.append(f"{result.best.name}: judged")
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].axvline(0, color="grey", lw=0.8)
+    axes[0].set_xlabel("accuracy less random, points")
+    if result.curve:
+        x, y = [100 * one.keep for one in result.curve], [100 * one.cost.mean for one in result.curve]
+        low = [100 * (one.cost.mean - one.cost.low) for one in result.curve]
+        axes[1].errorbar(x, y, low, fmt="o-", capsize=2)
+        axes[1].axhline(100 * result.tolerance, color="C3", ls="--", label="tolerance")
+        axes[1].set(xlabel="kept, %", ylabel="cost against everything, points")
+        axes[1].legend()
+    return made
+
+
+def _points(value: float) -> str:
+    text = f"{100 * value:.1f}"
+    return "0.0" if text == "-0.0" else text
+
+
+def _signed(one: Comparison) -> str:
+    return f"{'+' if one.difference >= 0 else ''}{_points(one.difference)}"
+
+
+def _span(one: Comparison | Interval) -> str:
+    return f"{_points(one.low)} to {_points(one.high)}"

@@ -1,0 +1,335 @@
+"""Choose a recipe on part of the images, judge it on the rest: `protoprune tune`.
+
+The labelled images are divided once: a fifth, stratified by class, judges and chooses nothing (with a test set of the
+user's, that judges, and all images choose). Recipes are compared on splits of the others, each applied to the training
+part alone; then the best one is judged once, against random lists, random lists with even classes, and everything.
+What this module does not know: files other than its log, tables, figures.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import protoprune
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation.statistics import Interval
+from protoprune.tuning import choosing, judging
+from protoprune.tuning.choosing import Standing
+from protoprune.tuning.judging import Judgement
+from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, candidates
+
+FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)  # that --keep auto tries, from the top
+SCREENED = 0.3  # fraction at which --keep auto finds its finalists
+FINALISTS = 3
+NETWORK_SPLITS = 2  # that finalists are trained on as networks
+AUTO_SPLITS = 8
+STEP = 0.01  # to which --keep auto narrows the fraction down
+LEAST = 10  # images kept a split, below which no comparison means anything
+_DRAWS = 1000  # seeds of random lists that judge start here: those that choose have the numbers of the splits
+
+
+class Judge(Protocol):
+    """Trains on rows of the pool and answers for others."""
+
+    name: str  # with all that its answers depend on
+
+    def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
+        """(images,) bool, what it gets right of the held-out rows, or of the test set where that is None."""
+
+
+class Heads:
+    """Linear heads on the features, trained to convergence."""
+
+    def __init__(self, pool: Pool, choosers: np.ndarray, test: Pool | None = None):
+        from protoprune.training import converged
+
+        self.pool, self.choosers, self.test = pool, choosers, test
+        self.name = f"head {converged.VERSION}"
+
+    @property
+    def space(self):
+        """Made when something has to be trained, of the images that may be trained on alone."""
+        if not hasattr(self, "_space"):
+            from protoprune.training import converged
+
+            self._space = converged.Space(self.pool.vectors[self.choosers])
+        return self._space
+
+    def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
+        from protoprune.training.converged import fit_head
+
+        labels, own = self.pool.labels, np.searchsorted(self.choosers, rows)
+        head = fit_head(self.space, labels[self.choosers], len(self.pool.classes), rows=own, seed=seed)
+        if held_out is None:
+            return head.predict(self.test.vectors) == self.test.labels
+        return head.predict(self.pool.vectors[held_out]) == labels[held_out]
+
+
+class Networks:
+    """Networks from pixels; `examples` and `test` are `training.Examples`, row i of the former is row i of the pool."""
+
+    def __init__(self, examples, test, recipe, device: str = "auto"):
+        self.examples, self.test, self.recipe, self.device = examples, test, recipe, device
+        self.name = f"{recipe}"
+
+    def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
+        from protoprune.training.examples import subset
+        from protoprune.training.loop import fit
+
+        tested = self.test if held_out is None else subset(self.examples, held_out)
+        result = fit(self.examples, tested, self.recipe, rows=rows, seed=seed, device=self.device)
+        return np.asarray(result.predictions) == tested.labels
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fraction that --keep auto tried."""
+
+    keep: float
+    candidate: Candidate  # the best there
+    accuracy: float
+    cost: Interval  # of accuracy against everything, over splits
+
+
+@dataclass
+class Tuned:
+    """What was found. `winner` is what the list is made by: the best recipe, or random where none beats it."""
+
+    keep: float
+    candidates: list[Candidate]  # numbered as in the standings; the first two are the references
+    standings: list[Standing]
+    best: Candidate  # of the recipes, by the splits
+    judgement: Judgement | None  # None where everything is kept
+    images: int
+    judges: str  # what trained
+    tolerance: float | None = None  # of --keep auto
+    curve: list[Point] = field(default_factory=list)
+    network_accuracy: dict[str, float] = field(default_factory=dict)  # finalists by name, over NETWORK_SPLITS
+
+    @property
+    def winner(self) -> Candidate:
+        return self.best if self.judgement is not None and self.judgement.better else RANDOM
+
+
+def tune(
+    pool: Pool,
+    keep: float | None,
+    *,
+    test: Pool | None = None,
+    recipes: Sequence[Candidate] | None = None,
+    rounds: Sequence[int] = choosing.ROUNDS,
+    seeds: int = 10,
+    seed: int = 0,
+    tolerance: float = 0.005,
+    networks: Networks | None = None,
+    heads: Judge | None = None,
+    folder: str | os.PathLike | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Tuned:
+    """The best recipe for the fraction `keep` (None: the smallest that costs less than `tolerance`), and its judgement.
+
+    recipes: default `recipes.candidates`; rounds: see `choosing.halve`; seeds: random lists that judge, and models of
+    the winner; networks: judge the finalists and the winner in place of heads. With a folder every training is kept
+    there and not done again. Raises UsageError where too few images would be kept to compare anything.
+    """
+    say = on_progress or (lambda text: None)
+    if seeds < 2:
+        raise UsageError(f"--seeds {seeds}: expected at least 2, for an interval")
+    if recipes is None:
+        recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
+    everyone = [*REFERENCES, *recipes]
+    held = None if test is not None else choosing.fold_of(pool.labels, 0, seed + 977)
+    choosers = np.arange(len(pool)) if held is None else np.flatnonzero(~held)
+    judges = None if held is None else np.flatnonzero(held)
+    lab = _Lab(pool, choosers, heads or Heads(pool, choosers, test), Log(folder, pool, test), seed)
+    _check(pool, len(choosers), SCREENED if keep is None else keep)
+
+    def compare(fraction: float) -> list[Standing]:
+        def told(number: int, alive: list[Standing]) -> None:
+            lead = ", ".join(f"{everyone[one.number].name} {100 * one.mean:.2f}" for one in alive[:3])
+            say(f"round {number} of {len(rounds)}: {len(alive)} compared on {rounds[number - 1]} splits; {lead}")
+
+        def measure(number: int, split: int) -> float:
+            return lab.on_split(lab.heads, everyone[number], fraction, split)
+
+        return choosing.halve(len(everyone), measure, references=range(len(REFERENCES)), rounds=rounds, on_round=told)
+
+    standings = compare(SCREENED if keep is None else keep)
+    ranked = [everyone[one.number] for one in standings if one.number >= len(REFERENCES)]
+    best, curve = ranked[0], []
+    result = Tuned(
+        keep or 1.0, everyone, standings, best, None, len(pool),
+        networks.recipe.model if networks else "linear heads", tolerance if keep is None else None, curve,
+    )  # fmt: skip
+    if keep is None:
+        found = _smallest(lab, ranked, tolerance, curve, say)
+        if found is None:
+            return result
+        result.keep, result.best = found.keep, found.candidate
+    elif networks is not None:
+        result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
+    say(f"judging {result.best.name} on {lab.judging_images(judges, test):,} images that chose nothing")
+    result.judgement = lab.judge(networks or lab.heads, result.best, result.keep, judges, seeds)
+    return result
+
+
+def _check(pool: Pool, choosers: int, keep: float) -> None:
+    kept = round(keep * round(choosers * (1 - 1 / choosing.FOLDS)))
+    least = max(LEAST, len(pool.classes))
+    if kept < least:
+        raise UsageError(
+            f"--keep {keep:g}: a split of {len(pool):,} images would keep {kept}, too few to compare anything; keep "
+            f"{least} at least, or take random images"
+        )
+    sizes = np.bincount(pool.labels, minlength=len(pool.classes))
+    if len(pool.classes) < 2 or np.sort(sizes)[-2] < 2:
+        raise ProtopruneError("comparing recipes needs two classes with two images or more")
+
+
+def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict, say) -> Candidate:
+    """The best of the finalists by networks, on further splits of the images that choose."""
+    for one in finalists:
+        found[one.name] = float(np.mean([lab.on_split(networks, one, keep, split) for split in range(NETWORK_SPLITS)]))
+        say(f"{one.name}: {100 * found[one.name]:.2f} % by networks")
+    return max(finalists, key=lambda one: found[one.name])
+
+
+def _smallest(lab: _Lab, ranked: list[Candidate], tolerance: float, curve: list[Point], say) -> Point | None:
+    """The smallest fraction whose cost is below the tolerance with its whole interval, as all larger ones' are."""
+    everything = np.array([lab.everything(split) for split in range(AUTO_SPLITS)])
+
+    def point(keep: float) -> Point:
+        rows = []
+        for one in ranked[:FINALISTS]:
+            rows.append([lab.on_split(lab.heads, one, keep, split) for split in range(AUTO_SPLITS)])
+        best = int(np.argmax(np.mean(rows, axis=1)))
+        found = Point(keep, ranked[best], float(np.mean(rows[best])), judging.resampled(everything - rows[best]))
+        curve.append(found)
+        curve.sort(key=lambda one: -one.keep)
+        say(
+            f"{keep:.0%} kept: {100 * found.accuracy:.2f} %, costs {100 * found.cost.mean:.2f} points "
+            f"({100 * found.cost.low:.2f} to {100 * found.cost.high:.2f}) by {found.candidate.name}"
+        )
+        return found
+
+    good, bad = None, None
+    for keep in FRACTIONS:
+        found = point(keep)
+        if found.cost.high >= tolerance:
+            bad = keep
+            break
+        good = found
+    while good is not None and bad is not None and good.keep - bad > 1.5 * STEP:
+        middle = point(round((good.keep + bad) / 2, 2))
+        good, bad = (middle, bad) if middle.cost.high < tolerance else (good, middle.keep)
+    return good
+
+
+class _Lab:
+    """Applies recipes to parts of the images that choose, and asks judges."""
+
+    def __init__(self, pool: Pool, choosers: np.ndarray, heads: Judge, log: Log, seed: int):
+        self.pool, self.choosers, self.heads, self.log, self.seed = pool, choosers, heads, log, seed
+        self._split = lru_cache(1)(self._make_split)
+
+    def _make_split(self, split: int) -> tuple[Part, np.ndarray]:
+        held = choosing.fold_of(self.pool.labels[self.choosers], split, self.seed)
+        return Part(self.pool, self.choosers[~held], seed=self.seed + split), self.choosers[held]
+
+    def on_split(self, judge: Judge, one: Candidate, keep: float, split: int) -> float:
+        """Accuracy on the held-out fold of a split, trained on what the recipe keeps of the rest."""
+        key = f"{self.seed} {judge.name} {one} {keep:.6g} {split}"
+
+        def compute() -> np.ndarray:
+            part, held = self._split(split)
+            return judge.answers(part.select(one, keep), held, split)
+
+        return float(self.log.answers(key, compute).mean())
+
+    def everything(self, split: int) -> float:
+        def compute() -> np.ndarray:
+            part, held = self._split(split)
+            return self.heads.answers(part.rows, held, split)
+
+        return float(self.log.answers(f"{self.seed} {self.heads.name} everything {split}", compute).mean())
+
+    def judge(self, judge: Judge, one: Candidate, keep: float, judges: np.ndarray | None, seeds: int) -> Judgement:
+        """The recipe's list of the images that choose, and as many random ones, by the images that do not."""
+        part = Part(self.pool, self.choosers, seed=self.seed)
+
+        def asked(name: str, number: int, rows: Callable[[], np.ndarray]) -> np.ndarray:
+            key = f"{self.seed} {judge.name} {name} {keep:.6g} judged {number}"
+            return self.log.answers(key, lambda: judge.answers(rows(), judges, number))
+
+        right: dict[str, list] = {"list": [], "random": [], "balanced": [], "everything": []}
+        for number in range(seeds):
+            right["list"].append(asked(str(one), number, lambda: part.select(one, keep)))
+            for name, other in (("random", RANDOM), ("balanced", BALANCED)):
+                drawn = self.seed + _DRAWS + number
+                right[name].append(asked(str(other), number, lambda o=other, d=drawn: part.select(o, keep, d)))
+        for number in range(min(seeds, 2)):
+            right["everything"].append(asked("everything", number, lambda: part.rows))
+        return judging.judge({name: np.stack(rows) for name, rows in right.items()})
+
+    @staticmethod
+    def judging_images(judges: np.ndarray | None, test: Pool | None) -> int:
+        return len(test) if judges is None else len(judges)
+
+
+class Log:
+    """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
+
+    def __init__(self, folder: str | os.PathLike | None, pool: Pool, test: Pool | None = None):
+        self.path = None if folder is None else Path(folder, "runs.jsonl")
+        self._found: dict[str, str] = {}
+        if self.path is None:
+            return
+        self._identity = f"{_fingerprint(pool)} {test and _fingerprint(test)} {protoprune.__version__} "
+        if self.path.exists():
+            for line in self.path.read_text(errors="replace").splitlines():
+                try:
+                    one = json.loads(line)
+                    self._found[one["key"]] = one["right"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def answers(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """(images,) bool: those kept under this key, else computed and kept."""
+        if self.path is None:
+            return compute()
+        name = hashlib.sha256((self._identity + key).encode()).hexdigest()[:24]
+        if name in self._found:
+            count, _, packed = self._found[name].partition(" ")
+            return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=int(count)).astype(bool)
+        right = np.asarray(compute(), bool)
+        self._found[name] = f"{len(right)} {base64.b64encode(np.packbits(right)).decode()}"
+        try:
+            with open(self.path, "a") as file:
+                fresh = file.tell() == 0 or self._ended()
+                file.write(("" if fresh else "\n") + json.dumps({"key": name, "right": self._found[name]}) + "\n")
+        except OSError as error:
+            raise ProtopruneError(f"{self.path}: cannot write ({error.strerror}); choose another -o") from None
+        return right
+
+    def _ended(self) -> bool:
+        """Whether the last line is whole."""
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+
+def _fingerprint(pool: Pool) -> str:
+    digest = hashlib.sha256("\0".join([*pool.classes, "", *pool.paths]).encode("utf-8", "surrogateescape"))
+    for array in (pool.labels, pool.vectors, *(pool.tables[name] for name in sorted(pool.tables))):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""`tune` as a user runs it: answer and command on stdout, the list that the command makes, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from functools import partial
+
+import numpy as np
+import pytest
+from helpers import write_image
+from typer.testing import CliRunner
+
+from protoprune.cli import app
+from protoprune.training import converged
+from protoprune.tuning import choosing, running
+from protoprune.tuning.recipes import Candidate
+
+CLASSES = ("ape", "bee", "cat")
+PATHS = sorted(f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(150))
+FEW = [Candidate("cover", by="class"), Candidate("easy", k=6)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, feature_file):
+    """features.h5 of three overlapping classes, test.h5 of the same, and only two recipes on two splits to try."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    labels = np.array([CLASSES.index(path[:3]) for path in PATHS])
+    for name in ("features.h5", "test.h5"):
+        feature_file(name, 1.2 * np.eye(3, 6)[labels] + rng.normal(size=(150, 6)), paths=PATHS)
+    monkeypatch.setattr(running, "candidates", lambda images, classes, tables: [
+        *FEW, *(Candidate("hard", scores=table) for table in tables)])  # fmt: skip
+    monkeypatch.setattr(running.tune, "__kwdefaults__", {**running.tune.__kwdefaults__, "rounds": (1, 2)})
+    monkeypatch.setattr(running, "AUTO_SPLITS", 2)
+    quick = partial(converged.fit_head, strength=1.0)  # choosing the strength takes most of the time of so small a fit
+    monkeypatch.setattr(converged, "fit_head", quick)
+    monkeypatch.setattr(running, "FRACTIONS", (0.9, 0.5))
+    return tmp_path
+
+
+def run(*arguments, code: int = 0):
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_answer_the_command_and_the_list(here):
+    result = run("tune", "--keep", 0.3, "--seeds", 3)
+    answer, command = result.stdout.splitlines()
+    assert answer.startswith("keep 30%: ")
+    assert "features.h5: 150 images of 3 classes" in result.stderr
+    assert "judged on 30 images that chose nothing, 3 random lists: " in result.stderr
+    kept = (here / "tune" / "kept.txt").read_text()
+    assert len(kept.splitlines()) == 45
+    (here / "tune" / "kept.txt").unlink()
+    run(*shlex.split(command)[1:])
+    assert (here / "tune" / "kept.txt").read_text() == kept
+    content = json.loads((here / "tune" / "results.json").read_text())
+    assert (content["answer"], content["command"]) == (answer, command)
+    trained = (here / "tune" / "runs.jsonl").read_bytes()
+    again = run("tune", "--keep", 0.3, "--seeds", 3)
+    assert again.stdout == result.stdout
+    assert (here / "tune" / "runs.jsonl").read_bytes() == trained
+    other = run("tune", "--keep", 0.3, "--seeds", 2, "--seed", 5, "-o", "other")
+    assert " --seed 5" in other.stdout
+
+
+def test_a_test_set_a_table_and_auto(here):
+    (here / "t.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(PATHS)))
+    result = run("tune", "--keep", "auto", "--tolerance", 100, "--test", "test.h5", "--seeds", 2, "--scores", "t.csv",
+                 "--higher-is", "harder")  # fmt: skip
+    assert result.stdout.startswith("you can leave out ")
+    assert "judging" in result.stderr
+    assert "on 150 images that chose nothing" in result.stderr
+    assert "hard, by t.csv" in (here / "tune" / "table.csv").read_text()
+    curve = (here / "tune" / "curve.csv").read_text().splitlines()
+    assert len(curve) == 3  # both fractions cost less than 100 points
+    assert len((here / "tune" / "kept.txt").read_text().splitlines()) == 75
+
+
+def test_networks_judge_the_finalists(here):
+    for number, path in enumerate(PATHS):
+        write_image(here / "images" / path, seed=number)
+    result = run("tune", "--keep", 0.3, "--seeds", 2, "--model", "cnn", "--images", "images", "--epochs", 1, "--width",
+                 4, "--image-size", 16, "--device", "cpu")  # fmt: skip
+    assert "% by networks" in result.stderr
+    content = json.loads((here / "tune" / "results.json").read_text())
+    assert set(content["networks"]) == {"cover by class", "easy, k 6"}
+    assert content["settings"]["recipe"]["width"] == 4
+
+
+def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):
+    feature_file("plain.h5", np.random.default_rng(0).normal(size=(80, 5)))
+    result = run("tune", "--keep", 0.25, "--features", "plain.h5")
+    assert "accuracy cannot" in result.stdout
+    assert "protoprune select plain.h5 --keep 0.25 --order cover --by cluster" in result.stdout
+    assert "cover by cluster: " in result.stderr
+    assert not (here / "tune" / "kept.txt").exists()
+    assert len((here / "tune" / "table.csv").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--keep", "some"], 2, "--keep some: expected auto or the fraction to keep"),
+        (["--keep", "30"], 2, "for 30 % give 0.3"),
+        (["--keep", "0.3", "--features", "none.h5"], 2, "none.h5: no such feature file"),
+        (["--keep", "0.3", "--features", "."], 2, ".: no such feature file"),
+        (["--keep", "0.3", "--model", "cnn"], 2, "give --images FOLDER"),
+        (["--keep", "0.3", "--model", "head"], 2, "leave --model out"),
+        (["--keep", "0.3", "--images", "."], 2, "--images goes with --model"),
+        (["--keep", "0.3", "--higher-is", "keep"], 2, "--higher-is keep: goes with --scores"),
+        (["--keep", "0.3", "-o", "test.h5"], 2, "-o test.h5: a file; name a folder"),
+        (["--keep", "0.02"], 2, "too few to compare anything"),
+        (["--keep", "0.3", "--test", "wide.h5"], 2, "wide.h5: vectors of another encoder (9 dimensions)"),
+        (["--keep", "0.3", "--test", "none.h5"], 1, "none.h5: no such feature file"),
+        (["--keep", "0.3", "--scores", "none.csv"], 2, "none.csv: no such score table"),
+        (["--keep", "auto", "--features", "plain.h5"], 2, "give a fraction"),
+    ],
+)
+def test_what_does_not_go_is_said_in_one_line(here, feature_file, arguments, code, message):
+    feature_file("wide.h5", np.ones((150, 9)), paths=PATHS)
+    feature_file("plain.h5", np.ones((80, 5)))
+    result = run("tune", *arguments, code=code)
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+def test_rounds_are_those_of_the_documentation():
+    assert choosing.ROUNDS == (1, 2, 4, 8)
+    assert choosing.FOLDS == 5

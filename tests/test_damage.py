@@ -1,0 +1,344 @@
+"""Damaged files: whatever bytes are flipped, wiped or cut off, a command gives the same answer or one clear line.
+
+Each mutation of a real file is read by every command that reads such files, in a forked process with little memory and
+a time limit. Nothing else may come out: no traceback, no other numbers, no process that never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from protoprune import records, scores
+from protoprune.cli import app
+from protoprune.errors import ProtopruneError
+from protoprune.features import open_features
+from protoprune.records import PartialRecord, Record
+
+MEMORY = 1 << 30  # bytes that reading a file of a few kB may ask for, on top of what the program has
+SECONDS = 20
+N, D = 60, 8
+TEST = ("test_prediction", "test_true_probability")
+PATHS = [f"{'abc'[i % 3]}/{i:03d}.png" for i in range(N)]
+FEW = 20
+COUNTS = [FEW, pytest.param(200, marks=pytest.mark.slow)]
+
+
+# --- originals -------------------------------------------------------------------------------------------------------
+
+
+def blobs() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, D))[np.arange(N) % 3] + 0.3 * rng.normal(size=(N, D))
+
+
+def write_record(out: str, *, models: int = 4, epochs: int = 4, upto: int | None = None) -> str:
+    rng = np.random.default_rng(1)
+    subset = rng.random((models, N)) < 0.7
+    labels = np.arange(N) % 3
+    records.create(
+        out, {"recipe": "{}", "seed": 0, "root": "/images"}, paths=sorted(PATHS), labels=labels, classes=list("abc"),
+        subset=subset, epoch_numbers=range(1, epochs + 1), gradients=True, test_paths=["t/1.png", "t/2.png"],
+        test_labels=np.array([0, 1]),
+    )  # fmt: skip
+    partial = PartialRecord(out)
+    for epoch in range(epochs if upto is None else upto):
+        values = {name: rng.random((models, N)) for name in records.STORED}
+        values["prediction"] = np.where(rng.random((models, N)) < 0.6, labels, rng.integers(0, 3, (models, N)))
+        values["test_prediction"] = rng.integers(0, 3, (models, 2))
+        values["test_true_probability"] = rng.random((models, 2))
+        partial.write(slice(0, models), epoch, values)
+        partial.commit(slice(0, models), epoch + 1)
+    if upto is None:
+        partial.finish()
+    partial.close()
+    return out
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """`count` damaged versions: bits flipped, a byte set, a stretch inverted, the end cut off."""
+    rng = np.random.default_rng([seed, zlib.crc32(data)])
+    for number in range(count):
+        damaged, kind, start = bytearray(data), number % 5, int(rng.integers(len(data)))
+        if kind == 0:
+            damaged[start] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            damaged[start] = (damaged[start] + int(rng.integers(1, 256))) % 256
+        elif kind == 2:
+            for place in rng.integers(0, len(data), 8):
+                damaged[place] ^= 1 << int(rng.integers(8))
+        elif kind == 3:
+            wiped = damaged[start : start + int(rng.integers(1, 600))]
+            damaged[start : start + len(wiped)] = bytes(byte ^ 0xFF for byte in wiped)
+        else:
+            damaged = damaged[:start]
+        yield bytes(damaged)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_apart(function):
+    """What `function()` returns, from a forked process with limits; an exception there is returned as text."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(SECONDS)
+            try:
+                result = function()
+            except BaseException as error:
+                result = f"raised {type(error).__name__}: {error}"
+            with open(writing, "wb") as file:
+                file.write(pickle.dumps(result))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        data = file.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return f"killed by signal {os.WTERMSIG(status)}" + (" (time is up)" if os.WTERMSIG(status) == 14 else "")
+    return pickle.loads(data)
+
+
+def command(*arguments: str):
+    """(exit code, stdout, what stderr says of an error) of a command, as a function."""
+
+    def call():
+        result = CliRunner().invoke(app, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            return f"traceback: {type(result.exception).__name__}: {result.exception}"
+        return result.exit_code, result.stdout, [one for one in result.stderr.splitlines() if "error:" in one]
+
+    return call
+
+
+def python(function):
+    """The same of a Python function that gives a value, or raises ProtopruneError."""
+
+    def call():
+        try:
+            return 0, function(), []
+        except ProtopruneError as error:
+            return error.exit_code, "", [f"error: {error}"]
+
+    return call
+
+
+def check(calls: dict, path: Path, count: int, *, recomputes=False, unsigned=False, verify=False) -> None:
+    """Damage the file `count` times and make all calls.
+
+    recomputes: what is damaged is made again, so that the answer is always the same. unsigned: the format has no
+    digests, so that other numbers cannot be told. verify: `info --verify` finds all damage, wherever it is.
+    """
+    data, found = path.read_bytes(), 0
+    if verify:
+        calls = {**calls, "verify": command("info", path.name, "--verify")}
+    expected = {name: call() for name, call in calls.items()}  # here, so that the forks need not import anything
+    assert all(one[0] == 0 for one in expected.values()), expected
+    for number, damaged in enumerate(mutations(data, count, len(path.name))):
+        path.write_bytes(damaged)
+        outcomes = run_apart(lambda: {name: call() for name, call in calls.items()})
+        path.write_bytes(data)
+        assert isinstance(outcomes, dict), f"mutation {number}: {outcomes}"
+        for name, outcome in outcomes.items():
+            where = f"mutation {number}, {name}: {outcome}"
+            assert not isinstance(outcome, str), where
+            code, answer, errors = outcome
+            if code == 0:
+                assert unsigned or answer == expected[name][1], where
+            else:
+                assert not recomputes, where
+                assert code in (1, 2), where
+                assert len(errors) == 1, where
+                assert path.name in errors[0], where
+                assert len(errors[0]) < 600, where
+                found += 1
+        assert not verify or outcomes["verify"][0] == 1, f"mutation {number}"
+    assert found or recomputes
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+# --- the formats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_feature_file(here, feature_file, count):
+    def load_examples(path):
+        from protoprune.training.examples import load_examples
+
+        return load_examples(path)
+
+    failed = {4: 8, 17: 2}
+    path = Path(feature_file(here / "f.h5", blobs(), paths=PATHS, failed=failed, store="float16"))
+    scores.write_scores("a.csv", sorted(PATHS), np.arange(N, dtype=np.float32), metric="a")
+    scores.write_scores("b.csv", sorted(PATHS), np.arange(N, dtype=np.float32) % 7, metric="b")
+    calls = {
+        "select": command("select", "f.h5", "--keep", "0.5", "--k", "3", "--dedup", "0.01", "--no-cache"),
+        "info --errors": command("info", "f.h5", "--errors"),
+        "python": python(lambda: np.asarray(open_features("f.h5").features).tobytes()),
+    }
+    every = {
+        "select --scores": command("select", "f.h5", "--keep", "0.5", "--scores", "a.csv", "--balance", "0.5"),
+        "info": command("info", "f.h5"),
+        "score": command("score", "moderate", "--features", "f.h5"),
+        "score k_center": command("score", "k_center", "--features", "f.h5"),
+        "compare": command("compare", "a.csv", "b.csv", "--features", "f.h5", "--bootstrap", "0"),
+        "advise": command("advise", "--features", "f.h5"),
+        "training": python(lambda: load_examples("f.h5").fingerprint()),
+    }
+    check(calls | every if count > FEW else calls, path, count, verify=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_training_record(here, count):
+    path = Path(write_record("r.h5"))
+    names = ["el2n", "memorization", "influence_max"]
+    if count > FEW:
+        names += ["grand", "forgetting", "ddd", "ensemble_active_learning", "aum", "tdds", "dyn_unc", "margin", "loss"]
+    calls = {name: command("score", name, "--record", "r.h5") for name in names}
+    check({**calls, "info": command("info", "r.h5")}, path, count, verify=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["s.csv", "s.tsv.gz", "s.parquet", "s.npz", "s.npy"])
+def test_a_score_table(here, feature_file, name, count):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    values = np.random.default_rng(2).random(N).astype(np.float32)
+    if name.startswith("s.np"):
+        np.save(name, values) if name == "s.npy" else np.savez(name, scores=values)
+    else:
+        scores.write_scores(name, sorted(PATHS), values, metric="m")
+    scores.write_scores("other.csv", sorted(PATHS), values[::-1].copy(), metric="m")
+    by_place = ["--by-place"] if name.startswith("s.np") else []
+    calls = {
+        "select": command("select", "f.h5", "--scores", name, "--keep", "0.5", "--format", "csv", *by_place),
+        "compare": command("compare", name, "other.csv", "--features", "f.h5", "--bootstrap", "0", *by_place),
+        "python": python(lambda: scores.read_table(name).scores.tobytes()),
+    }
+    check(calls, here / name, count, unsigned=name == "s.npy")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_clustering_cache(here, feature_file, count):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    select = command("select", "f.h5", "--keep", "0.5", "--k", "3", "--format", "csv")
+    assert select()[0] == 0
+    (entry,) = (here / "f.h5.clusters").iterdir()
+    check({"select": select}, entry, count, recomputes=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_result_of_evaluate(here, count):
+    from types import SimpleNamespace
+
+    from protoprune.evaluation import runs
+
+    examples = SimpleNamespace(
+        paths=PATHS, labels=np.arange(N) % 3, classes=list("abc"), fingerprint=lambda: "same", inputs=np.zeros((N, D))
+    )
+    recipe = runs_recipe()
+    run = runs.Run("list", 0, np.arange(0, N, 2))
+    trained = []
+
+    def fit(train, test, recipe, **how):
+        trained.append(1)
+        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7)
+
+    def outcome():
+        (one,) = runs.run_all([run], examples, examples, recipe, folder="runs", fit=fit, device="cpu")
+        return one.accuracy, one.correct, one.total, one.seconds, one.steps, one.curve
+
+    outcome()
+    (kept,) = (here / "runs").iterdir()
+    check({"evaluate": python(outcome)}, kept, count, recomputes=True)
+    assert len(trained) == 1  # in this process; a damaged result is made again in the others
+
+
+def runs_recipe():
+    from protoprune.training.loop import Recipe
+
+    return Recipe.for_model("head", epochs=1)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_unfinished_feature_file(here, feature_file, count):
+    """What goes on from a damaged unfinished run ends in the same features, or says that it cannot."""
+    from protoprune.features import PartialFile
+
+    features = blobs().astype(np.float32)
+    path = Path(feature_file("f.h5", features, paths=PATHS, finish=False) + ".partial")
+    order = sorted(range(N), key=PATHS.__getitem__)
+
+    def finish():
+        shutil.copy(path, "g.h5.partial")
+        partial = PartialFile("g.h5")
+        rows = partial.todo
+        partial.commit(rows, features[order][rows], np.ones(len(rows), np.uint8), [""] * len(rows))
+        partial.finish()
+        with open_features("g.h5") as file:
+            return file.features[:].tobytes(), file.status.tobytes(), file.paths, file.labels.tobytes()
+
+    check({"embed": python(renamed(finish)), "again": python(renamed(finish))}, path, count)
+
+
+def renamed(function):
+    """The errors of a copy, as those of the original."""
+
+    def call():
+        try:
+            return function()
+        except ProtopruneError as error:
+            raise ProtopruneError(str(error).replace("g.h5", "f.h5").replace("q.h5", "r.h5")) from None
+
+    return call
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_unfinished_record(here, count):
+    """What is damaged of it is recorded again, by the models that it belongs to."""
+    path = Path(write_record("r.h5", upto=2) + ".partial")
+    whole = write_record("whole.h5")
+    with Record(whole) as record:
+        names = [*record.statistics]
+        values = {name: np.stack([record.at(name, epoch) for epoch in range(4)], 1) for name in names}
+        values |= {name: np.stack([record.test_at(name, epoch) for epoch in range(4)], 1) for name in TEST}
+
+    def finish():
+        shutil.copy(path, "q.h5.partial")
+        partial = PartialRecord("q.h5")
+        for model, done in enumerate(partial.committed.tolist()):
+            one = slice(model, model + 1)
+            for epoch in range(done, 4):
+                partial.write(one, epoch, {name: table[one, epoch] for name, table in values.items()})
+            partial.commit(one, 4)
+        partial.finish()
+        with Record("q.h5") as record:
+            found = [record.last(name).tobytes() for name in names] + [record.at(name, 0).tobytes() for name in names]
+            return found, record.subset.tobytes(), record.paths, record.test_prediction.tobytes()
+
+    check({"record": python(renamed(finish))}, path, count)

@@ -1,0 +1,400 @@
+"""Choosing a recipe with proof: planted cases that each must win, null cases that must not, splits, log, sentences."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation.statistics import Interval
+from protoprune.tuning import choosing, judging, report, running, unlabelled
+from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Pool, candidates
+from protoprune.tuning.running import Log, tune
+
+COVER = Candidate("cover", by="class")
+
+
+def pool_of(vectors, labels, **tables) -> Pool:
+    labels = np.asarray(labels)
+    classes = [chr(97 + one) for one in range(labels.max() + 1)]
+    paths = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(labels)]
+    return Pool(paths, labels, classes, np.asarray(vectors, np.float32), tables)
+
+
+class Ridge:
+    """A judge in closed form: least squares on one-hot labels, which trains in a millisecond."""
+
+    name = "ridge"
+
+    def __init__(self, pool: Pool, test: Pool | None = None):
+        self.pool, self.test, self.asked = pool, test, []
+
+    def answers(self, rows, held_out, seed):
+        self.asked.append((tuple(rows), None if held_out is None else tuple(held_out)))
+        x = np.append(self.pool.vectors, np.ones((len(self.pool), 1)), axis=1)
+        targets = np.eye(len(self.pool.classes))[self.pool.labels[rows]]
+        inside = x[rows]
+        weight = np.linalg.solve(inside.T @ inside + 1e-2 * np.eye(x.shape[1]), inside.T @ targets)
+        if held_out is None:
+            x, labels = np.append(self.test.vectors, np.ones((len(self.test), 1)), axis=1), self.test.labels
+        else:
+            x, labels = x[held_out], self.pool.labels[held_out]
+        return (x @ weight).argmax(1) == labels
+
+
+# --- splits and halving ----------------------------------------------------------------------------------------------
+
+
+def test_folds_divide_each_class_evenly_and_five_of_them_are_all():
+    labels = np.repeat([0, 1, 2], [50, 23, 7])
+    folds = np.array([choosing.fold_of(labels, split) for split in range(10)])
+    for five in (folds[:5], folds[5:]):
+        assert (five.sum(axis=0) == 1).all()
+    for fold in folds:
+        assert (np.abs(np.bincount(labels[fold], minlength=3) - np.array([10, 4.6, 1.4])) <= 1).all()
+    assert not np.array_equal(folds[0], folds[5])
+    np.testing.assert_array_equal(folds[7], choosing.fold_of(labels, 7))
+
+
+@pytest.mark.parametrize("best", range(2, 12))
+def test_every_planted_candidate_wins_when_it_is_the_best(best):
+    rng, asked = np.random.default_rng(best), []
+
+    def measure(number: int, split: int) -> float:
+        asked.append((number, split))
+        return 0.5 + 0.1 * (number == best) + 0.01 * rng.standard_normal()
+
+    standings = choosing.halve(12, measure, references=(0, 1), rounds=(1, 2, 4))
+    assert standings[0].number == best
+    assert len(set(asked)) == len(asked)  # nothing twice
+    splits = {one.number: len(one.accuracies) for one in standings}
+    assert splits[0] == splits[1] == splits[best] == 4
+    assert sorted(splits.values()) == [1] * 5 + [2] * 2 + [4] * 5  # 10, then 5, then 3 beside the references
+    assert {one.rounds for one in standings} == {1, 2, 3}
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def answers(rng, seeds: int, images: int, accuracy: float, luck: float, skill: np.ndarray, one: bool) -> np.ndarray:
+    """(seeds, images) bool of lists whose accuracy varies by `luck`; one list has the same luck at every seed."""
+    shift = luck * (np.full(seeds, rng.standard_normal()) if one else rng.standard_normal(seeds))
+    return rng.random((seeds, images)) < np.clip(accuracy + shift[:, None] + skill, 0, 1)
+
+
+def verdicts(gain: float, runs: int, luck: float = 0.01) -> tuple[int, int]:
+    """How often of `runs` a list that is better by `gain` is called better, and worse."""
+    better = worse = 0
+    for run in range(runs):
+        rng = np.random.default_rng([run, 5])
+        skill = 0.2 * rng.standard_normal(400)  # some images are easier than others, for all
+        right = {
+            name: answers(rng, 6, 400, 0.6 + gain * (name == "list"), luck, skill, name == "list")
+            for name in ("list", "random", "balanced", "everything")
+        }
+        found = judging.judge(right)
+        better, worse = better + found.better, worse + found.worse
+    return better, worse
+
+
+def test_a_list_that_is_as_good_as_a_random_one_is_not_called_better():
+    """Stated: at most 2.5 % (5 % on both sides). Of 200 runs 5 are expected; more than 12 happen once in 1,000."""
+    better, worse = verdicts(0.0, 200)
+    assert better <= 12
+    assert worse <= 24  # worse than one of the two is enough
+
+
+def test_a_list_that_is_better_is_called_so():
+    assert verdicts(0.15, 20)[0] == 20
+    assert verdicts(-0.15, 20) == (0, 20)
+
+
+def test_both_random_and_random_by_class_have_to_be_beaten():
+    rng = np.random.default_rng(0)
+    one, other = rng.random((2, 8, 500)) < np.array([0.8, 0.6])[:, None, None]
+    right = {"list": one, "random": other, "balanced": one, "everything": one}
+    found = judging.judge(right)
+    assert found.to_random.verdict == "better"
+    assert not found.better
+    assert not found.worse
+
+
+def test_the_interval_holds_the_images_that_judge():
+    """Twenty images prove nothing, however many seeds agree on them."""
+    ours, draws = np.ones((30, 20), bool), np.ones((30, 20), bool)
+    draws[:, :4] = False
+    assert judging.against_draws(ours, draws).low < 0.05
+    many = [np.tile(one, (1, 50)) for one in (ours, draws)]
+    assert judging.against_draws(*many).low > 0.1
+
+
+def test_the_corrected_resampled_t():
+    one = judging.resampled(np.array([0.01, 0.02, 0.03, 0.02]))
+    half = 3.182446 * np.sqrt((1 / 4 + 1 / 4) * np.var([0.01, 0.02, 0.03, 0.02], ddof=1))
+    assert (one.mean, one.high - one.mean) == (pytest.approx(0.02), pytest.approx(half, rel=1e-5))
+    assert judging.resampled(np.array([0.5])) == Interval(0.5, None, None, 1)
+
+
+# --- planted data: each recipe where it must win ----------------------------------------------------------------------
+
+
+def noisy_where(hard: bool, seed: int = 0) -> Pool:
+    """Five classes in 30 dimensions; some images lie far from the rest in 4 more. 60 % of the labels are noise: those
+    of the far images, or of the others."""
+    rng = np.random.default_rng(seed)
+    far = np.arange(4000) % 10 < (6 if hard else 4)
+    kind = rng.integers(0, 5, 4000)
+    signal = rng.standard_normal((5, 30))[kind] + rng.standard_normal((4000, 30))
+    apart = rng.standard_normal((4000, 4)) * np.where(far, 4.0, 0.1)[:, None]
+    noise = far if hard else ~far
+    labels = np.where(noise, rng.integers(0, 5, 4000), kind)
+    x = np.concatenate([signal, apart, np.full((4000, 1), 6.0)], axis=1)
+    order = np.argsort(labels, kind="stable")
+    return pool_of(x[order], labels[order], **{"t.csv": noise[order].astype(float)})
+
+
+def modes(seed: int = 0) -> Pool:
+    """Two classes of 100 tight modes each, all over the sphere: few random images miss many of them."""
+    rng = np.random.default_rng(seed)
+    which = np.repeat(np.arange(200), 10)
+    return pool_of(3 * rng.standard_normal((200, 200))[which] + 0.3 * rng.standard_normal((2000, 200)), which // 100)
+
+
+BY_PROTOTYPES = [Candidate(order, by=by, balance=balance) for order in ("hard", "easy", "middle")
+                 for by, balance in ((None, 0.0), ("class", 0.5))]  # fmt: skip
+RECIPES = [COVER, Candidate("cover", by="cluster"), Candidate("facility", by="class"), *BY_PROTOTYPES]
+BY_TABLE = [Candidate(order, scores="t.csv") for order in ("hard", "easy")]
+
+
+@pytest.mark.parametrize(
+    ("make", "keep", "recipes", "wanted"),
+    [
+        (modes, 0.1, RECIPES, {"cover by class", "cover by cluster", "facility by class"}),
+        (lambda: noisy_where(True), 0.05, RECIPES, {"easy", "easy, balance 0.5"}),
+        (lambda: noisy_where(False), 0.05, RECIPES, {"hard", "hard, balance 0.5"}),
+        (lambda: noisy_where(True), 0.05, BY_TABLE, {"easy, by t.csv"}),
+    ],
+    ids=["cover", "easy", "hard", "table"],
+)
+def test_a_planted_recipe_is_found_and_shown_to_be_better(make, keep, recipes, wanted):
+    pool = make()
+    result = tune(pool, keep, recipes=recipes, rounds=(1, 2, 4), heads=Ridge(pool))
+    assert result.best.name in wanted
+    assert result.judgement.better, report.sentence(result)
+    assert result.winner == result.best
+    assert report.sentence(result).startswith(f"keep {keep:.0%}: {result.best.name}; +")
+
+
+def test_balance_wins_where_an_order_starves_classes():
+    """The table knows the wrong labels, but puts two classes behind the others."""
+    pool = noisy_where(True)
+    pool.tables["t.csv"] = pool.tables["t.csv"] + 2.0 * (pool.labels >= 3)
+    recipes = [Candidate("easy", scores="t.csv"), Candidate("easy", by="class", balance=1.0, scores="t.csv")]
+    result = tune(pool, 0.05, recipes=recipes, rounds=(1, 2), heads=Ridge(pool))
+    assert result.best == recipes[1]
+    assert result.judgement.to_random.difference > 0.08
+
+
+def test_dropping_the_hardest_wins_where_they_are_wrong():
+    pool = noisy_where(True)
+    recipes = [Candidate("hard", scores="t.csv"), Candidate("hard", scores="t.csv", drop_hardest=0.65)]
+    result = tune(pool, 0.05, recipes=recipes, rounds=(1, 2), heads=Ridge(pool))
+    assert result.best == recipes[1]
+    assert result.judgement.better
+
+
+def null_runs(runs: int) -> int:
+    """How often the whole of it calls a recipe better where labels have nothing to do with features."""
+    better = 0
+    for run in range(runs):
+        rng = np.random.default_rng([run, 99])
+        labels = np.sort(rng.integers(0, 2, 120))
+        pool = pool_of(rng.standard_normal((120, 4)), labels)
+        result = tune(
+            pool, 0.3, recipes=[COVER, Candidate("easy")], rounds=(1, 2), seeds=5, seed=run, heads=Ridge(pool)
+        )
+        better += result.judgement.better
+        assert (result.winner == RANDOM) == (not result.judgement.better)
+    return better
+
+
+def test_random_data_have_no_winner():
+    assert null_runs(25) <= 3
+
+
+@pytest.mark.slow
+def test_random_data_have_no_winner_more_often_than_stated():
+    assert null_runs(200) <= 12
+
+
+# --- what may look at what -------------------------------------------------------------------------------------------
+
+
+def test_what_judges_chooses_nothing():
+    pool = modes()
+    judge = Ridge(pool)
+    tune(pool, 0.1, recipes=[COVER, Candidate()], rounds=(1, 2), seeds=2, heads=judge)
+    held = set(np.flatnonzero(choosing.fold_of(pool.labels, 0, 977)).tolist())
+    final = [one for one in judge.asked if set(one[1]) == held]
+    others = [one for one in judge.asked if set(one[1]) != held]
+    assert len(final) == 2 * 3 + 2  # the list, random and random by class for each seed; everything for two
+    assert judge.asked[-len(final) :] == final  # after all choosing
+    for trained, tested in others:
+        assert not held & (set(trained) | set(tested))
+        assert not set(trained) & set(tested)
+    assert all(not held & set(trained) for trained, _ in final)
+
+
+def test_a_test_set_judges_once_and_never_chooses():
+    pool, test = modes(), modes(1)
+    test.vectors = pool.vectors[:200] + 0.01
+    test = Pool(test.paths[:200], pool.labels[:200], pool.classes, test.vectors)
+    judge = Ridge(pool, test)
+    result = tune(pool, 0.1, test=test, recipes=[COVER, Candidate()], rounds=(1, 2), seeds=2, heads=judge)
+    assert [one[1] is None for one in judge.asked].count(True) == 8
+    assert all(one[1] is None for one in judge.asked[-8:])
+    assert result.judgement.images == 200
+    everything = [one for one in judge.asked if len(one[0]) == len(pool)]
+    assert len(everything) == 2  # all images choose, and only then train together
+    scrambled = Pool(test.paths, 1 - test.labels, test.classes, test.vectors)
+    again = tune(pool, 0.1, test=scrambled, recipes=[COVER, Candidate()], rounds=(1, 2), seeds=2,
+                 heads=Ridge(pool, scrambled))  # fmt: skip
+    assert again.best == result.best
+    assert [one.accuracies for one in again.standings] == [one.accuracies for one in result.standings]
+
+
+def test_what_was_trained_is_not_trained_again(tmp_path):
+    pool = modes()
+    options = {"recipes": [COVER, Candidate()], "rounds": (1, 2), "seeds": 2, "folder": tmp_path}
+    first = Ridge(pool)
+    result = tune(pool, 0.1, heads=first, **options)
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == len(first.asked)
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])  # killed while writing the sixth
+    second = Ridge(pool)
+    again = tune(pool, 0.1, heads=second, **options)
+    assert len(second.asked) == len(first.asked) - 5
+    assert report.sentence(again) == report.sentence(result)
+    assert report.rows(again) == report.rows(result)
+    third = Ridge(pool)
+    tune(pool, 0.1, heads=third, **options)
+    assert not third.asked
+    pool.vectors[0] += 1  # another set: nothing of it counts
+    fourth = Ridge(pool)
+    tune(pool, 0.1, heads=fourth, **options)
+    assert len(fourth.asked) == len(first.asked)
+
+
+def test_the_log_tells_lengths_and_damage_apart(tmp_path):
+    log = Log(tmp_path, modes())
+    for key, right in (("a", [True, False, True]), ("b", [True] * 9)):
+        assert log.answers(key, lambda r=right: np.array(r)).tolist() == right
+    (tmp_path / "runs.jsonl").open("a").write('{"key": 3}\nnot json\n[]\n')
+    fresh = Log(tmp_path, modes())
+    assert fresh.answers("b", lambda: pytest.fail("kept")).tolist() == [True] * 9
+
+
+# --- keep auto -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_finds_how_much_can_be_left_out():
+    """Two hundred modes of ten images: one image a mode is enough for cover, so all but a few per cent can go."""
+    pool = modes()
+    result = tune(pool, None, recipes=[COVER], rounds=(1,), seeds=2, heads=Ridge(pool), tolerance=0.02)
+    assert result.best == COVER
+    assert result.keep <= 0.5
+    keeps = [one.keep for one in result.curve]
+    assert keeps == sorted(keeps, reverse=True)
+    good = {one.keep: one.cost.high < 0.02 for one in result.curve}
+    assert all(good[keep] for keep in keeps if keep >= result.keep)
+    assert not any(good[keep] for keep in keeps if keep < result.keep)
+    assert report.sentence(result).startswith(f"you can leave out {1 - result.keep:.0%}: ")
+
+
+def test_auto_keeps_everything_where_all_images_count():
+    rng = np.random.default_rng(0)
+    labels = np.sort(rng.integers(0, 2, 200))
+    pool = pool_of(rng.standard_normal((200, 60)) + 0.25 * labels[:, None], labels)
+    result = tune(pool, None, recipes=[COVER, Candidate()], rounds=(1,), heads=Ridge(pool), tolerance=0.0)
+    assert (result.keep, result.judgement, result.winner) == (1.0, None, RANDOM)
+    assert report.sentence(result).startswith("keep everything: at 95% kept already the cost may be")
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_files_hold_what_was_found(tmp_path):
+    pool = modes()
+    result = tune(pool, 0.1, recipes=[COVER, Candidate()], rounds=(1, 2), seeds=3, heads=Ridge(pool))
+    written = report.save(tmp_path, result, "protoprune select …", {"device": "cpu"})
+    assert sorted(written) == [str(tmp_path / name) for name in ("figure.png", "results.json", "table.csv")]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["answer"] == report.sentence(result)
+    assert content["judgement"]["to_random"]["difference"] == result.judgement.to_random.difference
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(table) == 5
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    random = next(row for row in report.rows(result) if row["recipe"] == "random")
+    assert (random["to_random"], random["low"]) == (0.0, None)
+
+
+def test_nothing_beats_random_is_said_with_numbers():
+    rng = np.random.default_rng(1)
+    pool = pool_of(rng.standard_normal((200, 5)), np.sort(rng.integers(0, 2, 200)))
+    result = tune(pool, 0.3, recipes=[Candidate()], rounds=(1,), seeds=4, heads=Ridge(pool))
+    text = report.sentence(result)
+    assert text.startswith("keep 30%: nothing beats random here; a random list is written (the best recipe, hard, is ")
+    assert "points over random (" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "message"),
+    [
+        ({"keep": 0.01}, np.repeat([0, 1], 50), "--keep 0.01: a split of 100 images would keep 1, too few"),
+        ({"keep": 0.5, "seeds": 1}, np.repeat([0, 1], 50), "--seeds 1: expected at least 2"),
+        ({"keep": 0.5}, np.repeat([0, 1], [99, 1]), "two classes with two images or more"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(options, labels, message):
+    pool = pool_of(np.random.default_rng(0).standard_normal((100, 3)), labels)
+    with pytest.raises((UsageError, ProtopruneError), match=message):
+        tune(pool, **options)
+
+
+# --- without labels --------------------------------------------------------------------------------------------------
+
+
+def brute(x: np.ndarray) -> np.ndarray:
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
+
+
+def test_coverage_duplicates_and_stability_are_those_of_brute_force():
+    pool = modes()
+    pool.vectors[7] = pool.vectors[1500]
+    result = unlabelled.describe(pool, 0.1)
+    cosine = brute(pool.vectors.astype(np.float64))
+    np.fill_diagonal(cosine, -1)
+    assert result.duplicates == pytest.approx((cosine.max(axis=1) > 0.95).mean())
+    assert result.chance < 0.1 < result.consistency
+    rows = {one.name: one for one in result.rows}
+    assert rows["cover by cluster"].farness < rows["random"].farness < rows["hard"].farness
+    for one in result.rows:
+        assert 0 <= one.stability <= 1
+        assert one.farthest >= one.farness
+    blind = Pool(pool.paths, 1 - pool.labels, pool.classes, pool.vectors)
+    assert unlabelled.describe(blind, 0.1) == result  # labels are not looked at
+    assert rows["random"].stability < 0.25
+
+
+def test_every_recipe_has_a_place_among_the_candidates():
+    found = candidates(50_000, 10, ["t.csv"])
+    parts = itertools.product(("hard", "stratified"), (0.0, 0.5), (0.0, 0.1), (None, 40))
+    for order, balance, dropped, k in parts:
+        by = "class" if balance else None
+        assert Candidate(order, by=by, balance=balance, drop_hardest=dropped, k=k) in found
+    assert not {RANDOM, BALANCED} & set(found)
+    assert list(running.FRACTIONS) == sorted(running.FRACTIONS, reverse=True)

@@ -1,0 +1,64 @@
+"""Recipes: what they are called, which command makes them, and that parts select as the command does."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from protoprune import pruning
+from protoprune.cli import app
+from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool, candidates
+
+CLASSES = ["ape", "bee", "cat"]
+PATHS = sorted(f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(150))
+LABELS = np.array([CLASSES.index(path.split("/")[0]) for path in PATHS])
+
+
+@pytest.fixture
+def pool() -> Pool:
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(150, 6)) + 2 * np.eye(3, 6)[LABELS]).astype(np.float32)
+    return Pool(PATHS, LABELS, CLASSES, vectors, {"t.csv": rng.normal(size=150)})
+
+
+def test_names_tell_candidates_apart():
+    found = [*candidates(10_000, 10, ["el2n.csv"]), RANDOM, BALANCED]
+    assert len({one.name for one in found}) == len(found) > 30
+    assert Candidate("cover", by="class").name == "cover by class"
+    assert BALANCED.name == "random by class"
+    assert Candidate(by="class", balance=0.5, k=40, scores="a/b.csv").name == "hard, balance 0.5, k 40, by b.csv"
+    assert not any(one.k for one in candidates(300, 10))  # 10 images a cluster at least
+
+
+@pytest.mark.parametrize("number", range(len(candidates(2000, 3, ["t.csv"])) + 2))
+def test_parts_select_as_the_command_does(number, pool, tmp_path, monkeypatch, feature_file):
+    monkeypatch.chdir(tmp_path)
+    one = [*candidates(2000, 3, ["t.csv"]), RANDOM, BALANCED][number]
+    feature_file("features.h5", pool.vectors, paths=PATHS)
+    with open("t.csv", "w") as file:
+        file.writelines(f"{path},{score}\n" for path, score in zip(PATHS, pool.tables["t.csv"], strict=True))
+    rows = Part(pool, np.arange(150)).select(one, 0.3)
+    assert len(rows) == 45
+    words = shlex.split(one.command("features.h5", 0.3, "kept.txt", "prune"))
+    if one.scores:
+        words[words.index("--higher-is") + 1] = "harder"
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "kept.txt").read_text().splitlines() == [PATHS[row] for row in rows]
+    assert pruning.select("features.h5", one.rule(0.3), k=one.k, scores=one.scores).kept_paths == [
+        PATHS[row] for row in rows
+    ]
+
+
+def test_a_part_knows_its_own_rows_alone(pool):
+    """What is outside of a part has no influence on what is kept of it."""
+    rows = np.arange(0, 150, 2)
+    other = Pool(PATHS, LABELS, CLASSES, pool.vectors.copy(), pool.tables)
+    other.vectors[1::2] = 1e3
+    for one in (Candidate("cover", by="class"), Candidate(), Candidate("cover", by="cluster")):
+        kept = Part(pool, rows).select(one, 0.3)
+        assert np.isin(kept, rows).all()
+        np.testing.assert_array_equal(kept, Part(other, rows).select(one, 0.3))
