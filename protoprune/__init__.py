@@ -3,13 +3,15 @@
 The public API, imported on first use so that `import protoprune` costs nothing:
 
     embed, list_folder, list_paths, load_encoder    images -> feature file
+    embed_shards, find_shards, merge                shards -> feature set -> feature file
+    import_features                                 vectors from elsewhere -> feature file
     select, rank, prune, Rule, Clusters             feature file -> kept set
     read_list, keep_only                            kept list -> data loader
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
     read_scores, write_scores                       score tables
     evaluate, scaling                               kept lists -> does it pay?
-    FeatureFile, ProtopruneError
+    FeatureFile, FeatureSet, ProtopruneError
 
 `protoprune.samplers` prunes while a model trains.
 """
@@ -21,6 +23,11 @@ __version__ = "0.1.0"
 _HOME = {
     "embed": "embedding",
     "load_encoder": "encoders",
+    "embed_shards": "sharding",
+    "find_shards": "sources",
+    "import_features": "importing",
+    "FeatureSet": "featureset",
+    "merge": "featureset",
     "list_folder": "images",
     "list_paths": "images",
     "FeatureFile": "features",

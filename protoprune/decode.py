@@ -147,12 +147,14 @@ def load(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> np.ndar
 
     Raises ImageError, and nothing else, when the image cannot be used.
     """
-    return load_noted(path, size, mtime_ns, preprocess)[0]
+    return crop(read_file(path, size, mtime_ns), preprocess)[0]
 
 
-def load_noted(path: str, size: int, mtime_ns: int, preprocess: Preprocess) -> tuple[np.ndarray, str]:
-    """`load`, and a note of what the user should know of the image: ON_WHITE or nothing."""
-    data = _read(path, size, mtime_ns)
+def crop(data: bytes, preprocess: Preprocess) -> tuple[np.ndarray, str]:
+    """An encoded image -> its crop, (s, s, 3) uint8, and what the user should know of it: ON_WHITE or nothing.
+
+    Raises ImageError, and nothing else.
+    """
     least = FAST_MARGIN * preprocess.resize if preprocess.decode == "fast" else None
     try:
         pixels, shape, transparent = _decode(data, least)
@@ -185,8 +187,8 @@ def _decode(data: bytes, least: int | None = None) -> tuple[np.ndarray, tuple[in
     return pixels, pixels.shape[:2], transparent
 
 
-def _read(path: str, size: int, mtime_ns: int) -> bytes:
-    """The bytes of a file that is still the one that was listed."""
+def read_file(path: str, size: int, mtime_ns: int) -> bytes:
+    """The bytes of a file that is still the one that was listed. Raises ImageError."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             before = os.fstat(file.fileno())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, hdf5
-from protoprune.decode import TRANSIENT, ImageError, Status, load_noted, silence_libtiff
+from protoprune.decode import TRANSIENT, ImageError, Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -42,6 +43,10 @@ _BATCH = {"cuda": 256, "mps": 64}
 # the same bits for any batch size and any number of cores.
 _PIECE = 8
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class LossError(ProtopruneError):
+    """The features that are there would be lost, in whole or for the most part."""
 
 
 @dataclass
@@ -87,27 +92,62 @@ def embed(
     of its images would be lost (unless `overwrite`), cannot be written, or a feature overflows `store`. A file that has
     features is never replaced by one that has none.
     """
-    out = os.fspath(out)
+    engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
+    return embed_with(engine, images, out, overwrite=overwrite, on_start=on_start, on_progress=on_progress)
+
+
+class Engine:
+    """An encoder made ready on a device, for one feature file after the other; see `embed` for its options."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int | None = None,
+        workers: int | None = None,
+        store: str = "float16",
+        compile: bool = False,
+    ):
+        if store not in ("float16", "float32"):
+            raise UsageError(f"--store {store}: expected float16 or float32")
+        for option, number in (("--batch-size", batch_size), ("--workers", workers)):
+            if number is not None and number < 1:
+                raise UsageError(f"{option} {number}: expected auto or a number of at least 1")
+        self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device, encoder)
+        self.provenance = {
+            "encoder": encoder.name,
+            "weights_sha256": encoder.digest,
+            "pool": encoder.pool,
+            "preprocess": json.dumps(encoder.preprocess.describe(), sort_keys=True),
+            "precision": self.precision,
+            "store": store,
+        }
+
+    @functools.cached_property
+    def forward(self):
+        """(function, batch size), made when the first image needs it; see `_forward`."""
+        return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
+
+
+def embed_with(
+    engine: Engine,
+    images: ImageList,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EmbedReport:
+    """`embed` with an encoder that is ready already."""
+    out, encoder = os.fspath(out), engine.encoder
     if os.path.isdir(out):
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
-    if store not in ("float16", "float32"):
-        raise UsageError(f"--store {store}: expected float16 or float32")
-    for option, number in (("--batch-size", batch_size), ("--workers", workers)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number}: expected auto or a number of at least 1")
-    where = resolve_device(device)
-    precision = resolve_precision(precision, where, encoder)
-    provenance = {
-        "encoder": encoder.name,
-        "weights_sha256": encoder.digest,
-        "pool": encoder.pool,
-        "preprocess": json.dumps(encoder.preprocess.describe(), sort_keys=True),
-        "precision": precision,
-        "store": store,
-    }
-    report = EmbedReport(out, len(images), device=str(where), precision=precision)
+    report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
-        if not _prepare(images, encoder, out, provenance, overwrite, report):
+        if not _prepare(images, encoder, out, engine.provenance, overwrite, report):
             return report
         partial = PartialFile(out)
         try:
@@ -115,19 +155,18 @@ def embed(
             if on_start:
                 on_start(partial.n, len(partial.todo))
             if len(partial.todo):
-                forward, size = _forward(encoder, where, precision, compile, batch_size)
-                _run(images, encoder, partial, forward, where, size, compile, workers or cores(), on_progress)
+                _run(images, engine, partial, on_progress)
             _check_result(out, partial)
             partial.finish()
         except _out_of_memory() as error:
             raise ProtopruneError(
-                f"{where} ran out of memory ({str(error).splitlines()[0][:100]}); what is done is kept: "
+                f"{engine.device} ran out of memory ({str(error).splitlines()[0][:100]}); what is done is kept: "
                 "run it again with a smaller --batch-size"
             ) from None
         finally:
             partial.close()
         with FeatureFile(out) as done:
-            report.failures, report.transparent = done.failure_counts(), done.transparent
+            report.failures, report.transparent = done.failure_counts(), int(done.transparent.sum())
     return report
 
 
@@ -176,6 +215,7 @@ def _prepare(
             report.dropped = len(set(files[finished].paths).difference(images.paths))
             if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
                 report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
+                report.transparent = int(files[finished].transparent.sum())
                 return False
         if other.get(started) and started in files:
             raise ProtopruneError(
@@ -192,7 +232,7 @@ def _prepare(
 def _check_findable(out: str, images: ImageList) -> None:
     """Refuse early to replace features by none: not one of the images is there (a disk away, a wrong --root)."""
     if (images.mtime_ns < 0).all() and _usable_rows(out):
-        raise ProtopruneError(
+        raise LossError(
             f"none of the {len(images):,} images can be found below {images.root}, so {out} stays as it is; "
             "check the list, --root and that the disk is mounted"
         )
@@ -213,7 +253,7 @@ def _check_losses(file: FeatureFile, images: ImageList) -> None:
     if 2 * stays.sum() >= len(usable):
         return
     what = f"is for images below {file.provenance['root']}, not {images.root}" if moved else "is for other images"
-    raise ProtopruneError(
+    raise LossError(
         f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; "
         "write to another file with -o, or replace it with --overwrite"
     )
@@ -231,7 +271,7 @@ def _check_result(out: str, partial: PartialFile) -> None:
     if not now:
         partial.discard()
     why = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(3))
-    raise ProtopruneError(
+    raise LossError(
         f"{f'only {now:,}' if now else 'none'} of the {partial.n:,} images could be used ({why}), so {out} with its "
         f"{before:,} features stays as it is; check the list and that the disk is mounted"
         + (", or replace it with --overwrite" if now else "")
@@ -324,10 +364,12 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     return forward, size
 
 
-def _run(images, encoder, partial, forward, device, batch_size, compiled, workers, on_progress) -> None:
+def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -> None:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
     import torch
 
+    forward, batch_size = engine.forward
+    encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
     side = encoder.preprocess.size
     ring: SimpleQueue = SimpleQueue()
@@ -422,9 +464,8 @@ def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list
 
 
 def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
-    path = os.path.join(images.root, images.paths[row])
     try:
-        slot[...], note = load_noted(path, int(images.size[row]), int(images.mtime_ns[row]), encoder.preprocess)
+        slot[...], note = crop(images.read(row), encoder.preprocess)
         return Status.OK, note
     except ImageError as error:
         slot[...] = 0

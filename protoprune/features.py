@@ -27,6 +27,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -34,15 +35,18 @@ from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.decode import ON_WHITE, TRANSIENT, Status
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
-from protoprune.images import ImageList
+from protoprune.images import ImageList, is_feature_set
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
+if TYPE_CHECKING:
+    from protoprune.featureset import FeatureSet
+
 KIND = hdf5.Kind(
     "protoprune-features", 1, "feature file", "protoprune embed IMAGES",
     {
@@ -147,16 +151,21 @@ class FeatureFile:
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True) if v > Status.OK})
 
     @property
-    def transparent(self) -> int:
-        """How many images have transparent parts, which are shown on white."""
+    def transparent(self) -> np.ndarray:
+        """(n,) bool: the images with transparent parts, which are shown on white."""
         slots = [slot for slot, text in enumerate(self.reasons) if text == ON_WHITE.encode()]
-        return int(np.isin(self.reason, slots).sum())
+        return np.isin(self.reason, slots)
 
     @property
     def unreadable_folders(self) -> list[list[str]]:
         """[folder, reason] of the first 100 folders that could not be listed."""
         with self._reader.trouble("its unreadable_folders"):
             return json.loads(self.provenance.get("unreadable_folders", "[]"))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return os.path.getsize(self.path)
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
@@ -279,9 +288,16 @@ def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, re
     return np.array(digests, np.uint64)
 
 
-def open_features(path: str | os.PathLike) -> FeatureFile:
-    """The finished feature file; a run that was cut short gets an error that says how to finish it."""
+def open_features(path: str | os.PathLike) -> FeatureFile | FeatureSet:
+    """The finished feature file or feature set; a run that was cut short gets an error that says how to finish it."""
     path = os.fspath(path)
+    folder = os.path.splitext(path)[0]
+    if os.path.isdir(path):
+        from protoprune.featureset import open_set
+
+        return open_set(path)
+    if not os.path.exists(path) and not os.path.exists(partial_path(path)) and is_feature_set(folder):
+        raise ProtopruneError(f"{path}: no such feature file; the feature set is {folder}: give that")
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     file = FeatureFile(there)
     try:
@@ -295,6 +311,16 @@ def open_features(path: str | os.PathLike) -> FeatureFile:
         file.close()
         raise
     return file
+
+
+def missing(path: str | os.PathLike) -> ProtopruneError:
+    """The error for an image folder or a feature file that is not there: an unfinished one says how to finish it."""
+    if os.path.exists(partial_path(os.fspath(path))):
+        try:
+            open_features(path).close()
+        except ProtopruneError as error:
+            return error
+    return UsageError(f"{path}: no such image folder or feature file")
 
 
 class PartialFile:
@@ -413,8 +439,8 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) ->
     file.attrs["labels_from"] = hdf5.text(images.labels_from)
     file.attrs["unreadable_folder_count"] = len(images.unreadable_folders)
     file.attrs["unreadable_folders"] = json.dumps(images.unreadable_folders[:100])
-    for name, value in provenance.items():
-        file.attrs[name] = value
+    for name, value in {**images.provenance, **provenance}.items():
+        file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
     hdf5.dataset(file, "path", data=hdf5.block(images.paths))
     hdf5.dataset(file, "size", data=images.size)
     hdf5.dataset(file, "mtime_ns", data=images.mtime_ns)
@@ -484,6 +510,9 @@ def covers(file: FeatureFile, images: ImageList) -> bool:
         and np.array_equal(file.labels, images.labels)
         and file.paths == images.paths
         and file.classes == images.classes
+        and all(
+            file.provenance.get(name) == value for name, value in images.provenance.items() if name != "embedded_by"
+        )
     )
 
 

@@ -24,7 +24,7 @@ CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of th
 
 # How files begin that took hours to make or cannot be made again: nothing of another kind is written over them.
 _PRECIOUS = (
-    (b"\x89HDF", "an HDF5 file, perhaps features or a training record"),
+    (b"\x89HDF", "an HDF5 file"), (b"protoprune-seal", "a feature file or a training record"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
     (b"II*\0", "an image"), (b"MM\0*", "an image"), (b"PK\x03\x04", "a zip archive, perhaps weights"),
 )  # fmt: skip
@@ -199,6 +199,10 @@ def check_free(folder: str | os.PathLike) -> None:
         raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
 
 
+class BusyError(ProtopruneError):
+    """Another process is writing the file."""
+
+
 # --- long writes ------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +217,7 @@ def lock(out: str) -> Iterator[None]:
     except BlockingIOError:
         with contextlib.suppress(OSError), open(path) as holder:
             who = holder.read().strip()
-        raise ProtopruneError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
+        raise BusyError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
     except OSError as error:
         raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
     try:

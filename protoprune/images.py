@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import formats
+from protoprune.decode import read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.text import plain_bytes, unpacked, with_slashes
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
+SET_FILE = "set.json"  # what makes a folder a feature set
 # Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
 # file in the image folder into an image.
 _STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
@@ -59,8 +62,14 @@ class ImageList:
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
 
+    provenance: dict = field(default_factory=dict)  # more attributes for the feature file that is made of them
+
     def __len__(self) -> int:
         return len(self.paths)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row, if it is still the one that was listed. Raises `decode.ImageError`."""
+        return read_file(os.path.join(self.root, self.paths[row]), int(self.size[row]), int(self.mtime_ns[row]))
 
 
 @cache
@@ -134,6 +143,7 @@ def list_paths(
     root = os.fspath(root) if chosen else _common_root(entries)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
+    entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids))
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
@@ -141,6 +151,11 @@ def list_paths(
     if not chosen and labels is True and class_level is None:
         _doubt_common_root(images)
     return images
+
+
+def is_feature_set(path: str | os.PathLike) -> bool:
+    """Whether a folder holds features (see `featureset`) and not images."""
+    return os.path.isfile(os.path.join(path, SET_FILE))
 
 
 def archive_kind(head: bytes) -> str | None:
@@ -170,9 +185,12 @@ def refuse_archive(data: bytes, name: str) -> None:
 def split_list(data: bytes, name: str = "the list") -> list[str]:
     """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped.
 
-    Raises UsageError, with the list's `name`, for an archive or an image.
+    UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
+    `name`, for an archive or an image.
     """
+    data = unpacked(data, name)
     refuse_archive(data, name)
+    data = plain_bytes(data)
     if b"\0" in data:
         parts = data.split(b"\0")
     else:
@@ -185,7 +203,7 @@ def split_list(data: bytes, name: str = "the list") -> list[str]:
 def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: int | None, **counts) -> ImageList:
     paths = [path for path, _, _ in found]
     root = os.path.abspath(root)
-    label, classes, source = _labels(root, paths, labels, class_level)
+    label, classes, source = image_labels(root, paths, labels, class_level)
     return ImageList(
         root=root,
         paths=paths,
@@ -198,8 +216,8 @@ def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: in
     )
 
 
-def _labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
-    """(label of each image, classes, where they come from)."""
+def image_labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
+    """(label of each image, classes, where they come from); `labels` and `class_level` are those of `list_folder`."""
     if class_level is not None and labels is not True:
         raise UsageError(
             f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
@@ -302,6 +320,12 @@ def _is_image_name(entry: os.DirEntry) -> bool:
             return True
     except Exception:
         return False
+
+
+def stat_files(root: str, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(size, mtime_ns), each (n,) int64, of files below root; -1 where a file cannot be examined."""
+    found = np.array([_size_and_mtime(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 def _size_and_mtime(path: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import refuse_archive
 from protoprune.scores.matching import match_names
+from protoprune.text import plain_bytes
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
@@ -122,9 +123,7 @@ class _Unclear(Exception):
 
 
 def _text(data: bytes) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # PowerShell's `>`
-        return data.decode("utf-16", "replace")
-    return os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
+    return os.fsdecode(plain_bytes(data))
 
 
 def _json(text: str) -> list[dict]:

@@ -9,11 +9,14 @@ what is made of a list (`loaders`).
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import itertools
 import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,12 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.images import refuse_archive, split_list
 from protoprune.npy import load_npy
+from protoprune.text import PATH_NAMES, plain_bytes, plain_name, unpacked
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
+_TABLES = (".csv", ".tsv")
+_OURS = ("index", "score", "keep", "weight")  # columns of our lists and manifests
+_TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
 
 def format_list(
@@ -60,70 +67,192 @@ def format_list(
     return csv_bytes(list(columns), records)
 
 
+def list_format(path: str | os.PathLike) -> str | None:
+    """The format that a file's name asks for; None when it says nothing."""
+    suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1][1:]
+    return suffix if suffix in FORMATS else None
+
+
+def packed(path: str | os.PathLike, data: bytes) -> bytes:
+    """The bytes for a file of this name: through gzip when it ends in .gz."""
+    return gzip.compress(data, 6, mtime=0) if os.fspath(path).lower().endswith(".gz") else data
+
+
 def _lines(paths: Sequence[str], null: bool) -> bytes:
     end = "\0" if null else "\n"
     text = end.join([*paths, ""])
     if not null and (text.count("\n") != len(paths) or "\r\n" in text):
         broken = [path for path in paths if "\n" in path or path.endswith("\r")]
         raise UsageError(f"{len(broken)} file names hold a line break (first: {broken[0]!r}); use -0 or --format jsonl")
+    if not null and paths and paths[0].startswith("\ufeff"):
+        raise UsageError(f"the first file name begins with a byte order mark ({paths[0]!r}); use -0 or --format jsonl")
     return os.fsencode(text)
 
 
-def read_list(source: str | os.PathLike) -> list[str] | np.ndarray:
+def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
-    The format is taken from the suffix (.csv, .jsonl, .npy), anything else is txt, separated by NUL or line breaks.
+    Read are csv, jsonl and npy by suffix or by content, anything else is txt, separated by NUL or line breaks; all
+    through gzip or not, and as Windows writes them (UTF-16, a mark at the start, CRLF). A table names its column path,
+    file or the like. Of a manifest, which has a keep column, the images that it keeps; with `every` all of them.
+
+    Raises UsageError for a file that is not there or no list, ProtopruneError for one that cannot be read.
     """
-    source = os.fspath(source)
-    if not os.path.isfile(source):
-        raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
-    suffix = os.path.splitext(source)[1]
-    try:
-        if suffix == ".npy":
-            return load_npy(source)
-        data = Path(source).read_bytes()
-        refuse_archive(data, source)
-        if suffix == ".jsonl":
-            return [json.loads(line)["path"] for line in data.splitlines() if line.strip()]
-        if suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(os.fsdecode(data), newline=""), restval=None)
-            paths = [record["path"] for record in rows]
-            if None in paths:
-                raise KeyError("path")
-            return paths
-    except (ValueError, KeyError, TypeError, EOFError, csv.Error) as error:
-        reason = f"no {error} column" if isinstance(error, KeyError) else str(error)
-        raise ProtopruneError(f"{source}: not a list that protoprune wrote ({reason})") from None
-    return split_list(data, source)
+    found = _read(os.fspath(source))
+    if not isinstance(found, _Rows):
+        return found
+    return found.paths if every else found.kept(found.paths)
 
 
 def read_weights(source: str | os.PathLike) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
 
-    The weights add up to the number of images that the list was chosen from. Rows without a weight (a manifest's
-    removed images) are left out. Raises ProtopruneError for a list that holds none.
+    The weights add up to the number of images that the list was chosen from. Rows without a weight and the images that
+    a manifest does not keep are left out. Raises UsageError for a list that holds none, ProtopruneError for a weight
+    that is no positive number.
     """
     source = os.fspath(source)
-    paths = read_list(source)
-    suffix = os.path.splitext(source)[1]
-    if suffix == ".csv":
-        file = io.StringIO(os.fsdecode(Path(source).read_bytes()), newline="")
-        values = [record.get("weight") for record in csv.DictReader(file)]
-    elif suffix == ".jsonl":
-        lines = Path(source).read_bytes().splitlines()
-        values = [json.loads(line).get("weight") for line in lines if line.strip()]
-    else:
+    found = _read(source)
+    if not isinstance(found, _Rows) or not found.table:
         raise UsageError(f"{source}: only csv and jsonl lists hold weights; select with --format csv")
-    if all(value is None for value in values):
+    if found.weights is None or all(value is None for value in found.weights):
         raise UsageError(f"{source}: has no weights; make it with `protoprune select --calibrate 0.5 -o {source}`")
+    pairs = zip(found.kept(found.paths), found.kept(found.weights), strict=True)
     try:
-        weights = {path: float(value) for path, value in zip(paths, values, strict=True) if value not in ("", None)}
+        weights = {path: float(value) for path, value in pairs if value not in ("", None)}
     except (TypeError, ValueError):
         raise ProtopruneError(f"{source}: a weight is not a number; it is not a list that protoprune wrote") from None
     bad = [path for path, weight in weights.items() if not 0 < weight < math.inf]
     if bad:
         raise ProtopruneError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]:g}, expected a positive number")
     return weights
+
+
+@dataclass
+class _Rows:
+    """What a list holds, a row an image."""
+
+    paths: list[str]
+    weights: list | None = None  # as they stand; None without such a column
+    keep: list[bool] | None = None  # of a manifest
+    table: bool = True  # csv or jsonl
+
+    def kept(self, values: list) -> list:
+        return values if self.keep is None else list(itertools.compress(values, self.keep))
+
+
+def _read(source: str) -> _Rows | np.ndarray:
+    if not os.path.isfile(source):
+        raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
+    try:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
+    data = unpacked(data, source)
+    suffix = os.path.splitext(source.lower().removesuffix(".gz"))[1]
+    try:
+        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+            return load_npy(data)
+        refuse_archive(data, source)
+        data = plain_bytes(data)
+        if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(data)):
+            return _from_records(data)
+        if suffix in _TABLES or _begins_with_header(data):
+            return _from_table(data)
+    except _NoList as error:
+        raise ProtopruneError(f"{source}: {error}") from None
+    except (ValueError, TypeError, AttributeError, EOFError, csv.Error) as error:
+        raise ProtopruneError(f"{source}: not a list that protoprune wrote ({error})") from None
+    return _Rows(split_list(data, source), table=False)
+
+
+class _NoList(Exception):
+    """What is wrong with a list, without its name."""
+
+
+def _from_records(data: bytes) -> _Rows:
+    records = [json.loads(line) for line in os.fsdecode(data).split("\n") if line.strip()]
+    if not records:
+        return _Rows([])
+    if not all(isinstance(record, dict) for record in records):
+        raise _NoList("not a list that protoprune wrote (expected one object with a path a line)")
+    names = _columns(list(records[0]))
+    columns = {what: [record.get(name) for record in records] for what, name in names.items()}
+    return _from_columns(columns)
+
+
+def _from_table(data: bytes) -> _Rows:
+    text = os.fsdecode(data)
+    if text.startswith("#TYPE "):  # PowerShell's Export-Csv
+        text = text.partition("\n")[2]
+    if text.startswith("# protoprune-scores:"):
+        raise _NoList("a score table, which says nothing of what to keep; give it to `protoprune select --scores`")
+    if not text.strip():
+        return _Rows([])
+    head = text.partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    rows = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    header = next(rows)
+    names = _columns(header)
+    places = {what: header.index(name) for what, name in names.items()}
+    columns: dict[str, list] = {what: [] for what in places}
+    for row in rows:
+        for what, place in places.items():
+            columns[what].append(row[place] if len(row) > place else None)
+    return _from_columns(columns)
+
+
+def _columns(header: list[str]) -> dict[str, str]:
+    """path, weight and keep -> the name of that column, where there is one."""
+    plain = {name: plain_name(name) for name in header}
+    path = next((name for one in PATH_NAMES for name in header if plain[name] == one), None)
+    if path is None:
+        raise _NoList(
+            f"not a list that protoprune wrote (no 'path' column, only {' '.join(', '.join(header).split())})"
+        )
+    found = {"path": path}
+    for name in header:
+        if plain[name] in ("weight", "keep"):
+            found.setdefault(plain[name], name)
+    return found
+
+
+def _from_columns(columns: dict[str, list]) -> _Rows:
+    paths = columns["path"]
+    for number, path in enumerate(paths, 1):
+        if not isinstance(path, str):
+            raise _NoList(f"not a list that protoprune wrote (row {number} has no 'path')")
+    keep = columns.get("keep")
+    return _Rows(paths, columns.get("weight"), None if keep is None else [_truth(*one) for one in enumerate(keep, 1)])
+
+
+def _truth(number: int, value) -> bool:
+    known = _TRUTH.get(str(value).strip().casefold())
+    if known is None:
+        raise _NoList(f"its keep column has {value!r} in row {number}, expected 1 or 0")
+    return known
+
+
+def _begins_with_record(data: bytes) -> bool:
+    """Whether a file without a telling suffix is jsonl."""
+    if not data.startswith(b"{"):
+        return False
+    try:
+        record = json.loads(os.fsdecode(data.partition(b"\n")[0]))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and any(plain_name(name) in PATH_NAMES for name in record)
+
+
+def _begins_with_header(data: bytes) -> bool:
+    """Whether a file without a telling suffix is one of our tables: `--manifest all.txt`, `--format csv -o kept`."""
+    if b"\0" in data:
+        return False
+    head = os.fsdecode(data.partition(b"\n")[0]).rstrip("\r")
+    if head.startswith("# protoprune-scores:"):
+        return True
+    names = [plain_name(name) for name in head.split(max(",;\t", key=head.count))]
+    return any(name in PATH_NAMES for name in names) and any(name in _OURS for name in names)
 
 
 def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:

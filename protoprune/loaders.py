@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
+from protoprune.text import with_slashes
+
+_WORD = re.compile(r"[A-Za-z_]+")
 
 
 def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | os.PathLike | None = None):
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
 
-    - torchvision `ImageFolder`, other sets with `.samples`: a `torch.utils.data.Subset` (classes keep their numbers);
+    - torchvision `ImageFolder`, other sets with `.samples` of paths, a `random_split` or other `Subset` of them: a
+      `torch.utils.data.Subset` (classes keep their numbers);
     - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
-    - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples, by path without suffix.
+    - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
+      file's name; where that makes one key of several images, of which some are to go, the sample is refused. A list
+      that was made from shards is matched by shard and key.
 
-    `root` is the folder that the listed paths are relative to, by default the data set's own. Raises ProtopruneError
-    when a listed image is not in the data set, so that a wrong root can never train on less than was asked for; for
-    an iterable this is known, and raised, at its end. (Loader workers see a part each and do not check: go through the
-    data set once without workers.)
+    `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
+    empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it), so
+    that a wrong root can never train on less than was asked for; for an iterable this is known, and raised, at its end.
+    (Loader workers see a part each and do not check: go through the data set once without workers.)
     """
-    if isinstance(kept, (str, os.PathLike)):
+    name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
+    if name:
         kept = read_list(kept)
     kept = kept if isinstance(kept, np.ndarray) else list(kept)  # an iterator can be gone through only once
     if isinstance(kept, np.ndarray) or any(not isinstance(path, str) for path in kept):
-        raise UsageError("keep_only takes paths; row indices are for arrays in protoprune's own order of images")
-    if hasattr(dataset, "samples"):
+        raise UsageError(
+            f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
+        )
+    if not kept:
+        raise UsageError(f"{name}lists no image, so that nothing would be left to train on")
+    if isinstance(dataset, Mapping):
+        some = next(iter(dataset), "train")
+        raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
+    whole, places = _whole(dataset)
+    if hasattr(whole, "samples") or _is_hugging_face(whole):
+        ids, base, where = _identified(whole, root)
+        wanted = set(_in_order(kept, base, ids))
+        _all_present(wanted - set(ids), len(wanted), where, base, ids)
+        mine = ids if places is None else [ids[place] for place in places]
+        rows = [row for row, one in enumerate(mine) if one in wanted]
+        if _is_hugging_face(dataset):
+            return dataset.select(rows)
         from torch.utils.data import Subset
 
-        return Subset(dataset, _indices(*_identified(dataset, root), kept))
-    if _is_hugging_face(dataset):
-        return dataset.select(_indices(*_identified(dataset, root), kept))
-    if not hasattr(dataset, "__iter__"):
+        return Subset(dataset, rows)
+    if hasattr(whole, "features") or not hasattr(whole, "__iter__"):
         raise UsageError(
-            f"{type(dataset).__name__}: expected .samples, a Hugging Face data set, or samples with __key__"
+            f"{type(whole).__name__}: expected .samples, a Hugging Face data set that is not streamed, or samples with "
+            "__key__"
         )
     samples = _KeptSamples(dataset, kept)
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
@@ -51,25 +75,34 @@ def weights_of(
     dataset: what `keep_only` returned or took, except iterables (`read_weights` gives those their weights by path);
     kept: a calibrated list, or what `read_weights` gives. For a loss (weight each image's), or for
     `torch.utils.data.WeightedRandomSampler` (draw by weight). `root` as for `keep_only`, which must be given for a
-    Hugging Face data set. Raises ProtopruneError when a listed image is not in the data set.
+    Hugging Face data set. Raises UsageError for an empty list and ProtopruneError when a listed image is not in the
+    data set (for a Subset: in the whole of it).
     """
     weights = kept if isinstance(kept, Mapping) else read_weights(kept)
-    indices = None
-    while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):  # a torch Subset, perhaps of a Subset
-        own = np.asarray(dataset.indices)
-        indices = own if indices is None else own[indices]
-        dataset = dataset.dataset
-    if not hasattr(dataset, "samples") and not _is_hugging_face(dataset):
-        raise UsageError(f"{type(dataset).__name__}: expected .samples or a Hugging Face data set; see read_weights")
-    if root is None and not hasattr(dataset, "samples"):
+    if not weights:
+        raise UsageError("the list holds no image with a weight")
+    whole, places = _whole(dataset)
+    if not hasattr(whole, "samples") and not _is_hugging_face(whole):
+        raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
+    if root is None and not hasattr(whole, "samples"):
         raise UsageError(
             "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
         )
-    ids, base, where = _identified(dataset, root)
-    ids = ids if indices is None else [ids[index] for index in indices]
-    listed = {path.removeprefix(base): weight for path, weight in weights.items()}
-    _all_present(listed.keys() - set(ids), len(listed), where)
-    return np.array([listed.get(one, 0) for one in ids], np.float32)
+    ids, base, where = _identified(whole, root)
+    listed = dict(zip(_in_order(list(weights), base, ids), weights.values(), strict=True))
+    _all_present(listed.keys() - set(ids), len(listed), where, base, ids)
+    mine = ids if places is None else [ids[place] for place in places]
+    return np.array([listed.get(one, 0) for one in mine], np.float32)
+
+
+def _whole(dataset) -> tuple[object, np.ndarray | None]:
+    """What a torch Subset, perhaps of a Subset, is a part of, and the places of its items there; None: all."""
+    places = None
+    while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+        own = np.asarray(dataset.indices, np.int64)
+        places = own if places is None else own[places]
+        dataset = dataset.dataset
+    return dataset, places
 
 
 def _is_hugging_face(dataset) -> bool:
@@ -79,7 +112,11 @@ def _is_hugging_face(dataset) -> bool:
 def _identified(dataset, root: str | os.PathLike | None) -> tuple[list[str], str, str]:
     """(each image's path as lists have it, the folder with a slash that was taken off, 'under …' for messages)."""
     if hasattr(dataset, "samples"):
-        paths = [sample[0] for sample in dataset.samples]
+        paths = [sample[0] if isinstance(sample, (tuple, list)) else sample for sample in dataset.samples]
+        if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
+        if root is None and not hasattr(dataset, "root"):
+            raise UsageError(f"{type(dataset).__name__} has no root; give root=, which the paths are relative to")
         root = os.fspath(root if root is not None else dataset.root)
     else:
         paths = _hugging_face_paths(dataset)
@@ -88,10 +125,11 @@ def _identified(dataset, root: str | os.PathLike | None) -> tuple[list[str], str
     return [os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
 
 
-def _indices(ids: list[str], base: str, where: str, kept: Iterable[str]) -> list[int]:
-    wanted = {path.removeprefix(base) for path in kept}
-    _all_present(wanted - set(ids), len(wanted), where)
-    return [index for index, one in enumerate(ids) if one in wanted]
+def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
+    """Entries of a list as `_identified` has its ids: they may be absolute, begin with ./ or have backslashes."""
+    known = set(ids)
+    kept = with_slashes(kept, known.__contains__)
+    return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in kept]
 
 
 def _hugging_face_paths(dataset) -> list[str]:
@@ -107,36 +145,102 @@ def _hugging_face_paths(dataset) -> list[str]:
     return paths
 
 
-def _all_present(missing: set[str], listed: int, where: str) -> None:
-    if missing:
-        raise ProtopruneError(
-            f"{len(missing)} of {listed} listed images are not in the data set {where} "
-            f"(first: {min(missing)}); give the root that the list was made for"
+def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids: Iterable[str] = ()) -> None:
+    """Raise ProtopruneError for listed images that the data set lacks, with what may be the reason."""
+    if not missing:
+        return
+    known = {_suffix(one) for one in ids}
+    odd = Counter(_suffix(one) for one in missing)
+    advice = "give the root that the list was made for"
+    if known and not known & odd.keys() and os.path.exists(os.path.join(base, min(missing))):
+        advice = (
+            f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
+            "is_valid_file=lambda path: True"
         )
+    raise ProtopruneError(
+        f"{len(missing)} of {listed} listed images are not in the data set {where} (first: {min(missing)}); {advice}"
+    )
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 class _KeptSamples:
-    """The samples whose key is in the list, pass after pass; each whole pass checks that all of them were seen."""
+    """The samples whose images are in the list, pass after pass; each whole pass checks that all of them were seen."""
 
     def __init__(self, dataset: Iterable[dict], kept: Iterable[str]):
         self.dataset = dataset
-        self.keys = {_key(path): path for path in kept}
+        self.listed: dict[str, dict[str, str]] = {}  # key -> what follows it in the file's name -> the listed path
+        for path in kept:
+            for spelt in {path, path.replace("\\", "/")} if "/" not in path else {path}:
+                key, extension = _key(os.path.normpath(spelt))
+                if self.listed.setdefault(key, {}).setdefault(extension, path) != path:
+                    raise ProtopruneError(f"{path} and {self.listed[key][extension]}: one key and suffix; rename one")
+        self.count = len(set(kept))
 
     def __iter__(self) -> Iterator[dict]:
         return self.stage(self.dataset)
 
     def stage(self, samples: Iterable[dict]) -> Iterator[dict]:
-        unseen = set(self.keys)
+        unseen = {path for names in self.listed.values() for path in names.values()}
+        shards: dict[str, str | None] = {}  # key -> the shard that it was found in
         for sample in samples:
-            if "__key__" not in sample:
-                raise UsageError(
-                    f"the samples have no __key__, only {', '.join(map(str, sample))}; keep_only needs one"
+            if not isinstance(sample, dict) or "__key__" not in sample:
+                has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
+                raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
+            key = sample["__key__"].removeprefix("./")
+            one = next((one for one in _keys(sample, key) if one in self.listed), None)
+            names = self.listed.get(one)
+            if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
+                raise ProtopruneError(
+                    f"{one} is in {shards[one]} and in {sample['__url__']}: two shards of one name; list them by their "
+                    "paths below a common root"
                 )
-            if sample["__key__"] in self.keys:
-                unseen.discard(sample["__key__"])
+            if names and (found := _named_in(sample, names)):
+                unseen -= found
                 yield sample
         if not _is_loader_worker():
-            _all_present({self.keys[key] for key in unseen}, len(self.keys), "(by key)")
+            _all_present(unseen, self.count, "(by key)")
+
+
+def _keys(sample: dict, key: str) -> Iterator[str]:
+    """What the sample may be called in a list, the longest first: its shard's path and key where the list was made from
+    shards (`0000.tar/cat/1`, below whichever root), else its key."""
+    parts = str(sample.get("__url__") or "").removesuffix(" -").split("/")
+    yield from (f"{'/'.join(parts[start:])}/{key}" for start in range(len(parts)) if parts[start])
+    yield key
+
+
+def _named_in(sample: dict, names: dict[str, str]) -> set[str]:
+    """The listed paths that the sample is; none when it is another one of the same key.
+
+    `names`: what follows the key in the listed files' names -> their paths. An image may have been stored with another
+    suffix than the listed file has, or under another field, as long as it is clear which it is; beside `a.jpg`, fields
+    with a word (`a.mask.png`) belong to it. Raises ProtopruneError for a sample of which only a part is listed.
+    """
+    held = {field for field in sample if not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()}
+    words = {field for field in held if _WORD.fullmatch(_middle(field))} if not any(map(_middle, names)) else set()
+    exact, others = held & names.keys(), held - names.keys() - words
+    if exact and not others:
+        return {names[one] for one in exact}
+    if not exact:
+        middles = set(map(_middle, others))
+        alike = [one for one in names if (_middle(one) in middles if held else _WORD.fullmatch(_middle(one) or "a"))]
+        if held and not alike:
+            return set()
+        if len(alike) == len(names) == 1 and len(others) <= 1:
+            return {names[alike[0]]}
+    raise ProtopruneError(
+        f"the key {sample['__key__']} is that of {', '.join(sorted(held)) or 'no image'} in the data set and of "
+        f"{', '.join(sorted(names.values()))} in the list: keys end at a name's first dot; pack the images under names "
+        "without other dots"
+    )
+
+
+def _middle(extension: str) -> str:
+    """'0' of '0.jpg', '' of 'jpg'."""
+    return extension.rpartition(".")[0]
 
 
 def _is_loader_worker() -> bool:
@@ -148,8 +252,8 @@ def _is_loader_worker() -> bool:
     return get_worker_info() is not None
 
 
-def _key(path: str) -> str:
-    """WebDataset's key of a file: its path up to the first dot of the file name."""
+def _key(path: str) -> tuple[str, str]:
+    """WebDataset's key of a file, its path up to the first dot of the file name, and what follows that dot."""
     folder, _, name = path.rpartition("/")
-    stem = name.split(".", 1)[0]
-    return f"{folder}/{stem}" if folder else stem
+    stem, _, extension = name.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()

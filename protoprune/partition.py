@@ -61,6 +61,7 @@ def _parts(features, rows: np.ndarray, size: int, ids, seed: int, iterations: in
         features if every else np.asarray(features[rows]), k, seed=seed, iterations=iterations,
         train_points=min(len(rows), max(FAN * k, _TRAIN)), backend=backend,
     ).cluster  # fmt: skip
+    own = np.where(own < 0, k, own)  # vectors of zeros, which k-means has no place for
     if np.bincount(own).max() > 0.9 * len(rows):
         own = np.argsort(np.argsort(hashes([ids[row] for row in rows], seed, b"split"))) * k // len(rows)
-    return [rows[own == part] for part in range(k) if (own == part).any()]
+    return [rows[own == part] for part in range(k + 1) if (own == part).any()]

@@ -8,6 +8,7 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     prediction         uint16  (m, e, n)
     true_probability, margin, error_norm, loss, entropy, change and, where asked for, gradient_norm  float16 (m, e, n)
     test_path, test_label, test_prediction uint16 (m, e, t), test_true_probability float16 (m, e, t)
+    probability        float16 (m, n, c) of all c classes at the last recorded epoch, where asked for
     committed          int32   (m,) recorded epochs of each model that are finished
     digest             uint64  (s, m, e) xxh3-64 of each model's values at each recorded epoch, of the s datasets that
                        have such values, in the order of their names
@@ -48,6 +49,7 @@ KIND = hdf5.Kind(
         "test_label": Column(("int32",), ("t",), optional=True),
         "test_prediction": Column(("uint16",), ("m", "e", "t"), optional=True),
         "test_true_probability": Column(("float16",), ("m", "e", "t"), optional=True),
+        "probability": Column(("float16",), ("m", "n", "c"), optional=True),
         "digest": Column(("uint64",), ("s", "m", "e"), optional=True),
     },
     ("uuid", "created", "protoprune"),
@@ -74,9 +76,10 @@ class Record:
         except BaseException:
             self._reader.close()
             raise
-        self.statistics = ("prediction", *(name for name in STORED if name in self._reader))
+        self.statistics = ("prediction", *(name for name in (*STORED, "probability") if name in self._reader))
         self.provenance = self._reader.attributes
         self._digests = _Digests(self._reader)
+        self._probability_checked = False
 
     def _require_finished(self) -> None:
         done, total = int(self.committed.sum()), self.models * self.epochs
@@ -133,9 +136,20 @@ class Record:
         """(models, n): a statistic at recorded epoch number `epoch` (an index, not a number of epochs)."""
         return self._read(self._own(name), slice(None), epoch, slice(None))
 
+    def probabilities(self, model: int, rows: slice = slice(None)) -> np.ndarray:
+        """(rows, classes) float32: the softmax of one model at its last recorded epoch."""
+        self._own("probability")
+        if not self._probability_checked and self._reader.seal is not None:
+            if seals.damaged_datasets(self._reader.path, self._reader.seal, ["probability"]):
+                raise self._reader.damaged("its probability is not what was written")
+            self._probability_checked = True
+        with self._reader.trouble("its probability"):
+            return self._reader.file["probability"][model, rows].astype(np.float32)
+
     def _own(self, name: str) -> str:
         if name not in self._reader:
-            hint = "; record it with --gradients" if name == "gradient_norm" else ""
+            option = {"gradient_norm": "--gradients", "probability": "--probabilities"}.get(name)
+            hint = f"; record it with {option}" if option else ""
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
         return name
 
@@ -253,7 +267,10 @@ class _Digests:
 def names_with_digests(file) -> list[str]:
     """The datasets that hold values of each model at each recorded epoch, in the order of `digest`."""
     there = file["prediction"].shape[:2]
-    return [name for name in sorted(file) if name != "digest" and file[name].ndim > 2 and file[name].shape[:2] == there]
+    others = ("digest", "probability")
+    return [
+        name for name in sorted(file) if name not in others and file[name].ndim > 2 and file[name].shape[:2] == there
+    ]
 
 
 def digest(values: np.ndarray) -> int:
@@ -291,6 +308,13 @@ class PartialRecord:
         except OSError as error:
             raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
+    def write_probabilities(self, models: slice, rows: slice, values: np.ndarray) -> None:
+        """Write (models, rows, classes) class probabilities at the last recorded epoch."""
+        try:
+            self._file["probability"][models, rows] = values
+        except OSError as error:
+            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
+
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""
         with files.told(partial_path(self.out)):
@@ -317,11 +341,12 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
-def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False) -> int:
-    """Bytes of a record, names not counted."""
+def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:
+    """Bytes of a record, names not counted; `classes` is their number where class probabilities are recorded."""
     a_row = 2 + 2 * (len(STORED) - (not gradients))
     digests = 8 * (1 + len(STORED) - (not gradients) + 2 * bool(test))
-    return models * (epochs * (n * a_row + test * 4 + digests) + n) + n * 4 + test * 4 + _OVERHEAD
+    of_each = epochs * (n * a_row + test * 4 + digests) + n + 2 * n * classes
+    return models * of_each + n * 4 + test * 4 + _OVERHEAD
 
 
 def create(
@@ -334,6 +359,7 @@ def create(
     subset: np.ndarray,
     epoch_numbers: Sequence[int],
     gradients: bool = False,
+    probabilities: bool = False,
     test_paths: Sequence[str] = (),
     test_labels: np.ndarray | None = None,
 ) -> None:
@@ -342,7 +368,8 @@ def create(
     (models, _), epochs = subset.shape, len(epoch_numbers)
     letters = sum(len(one) + 1 for one in (*paths, *test_paths, *classes))
     with files.creating(partial_path(out)) as path:
-        files.reserve(path, "wb", size(models, epochs, n, test, gradients=gradients) + letters)
+        known = size(models, epochs, n, test, gradients=gradients, classes=probabilities * len(classes))
+        files.reserve(path, "wb", known + letters)
         with hdf5.create(path, KIND) as file:
             for name, value in provenance.items():
                 file.attrs[name] = hdf5.text(value) if isinstance(value, str) else value
@@ -356,6 +383,8 @@ def create(
             for name in STORED:
                 if name != "gradient_norm" or gradients:
                     hdf5.dataset(file, name, shape=(models, epochs, n), dtype=np.dtype(np.float16))
+            if probabilities:
+                hdf5.dataset(file, "probability", shape=(models, n, len(classes)), dtype=np.dtype(np.float16))
             if test:
                 hdf5.dataset(file, "test_path", hdf5.block(test_paths))
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
@@ -363,5 +392,5 @@ def create(
                 hdf5.dataset(file, "test_true_probability", shape=(models, epochs, test), dtype=np.dtype(np.float16))
             names = names_with_digests(file)
             hdf5.dataset(file, "digest", np.zeros((len(names), models, epochs), np.uint64))
-        hdf5.seal(path, KIND, {*names, "digest", "committed"})
+        hdf5.seal(path, KIND, {*names, "digest", "committed", "probability"})
         files.reserve(path, "r+b", os.path.getsize(path))

@@ -103,10 +103,11 @@ def complete(path: str, but: Iterable[str] = ()) -> None:
             _fill(file, seal, [name for name in seal.datasets if seal.digest(name) is None and name not in set(but)])
 
 
-def damaged_datasets(path: str, seal: Seal) -> list[str]:
-    """Names of the datasets whose bytes are not what was sealed."""
+def damaged_datasets(path: str, seal: Seal, only: Iterable[str] | None = None) -> list[str]:
+    """Names of the datasets, or of `only` some of them, whose bytes are not what was sealed."""
+    looked_at = {name: seal.datasets[name] for name in (seal.datasets if only is None else only)}
     with open(path, "rb") as file:
-        return [name for name, (offset, size, was) in seal.datasets.items()
+        return [name for name, (offset, size, was) in looked_at.items()
                 if was is not None and _digest(file, [(offset, size)]) != was]  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from protoprune.decode import ImageError, decode
+from protoprune.sources.reader import ImageReader
 
 _GAP, _LABEL = 4, 14
 
@@ -38,13 +38,13 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 1), heads[0], fill="black")
     draw.text((middle, 1), heads[1], fill="black")
-    unreadable = 0
+    unreadable, read = 0, ImageReader(root)
     for number, (title, easiest, hardest) in enumerate(rows):
         top = _LABEL + number * line
         draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")
         for left, paths in ((_GAP, easiest), (middle, hardest)):
             for column, path in enumerate(paths):
-                picture = _thumbnail(os.path.join(root, path), thumb)
+                picture = _thumbnail(read, path, thumb)
                 unreadable += picture is None
                 place = (left + column * cell, top + _LABEL)
                 sheet.paste(picture or Image.new("RGB", (thumb, thumb), "lightgray"), place)
@@ -53,11 +53,10 @@ def contact_sheet(
     return buffer.getvalue(), unreadable
 
 
-def _thumbnail(path: str, side: int):
+def _thumbnail(read: ImageReader, path: str, side: int):
     try:
-        with open(path, "rb") as file:
-            return thumbnail(file.read(), side)
-    except OSError:
+        return thumbnail(read(path), side)
+    except ImageError:
         return None
 
 

@@ -60,7 +60,7 @@ def feature_file(tmp_path):
     """feature_file(path, features, paths=…, failed={row: Status}) -> a finished feature file, by the real code.
 
     Rows are sorted by path as every feature file is; classes come from the first-level folders. `images` is a folder
-    whose size and mtime are taken, where the test needs real images.
+    whose size and mtime are taken, where the test needs real images; `made_by` changes the provenance.
     """
 
     def write(
@@ -72,6 +72,7 @@ def feature_file(tmp_path):
         root: Path | str | None = None,
         store: str = "float32",
         finish: bool = True,
+        made_by: dict | None = None,
     ) -> str:
         features = np.asarray(features, np.float32)
         n = len(features)
@@ -92,6 +93,7 @@ def feature_file(tmp_path):
             "precision": "fp32",
             "store": store,
         }
+        provenance |= made_by or {}
         path = os.fspath(path)
         create_partial(path, images, features.shape[1], provenance, [])
         partial = PartialFile(path)
@@ -115,7 +117,9 @@ def run_program(tmp_path):
     def run(*arguments, cwd: Path | None = None, python: tuple[str, ...] = ("-m", "protoprune"), **options):
         environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), **options.pop("env", {})}
         command = [sys.executable, *python, *map(os.fspath, arguments)]
-        return subprocess.run(command, cwd=cwd or tmp_path, capture_output=True, env=environment, timeout=300, **options)
+        return subprocess.run(
+            command, cwd=cwd or tmp_path, capture_output=True, env=environment, timeout=300, **options
+        )
 
     return run
 

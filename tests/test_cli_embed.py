@@ -103,8 +103,7 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--errors", "empty"], 2, "empty: a folder; name a file"),
         (["list.txt", "--errors", "list.txt"], 2, "is one of the inputs"),
         (["list.txt", "-o", "list.txt"], 2, "is one of the inputs"),
-        (["list.gz"], 2, "list.gz: a gzip file, not a list of paths"),
-        (["images.tar"], 2, "images.tar: a tar archive, not a list of paths"),
+        (["images.tar", "--root", "."], 2, "--root goes with a list of paths; a folder or a pattern has its own"),
         (["photo"], 2, "photo: a single image"),
         (["images", "--no-labels", "--class-level", "1"], 2, "--no-labels does not go with --class-level"),
         (["images", "--class-names", "list.txt"], 2, "--class-names goes with --labels"),
@@ -114,7 +113,6 @@ def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("images/c0/00.png\n")
-    (tmp_path / "list.gz").write_bytes(gzip.compress(b"images/c0/00.png\n"))
     (tmp_path / "photo").write_bytes((images / "c0" / "00.png").read_bytes())
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(images, "images")
@@ -134,6 +132,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
     command += ["--batch-size", "4", "--overwrite"]
     partial = partial_path(str(tmp_path / "features.h5"))
     for wait in (0.3, 1, 2, 4, 8):  # until a batch is done, on a machine however busy
+        if os.path.exists(partial):
+            os.unlink(partial)
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
         while not os.path.exists(partial) and time.monotonic() < deadline:
@@ -169,7 +169,7 @@ def test_the_default_name_keeps_the_first_sets_features(images, tmp_path, monkey
         (["other"], "is for images below", {}),
         (["list.txt"], "stays as it is", {}),
         (["list.txt", "--root", "other", "--overwrite"], "stays as it is", {}),
-        (["-"], "the list on stdin: a gzip file", {"input": gzip.compress(b"x/1.png\n" * 9)}),
+        (["-"], "the list on stdin: a damaged gzip file", {"input": gzip.compress(b"x/1.png\n" * 9)[:-9]}),
     ):
         result = call(*arguments, **options)
         assert result.exit_code in (1, 2), result.stderr

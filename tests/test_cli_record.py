@@ -71,7 +71,7 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
     assert "4 of 4 epochs are recorded already, 0 to go" in lines
     code, lines = record(*arguments, "--lr", "0.07")
     assert code == 1
-    assert lines[-1].startswith("error: record.h5 is of another run (lr 0.1, now 0.07); ")
+    assert lines[-1].startswith("error: record.h5 is of another run (lr 0.2, now 0.07); ")
     assert record(*arguments, "--lr", "0.07", "--overwrite")[0] == 0
 
 
@@ -107,6 +107,14 @@ def test_networks_are_small_ones_unless_asked_for(images, record):
     code, lines = record(images, "--image-size", "8", "--epochs", "1", "--batch-size", "4", "--device", "cpu")
     assert code == 0
     assert lines[-1].startswith("record.h5: 1 x cnn, 1 epochs, in ")
+
+
+def test_class_probabilities_are_sized_and_recorded(images, record, tmp_path):
+    _, lines = record(images, *QUICK, "--models", "2", "--probabilities", "--plan")
+    assert lines[-1].endswith("kB in record.h5, 144 bytes of it class probabilities")  # 2 x 12 x 3 float16
+    assert record(images, *QUICK, "--models", "2", "--probabilities")[0] == 0
+    with Record(tmp_path / "record.h5") as found:
+        assert found.probabilities(1).shape == (12, 3)
 
 
 def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch):

@@ -208,4 +208,8 @@ def test_many_parts_are_made_in_steps_and_alike_images_are_divided(monkeypatch):
     assert len(sizes) > 30
     alike = np.bincount(partition.split(np.ones((1000, 3)), np.zeros(1000, int), 100, ids=ids_of(1000)))
     assert alike.max() <= 200
+    features[::3] = 0  # k-means has no place for these, and they stay together
+    found = partition.split(features, np.zeros(2000, int), 400, ids=ids_of(2000))
+    assert found.min() == 0
+    assert np.bincount(found).max() <= 800
     assert partition.split(features[:0], np.zeros(0, int), 50, ids=[]).shape == (0,)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from protoprune import records, scores
+from protoprune import hdf5, records, scores
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
 from protoprune.features import open_features
@@ -267,7 +267,7 @@ def test_a_result_of_evaluate(here, count):
 
     def fit(train, test, recipe, **how):
         trained.append(1)
-        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7)
+        return SimpleNamespace(predictions=np.arange(N) % 4 % 3, seconds=1.5, steps=7, losses=[])
 
     def outcome():
         (one,) = runs.run_all([run], examples, examples, recipe, folder="runs", fit=fit, device="cpu")
@@ -342,3 +342,106 @@ def test_an_unfinished_record(here, count):
             return found, record.subset.tobytes(), record.paths, record.test_prediction.tobytes()
 
     check({"record": python(renamed(finish))}, path, count)
+
+
+# --- unfinished files -------------------------------------------------------------------------------------------------
+
+OF_FEATURES = [
+    "select f.h5 --keep 0.5", "select f.h5.partial --keep 0.5", "score moderate --features f.h5", "sheet f.h5",
+    "compare a.csv b.csv --features f.h5", "advise --features f.h5", "record f.h5 -o r.h5",
+    "record whole.h5 --test f.h5 -o r.h5", "evaluate list.txt --features f.h5 --test whole.h5",
+    "evaluate list.txt --features whole.h5 --test f.h5", "scaling --features f.h5 --test whole.h5 --sizes 30",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", OF_FEATURES)
+def test_every_command_says_how_to_finish_a_feature_file(here, feature_file, line):
+    feature_file("f.h5", blobs(), paths=PATHS, finish=False)
+    feature_file("whole.h5", blobs(), paths=PATHS)
+    for name in "ab":
+        scores.write_scores(f"{name}.csv", sorted(PATHS), np.arange(N, dtype=np.float32), metric=name)
+    (here / "list.txt").write_text("\n".join(PATHS[:9]))
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 1, result.output
+    assert "not finished, 30 of 60 images are embedded; run the same `protoprune embed` again" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["r.h5", "r.h5.partial"])
+def test_an_unfinished_record_is_never_scored(here, name):
+    write_record("r.h5", upto=2)
+    result = CliRunner().invoke(app, ["score", "ddd", "--record", name])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: {name}: not finished, 8 of 16 epochs are recorded; "
+        "run the same `protoprune record` again, it does the rest\n"
+    )
+    with pytest.raises(ProtopruneError, match="not finished"):
+        Record(name)
+    with Record("r.h5.partial", unfinished=True) as record:
+        assert record.committed.tolist() == [2] * 4
+
+
+def test_info_describes_unfinished_files_too(here, feature_file):
+    feature_file("f.h5", blobs(), paths=PATHS, finish=False)
+    write_record("r.h5", upto=2)
+    said = CliRunner().invoke(app, ["info", "f.h5"]).stdout
+    assert "unfinished  30 of 60 images are embedded; the same `protoprune embed` does the rest" in said
+    said = CliRunner().invoke(app, ["info", "r.h5"]).stdout
+    assert "unfinished  8 of 16 epochs are recorded; the same `protoprune record` does the rest" in said
+
+
+def test_info_of_a_record(here):
+    write_record("r.h5")
+    said = CliRunner().invoke(app, ["info", "r.h5"]).stdout
+    with Record("r.h5") as record:
+        right = record.last("prediction") == record.labels
+        inside = [one[rows].mean() for one, rows in zip(right, record.subset, strict=True)]
+        outside = [one[~rows].mean() for one, rows in zip(right, record.subset, strict=True)]
+        tested = (record.test_prediction == record.test_labels).mean(axis=1)
+        shares = 100 * record.subset.mean(axis=1)
+    assert "r.h5: 4 models x 4 recorded epochs x 60 images" in said
+    assert "epochs      1 to 4\n" in said
+    assert f"trained on {shares.min():.3g} to {shares.max():.3g} % of the images" in said
+    for values, what in ((inside, "the images trained on"), (outside, "the others"), (tested, "the test images")):
+        mean, low, high = (100 * value for value in (np.mean(values), min(values), max(values)))
+        assert f"{mean:.1f} % ({low:.1f} to {high:.1f}) on {what}\n" in said
+
+
+# --- older files ------------------------------------------------------------------------------------------------------
+
+
+def without_seal(path: Path) -> None:
+    """As an earlier version wrote it: no user block, no digests."""
+    import h5py
+
+    with h5py.File(path) as new, h5py.File("old.h5", "w") as old:
+        old.attrs.update(new.attrs)
+        for name in new:
+            if name != "digest":
+                hdf5.dataset(old, name, new[name][()])
+    os.replace("old.h5", path)
+
+
+def test_files_of_earlier_versions_open(here, feature_file):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    write_record("r.h5")
+    lines = ["select f.h5 --keep 0.5 --k 3 --no-cache", "score moderate --features f.h5", "score el2n --record r.h5"]
+    before = [CliRunner().invoke(app, line.split()).stdout.splitlines()[1:] for line in lines]
+    for name in ("f.h5", "r.h5"):
+        without_seal(here / name)
+        assert "no digests" in CliRunner().invoke(app, ["info", "--verify", name]).stdout
+    assert [CliRunner().invoke(app, line.split()).stdout.splitlines()[1:] for line in lines] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["f.h5", "r.h5"])
+def test_damage_in_files_of_earlier_versions_is_one_line_or_another_number(here, feature_file, name):
+    """Without digests a flipped bit of a number cannot be told, but nothing crashes, hangs or takes all memory."""
+    feature_file("f.h5", blobs(), paths=PATHS)
+    write_record("r.h5")
+    without_seal(here / name)
+    lines = ["info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"]
+    lines = lines if name == "f.h5" else ["info r.h5", "score ddd --record r.h5", "score tdds --record r.h5"]
+    check({line: command(*line.split()) for line in lines}, here / name, 100, unsigned=True)

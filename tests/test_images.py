@@ -473,20 +473,34 @@ def archives() -> dict[str, bytes]:
     with zipfile.ZipFile(buffers["zip"], "w") as archive:
         archive.writestr("a.png", PNG)
     kinds = {name: buffer.getvalue() for name, buffer in buffers.items()}
-    kinds["gzip"] = gzip.compress(b"a.png\nb.png\n" * 20)
+    kinds["tar.gz"] = gzip.compress(kinds["tar"])
     kinds["image"] = PNG + bytes(20)
     return kinds
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip", "gzip", "image"])
+@pytest.mark.parametrize("kind", ["tar", "zip", "tar.gz", "image"])
 def test_archives_are_no_lists_whatever_they_are_called(kind, tmp_path):
-    data = archives()[kind]
+    data, kind = archives()[kind], kind.removesuffix(".gz")
     with pytest.raises(UsageError, match=rf"the list: an? {kind}"):
         split_list(data)
     for name in ("list.txt", "list.csv", "list.jsonl"):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UsageError, match=rf"{name}: an? {kind}"):
             read_list(tmp_path / name)
+
+
+def test_lists_through_gzip_and_from_windows(tmp_path):
+    data = "a\\1.png\r\nb\\caf\u00e9.png\r\n".encode("utf-16")
+    for one in (data, gzip.compress(data)):
+        assert split_list(one) == ["a\\1.png", "b\\caf\u00e9.png"]
+    with pytest.raises(ProtopruneError, match="the list: a damaged gzip file"):
+        split_list(gzip.compress(data)[:-9])
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(PNG)
+    assert list_paths(["a\\1.png", "b\\2.png"], tmp_path).paths == ["a/1.png", "b/2.png"]
+    (tmp_path / "a\\1.png").write_bytes(PNG)  # where a name holds a backslash, it is a part of the name
+    assert list_paths(["a\\1.png", "b\\2.png"], tmp_path).paths == ["a\\1.png", "b\\2.png"]
 
 
 def test_parquet_is_no_list(tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import archive_kind
 from protoprune.lists import format_list, manifest, read_list, read_weights
+from protoprune.text import with_slashes
 
 # Any name that Linux allows: every byte except the slash and NUL.
 names = (
@@ -39,6 +42,8 @@ NASTY = [
 def written(paths, format, folder, null=False) -> str:
     scores = np.arange(len(paths), dtype=np.float32) / 3
     data = format_list(paths, np.arange(len(paths)) * 2, scores, format, null=null)
+    if format != "npy":
+        assume(archive_kind(data[:512]) is None)  # names that nobody has: the marks of archives, and control characters
     path = os.path.join(folder, f"list.{format}")
     with open(path, "wb") as file:
         file.write(data)
@@ -64,6 +69,9 @@ def test_lines_hold_every_name_but_those_with_a_line_break(tmp_path):
     def check(paths):
         if any("\n" in path or path.endswith("\r") for path in paths):
             with pytest.raises(UsageError, match=r"line break.*use -0"):
+                written(paths, "txt", tmp_path)
+        elif paths and paths[0].startswith("\ufeff"):  # which is how Windows marks a text as UTF-8
+            with pytest.raises(UsageError, match=r"byte order mark.*use -0"):
                 written(paths, "txt", tmp_path)
         else:
             assert read_list(written(paths, "txt", tmp_path)) == paths
@@ -102,11 +110,25 @@ def test_formats_that_do_not_exist(format, null, message):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("l.csv", b"file,score\na.png,1\n", "no 'path' column"),
+        ("l.csv", b"class,score\na.png,1\n", "no 'path' column, only class, score"),
+        (
+            "l.csv",
+            b"# protoprune-scores: {}\npath,score\na.png,1\n",
+            "a score table, which says nothing of what to k",
+        ),
+        (
+            "l.txt",
+            b"# protoprune-scores: {}\npath,score\na.png,1\n",
+            "a score table, which says nothing of what to k",
+        ),
+        ("l.csv", b"path,keep\na.png,1\nb.png,perhaps\n", "its keep column has 'perhaps' in row 2, expected 1 or 0"),
+        ("l.csv", b"path,keep\na.png,1\nb.png\n", "its keep column has None in row 2"),
+        ("l.jsonl", b'{"path": 3}\n', "row 1 has no 'path'"),
+        ("l.txt.gz", b"\x1f\x8b\x08\x00garbage of twenty bytes", "a damaged gzip file"),
         ("l.csv", b"index,path\n0\n", "no 'path'"),
         ("l.csv", b"path\n" + b"x" * 200_000 + b"\n", "field"),
         ("l.jsonl", b'{"path": "a.png"}\nnot json\n', "not a list that protoprune wrote"),
-        ("l.jsonl", b'{"file": "a.png"}\n', "no 'path' column"),
+        ("l.jsonl", b'{"label": "a.png"}\n', "no 'path' column"),
         ("l.jsonl", b'["a.png"]\n', "not a list that protoprune wrote"),
         ("l.npy", b"a.png\nb.png\n", "not a list that protoprune wrote"),
         ("l.npy", b"", "not a list that protoprune wrote"),
@@ -190,7 +212,8 @@ COLUMNS = {
 
 def test_manifest_csv_reads_back(tmp_path):
     (tmp_path / "m.csv").write_bytes(manifest(COLUMNS))
-    assert read_list(tmp_path / "m.csv") == COLUMNS["path"]
+    assert read_list(tmp_path / "m.csv") == COLUMNS["path"][:1]  # the one that it keeps
+    assert read_list(tmp_path / "m.csv", every=True) == COLUMNS["path"]
     assert manifest(COLUMNS).startswith(b'path,class,score,keep\n"a\n1.png",a,0.1,1\n')
     assert manifest(COLUMNS).endswith(b"caf\xe9.png,,,0\n")
 
@@ -201,3 +224,99 @@ def test_manifest_jsonl_has_null_where_there_is_nothing():
         {"path": "a\n1.png", "class": "a", "score": 0.1, "keep": 1},
         {"path": "caf\udce9.png", "class": None, "score": None, "keep": 0},
     ]
+
+
+# --- manifests where a list is expected
+
+MANIFEST = {
+    "path": ["a/1.png", "a/2.png", "b,c/3.png"],
+    "class": ["a", "a", "b,c"],
+    "score": np.array([0.5, np.nan, 0.25]),
+    "keep": np.array([1, 0, 1]),
+    "status": ["ok", "corrupt", "ok"],
+    "weight": np.array([1.0, np.nan, 3.5]),
+}
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+@pytest.mark.parametrize("name", ["all.csv", "all.jsonl", "all.txt", "all", "all.csv.gz"])
+def test_a_manifest_is_the_list_of_what_it_keeps(tmp_path, format, name):
+    """Whatever its name says, where that is no other format: --manifest all.txt is csv."""
+    if {"csv", "jsonl"} & set(name.split(".")) - {format}:
+        pytest.skip("another format's name")
+    data = manifest(MANIFEST, format)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read_list(tmp_path / name) == ["a/1.png", "b,c/3.png"]
+    assert read_list(tmp_path / name, every=True) == MANIFEST["path"]
+    assert read_weights(tmp_path / name) == {"a/1.png": 1.0, "b,c/3.png": 3.5}
+
+
+@pytest.mark.parametrize("kept", ["1", "1.0", "true", "TRUE", "yes", " 1"])
+@pytest.mark.parametrize("removed", ["0", "0.0", "False", "no"])
+def test_spellings_of_keep(tmp_path, kept, removed):
+    (tmp_path / "m.csv").write_text(f"path,Keep\na.png,{removed}\nb.png,{kept}\n")
+    assert read_list(tmp_path / "m.csv") == ["b.png"]
+    (tmp_path / "m.jsonl").write_text('{"path": "a.png", "keep": true}\n{"path": "b.png", "keep": false}\n')
+    assert read_list(tmp_path / "m.jsonl") == ["a.png"]
+
+
+# --- lists that others write
+
+PATHS = ["cat/1.png", "caf\u00e9/2.png", "dog/3.png"]
+
+
+def encodings(text: str) -> dict[str, bytes]:
+    windows = text.replace("\n", "\r\n")
+    return {
+        "UTF-8": text.encode(), "UTF-8 with a mark": b"\xef\xbb\xbf" + text.encode(), "CRLF": windows.encode(),
+        "PowerShell 5": b"\xff\xfe" + windows.encode("utf-16-le"), "big endian": b"\xfe\xff" + text.encode("utf-16-be"),
+        "mark and CRLF": b"\xef\xbb\xbf" + windows.encode(), "gzip": gzip.compress(text.encode()),
+        "no last line end": windows.encode().removesuffix(b"\r\n"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", encodings(""))
+@pytest.mark.parametrize("name", ["l.txt", "l.csv", "l.jsonl", "l"])
+def test_encodings(tmp_path, name, encoding):
+    text = {
+        "l.txt": "\n".join([*PATHS, ""]),
+        "l": "\n".join([*PATHS, ""]),
+        "l.csv": "\n".join(["path,index", *(f"{path},{i}" for i, path in enumerate(PATHS)), ""]),
+        "l.jsonl": "\n".join([*(json.dumps({"path": path}, ensure_ascii=False) for path in PATHS), ""]),
+    }[name]
+    (tmp_path / name).write_bytes(encodings(text)[encoding])
+    assert read_list(tmp_path / name) == PATHS
+
+
+@pytest.mark.parametrize("header", ["Path", "file", "FileName", "file_name", "Image Path", "filepath"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_headers_and_delimiters(tmp_path, header, delimiter):
+    rows = [("label", header), ("x", "a/1.png"), ("y", "b/2.png")]
+    (tmp_path / "l.csv").write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    assert read_list(tmp_path / "l.csv") == ["a/1.png", "b/2.png"]
+    (tmp_path / "l.jsonl").write_text(json.dumps({header: "a/1.png"}) + "\n")
+    assert read_list(tmp_path / "l.jsonl") == ["a/1.png"]
+
+
+def test_export_csv_of_powershell_5(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b'#TYPE System.IO.FileInfo\r\n"Path","Length"\r\n"cat\\1.png","3"\r\n')
+    assert read_list(tmp_path / "l.csv") == ["cat\\1.png"]
+
+
+def test_arrays_under_any_name(tmp_path):
+    np.save(tmp_path / "l.npy", np.array([3, 1]))
+    os.rename(tmp_path / "l.npy", tmp_path / "rows")
+    assert read_list(tmp_path / "rows").tolist() == [3, 1]
+
+
+def test_text_that_only_looks_like_a_table(tmp_path):
+    """File names may hold commas, and one may be called path: without a column of ours it is a list of lines."""
+    for lines in (["path", "a.png"], ["path,two.png", "b.png"], ["{path}", "c.png"], ["a,score", "b,score"]):
+        (tmp_path / "l.txt").write_text("\n".join([*lines, ""]))
+        assert read_list(tmp_path / "l.txt") == lines
+
+
+def test_slashes():
+    assert with_slashes(["a\\1.png", "b\\2.png"], set().__contains__) == ["a/1.png", "b/2.png"]
+    for entries, known in ((["a\\1.png", "b/2.png"], set()), (["a\\1.png", "c\\d.png"], {"c\\d.png"}), (["a"], set())):
+        assert with_slashes(entries, known.__contains__) == entries

@@ -80,8 +80,9 @@ def test_weights_of_a_part_of_a_part(image_folder):
 
     backwards = Subset(keep_only(image_folder, KEPT), [2, 0, 1])
     assert weights_of(backwards, BY_PATH).tolist() == [2.5, 1, 4]
-    with pytest.raises(ProtopruneError, match="1 of 3 listed images are not in the data set"):
-        weights_of(Subset(backwards, [0, 1]), BY_PATH)
+    assert weights_of(Subset(backwards, [0, 1]), BY_PATH).tolist() == [2.5, 1]
+    with pytest.raises(ProtopruneError, match="1 of 4 listed images are not in the data set"):
+        weights_of(backwards, {**BY_PATH, "cat/9.png": 1})
 
 
 def test_weights_of_what_has_no_paths(image_folder):
@@ -170,3 +171,178 @@ def test_keys_are_paths_up_to_the_first_dot_of_the_name():
 
 
 # --- standard output
+
+
+# --- the list's side: manifests, other spellings, nothing
+
+
+@pytest.mark.parametrize("form", ["manifest", "dots", "backslashes", "absolute"])
+def test_lists_in_any_form(image_folder, tmp_path, form):
+    every = [os.path.relpath(path, image_folder.root) for path, _ in image_folder.samples]
+    lines = {
+        "manifest": ["path,score,keep", *(f"{path},1,{int(path in KEPT)}" for path in every)],
+        "dots": [f"./{path}" for path in KEPT],
+        "backslashes": [path.replace("/", "\\") for path in KEPT],
+        "absolute": [os.path.join(image_folder.root, "cat", "..", path) for path in KEPT],
+    }[form]
+    (tmp_path / "kept.txt").write_text("\n".join(lines))
+    assert sample_ids(keep_only(image_folder, tmp_path / "kept.txt")) == KEPT
+    if form != "manifest":
+        assert weights_of(image_folder, dict.fromkeys(lines, 2.0)).sum() == 6
+        samples = [{"__key__": path.removesuffix(".png"), "png": b""} for path in every]
+        if form != "absolute":
+            assert [sample["__key__"] + ".png" for sample in keep_only(samples, lines)] == KEPT
+
+
+def test_weights_of_a_manifest(image_folder, tmp_path):
+    lines = ["path,keep,weight", *(f"{path},1,{weight}" for path, weight in BY_PATH.items()), "cat/000.png,0,", ""]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    assert weights_of(keep_only(image_folder, tmp_path / "all.csv"), tmp_path / "all.csv").tolist() == [1, 4, 2.5]
+
+
+def test_nothing_to_keep(image_folder, tmp_path):
+    (tmp_path / "kept.txt").touch()
+    (tmp_path / "all.csv").write_text("path,keep\ncat/000.png,0\n")
+    for kept in ([], tmp_path / "kept.txt", tmp_path / "all.csv"):
+        with pytest.raises(UsageError, match="lists no image, so that nothing would be left"):
+            keep_only(image_folder, kept)
+    with pytest.raises(UsageError, match="no image with a weight"):
+        weights_of(image_folder, {})
+
+
+# --- the data set's side: parts, splits, suffixes, orders
+
+
+def test_a_random_split_keeps_its_part_of_the_list(image_folder):
+    import torch
+
+    parts = torch.utils.data.random_split(image_folder, [7, 5], torch.Generator().manual_seed(0))
+    found = []
+    for part in parts:
+        kept = keep_only(part, KEPT)
+        own = [part.indices[place] for place in kept.indices]
+        found += [os.path.relpath(image_folder.samples[index][0], image_folder.root) for index in own]
+        assert [label for _, label in kept] == [image_folder.samples[index][1] for index in own]
+        assert set(weights_of(kept, BY_PATH).tolist()) <= {1, 4, 2.5}
+    assert sorted(found) == KEPT
+    with pytest.raises(ProtopruneError, match="1 of 4 listed images"):
+        keep_only(parts[0], [*KEPT, "cat/9.png"])
+
+
+def test_splits_and_streams_are_refused(image_tree):
+    datasets = pytest.importorskip("datasets")
+    root = image_tree()
+    whole = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=str(root.parent / "cache"))
+    with pytest.raises(UsageError, match=r"a DatasetDict of splits train; give one: \['train'\]"):
+        keep_only(whole, KEPT)
+    with pytest.raises(UsageError, match="a Hugging Face data set that is not streamed"):
+        keep_only(whole["train"].to_iterable_dataset(), KEPT)
+
+
+def test_samples_that_are_no_files():
+    from types import SimpleNamespace
+
+    with pytest.raises(UsageError, match="its samples do not begin with the path of a file"):
+        keep_only(SimpleNamespace(samples=[(np.zeros(3), 0)], root="."), KEPT)
+    with pytest.raises(UsageError, match="has no root; give root="):
+        keep_only(SimpleNamespace(samples=[("cat/001.png", 0)]), KEPT)
+
+
+def test_images_that_image_folder_leaves_out_for_their_suffix(image_folder):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("dog/odd.gif", "dog/odd.jfif"):
+        picture().save(os.path.join(image_folder.root, name), "GIF" if name.endswith("gif") else "JPEG")
+    kept = [*KEPT, "dog/odd.gif", "dog/odd.jfif"]
+    plain = ImageFolder(image_folder.root)
+    with pytest.raises(ProtopruneError, match=r"2 of 5 .*it leaves out \.gif 1, \.jfif 1: .*is_valid_file=lambda"):
+        keep_only(plain, kept)
+    every = ImageFolder(image_folder.root, is_valid_file=lambda path: True)
+    assert sample_ids(keep_only(every, kept)) == sorted(kept)
+
+
+def test_classes_whose_names_sort_otherwise_than_their_paths(image_tree):
+    """`-` sorts before `/`, so `car-toy/000.png` comes before `car/000.png`, and the class `car` before `car-toy`."""
+    from torchvision.datasets import ImageFolder
+
+    from protoprune.images import list_folder
+
+    root = image_tree({"car": 3, "car-toy": 3})
+    dataset, rows = ImageFolder(root), list_folder(root).paths
+    assert rows[0] == "car-toy/000.png"
+    assert os.path.relpath(dataset.samples[0][0], root) == "car/000.png"
+    kept = ["car-toy/001.png", "car/002.png"]
+    subset = keep_only(dataset, kept)
+    assert sorted(sample_ids(subset)) == kept
+    assert {os.path.relpath(dataset.samples[i][0], root): dataset.samples[i][1] for i in subset.indices} == {
+        "car/002.png": 0, "car-toy/001.png": 1,
+    }  # fmt: skip
+
+
+# --- WebDataset: one key for several files
+
+
+def webdataset_of(folder, names, prefix="") -> str:
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(prefix + name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"0"))
+    return str(folder / "shard.tar")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("names", "kept", "keys"),
+    [
+        (["ant/1.jpg", "ant/1.cls", "ant/2.jpg"], ["ant/1.jpg"], ["ant/1"]),
+        (["ant/1.jpg", "ant/1.mask.png"], ["ant/1.jpg"], ["ant/1"]),  # an image and what belongs to it
+        (["ant/1.png", "ant/2.png"], ["ant/2.jpg"], ["ant/2"]),  # stored as another format
+        (["ant/1.0.jpg", "ant/1.5.jpg"], ["ant/1.0.jpg", "ant/1.5.jpg"], ["ant/1"]),  # one sample, all of it listed
+        (["ant/1.0.jpg", "bee/1.jpg", "ant/1.5.jpg"], ["ant/1.0.jpg"], ["ant/1"]),  # two samples of one key
+        (["ant/1.0.jpg", "ant/1.5.jpg"], ["ant/1.0.jpg"], None),
+        (["ant/1.jpg", "ant/1.5.jpg"], ["ant/1.jpg"], None),
+        (["ant/1.jpg", "ant/1.png"], ["ant/1.jpg"], None),
+        (["ant/1.webp"], ["ant/1.jpg", "ant/1.png"], None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "./"])  # `tar -C images .` writes the latter
+def test_webdataset_keys(tmp_path, names, kept, keys, prefix):
+    webdataset = pytest.importorskip("webdataset")
+    dataset = keep_only(webdataset.WebDataset(webdataset_of(tmp_path, names, prefix), shardshuffle=False), kept)
+    if keys is None:
+        with pytest.raises(ProtopruneError, match=r"the key \.?/?ant/1 is that of .* in the list: keys end at"):
+            list(dataset)
+    else:
+        samples = list(dataset)
+        assert [sample["__key__"].removeprefix("./") for sample in samples] == keys
+        assert "5.jpg" not in samples[0] or len(kept) == 2
+
+
+def test_two_names_that_webdataset_cannot_tell_apart():
+    with pytest.raises(ProtopruneError, match=r"a\.JPG and a\.jpg: one key and suffix"):
+        keep_only([{"__key__": "a"}], ["a.jpg", "a.JPG"])
+
+
+def test_lists_of_shards_match_by_shard_and_key(tmp_path):
+    """Two tars that share their keys: the list says which image of which shard."""
+    samples = [{"__url__": f"/mnt/set/{shard}.tar", "__key__": f"cat/{key}", "png": b"", "id": (shard, key)}
+               for shard in ("a/0", "a/1", "b/0") for key in (1, 2)]  # fmt: skip
+    kept = ["a/0.tar/cat/1.png", "a/1.tar/cat/2.png", "b/0.tar/cat/2.png"]
+    assert [one["id"] for one in keep_only(samples, kept)] == [("a/0", 1), ("a/1", 2), ("b/0", 2)]
+    assert [one["id"] for one in keep_only(samples[:2], ["0.tar/cat/2.png"])] == [("a/0", 2)]
+    with pytest.raises(ProtopruneError, match=r"0\.tar/cat/1 is in /mnt/set/a/0\.tar and in /mnt/set/b/0\.tar"):
+        list(keep_only(samples, ["0.tar/cat/1.png"]))
+    with pytest.raises(ProtopruneError, match=r"1 of 1 listed images are not in the data set"):
+        list(keep_only(samples, ["c/0.tar/cat/1.png"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_webdataset_by_the_list_of_a_feature_set(image_tree, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    urls = shards(image_tree(), tmp_path)
+    kept = ["shard-0.tar/cat/000.png", "shard-1.tar/cat/001.png"]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False)
+    assert [one["__key__"] for one in keep_only(dataset, kept)] == ["cat/000", "cat/001"]
+    with pytest.raises(ProtopruneError, match="1 of 1 listed images are not in the data set"):
+        list(keep_only(webdataset.WebDataset(urls, shardshuffle=False), ["shard-1.tar/cat/000.png"]))

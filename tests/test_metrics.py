@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,7 +22,11 @@ from protoprune.metrics.catalogue import METRICS, score
 STATISTICS = (
     "prediction", "true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm",
 )  # fmt: skip
-RECORD_METRICS = [name for name, metric in METRICS.items() if metric.needs == "record"]
+RECORD_METRICS = [
+    name
+    for name, metric in METRICS.items()
+    if metric.needs == "record" and (name != "label_issues" or find_spec("cleanlab"))
+]
 FEATURE_METRICS = [name for name, metric in METRICS.items() if metric.needs == "features"]
 
 
@@ -37,6 +44,7 @@ class FakeRecord:
         self.statistics = tuple(self.tables)
         self.test_labels, self.test_prediction = test_labels, test_prediction
         self.path, self.provenance = "fake.h5", {"uuid": "0" * 8}
+        self.class_probabilities = np.zeros((self.models, self.n, len(self.classes)))
 
     def __enter__(self):
         return self
@@ -47,11 +55,16 @@ class FakeRecord:
     def read(self, name, model, rows=slice(None), epochs=slice(None)):
         return self.tables[name][model][epochs, rows]
 
+    def probabilities(self, model, rows=slice(None)):
+        return self.class_probabilities[model][rows]
+
     def take(self, rows) -> FakeRecord:
         """The record of some of the rows, in any order."""
         tables = {name: table[:, :, rows] for name, table in self.tables.items()}
         taken = FakeRecord(tables, self.labels[rows], self.subset[:, rows], self.epoch_numbers)
         taken.classes, taken.paths = self.classes, [self.paths[row] for row in rows]
+        taken.class_probabilities = self.class_probabilities[:, rows]
+        taken.statistics = self.statistics
         taken.test_labels, taken.test_prediction = self.test_labels, self.test_prediction
         return taken
 
@@ -113,7 +126,9 @@ def train(n=200, d=100, models=120, epochs=20, rate=1.0, batch=20, seed=0):
     tables = {name: np.stack(table, axis=1) for name, table in tables.items()}
     tables = {name: t if name == "prediction" else t.astype(np.float32) for name, t in tables.items()}
     prediction = (test_inputs @ weights).argmax(-1)
-    return FakeRecord(tables, labels, subset, None, labels, prediction), planted
+    record = FakeRecord(tables, labels, subset, None, labels, prediction)
+    record.class_probabilities, record.statistics = p, (*tables, "probability")
+    return record, planted
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +227,8 @@ def test_tdds_of_one_or_two_epochs_is_zero_and_its_decay_is_checked():
     [
         ([1, 2, 5, 9, 12, 200], 9),
         ([8, 12, 90], 8),  # equally near: the earlier one
-        (range(1, 11), 5),  # a short training has converged by epoch 10
+        (range(1, 8), 7),  # a short training is scored at its end
+        (range(1, 21), 10),
         ([0, 20], 20),  # before training is never the default
         ([0], 0),
         ([1], 1),
@@ -349,6 +365,48 @@ def test_ddd_of_models_that_saw_every_image_is_refused_unless_asked_for():
     with pytest.raises(UsageError, match=r"ddd asks models that did not see an image, .*fake\.h5 .*--models trained"):
         score("ddd", record)
     assert score("ddd", record, models="trained").used["averaged_over"] == "trained"
+
+
+def test_label_issues_are_cleanlabs():
+    """Planted wrong labels, of which models that saw them are sure and the others are not."""
+    filters, ranks = pytest.importorskip("cleanlab.filter"), pytest.importorskip("cleanlab.rank")
+    rng, n, classes, models = np.random.default_rng(0), 300, 3, 8
+    truth = np.arange(n) % classes
+    labels = truth.copy()
+    planted = rng.choice(n, 30, replace=False)
+    labels[planted] = (truth[planted] + 1) % classes
+    subset = rng.random((models, n)) < 0.7
+    subset[0], subset[1] = True, False  # everyone has a model with it and one without
+    subset[:, 5] = True
+    held = 0.8 * np.eye(classes)[truth] + 0.2 * rng.dirichlet(np.ones(classes), (models, n))
+    probabilities = np.where(subset[..., None], np.eye(classes)[labels], held).astype(np.float16)
+    record = FakeRecord({"prediction": np.zeros((models, 1, n), int)}, labels, subset)
+    record.class_probabilities, record.statistics = probabilities, ("prediction", "probability")
+    result = score("label_issues", record)
+    known = ~subset.all(axis=0)
+    mean = (probabilities.astype(np.float64) * ~subset[..., None]).sum(0)[known] / (~subset).sum(0)[known, None]
+    mean /= mean.sum(axis=1, keepdims=True)
+    issues = filters.find_label_issues(labels[known], mean, n_jobs=1)
+    expected = 1 - ranks.get_label_quality_scores(labels[known], mean) + issues
+    np.testing.assert_allclose(result.values[known], expected, atol=1e-5)
+    assert np.isnan(result.values[~known]).all()
+    assert set(np.flatnonzero(result.values > 1)) == set(planted) - {5}
+    assert result.used == {"models": 7, "epochs": 1, "averaged_over": "held-out", "issues": int(issues.sum())}
+    seen = score("label_issues", record, models="trained")  # models that saw a label believe it
+    assert seen.used["issues"] == 0
+
+
+def test_label_issues_need_probabilities_models_that_did_not_see_the_image_and_cleanlab(monkeypatch):
+    record = small_record()
+    record.subset[:] = True
+    with pytest.raises(UsageError, match=r"label_issues asks models that did not see an image, .* --models trained"):
+        score("label_issues", record)
+    record.statistics = ("prediction",)
+    with pytest.raises(UsageError, match=r"needs probability, which fake\.h5 does not hold; .* --probabilities"):
+        score("label_issues", record)
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
+    with pytest.raises(ProtopruneError, match=r"cleanlab, which is not installed; pip install 'protoprune\[labels\]'"):
+        score("label_issues", small_record())
 
 
 def test_vote_entropy_by_hand():
@@ -537,6 +595,8 @@ def small_record(n=7, models=6, epochs=12, classes=3, seed=0) -> FakeRecord:
     subset[1:2] = ~subset[:1]  # every example has a model with it and one without
     record = FakeRecord(tables, np.arange(n) % classes, subset)
     record.classes = ["a", "b", "c"][:classes]
+    record.class_probabilities = rng.dirichlet(np.ones(classes), (models, n)).astype(np.float16)
+    record.statistics = (*record.tables, "probability")
     record.test_labels, record.test_prediction = test, rng.integers(0, classes, (models, 5))
     return record
 
@@ -570,9 +630,13 @@ def test_rows_of_features_in_any_order_and_any_chunks(metric, monkeypatch):
 def test_odd_sizes_of_a_record(metric, n, models, epochs):
     record = small_record(n, models, epochs)
     if models == 1 and metric not in ("memorization", "influence_max", "influence_sum_abs"):
-        record.subset[:] = metric != "ddd"  # which asks the models that did not see the image
+        record.subset[:] = metric not in ("ddd", "label_issues")  # which ask the models that did not see the image
     if models == 1 and metric in ("memorization", "influence_max", "influence_sum_abs"):
         with pytest.raises(ProtopruneError, match=r"fake\.h5"):  # one model cannot be compared with another
+            score(metric, record)
+        return
+    if metric == "label_issues" and n < 3:
+        with contextlib.suppress(ProtopruneError):  # one class alone is too few for cleanlab
             score(metric, record)
         return
     values = score(metric, record).values
@@ -636,7 +700,7 @@ def test_the_catalogue_has_what_the_papers_compare():
         assert metric.source, name
         assert metric.summary, name
         assert metric.cost, name
-        assert set(metric.statistics) <= set(STATISTICS), name
+        assert set(metric.statistics) <= {*STATISTICS, "probability"}, name
 
 
 @pytest.mark.parametrize(
@@ -732,7 +796,12 @@ def test_a_record_is_read_a_block_of_one_model_at_a_time(monkeypatch):
         assert rows.stop - rows.start <= 3
         return read(name, model, rows, epochs)
 
-    record.read = watched
+    def watched_probabilities(model, rows):
+        reads.append(("probability", model, rows.start))
+        assert 8 * len(record.classes) * (rows.stop - rows.start) <= catalogue.BLOCK_BYTES
+        return record.class_probabilities[model][rows]
+
+    record.read, record.probabilities = watched, watched_probabilities
     monkeypatch.setattr(catalogue, "BLOCK_BYTES", 8 * record.epochs * 3)
     for metric in RECORD_METRICS:
         reads.clear()
@@ -748,6 +817,7 @@ def write_record(path, record: FakeRecord) -> str:
     records.create(
         str(path), {"uuid": "0" * 8}, paths=record.paths, labels=record.labels, classes=record.classes,
         subset=record.subset, epoch_numbers=record.epoch_numbers, gradients=True,
+        probabilities=True,
         test_paths=[f"test/{i}.png" for i in range(len(record.test_labels))], test_labels=record.test_labels,
     )  # fmt: skip
     partial = records.PartialRecord(str(path))
@@ -756,6 +826,7 @@ def write_record(path, record: FakeRecord) -> str:
         values["test_prediction"] = record.test_prediction
         values["test_true_probability"] = np.zeros(record.test_prediction.shape)
         partial.write(slice(None), epoch, values)
+    partial.write_probabilities(slice(None), slice(None), record.class_probabilities)
     partial.commit(slice(None), record.epochs)
     partial.finish()
     return str(path)

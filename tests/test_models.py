@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
 from training_helpers import cloned, pixels, vectors
 
 from protoprune.errors import ProtopruneError, UsageError
@@ -123,7 +124,7 @@ def test_wrong_weights_are_one_clear_line(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": {}, "epoch": 3}, tmp_path / "nested.pt")
     for name, model, words in [
-        ("wide.pt", "cnn", "7 of 42 tensors fit the model .*network.0.0.weight"),
+        ("wide.pt", "cnn", "tensors fit the model .*network.2.0.weight"),
         ("text.pt", "cnn", r"not readable \(.*\); give a .pth"),
         ("list.pt", "cnn", "a list instead of a state dict"),
         ("nested.pt", "cnn", "no tensors in it"),
@@ -141,11 +142,43 @@ def test_start_from_leaves_the_normalisation_to_the_new_data():
     old = cloned(loop.make_model(data, recipe, 0))
     new = loop.make_model(other, recipe, 1, start=old)
     assert not torch.equal(new.mean, old["mean"])
-    assert torch.equal(new.network[0][0].weight, old["network.0.0.weight"])
+    assert torch.equal(new.network[2][0].weight, old["network.2.0.weight"])
+
+
+@pytest.mark.parametrize("size", [8, 9, 31, 64])
+def test_the_small_network_takes_images_of_any_size_from_8(size):
+    sample = pixels(6, size=size).inputs
+    assert built("cnn", 7, sample, width=4).eval()(sample).shape == (6, 7)
+
+
+def test_the_small_network_begins_with_whitened_patches_and_identities():
+    rng = torch.Generator().manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.rand(64, 3, 24, 24, generator=rng), 3, 1)  # neighbours are alike
+    model = built("cnn", sample=(255 * smooth).to(torch.uint8), width=32)
+    first, group = model.network[0], model.network[2]
+    assert not first.weight.requires_grad
+    with torch.no_grad():
+        normal = (255 * smooth - model.mean) * model.scale
+        out = nn.functional.conv2d(normal, first.weight).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(out[:12] @ out[:12].T / out.shape[1], torch.eye(12), atol=0.05, rtol=0)
+        torch.testing.assert_close(out[:12], -out[12:])
+        inside = torch.rand(2, 24, 8, 8, generator=rng)
+        torch.testing.assert_close(group[0](inside)[:, :24], inside)
+
+
+def test_what_is_frozen_is_not_trained_and_biases_have_a_rate_of_their_own():
+    model = built("cnn", width=4)
+    groups = models.parameter_groups(model, 0.1, 64)
+    trained = [id(p) for group in groups for p in group["params"]]
+    frozen = [name for name, p in model.named_parameters() if id(p) not in trained]
+    assert frozen[0] == "network.0.weight"
+    assert len(frozen) == 7
+    assert all(not dict(model.named_parameters())[name].requires_grad for name in frozen)
+    assert [group["times"] for group in groups] == [1, 64]
 
 
 def test_weight_decay_is_for_matrices():
-    groups = models.parameters_with_decay(built("resnet18"), 0.1)
+    groups = models.parameter_groups(built("resnet18"), 0.1)
     assert all(p.ndim > 1 for p in groups[0]["params"])
     assert groups[0]["weight_decay"] == 0.1
     assert all(p.ndim == 1 for p in groups[1]["params"])

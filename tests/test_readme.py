@@ -64,6 +64,18 @@ def test_subset(here):
     assert list(given["kept"]) == here
 
 
+def test_subset_of_image_folder(here):
+    """Also where class names sort otherwise than paths do."""
+    os.rename("images/c0", "images/car")
+    os.rename("images/c1", "images/car-toy")
+    protoprune.embed(protoprune.list_folder("images"), protoprune.load_encoder("mini"), "cars.h5", device="cpu")
+    result = protoprune.select("cars.h5", keep=0.7)
+    np.save("kept.npy", np.flatnonzero(result.keep))
+    given = run_block("subset_of_image_folder")
+    samples = [given["dataset"].samples[index][0] for index in given["kept"].indices]
+    assert sorted(os.path.relpath(path, "images") for path in samples) == result.kept_paths
+
+
 def test_weights(here):
     """Every kept image comes with its own weight, and the weighted mean of the loss is that over all images."""
     import torch

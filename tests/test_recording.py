@@ -29,10 +29,10 @@ CNN = Recipe.for_model("cnn", epochs=3, batch_size=8, width=4, image_size=8, pre
 
 
 def run(train, test, recipe, out, *, overwrite=False, on_start=None, on_progress=None, seed=0, **layout):
-    gradients = layout.get("gradients", False)
+    written = {name: layout.get(name, False) for name in ("gradients", "probabilities")}
     plan = recording.plan(train, test, recipe, seed=seed, **layout)
     recording.record(
-        train, test, recipe, out, plan, gradients=gradients, seed=seed, device="cpu", overwrite=overwrite,
+        train, test, recipe, out, plan, **written, seed=seed, device="cpu", overwrite=overwrite,
         on_start=on_start, on_progress=on_progress,
     )  # fmt: skip
     return plan
@@ -54,7 +54,7 @@ def literal_gradient_norms(model, data) -> list[float]:
     norms = []
     for one, label in zip(data.inputs, data.labels, strict=True):
         loss = nn.functional.cross_entropy(model(one[None]), torch.tensor([label]))
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
         norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
     return norms
 
@@ -186,12 +186,46 @@ def test_mislabelled_examples_look_hard(tmp_path):
         assert correct[clean].mean() > 0.95
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["head", "cnn"])
+def test_class_probabilities_are_those_of_the_last_epoch(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(recording, "_LOGITS_ROWS", 7)
+    monkeypatch.setattr(heads, "_rows_at_once", lambda ensemble: 7)
+    train, recipe = (vectors(20), HEAD) if kind == "head" else (pixels(20), CNN)
+    out = tmp_path / "r.h5"
+    run(train, None, recipe, out, models=2, subset_fraction=0.6, probabilities=True)
+    with records.Record(out) as record:
+        assert "probability" in record.statistics
+        for model in range(2):
+            seen = record.probabilities(model)
+            assert (seen.shape, seen.dtype) == ((20, 3), np.float32)
+            np.testing.assert_allclose(seen.sum(axis=1), 1, atol=2e-3)
+            own = seen[np.arange(20), train.labels]
+            np.testing.assert_allclose(own, record.last("true_probability")[model], atol=2e-3)
+            assert seen.argmax(axis=1).tolist() == record.last("prediction")[model].tolist()
+            np.testing.assert_array_equal(record.probabilities(model, slice(3, 9)), seen[3:9])
+    with h5py.File(out) as file:
+        place = file["probability"].id.get_offset()
+    whole = out.read_bytes()
+    out.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with records.Record(out) as record, pytest.raises(ProtopruneError, match="its probability is not what was written"):
+        record.probabilities(1)
+    out.write_bytes(whole)
+    before = stored(out)
+    run(train, None, recipe, out, models=2, subset_fraction=0.6)  # it holds all that this asks for
+    assert stored(out) == before
+    run(train, None, recipe, tmp_path / "plain.h5", models=2, subset_fraction=0.6)
+    with records.Record(tmp_path / "plain.h5") as record, pytest.raises(ProtopruneError, match="with --probabilities"):
+        record.probabilities(0)
+    with pytest.raises(ProtopruneError, match="with and without --probabilities"):
+        run(train, None, recipe, tmp_path / "plain.h5", models=2, subset_fraction=0.6, probabilities=True)
+
+
+@pytest.mark.parametrize("more", [{}, {"gradients": True}, {"probabilities": True}])
 @pytest.mark.parametrize("test", [None, vectors(50)])
 @pytest.mark.parametrize("n", [3, 1000])
-def test_the_announced_size_is_that_of_the_file(tmp_path, gradients, test, n):
+def test_the_announced_size_is_that_of_the_file(tmp_path, more, test, n):
     recipe = Recipe.for_model("head", epochs=4, batch_size=100)
-    plan = run(vectors(n), test, recipe, tmp_path / "r.h5", models=3, gradients=gradients)
+    plan = run(vectors(n), test, recipe, tmp_path / "r.h5", models=3, **more)
     real = os.path.getsize(tmp_path / "r.h5")
     assert plan.bytes - records._OVERHEAD <= real <= plan.bytes
 

@@ -194,6 +194,7 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     method = {
         "name": "kept<.txt", "kept": 75, "fraction": 0.5, "accuracy": {"mean": 0.9, "low": 0.89, "high": 0.91},
         "to_random": {**comparison, "n": 5, "verdict": "better"}, "to_everything": None,
+        "to_classes": {**comparison, "difference": -0.01, "n": 5, "verdict": "worse"},
         "worst_class": "b", "worst_class_accuracy": 0.71,
     }  # fmt: skip
     folder = tmp_path / "pays"
@@ -201,6 +202,7 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     (folder / "results.json").write_text(json.dumps({"methods": [method]}))
     html, _ = page(pruning.select(many, 0.5), Options(thumbnails=False, evaluation=os.fspath(folder)))
     assert b"kept&lt;.txt: better than random by 1.2 points (0.4 to 2.0, 5 seeds)" in html
+    assert b"5 seeds); worse than random images of the same class counts by 1.0 points" in html
     assert b'<td class="number">+1.2 (+0.4 to +2.0)</td>' in html
     (folder / "results.json").write_text("{}")
     with pytest.raises(ProtopruneError, match="not results of `evaluate`"):

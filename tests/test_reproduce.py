@@ -92,8 +92,9 @@ def toy_lab(tmp_path, feature_file, monkeypatch):
 
     def make(name: str, **changes) -> framework.Lab:
         settings = configuration(name)["small"] | TOY[name] | changes
-        if "recipe" in settings:
-            settings["recipe"] = HEAD
+        for part, toy in (("recipe", {"model": "head"}), ("probe", HEAD)):
+            if part in settings:
+                settings[part] = toy
         folder = tmp_path / "results" / name
         folder.mkdir(parents=True, exist_ok=True)
         return framework.Lab(name, "small", Watched(settings), tmp_path, folder, "cpu")

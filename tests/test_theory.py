@@ -531,7 +531,7 @@ def test_importing_the_commands_loads_nothing_heavy():
 # --- advice ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("images", "first"), [(1_281_167, "HARD"), (700_000, "CALIBRATED"), (100_000, "RANDOM")])
+@pytest.mark.parametrize(("images", "first"), [(1_281_167, "HARD"), (700_000, "RANDOM"), (100_000, "COVER")])
 def test_advice_depends_on_the_images_a_class(images, first):
     assert first in advice_for(images, 1000)[0].text
 
@@ -551,6 +551,16 @@ def test_every_advice_says_what_it_rests_on_and_how_unsure_it_is(images, quality
         assert piece.uncertainty
         assert not piece.support.endswith(".")
         assert not piece.uncertainty.endswith(".")
+
+
+def test_hard_at_30_percent_is_advised_only_where_it_was_measured():
+    """Imagenette with features of high quality; poorer ones, and classes of few images, get cover."""
+    for knn, images, words in ((0.98, 9_469, "try HARD"), (0.72, 9_469, "COVER each class"), (0.98, 600, "COVER each")):
+        pieces = advice_for(images, 10, knn=knn, encoder="lite0")
+        assert words in pieces[2].text
+        assert f"right on {knn:.0%} of the labels" in pieces[3].text
+        assert "features of lite0" in pieces[3].text
+        assert "`protoprune tune --keep F`" in pieces[3].text
 
 
 def test_the_numbers_that_the_advice_quotes():
@@ -582,3 +592,5 @@ def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert "10 images, 2 classes" in result.stdout
     assert "3 to 7 images" in " ".join(result.stdout.split())
+    assert "protoprune tune" in result.stdout
+    assert "Nearest neighbours in your features are right on " in " ".join(result.stdout.split())

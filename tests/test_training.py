@@ -183,7 +183,7 @@ def test_a_seed_decides_everything_and_global_generators_nothing(name):
 
 
 def test_dropout_is_of_the_seed(monkeypatch):
-    def small(classes, width):
+    def small(classes, width, images):
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, classes))
 
     monkeypatch.setattr(models, "small_cnn", small)
@@ -192,9 +192,7 @@ def test_dropout_is_of_the_seed(monkeypatch):
     first = finished(data, CNN)
     torch.manual_seed(1)
     assert same_state(first, finished(data, CNN))
-    monkeypatch.setattr(
-        models, "small_cnn", lambda classes, width: nn.Sequential(*[small(classes, width)[i] for i in (0, 2)])
-    )
+    monkeypatch.setattr(models, "small_cnn", lambda *how: nn.Sequential(*[small(*how)[i] for i in (0, 2)]))
     assert not torch.equal(first["network.2.weight"], finished(data, CNN)["network.1.weight"])
 
 
@@ -241,8 +239,8 @@ def test_examples_outside_a_subset_do_not_matter(data):
     outside = np.setdiff1d(np.arange(30), rows)
     data.labels[outside] = (data.labels[outside] + 1) % 3
     assert same_state(before, finished(data, recipe, rows=rows))
-    if not data.vectors:  # other pixels of the same mean: the normalisation is that of the whole set
-        data.inputs[outside] = data.inputs[outside].flip(-1)
+    if not data.vectors:  # the same images elsewhere: normalisation and whitening are those of the whole set
+        data.inputs[outside] = data.inputs[outside].roll(1, 0)
         after = finished(data, recipe, rows=rows)
         for name, value in before.items():
             torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4)
@@ -358,6 +356,15 @@ def test_learning_rates_by_hand():
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 9, 16, 32])
+def test_an_image_is_turned_in_every_second_epoch(size):
+    flips = [_Augmentation("crop-flip", (40, 3, size, size), 3, epoch).flip for epoch in range(4)]
+    assert 5 < flips[0].sum() < 35
+    assert (flips[1] == ~flips[0]).all()
+    assert (flips[2] == flips[0]).all()
+    assert (_Augmentation("crop-flip", (40, 3, size, size), 4, 0).flip != flips[0]).any()
 
 
 @pytest.mark.parametrize("size", [8, 9, 16, 32])

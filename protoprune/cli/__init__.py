@@ -15,11 +15,13 @@ from protoprune import __version__
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.imports import import_
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
+from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
@@ -126,9 +128,11 @@ for command in (
     sheet,
     report,
     encoders,
+    merge,
     advise,
 ):
     app.command()(command)
+app.command("import")(import_)
 app.add_typer(theory_app, name="theory")
 
 

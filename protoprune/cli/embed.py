@@ -14,13 +14,25 @@ import typer
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
 from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
+from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSize, embed_source, ranks
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 
 
 def embed(
-    images: Annotated[str, typer.Argument(help="Image folder, a text file of paths, or - for paths on stdin.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Image folder, a text file of paths, - for paths on stdin; or shards: a tar, zip, Parquet or Arrow "
+            "file, a pattern in quotes ('shards/{0000..0099}.tar'), a folder of them."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Feature file to write [default: features.h5; for shards a folder, features]."
+        ),
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="Encoder, see `protoprune encoders`; timm:NAME for others.")
     ] = "dino_vits16",
@@ -48,26 +60,69 @@ def embed(
     label_column: LabelColumn = None,
     class_names: ClassNames = None,
     class_level: ClassLevel = None,
+    image_column: ImageColumn = None,
+    id_column: IdColumn = None,
+    devices: Devices = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
     no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
-    started = time.monotonic()
-    check_outputs(errors, hdf5=out, inputs=[images, weights, labels, class_names])
-    classes = _classes(labels, label_column, class_names, class_level, no_labels)
-    size, threads = _number("--batch-size", batch_size), _number("--workers", workers)
-    found = _find_images(images, root, {"labels": classes, "class_level": class_level})
-    _say_found(found)
+    inputs = [images, weights, labels, class_names]
+    check_outputs(errors, inputs=inputs)
+    settings = {
+        "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
+        "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
+    }  # fmt: skip
+    source, entries = _find(images, root)
+    single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
+    if source is None or single:
+        out = out or Path("features.h5")
+        check_outputs(errors, hdf5=out, inputs=inputs)
+        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size})
+    if source is None:
+        _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
+        classes = label_argument(labels, label_column, class_names, class_level, no_labels)
+        found = _list_images(images, entries, root, {"labels": classes, "class_level": class_level})
+        _say_found(found)
+    else:
+        options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
+        share = ranks(rank, world_size)
+        if devices is not None and not single:
+            from protoprune.launch import parse_devices
+
+            settings["devices"] = parse_devices(devices)
     from protoprune.encoders import load_encoder
 
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
+    _quiet_pillow()
+    if source is None:
+        _embed_images(found, model, out, errors, strict, settings)
+    elif single:
+        from protoprune.sharding import opened
+
+        with opened(source.shards[0], source.root, options) as found:
+            _say_found(found)
+            _embed_images(found, model, out, errors, strict, settings)
+    else:
+        try:
+            embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
+        except KeyboardInterrupt:
+            say("interrupted: what is embedded is kept; to go on, run the same again:")
+            _say_again()
+            raise typer.Exit(130) from None
+
+
+def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict) -> None:
+    """Embed a list of images into one file, with progress, and say what became of it."""
     from protoprune.embedding import embed as run
 
-    _quiet_pillow()
+    started = time.monotonic()
     with Progress("embed") as progress:
         state = {"done": 0, "left": 0, "total": 0}
 
@@ -82,18 +137,19 @@ def embed(
             progress.update(done, failed)
 
         try:
-            report = run(
-                found, model, out, device=device, precision=precision, batch_size=size, workers=threads, store=store,
-                compile=compile, overwrite=overwrite, on_start=on_start, on_progress=on_progress,
-            )  # fmt: skip
+            report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
         except KeyboardInterrupt:
             done = state["total"] - state["left"] + state["done"]
             progress.__exit__()
             say(f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same again:")
-            say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
+            _say_again()
             raise typer.Exit(130) from None
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
+
+
+def _say_again() -> None:
+    say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
 
 
 def _number(option: str, text: str) -> int | None:
@@ -104,7 +160,7 @@ def _number(option: str, text: str) -> int | None:
     return int(text)
 
 
-def _classes(labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool):
+def label_argument(labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool):
     """The `labels` argument of `list_folder`."""
     from protoprune.labels import label_file
 
@@ -115,25 +171,57 @@ def _classes(labels: Path | None, column: str | None, names: Path | None, level:
     return False if none else label_file(labels, column, names, level)
 
 
-def _find_images(images: str, root: Path | None, classes: dict):
-    from protoprune.images import archive_kind, image_suffixes, list_folder, list_paths, split_list
+def _refuse_shard_options(given: dict) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"{option} goes with shards (tar, zip, Parquet or Arrow files) that become a feature set")
+
+
+def _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column):
+    from protoprune.sources import ShardOptions
+
+    if labels is not None or class_names is not None:
+        raise UsageError(
+            "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
+        )
+    if no_labels and (label_column or class_level):
+        raise UsageError(f"--no-labels does not go with {'--label-column' if label_column else '--class-level'}")
+    return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
+
+
+def _find(images: str, root: Path | None):
+    """(source of shards or None, entries of a list or None)."""
+    from protoprune.images import archive_kind, image_suffixes, split_list
+    from protoprune.sources.finding import find_shards, list_shards, looks_like_shards
 
     if images == "-":
-        return list_paths(split_list(sys.stdin.buffer.read(), "the list on stdin"), root, **classes)
-    if os.path.isdir(images):
-        if root is not None:
-            raise UsageError("--root goes with a list of paths; the folder itself is the root here")
-        return list_folder(images, **classes, on_progress=_say_listing if sys.stderr.isatty() else None)
-    if not os.path.exists(images):
-        raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
-    if os.path.splitext(images)[1].lower() in image_suffixes() or _begins_like(images, archive_kind) == "an image":
-        raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
-    from protoprune.lists import read_list
+        entries = split_list(sys.stdin.buffer.read(), "the list on stdin")
+    else:
+        source = find_shards(images)
+        if source is not None or os.path.isdir(images):
+            if root is not None:
+                raise UsageError("--root goes with a list of paths; a folder or a pattern has its own")
+            return source, None
+        if not os.path.exists(images):
+            raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
+        if os.path.splitext(images)[1].lower() in image_suffixes() or _begins_like(images, archive_kind) == "an image":
+            raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
+        from protoprune.lists import read_list
 
-    entries = read_list(images)
-    if not isinstance(entries, list):
-        raise UsageError(f"{images}: row indices do not name images; give a list of paths")
-    return list_paths(entries, root, **classes)
+        entries = read_list(images)
+        if not isinstance(entries, list):
+            raise UsageError(f"{images}: row indices do not name images; give a list of paths")
+    if looks_like_shards(entries):
+        return list_shards(entries, root), None
+    return None, entries
+
+
+def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict):
+    from protoprune.images import list_folder, list_paths
+
+    if entries is not None:
+        return list_paths(entries, root, **classes)
+    return list_folder(images, **classes, on_progress=_say_listing if sys.stderr.isatty() else None)
 
 
 def _begins_like(path: str, kind):

@@ -23,6 +23,7 @@ from protoprune.cli.record import (
     LabelColumn,
     Labels,
     TestLabels,
+    is_image_folder,
     label_options,
     load_sets,
 )
@@ -46,14 +47,20 @@ Model = Annotated[
     str | None,
     typer.Option(help="head, cnn, resnet18 or timm:NAME [default: head on a feature file, cnn on a folder]."),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training set [default: by model].")]
+Epochs = Annotated[int | None, typer.Option(help="Of a network: passes over the training set [default: by model].")]
 Batch = Annotated[int | None, typer.Option(help="Batch size [default: by model].")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate [default: by model].")]
 Decay = Annotated[float | None, typer.Option(help="Weight decay [default: by model].")]
 Augment = Annotated[str | None, typer.Option(help="none, crop-flip or resized-crop [default: by model].")]
 ImageSize = Annotated[int, typer.Option(help="Side in pixels that images are resized to.")]
 Width = Annotated[int | None, typer.Option(help="Channels of the first layer of cnn [default: 32].")]
-Hidden = Annotated[int | None, typer.Option(help="Units of a head's hidden layer [default: 0, a linear head].")]
+Hidden = Annotated[
+    int | None,
+    typer.Option(help="Units of a head's hidden layer: a small network, trained for --epochs [default: 0, linear]."),
+]
+MinSteps = Annotated[
+    int | None, typer.Option(min=1, help="Of networks: optimizer steps that every run takes at least [default: 500].")
+]
 Schedule = Annotated[str | None, typer.Option(help="linear, cosine or steps (Data Diet) [default: linear].")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the network: pays on a GPU.")]
 Pixels = Annotated[Path | None, typer.Option(help="File for decoded pixels, for a data set larger than memory.")]
@@ -67,9 +74,10 @@ Out = Annotated[
     ),
 ]
 _BUDGET = (
-    "epochs: every run passes over its own images as often, so that fewer images mean fewer optimizer steps and less "
-    "time (what you gain in practice). steps: every run takes as many optimizer steps as {}, so that "
-    "only the choice of images differs, and not the length of training."
+    "Of networks (a linear head is trained to convergence). epochs: every run passes over its own images as often, so "
+    "that fewer images mean fewer optimizer steps and less time (what you gain in practice). steps: every run takes as "
+    "many optimizer steps as {}, so that only the choice of images differs, and not the length of training. "
+    "[default: {}]"
 )
 
 
@@ -81,7 +89,8 @@ def evaluate(
     test: Test = ...,
     features: Features = None,
     seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds: each trains once on everything compared.")] = 5,
-    budget: Annotated[str, typer.Option(help=_BUDGET.format("everything"))] = "epochs",
+    budget: Annotated[str | None, typer.Option(help=_BUDGET.format("everything", "epochs"))] = None,
+    min_steps: MinSteps = None,
     dynamic: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,6 +112,13 @@ def evaluate(
         typer.Option(help="Also report training time until this test accuracy, as a fraction (0.9)."),
     ] = None,
     everything: Annotated[bool, typer.Option(help="Train on everything too, to know what is lost and saved.")] = True,
+    class_counts: Annotated[
+        bool,
+        typer.Option(
+            help="Compare each list also with random images of its own class counts, to see which part of a difference "
+            "those make."
+        ),
+    ] = True,
     selection_seconds: Annotated[
         list[float] | None,
         typer.Option(help="What choosing cost, in seconds: one number for all lists, or one for each in order."),
@@ -135,6 +151,9 @@ def evaluate(
     the model's start are the same for all, so that only the subset differs. Differences are paired by seed. A list is
     called better or worse than random only where the interval supports it: it covers the seeds and the luck of one
     draw, since a random list is better or worse than the average one too.
+
+    Heads on features are trained to convergence, with the regularisation that suits their images: what they reach says
+    something of the images, and not of the length of a training.
     """
     from protoprune.evaluation.comparing import check_options
     from protoprune.evaluation.comparing import evaluate as compare
@@ -144,31 +163,33 @@ def evaluate(
     source, model = _source(images, features, model)
     samplers = _samplers(dynamic, keep or [], every)
     costs = _costs(selection_seconds or [], len(lists))
-    check_options(lists, samplers, budget, target_accuracy)
-    check_folder(out, [*lists, source, test, weights, labels, test_labels, class_names])
-    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
-    for path in lists:
-        read_list(path)
-        _refuse_manifest(path)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
+    check_options(lists, samplers, recipe, budget, min_steps, target_accuracy, device)
+    check_folder(out, [*lists, source, test, weights, labels, test_labels, class_names])
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
+    for path in lists:
+        read_list(path)
     train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
     with _resumable(out):
         result = compare(
-            train, tested, kept, recipe, seeds=seeds, budget=budget, dynamic=samplers, everything=everything,
-            target_accuracy=target_accuracy, folder=out and out / "runs", device=device, on_run=_show_run(out),
+            train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,
+            everything=everything, class_counts=class_counts, target_accuracy=target_accuracy,
+            folder=out and out / "runs", device=device, on_run=_show_run(out),
         )  # fmt: skip
     _print_evaluation(result)
     if out is not None:
         from protoprune.evaluation import report
+        from protoprune.evaluation.runs import settings_of
 
         config = {
             "command": "evaluate", "lists": [os.fspath(path) for path in lists], "train": os.fspath(source),
-            "test": os.fspath(test), "dynamic": samplers, "recipe": vars(recipe), "device": device,
+            "test": os.fspath(test), "dynamic": samplers, "recipe": settings_of(recipe), "min_steps": min_steps,
+            "device": device,
         }  # fmt: skip
         _say_written(report.save_evaluation(out, result, config, train.classes))
 
@@ -196,7 +217,8 @@ def scaling(
         float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
     ] = 0.0,
     seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds, each with initial sets of its own.")] = 3,
-    budget: Annotated[str, typer.Option(help=_BUDGET.format("the largest initial set"))] = "steps",
+    budget: Annotated[str | None, typer.Option(help=_BUDGET.format("the largest initial set", "steps"))] = None,
+    min_steps: MinSteps = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples for the intervals of the fits.")] = 200,
     model: Model = None,
     epochs: Epochs = None,
@@ -228,18 +250,24 @@ def scaling(
     """
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
+    from protoprune.scores import check_reading
 
     source, model = _source(images, features, model, ranking=True)
     wanted = {"sizes": _numbers(sizes, "--sizes", whole=True), "keeps": _numbers(keeps, "--keeps")}
     names = [one.strip() for one in orders.split(",") if one.strip()]
-    check_options(wanted["keeps"], names, budget)
-    check_folder(out, [table_file(scores), rows, features, source, test, weights, labels, test_labels, class_names])
-    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
+    clusters = number_of_clusters(k)
     recipe = _recipe(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, weights=weights, precision=precision,
         compile=compile or None,
     )  # fmt: skip
+    check_options(wanted["keeps"], names, clusters, balance, recipe, budget, min_steps, device)
+    check_reading(scores, higher_is=higher_is, rows=rows, by_place=by_place)
+    for path, what in ((table_file(scores), "score table"), (features, "feature file")):
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such {what}")
+    check_folder(out, [table_file(scores), rows, features, source, test, weights, labels, test_labels, class_names])
+    labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
     ranked = {
         "scores": _scores(scores, train, higher_is=higher_is, rows=rows, by_place=by_place),
@@ -247,18 +275,20 @@ def scaling(
     }
     with _resumable(out):
         result = sweep(
-            train, tested, recipe, **wanted, **ranked, orders=names, seeds=seeds, k=number_of_clusters(k),
-            balance=balance, budget=budget, bootstrap=bootstrap, folder=out and out / "runs", device=device,
+            train, tested, recipe, **wanted, **ranked, orders=names, seeds=seeds, k=clusters, balance=balance,
+            budget=budget, min_steps=min_steps, bootstrap=bootstrap, folder=out and out / "runs", device=device,
             on_run=_show_run(out),
         )  # fmt: skip
     _print_scaling(result)
     if out is not None:
         from protoprune.evaluation import report
+        from protoprune.evaluation.runs import settings_of
 
         config = {
             "command": "scaling", "train": os.fspath(source), "test": os.fspath(test), **wanted, "orders": names,
             "scores": scores and os.fspath(scores), "features": features and os.fspath(features), "k": k,
-            "balance": balance, "bootstrap": bootstrap, "recipe": vars(recipe), "device": device,
+            "balance": balance, "bootstrap": bootstrap, "recipe": settings_of(recipe), "min_steps": min_steps,
+            "device": device,
         }  # fmt: skip
         _say_written(report.save_scaling(out, result, config))
 
@@ -270,11 +300,11 @@ def _source(images: Path | None, features: Path | None, model: str | None, *, ra
     """What is trained on, and the model: heads on feature files, networks on folders."""
     if images is None and features is None:
         raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
-    is_file = images is not None and images.is_file()
+    is_file = images is not None and images.exists() and not is_image_folder(images)
     model = model or ("head" if features is not None or is_file else "cnn")
     if model == "head":
         source = features or images
-        if source.is_dir():
+        if is_image_folder(source):
             raise UsageError(
                 f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
                 "its file with --features, or take --model cnn"
@@ -306,15 +336,6 @@ def _kept(path: Path, train, source: Path, cost: float | None):
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
 
 
-def _refuse_manifest(path: Path) -> None:
-    """A manifest names the removed images too: as a list it would be everything, in silence."""
-    if path.suffix in (".csv", ".jsonl"):
-        with open(path, errors="replace") as file:
-            first = file.readline()
-        if "keep" in first.strip().split(",") or '"keep":' in first:
-            raise UsageError(f"{path}: a manifest, which holds the removed images too; give the list that select wrote")
-
-
 def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     """(m,) loss weights where the list has a weight column."""
     from protoprune import lists
@@ -329,7 +350,7 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
 
 def _every_path(source: Path) -> list[str]:
     """All paths that row indices count, unusable images included."""
-    if source.is_dir():
+    if is_image_folder(source):
         from protoprune.images import list_folder
 
         return list_folder(source, labels=False).paths
@@ -365,11 +386,11 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list:
 
 
 def _scores(path: Path | None, train, **reading) -> np.ndarray | None:
-    from protoprune.scores import check_reading, read_scores
+    from protoprune.scores import read_scores
 
     if path is None:
-        check_reading(path, **reading)
         return None
+
     table = read_scores(path, train.paths, **reading)
     for note in table.notes():
         say(f"{path}: {note}")
@@ -434,40 +455,52 @@ def _say_written(paths: list[str]) -> None:
 
 
 def _print_evaluation(result: Evaluation) -> None:
-    header = ["", "kept", "accuracy", "against random", "against everything", "worst class", "training", "saved"]
-    header += ["selection", "net saved"]
+    header = ["", "kept", "accuracy", "against random", "against same classes", "against everything", "worst class"]
+    header += ["training", "saved", "selection", "net saved"]
     if result.target_accuracy is not None:
         header.append(f"to {100 * result.target_accuracy:g} %")
     print_table(header, [_cells(one, result) for one in result.methods])
     judged = [one for one in result.methods if one.verdict]
     for one in judged:
-        echo(f"{one.name}: {one.verdict}")
-    notes = [
+        echo("; ".join([f"{one.name}: {one.verdict}", *filter(None, [one.class_verdict])]))
+    for note in _notes(result, len(judged) + sum(one.to_classes is not None for one in judged)):
+        echo(note)
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+
+
+def _notes(result: Evaluation, comparisons: int) -> Iterator[str]:
+    """What the table's numbers are, a sentence or two a line."""
+    yield (
         f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by seed. "
         "Against random they cover the seeds and, for a list, the luck of one draw."
-    ]
-    if len(judged) > 1:
-        notes.append(
-            f"Each interval is for its own line alone; the verdicts allow for all {len(judged)} comparisons (Holm)."
+    )
+    if result.budget == "convergence":
+        yield (
+            "Heads are trained to convergence, so that a list gives one number: its own interval, and that of its "
+            "difference to everything, are over test images."
         )
-    for note in notes:
-        echo(note)
+    if any(one.to_classes for one in result.methods):
+        yield "Same classes: random images with as many of each class as the list has."
+    if comparisons > 1:
+        yield f"Each interval is for its own line alone; the verdicts allow for all {comparisons} comparisons (Holm)."
 
 
 def _cells(one: Method, result: Evaluation) -> list[str]:
-    random, full = one.to_random, one.to_everything
+    random, matched, full = one.to_random, one.to_classes, one.to_everything
     cells = [
         one.name,
         f"{one.kept:,} ({100 * one.fraction:.3g} %)",
         _span(one.accuracy.mean, one.accuracy.low, one.accuracy.high, digits=2),
         _span(random.difference, random.low, random.high, sign="+") if random else "",
+        _span(matched.difference, matched.low, matched.high, sign="+") if matched else "",
         _span(full.mean, full.low, full.high, sign="+") if full else "",
         f"{100 * one.worst_class_accuracy:.1f} ({one.worst_class})",
         _time(one.seconds),
         *(_time(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
     ]
     if result.target_accuracy is not None:
-        reached = f"{one.reached_target} of {one.accuracy.n} seeds"
+        reached = f"{one.reached_target} of {len(one.accuracies)} seeds"
         cells.append(_time(one.seconds_to_target) if one.seconds_to_target is not None else reached)
     return cells
 
@@ -504,6 +537,8 @@ def _print_scaling(result: Scaling) -> None:
         print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
     for curve in result.curves:
         echo(f"{curve.name}: {curve.verdict}")
+    for warning in result.warnings:
+        say(f"warning: {warning}")
     if laws:
         echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 

@@ -10,6 +10,7 @@ from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 from protoprune.files import holds, same_file
 
+SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
 _RESULTS = ("results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png")
 
 
@@ -37,6 +38,8 @@ def check_outputs(
         _check_place(path)
         if path.exists() and not path.is_file():
             continue  # a pipe or a device: nothing is replaced
+        if any(_lies_in_set(path, one) for one in inputs):
+            raise UsageError(f"{path}: lies in a feature set, which holds nothing else; choose another place")
         if any(same_file(path, one) for one in inputs):
             raise UsageError(f"{path}: is one of the inputs; choose another name")
         if any(same_file(path, one) for one in written) or _is_stdout(path):
@@ -72,6 +75,10 @@ def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
     if out.is_dir():
         check_outputs(*(out / name for name in _RESULTS), inputs=inputs)
+
+
+def _lies_in_set(path: Path, source: str | Path) -> bool:
+    return os.path.isfile(os.path.join(source, SET_FILE)) and path.resolve().is_relative_to(Path(source).resolve())
 
 
 def _check_place(path: Path) -> None:

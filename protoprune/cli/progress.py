@@ -71,17 +71,18 @@ class Progress(AbstractContextManager):
         self._bar.start()
         self._task = self._bar.add_task(self.what, total=total, rate="0", failed="")
 
-    def update(self, done: int, failed: int = 0) -> None:
+    def update(self, done: int, failed: int = 0, note: str = "") -> None:
         now = time.monotonic()
         rate = done / max(now - self._started, 1e-9)
         if self._bar:
-            self._bar.update(self._task, completed=done, rate=_rate(rate), failed=f"{failed} failed" if failed else "")
+            trouble = ", ".join(([f"{failed} failed"] if failed else []) + ([note] if note else []))
+            self._bar.update(self._task, completed=done, rate=_rate(rate), failed=trouble)
         elif now - self._shown >= _PLAIN_SECONDS or (done == self._total and self._shown > self._started):
             self._shown = now
             left = duration((self._total - done) / rate)
             share = 100 * done / self._total
             speed = f"{_rate(rate)} {self.unit}/s"
-            trouble = f", {failed} failed" if failed or self.unit == "img" else ""
+            trouble = (f", {note}" if note else "") + (f", {failed} failed" if failed or self.unit == "img" else "")
             say(f"{self.what} {done:,}/{self._total:,} ({share:.0f} %), {speed}, {left} left{trouble}")
 
     def __exit__(self, *_) -> None:

@@ -43,6 +43,10 @@ def record(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Record gradient norms (GraNd): slow for networks, cheap for heads.")
     ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Record all class probabilities at the end, for label_issues."),
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step [default: 256 for a head, else 128].")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: what suits the model].")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay [default: what suits the model].")] = None,
@@ -85,7 +89,7 @@ def record(
         raise UsageError(f"--weights {weights}: no such file")
     recording.check(models, subset, every)
     if model is None:
-        model = "cnn" if source.is_dir() else "head"
+        model = "cnn" if is_image_folder(source) else "head"
     recipe = Recipe.for_model(
         model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,
         augment=augment, image_size=image_size, width=width, hidden=hidden, precision=precision,
@@ -94,11 +98,16 @@ def record(
     train, held_out = load_sets(source, test, model, image_size, pixels, decode=not plan, labelled=labelled)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
-        gradients=gradients, seed=seed,
+        gradients=gradients, probabilities=probabilities, seed=seed,
     )  # fmt: skip
     say(
         f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
         f"{len(train):,} examples, {bytes_text(laid_out.bytes)} in {out}"
+        + (
+            f", {bytes_text(2 * models * len(train) * len(train.classes))} of it class probabilities"
+            if probabilities
+            else ""
+        )
     )
     if plan:
         return
@@ -111,8 +120,8 @@ def record(
 
         try:
             recording.record(
-                train, held_out, recipe, out, laid_out, gradients=gradients, seed=seed, device=device,
-                overwrite=overwrite, on_start=on_start, on_progress=progress.update,
+                train, held_out, recipe, out, laid_out, gradients=gradients, probabilities=probabilities, seed=seed,
+                device=device, overwrite=overwrite, on_start=on_start, on_progress=progress.update,
             )  # fmt: skip
         except KeyboardInterrupt:
             progress.__exit__()
@@ -122,6 +131,13 @@ def record(
             raise typer.Exit(130) from None
     _say_accuracy(out)
     say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
+
+
+def is_image_folder(path: Path) -> bool:
+    """A folder of images; a feature set is a folder too."""
+    from protoprune.images import is_feature_set
+
+    return path.is_dir() and not is_feature_set(path)
 
 
 def _say_accuracy(out: Path) -> None:
@@ -180,18 +196,19 @@ def load_sets(
 
     `labelled` is what `label_options` gives.
     """
-    from protoprune.training.examples import load_examples
+    from protoprune.features import missing
+    from protoprune.training.examples import check_same_inputs, load_examples
 
     for path in (source, test):
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such image folder or feature file")
-    if model != "head" and not source.is_dir():
+            raise missing(path)
+    if model != "head" and not is_image_folder(source):
         raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
-    if model == "head" and source.is_dir():
+    if model == "head" and is_image_folder(source):
         raise UsageError(
             f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it"
         )
-    if test is not None and test.is_dir() != source.is_dir():
+    if test is not None and is_image_folder(test) != is_image_folder(source):
         raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
     if test is not None and test.samefile(source):
         say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
@@ -219,4 +236,7 @@ def load_sets(
             first, reason = data.unreadable[0]
             say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
         loaded.append(data)
+    if test is not None:
+        for difference in check_same_inputs(*loaded):
+            say(f"warning: the test features differ from the training features in {difference}: in the last digits")
     return loaded

@@ -45,7 +45,7 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the middle of a "
+            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the last of a "
             "short training, for el2n and grand, else the last].",
         ),
     ] = None,

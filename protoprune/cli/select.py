@@ -185,10 +185,9 @@ def _check_output(
 
 def _format(asked: str | None, path: Path | None) -> str:
     """The format of a list: what was asked for, else what the file's suffix says, else txt."""
-    from protoprune.lists import FORMATS
+    from protoprune.lists import list_format
 
-    suffix = path.suffix[1:] if path else ""
-    return asked or (suffix if suffix in FORMATS else "txt")
+    return asked or (path and list_format(path)) or "txt"
 
 
 def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
@@ -208,14 +207,14 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
 
     kept = text(chosen.keep, out, chosen.weights)
     if removed is not None:  # duplicates are among them
-        files.write_file(removed, text(ranking.readable & ~chosen.keep, removed))
+        files.write_file(removed, lists.packed(removed, text(ranking.readable & ~chosen.keep, removed)))
     if manifest is not None:
-        kind = "jsonl" if manifest.suffix == ".jsonl" else "csv"
-        files.write_file(manifest, lists.manifest(_columns(chosen), kind))
+        kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
+        files.write_file(manifest, lists.packed(manifest, lists.manifest(_columns(chosen), kind)))
     if links is not None:
         _write_links(links, root, chosen, hard_links)
     if out is not None:
-        files.write_file(out, kept)
+        files.write_file(out, lists.packed(out, kept))
     else:
         files.write_stdout(kept)
 

@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="Feature file or training record.")] = Path("features.h5"),
+    file: Annotated[Path, typer.Argument(help="Feature file, feature set or training record.")] = Path("features.h5"),
     errors: Annotated[bool, typer.Option("--errors", help="List every image that could not be used.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
     ] = False,
 ) -> None:
-    """Describe a feature file or a training record, finished or not, and check it for damage."""
+    """Describe a feature file, a feature set or a training record, finished or not, and check it for damage."""
     from protoprune import hdf5
-    from protoprune.features import FeatureFile, partial_path
+    from protoprune.features import FeatureFile, open_features, partial_path
+    from protoprune.images import is_feature_set
     from protoprune.records import KIND as RECORD
     from protoprune.records import Record
 
@@ -58,7 +59,12 @@ def info(
         with Record(there, unfinished=True) as record:
             _verify(record) if verify else _describe_record(record)
         return
-    with FeatureFile(there) as features:
+    if is_feature_set(there):
+        from protoprune.cli.shards import show_set
+
+        if not show_set(file, errors):
+            return
+    with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:
             for name, status, reason in features.failures():
                 echo(f"{name}\t{status.label}\t{reason}")
@@ -73,13 +79,13 @@ def _describe_features(file: FeatureFile) -> None:
 
     facts = file.provenance
     usable, failures = int(file.usable.sum()), file.failure_counts()
-    echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(os.path.getsize(file.path))}")
+    echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(file.bytes)}")
     done = int(file.finished().sum())
     if done < file.n or file.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
     echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
-    if file.transparent:
-        echo(f"transparent {file.transparent:,} images, shown on white")
+    if file.transparent.any():
+        echo(f"transparent {file.transparent.sum():,} images, shown on white")
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
     echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
     echo(f"root        {facts['root']}")
@@ -172,7 +178,7 @@ def _verify(file: FeatureFile | Record) -> None:
     if damage:
         more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:4])}" if len(damage) > 1 else ""
         raise file.damaged(f"{damage[0]} is not what was written{more}")
-    size = bytes_text(os.path.getsize(file.path))
+    size = bytes_text(os.path.getsize(file.path) if os.path.isfile(file.path) else file.bytes)
     if file.sealed:
         echo(f"{file.path}: whole: all of its {size} are what was written")
     else:

@@ -245,9 +245,9 @@ def advise(
 
     from protoprune.theory.advice import advise as advice_for
 
-    counts = None
+    counts, quality, encoder = None, None, None
     if features is not None:
-        found, counts = _count(features)
+        found, counts, quality, encoder = _count(features)
         images, classes = images or found, classes or len(counts) or None
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
@@ -259,7 +259,7 @@ def advise(
         raise UsageError(f"--classes {classes}: more than the {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
     console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
-    for number, piece in enumerate(advice_for(images, classes, counts, probe_quality), 1):
+    for number, piece in enumerate(advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder), 1):
         console.print(f"{number}. {piece.text}", markup=False, style="bold")
         console.print(f"   Because: {piece.support}.", markup=False)
         console.print(f"   But: {piece.uncertainty}.\n", markup=False)
@@ -300,16 +300,18 @@ def _check_outputs(csv: str | None, plot: Path | None) -> None:
     check_outputs(csv, plot)
 
 
-def _count(path: Path) -> tuple[int, list[int]]:
-    """Readable images in a feature file, and those of each class that has any."""
+def _count(path: Path) -> tuple[int, list[int], float | None, str]:
+    """Readable images in a feature file, those of each class that has any, k-NN's share of right labels, encoder."""
     import numpy as np
 
     from protoprune.features import open_features
+    from protoprune.tuning.quality import knn_accuracy
 
     with open_features(path) as file:
         labels = file.labels[file.usable]
         counts = np.bincount(labels[labels >= 0])
-        return labels.size, [int(c) for c in counts if c]
+        quality = knn_accuracy(file.features, np.where(file.usable, file.labels, -1))
+        return labels.size, [int(c) for c in counts if c], quality, file.provenance["encoder"]
 
 
 # --- rows and answers ------------------------------------------------------------------------------------------------

@@ -1,7 +1,13 @@
 """Does a list pay? Train on it, on random subsets of its size and on everything, and compare seed by seed.
 
 The random subset of a seed is drawn anew for each seed; order, augmentation and model are those of the seed, whatever
-the subset ("permute all, then filter"). What this module does not know: files, tables, figures.
+the subset ("permute all, then filter"). A second random subset has the list's own class counts, so that one sees which
+part of a difference they make: a list that is more even than the set, or less, differs from random by that alone.
+
+A linear head is trained to convergence: a list, and everything, then give one number, with no spread over seeds, and
+only the random subsets differ from seed to seed. That is all that the verdict needs (see `statistics`); intervals of
+the one number, and of a difference between two of them, are over test images. What this module does not know: files,
+tables, figures.
 """
 
 from __future__ import annotations
@@ -17,8 +23,8 @@ from protoprune.evaluation import statistics
 from protoprune.evaluation.runs import Outcome, Run, Step
 from protoprune.evaluation.statistics import Comparison, Interval
 
-BUDGETS = ("epochs", "steps")
 EVERYTHING = "everything"
+_NONE = {"to_random": None, "to_classes": None, "class_counts": None}
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,15 @@ class Method:
     """One line of the result: a list, random subsets, everything or a sampler, over all seeds."""
 
     name: str
-    kind: str  # list, random, everything, dynamic
+    kind: str  # list, random, classes (random with a list's class counts), everything, dynamic
     kept: int  # images in the subset; for a sampler round(keep * n), which sets its steps
     fraction: float
-    steps: int
-    accuracies: list[float]  # one a seed
+    steps: int  # of a head evaluations of its loss, median over seeds
+    accuracies: list[float]  # one a seed; one in all for a list or everything when heads are trained to convergence
     accuracy: Interval
     to_random: Comparison | None  # lists and samplers
+    to_classes: Comparison | None  # lists: against random subsets with their class counts
+    class_counts: Interval | None  # lists: what those are above random, paired: the part that the class counts make
     to_everything: Interval | None  # paired; all but everything
     class_accuracy: dict[str, float]  # means over seeds, of classes that have test images
     worst_class: str
@@ -59,6 +67,14 @@ class Method:
         """The verdict against random in words; None where there is none to give."""
         return None if self.to_random is None else statistics.sentence(self.to_random)
 
+    @property
+    def class_verdict(self) -> str | None:
+        """The verdict against random images of the same class counts, and what these counts make; None for no list."""
+        if self.to_classes is None:
+            return None
+        against = statistics.sentence(self.to_classes, against="random images of the same class counts")
+        return f"{against}; the class counts alone make {100 * self.class_counts.mean:+.1f} points"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -66,10 +82,11 @@ class Evaluation:
 
     methods: list[Method]
     seeds: list[int]
-    budget: str
+    budget: str  # epochs, steps; convergence for linear heads
     target_accuracy: float | None
     confidence: float
     runs: list[dict]  # method, kind, kept, seed, accuracy, ..., in the order in which they were planned
+    warnings: list[str]  # of runs that ended too early
 
     def method(self, name: str) -> Method:
         return next(one for one in self.methods if one.name == name)
@@ -82,9 +99,11 @@ def evaluate(
     recipe,
     *,
     seeds: int | Sequence[int] = 5,
-    budget: str = "epochs",
+    budget: str | None = None,
+    min_steps: int | None = None,
     dynamic: Sequence[dict] = (),
     everything: bool = True,
+    class_counts: bool = True,
     target_accuracy: float | None = None,
     confidence: float = 0.95,
     folder=None,
@@ -95,34 +114,39 @@ def evaluate(
     """Train and compare.
 
     train, test: `training.Examples` with the same classes; recipe: `training.loop.Recipe`; seeds: how many, or which.
-    budget: 'epochs', everyone passes over its own subset as often, so that a smaller one takes fewer steps and less
-    time; 'steps', everyone takes the optimizer steps that everything takes, which separates the choice of images from
-    the length of training. dynamic: samplers as {"name": one of runs.DYNAMIC, "keep": fraction, options of its
-    class}, which take as many steps as a random list of round(keep * n) images.
+    budget, of networks: 'epochs' (the default), everyone passes over its own subset as often, so that a smaller one
+    takes fewer steps and less time; 'steps', everyone takes the optimizer steps that everything takes, which separates
+    the choice of images from the length of training. min_steps: what everyone takes at least, by default
+    runs.MIN_STEPS. A linear head (recipe.hidden = 0) is trained to convergence and takes neither. dynamic: samplers as
+    {"name": one of runs.DYNAMIC, "keep": fraction, options of its class}, for networks, which take as many steps as a
+    random list of round(keep * n) images. class_counts: compare each list also with random subsets of its class counts.
     folder: where the result of each run is kept (see `runs`).
 
     Verdicts hold for all lists and samplers together (Holm). Raises UsageError for options that do not fit.
     """
     seeds = _seeds(seeds)
-    check_options(lists, dynamic, budget, target_accuracy)
+    check_options(lists, dynamic, recipe, budget, min_steps, target_accuracy, device)
     _check(train, test, lists)
     n = len(train.paths)
-    plans = _plan(n, lists, dynamic, everything, budget, recipe)
-    order = [(plan, seed) for seed in seeds for plan in plans]  # by seed: what is stopped early can still be compared
+    plans = _plan(train, lists, dynamic, everything, class_counts, budget, min_steps, recipe)
+    # By seed, so that what is stopped early can still be compared; what has no spread over seeds is done once.
+    order = [(plan, seed) for seed in seeds for plan in plans if not plan.once or seed == seeds[0]]
     outcomes = running.run_all(
-        [plan.run(n, seed) for plan, seed in order], train, test, recipe,
+        [plan.run(train, seed) for plan, seed in order], train, test, recipe,
         folder=folder, fit=fit, device=device, curves=target_accuracy is not None, on_run=on_run,
     )  # fmt: skip
     found: dict[str, list[Outcome]] = {plan.name: [] for plan in plans}
     for (plan, _), outcome in zip(order, outcomes, strict=True):
         found[plan.name].append(outcome)
-    comparisons = _compare(plans, found, len(test.labels), confidence)
+    comparisons = _compare(plans, found, len(seeds), len(test.labels), confidence)
     methods = [
-        _summary(plan, found, comparisons.get(plan.name), n, train.classes, target_accuracy, confidence)
+        _summary(plan, found, comparisons.get(plan.name, _NONE), n, train.classes, target_accuracy, confidence)
         for plan in plans
     ]
     rows = [_row(plan, seed, outcome) for (plan, seed), outcome in zip(order, outcomes, strict=True)]
-    return Evaluation(methods, seeds, budget, target_accuracy, confidence, rows)
+    notes = running.warnings_of([(plan.name, outcome) for (plan, _), outcome in zip(order, outcomes, strict=True)])
+    budget = running.CONVERGENCE if running.to_convergence(recipe) else budget or "epochs"
+    return Evaluation(methods, seeds, budget, target_accuracy, confidence, rows, notes)
 
 
 @dataclass(frozen=True)
@@ -132,37 +156,49 @@ class _Plan:
     name: str
     kind: str
     kept: int
-    steps: int
-    fixed_steps: int | None  # as the run is told; None: the recipe's epochs
+    fixed_steps: int | None  # as the run is told; None: the recipe's epochs, or convergence
+    once: bool = False  # whether one run stands for all seeds
     rows: np.ndarray | None = None
     weights: np.ndarray | None = None  # (n,)
     sampler: dict | None = None
+    counts: tuple[int, ...] | None = None  # images of each class: of a list its own, of random ones what they are given
     selection_seconds: float | None = None
 
-    def run(self, n: int, seed: int) -> Run:
-        rows = running.random_rows(n, self.kept, seed) if self.kind == "random" else self.rows
+    def run(self, train, seed: int) -> Run:
+        rows = self.rows
+        if self.kind == "random":
+            rows = running.random_rows(len(train.paths), self.kept, seed)
+        elif self.kind == "classes":
+            rows = running.matched_rows(train.labels, self.counts, seed)
         return Run(self.name, seed, rows, self.weights, self.fixed_steps, self.sampler)
 
 
-def _plan(n: int, lists, dynamic, everything: bool, budget: str, recipe) -> list[_Plan]:
-    full = running.steps_for(n, recipe)
+def _plan(train, lists, dynamic, everything: bool, class_counts: bool, budget, min_steps, recipe) -> list[_Plan]:
+    n = len(train.paths)
+    full = running.steps_for(n, recipe, min_steps)
 
     def plan(name: str, kind: str, kept: int, **more) -> _Plan:
-        own = running.steps_for(kept, recipe)
-        steps = full if budget == "steps" else own
-        fixed = steps if kind == "dynamic" or steps != own else None
-        return _Plan(name, kind, kept, steps, fixed, **more)
+        steps = full if budget == "steps" else running.steps_for(kept, recipe, min_steps)
+        fixed = steps if kind == "dynamic" or steps != running.steps_for(kept, recipe) else None
+        once = kind in ("list", EVERYTHING) and running.to_convergence(recipe)
+        return _Plan(name, kind, kept, fixed, once, **more)
 
     plans = []
     for one in lists:
         rows = np.sort(np.asarray(one.rows, np.int64))
-        more = {"weights": _spread(one, n), "selection_seconds": one.selection_seconds}
+        counts = tuple(np.bincount(np.asarray(train.labels)[rows], minlength=len(train.classes)).tolist())
+        more = {"weights": _spread(one, n), "counts": counts, "selection_seconds": one.selection_seconds}
         plans.append(plan(one.name, "list", len(rows), rows=rows, **more))
     for one in dynamic:
         more = {"sampler": dict(one), "selection_seconds": 0.0}
         plans.append(plan(dynamic_name(one), "dynamic", running.kept_count(one["keep"], n), **more))
     for kept in sorted({one.kept for one in plans}):
         plans.append(plan(random_name(kept), "random", kept, selection_seconds=0.0))
+    if class_counts:
+        first = {one.counts: one for one in reversed(plans) if one.kind == "list"}  # lists may share their counts
+        for one in sorted(first.values(), key=plans.index):
+            name = classes_name(one.name)
+            plans.append(plan(name, "classes", one.kept, counts=one.counts, selection_seconds=0.0))
     if everything:
         plans.append(plan(EVERYTHING, EVERYTHING, n))
     names = [one.name for one in plans]
@@ -174,6 +210,11 @@ def _plan(n: int, lists, dynamic, everything: bool, budget: str, recipe) -> list
 def random_name(kept: int) -> str:
     """What random subsets of a size are called."""
     return f"random {kept:,}"
+
+
+def classes_name(name: str) -> str:
+    """What random subsets with the class counts of a list are called."""
+    return f"random, classes as {name}"
 
 
 def dynamic_name(sampler: dict) -> str:
@@ -198,22 +239,35 @@ def _spread(one: Kept, n: int) -> np.ndarray | None:
     return weights
 
 
-def _compare(plans, found, test_images: int, confidence: float) -> dict[str, Comparison]:
-    judged = [plan for plan in plans if plan.kind in ("list", "dynamic")]
+def _compare(plans, found, seeds: int, test_images: int, confidence: float) -> dict[str, dict]:
+    """{method: its to_random, to_classes and class_counts}; the verdicts are for all comparisons together."""
+    matched = {plan.counts: plan.name for plan in plans if plan.kind == "classes"}
+    pairs = []  # (method, what it is compared with)
+    for plan in plans:
+        if plan.kind in ("list", "dynamic"):
+            pairs.append((plan, random_name(plan.kept)))
+        if plan.kind == "list" and plan.counts in matched:
+            pairs.append((plan, matched[plan.counts]))
     raw = [
         statistics.compare(
-            _accuracies(found[plan.name]), _accuracies(found[random_name(plan.kept)]),
+            _accuracies(found[plan.name], seeds), _accuracies(found[other]),
             one_draw=plan.kind == "list", confidence=confidence, resolution=1 / test_images,
         )
-        for plan in judged
+        for plan, other in pairs
     ]  # fmt: skip
-    verdicts = statistics.judge(raw, confidence=confidence)
-    return {plan.name: one for plan, one in zip(judged, verdicts, strict=True)}
+    results = {}
+    for (plan, other), one in zip(pairs, statistics.judge(raw, confidence=confidence), strict=True):
+        random = random_name(plan.kept)
+        if other == random:
+            results[plan.name] = {"to_random": one, "to_classes": None, "class_counts": None}
+        else:
+            part = statistics.mean_interval(_gaps(found[other], found[random]), confidence=confidence)
+            results[plan.name] |= {"to_classes": one, "class_counts": part}
+    return results
 
 
-def _summary(plan: _Plan, found, to_random, n: int, classes, target: float | None, confidence: float) -> Method:
+def _summary(plan: _Plan, found, compared, n: int, classes, target: float | None, confidence: float) -> Method:
     outcomes, full = found[plan.name], found.get(EVERYTHING)
-    accuracies = _accuracies(outcomes)
     by_class = _class_means(outcomes, classes)
     worst = min(by_class, key=by_class.__getitem__)
     seconds = float(np.median([one.seconds for one in outcomes]))
@@ -226,11 +280,11 @@ def _summary(plan: _Plan, found, to_random, n: int, classes, target: float | Non
         kind=plan.kind,
         kept=plan.kept,
         fraction=plan.kept / n,
-        steps=plan.steps,
-        accuracies=accuracies,
-        accuracy=statistics.mean_interval(accuracies, confidence=confidence, share=True),
-        to_random=to_random,
-        to_everything=_to_everything(accuracies, full, confidence) if others else None,
+        steps=int(np.median([one.steps for one in outcomes])),
+        accuracies=_accuracies(outcomes),
+        accuracy=_accuracy(plan, outcomes, confidence),
+        **compared,
+        to_everything=_to_everything(plan, outcomes, full, confidence) if others else None,
         class_accuracy=by_class,
         worst_class=worst,
         worst_class_accuracy=by_class[worst],
@@ -243,8 +297,17 @@ def _summary(plan: _Plan, found, to_random, n: int, classes, target: float | Non
     )
 
 
-def _to_everything(accuracies: list[float], full: list[Outcome], confidence: float) -> Interval:
-    gaps = [ours - theirs for ours, theirs in zip(accuracies, _accuracies(full), strict=True)]
+def _accuracy(plan: _Plan, outcomes: list[Outcome], confidence: float) -> Interval:
+    """Over seeds; over test images where one run stands for all seeds."""
+    values = outcomes[0].correct_images() if plan.once else _accuracies(outcomes)
+    return statistics.mean_interval(values, confidence=confidence, share=True)
+
+
+def _to_everything(plan: _Plan, outcomes: list[Outcome], full: list[Outcome], confidence: float) -> Interval:
+    """Paired by seed, or by test image where one run of each stands for all seeds."""
+    if not plan.once:
+        return statistics.mean_interval(_gaps(outcomes, full), confidence=confidence)
+    gaps = outcomes[0].correct_images().astype(float) - full[0].correct_images()
     return statistics.mean_interval(gaps, confidence=confidence)
 
 
@@ -253,8 +316,16 @@ def time_to(outcome: Outcome, target: float) -> float | None:
     return next((seconds for _, seconds, accuracy in outcome.curve if accuracy >= target), None)
 
 
-def _accuracies(outcomes: list[Outcome]) -> list[float]:
-    return [one.accuracy for one in outcomes]
+def _accuracies(outcomes: list[Outcome], seeds: int = 1) -> list[float]:
+    """One a seed; what was run once counts for each of them."""
+    found = [one.accuracy for one in outcomes]
+    return found * seeds if len(found) == 1 else found
+
+
+def _gaps(outcomes: list[Outcome], others: list[Outcome]) -> list[float]:
+    """Paired differences of accuracy, one a seed."""
+    seeds = max(len(outcomes), len(others))
+    return [a - b for a, b in zip(_accuracies(outcomes, seeds), _accuracies(others, seeds), strict=True)]
 
 
 def _class_means(outcomes: list[Outcome], classes: Sequence[str]) -> dict[str, float]:
@@ -267,7 +338,8 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict:
     return {
         "method": plan.name, "kind": plan.kind, "kept": plan.kept, "seed": seed, "steps": outcome.steps,
         "accuracy": outcome.accuracy, "worst_class_accuracy": min(v for v in outcome.class_accuracy() if v is not None),
-        "correct": outcome.correct, "seconds": outcome.seconds, "curve": outcome.curve,
+        "correct": outcome.correct, "seconds": outcome.seconds, "fall": outcome.fall, "strength": outcome.strength,
+        "curve": outcome.curve,
     }  # fmt: skip
 
 
@@ -278,9 +350,17 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def check_options(lists: Sequence, dynamic: Sequence[dict], budget: str, target: float | None) -> None:
+def check_options(
+    lists: Sequence,
+    dynamic: Sequence[dict],
+    recipe,
+    budget: str | None,
+    min_steps: int | None,
+    target: float | None,
+    device: str = "auto",
+) -> None:
     """UsageError for options that do not fit, which needs no images: loading them can take minutes."""
-    check_budget(budget)
+    running.check_recipe(recipe, budget, min_steps, device)
     if not lists and not dynamic:
         raise UsageError("nothing to compare: give at least one list, or --dynamic with --keep")
     for one in dynamic:
@@ -290,19 +370,15 @@ def check_options(lists: Sequence, dynamic: Sequence[dict], budget: str, target:
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each once")
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-accuracy {target:g}: expected a fraction above 0 and at most 1, such as 0.9")
-
-
-def check_budget(budget: str) -> None:
-    """UsageError unless there is such a budget."""
-    if budget not in BUDGETS:
-        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
+    if running.to_convergence(recipe) and (dynamic or target is not None):
+        raise UsageError(
+            f"{'--dynamic' if dynamic else '--target-accuracy'} is about the course of a training, and a linear head "
+            "is trained to convergence; train a network, if only a small one on the features with --hidden 256"
+        )
 
 
 def _check(train, test, lists) -> None:
-    if list(train.classes) != list(test.classes):
-        raise UsageError("the test set has other classes than the training set; load it with the same ones")
-    if not len(test.labels):
-        raise UsageError("the test set is empty; give one with labelled images")
+    running.check_sets(train, test)
     names = [one.name for one in lists]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")

@@ -17,7 +17,7 @@ from protoprune import selection
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import fits, statistics
 from protoprune.evaluation import runs as running
-from protoprune.evaluation.comparing import _seeds, check_budget
+from protoprune.evaluation.comparing import _seeds
 from protoprune.evaluation.runs import Run, Step
 from protoprune.evaluation.statistics import Interval
 
@@ -59,8 +59,9 @@ class Scaling:
     points: list[Point]
     curves: list[Curve]
     seeds: list[int]
-    budget: str
+    budget: str  # epochs, steps; convergence for linear heads
     runs: list[dict]
+    warnings: list[str]  # of runs that ended too early
 
     def curve(self, name: str) -> Curve:
         return next(one for one in self.curves if one.name == name)
@@ -79,7 +80,8 @@ def scaling(
     features: np.ndarray | None = None,
     k: int | None = None,
     balance: float = 0.0,
-    budget: str = "steps",
+    budget: str | None = None,
+    min_steps: int | None = None,
     bootstrap: int = 200,
     folder=None,
     device: str = "auto",
@@ -91,24 +93,30 @@ def scaling(
     train, test: `training.Examples`; recipe: `training.loop.Recipe`; sizes: initial numbers of images; keeps: fractions
     kept of them. Ranked by `scores`, (n,) larger = harder, or by spherical k-means on the subset of `features`, (n, d),
     with k clusters (default: as `protoprune select` chooses); neither is needed when the only order is random. balance:
-    share of the kept set that is split evenly over classes (Sorscher et al.: 0.5). budget: 'steps', every run takes
-    the optimizer steps of the largest initial size, so that the curve shows the data and not the length of training;
-    'epochs', every run passes over its own subset as often.
+    share of the kept set that is split evenly over classes (Sorscher et al.: 0.5). budget, of networks: 'steps' (the
+    default), every run takes the optimizer steps of the largest initial size, so that the curve shows the data and not
+    the length of training; 'epochs', every run passes over its own subset as often; all take at least `min_steps`
+    (default: runs.MIN_STEPS). A linear head is trained to convergence, and takes neither.
 
     Raises UsageError for options that do not fit, ProtopruneError for images without a score.
     """
     if bootstrap < 0:
         raise UsageError(f"--bootstrap {bootstrap}: expected 0 or more samples")
     seeds, n = _seeds(seeds), len(train.paths)
-    sizes, keeps = _check(n, sizes, keeps, orders, budget, scores, features)
-    selection.check(1, balance=balance)
+    check_options(keeps, orders, k, balance, recipe, budget, min_steps, device)
+    sizes, keeps = _check(n, sizes, keeps, orders, scores, features)
+    running.check_sets(train, test)
     wanted = [
         (order, keep, size)
         for size in sizes
         for keep in keeps
         for order in (dict.fromkeys(orders) if keep < 1 else (ALL,))
     ]
-    steps = running.steps_for(max(sizes), recipe) if budget == "steps" else None
+    budget = running.CONVERGENCE if running.to_convergence(recipe) else budget or "steps"
+
+    def steps(kept: int) -> int | None:
+        return running.steps_for(kept if budget == "epochs" else max(sizes), recipe, min_steps)
+
     rank = _ranker(train, scores, features, k)
     planned = []
     for seed in seeds:
@@ -119,12 +127,14 @@ def scaling(
             for order, keep, of in wanted:
                 if of == size:
                     rows = _cut(train, initial, hardness, order, keep, seed, balance)
-                    planned.append((order, keep, size, Run(f"{order} {keep:g} of {size}", seed, rows, None, steps)))
+                    run = Run(f"{order} {keep:g} of {size}", seed, rows, None, steps(len(rows)))
+                    planned.append((order, keep, size, run))
     outcomes = running.run_all(
         [run for *_, run in planned], train, test, recipe, folder=folder, fit=fit, device=device, on_run=on_run
     )
     points = _points(planned, outcomes, wanted)
-    return Scaling(points, _curves(points, bootstrap), seeds, budget, _rows(planned, outcomes))
+    notes = running.warnings_of([(one[-1].method, outcome) for one, outcome in zip(planned, outcomes, strict=True)])
+    return Scaling(points, _curves(points, bootstrap), seeds, budget, _rows(planned, outcomes), notes)
 
 
 def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -142,7 +152,7 @@ def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int
         from protoprune import prototypes
 
         subset = np.asarray(features[rows], np.float32)
-        clusters = k or prototypes.auto_k(len(rows), len(train.classes))
+        clusters = prototypes.auto_k(len(rows), len(train.classes)) if k is None else k
         return prototypes.cluster(subset, min(clusters, len(rows)), seed=seed).distance
 
     return by_prototype
@@ -219,16 +229,15 @@ def _rows(planned, outcomes) -> list[dict]:
     return [
         {"order": order, "keep": keep, "size": size, "kept": len(run.rows), "seed": run.seed, "steps": outcome.steps,
          "accuracy": outcome.accuracy, "error": 1 - outcome.accuracy, "correct": outcome.correct,
-         "seconds": outcome.seconds}
+         "seconds": outcome.seconds, "fall": outcome.fall, "strength": outcome.strength}
         for (order, keep, size, run), outcome in zip(planned, outcomes, strict=True)
     ]  # fmt: skip
 
 
-def _check(n: int, sizes, keeps, orders, budget: str, scores, features) -> tuple[list[int], list[float]]:
+def _check(n: int, sizes, keeps, orders, scores, features) -> tuple[list[int], list[float]]:
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
         raise UsageError(f"--sizes {sizes}: expected from 2 to {n:,}, the number of training images")
-    check_options(keeps, orders, budget)
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keeps {keep:g} of {sizes[0]} images is none; keep more, or start with more")
@@ -240,15 +249,26 @@ def _check(n: int, sizes, keeps, orders, budget: str, scores, features) -> tuple
     return sizes, keeps
 
 
-def check_options(keeps: Sequence[float], orders: Sequence[str], budget: str) -> None:
+def check_options(
+    keeps: Sequence[float],
+    orders: Sequence[str],
+    k: int | None,
+    balance: float,
+    recipe,
+    budget: str | None,
+    min_steps: int | None,
+    device: str = "auto",
+) -> None:
     """UsageError for options that do not fit, which needs no images: loading them can take minutes."""
+    running.check_recipe(recipe, budget, min_steps, device)
     if not keeps:
         raise UsageError("--keeps is empty: expected fractions to keep, such as 1,0.5,0.2")
     for keep in keeps:
-        selection.check(keep)
+        selection.check(keep, balance=balance)
     for order in orders:
         if order not in ORDERS:
             raise UsageError(f"--orders {order}: expected some of {', '.join(ORDERS)}")
     if not orders:
         raise UsageError(f"--orders is empty: expected some of {', '.join(ORDERS)}")
-    check_budget(budget)
+    if k is not None and k < 1:
+        raise UsageError(f"--k {k}: expected at least 1, or auto")

@@ -82,14 +82,14 @@ def save_evaluation(folder: str | os.PathLike, result: Evaluation, config: dict,
 
 def summary_row(one: Method) -> dict:
     """A method as one flat row."""
-    random, full = one.to_random, one.to_everything
+    random, matched, full = one.to_random, one.to_classes, one.to_everything
     return {
         "method": one.name,
         "kind": one.kind,
         "kept": one.kept,
         "fraction": one.fraction,
         "steps": one.steps,
-        "seeds": one.accuracy.n,
+        "seeds": len(one.accuracies),
         "accuracy": one.accuracy.mean,
         "accuracy_low": one.accuracy.low,
         "accuracy_high": one.accuracy.high,
@@ -100,6 +100,14 @@ def summary_row(one: Method) -> dict:
         "to_random_seeds_high": random and random.seeds_high,
         "p_adjusted": random and random.p_adjusted,
         "verdict": random and random.verdict,
+        "to_classes": matched and matched.difference,
+        "to_classes_low": matched and matched.low,
+        "to_classes_high": matched and matched.high,
+        "to_classes_p_adjusted": matched and matched.p_adjusted,
+        "to_classes_verdict": matched and matched.verdict,
+        "class_counts": one.class_counts and one.class_counts.mean,
+        "class_counts_low": one.class_counts and one.class_counts.low,
+        "class_counts_high": one.class_counts and one.class_counts.high,
         "to_everything": full and full.mean,
         "to_everything_low": full and full.low,
         "to_everything_high": full and full.high,
@@ -179,8 +187,8 @@ def figure_evaluation(result: Evaluation) -> bytes:
 
 def _draw_dots(axes, result: Evaluation) -> None:
     for place, one in enumerate(result.methods):
-        colour = {"random": "0.5", EVERYTHING: "black"}.get(one.kind, f"C{place % 10}")
-        axes.plot([100 * v for v in one.accuracies], [place] * one.accuracy.n, ".", color=colour, alpha=0.4)
+        colour = {"random": "0.5", "classes": "0.5", EVERYTHING: "black"}.get(one.kind, f"C{place % 10}")
+        axes.plot([100 * v for v in one.accuracies], [place] * len(one.accuracies), ".", color=colour, alpha=0.4)
         low, high = one.accuracy.low, one.accuracy.high
         if low is not None:
             axes.plot([100 * low, 100 * high], [place, place], "-", color=colour, linewidth=2)
@@ -196,6 +204,9 @@ def _draw_by_size(axes, result: Evaluation) -> None:
     _bars(axes, random, "0.5", "random subsets", "-o")
     for place, one in enumerate(one for one in result.methods if one.kind in ("list", "dynamic")):
         _bars(axes, [one], f"C{place % 10}", _shown(one.name), "s")
+    matched = [one for one in result.methods if one.kind == "classes"]
+    if matched:
+        _bars(axes, matched, "0.6", "random, same class counts", "_")
     for one in result.methods:
         if one.kind == EVERYTHING:
             axes.axhline(100 * one.accuracy.mean, color="black", linewidth=1, linestyle="--", label=EVERYTHING)

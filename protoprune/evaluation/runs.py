@@ -1,8 +1,10 @@
 """Training runs that differ by what they train on: planned, keyed, done once, and taken up again where they stopped.
 
-A run is (rows or a sampler, weights, seed, steps). Its result is one small JSON file named by the sha256 of everything
-that determines it: both sets' contents, recipe, rows, weights, sampler, seed, steps, versions and the kind of device.
-What this module does not know: which runs are worth comparing, and what their accuracies mean.
+A run is (rows or a sampler, weights, seed, steps). Networks train for so many steps; a linear head is trained until its
+loss falls no further, so that its accuracy says nothing of the length of a training. The result of a run is one small
+JSON file named by the sha256 of everything that determines it: both sets' contents, recipe, rows, weights, sampler,
+seed, steps, versions and the kind of device. What this module does not know: which runs are worth comparing, and what
+their accuracies mean.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +25,12 @@ import numpy as np
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
+from protoprune.text import with_slashes
 
-FORMAT = 2  # one more whenever the training itself changes
+FORMAT = 3  # one more whenever the training itself changes
+MIN_STEPS = 500  # optimizer steps that every network takes at least: fewer would judge the length of training
+BUDGETS = ("epochs", "steps")
+CONVERGENCE = "convergence"  # what takes the place of a budget for linear heads
 DYNAMIC = {
     "random": "RandomDynamicSampler",
     "egreedy": "EpsilonGreedySampler",
@@ -32,6 +39,7 @@ DYNAMIC = {
     "rs2": "RS2Sampler",
 }
 _BELOW_MEAN = 2 / 3  # share of the losses below their mean that InfoBatch's number of epochs is foreseen with
+_FALL = 0.05  # share by which the training loss must fall over the last tenth of the steps to be called falling
 _SUBSETS = 0x5AB5  # keeps the draws of subsets apart from the other things that a seed decides
 
 
@@ -57,7 +65,15 @@ class Outcome:
     seconds: float  # of training alone
     steps: int
     curve: list[list[float]]  # [epoch, training seconds, accuracy] after each epoch, where asked for
+    right: str  # hexadecimal: a bit for each test image, 1 where it is right
+    fall: float = 0.0  # share by which the training loss still fell over the last tenth of the steps; 0 for none
+    converged: bool = True  # of a head: whether its fit ended by the gradient
+    strength: float | None = None  # of a head's regularisation, see training.converged
     cached: bool = False
+
+    def correct_images(self) -> np.ndarray:
+        """(n_test,) bool: which test images are right."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=sum(self.total)).astype(bool)
 
     def class_accuracy(self) -> list[float | None]:
         """(classes,) share of each class that is right; None for a class without test images."""
@@ -81,6 +97,13 @@ def random_rows(n: int, size: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([_SUBSETS, seed]).permutation(n)[:size])
 
 
+def matched_rows(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
+    """Rows at random, ascending, `counts` of each class: the first of it in the permutation of `random_rows`."""
+    order = np.random.default_rng([_SUBSETS, seed]).permutation(len(labels))
+    own = np.asarray(labels)[order]
+    return np.sort(np.concatenate([order[own == label][:count] for label, count in enumerate(counts)]))
+
+
 def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_path: Sequence[str] | None = None):
     """The rows, (m,) int64 ascending, of a list's paths, or of row indices into `every_path` (default: examples').
 
@@ -88,8 +111,8 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
     """
     if isinstance(listed, np.ndarray):
         listed = _paths_of_indices(listed, list(every_path if every_path is not None else examples.paths), name)
-    listed = [_relative(path, examples) for path in listed]
     row_of = {path: row for row, path in enumerate(examples.paths)}
+    listed = _relative(listed, examples, row_of)
     missing = [path for path in listed if path not in row_of]
     if missing:
         reasons = dict(getattr(examples, "unreadable", ()))
@@ -108,7 +131,8 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_
 
 def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: str) -> np.ndarray:
     """(m,) loss weights of the rows of a list, from a weight a path. Raises ProtopruneError where one is missing."""
-    by_path = {_relative(path, examples): weight for path, weight in weights.items()}
+    known = set(examples.paths)
+    by_path = dict(zip(_relative(list(weights), examples, known), weights.values(), strict=True))
     missing = [examples.paths[row] for row in rows if examples.paths[row] not in by_path]
     if missing:
         raise ProtopruneError(
@@ -117,8 +141,11 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: st
     return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
 
 
-def _relative(path: str, examples) -> str:
-    return path.removeprefix(os.path.join(os.path.abspath(examples.root), "")).removeprefix("./")
+def _relative(listed: Sequence[str], examples, known) -> list[str]:
+    """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
+    base = os.path.join(os.path.abspath(examples.root), "")
+    listed = with_slashes(listed, known.__contains__)
+    return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 
 def _paths_of_indices(indices: np.ndarray, paths: list[str], name: str) -> list[str]:
@@ -152,7 +179,7 @@ def run_all(
     kept result without it does not count. `on_run` is called after each run.
     """
     shared = _shared_key(train, test, recipe, device)
-    fit = fit or _real_fit()
+    fit = fit or _real_fit(recipe)
     if folder is not None:
         _make_folder(folder)
     keys = [{**shared, **_own_key(run)} for run in runs]
@@ -199,7 +226,51 @@ def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Out
         float(result.seconds),
         int(result.steps),
         curve,
+        np.packbits(right).tobytes().hex(),
+        loss_fall(result.losses),
+        getattr(result, "converged", True),
+        getattr(result, "strength", None),
     )
+
+
+def loss_fall(losses: Sequence[float]) -> float:
+    """Share by which the training loss, one a step, was lower in the last tenth of the steps than in the tenth before.
+
+    0 where that is less than a twentieth, within its noise (two standard errors), or of a loss that is next to nothing.
+    """
+    losses = np.asarray(losses, np.float64)
+    tenth = len(losses) // 10
+    if tenth < 2:
+        return 0.0
+    before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
+    gap, noise = before.mean() - last.mean(), np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / tenth)
+    share = gap / max(before.mean(), 1e-9)
+    return float(share) if share > _FALL and gap > 2 * noise and gap > 0.01 else 0.0
+
+
+def warnings_of(outcomes: Sequence[tuple[str, Outcome]]) -> list[str]:
+    """What a reader of (method, outcome) must know: which runs ended while their training loss still fell."""
+    falling = [(method, one) for method, one in outcomes if one.fall > 0]
+    unfinished = [(method, one) for method, one in outcomes if not one.converged]
+    notes = []
+    if falling:
+        largest = 100 * max(one.fall for _, one in falling)
+        notes.append(
+            f"the training loss still fell at the end of {_which(falling, outcomes)}, by up to {largest:.0f} % over "
+            "the last tenth of their steps: they are judged by the length of training too; train longer, with --epochs "
+            "or --min-steps"
+        )
+    if unfinished:
+        notes.append(f"the fit did not converge in {_which(unfinished, outcomes)}; do not rely on their accuracies")
+    return notes
+
+
+def _which(some: Sequence[tuple[str, Outcome]], outcomes: Sequence[tuple[str, Outcome]]) -> str:
+    """'5 of 20 runs (a.txt: 2 of 4, random 300: 3 of 4)'."""
+    counts, of = (Counter(method for method, _ in those) for those in (some, outcomes))
+    shown = [f"{method}: {count} of {of[method]}" for method, count in counts.items()]
+    more = f" and {len(shown) - 8:,} more" if len(shown) > 8 else ""
+    return f"{len(some):,} of {len(outcomes):,} runs ({', '.join(shown[:8])}{more})"
 
 
 def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch_size: int, **options):
@@ -232,15 +303,73 @@ def kept_count(keep: float, n: int) -> int:
     return max(1, round(keep * n))
 
 
-def steps_for(rows: int, recipe) -> int:
-    """Optimizer steps of the recipe's epochs over so many rows."""
+def to_convergence(recipe) -> bool:
+    """Whether a recipe's model is a linear head, which is trained until its loss falls no further."""
+    return recipe.model == "head" and not recipe.hidden
+
+
+def settings_of(recipe) -> dict:
+    """All of a recipe that changes a run, as plain values."""
+    if to_convergence(recipe):
+        from protoprune.training import converged
+
+        return {"model": recipe.model, "fit": converged.VERSION, "strengths": list(converged.STRENGTHS)}
+    from protoprune.training.models import file_digest
+
+    settings = dataclasses.asdict(recipe)
+    return {**settings, "weights": file_digest(settings["weights"])} if settings.get("weights") else settings
+
+
+def check_recipe(recipe, budget: str | None, min_steps: int | None, device: str = "auto") -> None:
+    """UsageError for a budget, device or file of weights that there is not, and for settings of a training's length
+    where it has none."""
+    from protoprune.device import resolve_device
+    from protoprune.training.loop import Recipe
+
+    resolve_device(device)
+    if recipe.weights is not None and not os.path.isfile(recipe.weights):
+        raise UsageError(f"--weights {recipe.weights}: no such file")
+    if budget is not None and budget not in BUDGETS:
+        raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
+    if min_steps is not None and min_steps < 1:
+        raise UsageError(f"--min-steps {min_steps}: expected at least 1")
+    if not to_convergence(recipe):
+        return
+    own, usual = vars(recipe), vars(Recipe.for_model("head"))
+    given = {name: own[name] for name in own if own[name] != usual[name]} | {"budget": budget, "min_steps": min_steps}
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: a linear head is trained to convergence, and this changes nothing; leave it out, or "
+            "train a small network on the features with --hidden 256"
+        )
+
+
+def check_sets(train, test) -> None:
+    """UsageError unless a model trained on the one set can be tested on the other."""
+    from protoprune.training.examples import check_same_inputs
+
+    if list(train.classes) != list(test.classes):
+        raise UsageError("the test set has other classes than the training set; load it with the same ones")
+    if not len(test.labels):
+        raise UsageError("the test set is empty; give one with labelled images")
+    check_same_inputs(train, test)
+
+
+def steps_for(rows: int, recipe, min_steps: int | None = 1) -> int | None:
+    """Optimizer steps of the recipe's epochs over so many rows, at least `min_steps` (None: MIN_STEPS); None for a
+    linear head, whose training has no length."""
     from protoprune.training.loop import steps_per_epoch
 
-    return recipe.epochs * steps_per_epoch(rows, recipe.batch_size)
+    if to_convergence(recipe):
+        return None
+    own = recipe.epochs * steps_per_epoch(rows, recipe.batch_size)
+    return max(own, MIN_STEPS if min_steps is None else min_steps)
 
 
 def _planned_steps(run: Run, n: int, recipe) -> int:
-    return run.steps or steps_for(n if run.rows is None else len(run.rows), recipe)
+    rows = n if run.rows is None else len(run.rows)
+    return run.steps or steps_for(rows, recipe) or rows
 
 
 class _Clock:
@@ -258,8 +387,40 @@ class _Clock:
         return self.seconds / self.stepped * sum(self.waiting.values()) if self.stepped else None
 
 
-def _real_fit() -> Callable:
-    from protoprune.training.loop import fit
+def _real_fit(recipe) -> Callable:
+    from protoprune.training import loop
+
+    return _head_fit() if to_convergence(recipe) else loop.fit
+
+
+@dataclass(frozen=True)
+class _HeadFit:
+    """What `training.loop.Fit` is for a network."""
+
+    predictions: np.ndarray
+    seconds: float
+    steps: int  # evaluations of the loss
+    converged: bool
+    strength: float
+    losses: tuple = ()
+
+
+def _head_fit() -> Callable:
+    """A function like `training.loop.fit`, which prepares the training vectors once, at its first call."""
+    from protoprune.device import resolve_device
+    from protoprune.training import converged
+
+    space = None
+
+    def fit(train, test, recipe, *, rows, weights, seed, steps, device) -> _HeadFit:
+        nonlocal space
+        if space is None:
+            where = resolve_device(device)
+            space = converged.Space(train.inputs, device=where if where.type == "cuda" else "cpu")  # mps has no float64
+        began = time.perf_counter()
+        head = converged.fit_head(space, train.labels, len(train.classes), rows=rows, weights=weights, seed=seed)
+        seconds = time.perf_counter() - began
+        return _HeadFit(head.predict(test.inputs), seconds, head.evaluations, head.converged, head.strength)
 
     return fit
 
@@ -272,16 +433,12 @@ def _shared_key(train, test, recipe, device: str) -> dict:
 
     from protoprune.device import resolve_device
     from protoprune.training.loop import computes_in
-    from protoprune.training.models import file_digest
 
-    settings = dataclasses.asdict(recipe)
-    if settings.get("weights"):
-        settings["weights"] = file_digest(settings["weights"])
     return {
         "format": FORMAT,
         "train": train.fingerprint(),
         "test": test.fingerprint(),
-        "recipe": settings,
+        "recipe": settings_of(recipe),
         "device": device_kind(device),
         "computes_in": computes_in(recipe.precision, resolve_device(device), recipe.model),
         "torch": torch.__version__,

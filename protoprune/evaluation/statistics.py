@@ -69,14 +69,12 @@ def compare(
     one_draw: bool,
     confidence: float = 0.95,
     resolution: float = 0.0,
-    sampling: float = 0.0,
 ) -> Comparison:
     """The mean of values - reference, (n,) each and paired by seed, with its interval and p value; no verdict yet.
 
     one_draw: the values belong to one fixed list, the reference to a random subset drawn for each seed (see above).
     resolution: the smallest step of the values (1 / test images), below which a standard deviation is not believed: two
     seeds that happen to agree would otherwise prove anything.
-    sampling: a further variance of the mean difference that no seed can show, that of the finite test set.
     """
     values, reference = _values(values), _values(reference)
     if values.shape != reference.shape:
@@ -89,7 +87,7 @@ def compare(
 
     seeds = math.sqrt(max(gap.var(ddof=1), resolution**2) / n)
     luck = max(reference.var(ddof=1), resolution**2) if one_draw else 0.0
-    error = math.sqrt(seeds**2 + luck + sampling)
+    error = math.sqrt(seeds**2 + luck)
     quantile = _quantile(confidence, n)
     p = 1.0 if mean == 0 else 0.0 if error == 0 else float(2 * t.sf(abs(mean) / error, n - 1))
     return Comparison(

@@ -6,9 +6,11 @@ either side of a difference it is mostly noise (Feldman & Zhang 2020 used 2,000 
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
-from protoprune.errors import UsageError
+from protoprune.errors import ProtopruneError, UsageError
 
 REDUCTIONS = ("max", "sum_abs")
 BLOCK_BYTES = 64 << 20  # of the influence matrix held at a time, twice
@@ -73,3 +75,26 @@ def vote_entropy(votes: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         share = votes / votes.sum(axis=1, keepdims=True)
         return -np.where(share == 0, 0.0, share * np.log(share)).sum(axis=1).astype(np.float32)
+
+
+def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cleanlab's label quality (n,), which is the probability of the label, and (n,) bool: is it a label issue?
+
+    labels: (n,); probabilities: (n, classes), of models that were not trained on the example (Northcutt et al. 2021).
+    Raises ProtopruneError where cleanlab is not installed or cannot work with the labels.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError:
+        raise ProtopruneError(
+            "label_issues needs cleanlab, which is not installed; pip install 'protoprune[labels]'"
+        ) from None
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)  # float16 ones do not sum to 1
+    try:
+        with warnings.catch_warnings():  # of classes with few images, a line each
+            warnings.simplefilter("ignore")
+            issues = find_label_issues(labels, probabilities, n_jobs=1)
+        return get_label_quality_scores(labels, probabilities), issues
+    except ValueError as error:
+        raise ProtopruneError(f"label_issues: cleanlab cannot work with these labels ({error})") from None

@@ -24,6 +24,7 @@ from protoprune.report import maps, thumbnails
 from protoprune.report.facts import Facts, Options, gather, shown
 from protoprune.report.stops import NEVER
 from protoprune.selection import check_duplicates
+from protoprune.sources.reader import ImageReader
 
 SMALL = 10_000  # images up to which a page is held to the first limit
 LIMITS = (5_000_000, 15_000_000)  # bytes
@@ -92,9 +93,10 @@ def _pictures(chosen: Selected, facts: Facts, options: Options, room: int, on_im
     root = os.path.abspath(options.root or chosen.ranking.root)
     paths = chosen.ranking.paths
 
+    reader = ImageReader(root)
+
     def read(row: int) -> bytes:
-        with open(os.path.join(root, paths[row]), "rb") as file:
-            return file.read()
+        return reader(paths[row])
 
     budget = int((room - 400_000) * 0.74)  # base64 makes 4 bytes of 3
     return thumbnails.make(facts.thumbs[: max(0, budget // 900)], read, budget, on_image)

@@ -19,7 +19,7 @@ def read(folder: str | os.PathLike) -> dict:
     try:
         methods = json.loads(Path(path).read_bytes())["methods"]
         rows = [_row(one) for one in methods]
-        verdicts = [f"{one['name']}: {_verdict(one['to_random'])}" for one in methods if one.get("to_random")]
+        verdicts = [f"{one['name']}: {_verdicts(one)}" for one in methods if one.get("to_random")]
     except FileNotFoundError:
         raise ProtopruneError(f"{folder}: holds no results.json; give the folder of `protoprune evaluate -o`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -31,9 +31,18 @@ def read(folder: str | os.PathLike) -> dict:
     return {"header": header, "rows": rows, "verdicts": verdicts, "figure": figure}
 
 
-def _verdict(comparison: dict) -> str:
+def _verdicts(one: dict) -> str:
+    """Against random, and against random images of the same class counts where there were any."""
+    found = [_verdict(one["to_random"], "random")]
+    if one.get("to_classes"):
+        found.append(_verdict(one["to_classes"], "random images of the same class counts"))
+    return "; ".join(found)
+
+
+def _verdict(comparison: dict, against: str) -> str:
     names = {one.name for one in fields(Comparison)}
-    return sentence(Comparison(**{name: value for name, value in comparison.items() if name in names}))
+    known = {name: value for name, value in comparison.items() if name in names}
+    return sentence(Comparison(**known), against=against)
 
 
 def _row(one: dict) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from protoprune.decode import ImageError
 from protoprune.sheet import thumbnail
 
 SIDE = 72  # pixels of a thumbnail
@@ -72,7 +73,7 @@ def make(
 def _picture(read: Callable[[int], bytes], row: int):
     try:
         return thumbnail(read(row), SIDE)
-    except OSError:
+    except (OSError, ImageError):
         return None
 
 

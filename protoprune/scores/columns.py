@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from protoprune.errors import ProtopruneError
+from protoprune.text import PATH_NAMES, plain_name
 
-# Names as `_plain` leaves them; the first of the tuple that occurs is taken.
-_NAME_KEYS = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
+# Names as `plain_name` leaves them; the first of the tuple that occurs is taken.
 _UNSURE_KEYS = ("image", "img", "id", "imageid", "name", "key", "sample", "example")  # names or row numbers
 _INDEX_KEYS = ("index", "idx", "row", "rowindex", "rownumber", "imageindex", "sampleindex")
 _SCORES = ("score", "scores", "metricscore", "difficulty", "distance", "value")
@@ -42,10 +42,10 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     `wanted` is the name of the score's column, where the user gave it.
     """
     first, rest = rows[0], rows[1:]
-    names = [_plain(name) for name in first]
+    names = [plain_name(name) for name in first]
     if wanted is not None:
         return _with_score(first, names, rest, wanted)
-    key = _named(names, (*_NAME_KEYS, *_UNSURE_KEYS))
+    key = _named(names, (*PATH_NAMES, *_UNSURE_KEYS))
     score = _named(names, _SCORES)
     if key is None or score is None:
         numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
@@ -60,7 +60,7 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
             score = _find_score(first, rest or rows, numeric, key, names if header else None)
     else:
         header = True
-    kinds = {**dict.fromkeys(_NAME_KEYS, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
+    kinds = {**dict.fromkeys(PATH_NAMES, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
     return Columns(key, score, kinds.get(names[key], "unsure"), header)
 
 
@@ -73,9 +73,9 @@ def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Co
     score = cells.index(wanted)
     if not _is_numeric(rows, score):
         raise ProtopruneError(f"its column {wanted} holds something else than numbers")
-    kinds = {**dict.fromkeys(_NAME_KEYS, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
+    kinds = {**dict.fromkeys(PATH_NAMES, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
     others = ["" if column == score else name for column, name in enumerate(names)]
-    key = _named(others, (*_NAME_KEYS, *_UNSURE_KEYS))
+    key = _named(others, (*PATH_NAMES, *_UNSURE_KEYS))
     if key is None:
         text = [column for column in range(len(first)) if column != score and not _is_numeric(rows, column)]
         if len(text) > 1:
@@ -88,9 +88,9 @@ def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Co
 
 def could_be_scores(names: Sequence[str]) -> list[str]:
     """Of columns of numbers those that may be the score: one that is called so, else all that are not keys."""
-    plain = {name: _plain(name) for name in names}
+    plain = {name: plain_name(name) for name in names}
     called = [name for name in names if plain[name] in _SCORES]
-    return called or [name for name in names if plain[name] not in (*_NAME_KEYS, *_UNSURE_KEYS, *_COUNTERS)]
+    return called or [name for name in names if plain[name] not in (*PATH_NAMES, *_UNSURE_KEYS, *_COUNTERS)]
 
 
 def _find_key(first, names: list[str], rows, numeric: list[int], score: int | None) -> int:
@@ -131,11 +131,6 @@ def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | No
 def _shown(cells: Sequence[str]) -> str:
     text = " ".join(", ".join(cells).split())  # a quoted name may hold line breaks
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-
-
-def _plain(name: str) -> str:
-    """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
-    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
 
 
 def _named(names: list[str], wanted: Sequence[str]) -> int | None:

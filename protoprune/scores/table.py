@@ -32,6 +32,7 @@ from protoprune.files import write_file
 from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
+from protoprune.text import plain_bytes
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -223,7 +224,7 @@ def named(table: Table, rows: str | os.PathLike | Sequence[str]) -> Table:
     what = os.fspath(rows) if isinstance(rows, str | os.PathLike) else "rows"
     if table.keys is not None and table.kind == "name":
         raise UsageError(f"{table.source}: names its images itself; --rows goes with a table that does not")
-    names = read_list(rows) if isinstance(rows, str | os.PathLike) else list(rows)
+    names = read_list(rows, every=True) if isinstance(rows, str | os.PathLike) else list(rows)
     if isinstance(names, np.ndarray):
         raise UsageError(f"--rows {what}: holds row numbers; give a list of names, one a line, in the table's order")
     if table.keys is None:
@@ -317,7 +318,7 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
 
 
 def _read_text(data: bytes, column: str | None):
-    text = os.fsdecode(data).removeprefix("\ufeff")
+    text = os.fsdecode(plain_bytes(data))
     header, delimiter = {}, None
     if not text.startswith(_MARK):
         _refuse_damaged_line(text[:2000].partition("\n")[0])

@@ -27,7 +27,11 @@ from protoprune.training.models import head_scale
 # length is about 1. C is thus the variance of a logit under the prior. From strong to weak.
 STRENGTHS = tuple(10 ** (half / 2) for half in range(-2, 9))  # 0.1 to 10,000
 UNCHECKED = 1000.0  # where no image can be held out: the fewer the images, the less C matters
-VERSION = 1  # one more whenever the same images give another head
+VERSION = 2  # one more whenever the same images give another head
+# A strong penalty shrinks the logits, which costs loss and no accuracy: what is held out is judged at the scale that
+# suits it. On features of CIFAR-10 and on planted classes this found up to 2.9 points more than the plain loss, up to
+# 1.5 more than the accuracy of the held-out images, within 0.3 points of the best C (50 to 3,000 images).
+_SCALES = tuple(2 ** (half / 2) for half in range(-4, 11))
 _FOLDS = 5
 _HELD_OUT = 500  # images that the choice should rest on: with fewer in one fold more folds are tried
 # Largest entry of the gradient at the end, in coordinates in which the curvature starts at about 1: measured on
@@ -44,7 +48,7 @@ class Head:
     weight: np.ndarray  # (c, d) float32
     bias: np.ndarray  # (c,) float32; -inf for a class without training images, which is never predicted
     strength: float  # C, see STRENGTHS
-    held_out: dict[float, float] = field(default_factory=dict)  # C -> loss on held-out images, nats; those tried
+    held_out: dict[float, float] = field(default_factory=dict)  # C -> loss on held-out images at its best scale, nats
     evaluations: int = 0  # of the loss, in all fits
     converged: bool = True  # whether the last fit ended by its gradient
 
@@ -105,12 +109,13 @@ def fit_head(
 
     vectors: (n, d), or their `Space` where several fits share them; labels: (n,) from 0 to classes - 1; weights: (n,)
     loss weights, whose scale does not matter, and 0 is the same as leaving out; strength: C, by default the one of
-    STRENGTHS with the lowest loss on held-out images of the subset; seed: of which are held out.
+    STRENGTHS with the lowest loss on held-out images of the subset, the logits scaled to suit them; seed: of which are
+    held out.
 
     The choice: a fifth of the images, stratified by class (the first of each class is never held out), and as many such
     folds as it takes for 500 held-out images, at most 5. Fits go from strong to weak, each from the one before, until
-    two strengths in a row have made it worse. The head is then fitted to the whole subset. With one image a class
-    nothing can be held out, and C is UNCHECKED.
+    two strengths in a row have made it worse. The head is then fitted to the whole subset. Where most classes have one
+    image, and nothing of them can be held out, C is UNCHECKED.
 
     The same input and seed give the same head. Raises UsageError for an empty subset or weights that are none.
     """
@@ -202,13 +207,17 @@ class _Problem:
         gradient += penalty * weight
         return value, torch.cat([gradient, inner[:, None]], dim=1).cpu().double().numpy()
 
-    def cross_entropy(self, parameters: np.ndarray) -> float:
-        """Mean loss in nats, without the penalty."""
+    def rank_loss(self, parameters: np.ndarray) -> float:
+        """Mean loss in nats, without the penalty, at the best of _SCALES of the logits."""
         weight, bias = self.split(parameters)
-        return sum(
-            float(nn.functional.cross_entropy(torch.addmm(bias, inputs, weight.T), labels, reduction="none") @ share)
-            for inputs, labels, share in self.blocks()
-        )
+        losses = np.zeros(len(_SCALES))
+        for inputs, labels, share in self.blocks():
+            logits = torch.addmm(bias, inputs, weight.T)
+            losses += [
+                float(nn.functional.cross_entropy(scale * logits, labels, reduction="none") @ share)
+                for scale in _SCALES
+            ]
+        return float(losses.min())
 
     def split(self, parameters: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.from_numpy(parameters).to(self.inputs.device, torch.float32)
@@ -222,7 +231,8 @@ class _Problem:
 def _choose(problem: _Problem, seed: int) -> tuple[float, np.ndarray | None, dict[float, float]]:
     """(strength, parameters to start from, {strength: loss on held-out images})."""
     folds = _folds(problem.labels.cpu().numpy(), seed)
-    if not folds or problem.classes < 2:
+    covered = len(np.unique(problem.labels.cpu().numpy()[np.any(folds, axis=0)])) if folds else 0
+    if covered < max(2, problem.classes / 2):  # a few classes would speak for all: for predicting none but them
         return UNCHECKED, None, {}
     parts = [(problem.part(~held), problem.part(held)) for held in folds]
     solutions: list[np.ndarray | None] = [None] * len(parts)
@@ -230,7 +240,7 @@ def _choose(problem: _Problem, seed: int) -> tuple[float, np.ndarray | None, dic
     best, kept, worse = np.inf, None, 0
     for strength in STRENGTHS:
         solutions = [inside.solve(strength, start, _ROUGH) for (inside, _), start in zip(parts, solutions, strict=True)]
-        losses = [outside.cross_entropy(one) for (_, outside), one in zip(parts, solutions, strict=True)]
+        losses = [outside.rank_loss(one) for (_, outside), one in zip(parts, solutions, strict=True)]
         found[strength] = float(np.mean(losses))
         if found[strength] < best:
             best, kept, worse = found[strength], (strength, solutions[0]), 0

@@ -23,13 +23,15 @@ from protoprune import files
 from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import ImageList, list_folder
+from protoprune.features import KEY, key_differences, missing, open_features
+from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
 
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
 _READ_ROWS = 65_536  # features that are read at once
 _BLOCK = 512  # images that one decoding task takes
+_ROUNDING = ("precision", "store")  # of the key of features: differences in the last digits, which a model survives
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Examples:
     inputs: torch.Tensor  # uint8 (n, 3, s, s) pixels or float32 (n, d) vectors
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of images left out
     unlabelled: int = 0  # images left out because no class folder holds them
+    made_by: dict = field(default_factory=dict)  # of vectors: encoder, weights, preprocessing, ... (`features.KEY`)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -83,11 +86,11 @@ def load_examples(
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
     source = os.fspath(source)
-    if os.path.isdir(source):
+    if os.path.isdir(source) and not is_feature_set(source):
         images = list_folder(source, labels=labels, class_level=class_level)
         return _load_images(images, source, image_size, classes, cache, decode, on_progress)
     if not os.path.exists(source):
-        raise UsageError(f"{source}: no such image folder or feature file")
+        raise missing(source)
     if labels is not True or class_level is not None:
         raise UsageError(
             f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
@@ -95,18 +98,41 @@ def load_examples(
     return _load_features(source, classes)
 
 
+def check_same_inputs(train: Examples, test: Examples) -> list[str]:
+    """Raise UsageError unless both sets have inputs that one model can take; returns what differs in rounding only.
+
+    A model trained on the vectors of one encoder finds only noise in those of another, even where the lengths agree:
+    encoder, its weights, pooling and preprocessing must be the same. Vectors computed or stored in another precision
+    differ in their last digits, and are only told of.
+    """
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        sizes = ["x".join(map(str, one.inputs.shape[1:])) for one in (train, test)]
+        raise UsageError(f"the inputs of the training set are {sizes[0]} and those of the test set {sizes[1]}")
+    if not train.made_by or not test.made_by:
+        return []
+    differences = {
+        name: key_differences({**train.made_by, name: test.made_by.get(name)}, train.made_by)
+        for name in {**train.made_by, **test.made_by}
+    }
+    found = [text for name, texts in differences.items() if name not in _ROUNDING for text in texts]
+    if found:
+        raise UsageError(
+            f"the test features were not made as the training features were ({'; '.join(found)}); embed both with the "
+            "same encoder"
+        )
+    return [text for name in _ROUNDING for text in differences.get(name, [])]
+
+
 def subset(examples: Examples, rows: np.ndarray) -> Examples:
     """The examples of these rows alone, as a set of its own."""
     rows = np.sort(np.asarray(rows))
     return Examples(
         examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
-        examples.inputs[torch.from_numpy(rows)],
+        examples.inputs[torch.from_numpy(rows)], made_by=examples.made_by,
     )  # fmt: skip
 
 
 def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    from protoprune.features import open_features
-
     with open_features(source) as file:
         labels, usable, own = file.labels, file.usable, file.classes
         rows = np.flatnonzero(usable & (labels >= 0))
@@ -121,6 +147,7 @@ def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
         return Examples(
             file.provenance["root"], [paths[row] for row in rows], _renumber(source, labels[rows], own, classes),
             list(classes or own), vectors, unreadable, int((usable & (labels < 0)).sum()),
+            {name: file.provenance.get(name) for name in KEY},
         )  # fmt: skip
 
 

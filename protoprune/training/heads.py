@@ -151,8 +151,7 @@ def measure(
     ensemble: Ensemble, data: Examples, *, gradients: bool, previous: Ensemble | None = None
 ) -> dict[str, np.ndarray]:
     """Every statistic of every model, each (M, n). `previous` is an earlier `copy()`, for `change`."""
-    width = sum(bias.shape[-1] for bias in ensemble.biases)
-    step = max(1, _STEP_BYTES // (4 * 8 * width * len(ensemble)))
+    step = _rows_at_once(ensemble)
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(data), step):
         inputs = ensemble.normalise(data.inputs[start : start + step])
@@ -165,3 +164,17 @@ def measure(
         for name, value in values.items():
             parts.setdefault(name, []).append(value.cpu().numpy())
     return {name: np.concatenate(some, axis=1) for name, some in parts.items()}
+
+
+@torch.no_grad()
+def probabilities(ensemble: Ensemble, data: Examples) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, softmax (M, b, c) float32) of every model, a block of rows at a time."""
+    step = _rows_at_once(ensemble)
+    for start in range(0, len(data), step):
+        rows = slice(start, min(start + step, len(data)))
+        yield rows, ensemble.layers(ensemble.normalise(data.inputs[rows]))[-1].softmax(-1).cpu().numpy()
+
+
+def _rows_at_once(ensemble: Ensemble) -> int:
+    width = sum(bias.shape[-1] for bias in ensemble.biases)
+    return max(1, _STEP_BYTES // (4 * 8 * width * len(ensemble)))

@@ -41,6 +41,7 @@ class Recipe:
     lr: float = 0.1  # at its highest
     momentum: float = 0.9  # Nesterov
     weight_decay: float = 5e-4
+    bias_lr: float = 1.0  # learning rate of biases and batch norm, as a multiple
     schedule: str = "linear"  # to 0; or cosine, or steps: x 0.2 at 30, 60 and 80 % (Data Diet)
     warmup: float = 0.15  # of all steps
     augment: str = "crop-flip"
@@ -58,6 +59,7 @@ class Recipe:
         known = {
             "head": {"epochs": 20, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "augment": "none"},
             "resnet18": {"epochs": 20},
+            "cnn": {"lr": 0.2, "momentum": 0.85, "weight_decay": 1.3e-3, "bias_lr": 64.0},
         }.get(model, {"lr": 0.02, "weight_decay": 5e-4} if model.startswith("timm:") else {})
         chosen = {**known, **{name: value for name, value in given.items() if value is not None}}
         unknown = set(chosen) - set(cls.__dataclass_fields__)
@@ -94,6 +96,7 @@ class State:
     seconds: float  # of training alone
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    losses: np.ndarray  # (steps of this epoch,) float32 training loss of each step
 
     def checkpoint(self) -> dict:
         """Everything that a later `epochs(..., resume=)` needs, for torch.save."""
@@ -131,7 +134,7 @@ def epochs(
         raise UsageError("a network is trained on batches of 2 images and more; keep more, or raise --batch-size")
     model = make_model(data, recipe, seed, start).to(device)
     optimizer = torch.optim.SGD(
-        models.parameters_with_decay(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum,
+        models.parameter_groups(model, recipe.weight_decay, recipe.bias_lr), lr=recipe.lr, momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
     )  # fmt: skip
     epoch = step = 0
@@ -160,11 +163,12 @@ def epochs(
                 raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
         augmentation = _Augmentation(recipe.augment, data.inputs.shape, seed, epoch)
         model.train()
+        losses_seen = []
         batches = split(torch.from_numpy(np.ascontiguousarray(chosen)), recipe.batch_size)[: total - step]
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
             for picked, inputs in stream:
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * rate(recipe, step, total)
+                    group["lr"] = group["times"] * recipe.lr * rate(recipe, step, total)
                 target = labels[picked.to(device)]
                 with cast():
                     logits = forward(augmentation(inputs, picked))
@@ -175,6 +179,7 @@ def epochs(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                losses_seen.append(loss.detach())
                 step += 1
                 if sampler is not None:
                     sampler.update(picked, losses.detach())
@@ -184,7 +189,7 @@ def epochs(
             torch.cuda.synchronize(device)
         epoch += 1
         seconds += time.perf_counter() - began
-        yield State(epoch, step, seconds, model, optimizer)
+        yield State(epoch, step, seconds, model, optimizer, torch.stack(losses_seen).cpu().numpy())
 
 
 def make_model(data: Examples, recipe: Recipe, seed: int, start: dict | None = None) -> nn.Module:
@@ -208,6 +213,7 @@ class Fit:
     seconds: float  # of training alone, evaluation not counted
     steps: int
     model: nn.Module
+    losses: np.ndarray  # (steps,) float32 training loss of each step
 
 
 def fit(
@@ -222,11 +228,13 @@ def fit(
 
     `on_epoch(epoch, training seconds so far, predictions on the test set)` costs an evaluation an epoch.
     """
+    losses = []
     for state in epochs(train, recipe, **how):
+        losses.append(state.losses)
         if on_epoch:
             on_epoch(state.epoch, state.seconds, predict(state.model, test, recipe.precision))
     predictions = np.empty(0, np.int64) if test is None else predict(state.model, test, recipe.precision)
-    return Fit(predictions, state.seconds, state.step, state.model)
+    return Fit(predictions, state.seconds, state.step, state.model, np.concatenate(losses))
 
 
 def predict(model: nn.Module, data: Examples, precision: str = "auto") -> np.ndarray:
@@ -362,7 +370,9 @@ class _Augmentation:
         self.pad = max(1, shape[-1] // 8)
         generator = np.random.default_rng([seed, 3, epoch])
         if self.kind != "none":
-            self.flip = torch.from_numpy(generator.random(n) < 0.5)
+            # Jordan 2024: seen in one way in one epoch and in the other in the next, never twice the same
+            first = np.random.default_rng([seed, 3]).random(n) < 0.5
+            self.flip = torch.from_numpy(first ^ bool(epoch % 2))
         if self.kind == "crop-flip":
             self.shift = torch.from_numpy(generator.integers(0, 2 * self.pad + 1, (2, n)))
         elif self.kind == "resized-crop":  # area 25-100 %, aspect 3/4 to 4/3, anywhere inside

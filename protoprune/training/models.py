@@ -7,6 +7,7 @@ this module does not know: data sets, losses, seeds.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from torch import nn
 from protoprune.errors import ProtopruneError, UsageError
 
 MODELS = ("head", "cnn", "resnet18")  # and timm:NAME
+_PATCH_PIXELS = 2**19  # of the images that whitening is measured on: 512 of 32 x 32
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -66,7 +68,8 @@ def build(
     mean = sample.float().mean((0, 2, 3)).view(1, 3, 1, 1)
     std = sample.float().std((0, 2, 3)).clamp_min(1).view(1, 3, 1, 1)
     if name == "cnn":
-        network = small_cnn(classes, width)
+        step = math.ceil(sample[:, 0].numel() / _PATCH_PIXELS)
+        network = small_cnn(classes, width, (sample[::step].float() - mean) / std)
     elif name == "resnet18":
         network = _resnet18(classes, sample.shape[-1])
     else:
@@ -93,22 +96,55 @@ def head(dim: int, classes: int, hidden: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
-def small_cnn(classes: int, width: int = 32) -> nn.Module:
-    """Seven 3x3 convolutions in three stages of w, 2w and 4w channels: about 50 times as fast as ResNet-18 on a
-    CPU at w = 16."""
+def small_cnn(classes: int, width: int, images: torch.Tensor) -> nn.Module:
+    """airbench's network (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds"), with w, 2w and 4w channels in place of 64,
+    256 and 256, for images of 8 pixels and more.
 
-    def conv(inside: int, outside: int) -> nn.Sequential:
+    A 2x2 convolution that whitens the normalised `images` and stays as it is, then three groups of two 3x3
+    convolutions that start as the identity; batch norm has biases and no weights, and the logits are scaled by 1/9.
+    """
+
+    def norm(channels: int) -> nn.Module:
+        made = nn.BatchNorm2d(channels, momentum=0.4)
+        made.weight.requires_grad_(False)
+        return made
+
+    def group(inside: int, outside: int, ceil: bool = False) -> nn.Sequential:
+        first, second = (nn.Conv2d(n, outside, 3, padding=1, bias=False) for n in (inside, outside))
+        for one in (first, second):
+            nn.init.dirac_(one.weight[: one.in_channels].detach())
         return nn.Sequential(
-            nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(inplace=False)
+            first, nn.MaxPool2d(2, ceil_mode=ceil), norm(outside), nn.GELU(), second, norm(outside), nn.GELU()
         )
 
-    def stage(inside: int, outside: int) -> nn.Sequential:
-        return nn.Sequential(conv(inside, outside), nn.MaxPool2d(2), conv(outside, outside))
-
+    whitening = nn.Conv2d(3, 24, 2)
+    whitening.weight.requires_grad_(False)
+    whiten(whitening, images)
+    last = nn.Linear(4 * width, classes, bias=False)
     return nn.Sequential(
-        conv(3, width), stage(width, width), stage(width, 2 * width), stage(2 * width, 4 * width),
-        nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes),
+        whitening, nn.GELU(), group(24, width), group(width, 2 * width),
+        group(2 * width, 4 * width, ceil=True),  # images of 8 pixels are 1 wide by now
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(), last, Scaled(1 / 9),
     )  # fmt: skip
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.factor
+
+
+def whiten(first: nn.Conv2d, images: torch.Tensor, least: float = 5e-4) -> None:
+    """Set a convolution of 24 filters of 2x2 to the principal directions of the images' patches, scaled to unit
+    variance, and their negatives; `images` are normalised (n, 3, h, w)."""
+    patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + least).sqrt()).T.reshape(12, 3, 2, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.cat([filters, -filters]))
 
 
 def _resnet18(classes: int, size: int) -> nn.Module:
@@ -202,8 +238,11 @@ def file_digest(path: str | os.PathLike) -> str:
         raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
 
 
-def parameters_with_decay(model: nn.Module, decay: float) -> Sequence[dict]:
-    """Optimizer groups: weight decay on matrices and kernels, none on biases and batch norm."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, decay: float, bias_lr: float = 1.0) -> Sequence[dict]:
+    """Optimizer groups of what is trained: matrices and kernels with weight decay; biases and batch norm without it,
+    and with `bias_lr` times the learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "times": 1.0},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "times": bias_lr},
+    ]

@@ -23,7 +23,7 @@ from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
 from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.training import heads, loop, statistics
-from protoprune.training.examples import Examples
+from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
 from protoprune.training.models import file_digest
 
@@ -32,6 +32,7 @@ _NAMES = {
     "test": "other test examples",
     "weights_sha256": "other --weights",
     "gradients": "with and without --gradients",
+    "probabilities": "with and without --probabilities",
 }
 _LOGITS_ROWS = 8192  # examples whose logits are worked on at once
 _GRADIENT_BYTES = 2**30  # of gradients of a network, one set an example, that are held at once
@@ -58,16 +59,19 @@ def plan(
     every: int = 1,
     initial: bool = False,
     gradients: bool = False,
+    probabilities: bool = False,
     seed: int = 0,
 ) -> Plan:
     """Lay a record out. Each model is trained on a random subset of round(subset_fraction * n) examples.
 
     every: record every so many epochs, and the last; initial: also record the untrained models, as epoch 0.
 
-    Raises UsageError for values out of range.
+    Raises UsageError for values out of range, and for test features that were not made as the training features were.
     """
     check(models, subset_fraction, every)
     check_seed(seed)
+    if test is not None:
+        check_same_inputs(train, test)
     if len(train.classes) > 65_536:
         raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)
@@ -78,7 +82,14 @@ def plan(
         for number in range(models):
             subset[number] = False
             subset[number, np.random.default_rng([seed, 4, number]).permutation(n)[:size]] = True
-    size = records.size(models, len(numbers), n, len(test) if test else 0, gradients=gradients)
+    size = records.size(
+        models,
+        len(numbers),
+        n,
+        len(test) if test else 0,
+        gradients=gradients,
+        classes=len(train.classes) * probabilities,
+    )
     names = sum(len(path) + 1 for path in (*train.paths, *(test.paths if test else ())))
     return Plan(models, subset_fraction, numbers, subset, size + names)
 
@@ -99,6 +110,7 @@ def record(
     laid_out: Plan,
     *,
     gradients: bool = False,
+    probabilities: bool = False,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -114,6 +126,8 @@ def record(
     """
     out, where = os.fspath(out), resolve_device(device)
     provenance = _provenance(train, test, recipe, laid_out, gradients, seed, where)
+    if probabilities:  # a record that has them serves whoever does not ask for them
+        provenance["probabilities"] = 1
     with files.lock(out):
         if not _prepare(out, provenance, train, test, laid_out, gradients, overwrite):
             if on_start:
@@ -122,7 +136,7 @@ def record(
         partial = records.PartialRecord(out)
         try:
             run = _record_heads if recipe.model == "head" else _record_networks
-            run(train, test, recipe, partial, laid_out, gradients, seed, where, on_start, on_progress)
+            run(train, test, recipe, partial, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
             partial.finish()
         finally:
             partial.close()
@@ -167,7 +181,8 @@ def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients:
     records.create(
         out, {**provenance, "overwrite": int(overwrite)}, paths=train.paths, labels=train.labels,
         classes=train.classes, subset=laid_out.subset, epoch_numbers=laid_out.epoch_numbers, gradients=gradients,
-        test_paths=test.paths if test else (), test_labels=test.labels if test else None,
+        probabilities="probabilities" in provenance, test_paths=test.paths if test else (),
+        test_labels=test.labels if test else None,
     )  # fmt: skip
     return True
 
@@ -209,7 +224,9 @@ def _refuse(path: str, differences: list[str]) -> None:
         )
 
 
-def _record_heads(train, test, recipe, partial, laid_out: Plan, gradients, seed, device, on_start, on_progress) -> None:
+def _record_heads(
+    train, test, recipe, partial, laid_out: Plan, gradients, probabilities, seed, device, on_start, on_progress
+) -> None:
     numbers, size = laid_out.epoch_numbers, heads.group_size(recipe, len(train.classes), laid_out.subset)
     groups = [range(first, min(first + size, laid_out.models)) for first in range(0, laid_out.models, size)]
     todo = [group for group in groups if partial.committed[list(group)].min() < len(numbers)]
@@ -231,6 +248,9 @@ def _record_heads(train, test, recipe, partial, laid_out: Plan, gradients, seed,
                 seen = heads.measure(ensemble, test, gradients=False)
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(models, at, values)
+            if probabilities and epoch == numbers[-1]:
+                for rows, seen in heads.probabilities(ensemble, train):
+                    partial.write_probabilities(models, rows, seen)
             previous = ensemble.copy()
 
         if 0 in numbers:
@@ -244,7 +264,7 @@ def _record_heads(train, test, recipe, partial, laid_out: Plan, gradients, seed,
 
 
 def _record_networks(
-    train, test, recipe, partial, laid_out: Plan, gradients, seed, device, on_start, on_progress
+    train, test, recipe, partial, laid_out: Plan, gradients, probabilities, seed, device, on_start, on_progress
 ) -> None:
     numbers = laid_out.epoch_numbers
     folder = _state_folder(partial.out)
@@ -274,6 +294,10 @@ def _record_networks(
                 seen, _ = _measure(model, test, recipe, False, None)
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
+            if probabilities and epoch == numbers[-1]:
+                for start in range(0, len(train), _LOGITS_ROWS):
+                    rows = slice(start, min(start + _LOGITS_ROWS, len(train)))
+                    partial.write_probabilities(one, rows, previous[rows].float().exp()[None].numpy())
 
         if state is not None:  # the logits of the last recorded epoch, for `change`
             model = loop.make_model(train, recipe, own).to(device)
@@ -330,8 +354,9 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    parameters = {name: value.detach() for name, value in model.named_parameters() if name in trained}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in trained}
 
     def loss(parameters, one, label):
         logits = torch.func.functional_call(model, (parameters, buffers), (one[None],))

@@ -1,7 +1,8 @@
 """The winner on images that chose nothing: against random lists, random lists with even classes, and everything.
 
 Pure: arrays of right and wrong answers in, comparisons out. The interval of a difference to random lists holds the
-seeds, the luck of one draw (see `evaluation.statistics`) and the finite number of images that judge.
+seeds and the luck of one draw (see `evaluation.statistics`). That luck is measured on the images that judge, so it
+holds the part that is theirs too: a list which suits just these images better is one of the lucky draws.
 """
 
 from __future__ import annotations
@@ -60,11 +61,9 @@ def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgemen
 
 def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Comparison:
     """One list, (seeds, images) bool, against as many random ones; with its verdict."""
-    gap = ours.mean(axis=0) - draws.mean(axis=0)  # (images,): what the images have in common over the seeds
     one = statistics.compare(
-        ours.mean(axis=1), draws.mean(axis=1), one_draw=True, confidence=confidence, resolution=1 / ours.shape[1],
-        sampling=float(gap.var(ddof=1)) / len(gap),
-    )  # fmt: skip
+        ours.mean(axis=1), draws.mean(axis=1), one_draw=True, confidence=confidence, resolution=1 / ours.shape[1]
+    )
     return statistics.judge([one], confidence=confidence)[0]
 
 

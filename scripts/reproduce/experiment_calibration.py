@@ -7,8 +7,6 @@ data model is ours; the numbers of examples, inputs and seeds, the fractions and
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from lab import Claim, Lab
 from paired import above, accuracies, decide, el2n, minus, no_worse, outcomes_by_method, points, rows_of_table, same
@@ -127,7 +125,7 @@ def toy_claims(found: dict[str, list[float]]) -> list[Claim]:
 def plan(lab: Lab, train, recipe) -> list[Run]:
     """All runs, by seed; scores and draws are made anew for each."""
     settings, n = lab.settings, len(train)
-    probe = dataclasses.replace(recipe, epochs=settings["probe_epochs"])
+    probe = lab.recipe("probe", epochs=settings["probe_epochs"])
     runs = []
     for seed in range(lab.seeds):
         scores = el2n(

@@ -18,6 +18,7 @@ import protoprune
 from protoprune.evaluation import runs, statistics
 from protoprune.files import write_file
 from protoprune.training import converged
+from protoprune.tuning import running
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool
 
 SOURCE = "issue 13's screening; Chen, Welling & Smola 2010"
@@ -61,6 +62,7 @@ def heads(lab: Lab, name: str, encoder: str, images: int) -> list[dict]:
     rows, space = [], None
     for seed in range(lab.seeds):
         wanted = [(keep, method) for keep in lab.settings["keeps"] for method in METHODS]
+        wanted += [(keep, "tune") for keep in lab.settings["tune"] if seed < lab.settings["tune_seeds"]]
         kept = Kept(lab.folder / "heads" / f"{name}-{encoder}-{seed}.json", identity)
         part = None
         for keep, method in [*wanted, (1.0, "everything")]:
@@ -68,15 +70,29 @@ def heads(lab: Lab, name: str, encoder: str, images: int) -> list[dict]:
                 part = part or Part(pool, initial(train.labels, images, seed), seed)
                 space = space or converged.Space(train.inputs)
                 began = time.process_time()
-                own = part.rows if method == "everything" else part.select(METHODS[method], keep)
+                winner = None
+                if method == "everything":
+                    own = part.rows
+                elif method == "tune":
+                    winner = tuned(pool, part, keep, seed)
+                    own = part.select(winner, keep)
+                else:
+                    own = part.select(METHODS[method], keep)
                 chosen = time.process_time() - began
                 head = converged.fit_head(space, train.labels, len(train.classes), rows=own, seed=seed)
                 accuracy = float((head.predict(test.inputs) == test.labels).mean())
-                kept.add(keep, method, {"kept": len(own), "accuracy": accuracy, "selection_seconds": round(chosen, 3)})
+                result = {"kept": len(own), "accuracy": accuracy, "selection_seconds": round(chosen, 3)}
+                kept.add(keep, method, {**result, "winner": winner and winner.name})
             rows.append({"set": f"{name} {encoder}", "judge": "head", "keep": keep, "method": method, "seed": seed,
-                         **kept[keep, method]})  # fmt: skip
+                         "winner": None, **kept[keep, method]})  # fmt: skip
         lab.say(f"{name} {encoder}, seed {seed}: done")
     return rows
+
+
+def tuned(pool: Pool, part: Part, keep: float, seed: int) -> Candidate:
+    """What `protoprune tune` would choose on these images alone."""
+    own = Pool([pool.paths[row] for row in part.rows], pool.labels[part.rows], pool.classes, pool.vectors[part.rows])
+    return running.tune(own, keep, seed=seed).winner
 
 
 def initial(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
@@ -136,6 +152,7 @@ def networks(lab: Lab, data: str, encoder: str, images: int, keeps, methods, epo
             rows.append({
                 "set": f"{data} {encoder}", "judge": f"cnn, {length} epochs", "keep": keep, "method": method,
                 "seed": seed, "kept": len(own), "accuracy": outcome.accuracy, "selection_seconds": None,
+                "winner": None,
             })  # fmt: skip
     return rows
 
@@ -154,14 +171,18 @@ def gathered(rows: Iterable[dict]) -> dict[Key, np.ndarray]:
 def compared(found: Mapping[Key, np.ndarray], resolution: float) -> dict[Key, statistics.Comparison]:
     """Every method less random, paired by seed; each seed has images of its own, so there is no luck in common.
 
+    A method of fewer seeds (tune, which takes minutes) has the first ones.
+
     Verdicts are corrected over all of them together (Holm).
     """
     keys = [key for key in found if key[3] not in ("random", "everything")]
-    raw = [
-        statistics.compare(found[key], found[(*key[:3], "random")], one_draw=False, resolution=resolution)
-        for key in keys
-    ]
+    raw = [statistics.compare(found[key], of_random(found, key), one_draw=False, resolution=resolution) for key in keys]
     return dict(zip(keys, statistics.judge(raw), strict=True))
+
+
+def of_random(found: Mapping[Key, np.ndarray], key: Key) -> np.ndarray:
+    """What random has at the seeds of this key."""
+    return found[(*key[:3], "random")][: len(found[key])]
 
 
 def summary(found: Mapping[Key, np.ndarray], resolution: float = 1e-4):
@@ -187,6 +208,7 @@ def judge(found: Mapping[Key, np.ndarray], resolution: float = 1e-4) -> list[Cla
         ("cover by cluster", lambda keep: keep <= 0.1, "Herding without labels beats random at 10 % kept and less"),
         ("facility by class", lambda keep: keep <= 0.1, "Facility location beats random at 10 % kept and less"),
         ("hard", lambda keep: keep <= 0.3, "The hardest lose to random at 30 % kept and less"),
+        ("tune", lambda keep: True, "What tune chooses beats random"),
         ("random by class", lambda keep: keep <= 0.3, "Random with even classes beats random at 30 % kept and less"),
     ):
         picked = {key: one for key, one in differences.items() if key[3] == method and keeps(key[2])}
@@ -219,13 +241,13 @@ def draw(lab: Lab, found: Mapping[Key, np.ndarray]) -> None:
     panels = sorted({key[:2] for key in found})
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for number, method in enumerate(name for name in METHODS if name != "random"):
+        for number, method in enumerate(name for name in (*METHODS, "tune") if name != "random"):
             keeps = sorted({key[2] for key in found if key[:2] == panel and key[3] == method})
             if not keeps:
                 continue
             spans = [
-                statistics.mean_interval(100 * (found[(*panel, keep, method)] - found[(*panel, keep, "random")]))
-                for keep in keeps
+                statistics.mean_interval(100 * (found[one] - of_random(found, one)))
+                for one in ((*panel, keep, method) for keep in keeps)
             ]
             half = [0 if one.low is None else one.mean - one.low for one in spans]
             axes.errorbar(

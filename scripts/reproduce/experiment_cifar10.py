@@ -21,8 +21,7 @@ def run(lab: Lab) -> list[Claim]:
     train, test = lab.features(settings["data"]) if recipe.model == "head" else lab.images(settings["data"])
     result = scaling(
         train, test, recipe, sizes=settings["sizes"], keeps=settings["keeps"], orders=("hard", "easy", "random"),
-        seeds=lab.seeds, budget="steps",
-        bootstrap=settings["bootstrap"], folder=lab.runs, device=lab.device, on_run=lab.progress,
+        seeds=lab.seeds, bootstrap=settings["bootstrap"], folder=lab.runs, device=lab.device, on_run=lab.progress,
         **ranked_by(lab, train, test),
     )  # fmt: skip
     lab.save_table([report._point_row(one) for one in result.points], "points")

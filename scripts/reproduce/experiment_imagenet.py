@@ -44,7 +44,7 @@ def judge(one, tolerance: float) -> list[Claim]:
             f"{one.fraction:.0%} kept by prototypes costs no accuracy",
             SOURCE,
             f"{100 * one.accuracy.mean:.2f} %, against everything {interval_text(cost.mean, cost.low, cost.high)} "
-            f"points (none: above {-100 * tolerance:g}), {cost.n} seeds",
+            f"points (none: above {-100 * tolerance:g}), {cost.n} {'test images' if cost.n > random.n else 'seeds'}",
             no_worse(cost.low, cost.high, tolerance),
         ),
         Claim(

@@ -77,7 +77,7 @@ def draw(lab: Lab, result, classes: int) -> None:
     ]
     axes.errorbar(ks, middle, span, fmt="o-", capsize=3, label="prototypes, hardest 80 %")
     for one in result.methods:
-        if one.kind != "list":
+        if one.kind in ("random", "everything"):
             axes.axhline(100 * one.accuracy.mean, linestyle="--" if one.kind == "random" else ":", color="grey")
             axes.annotate(one.name, (ks[0], 100 * one.accuracy.mean), fontsize=8, va="bottom")
     axes.axvline(classes, color="lightgrey", zorder=0)

@@ -91,9 +91,10 @@ class Lab:
             accuracy = 100 * step.outcome.accuracy
             self.say(f"run {step.done}/{step.total}: {step.run.method}, seed {step.run.seed}: {accuracy:.2f} %{left}")
 
-    def recipe(self, **changes) -> Recipe:
-        """The training recipe of [size.recipe], with changes."""
-        given = {**self.settings.get("recipe", {}), **changes}
+    def recipe(self, part: str = "recipe", **changes) -> Recipe:
+        """The training recipe of the settings, with changes. `part = "probe"` is that of the models whose mistakes rank
+        the images, where there is one of its own: a converged head has no course of training that could be read."""
+        given = {**self.settings.get(part, self.settings.get("recipe", {})), **changes}
         return Recipe.for_model(given.pop("model"), **given)
 
     def folder_of(self, name: str) -> Path:

@@ -20,7 +20,7 @@ def el2n(
 
     share: of the training images that each model sees; all of them are scored, by all models.
     """
-    recipe = lab.recipe(epochs=epochs)
+    recipe = lab.recipe("probe", epochs=epochs)
     plan = recording.plan(train, test, recipe, models=models, subset_fraction=share, every=epochs)
     made_by = repr((recipe, models, share, train.fingerprint(), test.fingerprint()))
     out = lab.folder / f"probe-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.h5"

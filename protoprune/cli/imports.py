@@ -1,0 +1,48 @@
+"""`protoprune import`: vectors that exist already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protoprune.cli.outputs import check_outputs
+from protoprune.cli.progress import say
+from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
+
+
+def import_(
+    vectors: Annotated[Path, typer.Argument(help="Vectors: .npy, .npz, .parquet, samples.json, or a folder of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
+    paths: Annotated[
+        Path | None, typer.Option(help="List of the images in the order of the vectors, where these have no names.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, where the names are files in it.")] = None,
+    encoder: Annotated[str, typer.Option(help="What made the vectors, for the record.")] = "",
+    vector_column: Annotated[
+        str | None, typer.Option(help="Column or array of the vectors, if there are several.")
+    ] = None,
+    path_column: Annotated[str | None, typer.Option(help="Column or array of the names, if there are several.")] = None,
+    store: Annotated[str, typer.Option(help="float16, float32, or auto: as the vectors are.")] = "auto",
+    labels: Annotated[Path | None, typer.Option(help="File of classes [default: first-level folders].")] = None,
+    label_column: LabelColumn = None,
+    class_names: ClassNames = None,
+    class_level: ClassLevel = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a feature file.")] = False,
+) -> None:
+    """Make a feature file of vectors that you have already."""
+    from protoprune.cli.embed import label_argument
+    from protoprune.importing import import_features
+
+    check_outputs(hdf5=out, inputs=[vectors, paths, labels, class_names])
+    report = import_features(
+        vectors, out, paths=paths, root=root, encoder=encoder, vector_column=vector_column, path_column=path_column,
+        store=store, labels=label_argument(labels, label_column, class_names, class_level, no_labels),
+        class_level=class_level, overwrite=overwrite,
+    )  # fmt: skip
+    read = f" from {len(report.files):,} files" if len(report.files) > 1 else ""
+    say(f"{out}: {report.n:,} vectors x {report.dim} ({report.store}){read}, names: {report.names}")
+    if report.unusable:
+        say(f"{report.unusable:,} vectors hold NaN or infinity and cannot be used")

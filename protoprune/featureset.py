@@ -1,0 +1,366 @@
+"""The feature set: a folder of feature files, one a shard, that is read as if it were one feature file.
+
+    features/set.json            what the set is: the key, the root, and of each shard its state
+    features/train/0000.tar.h5   the features of the shard train/0000.tar, as `features` describes
+
+Shards are in the order of ids, so that row i of the set is row i of the file that `merge` makes of it. Not an HDF5
+virtual data set: there a source that is missing reads as zeros, in silence. This module knows nothing of how a shard is
+embedded: see `sharding`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from protoprune import files
+from protoprune.decode import ON_WHITE, Status
+from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
+from protoprune.images import SET_FILE, ImageList
+from protoprune.sources.reading import FOLDERS
+
+_FORMAT, _VERSION = "protoprune-feature-set", 1
+_OPEN_FILES = 64  # feature files that are open at once
+_COPY_ROWS = 65_536
+
+
+@dataclass
+class Part:
+    """One shard of a set, as set.json has it."""
+
+    name: str  # the shard's path relative to the root
+    size: int = -1  # bytes of the shard, when it was embedded
+    version: int = -1
+    rows: int = -1  # of its feature file; -1: not done
+    usable: int = 0
+    uuid: str = ""
+    failed: tuple[str, str] | None = None  # (status, reason) of a shard that cannot be used
+
+    @property
+    def done(self) -> bool:
+        return self.rows >= 0
+
+    @property
+    def pending(self) -> bool:
+        return not self.done and self.failed is None
+
+    def as_json(self) -> dict:
+        plain = {"name": self.name, "size": self.size, "version": self.version}
+        if self.done:
+            return {**plain, "rows": self.rows, "usable": self.usable, "uuid": self.uuid}
+        return {**plain, "failed": list(self.failed)} if self.failed else plain
+
+    @classmethod
+    def from_json(cls, plain: dict) -> Part:
+        failed = plain.get("failed")
+        return cls(**{**plain, "failed": tuple(failed) if failed else None})
+
+
+def shard_file(folder: str, name: str) -> str:
+    """The feature file of a shard."""
+    return os.path.join(folder, *name.split("/")) + ".h5"
+
+
+def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
+    """(what set.json says of the set, its parts). Raises ProtopruneError when it is none."""
+    path = os.path.join(folder, SET_FILE)
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            plan = json.load(file)
+        if plan["format"] != _FORMAT:
+            raise ValueError("another format")
+        if plan["format_version"] != _VERSION:
+            raise ProtopruneError(
+                f"{path}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
+            )
+        parts = [Part.from_json(one) for one in plan.pop("shards")]
+    except FileNotFoundError:
+        raise ProtopruneError(f"{folder}: a folder without {SET_FILE}; give a feature file or a feature set") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProtopruneError(
+            f"{path}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
+        ) from None
+    return plan, parts
+
+
+def write_plan(folder: str, plan: dict, parts: list[Part]) -> None:
+    """Write set.json; the set is finished when no part is pending."""
+    state = "unfinished" if any(part.pending for part in parts) else "finished"
+    head = {**plan, "format": _FORMAT, "format_version": _VERSION, "state": state}
+    lines = ",\n".join("  " + json.dumps(part.as_json()) for part in parts)
+    text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
+    files.write_file(os.path.join(folder, SET_FILE), text.encode("utf-8", "surrogateescape"))
+
+
+def open_set(folder: str) -> FeatureSet:
+    """The finished feature set, with a warning of what is not in it."""
+    whole = FeatureSet(folder)
+    if whole.failed_shards:
+        name, status, reason = whole.failed_shards[0]
+        warn(
+            f"{folder}: {len(whole.failed_shards):,} of {len(whole.parts):,} shards could not be used and are not in "
+            f"it (first: {name}: {status}, {reason})"
+        )
+    return whole
+
+
+class FeatureSet:
+    """A finished feature set, read as a FeatureFile is: the same attributes and methods; a context manager.
+
+    Parts that failed are in `failed_shards` and have no rows. Raises ProtopruneError when set.json is missing or
+    damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = os.fspath(folder).rstrip("/") or "/"
+        self.plan, self.parts = read_plan(self.path)
+        pending = sum(part.pending for part in self.parts)
+        if pending:
+            raise ProtopruneError(
+                f"{self.path}: not finished, {len(self.parts) - pending:,} of {len(self.parts):,} shards are done; "
+                "run the same `protoprune embed` again, it does the rest"
+            )
+        self._done = [part for part in self.parts if part.done]
+        if not self._done:
+            name, status, reason = self.failed_shards[0]
+            raise ProtopruneError(f"{self.path}: no shard could be used (first: {name}: {status}, {reason})")
+        for part in self._done:
+            if not os.path.exists(shard_file(self.path, part.name)):
+                raise ProtopruneError(
+                    f"{shard_file(self.path, part.name)}: missing, a part of the feature set {self.path}; "
+                    "run the same `protoprune embed` again"
+                )
+        self._starts = np.cumsum([0, *(part.rows for part in self._done)])
+        self._open: OrderedDict[int, FeatureFile] = OrderedDict()
+        self._labels: tuple[np.ndarray, list[str], str] | None = None
+        self.n = int(self._starts[-1])
+        first = self._file(0)
+        self.dim = first.dim
+        self.features = _Rows(self, (self.n, self.dim), first.features.dtype)
+        identity = hashlib.sha256("".join(part.uuid for part in self._done).encode()).hexdigest()[:32]
+        self.provenance = {
+            **first.provenance, "root": self.plan["root"], "uuid": identity,
+            "unreadable_folder_count": 0, "unreadable_folders": "[]",
+        }  # fmt: skip
+        self.provenance["labels_from"] = self._classes()[2]
+
+    def __enter__(self) -> FeatureSet:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    @property
+    def failed_shards(self) -> list[tuple[str, str, str]]:
+        """(name, status, reason) of the shards that have no rows."""
+        return [(part.name, *part.failed) for part in self.parts if part.failed]
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for file in self._files() for path in file.paths]
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes()[1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._classes()[0]
+
+    @property
+    def status(self) -> np.ndarray:
+        return np.concatenate([file.status for file in self._files()])
+
+    @property
+    def usable(self) -> np.ndarray:
+        return self.status == Status.OK
+
+    @property
+    def size(self) -> np.ndarray:
+        return np.concatenate([file.size for file in self._files()])
+
+    @property
+    def mtime_ns(self) -> np.ndarray:
+        return np.concatenate([file.mtime_ns for file in self._files()])
+
+    def failures(self) -> list[tuple[str, Status, str]]:
+        return [one for file in self._files() for one in file.failures()]
+
+    def failure_counts(self) -> Counter:
+        return sum((file.failure_counts() for file in self._files()), Counter())
+
+    @property
+    def transparent(self) -> np.ndarray:
+        return np.concatenate([file.transparent for file in self._files()])
+
+    @property
+    def unreadable_folders(self) -> list[list[str]]:
+        return []
+
+    def finished(self) -> np.ndarray:
+        return np.ones(self.n, bool)
+
+    @property
+    def sealed(self) -> bool:
+        return all(file.sealed for file in self._files())
+
+    def damage(self) -> list[str]:
+        """What of its files is not what was written; see `FeatureFile.damage`."""
+        return [f"{file.path}: {line}" for file in self._files() for line in file.damage()]
+
+    def damaged(self, what: str) -> ProtopruneError:
+        return ProtopruneError(f"{self.path}: damaged: {what}; the same `protoprune embed` embeds it again")
+
+    @property
+    def bytes(self) -> int:
+        """Of all its feature files."""
+        return sum(os.path.getsize(shard_file(self.path, part.name)) for part in self._done)
+
+    def _file(self, number: int) -> FeatureFile:
+        """The feature file of a part, from the few that are open."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        part = self._done[number]
+        path = shard_file(self.path, part.name)
+        file = FeatureFile(path)
+        if file.provenance["uuid"] != part.uuid or file.n != part.rows:
+            file.close()
+            raise ProtopruneError(
+                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} names; "
+                "run the same `protoprune embed` again"
+            )
+        if self._open and file.dim != self.dim:
+            file.close()
+            raise ProtopruneError(f"{path}: {file.dim} dimensions, the set has {self.dim}")
+        self._open[number] = file
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def _files(self) -> Iterator[FeatureFile]:
+        return (self._file(number) for number in range(len(self._done)))
+
+    def _classes(self) -> tuple[np.ndarray, list[str], str]:
+        """(labels, classes, where from) of the whole: the classes of all shards together.
+
+        Folders inside shards are classes only where no shard has classes of another kind, every image lies in one and
+        there are two, as in a folder of images.
+        """
+        if self._labels is None:
+            found = [(file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()]
+            kinds = {source for _, classes, source in found if classes}
+            if kinds - {FOLDERS}:
+                found = [
+                    (np.full_like(x, -1), [], "") if source == FOLDERS else (x, y, source) for x, y, source in found
+                ]
+            names = sorted({name for _, classes, _ in found for name in classes})
+            if all(name.isdecimal() for name in names):
+                names.sort(key=lambda name: (int(name), name))
+            index = {name: number for number, name in enumerate(names)}
+            parts = [
+                np.array([*(index[name] for name in classes), -1], np.int32)[labels] for labels, classes, _ in found
+            ]
+            labels = np.concatenate(parts)
+            if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
+                labels, names = np.full(self.n, -1, np.int32), []
+            self._labels = labels, names, " and ".join(sorted(kinds - {FOLDERS} or kinds)) if names else ""
+        return self._labels
+
+
+class _Rows:
+    """The features of a set as an array that is read in slices, or row by row."""
+
+    def __init__(self, owner: FeatureSet, shape: tuple[int, int], dtype: np.dtype):
+        self._owner, self.shape, self.dtype = owner, shape, dtype
+        self.ndim = 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key) -> np.ndarray:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return self._span(start, max(start, stop))
+            key = np.arange(start, stop, step)
+        rows = np.asarray(key)
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        return self._at(rows.reshape(-1)).reshape(*rows.shape, self.shape[1])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def _span(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, self.shape[1]), self.dtype)
+        starts = self._owner._starts
+        number = bisect.bisect_right(starts, start) - 1
+        while start < stop:
+            low, high = int(starts[number]), min(int(starts[number + 1]), stop)
+            if high > start:
+                file = self._owner._file(number)
+                out[start - stop + len(out) : high - stop + len(out)] = file.features[start - low : high - low]
+                start = high
+            number += 1
+        return out
+
+    def _at(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"a row outside 0 to {len(self) - 1}")
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        where = np.searchsorted(self._owner._starts, rows, side="right") - 1
+        for number in np.unique(where):
+            here = np.flatnonzero(where == number)
+            out[here] = self._owner._file(int(number)).features[rows[here] - self._owner._starts[number]]
+        return out
+
+
+def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False) -> int:
+    """Make one feature file of a set, with the same rows in the same order; returns their number.
+
+    Shards that failed have no rows in it. Raises UsageError when `out` exists (unless `overwrite`), ProtopruneError
+    when the set is not whole or the file cannot be written.
+    """
+    out = os.fspath(out)
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file")
+    if os.path.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
+        from protoprune import hdf5
+
+        hdf5.check_replaceable(out, KIND)
+    with FeatureSet(folder) as whole, files.lock(out):
+        labels, classes, labels_from = whole._classes()
+        images = ImageList(
+            root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
+            classes=classes, labels_from=labels_from,
+        )  # fmt: skip
+        key = {name: whole.provenance[name] for name in KEY if name in whole.provenance}
+        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]}, [])
+        partial = PartialFile(out)
+        try:
+            status, reasons = whole.status, {path: reason for path, _, reason in whole.failures()}
+            reasons |= {images.paths[row]: ON_WHITE for row in np.flatnonzero(whole.transparent)}
+            for start in range(0, whole.n, _COPY_ROWS):
+                rows = np.arange(start, min(start + _COPY_ROWS, whole.n))
+                said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]
+                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said)
+            partial.finish()
+        finally:
+            partial.close()
+        return whole.n

@@ -1,0 +1,442 @@
+"""Vectors that exist already -> feature file: .npy, .npz, Parquet, and folders of them.
+
+The most frequent wish of those who have millions of images: they have embedded them before. Read are single arrays with
+a list of their names; Parquet with a column of vectors; clip-retrieval's folders (img_emb/*.npy, metadata/*.parquet);
+embedding-reader's (npy, parquet, or npy and parquet of the same number); FiftyOne's samples.json. Arrays stay on the
+disk: what is copied is copied in blocks. What the vectors are of is not known here: the file says they were imported.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protoprune import files, hdf5
+from protoprune.decode import Status
+from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.features import KEY, KIND, PartialFile, create_partial, partial_path
+from protoprune.images import ImageList, image_labels, stat_files
+
+_VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "img_emb", "features", "feature",
+            "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
+_NAMES = ("path", "paths", "image_path", "image_paths", "filepath", "file_path", "filename", "file_name", "filenames",
+          "names", "file", "image", "key", "id", "ids", "uid", "url")  # fmt: skip
+_ROWS = 16_384  # rows that are copied at once
+_NOT_FINITE = "the vector holds NaN or infinity"
+
+
+@dataclass
+class ImportReport:
+    """What became of the vectors."""
+
+    out: str
+    n: int
+    dim: int
+    store: str
+    names: str  # where the names come from, in words
+    unusable: int = 0  # vectors with NaN or infinity
+    files: list[str] = field(default_factory=list)  # that were read
+
+
+@dataclass
+class _Part:
+    """The vectors of one file, and their names where it has them."""
+
+    vectors: np.ndarray  # (n, d), perhaps a memory map
+    names: list[str] | None = None
+
+
+def import_features(
+    vectors: str | os.PathLike,
+    out: str | os.PathLike = "features.h5",
+    *,
+    paths: str | os.PathLike | Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    encoder: str = "",
+    vector_column: str | None = None,
+    path_column: str | None = None,
+    store: str = "auto",
+    labels=True,
+    class_level: int | None = None,
+    overwrite: bool = False,
+) -> ImportReport:
+    """Make a feature file of vectors from elsewhere, sorted by name.
+
+    paths    list of their names in the order of the vectors (a file that `read_list` reads, Parquet, or names), where
+             the vectors' own file has none; without both the names are row numbers
+    root     folder that the names are relative to, where they are files: then size and time are noted. Absolute names
+             get their deepest common folder
+    encoder  what made the vectors, for the provenance
+    store    float16, float32, or auto: float16 where the vectors are
+    labels, class_level  where classes come from, as in `list_folder`
+
+    Raises UsageError or ProtopruneError for what cannot be read, numbers of names and vectors that differ, names that
+    occur twice, and when `out` exists (unless `overwrite`).
+    """
+    vectors, out = os.fspath(vectors), os.fspath(out)
+    if store not in ("auto", "float16", "float32"):
+        raise UsageError(f"--store {store}: expected auto, float16 or float32")
+    _check_out(out, overwrite)
+    with contextlib.ExitStack() as stack:
+        read, parts = _read(vectors, vector_column, path_column, stack)
+        dim, dtype = _check_shapes(vectors, parts)
+        n = sum(len(part.vectors) for part in parts)
+        names, origin = _names(vectors, parts, paths, path_column, n)
+        names, base, order = _ids(names, root)
+        size, mtime_ns = stat_files(base, names) if root is not None else (np.full(n, -1), np.full(n, -1))
+        label, classes, labels_from = image_labels(base, names, labels, class_level)
+        store = store if store != "auto" else "float16" if dtype == np.float16 else "float32"
+        images = ImageList(base, names, size, mtime_ns, label, classes, labels_from)
+        digest = _digest(read)
+        provenance = dict.fromkeys(KEY, "") | {
+            "encoder": f"imported: {encoder or os.path.basename(vectors.rstrip('/'))}", "weights_sha256": digest,
+            "preprocess": "{}", "precision": "as imported", "store": store,
+        }  # fmt: skip
+        images.provenance = {"imported_from": os.path.abspath(vectors), "names_from": origin}
+        report = ImportReport(out, n, dim, store, origin, files=read)
+        with files.lock(out):
+            report.unusable = _write(out, images, parts, order, dim, provenance)
+    return report
+
+
+def _check_out(out: str, overwrite: bool) -> None:
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file")
+    if os.path.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
+        hdf5.check_replaceable(out, KIND)
+    if os.path.exists(partial_path(out)) and not overwrite:
+        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
+
+
+def _write(out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict) -> int:
+    """Copy the vectors in the order of the names; how many are unusable."""
+    create_partial(out, images, dim, provenance, [])
+    partial = PartialFile(out)
+    unusable = 0
+    try:
+        starts = np.cumsum([0, *(len(part.vectors) for part in parts)])
+        for start in range(0, len(order), _ROWS):
+            rows = order[start : start + _ROWS]
+            block = _gather(parts, starts, rows, dim)
+            good = np.isfinite(block).all(axis=1)
+            with np.errstate(over="ignore"):
+                stored = np.where(good[:, None], block, 0).astype(provenance["store"])
+            if not np.isfinite(stored).all():
+                raise ProtopruneError(f"vectors overflow {provenance['store']}; import them with --store float32")
+            unusable += int((~good).sum())
+            status = np.where(good, Status.OK, Status.CORRUPT).astype(np.uint8)
+            said = ["" if one else _NOT_FINITE for one in good]
+            partial.commit(np.arange(start, start + len(rows)), stored, status, said)
+        if unusable == len(order):
+            raise ProtopruneError(f"all {unusable:,} vectors hold NaN or infinity")
+        partial.finish()
+    except ProtopruneError:
+        partial.discard()
+        raise
+    finally:
+        partial.close()
+    return unusable
+
+
+def _gather(parts: list[_Part], starts: np.ndarray, rows: np.ndarray, dim: int) -> np.ndarray:
+    """The given rows of all parts together, (len(rows), d) float32 or wider."""
+    out = np.empty((len(rows), dim), np.result_type(np.float32, *{part.vectors.dtype for part in parts}))
+    where = np.searchsorted(starts, rows, side="right") - 1
+    for number in np.unique(where):
+        here = np.flatnonzero(where == number)
+        local = rows[here] - starts[number]
+        ascending = np.argsort(local)  # a memory map is read in one direction
+        out[here[ascending]] = parts[number].vectors[local[ascending]]
+    return out
+
+
+def _check_shapes(source: str, parts: list[_Part]) -> tuple[int, np.dtype]:
+    parts[:] = [part for part in parts if len(part.vectors)]
+    if not parts:
+        raise ProtopruneError(f"{source}: holds no vectors")
+    dims = {part.vectors.shape[1] for part in parts}
+    if len(dims) > 1:
+        raise ProtopruneError(
+            f"{source}: vectors of {', '.join(map(str, sorted(dims)))} dimensions; expected one number"
+        )
+    kinds = {part.vectors.dtype for part in parts}
+    if not all(kind.kind == "f" for kind in kinds):
+        raise ProtopruneError(f"{source}: numbers of type {', '.join(map(str, kinds))}, expected float16, 32 or 64")
+    return dims.pop(), np.result_type(*kinds)
+
+
+def _digest(read: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in read:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _names(source: str, parts: list[_Part], paths, path_column: str | None, n: int) -> tuple[list[str], str]:
+    """(name of each vector, where they come from)."""
+    if paths is not None:
+        names, origin = (
+            (_read_names(os.fspath(paths), path_column), os.path.basename(os.fspath(paths)))
+            if isinstance(paths, (str, os.PathLike))
+            else (list(paths), "given names")
+        )
+    elif all(part.names is not None for part in parts):
+        names, origin = [name for part in parts for name in part.names], "the vectors' own file"
+    else:
+        width = max(6, len(str(n - 1)))
+        warn(f"{source}: has no names, so row numbers stand for them; give --paths LIST to have kept lists of images")
+        return [f"{row:0{width}d}" for row in range(n)], "row numbers"
+    if len(names) != n:
+        raise ProtopruneError(
+            f"{source}: {n:,} vectors and {len(names):,} names; they must be the same images in order"
+        )
+    return names, origin
+
+
+def _read_names(path: str, column: str | None) -> list[str]:
+    if os.path.isdir(path):
+        return [name for one in _natural(path, ".parquet") for name in _read_names(one, column)]
+    if path.lower().endswith((".parquet", ".pq")):
+        table = _parquet(path)
+        return _strings(table.read([_one_of(path, table.schema_arrow.names, _NAMES, column, "--path-column")])[0])
+    from protoprune.lists import read_list
+
+    names = read_list(path)
+    if not isinstance(names, list):
+        raise UsageError(f"{path}: row indices are no names; give a list of paths")
+    return names
+
+
+def _ids(names: list[str], root) -> tuple[list[str], str, np.ndarray]:
+    """(ids sorted by code point, root, the vector of each)."""
+    base = os.path.abspath(root) if root is not None else None
+    if base is None and all(os.path.isabs(name) for name in names):
+        base = os.path.commonpath([os.path.dirname(name) for name in names])
+    if base is not None:
+        names = [_below(name, base) for name in names]
+    names = [_plain(name) for name in names]
+    order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    ordered = [names[i] for i in order]
+    twice = [one for one, other in itertools.pairwise(ordered) if one == other]
+    if twice:
+        raise ProtopruneError(f"{len(twice):,} names have two vectors (first: {twice[0]}); each image needs one")
+    return ordered, base or os.getcwd(), order
+
+
+def _below(name: str, base: str) -> str:
+    path = os.path.normpath(os.path.relpath(name, base) if os.path.isabs(name) else name)
+    if path == ".." or path.startswith("../"):
+        raise UsageError(f"{name}: outside the root {base}; give --root a folder that holds every image")
+    return path
+
+
+def _plain(name: str) -> str:
+    name = name.removeprefix("./")
+    if not name or "\0" in name:
+        raise UsageError(f"{name!r}: an image needs a name")
+    return name
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(source: str, vector_column, path_column, stack) -> tuple[list[str], list[_Part]]:
+    """(the files that were read, their parts in order)."""
+    if not os.path.exists(source):
+        raise UsageError(f"{source}: no such file or folder; give vectors as .npy, .npz, .parquet, or a folder of them")
+    if os.path.isdir(source):
+        read, names = _folder(source)
+    else:
+        read, names = [source], []
+    parts = [_file(path, vector_column, path_column, stack) for path in read]
+    if names:
+        if len(names) != len(parts):
+            raise ProtopruneError(f"{source}: {len(parts):,} files of vectors and {len(names):,} of metadata")
+        for part, path in zip(parts, names, strict=True):
+            part.names = _read_names(path, path_column)
+            if len(part.names) != len(part.vectors):
+                raise ProtopruneError(f"{path}: {len(part.names):,} names for {len(part.vectors):,} vectors")
+    return read, parts
+
+
+def _folder(folder: str) -> tuple[list[str], list[str]]:
+    """(files of vectors, files of metadata or none) of clip-retrieval's and embedding-reader's folders."""
+    nested = os.path.join(folder, "img_emb")
+    where = nested if os.path.isdir(nested) else folder
+    arrays = _natural(where, ".npy")
+    beside = _natural(where, ".parquet")
+    if not arrays and not beside:
+        raise UsageError(f"{folder}: no .npy or .parquet in it; give the folder of the vectors")
+    if not arrays:
+        return beside, []
+    metadata = os.path.join(folder, "metadata")
+    return arrays, _natural(metadata, ".parquet") if os.path.isdir(metadata) else beside
+
+
+def _natural(folder: str, suffix: str) -> list[str]:
+    """Files of a suffix in the order of their numbers: img_emb_10 comes after img_emb_9."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(suffix) and not name.startswith(".")]
+    names.sort(key=lambda name: [int(one) if one.isdecimal() else one for one in re.split(r"(\d+)", name)])
+    return [os.path.join(folder, name) for name in names]
+
+
+def _file(path: str, vector_column, path_column, stack) -> _Part:
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        if suffix == ".npy":
+            return _Part(_two_dimensions(path, np.load(path, mmap_mode="r", allow_pickle=False)))
+        if suffix == ".npz":
+            return _npz(path, vector_column, path_column)
+        if suffix in (".parquet", ".pq"):
+            return _table(path, vector_column, path_column, stack)
+        if suffix == ".json":
+            return _fiftyone(path, vector_column)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
+    except OSError as error:
+        raise ProtopruneError(f"{path}: cannot be read ({error.strerror or error})") from None
+    raise UsageError(f"{path}: expected .npy, .npz, .parquet, a samples.json of FiftyOne, or a folder of them")
+
+
+def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
+    if array.ndim != 2:
+        raise ProtopruneError(f"{path}: shape {array.shape}, expected (images, dimensions)")
+    return array
+
+
+def _npz(path: str, vector_column, path_column) -> _Part:
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    floats = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind == "f"]
+    strings = [name for name, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
+    name = _one_of(path, floats, _VECTORS, vector_column, "--vector-column")
+    if not strings and path_column is None:
+        return _Part(arrays[name])
+    own = arrays[_one_of(path, strings, _NAMES, path_column, "--path-column")]
+    return _Part(arrays[name], [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in own.tolist()])
+
+
+def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
+    """The array or column that was asked for, the only one, or the first that has a usual name."""
+    if asked is not None:
+        if asked not in names:
+            raise UsageError(f"{path}: no {asked} that could be it, only {', '.join(names) or 'none'}")
+        return asked
+    plain = {name.lower(): name for name in names}
+    found = next((plain[name] for name in usual if name in plain), None)
+    if found is None and len(names) == 1:
+        found = names[0]
+    if found is None:
+        raise UsageError(f"{path}: which of {', '.join(names) or 'no columns'} is it? give {option} NAME")
+    return found
+
+
+def _parquet(path: str):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ProtopruneError(f"{path}: Parquet needs pyarrow; pip install 'protoprune[tables]'") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
+
+
+def _strings(column) -> list[str]:
+    values = column.to_pylist()
+    if any(value is None for value in values):
+        raise ProtopruneError(f"{sum(value is None for value in values):,} rows have no name")
+    return [os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values]
+
+
+def _table(path: str, vector_column, path_column, stack) -> _Part:
+    """A column of lists; its numbers go to a temporary file, since a column of 100 GB does not fit into memory."""
+    import pyarrow
+
+    table = _parquet(path)
+    kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types, strict=True))
+    lists = [
+        name for name, kind in kinds.items() if hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind)
+    ]
+    column = _one_of(path, lists, _VECTORS, vector_column, "--vector-column")
+    flat = [name for name, kind in kinds.items() if not pyarrow.types.is_nested(kind)]
+    named = path_column is not None or any(name.lower() in _NAMES for name in flat)
+    own = _one_of(path, flat, _NAMES, path_column, "--path-column") if named else None
+    spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    names: list[str] = []
+    dim = rows = 0
+    dtype = np.dtype(np.float32)
+    for block, batch in _vector_blocks(path, table, column, [own] if own else []):
+        if rows == 0:
+            dim, dtype = block.shape[1], block.dtype
+        if block.shape[1] != dim:
+            raise ProtopruneError(f"{path}: vectors of {dim} and of {block.shape[1]} dimensions")
+        spool.write(np.ascontiguousarray(block).tobytes())
+        rows += len(block)
+        names += _strings(batch.column(own)) if own else []
+    spool.flush()
+    vectors = np.memmap(spool, dtype, "r", shape=(rows, dim)) if rows * dim else np.empty((0, max(dim, 1)), dtype)
+    return _Part(vectors, names if own else None)
+
+
+def _vector_blocks(path: str, table, column: str, others: list[str]) -> Iterator[tuple[np.ndarray, object]]:
+    import pyarrow
+
+    try:
+        for batch in table.iter_batches(_ROWS, columns=[column, *others]):
+            values = batch.column(column)
+            if values.null_count:
+                raise ProtopruneError(f"{path}: {values.null_count:,} rows have no vector; leave them out")
+            flat = values.flatten().to_numpy(zero_copy_only=False)
+            if len(batch) and len(flat) % len(batch):
+                raise ProtopruneError(f"{path}: its vectors are not all of one length")
+            if len(batch):
+                lengths = None if hasattr(values.type, "list_size") else np.diff(values.offsets.to_numpy())
+                if lengths is not None and (lengths != lengths[0]).any():
+                    raise ProtopruneError(f"{path}: its vectors are not all of one length")
+                yield flat.reshape(len(batch), -1), batch
+    except pyarrow.ArrowException as error:
+        raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
+
+
+def _fiftyone(path: str, field_name: str | None) -> _Part:
+    """`dataset.export(dataset_type=FiftyOneDataset)`: samples.json, vectors as lists or zlib-compressed .npy."""
+    with open(path, encoding="utf-8") as file:
+        samples = json.load(file)
+    samples = samples.get("samples") if isinstance(samples, dict) else samples
+    if not isinstance(samples, list) or not samples or not all(isinstance(one, dict) for one in samples):
+        raise ProtopruneError(f"{path}: no samples in it")
+    name = _one_of(path, [one for one in samples[0] if one != "filepath"] if field_name is None else list(samples[0]),
+                   _VECTORS, field_name, "--vector-column")  # fmt: skip
+    lacking = sum(one.get(name) is None or "filepath" not in one for one in samples)
+    if lacking:
+        raise ProtopruneError(f"{path}: {lacking:,} of {len(samples):,} samples have no {name} or no filepath")
+    return _Part(np.stack([_vector(one[name]) for one in samples]), [one["filepath"] for one in samples])
+
+
+def _vector(value) -> np.ndarray:
+    if isinstance(value, list):
+        return np.asarray(value, np.float32)
+    packed = value["$binary"] if isinstance(value, dict) else value
+    packed = packed["base64"] if isinstance(packed, dict) else packed
+    return np.load(io.BytesIO(zlib.decompress(base64.b64decode(packed))), allow_pickle=False).reshape(-1)

@@ -1,0 +1,243 @@
+"""What a user calls the images -> their shards, in the order of ids, with what makes a shard "changed".
+
+A pattern with braces names its shards, so that a missing one is known; a glob and a folder find what is there.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import archive_kind, describe_counts, image_suffixes
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".pq", ".arrow")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
+_MOST = 1_000_000  # shards of one pattern: more is a slip of the keyboard
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file that holds images."""
+
+    name: str  # path relative to the root, POSIX: the first part of the ids of its images
+    url: str  # where it is
+    size: int  # bytes; -1: not there
+    version: int  # changes with the content: the time of modification in ns, or a number made of the store's etag
+
+
+@dataclass
+class Source:
+    """The shards of one run. Sorted so that the ids of all images are sorted by code point."""
+
+    root: str
+    shards: list[Shard]
+    skipped: Counter = field(default_factory=Counter)  # suffix -> files of a folder that are no shards by their name
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+def find_shards(spec: str | os.PathLike) -> Source | None:
+    """The shards that `spec` names; None where it is a folder of images or a list of paths.
+
+    spec: a tar, zip, Parquet or Arrow file; a pattern ('shards/{0000..0099}.tar', 'shards/*.tar'); a folder of shards
+    without images; a Hugging Face data set that was saved to disk; or any of these by URL. Raises UsageError for what
+    is not there, ProtopruneError for what cannot be listed.
+    """
+    spec = os.fspath(spec)
+    if "://" in spec:
+        from protoprune.sources.remote import find_remote
+
+        return find_remote(spec)
+    if os.path.isdir(spec):
+        return _folder(spec)
+    if os.path.isfile(spec):
+        return _local(os.path.dirname(os.path.abspath(spec)), [os.path.abspath(spec)]) if is_shard(spec) else None
+    if not is_pattern(spec):
+        return None
+    return _pattern(spec)
+
+
+def list_shards(paths: Iterable[str], root: str | os.PathLike | None = None) -> Source:
+    """The shards of a list, absolute or relative to `root` (default: as for lists of images)."""
+    paths = list(dict.fromkeys(path for path in paths if path))
+    if not paths:
+        raise ProtopruneError("the list of shards is empty; give one path a line")
+    if root is None:
+        root = os.getcwd()
+        if all(os.path.isabs(path) for path in paths):
+            root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    root = os.path.abspath(root)
+    return _local(root, [os.path.normpath(os.path.join(root, path)) for path in paths])
+
+
+def looks_like_shards(paths: Iterable[str]) -> bool:
+    """Whether all entries of a list are shards by their names."""
+    paths = list(paths)
+    return bool(paths) and all(path.lower().endswith(SUFFIXES) for path in paths)
+
+
+def is_pattern(spec: str) -> bool:
+    return any(mark in spec for mark in "*?[{")
+
+
+def is_shard(path: str) -> bool:
+    """By content: a packed file counts when its name says that it is a tar."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise ProtopruneError(f"{path}: cannot read ({error.strerror})") from None
+    kind = archive_kind(head)
+    if kind in ("a gzip file", "a bzip2 file", "an xz file"):
+        return path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tbz2", ".txz"))
+    known = ("a tar archive", "a zip archive", "a Parquet file", "an Arrow file")
+    return kind in known or path.lower().endswith(SUFFIXES)
+
+
+def expand(pattern: str) -> list[str]:
+    """'s/{0000..0002}.tar' -> three names; {a,b} too, nested and several. Widths are kept, as bash keeps them."""
+    start = pattern.find("{")
+    if start < 0:
+        return [pattern]
+    depth, parts, last = 0, [], start + 1
+    for place in range(start, len(pattern)):
+        letter = pattern[place]
+        depth += (letter == "{") - (letter == "}")
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(pattern[last:place])
+            last = place + 1
+        if depth == 0:
+            break
+    else:
+        raise UsageError(f"{pattern}: a brace is not closed; write 'shards/{{0000..0099}}.tar' in quotes")
+    choices = _range(parts[0]) if len(parts) == 1 else itertools.chain.from_iterable(map(expand, parts))
+    if choices is None:  # {word}: braces of a name
+        inner = expand(parts[0])
+        choices = [f"{{{one}}}" for one in inner]
+    rest = expand(pattern[last:])
+    names = [f"{pattern[:start]}{choice}{one}" for choice in choices for one in rest]
+    if len(names) > _MOST:
+        raise UsageError(f"{pattern}: names {len(names):,} shards, expected at most {_MOST:,}")
+    return names
+
+
+def _range(text: str) -> list[str] | None:
+    match = _RANGE.fullmatch(text)
+    if not match:
+        return None
+    low, high, step = match[1], match[2], int(match[3] or 1) or 1
+    if abs(int(high) - int(low)) // step >= _MOST:
+        raise UsageError(f"{{{text}}}: expected at most {_MOST:,} shards")
+    padded = any(len(one.lstrip("-")) > 1 and one.lstrip("-").startswith("0") for one in (low, high))
+    width = max(len(low), len(high)) if padded else 0
+    numbers = range(int(low), int(high) + 1, step) if int(low) <= int(high) else range(int(low), int(high) - 1, -step)
+    return [f"{number:0{width}d}" for number in numbers]
+
+
+def _pattern(spec: str) -> Source:
+    names = expand(spec)
+    found: list[str] = []
+    for name in names:
+        found += sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+    found = [os.path.abspath(path) for path in dict.fromkeys(found) if not os.path.isdir(path)]
+    if not found:
+        raise UsageError(f"{spec}: matches no file; give a pattern in quotes, such as 'shards/{{0000..0099}}.tar'")
+    return _local(os.path.abspath(fixed_part(spec)), found)
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder above the first wildcard: the root, whichever shards are there."""
+    first = min(place for mark in "*?[{" if (place := pattern.find(mark)) >= 0)
+    return pattern[:first].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
+
+
+def _folder(folder: str) -> Source | None:
+    names = set(os.listdir(folder)) if os.access(folder, os.R_OK | os.X_OK) else set()
+    if "dataset_dict.json" in names:
+        splits = sorted(one for one in names if os.path.isdir(os.path.join(folder, one)))
+        raise UsageError(f"{folder}: a data set of several splits; give one of them: {', '.join(splits)}")
+    if {"state.json", "dataset_info.json"} <= names:
+        return _saved_to_disk(folder)
+    paths, skipped = [], Counter()
+    for path in _walk(folder):
+        suffix = os.path.splitext(path)[1].lower()
+        if not path.lower().endswith(SUFFIXES) and (suffix in image_suffixes() or not suffix):
+            return None
+        paths.append(path)
+    shards = pick_shards(paths, skipped)
+    if not shards:
+        return None
+    return _local(os.path.abspath(folder), [os.path.abspath(one) for one in shards], skipped)
+
+
+def pick_shards(paths: Iterable[str], skipped: Counter) -> list[str]:
+    """The shards among the files of a folder; the others are counted by suffix.
+
+    A Parquet file beside a tar of the same name is the tar's metadata (img2dataset writes it), not images.
+    """
+    paths = sorted(paths)
+    tars = {re.sub(r"\.(tar|tar\.gz|tgz)$", "", path) for path in paths if path.endswith((".tar", ".tar.gz", ".tgz"))}
+    shards = []
+    for path in paths:
+        stem, suffix = os.path.splitext(path)
+        if path.lower().endswith(SUFFIXES) and not (suffix.lower() == ".parquet" and stem in tars):
+            shards.append(path)
+        else:
+            skipped[suffix.lower() or "(no suffix)"] += 1
+    return shards
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below a folder, those of a folder before those of its folders: the first image ends the search."""
+    for above, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+        yield from (os.path.join(above, one) for one in files if not one.startswith("."))
+
+
+def _saved_to_disk(folder: str) -> Source:
+    """`Dataset.save_to_disk`: Arrow streams that state.json lists."""
+    try:
+        with open(os.path.join(folder, "state.json")) as file:
+            names = [one["filename"] for one in json.load(file)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProtopruneError(f"{folder}: its state.json cannot be read ({error}); save the data set again") from None
+    root = os.path.abspath(folder)
+    return _local(root, [os.path.join(root, name) for name in names])
+
+
+def _local(root: str, paths: list[str], skipped: Counter | None = None) -> Source:
+    shards = []
+    for path in paths:
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        if name == ".." or name.startswith("../"):
+            raise UsageError(f"{path}: outside the root {root}; give --root a folder that holds every shard")
+        try:
+            status = os.stat(path)
+            shards.append(Shard(name, path, status.st_size, status.st_mtime_ns))
+        except OSError:
+            shards.append(Shard(name, path, -1, -1))
+    if all(shard.size < 0 for shard in shards):
+        raise ProtopruneError(
+            f"none of the {len(shards):,} shards is there (first: {shards[0].url}); check that the disk is mounted"
+        )
+    return Source(root, in_order(shards), skipped or Counter())
+
+
+def in_order(shards: list[Shard]) -> list[Shard]:
+    """By name with the slash that follows it in ids: the ids of all images are then in the order of code points."""
+    return sorted(shards, key=lambda shard: shard.name + "/")
+
+
+def describe_source(source: Source) -> str:
+    """'40 shards (.tar 38, .zip 2), 1.2 GB, under /data' for a line on stderr."""
+    kinds = Counter(os.path.splitext(shard.name)[1] or "(no suffix)" for shard in source.shards)
+    size = sum(max(shard.size, 0) for shard in source.shards)
+    return f"{len(source):,} shards ({describe_counts(kinds)}), {size / 1e9:,.1f} GB, under {source.root}"

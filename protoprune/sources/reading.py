@@ -1,0 +1,567 @@
+"""One shard, on this machine -> its images: where each of them is, its class, and what is wrong with it.
+
+Nothing is read twice and nothing is unpacked to the disk but what cannot be read at any place: the tar inside a .tar.gz
+and the image column of a Parquet file go to an unnamed temporary file (in $TMPDIR), a tar and a zip are read as they
+are. A file is taken for what its content is, whatever its name. Python's `tarfile` ends quietly at a damaged header and
+at a cut: both are looked for here.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import posixpath
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protoprune.decode import ImageError, Status
+from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
+from protoprune.sources.finding import Shard
+
+_UNPACK = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "an xz file": lzma.open}
+_LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
+_BATCH = 64  # rows of a Parquet file that are in memory at once
+_WIDTH = 6  # digits of a row number in an id, at least
+_LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
+
+
+class ShardError(Exception):
+    """A shard that cannot be used: its status and a reason."""
+
+    def __init__(self, status: Status, reason: str):
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How shards are read: columns of Parquet and Arrow files, and where classes come from.
+
+    label_column is also the key of a .json beside an image. labels=False: no classes. class_level: classes are the
+    folders of that level inside the shard.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    id_column: str | None = None
+    labels: bool = True
+    class_level: int | None = None
+
+
+@dataclass
+class ShardImages(ImageList):
+    """The images of one opened shard. Close it when they are read."""
+
+    reader: Callable[[int], bytes] = None  # row -> bytes of the image
+    failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row. Raises ImageError."""
+        if row in self.failed:
+            raise ImageError(*self.failed[row])
+        return self.reader(row)
+
+    def close(self) -> None:
+        self.closing.close()
+
+    def __enter__(self) -> ShardImages:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+@dataclass
+class _Found:
+    """The images of a shard in any order; `names` are those inside the shard."""
+
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    places: list = field(default_factory=list)  # what the reader needs to find the image
+    labels: list[str] = field(default_factory=list)  # '' for none
+    labels_from: str = ""
+    failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
+    skipped: Counter = field(default_factory=Counter)
+    duplicates: int = 0
+
+
+def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
+    """The images of the shard whose file is `path`. Raises ShardError when it cannot be used as a whole."""
+    stack = contextlib.ExitStack()
+    try:
+        found, reader = _open(path, options, stack)
+        if not found.names:
+            kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
+            raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
+        return _images(shard, found, reader, options, root, stack)
+    except ShardError:
+        stack.close()
+        raise
+    except FileNotFoundError:
+        stack.close()
+        raise ShardError(Status.MISSING, "no such file") from None
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        stack.close()
+        cut = isinstance(error, EOFError)
+        raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, _reason(error, "the compressed data")) from None
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        stack.close()
+        raise ShardError(Status.CORRUPT, _reason(error, "the archive")) from None
+    except OSError as error:
+        stack.close()
+        raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the file")) from None
+
+
+def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
+    file = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
+    head = file.read(512)
+    kind = archive_kind(head)
+    if not head:
+        raise ShardError(Status.EMPTY, "the file has zero bytes")
+    if kind in _UNPACK:
+        file.seek(0)
+        packed, file = file, stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        with _UNPACK[kind](packed) as unpacked:
+            shutil.copyfileobj(unpacked, file, 1 << 20)
+        file.seek(0)
+        kind = archive_kind(file.read(512))
+    file.seek(0)
+    if kind == "a tar archive":
+        return _tar(file, options)
+    if kind == "a zip archive":
+        return _zip(file, options, stack)
+    if kind in ("a Parquet file", "an Arrow file") or head.startswith(b"\xff\xff\xff\xff"):  # an Arrow stream
+        return _table(path, file, options, stack)
+    if path.lower().endswith((".tar", ".zip")) and not any(head):
+        raise ShardError(Status.CORRUPT, "begins with zeros: not a tar, zip, Parquet or Arrow file")
+    raise ShardError(Status.CORRUPT, f"{kind or f'begins with {head[:12]!r}'}: not a tar, zip, Parquet or Arrow file")
+
+
+def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: str, stack) -> ShardImages:
+    """Sorted by id, with classes."""
+    n = len(found.names)
+    order = sorted(range(n), key=found.names.__getitem__)
+    names = [found.names[i] for i in order]
+    for one, other in itertools.pairwise(names):
+        if one == other:
+            raise ShardError(Status.CORRUPT, f"two images have the id {one}; choose another --id-column, or none")
+    label, classes, source = _classes(names, [found.labels[i] for i in order], found.labels_from, options)
+    place = {old: new for new, old in enumerate(order)}
+    places = [found.places[i] for i in order]
+    return ShardImages(
+        root=root,
+        paths=[f"{shard.name}/{name}" for name in names],
+        size=np.array([found.sizes[i] for i in order], np.int64),
+        mtime_ns=np.full(n, shard.version, np.int64),
+        labels=label,
+        classes=classes,
+        labels_from=source,
+        skipped=found.skipped,
+        duplicates=found.duplicates,
+        reader=lambda row: reader(places[row]),
+        failed={place[old]: why for old, why in found.failed.items()},
+        closing=stack,
+    )
+
+
+def _classes(names: list[str], labels: list[str], source: str, options: ShardOptions):
+    """(label of each image, classes, where from): those beside the images, else the folders inside the shard.
+
+    One shard cannot know whether its folders are classes: it may hold a single one. `featureset` decides for all.
+    """
+    none = np.full(len(names), -1, np.int32), [], ""
+    if not options.labels:
+        return none
+    if options.class_level is None and any(labels):
+        classes = sorted(set(labels) - {""})
+        index = {"": -1, **{name: number for number, name in enumerate(classes)}}
+        return np.array([index[one] for one in labels], np.int32), classes, source
+    label, classes = folder_labels(names, options.class_level or 1)
+    where = f"folders of level {options.class_level} in the shards" if options.class_level else FOLDERS
+    return (label, classes, where) if classes else none
+
+
+FOLDERS = "folders in the shards"
+
+
+# --- tar --------------------------------------------------------------------------------------------------------------
+
+
+def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
+    end = os.fstat(file.fileno()).st_size
+    members: dict[str, tarfile.TarInfo] = {}
+    duplicates = 0
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.isdir():
+                continue
+            if member.isreg() and member.offset_data + member.size > end:
+                raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
+            name = _clean(member.name)
+            duplicates += name in members and _is_image(name)
+            members[name] = member  # as unpacking would have it, the last one of a name counts
+        _check_end(file, tar.offset, end)
+    handle = file.fileno()
+
+    def read(place: tuple[int, int]) -> bytes:
+        return _pread(handle, *place)
+
+    found = _Found(duplicates=duplicates)
+    labels = _Sidecars(options)
+    for name, member in members.items():
+        if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
+            found.skipped[_suffix(name)] += 1
+            if member.isreg():
+                labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
+            continue
+        target = _target(name, member, members)
+        if target is None or target.issparse():
+            why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
+            found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
+            target = member
+        _add(found, name, target.size, (target.offset_data, target.size))
+    labels.apply(found)
+    return found, read
+
+
+def _check_end(file, offset: int, end: int) -> None:
+    """tarfile stops at anything that is no header, as if the archive ended there."""
+    file.seek(offset)
+    block = file.read(512)
+    if not block or (len(block) < 512 and not any(block)):
+        raise ShardError(Status.TRUNCATED, "cut off: it has no end marker")
+    if len(block) < 512:
+        raise ShardError(Status.TRUNCATED, "cut off inside a header")
+    if any(block):
+        raise ShardError(Status.CORRUPT, f"a damaged header at byte {offset:,}")
+    while block := file.read(1 << 20):
+        if any(block):
+            raise ShardError(
+                Status.CORRUPT, "data after its end marker: tars that were put together by cat? (use tar -A)"
+            )
+
+
+def _target(name: str, member: tarfile.TarInfo, members: dict) -> tarfile.TarInfo | None:
+    """The regular file that a member is or links to."""
+    for _ in range(8):
+        if member.isreg():
+            return member
+        if not (member.islnk() or member.issym()):
+            return None
+        link = member.linkname
+        name = _clean(link if member.islnk() else posixpath.join(posixpath.dirname(name), link))
+        member = members.get(name)
+        if member is None:
+            return None
+    return None
+
+
+# --- zip --------------------------------------------------------------------------------------------------------------
+
+
+def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
+    archive = stack.enter_context(zipfile.ZipFile(file))
+    members: dict[str, zipfile.ZipInfo] = {}
+    duplicates = 0
+    for info in archive.infolist():
+        if not info.is_dir():
+            name = _clean(info.filename)
+            duplicates += name in members and _is_image(name)
+            members[name] = info
+
+    def read(info: zipfile.ZipInfo) -> bytes:
+        try:
+            return archive.read(info)
+        except RuntimeError:  # zipfile's word for a password
+            raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
+        except NotImplementedError as error:
+            raise ImageError(Status.UNSUPPORTED, _reason(error, "the zip")) from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+            raise ImageError(Status.CORRUPT, _reason(error, "the zip").split(" for ")[0]) from None
+        except OSError as error:
+            raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
+
+    def head(info: zipfile.ZipInfo) -> bytes:
+        try:
+            with archive.open(info) as opened:
+                return opened.read(512)
+        except Exception:
+            return b""
+
+    found = _Found(duplicates=duplicates)
+    labels = _Sidecars(options)
+    for name, info in members.items():
+        if _is_image(name, lambda i=info: head(i)):
+            _add(found, name, info.file_size, info)
+        else:
+            found.skipped[_suffix(name)] += 1
+            labels.add(name, lambda i=info: read(i), info.file_size)
+    labels.apply(found)
+    return found, read
+
+
+# --- Parquet and Arrow ------------------------------------------------------------------------------------------------
+
+
+def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
+    pyarrow = _pyarrow()
+    try:
+        schema, batches, count = _batches(file, pyarrow)
+        image = _image_column(schema, options.image_column, pyarrow)
+        label, names = _label_column(schema, options, image, pyarrow)
+        if options.id_column is not None and options.id_column not in schema.names:
+            raise ShardError(Status.CORRUPT, f"has no column {options.id_column}, only {', '.join(schema.names)}")
+        spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        found = _Found(labels_from=f"column {label}" if label else "")
+        columns = list(dict.fromkeys(c for c in (image, label, options.id_column) if c is not None))
+        for batch in batches(columns):
+            _spool(batch, image, label, names, options.id_column, spool, found)
+        if count is not None and len(found.names) != count:
+            raise ShardError(Status.TRUNCATED, f"{len(found.names):,} of {count:,} rows")
+        spool.flush()
+    except pyarrow.ArrowException as error:
+        text = _reason(error, "the table")
+        cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
+        raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
+    handle = spool.fileno()
+    width = max(_WIDTH, len(str(max(len(found.names) - 1, 0))))
+    found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
+    return found, lambda place: _pread(handle, *place)
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise ShardError(
+            Status.UNSUPPORTED, "Parquet and Arrow need pyarrow: pip install 'protoprune[tables]'"
+        ) from None
+    return pyarrow
+
+
+def _batches(file, pyarrow):
+    """(schema, columns -> batches, number of rows where the file says it)."""
+    file.seek(0)
+    head = file.read(8)
+    file.seek(0)
+    if head.startswith(b"PAR1"):
+        parquet = pyarrow.parquet.ParquetFile(file)
+        rows = parquet.metadata.num_rows
+        return parquet.schema_arrow, lambda columns: parquet.iter_batches(_BATCH, columns=columns), rows
+    reader = pyarrow.ipc.open_file(file) if head.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
+
+    def some(columns):
+        every = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches)) if head.startswith(b"ARROW1") else reader
+        )
+        for batch in every:
+            yield batch.select(columns)
+
+    return reader.schema, some, None
+
+
+def _hugging_face(schema) -> dict:
+    """The `datasets` features that a schema's metadata describes: column -> feature."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _image_column(schema, asked: str | None, pyarrow) -> str:
+    kinds = {name: schema.field(name).type for name in schema.names}
+
+    def holds_bytes(kind) -> bool:
+        if pyarrow.types.is_struct(kind):
+            return any(field.name == "bytes" for field in kind)
+        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+    if asked is not None:
+        if asked not in kinds:
+            raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
+        if not holds_bytes(kinds[asked]):
+            raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
+        return asked
+    described = [name for name, one in _hugging_face(schema).items() if isinstance(one, dict)
+                 and one.get("_type") == "Image" and name in kinds]  # fmt: skip
+    candidates = described or [name for name, kind in kinds.items() if holds_bytes(kind)]
+    if len(candidates) > 1:
+        named = [name for name in _IMAGE_COLUMNS if name in candidates]
+        candidates = named[:1] or candidates
+    if len(candidates) != 1:
+        which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
+        raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
+    return candidates[0]
+
+
+def _label_column(schema, options: ShardOptions, image: str, pyarrow) -> tuple[str | None, list[str]]:
+    """(column or None, names of its numbers)."""
+    if not options.labels or options.class_level is not None:
+        return None, []
+    described = _hugging_face(schema)
+    asked = options.label_column
+    if asked is not None:
+        if asked not in schema.names:
+            raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(schema.names)}")
+        name = asked
+    else:
+        classes = [n for n, one in described.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"]
+        name = next((n for n in (*classes, *_LABEL_KEYS) if n in schema.names and n != image), None)
+    if name is None or pyarrow.types.is_nested(schema.field(name).type):
+        return None, []
+    feature = described.get(name)
+    return name, list(feature.get("names", [])) if isinstance(feature, dict) else []
+
+
+def _spool(batch, image: str, label: str | None, names: list[str], id_column: str | None, spool, found: _Found) -> None:
+    """Write the images of a batch to the temporary file, and note the rest of it."""
+    labels = batch.column(label).to_pylist() if label else [None] * len(batch)
+    ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
+    for value, one, own in zip(batch.column(image), labels, ids, strict=True):
+        row = len(found.names)
+        plain = value.as_py()
+        data = plain.get("bytes") if isinstance(plain, dict) else plain
+        if not data:
+            path = plain.get("path") if isinstance(plain, dict) else None
+            status = Status.EMPTY if data is not None else Status.MISSING
+            found.failed[row] = (status, "no bytes in its row, only a path" if path else "no bytes in its row")
+        if own is None and id_column:
+            raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
+        found.names.append(row if own is None else os.fsdecode(own) if isinstance(own, bytes) else str(own))
+        found.places.append((spool.tell(), len(data or b"")))
+        found.sizes.append(len(data or b""))
+        found.labels.append(_name(one, names))
+        if data:
+            spool.write(data)
+
+
+def _name(value, names: list[str]) -> str:
+    if value is None or value == "" or value == -1:  # -1: ClassLabel of a test split without labels
+        return ""
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+        return names[int(value)] if 0 <= int(value) < len(names) else str(int(value))
+    return str(value)
+
+
+# --- names and labels -------------------------------------------------------------------------------------------------
+
+
+class _Sidecars:
+    """Classes that lie beside images under the same key (the name up to the first dot): .cls, and .json's label."""
+
+    def __init__(self, options: ShardOptions):
+        self.key_of_label = (options.label_column,) if options.label_column else _LABEL_KEYS
+        self.wanted = options.labels and options.class_level is None
+        self.found: dict[str, str] = {}
+        self.kinds: set[str] = set()
+
+    def add(self, name: str, read: Callable[[], bytes], size: int) -> None:
+        suffix = _suffix(name)
+        if not self.wanted or suffix not in (".cls", ".json") or size > _LARGEST_SIDECAR:
+            return
+        key = _key(name)
+        with contextlib.suppress(ImageError):
+            data = read()
+            text = data.decode("utf-8", "surrogateescape").strip()
+            value = text if suffix == ".cls" else self._from_json(text)
+            if value and (suffix == ".cls" or key not in self.found):
+                self.found[key] = value
+                self.kinds.add(suffix)
+
+    def _from_json(self, text: str) -> str:
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            return ""
+        if not isinstance(whole, dict):
+            return ""
+        value = next((whole[key] for key in self.key_of_label if key in whole), None)
+        return "" if isinstance(value, (list, dict)) else _name(value, [])
+
+    def apply(self, found: _Found) -> None:
+        if self.found:
+            found.labels = [self.found.get(_key(name), "") for name in found.names]
+            found.labels_from = " and ".join(sorted(self.kinds)) + " in the shards"
+
+
+def _key(name: str) -> str:
+    """WebDataset's key of a member: its path up to the first dot of the file name."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.split('.', 1)[0]}"
+
+
+def _clean(name: str) -> str:
+    """`./a//b.png` -> `a/b.png`; never above the shard."""
+    return posixpath.normpath("/" + name).lstrip("/")
+
+
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower() or "(no suffix)"
+
+
+def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
+    """By its suffix, as in a folder; without one by how it begins. Hidden files (macOS's ._x.jpg) are none."""
+    if any(part.startswith(".") for part in name.split("/")) or name.startswith("__MACOSX/"):
+        return False
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix or head is None:
+        return suffix in image_suffixes()
+    return _begins_like_an_image(head() or b"")
+
+
+def _begins_like_an_image(head: bytes) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(head)):
+            return True
+    except Exception:
+        return False
+
+
+def _add(found: _Found, name: str, size: int, place) -> None:
+    found.names.append(name)
+    found.sizes.append(size)
+    found.places.append(place)
+    found.labels.append("")
+
+
+def _pread(handle: int, offset: int, size: int) -> bytes:
+    """Bytes at a place, from any thread."""
+    try:
+        parts: list[bytes] = []
+        while size > 0:
+            part = os.pread(handle, size, offset)
+            if not part:
+                raise ImageError(Status.CHANGED, "the shard changed since it was listed")
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+    except OSError as error:
+        raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the shard") from None
+
+
+def _reason(error: Exception, what: str) -> str:
+    text = " ".join(str(error).split())
+    return (text or f"{what} cannot be read")[:160]

@@ -1,0 +1,53 @@
+"""What other people's text files have in common: encodings, marks, compression, Windows' separators, names of columns.
+
+One reader for lists, score tables and files of labels. Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Callable, Sequence
+
+from protoprune.errors import ProtopruneError
+
+# How the column of paths is called, as `plain_name` leaves it.
+PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
+
+
+def plain_name(name: str) -> str:
+    """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
+    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
+
+
+def unpacked(data: bytes, source: str) -> bytes:
+    """The content of a gzip file, whatever its name; other data as they are. Raises ProtopruneError when damaged."""
+    if not data.startswith(b"\x1f\x8b\x08") or len(data) < 20:  # that of nothing has 20 bytes
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
+
+
+def plain_bytes(data: bytes) -> bytes:
+    """Lines of text as bytes that `os.fsdecode` takes: UTF-16 with its mark (PowerShell's `>`) becomes UTF-8, and the
+    mark that Windows puts before UTF-8 is left out. Names separated by NUL stay as they are, whatever they begin with.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            text = data.decode("utf-16")
+        except UnicodeDecodeError:
+            return data
+        return text.encode() if "\n" in text else data  # else it may be a name that is not UTF-8
+    return data if b"\0" in data else data.removeprefix(codecs.BOM_UTF8)
+
+
+def with_slashes(entries: Sequence[str], known: Callable[[str], bool]) -> list[str]:
+    """Paths that were written on Windows with slashes: when there are backslashes only, and not one is `known` as it is
+    (elsewhere a file's name may hold a backslash)."""
+    odd = [entry for entry in entries if "\\" in entry]
+    if not odd or any("/" in entry for entry in entries) or any(known(entry) for entry in odd):
+        return list(entries)
+    return [entry.replace("\\", "/") for entry in entries]

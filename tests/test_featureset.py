@@ -1,0 +1,418 @@
+"""Feature sets: the same features as from a folder, resumable, honest about shards that fail."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
+from typer.testing import CliRunner
+
+import protoprune
+from protoprune import featureset
+from protoprune.cli import app
+from protoprune.embedding import embed
+from protoprune.encoders import load_encoder
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.features import FeatureFile
+from protoprune.featureset import FeatureSet, read_plan, shard_file
+from protoprune.images import list_folder
+from protoprune.pruning import open_features
+from protoprune.sharding import embed_shards
+from protoprune.sources import ShardOptions, find_shards
+from protoprune.training.examples import load_examples
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_encoder("mini")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("set") / "images", {"ant": 9, "bee": 7, "cat": 8})
+
+
+@pytest.fixture(scope="module")
+def reference(folder, mini, tmp_path_factory):
+    """The feature file of the folder."""
+    out = tmp_path_factory.mktemp("reference") / "f.h5"
+    embed(list_folder(folder), mini, out, device="cpu")
+    return out
+
+
+@pytest.fixture
+def tars(folder, tmp_path):
+    return write_tars(tmp_path / "tars", members(folder), 4)
+
+
+def run(spec, out, encoder, **options):
+    return embed_shards(find_shards(spec), encoder, out, device="cpu", **options)
+
+
+def arrays(path):
+    with open_features(path) as file:
+        return file.features[:], file.labels, file.classes, file.status, file.size
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "parquet", "saved to disk"])
+def test_every_kind_of_shard_gives_the_folders_features_and_kept_set(kind, folder, reference, mini, tmp_path):
+    files = members(folder)
+    if kind.startswith("tar"):
+        spec = write_tars(tmp_path / "s", files, 3, f".{kind}")
+    elif kind == "zip":
+        spec = write_zip(tmp_path / "s.zip", files)
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow")
+        (tmp_path / "s").mkdir()
+        for number in range(3):
+            write_parquet(tmp_path / f"s/part-{number}.parquet", files[8 * number : 8 * number + 8])
+        spec = tmp_path / "s"
+    else:
+        datasets = pytest.importorskip("datasets")
+        rows = {"image": [{"bytes": data, "path": None} for _, data in files],
+                "label": [name.partition("/")[0] for name, _ in files]}  # fmt: skip
+        spec = tmp_path / "s"
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(spec))
+    report = run(spec, tmp_path / "features", mini)
+    assert (report.n, report.embedded, report.finished, report.failed_shards) == (24, 24, True, [])
+    for one, other in zip(arrays(tmp_path / "features"), arrays(reference), strict=True):
+        assert np.array_equal(one, other)
+    with FeatureSet(tmp_path / "features") as whole:
+        assert whole.paths == sorted(whole.paths)
+    for options in ({"keep": 0.5}, {"keep": 0.3, "balance": 0.5}, {"keep": 0.6, "dedup": 0.01}):
+        one = protoprune.select(tmp_path / "features", **options)
+        other = protoprune.select(reference, **options)
+        assert one.keep.tolist() == other.keep.tolist()
+        assert np.array_equal(one.ranking.scores, other.ranking.scores)
+
+
+def test_a_second_run_embeds_nothing_and_opens_no_shard(tars, mini, tmp_path, monkeypatch):
+    run(tars, tmp_path / "f", mini)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "f").rglob("*")}
+    monkeypatch.setattr("protoprune.sharding.open_shard", None)  # would be a TypeError
+    report = run(tars, tmp_path / "f", mini)
+    assert (report.embedded, report.states, report.n) == (0, {"unchanged": 4}, 24)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "f").rglob("*")} == before
+
+
+def test_only_new_and_changed_shards_are_embedded(tars, folder, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    files = members(folder)
+    write_tar(tars / "0001.tar", files[:3])
+    write_tar(tars / "0009.tar", files[3:5])
+    report = run(tars, tmp_path / "f", mini)
+    assert (report.embedded, report.states, report.n) == (5, {"unchanged": 3, "embedded": 2}, 23)
+
+
+def test_corrupt_truncated_and_missing_shards_are_listed_and_the_others_finish(tars, mini, tmp_path):
+    data = (tars / "0001.tar").read_bytes()
+    (tars / "0001.tar").write_bytes(data[: len(data) // 2])
+    (tars / "0002.tar").write_bytes(b"<html>no</html>" * 100)
+    arguments = ["embed", f"{tars}/{{0000..0004}}.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu"]
+    result = call(*arguments, "--errors", tmp_path / "e.csv")
+    assert result.exit_code == 0, result.stderr
+    with open(tmp_path / "e.csv", newline="") as file:
+        rows = [(row["path"], row["status"]) for row in csv.DictReader(file)]
+    assert rows == [("0001.tar", "truncated"), ("0002.tar", "corrupt"), ("0004.tar", "missing")]
+    assert "3 shards could not be used, first 0001.tar: truncated" in result.stderr
+    assert call(*arguments, "--strict").exit_code == 1
+    said = call("info", tmp_path / "f").stdout
+    assert "feature set of 5 shards: 2 done (12 images), 3 failed, 0 not yet embedded" in said
+    assert "truncated (first: 0001.tar: cut off inside" in said
+    assert call("info", tmp_path / "f", "--errors").stdout.splitlines()[0].startswith("0001.tar\ttruncated\t")
+    with pytest.warns(ProtopruneWarning, match="3 of 5 shards could not be used and are not in it"):
+        assert len(protoprune.select(tmp_path / "f", 0.5).kept_paths) == 6
+    (tars / "0001.tar").write_bytes(data)  # repaired
+    report = run(f"{tars}/{{0000..0004}}.tar", tmp_path / "f", mini)
+    assert (report.states, report.n) == ({"unchanged": 2, "embedded": 1, "failed": 2}, 18)
+    assert not (tmp_path / "f/0001.tar.failed.json").exists()
+
+
+def test_nothing_usable_is_an_error(tmp_path, mini):
+    (tmp_path / "s.tar").write_bytes(b"nothing")
+    result = call("embed", tmp_path / "s.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "none of the 1 shards could be used" in result.stderr.splitlines()[-1]
+    with pytest.raises(ProtopruneError, match=r"no shard could be used \(first: s\.tar: corrupt"):
+        FeatureSet(tmp_path / "f")
+
+
+def test_a_shard_that_is_gone_keeps_its_features(tars, mini, tmp_path):
+    run(f"{tars}/{{0000..0003}}.tar", tmp_path / "f", mini)
+    before = arrays(tmp_path / "f")
+    (tars / "0002.tar").unlink()
+    with pytest.warns(ProtopruneWarning, match=r"0002\.tar: the shard is gone; its 6 features are kept"):
+        report = run(f"{tars}/{{0000..0003}}.tar", tmp_path / "f", mini)
+    assert report.states == {"unchanged": 3, "kept": 1}
+    assert all(np.array_equal(one, other) for one, other in zip(arrays(tmp_path / "f"), before, strict=True))
+
+
+def test_another_encoder_source_or_folder_is_refused(tars, folder, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    before = {path: path.read_bytes() for path in (tmp_path / "f").rglob("*") if path.is_file()}
+    other = write_tars(tmp_path / "other", members(folder)[:9], 3)
+    for spec, options, message in (
+        (tars, {"store": "float32"}, r"holds other features \(store: float16, not float32\)"),
+        (other, {}, r"is for shards below .*/tars, not .*/other: 24 of its 24 features would be lost"),
+        (tars / "0000.tar", {}, r"is for other shards: 18 of its 24 features would be lost"),
+    ):
+        with pytest.raises(ProtopruneError, match=message):
+            run(spec, tmp_path / "f", mini, **options)
+    assert {path: path.read_bytes() for path in (tmp_path / "f").rglob("*") if path.is_file()} == before
+    with pytest.raises(UsageError, match="a folder that holds other things"):
+        run(tars, folder, mini)
+    with pytest.raises(UsageError, match="a file; shards go to a folder"):
+        run(tars, folder / "ant/000.png", mini)
+    report = run(tars, tmp_path / "f", mini, store="float32", overwrite=True)
+    assert (report.embedded, report.finished) == (24, True)
+    assert arrays(tmp_path / "f")[0].dtype == np.float32
+
+
+def test_an_unfinished_set_says_how_to_finish_it(tars, mini, tmp_path):
+    report = run(tars, tmp_path / "f", mini, rank=1, world_size=2)
+    assert (report.embedded, report.finished) == (12, False)
+    with pytest.raises(ProtopruneError, match=r"not finished, 2 of 4 shards are done; run the same"):
+        protoprune.select(tmp_path / "f", 0.5)
+    assert "2 done (12 images), 0 failed, 2 not yet embedded" in call("info", tmp_path / "f").stdout
+    assert run(tars, tmp_path / "f", mini, rank=0, world_size=2).finished
+
+
+def test_missing_and_foreign_parts_are_errors_that_name_them(tars, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    path = shard_file(str(tmp_path / "f"), "0002.tar")
+    shutil.move(path, tmp_path / "away.h5")
+    with pytest.raises(ProtopruneError, match=r"0002\.tar\.h5: missing, a part of the feature set"):
+        protoprune.select(tmp_path / "f", 0.5)
+    shutil.copy(shard_file(str(tmp_path / "f"), "0001.tar"), path)
+    with pytest.raises(ProtopruneError, match=r"0002\.tar\.h5: not the file that .*set\.json names"):
+        protoprune.select(tmp_path / "f", 0.5)
+    os.unlink(path)
+    assert run(tars, tmp_path / "f", mini).finished
+    for text, message in (("{", "damaged"), ('{"format": "x"}', "damaged"), ("[]", "damaged")):
+        (tmp_path / "f/set.json").write_text(text)
+        with pytest.raises(ProtopruneError, match=message):
+            open_features(tmp_path / "f")
+    with pytest.raises(ProtopruneError, match=r"a folder without set\.json"):
+        open_features(tars)
+
+
+def test_merge_is_the_set_in_one_file(tars, mini, tmp_path):
+    (tars / "0001.tar").write_bytes((tars / "0001.tar").read_bytes()[:-10240] + b"")
+    write_tar(tars / "0004.tar", [("dog/1.png", b"broken"), ("dog/2.png", b"")])
+    run(tars, tmp_path / "f", mini)
+    result = call("merge", tmp_path / "f", "-o", tmp_path / "m.h5")
+    assert result.exit_code == 0, result.stderr
+    with FeatureSet(tmp_path / "f") as whole, FeatureFile(tmp_path / "m.h5") as file:
+        for name in ("paths", "classes", "n", "dim"):
+            assert getattr(whole, name) == getattr(file, name)
+        for name in ("labels", "status", "size", "mtime_ns", "usable"):
+            assert np.array_equal(getattr(whole, name), getattr(file, name))
+        assert np.array_equal(whole.features[:], file.features[:])
+        assert whole.failures() == file.failures()
+        assert whole.failure_counts() == file.failure_counts()
+        assert whole.provenance["root"] == file.provenance["root"]
+        assert file.provenance["merged_from"] == whole.provenance["uuid"]
+    for number, options in enumerate((["--keep", "0.5"], ["--keep", "0.4", "--balance", "0.5", "--dedup", "0.1"])):
+        lists = []
+        for source in ("f", "m.h5"):
+            out = tmp_path / f"{number}-{source}.csv"
+            assert call("select", tmp_path / source, *options, "-o", out, "--manifest", f"{out}.all").exit_code == 0
+            lists.append((out.read_bytes(), (tmp_path / f"{out}.all").read_bytes()))
+        assert lists[0] == lists[1]
+    assert call("merge", tmp_path / "f", "-o", tmp_path / "m.h5").exit_code == 2
+    assert call("merge", tmp_path / "f", "-o", tmp_path / "m.h5", "--overwrite").exit_code == 0
+    assert call("merge", tmp_path / "m.h5", "-o", tmp_path / "n.h5").exit_code == 2
+
+
+def test_one_shard_into_one_file(tars, folder, reference, tmp_path):
+    zipped = write_zip(tmp_path / "all.zip", members(folder))
+    result = call("embed", zipped, "-o", tmp_path / "one.h5", "--encoder", "mini", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(tmp_path / "one.h5"), arrays(reference), strict=True))
+    (tmp_path / "cut.tar").write_bytes((tars / "0000.tar").read_bytes()[:3000])
+    result = call("embed", tmp_path / "cut.tar", "-o", tmp_path / "c.h5", "--encoder", "mini", "--device", "cpu")
+    assert (result.exit_code, "cut.tar: truncated" in result.stderr) == (1, True)
+
+
+def test_rows_read_like_an_array(tars, mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
+    run(tars, tmp_path / "f", mini)
+    with FeatureSet(tmp_path / "f") as whole:
+        every = np.concatenate([file.features[:] for file in whole._files()])
+        rows = whole.features
+        assert (rows.shape, rows.dtype, len(rows), rows.ndim) == (every.shape, every.dtype, 24, 2)
+        rng = np.random.default_rng(0)
+        for _ in range(40):
+            low, high = sorted(rng.integers(-3, 30, 2))
+            assert np.array_equal(rows[low:high], every[low:high])
+            some = rng.integers(-24, 24, rng.integers(0, 30))
+            assert np.array_equal(rows[some], every[some])
+        mask = rng.random(24) < 0.4
+        assert np.array_equal(rows[mask], every[mask])
+        assert np.array_equal(rows[::5], every[::5])
+        assert np.array_equal(rows[7], every[7])
+        assert np.array_equal(np.asarray(rows), every)
+        with pytest.raises(IndexError):
+            rows[[24]]
+
+
+def test_labels_of_shards_become_one_numbering(folder, mini, tmp_path):
+    image = members(folder)[0][1]
+    write_tar(tmp_path / "s/0.tar", [("a.png", image), ("a.cls", b"10"), ("b.png", image), ("b.cls", b"9")])
+    write_tar(tmp_path / "s/1.tar", [("a.png", image), ("a.cls", b"2"), ("b.png", image), ("b.cls", b"10")])
+    write_tar(tmp_path / "s/2.tar", [("x/a.png", image)])  # its folder is no class beside .cls
+    run(tmp_path / "s", tmp_path / "f", mini)
+    with FeatureSet(tmp_path / "f") as whole:
+        assert whole.classes == ["2", "9", "10"]
+        assert whole.labels.tolist() == [2, 1, 0, 2, -1]
+        assert whole.paths[0] == "0.tar/a.png"
+        assert whole.paths[2] == "1.tar/a.png"  # keys that two tars share stay apart
+    run(tmp_path / "s", tmp_path / "f", mini, options=ShardOptions(class_level=1))
+    with FeatureSet(tmp_path / "f") as whole:
+        assert (whole.classes, whole.labels.tolist()) == (["x"], [-1, -1, -1, -1, 0])
+    report = run(tmp_path / "s", tmp_path / "f", mini, options=ShardOptions(labels=False))
+    with FeatureSet(tmp_path / "f") as whole:
+        assert whole.classes == []
+    assert report.embedded == 0  # other labels are no reason to compute anything
+
+
+def test_training_takes_a_set(tars, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    data = load_examples(tmp_path / "f")
+    assert (len(data), data.classes, data.vectors) == (24, ["ant", "bee", "cat"], True)
+    result = call("record", tmp_path / "f", "-o", tmp_path / "r.h5", "--plan")
+    assert result.exit_code == 0, result.stderr
+    result = call("score", "supervised-prototypes", "--features", tmp_path / "f", "-o", tmp_path / "s.csv")
+    assert result.exit_code == 0, result.stderr
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 2 + 24
+
+
+def test_ranks_come_from_the_environment(tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    arguments = ["embed", tars, "-o", "f", "--encoder", "mini", "--device", "cpu"]
+    result = call(*arguments)
+    assert "2 of them are for rank 1 of 2" in result.stderr
+    assert "f is not finished" in result.stderr
+    assert call(*arguments, "--rank", "0", "--world-size", "2").exit_code == 0
+    with FeatureSet("f") as whole:
+        assert whole.n == 24
+    assert call(*arguments, "--rank", "2", "--world-size", "2").exit_code == 2
+    assert call(*arguments, "--rank", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["gone{0..2}.tar"], 1, "none of the 3 shards is there"),
+        (["*.gone"], 2, "matches no file"),
+        (["tars", "--labels", "y.csv"], 2, "--labels FILE goes with images"),
+        (["tars", "-o", "y.csv"], 2, "a file; shards go to a folder"),
+        (["tars", "--root", "."], 2, "--root goes with a list"),
+        (["images", "--image-column", "x"], 2, "--image-column goes with shards"),
+        (["images", "--rank", "0", "--world-size", "2"], 2, "--rank goes with shards"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, code, message, tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "images", {"a": 1, "b": 1})
+    (tmp_path / "y.csv").write_text("path,label\n")
+    result = call("embed", *arguments, "--encoder", "mini", "--device", "cpu")
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert not os.path.exists("features")
+
+
+def test_a_list_of_shards(tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("tars/0000.tar\ntars/0001.tar\n")
+    result = call("embed", "list.txt", "--encoder", "mini", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert [part.name for part in read_plan("features")[1]] == ["tars/0000.tar", "tars/0001.tar"]
+    result = call("select", "--keep", "0.5")
+    assert (result.exit_code, "the feature set is features: give that" in result.stderr) == (1, True)
+
+
+def test_an_interrupted_shard_goes_on_where_it_stopped(tars, mini, tmp_path, monkeypatch):
+    from protoprune import sharding
+
+    real = sharding.embed_with
+
+    def stopping(engine, images, out, **options):
+        if "0001" in str(out):
+            raise KeyboardInterrupt
+        return real(engine, images, out, **options)
+
+    monkeypatch.setattr(sharding, "embed_with", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tars, tmp_path / "f", mini)
+    monkeypatch.undo()
+    report = run(tars, tmp_path / "f", mini)
+    assert (report.states, report.embedded) == ({"unchanged": 1, "embedded": 3}, 18)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_any_moment_it_ends_in_the_same_features(folder, mini, tmp_path):
+    """kill -9 of two ranks at random moments; the set in the end is the one that a single process makes."""
+    files = [(f"{i}/{name}", data) for i in range(6) for name, data in members(folder)]
+    tars = write_tars(tmp_path / "tars", sorted(files), 12)
+    run(tars, tmp_path / "whole", mini)
+    rng = random.Random(0)
+    command = [sys.executable, "-m", "protoprune", "embed", str(tars), "-o", str(tmp_path / "f"), "--encoder", "mini",
+               "--device", "cpu", "--batch-size", "4", "--world-size", "2", "--rank"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    kills, wait = 0, 2.0
+    for _ in range(40):
+        ranks = [subprocess.Popen([*command, str(n)], stderr=subprocess.DEVNULL, env=environment) for n in (0, 1)]
+        time.sleep(rng.uniform(1.0, wait))
+        for process in ranks:
+            if process.poll() is None and kills < 12:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        codes = [process.wait(120) for process in ranks]
+        if codes == [0, 0]:
+            break
+        wait += 0.5
+    assert kills >= 4
+    assert codes == [0, 0]
+    for one, other in zip(arrays(tmp_path / "f"), arrays(tmp_path / "whole"), strict=True):
+        assert np.array_equal(one, other)
+    left = [path.name for path in (tmp_path / "f").rglob("*") if path.suffix != ".h5"]
+    assert left == ["set.json"]
+    assert json.loads((tmp_path / "f/set.json").read_text())["state"] == "finished"
+
+
+def test_damage_is_found_and_mended(tars, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    before = arrays(tmp_path / "f")
+    path = shard_file(str(tmp_path / "f"), "0001.tar")
+    with FeatureFile(path) as file:
+        offset = file._reader.file["features"].id.get_offset()
+    with open(path, "r+b") as file:
+        file.seek(offset + 40)
+        file.write(b"\xff\xff\xff")
+    with (
+        FeatureSet(tmp_path / "f") as whole,
+        pytest.raises(ProtopruneError, match=r"0001\.tar\.h5.*not what was written"),
+    ):
+        whole.features[:]
+    assert call("info", tmp_path / "f", "--verify").exit_code == 1
+    report = run(tars, tmp_path / "f", mini)
+    assert (report.states, report.embedded) == ({"unchanged": 3, "embedded": 1}, 1)
+    assert all(np.array_equal(one, other) for one, other in zip(arrays(tmp_path / "f"), before, strict=True))
+    result = call("info", tmp_path / "f", "--verify")
+    assert (result.exit_code, "whole" in result.stdout) == (0, True)

@@ -1,0 +1,210 @@
+"""Vectors from elsewhere: every form gives the same feature file, and what does not fit is refused by name."""
+
+import base64
+import io
+import json
+import os
+import zlib
+
+import numpy as np
+import pytest
+from helpers import write_image
+from typer.testing import CliRunner
+
+import protoprune
+from protoprune import importing
+from protoprune.cli import app
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.features import FeatureFile
+from protoprune.importing import import_features
+
+N, DIM = 12, 5
+NAMES = [f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(N)]  # not sorted
+VECTORS = np.random.default_rng(0).normal(size=(N, DIM)).astype(np.float32)
+
+
+def packed(vector) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, vector)
+    return base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+
+
+def write(kind, folder):
+    """(what to import, further options) of the same vectors in one of the forms."""
+    if kind == "npy and list":
+        np.save(folder / "v.npy", VECTORS)
+        (folder / "names.txt").write_text("\n".join(NAMES))
+        return folder / "v.npy", {"paths": folder / "names.txt"}
+    if kind == "npz":
+        np.savez(folder / "v.npz", embeddings=VECTORS, paths=np.array(NAMES), other=np.arange(3))
+        return folder / "v.npz", {}
+    if kind == "samples.json":
+        samples = [{"filepath": name, "tags": [], "emb": {"$binary": {"base64": packed(vector), "subType": "00"}}}
+                   for name, vector in zip(NAMES, VECTORS, strict=True)]  # fmt: skip
+        (folder / "samples.json").write_text(json.dumps({"samples": samples}))
+        return folder / "samples.json", {}
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = pyarrow.array(NAMES)
+    if kind == "clip-retrieval":
+        (folder / "out/img_emb").mkdir(parents=True)
+        (folder / "out/metadata").mkdir()
+        for number in range(12):  # img_emb_10 comes after img_emb_9
+            np.save(folder / f"out/img_emb/img_emb_{number}.npy", VECTORS[number : number + 1])
+            table = pyarrow.table({"image_path": names[number : number + 1], "caption": ["x"]})
+            parquet.write_table(table, folder / f"out/metadata/metadata_{number}.parquet")
+        return folder / "out", {}
+    if kind == "npy and parquet":
+        (folder / "out").mkdir()
+        for number in range(2):
+            part = slice(6 * number, 6 * number + 6)
+            np.save(folder / f"out/{number}.npy", VECTORS[part])
+            parquet.write_table(pyarrow.table({"key": names[part]}), folder / f"out/{number}.parquet")
+        return folder / "out", {}
+    fixed = kind == "parquet of fixed lists"
+    flat = pyarrow.array(VECTORS.reshape(-1))
+    column = pyarrow.array(VECTORS.tolist(), pyarrow.list_(pyarrow.float32()))
+    if fixed:
+        column = pyarrow.FixedSizeListArray.from_arrays(flat, DIM)
+    table = pyarrow.table({"url": names, "embedding": column, "width": [1] * N})
+    if kind == "folder of parquet":
+        (folder / "out").mkdir()
+        for number in range(3):
+            parquet.write_table(table.slice(4 * number, 4), folder / f"out/part-{number}.parquet")
+        return folder / "out", {}
+    parquet.write_table(table, folder / "v.parquet", row_group_size=5)
+    return folder / "v.parquet", {}
+
+
+KINDS = ["npy and list", "npz", "samples.json", "parquet of lists", "parquet of fixed lists", "folder of parquet",
+         "clip-retrieval", "npy and parquet"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_gives_the_same_file(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "_ROWS", 5)
+    source, options = write(kind, tmp_path)
+    if kind == "samples.json":
+        options["vector_column"] = "emb"
+    report = import_features(source, tmp_path / "f.h5", encoder="CLIP ViT-B/32", **options)
+    assert (report.n, report.dim, report.store, report.unusable) == (N, DIM, "float32", 0)
+    order = sorted(range(N), key=NAMES.__getitem__)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == [NAMES[i] for i in order]
+        assert np.array_equal(file.features[:], VECTORS[order])
+        assert (file.classes, file.usable.all()) == (["cat", "dog"], True)
+        assert file.provenance["encoder"] == "imported: CLIP ViT-B/32"
+        assert file.provenance["imported_from"] == str(source)
+        assert len(file.provenance["weights_sha256"]) == 64
+    assert len(protoprune.select(tmp_path / "f.h5", 0.5, k=2).kept_paths) == N // 2
+
+
+def test_half_precision_stays_and_double_becomes_single(tmp_path):
+    for dtype, store in ((np.float16, "float16"), (np.float64, "float32")):
+        np.save(tmp_path / "v.npy", VECTORS.astype(dtype))
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=NAMES, overwrite=True)
+        with FeatureFile(tmp_path / "f.h5") as file:
+            assert file.features.dtype == store
+    np.save(tmp_path / "v.npy", VECTORS * 1e30)
+    with pytest.raises(ProtopruneError, match="overflow float16; import them with --store float32"):
+        import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=NAMES, store="float16")
+    assert [path.name for path in tmp_path.iterdir() if "g.h5" in path.name] == []
+
+
+def test_vectors_that_are_not_finite_are_images_that_failed(tmp_path):
+    bad = VECTORS.copy()
+    bad[3, 1], bad[7, 0] = np.nan, np.inf
+    np.save(tmp_path / "v.npy", bad)
+    assert import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=NAMES).unusable == 2
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert [(path, status.label) for path, status, _ in file.failures()] == [
+            (name, "corrupt") for name in sorted((NAMES[3], NAMES[7]))
+        ]
+        assert not file.features[:][~file.usable].any()
+    np.save(tmp_path / "v.npy", np.full((N, DIM), np.nan, np.float32))
+    with pytest.raises(ProtopruneError, match="all 12 vectors hold NaN"):
+        import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=NAMES)
+    assert not os.path.exists(tmp_path / "g.h5.partial")
+
+
+def test_without_names_rows_have_numbers(tmp_path):
+    np.save(tmp_path / "v.npy", VECTORS)
+    with pytest.warns(ProtopruneWarning, match="row numbers stand for them; give --paths"):
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == [f"{i:06d}" for i in range(N)]
+        assert np.array_equal(file.features[:], VECTORS)
+
+
+def test_names_that_are_files_have_size_and_time(tmp_path):
+    for name in NAMES[:-1]:
+        write_image(tmp_path / "images" / name)
+    np.save(tmp_path / "v.npy", VECTORS)
+    absolute = [str(tmp_path / "images" / name) for name in NAMES]
+    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=absolute, root=tmp_path / "images")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == sorted(NAMES)
+        assert file.provenance["root"] == str(tmp_path / "images")
+        assert (file.size > 0).sum() == N - 1
+        assert file.usable.all()  # the vector is there, wherever the image is
+    import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=absolute)
+    with FeatureFile(tmp_path / "g.h5") as file:
+        assert file.paths == sorted(NAMES)
+    with pytest.raises(UsageError, match="outside the root"):
+        import_features(tmp_path / "v.npy", tmp_path / "h.h5", paths=absolute, root=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": NAMES[:5]}, "12 vectors and 5 names"),
+        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": [*NAMES[:11], NAMES[0]]}, r"1 names have two vectors"),
+        (lambda f: np.save(f / "v.npy", VECTORS[0]), {"paths": NAMES}, r"shape \(5,\), expected"),
+        (lambda f: np.save(f / "v.npy", np.arange(24).reshape(12, 2)), {"paths": NAMES}, "numbers of type int64"),
+        (lambda f: (f / "v.npy").write_bytes(b"junk"), {}, "cannot be read"),
+        (lambda f: np.save(f / "v.npy", VECTORS[:0]), {}, "holds no vectors"),
+        (lambda f: np.save(f / "v.npy", np.array([None])), {}, "cannot be read"),
+        (lambda f: None, {}, "no such file or folder"),
+        (lambda f: (f / "v.npy").mkdir(), {}, r"no \.npy or \.parquet in it"),
+    ],
+)
+def test_what_does_not_fit(make, options, message, tmp_path):
+    make(tmp_path)
+    with pytest.raises(ProtopruneError, match=message):
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", **options)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
+
+
+def test_several_arrays_ask_which(tmp_path):
+    np.savez(tmp_path / "v.npz", a=VECTORS, b=VECTORS + 1)
+    with pytest.raises(UsageError, match="which of a, b is it? give --vector-column NAME".replace("?", r"\?")):
+        import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=NAMES)
+    import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=NAMES, vector_column="b")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert np.array_equal(file.features[:], (VECTORS + 1)[sorted(range(N), key=NAMES.__getitem__)])
+
+
+def test_at_the_command_line_and_never_over_another_file(tmp_path):
+    np.save(tmp_path / "v.npy", VECTORS)
+    (tmp_path / "names.csv").write_text("path\n" + "\n".join(NAMES) + "\n")
+    (tmp_path / "y.csv").write_text("path,label\n" + "".join(f"{name},{i % 3}\n" for i, name in enumerate(NAMES)))
+    arguments = [
+        "import",
+        str(tmp_path / "v.npy"),
+        "--paths",
+        str(tmp_path / "names.csv"),
+        "-o",
+        str(tmp_path / "f.h5"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--labels", str(tmp_path / "y.csv")])
+    assert result.exit_code == 0, result.stderr
+    assert "12 vectors x 5 (float32), names: names.csv" in result.stderr
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.classes == ["0", "1", "2"]
+    before = (tmp_path / "f.h5").read_bytes()
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert (tmp_path / "f.h5").read_bytes() == before
+    assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "v.npy"), "--overwrite"]).exit_code == 2
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), VECTORS)
+    said = CliRunner().invoke(app, ["info", str(tmp_path / "f.h5")]).stdout
+    assert "imported: v.npy" in said

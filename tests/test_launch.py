@@ -1,0 +1,122 @@
+"""Worker processes: every task once, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from shard_helpers import image_folder, members, write_tars
+
+from protoprune import launch
+from protoprune.encoders import load_encoder
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.pruning import open_features
+from protoprune.sharding import embed_shards
+from protoprune.sources import find_shards
+
+
+def start(device):
+    return device
+
+
+def work(state, task):
+    """'die:FILE' kills its process the first time, 'always' every time."""
+    kind, _, path = task.partition(":")
+    if kind == "always" or (kind == "die" and not os.path.exists(path)):
+        if path:
+            open(path, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "error":
+        raise UsageError("a bad task")
+    return task, state
+
+
+def run(tasks, devices=("cpu", "cpu")):
+    return sorted(task for task, _ in launch.run(work, start, tasks, devices))
+
+
+def test_every_task_once():
+    tasks = [str(i) for i in range(7)]
+    assert run(tasks) == tasks
+    assert run(tasks, ["cpu"]) == tasks
+    assert run([]) == []
+    assert run(["a"]) == ["a"]
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path):
+    tasks = ["1", f"die:{tmp_path}/x", "2", f"die:{tmp_path}/y", "3"]
+    with pytest.warns(ProtopruneWarning, match="the worker on cpu was killed by signal 9 at die:"):
+        assert run(tasks) == sorted(tasks)
+
+
+def test_a_task_that_kills_every_worker_ends_the_run():
+    with (
+        pytest.warns(ProtopruneWarning),
+        pytest.raises(ProtopruneError, match="was killed by signal 9 3 times at always"),
+    ):
+        run(["1", "always", "2"])
+
+
+def test_an_error_in_a_worker_is_the_parents():
+    with pytest.raises(UsageError, match="a bad task"):
+        run(["1", "error"])
+
+
+@pytest.mark.parametrize(("text", "devices"), [("0,1", ["cuda:0", "cuda:1"]), ("cpu, cpu", ["cpu", "cpu"])])
+def test_devices_are_parsed(text, devices):
+    assert launch.parse_devices(text) == devices
+    for wrong in ("", "0,,1", "cpu,0"):
+        with pytest.raises(UsageError, match="--devices"):
+            launch.parse_devices(wrong)
+
+
+def test_workers_make_the_set_that_one_process_makes(tmp_path):
+    folder = image_folder(tmp_path / "images", {"ant": 6, "bee": 6})
+    source = find_shards(write_tars(tmp_path / "tars", members(folder), 4))
+    mini = load_encoder("mini")
+    embed_shards(source, mini, tmp_path / "one", device="cpu")
+    report = embed_shards(source, mini, tmp_path / "two", devices=["cpu", "cpu"])
+    assert (report.states, report.embedded, report.finished) == ({"embedded": 4}, 12, True)
+    with open_features(tmp_path / "one") as one, open_features(tmp_path / "two") as two:
+        assert np.array_equal(one.features[:], two.features[:])
+        assert one.paths == two.paths
+    report = embed_shards(source, mini, tmp_path / "two", devices=["cpu", "cpu"])
+    assert (report.states, report.embedded) == ({"unchanged": 4}, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_workers_and_drivers_end_in_the_same_features(tmp_path):
+    """kill -9 of a worker, then of the driver; the same command finishes the set."""
+    folder = image_folder(tmp_path / "images", {"ant": 40, "bee": 40})
+    tars = write_tars(tmp_path / "tars", members(folder), 10)
+    embed_shards(find_shards(tars), load_encoder("mini"), tmp_path / "whole", device="cpu")
+    command = [sys.executable, "-m", "protoprune", "embed", str(tars), "-o", str(tmp_path / "f"), "--encoder", "mini",
+               "--batch-size", "2", "--devices", "cpu,cpu"]  # fmt: skip
+
+    def children(pid):
+        listed = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+        return [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line]
+
+    killed = 0
+    for victim in ("driver", "worker", "nobody"):
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while victim != "nobody" and time.monotonic() < deadline and driver.poll() is None:
+            done = len(list((tmp_path / "f").rglob("*.h5*"))) if (tmp_path / "f").exists() else 0
+            found = children(driver.pid)
+            if found and done:
+                os.kill(found[0] if victim == "worker" else driver.pid, signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(0.05)
+        said = driver.communicate(timeout=200)[1]
+        time.sleep(3 if victim == "driver" else 0)  # its workers end by themselves
+    assert killed == 2
+    assert driver.returncode == 0, said
+    with open_features(tmp_path / "f") as one, open_features(tmp_path / "whole") as two:
+        assert np.array_equal(one.features[:], two.features[:])
+        assert one.paths == two.paths

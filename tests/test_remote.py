@@ -1,0 +1,222 @@
+"""Shards by URL: the same features as from the disk, and every kind of trouble in one line without secrets."""
+
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+from shard_helpers import image_folder, members, write_parquet, write_tars
+from typer.testing import CliRunner
+
+import protoprune
+from protoprune.cli import app
+from protoprune.decode import Status
+from protoprune.embedding import embed
+from protoprune.encoders import load_encoder
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.featureset import FeatureSet, read_plan
+from protoprune.images import list_folder
+from protoprune.pruning import open_features
+from protoprune.sharding import embed_shards
+from protoprune.sources import ShardError, find_shards
+from protoprune.sources.finding import Shard
+
+fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
+from protoprune.sources import remote  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("remote") / "images", {"ant": 6, "bee": 6})
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_encoder("mini")
+
+
+@pytest.fixture
+def memory(folder, tmp_path):
+    """memory://set/tars/0000.tar …0002.tar"""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for path in write_tars(tmp_path / "tars", members(folder), 3).iterdir():
+        store.pipe(f"/set/tars/{path.name}", path.read_bytes())
+    yield store
+    store.store.clear()
+
+
+@pytest.fixture(scope="module")
+def s3(folder, tmp_path_factory):
+    """A bucket on moto's server on 127.0.0.1, with tars and Parquet, and the environment to reach it."""
+    pytest.importorskip("s3fs", reason="needs s3fs, from protoprune[remote]")
+    server_module = pytest.importorskip("moto.server", reason="needs moto with flask")
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "AKIATESTKEY",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_SECRET_ACCESS_KEY": "very-secret-value", "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():  # fmt: skip
+        environment.setenv(name, value)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir("images-bucket")
+    packed = tmp_path_factory.mktemp("packed")
+    for path in write_tars(packed / "tars", members(folder), 3).iterdir():
+        store.put_file(str(path), f"images-bucket/set/tars/{path.name}")
+    yield store
+    environment.undo()
+    server.stop()
+
+
+def run(url, out, encoder):
+    return embed_shards(find_shards(url), encoder, out, device="cpu")
+
+
+def same(out, folder, encoder, tmp_path):
+    """The set `out` holds the folder's features and gives its kept set."""
+    embed(list_folder(folder), encoder, tmp_path / "reference.h5", device="cpu")
+    with open_features(out) as one, open_features(tmp_path / "reference.h5") as other:
+        assert np.array_equal(one.features[:], other.features[:])
+        assert np.array_equal(one.labels, other.labels)
+    keeps = [protoprune.select(path, 0.5).keep.tolist() for path in (out, tmp_path / "reference.h5")]
+    assert keeps[0] == keeps[1]
+
+
+@pytest.mark.parametrize("url", ["memory://set/tars", "memory://set/tars/*.tar", "memory://set/tars/{0000..0002}.tar"])
+def test_memory_gives_the_folders_features(url, memory, folder, mini, tmp_path):
+    report = run(url, tmp_path / "f", mini)
+    assert (report.states, report.n, report.finished) == ({"embedded": 3}, 12, True)
+    same(tmp_path / "f", folder, mini, tmp_path)
+    with FeatureSet(tmp_path / "f") as whole:
+        assert (whole.paths[0], whole.provenance["root"]) == ("0000.tar/ant/000.png", "memory://set/tars")
+    assert run(url, tmp_path / "f", mini).states == {"unchanged": 3}
+    memory.pipe("/set/tars/0001.tar", memory.cat("/set/tars/0000.tar"))
+    assert run(url, tmp_path / "f", mini).states == {"unchanged": 2, "embedded": 1}
+
+
+def test_s3_gives_the_folders_features(s3, folder, mini, tmp_path):
+    report = run("s3://images-bucket/set/tars/{0000..0003}.tar", tmp_path / "f", mini)
+    assert (report.states, report.n) == ({"embedded": 3, "failed": 1}, 12)
+    assert report.failed_shards == [("0003.tar", "missing", "no such file")]
+    assert run("s3://images-bucket/set/tars", tmp_path / "g", mini).finished
+    same(tmp_path / "g", folder, mini, tmp_path)
+    assert run("s3://images-bucket/set/tars/*.tar", tmp_path / "g", mini).states == {"unchanged": 3}
+    for path in (tmp_path / "g").rglob("*"):
+        assert b"secret" not in (path.read_bytes() if path.is_file() else b"")
+
+
+def test_parquet_on_s3(s3, folder, mini, tmp_path):
+    pytest.importorskip("pyarrow")
+    s3.put_file(str(write_parquet(tmp_path / "p.parquet", members(folder))), "images-bucket/p/part-0.parquet")
+    report = run("s3://images-bucket/p/part-0.parquet", tmp_path / "f", mini)
+    assert (report.n, report.finished) == (12, True)
+    same(tmp_path / "f", folder, mini, tmp_path)
+
+
+def test_at_the_command_line(s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["embed", "s3://images-bucket/set/tars/*.tar", "--encoder", "mini", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "3 shards (.tar 3)" in result.stderr
+    assert "under s3://images-bucket/set/tars" in result.stderr
+    assert read_plan("features")[0]["root"] == "s3://images-bucket/set/tars"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://images-bucket/nothing/*.tar", "matches no shard"),
+        ("s3://images-bucket/nothing/{0..3}.tar", "none of the 4 shards is there"),
+        ("s3://no-such-bucket/x/*.tar", "no such bucket|matches no shard"),
+        ("memory://nothing/*.tar", "matches no shard"),
+        ("nonsense://x/*.tar", "no file system for nonsense://"),
+    ],
+)
+def test_what_is_not_there(url, message, s3):
+    with pytest.raises(ProtopruneError, match=message):
+        find_shards(url)
+
+
+def test_an_endpoint_that_cannot_be_reached_is_said_within_seconds(s3, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    started = time.monotonic()
+    with pytest.raises(ProtopruneError, match=r"cannot be reached .*AWS_ENDPOINT_URL|no answer within"):
+        find_shards("s3://images-bucket/set/tars/*.tar")
+    assert time.monotonic() - started < 40
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_store_that_does_not_answer(memory, monkeypatch):
+    monkeypatch.setattr(remote, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "_find", lambda *_: time.sleep(5))
+    with pytest.raises(ProtopruneError, match=r"no answer within 0\.2 seconds; check the network"):
+        find_shards("memory://set/tars")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError("Access Denied"), "permission denied"),
+        (OSError("An error occurred (ExpiredToken): The provided token has expired."), "credentials have expired"),
+        (FileNotFoundError("x"), "no such bucket, folder or file"),
+        (ConnectionError("refused"), "cannot be reached"),
+        (type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"), "FSSPEC_S3_ANON=true"),
+        (ValueError("bad http://me:pa55@host/x?X-Amz-Signature=abc"), "bad http://host/x"),
+    ],
+)
+def test_trouble_in_words_without_secrets(error, said):
+    text = remote.trouble(error)
+    assert said in text
+    assert "pa55" not in text
+    assert "Signature" not in text
+
+
+def test_urls_are_shown_without_secrets(monkeypatch):
+    with pytest.raises(UsageError) as error:
+        find_shards("nonsense://me:pa55@host/x.tar?token=abc")
+    assert "pa55" not in str(error.value)
+    assert "abc" not in str(error.value)
+
+
+def test_what_arrives_short_or_is_gone_meanwhile(memory, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    with pytest.raises(ShardError) as error, remote.fetched(Shard("0000.tar", "memory://set/tars/0000.tar", 5, 1)):
+        pass
+    assert error.value.status == Status.TRUNCATED
+    with pytest.raises(ShardError) as error, remote.fetched(Shard("x.tar", "memory://set/tars/x.tar", 5, 1)):
+        pass
+    assert error.value.status == Status.MISSING
+
+
+def test_a_shaky_store_is_tried_again(memory, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    real, calls = type(memory).get_file, []
+
+    def shaky(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionError("reset")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(type(memory), "get_file", shaky)
+    shard = find_shards("memory://set/tars/0000.tar").shards[0]
+    with remote.fetched(shard) as path:
+        assert os.path.getsize(path) == shard.size
+    assert len(calls) == 3
+
+
+def test_the_metadata_beside_a_tar_is_no_shard(memory):
+    memory.pipe("/set/tars/0000.parquet", b"PAR1")
+    memory.pipe("/set/tars/0000_stats.json", b"{}")
+    source = find_shards("memory://set/tars")
+    assert [shard.name for shard in source.shards] == ["0000.tar", "0001.tar", "0002.tar"]
+    assert source.skipped == {".parquet": 1, ".json": 1}

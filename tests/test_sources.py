@@ -1,0 +1,393 @@
+"""Shards: what is found, what is in them, and what becomes of everything that is wrong with them."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+import warnings
+import zipfile
+
+import pytest
+from helpers import encoded, picture
+from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
+
+from protoprune.decode import ImageError, Status
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import list_folder
+from protoprune.sheet import contact_sheet
+from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order
+from protoprune.sources.reader import ImageReader
+
+PNG = encoded(picture(), "PNG")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+def opened(path, **options):
+    return open_shard(Shard(os.path.basename(path), str(path), 1, 7), str(path), ShardOptions(**options), "/root")
+
+
+def contents(path, **options) -> dict[str, bytes]:
+    with opened(path, **options) as images:
+        assert images.paths == sorted(images.paths)
+        return {path: images.read(row) for row, path in enumerate(images.paths)}
+
+
+def refused(path, **options) -> tuple[Status, str]:
+    with pytest.raises(ShardError) as error:
+        opened(path, **options)
+    return error.value.status, error.value.reason
+
+
+# --- finding
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{0..2}.tar", ["0.tar", "1.tar", "2.tar"]),
+        ("s/{0008..0010}.tar", ["s/0008.tar", "s/0009.tar", "s/0010.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{0..6..3}", ["0", "3", "6"]),
+        ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]),
+        ("{a,b{0..1}}", ["a", "b0", "b1"]),
+        ("{word}", ["{word}"]),
+    ],
+)
+def test_braces_expand_as_in_bash(pattern, names):
+    assert expand(pattern) == names
+
+
+def test_braces_that_are_wrong():
+    with pytest.raises(UsageError, match="a brace is not closed"):
+        expand("a{0..9.tar")
+    with pytest.raises(UsageError, match="at most 1,000,000 shards"):
+        expand("{0..99999999}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "root"),
+    [("s/{0..1}.tar", "s"), ("/d/{a,b}/*.tar", "/d"), ("*.tar", "."), ("/*.tar", "/"), ("s/x{0..1}", "s")],
+)
+def test_the_root_of_a_pattern_does_not_depend_on_what_is_there(pattern, root):
+    assert fixed_part(pattern) == root
+
+
+def test_patterns_globs_folders_files_and_lists_find_the_same_shards(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tars(tmp_path / "s", members(folder), 3)
+    (tmp_path / "s/readme.txt").write_text("x")
+    sources = [
+        find_shards("s/{0000..0002}.tar"), find_shards("s/*.tar"), find_shards("s"), find_shards(str(tmp_path / "s")),
+        list_shards(["s/0002.tar", "s/0000.tar", "s/0001.tar", "s/0000.tar"], "s/.."),
+    ]  # fmt: skip
+    for source in sources[:4]:
+        assert source.root == str(tmp_path / "s")
+        assert [shard.name for shard in source.shards] == ["0000.tar", "0001.tar", "0002.tar"]
+        assert all(shard.size > 0 and shard.version > 0 for shard in source.shards)
+    assert sources[2].skipped == {".txt": 1}
+    assert [shard.name for shard in sources[4].shards] == ["s/0000.tar", "s/0001.tar", "s/0002.tar"]
+    one = find_shards("s/0001.tar")
+    assert (one.root, [shard.name for shard in one.shards]) == (str(tmp_path / "s"), ["0001.tar"])
+
+
+def test_a_missing_shard_of_a_pattern_is_known_and_all_missing_is_an_error(folder, tmp_path):
+    write_tars(tmp_path, members(folder), 2)
+    source = find_shards(f"{tmp_path}/{{0000..0002}}.tar")
+    assert [shard.size < 0 for shard in source.shards] == [False, False, True]
+    with pytest.raises(ProtopruneError, match="none of the 3 shards is there"):
+        find_shards(f"{tmp_path}/x{{0..2}}.tar")
+    with pytest.raises(UsageError, match="matches no file"):
+        find_shards(f"{tmp_path}/x*.tar")
+
+
+def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
+    assert find_shards(folder) is None
+    write_tar(tmp_path / "mixed/a.tar", [("1.png", PNG)])
+    (tmp_path / "mixed/2.png").write_bytes(PNG)
+    assert find_shards(tmp_path / "mixed") is None
+    assert list_folder(tmp_path / "mixed").skipped == {".tar": 1}
+    (tmp_path / "list.txt").write_text("a.png\n")
+    assert find_shards(tmp_path / "list.txt") is None
+    (tmp_path / "list.gz").write_bytes(gzip.compress(b"a.png\n"))
+    assert find_shards(tmp_path / "list.gz") is None
+    assert find_shards(tmp_path / "nowhere") is None
+
+
+def test_shards_are_in_the_order_of_ids():
+    names = ["a.tar", "a.tar.gz", "a/b.tar", "a-b.tar", "B.tar"]
+    ordered = in_order([Shard(name, name, 1, 1) for name in names])
+    ids = [f"{shard.name}/x" for shard in ordered]
+    assert ids == sorted(ids)
+
+
+# --- the same images in every kind of shard
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz", "zip", "stored zip"])
+def test_archives_give_the_images_of_the_folder(kind, folder, tmp_path):
+    files = members(folder)
+    if "zip" in kind:
+        path = write_zip(tmp_path / "s.zip", files, zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED)
+    else:
+        path = write_tar(tmp_path / f"s.{kind}", files, {"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind])
+    assert contents(path) == {f"{path.name}/{name}": data for name, data in files}
+    with opened(path) as images:
+        assert (images.root, images.classes) == ("/root", ["ant", "bee", "cat"])
+        assert images.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 6
+        assert images.size.tolist() == [len(data) for _, data in files]
+        assert set(images.mtime_ns) == {7}
+
+
+@pytest.mark.parametrize("layout", ["hf", "binary"])
+def test_parquet_gives_the_images_of_the_folder(layout, folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    files = members(folder)
+    path = write_parquet(tmp_path / "part-0.parquet", files, layout)
+    assert contents(path) == {f"part-0.parquet/{row:06d}": data for row, (_, data) in enumerate(files)}
+    assert contents(path, id_column="name") == {f"part-0.parquet/{name}": data for name, data in files}
+    with opened(path) as images:
+        assert (images.classes, images.labels_from) == (["ant", "bee", "cat"], "column label")
+        assert images.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 6
+    with opened(path, labels=False) as images:
+        assert images.classes == []
+    for options, message in (
+        ({"image_column": "x"}, "has no column x, only image, label, name"),
+        ({"image_column": "name"}, "its column name holds string, no image bytes"),
+        ({"id_column": "x"}, "has no column x"),
+        ({"label_column": "x"}, "has no column x"),
+        ({"id_column": "label"}, "two images have the id ant"),
+    ):
+        assert message in refused(path, **options)[1]
+
+
+def test_a_data_set_saved_by_hugging_face(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = members(folder)
+    names = ["cat", "ant", "bee"]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"img": [{"bytes": data, "path": None} for _, data in files],
+            "label": [names.index(name.partition("/")[0]) for name, _ in files]}  # fmt: skip
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    made.to_parquet(str(tmp_path / "one.parquet"))
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "both"))
+    with opened(tmp_path / "one.parquet") as images:
+        assert [images.classes[label] for label in images.labels] == [name.partition("/")[0] for name, _ in files]
+    source = find_shards(tmp_path / "saved")
+    assert [shard.name for shard in source.shards] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    found = [data for shard in source.shards for data in contents(shard.url).values()]
+    assert found == [data for _, data in files]
+    with pytest.raises(UsageError, match="several splits; give one of them: train"):
+        find_shards(tmp_path / "both")
+
+
+# --- names, labels and what is no image
+
+
+def test_members_that_are_no_images_are_counted_and_hidden_ones_left_out(tmp_path):
+    files = [("./a/1.png", PNG), ("a/1.txt", b"text"), ("a/2", PNG), ("a/3", b"no image"), ("a/._1.png", b"mac"),
+             (".git/4.png", PNG), ("/abs/5.PNG", PNG)]  # fmt: skip
+    for path in (write_tar(tmp_path / "s.tar", files), write_zip(tmp_path / "s.zip", files)):
+        with opened(path) as images:
+            assert images.paths == [f"{path.name}/{name}" for name in ("a/1.png", "a/2", "abs/5.PNG")]
+            assert images.skipped == {".txt": 1, "(no suffix)": 1, ".png": 2}
+
+
+def test_an_image_name_with_other_content_is_an_image_that_fails(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"no image"), ("b.png", PNG), ("c.jpg", b"")])
+    assert list(contents(path)) == ["s.tar/a.png", "s.tar/b.png", "s.tar/c.jpg"]
+
+
+def test_the_last_of_two_members_of_one_name_counts_as_in_unpacking(tmp_path):
+    other = encoded(picture(seed=9), "PNG")
+    files = [("a.png", PNG), ("b.png", PNG), ("./a.png", other)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, while writing
+        paths = [write_tar(tmp_path / "s.tar", files), write_zip(tmp_path / "s.zip", files)]
+    for path in paths:
+        assert contents(path)[f"{path.name}/a.png"] == other
+        with opened(path) as images:
+            assert (len(images), images.duplicates) == (2, 1)
+
+
+def test_several_images_of_one_key_are_images_with_one_label(tmp_path):
+    files = [
+        ("a.left.png", PNG),
+        ("a.right.png", PNG),
+        ("a.cls", b"7"),
+        ("b.png", PNG),
+        ("b.cls", b" 12\n"),
+        ("c.png", PNG),
+    ]
+    with opened(write_tar(tmp_path / "s.tar", files)) as images:
+        assert images.paths == ["s.tar/a.left.png", "s.tar/a.right.png", "s.tar/b.png", "s.tar/c.png"]
+        named = [images.classes[label] if label >= 0 else "" for label in images.labels]
+        assert (named, images.labels_from) == (["7", "7", "12", ""], ".cls in the shards")
+
+
+def test_labels_from_json_beside_the_images(tmp_path):
+    meta = [{"label": "ant", "kind": "x"}, {"label": 3.0, "kind": "y"}, ["no"], {"kind": "z"}]
+    files = [one for i, value in enumerate(meta) for one in
+             ((f"d/{i}.png", PNG), (f"d/{i}.json", json.dumps(value).encode()))]  # fmt: skip
+    path = write_tar(tmp_path / "s.tar", [*files, ("d/9.json", b"{broken")])
+    with opened(path) as images:
+        assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["ant", "3", "", ""]
+    with opened(path, label_column="kind") as images:
+        assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["x", "y", "", "z"]
+    with opened(path, class_level=1) as images:
+        assert images.classes == ["d"]
+
+
+def test_links_in_a_tar(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        links = [("a/2.png", tarfile.LNKTYPE, "a/1.png"), ("a/3.png", tarfile.SYMTYPE, "1.png"),
+                 ("a/4.png", tarfile.SYMTYPE, "gone.png")]  # fmt: skip
+        for name, kind, link in [("a/1.png", None, ""), *links]:
+            info = tarfile.TarInfo(name)
+            if kind is None:
+                info.size = len(PNG)
+                tar.addfile(info, io.BytesIO(PNG))
+            else:
+                info.type, info.linkname = kind, link
+                tar.addfile(info)
+    with opened(tmp_path / "s.tar") as images:
+        assert [images.read(row) for row in range(3)] == [PNG] * 3
+        with pytest.raises(ImageError) as error:
+            images.read(3)
+        assert (error.value.status, error.value.reason) == (Status.MISSING, "a link to what is not in the shard")
+
+
+def test_rows_without_bytes_fail_one_by_one(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "/x.png"}, None, {"bytes": b"", "path": None}]
+    parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "a.parquet")
+    with opened(tmp_path / "a.parquet") as images:
+        assert images.read(0) == PNG
+        said = []
+        for row in (1, 2, 3):
+            with pytest.raises(ImageError) as error:
+                images.read(row)
+            said.append((error.value.status, error.value.reason))
+    assert said == [(Status.MISSING, "no bytes in its row, only a path"), (Status.MISSING, "no bytes in its row"),
+                    (Status.EMPTY, "no bytes in its row")]  # fmt: skip
+
+
+# --- shards that cannot be used
+
+
+def test_a_tar_cut_anywhere_is_truncated_or_the_same(tmp_path):
+    """Python's tarfile takes most cuts for the end of the archive."""
+    path = write_tar(tmp_path / "s.tar", [(f"{i}.png", PNG) for i in range(4)])
+    whole, data = contents(path), path.read_bytes()
+    end = 4 * (512 + -(-len(PNG) // 512) * 512)
+    for cut in [*range(0, len(data), 97), end, end + 511, end + 512, end + 1024]:
+        path.write_bytes(data[:cut])
+        if cut >= end + 512:
+            assert contents(path) == whole
+        else:
+            assert refused(path)[0] in (Status.TRUNCATED, Status.EMPTY, Status.CORRUPT), cut
+
+
+def test_damaged_headers_and_joined_tars_are_not_the_end(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [(f"{i}.png", PNG) for i in range(4)])
+    data = path.read_bytes()
+    step = 512 + -(-len(PNG) // 512) * 512
+    path.write_bytes(data[: 2 * step] + b"\xff" * 100 + data[2 * step + 100 :])
+    assert refused(path) == (Status.CORRUPT, f"a damaged header at byte {2 * step:,}")
+    path.write_bytes(data + data)
+    status, reason = refused(path)
+    assert (status, "put together by cat" in reason) == (Status.CORRUPT, True)
+
+
+def test_gzip_parquet_zip_that_are_cut_or_damaged(folder, tmp_path):
+    files = members(folder)
+    for path, cut_status in (
+        (write_tar(tmp_path / "s.tar.gz", files, "w:gz"), Status.TRUNCATED),
+        (write_zip(tmp_path / "s.zip", files), Status.CORRUPT),
+    ):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        assert refused(path)[0] == cut_status
+    packed = gzip.compress(b"x" * 5000)
+    (tmp_path / "bad.tar.gz").write_bytes(packed[:30] + b"\0\0\0" + packed[33:])
+    assert refused(tmp_path / "bad.tar.gz")[0] in (Status.CORRUPT, Status.TRUNCATED)
+
+
+def test_a_parquet_file_that_is_cut(folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    path = write_parquet(tmp_path / "s.parquet", members(folder))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert refused(path)[0] == Status.TRUNCATED
+
+
+def test_a_damaged_member_of_a_zip_fails_alone(tmp_path):
+    path = write_zip(tmp_path / "s.zip", [("a.png", PNG), ("b.png", PNG)], zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    data[data.index(PNG) + 100] ^= 255
+    path.write_bytes(data)
+    with opened(path) as images:
+        assert images.read(1) == PNG
+        with pytest.raises(ImageError) as error:
+            images.read(0)
+        assert error.value.status == Status.CORRUPT
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "status", "reason"),
+    [
+        ("s.tar", b"", Status.EMPTY, "zero bytes"),
+        ("s.tar", b"<html>404 not found</html>", Status.CORRUPT, "begins with b'<html>404 no'"),
+        ("s.parquet", PNG, Status.CORRUPT, "an image: not a tar, zip, Parquet or Arrow file"),
+        ("s.tar", bytes(10240), Status.CORRUPT, "not a tar"),
+    ],
+)
+def test_what_is_not_what_its_name_says(name, data, status, reason, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    found = refused(tmp_path / name)
+    assert found[0] == status
+    assert reason in found[1]
+
+
+def test_content_decides_not_the_name(tmp_path):
+    path = write_zip(tmp_path / "really-a-zip.tar", [("a.png", PNG)])
+    assert list(contents(path)) == ["really-a-zip.tar/a.png"]
+    gz = write_tar(tmp_path / "really-packed.tar", [("a.png", PNG)], "w:gz")
+    assert list(contents(gz)) == ["really-packed.tar/a.png"]
+
+
+def test_a_shard_without_images(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+    assert refused(path) == (Status.EMPTY, "holds no images (but .txt 2)")
+    assert refused(tmp_path / "gone.tar") == (Status.MISSING, "no such file")
+
+
+def test_single_images_are_read_by_their_ids(folder, tmp_path):
+    files = members(folder)
+    write_tars(tmp_path / "set/deep", files, 2)
+    write_zip(tmp_path / "set/z.zip", files)
+    (tmp_path / "set/plain.png").write_bytes(PNG)
+    read = ImageReader(tmp_path / "set")
+    for name, data in files:
+        assert read(f"z.zip/{name}") == data
+    assert read(f"deep/0000.tar/{files[0][0]}") == files[0][1]
+    assert read(f"deep/0001.tar/{files[-1][0]}") == files[-1][1]
+    assert read("plain.png") == PNG
+    for path in ("gone.png", "gone.tar/x.png", "z.zip/gone.png", "plain.png/x.png", f"deep/0000.tar/{files[-1][0]}"):
+        with pytest.raises(ImageError):
+            read(path)
+
+
+def test_a_sheet_of_images_in_shards(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    names = [path for shard in ("0000.tar", "0001.tar") for path in contents(tmp_path / "set" / shard)]
+    _, unreadable = contact_sheet([("all", names[:3], names[-3:])], str(tmp_path / "set"))
+    assert unreadable == 0
