@@ -313,14 +313,14 @@ def open_features(path: str | os.PathLike) -> FeatureFile | FeatureSet:
     return file
 
 
-def missing(path: str | os.PathLike) -> ProtopruneError:
-    """The error for an image folder or a feature file that is not there: an unfinished one says how to finish it."""
+def missing(path: str | os.PathLike, what: str = "image folder or feature file") -> ProtopruneError:
+    """The error for a file that is not there: an unfinished feature file says how to finish it."""
     if os.path.exists(partial_path(os.fspath(path))):
         try:
             open_features(path).close()
         except ProtopruneError as error:
             return error
-    return UsageError(f"{path}: no such image folder or feature file")
+    return UsageError(f"{path}: no such {what}")
 
 
 class PartialFile:

@@ -250,6 +250,7 @@ def scaling(
     """
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
+    from protoprune.features import missing
     from protoprune.scores import check_reading
 
     source, model = _source(images, features, model, ranking=True)
@@ -265,7 +266,7 @@ def scaling(
     check_reading(scores, higher_is=higher_is, rows=rows, by_place=by_place)
     for path, what in ((table_file(scores), "score table"), (features, "feature file")):
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such {what}")
+            raise missing(path, what)
     check_folder(out, [table_file(scores), rows, features, source, test, weights, labels, test_labels, class_names])
     labelled = label_options(labels, test_labels, label_column, class_names, class_level)
     train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)

@@ -125,6 +125,8 @@ def _fraction(text: str) -> float | None:
 
 
 def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
+    from protoprune.features import missing
+
     if model == "head":
         raise UsageError("--model head: heads compare the recipes anyway; leave --model out")
     if model is not None and images is None:
@@ -134,7 +136,7 @@ def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
     if higher_is is not None and not scores:
         raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
     if not features.exists() or features.is_dir():
-        raise UsageError(f"{features}: no such feature file; make one with `protoprune embed IMAGES -o {features}`")
+        raise missing(features, f"feature file; make one with `protoprune embed IMAGES -o {features}`")
     if out.exists() and not out.is_dir():
         raise UsageError(f"-o {out}: a file; name a folder")
 
