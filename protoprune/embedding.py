@@ -59,6 +59,7 @@ class EmbedReport:
     unchanged: int = 0  # images whose features an earlier run had left
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
+    transparent: int = 0  # images with transparent parts, of all n
     device: str = ""
     precision: str = ""
 
@@ -165,7 +166,7 @@ def embed_with(
         finally:
             partial.close()
         with FeatureFile(out) as done:
-            report.failures = done.failure_counts()
+            report.failures, report.transparent = done.failure_counts(), int(done.transparent.sum())
     return report
 
 
@@ -214,6 +215,7 @@ def _prepare(
             report.dropped = len(set(files[finished].paths).difference(images.paths))
             if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
                 report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
+                report.transparent = int(files[finished].transparent.sum())
                 return False
         if other.get(started) and started in files:
             raise ProtopruneError(
@@ -463,8 +465,8 @@ def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list
 
 def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
     try:
-        slot[...] = crop(images.read(row), encoder.preprocess)
-        return Status.OK, ""
+        slot[...], note = crop(images.read(row), encoder.preprocess)
+        return Status.OK, note
     except ImageError as error:
         slot[...] = 0
         return error.status, error.reason

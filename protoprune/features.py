@@ -8,7 +8,7 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     classes    uint8   class names, each followed by a NUL byte
     features   float16 or float32 (n, d), not normalised; zero where status is not 1
     status     uint8   (n,) 0 pending, 1 ok, others failed: see `decode.Status`
-    reason     uint16  (n,) index into reasons
+    reason     uint16  (n,) index into reasons; of a usable image a note (transparent, shown on white)
     reasons    S160    (1024,) distinct failure messages, the first one empty
     borrowed   uint8   (n,) 1 where the row was copied from an earlier file or finished by an earlier run
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
@@ -34,7 +34,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
-from protoprune.decode import TRANSIENT, Status
+from protoprune.decode import ON_WHITE, TRANSIENT, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList, is_feature_set
@@ -149,6 +149,12 @@ class FeatureFile:
         """Status label -> number of images."""
         values, counts = np.unique(self.status, return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True) if v > Status.OK})
+
+    @property
+    def transparent(self) -> np.ndarray:
+        """(n,) bool: the images with transparent parts, which are shown on white."""
+        slots = [slot for slot, text in enumerate(self.reasons) if text == ON_WHITE.encode()]
+        return np.isin(self.reason, slots)
 
     @property
     def unreadable_folders(self) -> list[list[str]]:

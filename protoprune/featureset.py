@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from protoprune import files
-from protoprune.decode import Status
+from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
 from protoprune.images import SET_FILE, ImageList
@@ -202,6 +202,10 @@ class FeatureSet:
         return sum((file.failure_counts() for file in self._files()), Counter())
 
     @property
+    def transparent(self) -> np.ndarray:
+        return np.concatenate([file.transparent for file in self._files()])
+
+    @property
     def unreadable_folders(self) -> list[list[str]]:
         return []
 
@@ -351,6 +355,7 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool 
         partial = PartialFile(out)
         try:
             status, reasons = whole.status, {path: reason for path, _, reason in whole.failures()}
+            reasons |= {images.paths[row]: ON_WHITE for row in np.flatnonzero(whole.transparent)}
             for start in range(0, whole.n, _COPY_ROWS):
                 rows = np.arange(start, min(start + _COPY_ROWS, whole.n))
                 said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]

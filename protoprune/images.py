@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from protoprune import formats
 from protoprune.decode import read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import plain_bytes, unpacked, with_slashes
@@ -76,6 +77,7 @@ def image_suffixes() -> frozenset[str]:
     """Lower-case file suffixes of every format that the installed Pillow can read."""
     from PIL import Image
 
+    formats.register()
     suffixes = Image.registered_extensions()
     # MPO (stereo JPEG) has no opener of its own: Pillow's JPEG opener recognises it.
     readable = (set(Image.OPEN) | {"MPO"}) - _STUB_FORMATS
@@ -370,7 +372,8 @@ def _nothing_found(root: str, skipped: Counter, unreadable: list[tuple[str, str]
         detail = f" ({sum(skipped.values())} other files: {describe_counts(skipped)})"
     if unreadable:
         detail += f" ({len(unreadable)} unreadable folders, first: {unreadable[0][0]}: {unreadable[0][1]})"
-    return f"{root}: no images found{detail}; give a folder that holds images, or a list of paths"
+    ways = formats.advice(skipped) or "give a folder that holds images, or a list of paths"
+    return f"{root}: no images found{detail}; {ways}"
 
 
 def describe_counts(counts: Counter, most: int = 5) -> str:

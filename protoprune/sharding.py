@@ -42,6 +42,7 @@ class ShardReport:
     rows: int = 0
     uuid: str = ""  # of its feature file
     embedded: int = 0  # images that went through the encoder in this run
+    transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
     failures: Counter = field(default_factory=Counter)  # status label -> images
@@ -58,6 +59,7 @@ class SetReport:
     states: Counter = field(default_factory=Counter)
     n: int = 0  # images in the set
     embedded: int = 0
+    transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
     failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
     skipped: Counter = field(default_factory=Counter)
@@ -187,8 +189,8 @@ def embed_shard(shard: Shard, root: str, options: ShardOptions, engine: Engine, 
     with contextlib.suppress(OSError):
         os.unlink(_failure_file(path))
     return ShardReport(
-        shard.name, "embedded", result.n, _uuid(path), result.embedded, failures=result.failures, skipped=skipped,
-        duplicates=duplicates,
+        shard.name, "embedded", result.n, _uuid(path), result.embedded, result.transparent,
+        failures=result.failures, skipped=skipped, duplicates=duplicates,
     )  # fmt: skip
 
 
@@ -421,6 +423,7 @@ def _note_failure(path: str, shard: Shard, error: ShardError) -> None:
 def _count(report: SetReport, one: ShardReport) -> None:
     report.states[one.state] += 1
     report.embedded += one.embedded
+    report.transparent += one.transparent
     report.failures += one.failures
     report.skipped += one.skipped
     report.duplicates += one.duplicates

@@ -191,6 +191,26 @@ def test_class_level_is_kept_in_the_provenance(tmp_path):
         assert (file.classes, file.provenance["labels_from"]) == (["cat", "dog"], "folders of level 2")
 
 
+def test_transparent_images_are_counted_and_decoding_and_pooling_are_shown(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        image = Image.new("RGBA", (40, 40), (10 * i, 0, 0, 255 if i == 2 else 0))
+        image.save(tmp_path / "images" / f"{i}.png")
+    out = str(tmp_path / "f.h5")
+    command = ["embed", str(tmp_path / "images"), "--encoder", "mini", "-o", out, "--device", "cpu", "--decode"]
+    said = CliRunner().invoke(app, [*command, "fast"])
+    assert said.exit_code == 0, said.output
+    assert "2 images have transparent parts; they are shown on white" in said.stderr
+    shown = CliRunner().invoke(app, ["info", out]).stdout
+    assert "transparent 2 images, shown on white" in shown
+    assert '"decode": "fast"' in shown
+    assert "pooling     avg" in shown
+    refused = CliRunner().invoke(app, [*command, "exact"])
+    assert refused.exit_code == 1
+    assert "preprocess" in refused.stderr
+    assert CliRunner().invoke(app, [*command, "sloppy"]).exit_code == 2
+
+
 def test_encoders_lists_every_name_with_its_licence():
     result = CliRunner().invoke(app, ["encoders"], env={"COLUMNS": "200"})
     for info in CATALOGUE.values():

@@ -12,10 +12,26 @@ import zlib
 import numpy as np
 import pytest
 from helpers import encoded, noise, picture, write_image
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageFilter, ImageOps, features
 
-from protoprune.decode import MAX_PIXELS, ImageError, Preprocess, Status, decode, load, silence_libtiff
+from protoprune import formats
+from protoprune.decode import (
+    FAST_MARGIN,
+    MAX_PIXELS,
+    ON_WHITE,
+    ImageError,
+    Preprocess,
+    Status,
+    _decode,
+    _exif_orientation,
+    _on_white,
+    crop,
+    decode,
+    load,
+    silence_libtiff,
+)
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import image_suffixes
 
 RGB = picture(67, 45, seed=3)
 WITH_ALPHA = RGB.copy()
@@ -29,7 +45,12 @@ def deep(image: Image.Image = RGB) -> Image.Image:
 
 def reference(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        image = ImageOps.exif_transpose(image)
+        if not image.has_transparency_data:
+            return np.asarray(image.convert("RGB"))
+        colours = np.asarray(image.convert("RGBA")).astype(float)
+        alpha = colours[:, :, 3:] / 255
+        return (colours[:, :, :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
 
 ENCODINGS = {
@@ -80,7 +101,9 @@ def test_every_format_equals_pillow(name):
     assert pixels.dtype == np.uint8
     assert pixels.shape == expected.shape
     assert np.abs(pixels.astype(int) - expected).max() <= 1
-    if not any(word in name for word in ("cmyk", "1 bit", "transparent", "grey", "png la", "ico")):
+    if not any(
+        word in name for word in ("cmyk", "1 bit", "transparent", "grey", "png la", "ico", "rgba", "alpha", "tga")
+    ):
         # The reference itself shows the picture, and of an animation not the second frame.
         assert np.abs(expected.astype(int) - np.asarray(RGB)).mean() < 24
 
@@ -133,6 +156,117 @@ def test_lab_tiff():
     assert 105 < pixels.mean() < 135  # L = 50 %
 
 
+# --- transparency
+
+
+def test_black_drawings_on_transparency_differ():
+    """They are one image where the colour under full transparency, black in most files, counts."""
+    drawings = []
+    for x in (4, 20):
+        image = Image.new("RGBA", (32, 32))
+        image.paste((0, 0, 0, 255), (x, 8, x + 6, 24))
+        drawings.append(decode(encoded(image, "PNG")))
+    assert not np.array_equal(*drawings)
+    assert np.array_equal(drawings[0][0, 0], [255, 255, 255])
+    assert np.array_equal(drawings[0][10, 5], [0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["png rgba", "png la", "png palette alpha", "webp lossless alpha", "gif transparent"])
+def test_images_with_transparent_parts_are_noted(name):
+    assert note_of(ENCODINGS[name]) == ON_WHITE
+
+
+def test_opaque_alpha_changes_nothing_and_is_not_noted():
+    image = RGB.copy()
+    image.putalpha(255)
+    assert np.array_equal(decode(encoded(image, "PNG")), np.asarray(RGB))
+    for data in (encoded(image, "PNG"), ENCODINGS["png"], ENCODINGS["jpeg 4:2:0"]):
+        assert note_of(data) == ""
+
+
+def test_half_transparent_red_on_white_is_pink():
+    assert np.array_equal(decode(encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), "PNG"))[0, 0], [255, 127, 127])
+
+
+def test_16_bits_with_a_transparent_grey():
+    values = np.array([[0, 40_000, 65_535, 257]], np.uint16)
+    image = Image.fromarray(values)
+    image.info["transparency"] = 0
+    flat, transparent = _on_white(image)
+    assert transparent
+    assert np.asarray(flat).tolist() == [[255, 156, 255, 1]]
+
+
+def note_of(data: bytes) -> str:
+    return crop(data, PLAIN)[1]
+
+
+# --- formats that a plugin reads
+
+
+def test_heic_is_read_with_its_plugin(tmp_path):
+    pytest.importorskip("pillow_heif")
+    assert formats.register() >= {"heif"}
+    pixels = decode(encoded(RGB, "HEIF", quality=95))
+    assert pixels.shape == (45, 67, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(RGB)).mean() < 12
+    assert ".heic" in image_suffixes()
+
+
+def test_jpeg_xl_is_read_with_its_plugin():
+    pytest.importorskip("pillow_jxl")
+    formats.register()
+    assert np.array_equal(decode(encoded(RGB, "JXL", lossless=True)), np.asarray(RGB))
+    assert ".jxl" in image_suffixes()
+
+
+@pytest.mark.parametrize(
+    ("data", "extra"),
+    [(b"\0\0\0\x1cftypheic" + bytes(40), "heif"), (b"\xff\x0a" + bytes(40), "jxl"),
+     (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "jxl")],
+)  # fmt: skip
+def test_a_missing_plugin_is_named_by_content_and_by_name(data, extra, monkeypatch, tmp_path):
+    monkeypatch.setattr(formats, "register", lambda: frozenset())
+    monkeypatch.setattr(Image, "ID", [one for one in Image.ID if one not in ("HEIF", "JXL")])
+    with pytest.raises(ImageError, match=rf"pip install 'protoprune\[{extra}\]'") as caught:
+        decode(data)
+    assert caught.value.status == Status.UNSUPPORTED  # tried again on the next run
+    assert f"protoprune[{extra}]" in formats.advice({".txt", *formats.PLUGINS[extra][2]})
+    assert formats.advice({".txt"}) == ""
+
+
+# --- decoding at a fraction
+
+
+def big(edge: int) -> bytes:
+    return encoded(picture(edge * 3 // 2, edge, seed=1).filter(ImageFilter.GaussianBlur(2)), "JPEG", quality=92)
+
+
+@pytest.mark.parametrize(("edge", "decoded"), [(191, 191), (192, 96), (200, 100), (256, 96), (600, 150)])
+def test_fast_decoding_keeps_three_times_the_target(edge, decoded):
+    """Target 32: the smallest n/8 of at most a half that leaves 96 pixels."""
+    pixels, shape, _ = _decode(big(edge), FAST_MARGIN * 32)
+    assert (min(pixels.shape[:2]), min(shape)) == (decoded, edge)
+
+
+def test_fast_decoding_gives_nearly_the_same_crop(tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(big(701))
+    status = path.stat()
+    crops = [
+        load(str(path), status.st_size, status.st_mtime_ns, Preprocess(56, 64, decode=how)) for how in ("exact", "fast")
+    ]
+    assert crops[0].shape == crops[1].shape
+    difference = np.abs(crops[0].astype(int) - crops[1])
+    assert 0 < difference.mean() < 4
+    assert Preprocess(56, 64).describe() != Preprocess(56, 64, decode="fast").describe()
+
+
+def test_fast_decoding_leaves_other_formats_alone():
+    data = encoded(picture(300, 300, seed=1), "PNG")
+    assert np.array_equal(_decode(data, 8)[0], decode(data))
+
+
 # --- orientation
 
 
@@ -157,6 +291,27 @@ def test_orientations_that_do_not_exist_change_nothing(orientation):
 def test_damaged_exif_does_not_lose_the_image():
     data = encoded(RGB, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert np.abs(decode(data).astype(int) - reference(encoded(RGB, "JPEG"))).max() <= 1
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 5])
+def test_orientation_behind_long_segments(before):
+    """Maker notes and colour profiles of up to 64 KB each may stand before EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(RGB, "JPEG", exif=exif)
+    filler = (b"\xff\xed" + (65_000 + 2).to_bytes(2, "big") + bytes(65_000)) * before
+    data = data[:2] + filler + data[2:]
+    assert _exif_orientation(data) == 6
+    assert np.array_equal(decode(data), reference(data))
+
+
+def test_a_word_that_looks_like_exif_elsewhere_is_no_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    comment = b"Exif\0\0" + exif.tobytes()[6:]
+    data = encoded(RGB, "JPEG", comment=comment)
+    assert _exif_orientation(data) == 1
+    assert decode(data).shape == (45, 67, 3)
 
 
 def test_orientation_in_xmp_counts_as_pillow_counts_it():

@@ -392,7 +392,9 @@ def test_colours_of_the_map_follow_the_slider(browser, many, tmp_path):
     show(browser, tmp_path / "r.html")
     count = """const c = document.getElementById("map");
         const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-        let blue = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] && d[i + 2] > d[i] + 60) blue++; return blue;"""
+        let blue = 0;
+        for (let i = 0; i < d.length; i += 4) if (d[i + 3] && d[i + 2] > d[i] + 60) blue++;
+        return blue;"""
     browser.execute_script("document.getElementById('map').scrollIntoView()")
     wait = "setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(arguments[0])), 200)"
     seen = {}

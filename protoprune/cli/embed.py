@@ -44,6 +44,9 @@ def embed(
     pool: Annotated[
         str | None, typer.Option(help="token (class token) or avg (mean of the patches) [default: the authors'].")
     ] = None,
+    decode: Annotated[
+        str, typer.Option(help="exact, or fast: large JPEGs are decoded at half their size or less.")
+    ] = "exact",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
@@ -94,7 +97,7 @@ def embed(
             settings["devices"] = parse_devices(devices)
     from protoprune.encoders import load_encoder
 
-    model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool)
+    model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
     _quiet_pillow()
@@ -234,6 +237,7 @@ def _say_listing(count: int) -> None:
 
 
 def _say_found(found) -> None:
+    from protoprune import formats
     from protoprune.images import describe_counts
 
     classes = f" in {len(found.classes):,} classes ({found.labels_from})" if found.classes else ""
@@ -241,6 +245,8 @@ def _say_found(found) -> None:
     if found.skipped:
         count = sum(found.skipped.values())
         say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}")
+        if formats.advice(found.skipped):
+            say(formats.advice(found.skipped))
     if found.duplicates:
         say(f"{found.duplicates:,} entries of the list named an image a second time")
     for folder, reason in found.unreadable_folders[:5]:
@@ -257,6 +263,8 @@ def _quiet_pillow() -> None:
 
 
 def _say_report(report, model, seconds: float) -> None:
+    if report.transparent:
+        say(f"{report.transparent:,} images have transparent parts; they are shown on white")
     if report.dropped:
         say(f"{report.dropped:,} images of the earlier file are gone and were dropped")
     if not report.embedded:

@@ -65,6 +65,8 @@ def _say_set(report, model, seconds: float) -> None:
     _say_left_out(report.skipped, report.duplicates)
     if report.failed:
         say(f"{report.failed:,} images could not be used: {describe_counts(report.failures, 10)}")
+    if report.transparent:
+        say(f"{report.transparent:,} of the images embedded now have transparent parts; they are shown on white")
     states = ", ".join(f"{count:,} {state}" for state, count in report.states.most_common())
     rate = f" in {duration(seconds)} ({report.embedded / max(seconds, 1e-9):,.0f} img/s)" if report.embedded else ""
     say(

@@ -84,6 +84,8 @@ def _describe_features(file: FeatureFile) -> None:
     if done < file.n or file.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
     echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+    if file.transparent.any():
+        echo(f"transparent {file.transparent.sum():,} images, shown on white")
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
     echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
     echo(f"root        {facts['root']}")

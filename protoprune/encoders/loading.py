@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from protoprune.decode import Preprocess
+from protoprune.decode import DECODERS, Preprocess
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
 from protoprune.encoders.weights import load_weights
@@ -40,7 +40,12 @@ class Encoder:
 
 
 def load_encoder(
-    name: str, *, weights: str | os.PathLike | None = None, image_size: int | None = None, pool: str | None = None
+    name: str,
+    *,
+    weights: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    pool: str | None = None,
+    decode: str = "exact",
 ) -> Encoder:
     """The encoder called `name` (a key of CATALOGUE, or `timm:NAME`), ready for inference on the CPU.
 
@@ -49,6 +54,8 @@ def load_encoder(
     in pixels. `pool` is `token` (a transformer's class token) or `avg` (the mean of its patch tokens, or of a
     network's map), after the last normalisation; by default what the authors evaluate, in the catalogue, else timm's.
 
+    `decode` is `exact` or `fast` (large JPEGs are decoded at half their size or less: see `decode.FAST_MARGIN`).
+
     Raises UsageError for an unknown name and ProtopruneError when weights cannot be had or do not fit.
     """
     info = CATALOGUE.get(name)
@@ -56,8 +63,15 @@ def load_encoder(
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
     if image_size is not None and image_size < 8:
         raise UsageError(f"--image-size {image_size}: expected at least 8")
-    if name == "mini":
-        return _bundled(weights, image_size, pool)
+    if decode not in DECODERS:
+        raise UsageError(f"--decode {decode}: expected {' or '.join(DECODERS)}")
+    encoder = _bundled(weights, image_size, pool) if name == "mini" else _timm_encoder(name, weights, image_size, pool)
+    encoder.preprocess = replace(encoder.preprocess, decode=decode)
+    return encoder
+
+
+def _timm_encoder(name: str, weights, image_size: int | None, pool: str | None) -> Encoder:
+    info = CATALOGUE.get(name)
     if pool not in (None, *POOLS):
         raise UsageError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
     architecture = info.architecture if info else name.removeprefix("timm:")
