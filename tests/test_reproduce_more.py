@@ -240,6 +240,7 @@ def test_fit_and_count_is_fit_with_fewer_looks(vectors, tmp_path):
     theirs = loop.fit(vectors, vectors, recipe, sampler=sampler(), seed=0, steps=36, device="cpu")
     assert np.array_equal(ours.predictions, theirs.predictions)
     assert ours.steps == theirs.steps == 36
+    assert np.array_equal(ours.losses, theirs.losses)
     assert looked == [9, 18, 27, 36]  # epochs of 3 steps, a look at every 9
     times, passes = dynamic.read_counts(tmp_path, 90)["dynamic random", 1 / 3]
     assert passes == 12
@@ -273,7 +274,7 @@ def test_never_sometimes_and_always():
 
 def test_steps_to_the_target_need_every_seed():
     def outcome(curve):
-        return Outcome(curve[-1][2], [1], [2], 1.0, 20, curve)
+        return Outcome(curve[-1][2], [1], [2], 1.0, 20, curve, right="80")
 
     fast, slow = [[10, 1.0, 0.6], [20, 2.0, 0.7]], [[10, 1.0, 0.4], [20, 2.0, 0.55]]
     rows = dynamic.table({"a": [outcome(fast), outcome(slow)]}, 0.5, 2)

@@ -103,15 +103,16 @@ def fit_and_count(train, test, recipe, *, looks: int, tally: Path, on_epoch, sam
 
     How often a sampler chose each example is left in `tally`, for the first seed.
     """
-    looked = 0
+    looked, losses = 0, []
     for state in loop.epochs(train, recipe, sampler=sampler, **how):
+        losses.append(state.losses)
         if due(state.step, looked, how["steps"], looks):
             looked = state.step
             predictions = loop.predict(state.model, test, recipe.precision)
             on_epoch(state.step, state.seconds, predictions)
     if sampler is not None and how["seed"] == 0:
         save_counts(tally, sampler)
-    return loop.Fit(predictions, state.seconds, state.step, state.model)
+    return loop.Fit(predictions, state.seconds, state.step, state.model, np.concatenate(losses))
 
 
 def due(step: int, looked: int, steps: int, looks: int) -> bool:
