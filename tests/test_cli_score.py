@@ -156,7 +156,21 @@ def test_record_h5_is_the_default(here):
 def test_from_features_to_a_kept_set_by_every_metric_of_a_record(here):
     """`record` and `score` as a user joins them, with heads on 60 images of which some lie far off."""
     pytest.importorskip("torch")
-    options = ["--models", 8, "--subset", 0.7, "--epochs", 4, "--gradients", "--test", "features.h5", "--device", "cpu"]
+    pytest.importorskip("cleanlab")  # label_issues is theirs
+    options = [
+        "--models",
+        8,
+        "--subset",
+        0.7,
+        "--epochs",
+        4,
+        "--gradients",
+        "--probabilities",
+        "--test",
+        "features.h5",
+        "--device",
+        "cpu",
+    ]
     result = run("record", "features.h5", "-o", "record.h5", *options)
     assert result.exit_code == 0, result.stderr
     for metric in METRICS:

@@ -499,7 +499,7 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["garbage.h5"], 1, "garbage.h5: not a readable HDF5 file"),
         (["empty.h5"], 1, "empty.h5: not a readable HDF5 file"),
         (["foreign.h5"], 1, "an HDF5 file, but not a feature file"),
-        (["."], 1, "not a readable HDF5 file"),
+        (["."], 1, ".: a folder without set.json"),
         (["nan.h5"], 1, "features of 1 images are NaN or infinite (first: row 2)"),
         (["lost.h5"], 1, "none of its 60 images could be read"),
         (["--k", "many"], 2, "--k many: expected auto or a whole number"),
