@@ -21,7 +21,7 @@ from protoprune.training import converged
 from protoprune.tuning import running
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool
 
-SOURCE = "issue 13's screening; Chen, Welling & Smola 2010"
+SOURCE = "our own screening (docs/log.md); Chen, Welling & Smola 2010"
 METHODS = {
     "cover by class": Candidate("cover", by="class"),
     "cover by cluster": Candidate("cover", by="cluster"),
