@@ -27,7 +27,7 @@ from protoprune.images import list_folder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--encoder", default="vit_small_patch16_224.dino", help="a timm architecture, or mini")
+    parser.add_argument("--encoder", default="vit_small_patch16_224.dino", help="a timm architecture, mini or lite0")
     parser.add_argument("--size", default="500x375", help="of generated JPEGs")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
@@ -79,8 +79,8 @@ def timed(mode) -> float:
 
 
 def random_encoder(name: str) -> Encoder:
-    if name == "mini":
-        return load_encoder("mini")
+    if name in ("mini", "lite0", "lite1", "lite2"):  # real weights that need no hub
+        return load_encoder(name)
     model = timm.create_model(name, num_classes=0).eval().requires_grad_(False)
     preprocess = Preprocess.from_timm(timm.data.resolve_model_data_config(model))
     return Encoder(name, model, model.num_features, preprocess, digest(model))
