@@ -19,6 +19,7 @@ import numpy as np
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 
@@ -296,4 +297,6 @@ def plain(value):
     """An attribute as a plain Python value."""
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())
+    if isinstance(value, str):
+        return native(value)
     return value.item() if isinstance(value, np.generic) else value

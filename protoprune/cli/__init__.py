@@ -5,6 +5,7 @@ stdout carries a command's answer and nothing else; progress, summaries and erro
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -138,4 +139,17 @@ app.add_typer(theory_app, name="theory")
 
 def main() -> None:
     """The `protoprune` program."""
+    _occupy_closed_streams()
     app()
+
+
+def _occupy_closed_streams() -> None:
+    """Where a stream was closed (`2>&-`) the next file that is opened would get its number, and what a C library says
+    would land in that file, the features perhaps. What is said goes nowhere instead."""
+    for number in (0, 1, 2):  # in this order: open() takes the lowest number that is free
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program

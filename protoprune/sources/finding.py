@@ -233,7 +233,7 @@ def _local(root: str, paths: list[str], skipped: Counter | None = None) -> Sourc
 
 def in_order(shards: list[Shard]) -> list[Shard]:
     """By name with the slash that follows it in ids: the ids of all images are then in the order of code points."""
-    return sorted(shards, key=lambda shard: shard.name + "/")
+    return sorted(shards, key=lambda shard: os.fsencode(shard.name + "/"))
 
 
 def describe_source(source: Source) -> str:
