@@ -1,8 +1,8 @@
 """Folders and file lists -> sorted image paths with size, mtime and class labels.
 
-The id of an image is its path relative to the root, POSIX, sorted by its bytes, which is by code point in UTF-8, under
-whatever locale; row i is the same image in every array of the program. Names that are not valid UTF-8 are carried as Python carries them (surrogateescape), so any name
-that Linux allows survives. This module knows nothing about pixels: see `decode`.
+The id of an image is its path relative to the root, POSIX, sorted by its bytes, which in UTF-8 is by code point; row i
+is the same image in every array of the program. Names that are not valid UTF-8 are carried as Python carries them
+(surrogateescape), so any name that Linux allows survives. This module knows nothing about pixels: see `decode`.
 """
 
 from __future__ import annotations
