@@ -1,4 +1,4 @@
-"""All commands of the program, each with arguments that work on one small data set: for tests that are about any command.
+"""All commands of the program, each with arguments that work on one small data set: for tests about any command.
 
 `LINES` must name every command, which `tests/test_streams.py` checks by walking the Typer app.
 """

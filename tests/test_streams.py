@@ -1,4 +1,4 @@
-"""Closed, full and broken standard streams, for every command: one line and exit code 1, or none and all the work done."""
+"""Closed, full and broken standard streams, for every command: one line and exit code 1, or all the work done."""
 
 from __future__ import annotations
 
