@@ -251,19 +251,19 @@ def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, **readi
     return ranking
 
 
-def deduplicate(ranking: Ranking, epsilon: float, *, keep: str = "harder", seed: int = 0) -> None:
+def deduplicate(ranking: Ranking, epsilon: float, *, prefer: str = "harder", seed: int = 0) -> None:
     """Take near-duplicates out of a ranking that has clusters: sets `ranking.duplicate_of`, so they are not usable.
 
-    Within each cluster of the first clustering an image goes when its cosine to a kept one exceeds 1 - epsilon; `keep`
-    says which stays, the 'harder' or the more 'central' one by distance to the centroid, whatever the scores are (see
-    `selection.duplicates`).
+    Within each cluster of the first clustering an image goes when its cosine to a kept one exceeds 1 - epsilon;
+    `prefer` says which stays, the 'harder' or the more 'central' one by distance to the centroid, whatever the scores
+    are (see `selection.duplicates`).
     """
-    selection.check_duplicates(epsilon, keep)
+    selection.check_duplicates(epsilon, prefer)
     one = _first_clustering(ranking, "--dedup")
     with _vectors(ranking) as vectors:
         ranking.duplicate_of = selection.duplicates(
             vectors, one.cluster, one.distance, epsilon,
-            ids=ranking.paths, keep=keep, seed=seed, usable=ranking.usable,
+            ids=ranking.paths, prefer=prefer, seed=seed, usable=ranking.usable,
         )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def select(
     rows: str | os.PathLike | Sequence[str] | None = None,
     by_place: bool = False,
     dedup: float | None = None,
-    dedup_keep: str | None = None,
+    dedup_prefer: str | None = None,
     **options,
 ) -> Selected:
     """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
@@ -333,13 +333,13 @@ def select(
     goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
     `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
     clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
-    `dedup_keep`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+    `dedup_prefer`: harder, the default, or central), and `keep` is the fraction of what it leaves.
 
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
     rule, clusters = _rule_and_clusters(keep, clusters, options)
     check_reading(scores, higher_is, rows, by_place)
-    _check_together(rule, clusters, scores, dedup, dedup_keep)
+    _check_together(rule, clusters, scores, dedup, dedup_prefer)
     if scores is None:
         ranking = rank(features, clusters)
     else:
@@ -347,7 +347,7 @@ def select(
         if dedup is not None or rule.quota:
             add_clusters(ranking, clusters)
     if dedup is not None:
-        deduplicate(ranking, dedup, keep=dedup_keep or "harder", seed=rule.seed)
+        deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed)
     return prune(ranking, rule)
 
 
@@ -369,12 +369,12 @@ def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: d
     return _rule(keep, rule), _clusters(clusters, other)
 
 
-def _check_together(rule: Rule, clusters: Clusters, scores, dedup, dedup_keep) -> None:
+def _check_together(rule: Rule, clusters: Clusters, scores, dedup, dedup_prefer) -> None:
     """Raise UsageError for options that do not go together, before the work that they would ask for."""
     if dedup is not None:
-        selection.check_duplicates(dedup, dedup_keep or "harder")
-    elif dedup_keep is not None:
-        raise UsageError(f"--dedup-keep {dedup_keep}: goes with --dedup, which says how alike duplicates are")
+        selection.check_duplicates(dedup, dedup_prefer or "harder")
+    elif dedup_prefer is not None:
+        raise UsageError(f"--dedup-prefer {dedup_prefer}: goes with --dedup, which says how alike duplicates are")
     if rule.quota and clusters.euclidean:
         raise UsageError(_NO_QUOTA)
     if scores is None:
@@ -485,7 +485,7 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     options = {"order": rule.order, "seed": rule.seed, "drop_hardest": rule.drop_hardest}
     ids, usable = ranking.paths, ranking.usable
     masks = [
-        selection.select(one.distance, rule.keep, ids=ids, usable=usable, **options) for one in ranking.clusterings
+        selection.kept_mask(one.distance, rule.keep, ids=ids, usable=usable, **options) for one in ranking.clusterings
     ]
     return mean_overlap(masks)
 

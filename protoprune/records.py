@@ -13,7 +13,7 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     digest             uint64  (s, m, e) xxh3-64 of each model's values at each recorded epoch, of the s datasets that
                        have such values, in the order of their names
 
-What the statistics are is said in `training.statistics`; everything else about the run is in the attributes, and
+What the statistics are is said in `training.per_example`; everything else about the run is in the attributes, and
 digests of all else in the seal (see `seals`). Files of earlier versions have no digests. While a
 run is under way the file is called `<name>.partial`; it gets its name by a rename. What this module does not know:
 how models are trained, what metrics make of this.

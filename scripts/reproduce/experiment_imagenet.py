@@ -32,7 +32,7 @@ def run(lab: Lab) -> list[Claim]:
 
 def kept_by(hardness: np.ndarray, train, keep: float, balance: float) -> Kept:
     """The hardest `keep` of the training images with the paper's floor for every class."""
-    mask = selection.select(hardness, keep, ids=train.paths, groups=train.labels, balance=balance)
+    mask = selection.kept_mask(hardness, keep, ids=train.paths, groups=train.labels, balance=balance)
     return Kept(f"prototypes {keep:g}", np.flatnonzero(mask))
 
 

@@ -26,7 +26,7 @@ def kept_by_prototypes(lab: Lab, train, k: int) -> Kept:
     ranking = pruning.rank(lab.feature_file(lab.settings["data"], "train"), k=k)
     row_of = {path: row for row, path in enumerate(ranking.paths)}
     rows = np.array([row_of[path] for path in train.paths])
-    mask = selection.select(ranking.scores[rows], lab.settings["keep"], ids=train.paths)
+    mask = selection.kept_mask(ranking.scores[rows], lab.settings["keep"], ids=train.paths)
     return Kept(f"k = {k}", np.flatnonzero(mask))
 
 

@@ -20,7 +20,7 @@ from protoprune.evaluation.statistics import Interval, mean_interval
 from protoprune.training import loop
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
-from protoprune.training.statistics import from_logits
+from protoprune.training.per_example import from_logits
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
