@@ -14,11 +14,13 @@ from typer.core import TyperGroup
 from protoprune import __version__
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
-from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.evaluate import evaluate
 from protoprune.cli.imports import import_
+from protoprune.cli.options import spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
+from protoprune.cli.scaling import scaling
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.shards import merge
@@ -131,7 +133,7 @@ for command in (
     merge,
     advise,
 ):
-    app.command()(command)
+    app.command()(spread(command))
 app.command("import")(import_)
 app.add_typer(theory_app, name="theory")
 

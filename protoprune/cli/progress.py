@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+
+import typer
 
 _PLAIN_SECONDS = 10.0
 
@@ -36,6 +41,22 @@ def bytes_text(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+@contextlib.contextmanager
+def resumable(kept: str | Callable[[], str] | None) -> Iterator[None]:
+    """Ctrl-C ends the work within in two lines: what is kept of it, and how to go on. None: nothing is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is None:
+            say("interrupted: without -o nothing is kept")
+        else:
+            say(f"interrupted: {kept if isinstance(kept, str) else kept()}; to go on, run the same again:")
+            # without --overwrite, which would throw away what is done
+            again = [one for one in sys.argv[1:] if one != "--overwrite"]
+            say(f"  {shlex.join(['protoprune', *again])}")
+        raise typer.Exit(130) from None
 
 
 class Progress(AbstractContextManager):
