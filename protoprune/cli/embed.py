@@ -12,10 +12,11 @@ import typer
 
 from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file, several
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, resumable, say
+from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSize, embed_source, ranks
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import duration
 
 
 def embed(

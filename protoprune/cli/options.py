@@ -83,9 +83,9 @@ class ClusterOptions:
     iterations: Annotated[int, typer.Option(help="k-means iterations.")] = 25
     seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the clustering and of ties.")] = 0
     restarts: Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")] = 1
-    train_points: Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")] = (
-        None
-    )
+    train_points: Annotated[
+        int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GB of them].")
+    ] = None
     backend: Annotated[str, typer.Option(help="auto, faiss or torch.")] = "auto"
     cache: Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")] = True
 

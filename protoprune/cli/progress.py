@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 
 import typer
 
+from protoprune.units import duration
+
 _PLAIN_SECONDS = 10.0
 
 
@@ -24,23 +26,6 @@ def say(text: str) -> None:
 def printable(text: str) -> str:
     """The text with the odd bytes of names that are not UTF-8 escaped."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def duration(seconds: float) -> str:
-    """'8.4 s', '3m12s', '2h05m'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def bytes_text(count: float) -> str:
-    """'512 bytes', '3.1 kB', '1.2 GB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 @contextlib.contextmanager

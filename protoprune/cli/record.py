@@ -10,8 +10,9 @@ import typer
 
 from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, bytes_text, duration, resumable, say
+from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.training import is_image_folder, load_sets
+from protoprune.units import bytes_text, duration
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,6 +22,7 @@ from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.select import say_notes
 from protoprune.errors import UsageError
+from protoprune.units import bytes_text
 
 
 def report(
@@ -91,7 +92,7 @@ def _command(
 
 
 def _say_told(out: Path, told: dict) -> None:
-    say(f"{out}: {told['bytes'] / 1e6:.1f} MB, {told['thumbnails']:,} thumbnails; open it in any browser")
+    say(f"{out}: {bytes_text(told['bytes'])}, {told['thumbnails']:,} thumbnails; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")
     if told["missing"]:

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import duration
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]

@@ -11,10 +11,11 @@ import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, table_file
 from protoprune.cli.outputs import check_outputs, check_picture
-from protoprune.cli.progress import bytes_text, say
+from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
+from protoprune.units import bytes_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoprune.cli.options import LabelOptions, TrainingOptions
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, say
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 if TYPE_CHECKING:
     from protoprune.evaluation.runs import Step

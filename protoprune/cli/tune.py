@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions
-from protoprune.cli.progress import duration, resumable, say
+from protoprune.cli.progress import resumable, say
 from protoprune.cli.training import load_sets
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 if TYPE_CHECKING:
     from protoprune.tuning.recipes import Pool
