@@ -54,7 +54,7 @@ def report(
 
     if out == Path("-"):
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
-    check_outputs(out, inputs=[features, table_file(scores), reading.rows, *map(table_file, compare or [])])
+    check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
     options = Options(
         root=root and str(root),
         duplicates=duplicates,
