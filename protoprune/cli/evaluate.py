@@ -28,7 +28,7 @@ from protoprune.cli.options import (
 from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import is_image_folder, load_sets, show_run, time_text, training_source
+from protoprune.cli.training import load_sets, show_run, time_text, training_source
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def evaluate(
     for path in lists:
         read_list(path)
     train, tested = load_sets(source, test, model, training, labels)
-    kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
+    kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
     with resumable(out and f"the runs done are kept in {out / 'runs'}"):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,
@@ -138,16 +138,12 @@ def evaluate(
         say(f"wrote {', '.join(report.save_evaluation(out, result, config, train.classes))}")
 
 
-def _kept(path: Path, train, source: Path, cost: float | None):
-    import numpy as np
-
+def _kept(path: Path, train, cost: float | None):
     from protoprune import lists
     from protoprune.evaluation.comparing import Kept
     from protoprune.evaluation.runs import list_rows
 
-    listed = lists.read_list(path)
-    every = _every_path(source) if isinstance(listed, np.ndarray) else None
-    rows = list_rows(listed, train, os.fspath(path), every_path=every)
+    rows = list_rows(lists.read_list(path), train, os.fspath(path))
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
 
 
@@ -161,18 +157,6 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     except UsageError:  # a format without weights, or a list without the column
         return None
     return list_weights(weights, rows, train, os.fspath(path))
-
-
-def _every_path(source: Path) -> list[str]:
-    """All paths that row indices count, unusable images included."""
-    if is_image_folder(source):
-        from protoprune.images import list_folder
-
-        return list_folder(source, labels=False).paths
-    from protoprune.features import open_features
-
-    with open_features(source) as file:
-        return file.paths
 
 
 def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:
