@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from protoprune.cli import app
-from protoprune.cli.progress import Progress, duration
+from protoprune.cli.progress import Progress
 from protoprune.encoders import CATALOGUE
 from protoprune.features import FeatureFile, partial_path
 
@@ -302,8 +302,3 @@ def test_plain_progress_lines_have_rate_and_time_left(capsys, monkeypatch):
     assert lines[0] == "embed 200/1,000 (20 %), 20 img/s, 40.0 s left, 0 failed"
     assert lines[-1] == "embed 1,000/1,000 (100 %), 20 img/s, 0.0 s left, 2 failed"
     assert len(lines) == 5
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(8.44, "8.4 s"), (192, "3m12s"), (7500, "2h05m")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file, several
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
-from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
+from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSize, embed_source, ranks
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import duration
 
 
 def embed(
@@ -65,7 +65,7 @@ def embed(
     devices: Devices = None,
     rank: Rank = None,
     world_size: WorldSize = None,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
+    no_labels: NoLabels = False,
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
@@ -94,7 +94,7 @@ def embed(
         if devices is not None and not single:
             from protoprune.launch import parse_devices
 
-            settings["devices"] = parse_devices(devices)
+            settings["devices"] = parse_devices(",".join(several(devices)))
     from protoprune.encoders import load_encoder
 
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
@@ -109,12 +109,8 @@ def embed(
             _say_found(found)
             _embed_images(found, model, out, errors, strict, settings)
     else:
-        try:
+        with resumable("what is embedded is kept"):
             embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
-        except KeyboardInterrupt:
-            say("interrupted: what is embedded is kept; to go on, run the same again:")
-            _say_again()
-            raise typer.Exit(130) from None
 
 
 def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict) -> None:
@@ -122,8 +118,13 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
     from protoprune.embedding import embed as run
 
     started = time.monotonic()
-    with Progress("embed") as progress:
-        state = {"done": 0, "left": 0, "total": 0}
+    state = {"done": 0, "left": 0, "total": 0}
+
+    def so_far() -> str:
+        done = state["total"] - state["left"] + state["done"]
+        return f"{done:,} of {state['total']:,} images are embedded"
+
+    with resumable(so_far), Progress("embed") as progress:
 
         def on_start(total: int, left: int) -> None:
             state.update(total=total, left=left)
@@ -135,20 +136,9 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
             state["done"] = done
             progress.update(done, failed)
 
-        try:
-            report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
-        except KeyboardInterrupt:
-            done = state["total"] - state["left"] + state["done"]
-            progress.__exit__()
-            say(f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same again:")
-            _say_again()
-            raise typer.Exit(130) from None
+        report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
-
-
-def _say_again() -> None:
-    say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
 
 
 def _number(option: str, text: str) -> int | None:
@@ -165,8 +155,7 @@ def label_argument(labels: Path | None, column: str | None, names: Path | None, 
     """The `labels` argument of `list_folder`."""
     from protoprune.labels import label_file
 
-    if labels is None and (column or names):
-        raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
+    check_label_file(labels, column, names)
     if none and (labels is not None or level is not None):
         raise UsageError(f"--no-labels does not go with {'--labels' if labels is not None else '--class-level'}")
     return False if none else label_file(labels, column, names, level)
@@ -295,11 +284,6 @@ def _finish(report, found, errors: Path | None, strict: bool) -> None:
         raise ProtopruneError("--strict: not everything could be read")
 
 
-def _again(arguments: list[str]) -> list[str]:
-    """The same arguments without --overwrite, which would throw away what is done."""
-    return [argument for argument in arguments if argument != "--overwrite"]
-
-
 def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
@@ -310,4 +294,4 @@ def encoders() -> None:
         rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
     heads = ("name", "dim", "parameters", "input", "pool", "training", "licence", "source")
     print_table(heads, rows, fold=True)
-    typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)
+    say("timm:NAME loads any other timm model with its published weights.")
