@@ -301,7 +301,7 @@ def _decode_pillow(data: bytes) -> tuple[np.ndarray, bool]:
                 raise Image.DecompressionBombError
             image.load()
             flat, transparent = _on_white(_upright(image))
-            return np.asarray(_to_rgb(flat)), transparent
+            return _pixels(flat), transparent
     except Image.DecompressionBombError:
         raise ImageError(Status.TOO_LARGE, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except UnidentifiedImageError:
@@ -377,21 +377,18 @@ def _on_white(image):
     return flat, True
 
 
-def _to_rgb(image):
-    """A loaded PIL image of any mode -> mode RGB; deep images are scaled to 8 bits, which `convert` would clip."""
-    from PIL import Image, ImageCms
+def _pixels(image) -> np.ndarray:
+    """A loaded PIL image of any mode -> (h, w, 3) uint8; deep ones are scaled to 8 bits, which `convert` would clip."""
+    from PIL import ImageCms
 
-    if image.mode == "RGB":
-        return image
-    if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
-        return ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(image)).convert("RGB")
+        return np.repeat(_to_8_bits(image)[:, :, None], 3, axis=2)
+    if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if image.mode == "P" and "transparency" in image.info:  # the way round a warning; the same pixels
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _to_8_bits(image) -> np.ndarray:

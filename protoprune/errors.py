@@ -28,8 +28,8 @@ def warn(message: str) -> None:
 
 
 def ignore_pillow() -> None:
-    """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and a
-    reason of its own. For programs, not for libraries, and before there are threads."""
+    """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
+    a reason of its own. For programs, not for libraries, and before there are threads."""
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from helpers import many_scans
+from helpers import encoded, many_scans
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -62,6 +63,23 @@ def test_failures_are_counted_and_listed_and_strict_makes_them_an_error(images, 
             ("c0/cut.png", "truncated"), ("c1/empty.jpg", "empty"),
         ]  # fmt: skip
     assert call(images, "-o", tmp_path / "f.h5", "--strict").exit_code == 1
+
+
+def test_what_pillow_says_of_odd_files_is_in_their_reasons_and_nowhere_else(images, tmp_path):
+    """Of a TIFF of seven channels in its log, of damaged EXIF as a warning."""
+    odd = bytearray(encoded(Image.new("RGB", (4, 4)), "TIFF"))
+    samples = odd.index(struct.pack("<HHI", 277, 3, 1))
+    odd[samples + 8 : samples + 10] = struct.pack("<H", 7)
+    (images / "c0" / "odd.tif").write_bytes(odd)
+    exif = b"II*\0\x08\0\0\0\2\0\1\1"
+    (images / "c1" / "exif.png").write_bytes(encoded(Image.new("RGB", (4, 4)), "PNG", exif=exif))
+    result = call(images, "-o", tmp_path / "f.h5", "--errors", tmp_path / "e.csv")
+    assert result.exit_code == 0
+    for word in ("More samples", "Warning", "warn", "EXIF"):
+        assert word not in result.stderr
+    assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
+        "c0/odd.tif,corrupt,TIFF: Invalid value for samples per pixel"
+    ]
 
 
 def test_all_failed_is_an_error(tmp_path):

@@ -415,7 +415,10 @@ def test_an_image_in_a_shard_is_not_read_beyond_the_bound_either(tmp_path, monke
 
 @pytest.mark.parametrize(
     "compression",
-    [zipfile.ZIP_DEFLATED, *(pytest.param(one, marks=pytest.mark.slow) for one in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))],
+    [
+        zipfile.ZIP_DEFLATED,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+    ],
 )
 def test_a_zip_that_unpacks_to_more_than_it_says_costs_no_memory(compression, tmp_path):
     path = write_zip(tmp_path / "a.zip", [("1.png", bytes(200_000_000)), ("2.png", PNG)], compression)
