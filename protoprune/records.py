@@ -13,7 +13,7 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     digest             uint64  (s, m, e) xxh3-64 of each model's values at each recorded epoch, of the s datasets that
                        have such values, in the order of their names
 
-What the statistics are is said in `training.statistics`; everything else about the run is in the attributes, and
+What the statistics are is said in `training.per_example`; everything else about the run is in the attributes, and
 digests of all else in the seal (see `seals`). Files of earlier versions have no digests. While a
 run is under way the file is called `<name>.partial`; it gets its name by a rename. What this module does not know:
 how models are trained, what metrics make of this.
@@ -139,8 +139,8 @@ class Record:
     def probabilities(self, model: int, rows: slice = slice(None)) -> np.ndarray:
         """(rows, classes) float32: the softmax of one model at its last recorded epoch."""
         self._own("probability")
-        if not self._probability_checked and self._reader.seal is not None:
-            if seals.damaged_datasets(self._reader.path, self._reader.seal, ["probability"]):
+        if not self._probability_checked:
+            if self._reader.damaged_datasets(["probability"]):
                 raise self._reader.damaged("its probability is not what was written")
             self._probability_checked = True
         with self._reader.trouble("its probability"):
@@ -217,9 +217,7 @@ class Record:
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
-        lines = []
-        if self._reader.seal is not None:
-            lines = [f"its {name}" for name in seals.damaged_datasets(self._reader.path, self._reader.seal)]
+        lines = [f"its {name}" for name in self._reader.damaged_datasets()]
         for what in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
             try:
                 getattr(self, what)

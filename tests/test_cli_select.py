@@ -358,7 +358,7 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
     assert told[4] == ("0.02", "10", "20", " (this run)")
     assert 5 <= int(told[0][1]) <= 10  # five copies are exact
     assert re.search(r"a quarter of that, --dedup 0\.\d+", result.stderr)
-    central = run("select", "--keep", "0.5", *options, "--dedup-keep", "central", "--manifest", "c.jsonl")
+    central = run("select", "--keep", "0.5", *options, "--dedup-prefer", "central", "--manifest", "c.jsonl")
     assert "40 remain" in central.stderr
     for record in map(json.loads, (doubled / "c.jsonl").read_text().splitlines()):
         if record["duplicate_of"]:
@@ -524,8 +524,8 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--calibrate", "0.5", "--order", "random"], 2, "--calibrate does not go with --order random"),
         (["--calibrate", "0.5", "--drop-hardest", "0.1"], 2, "--calibrate does not go with --drop-hardest"),
         (["--dedup", "0"], 2, "--dedup 0: expected 1 - cosine from 0.00001 to below 1"),
-        (["--dedup", "0.1", "--dedup-keep", "best"], 2, "--dedup-keep best: expected one of harder, central"),
-        (["--dedup-keep", "central"], 2, "--dedup-keep central: goes with --dedup"),
+        (["--dedup", "0.1", "--dedup-prefer", "best"], 2, "--dedup-prefer best: expected one of harder, central"),
+        (["--dedup-prefer", "central"], 2, "--dedup-prefer central: goes with --dedup"),
         (["--scores", "s.csv", "--dedup", "0.1", "--restarts", "2"], 2, "--scores ranks without clustering"),
         (["--format", "xml"], 2, "--format xml: expected one of"),
         (["--format", "csv", "-0"], 2, "-0 goes with --format txt"),

@@ -13,7 +13,7 @@ from protoprune import comparison
 from protoprune.comparison import compare, disagreements, draw, join, pair_rows, short_names, similar_order
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.scores import overlap, read_table, spearman, write_scores
-from protoprune.selection import select
+from protoprune.selection import kept_mask
 
 
 def paths_of(n: int) -> list[str]:
@@ -116,7 +116,7 @@ def test_overlap_is_that_of_the_lists_that_select_gives():
     scores[1, :7] = np.nan
     result = compare(dict(zip("abc", scores, strict=True)), paths_of(90), keeps=(0.3, 0.7), resamples=0, seed=5)
     for keep, matrix in result.overlap.items():
-        masks = [select(row[7:], keep, ids=paths_of(90)[7:], seed=5) for row in scores]
+        masks = [kept_mask(row[7:], keep, ids=paths_of(90)[7:], seed=5) for row in scores]
         expected = [[overlap(a, b) for b in masks] for a in masks]
         assert matrix == pytest.approx(np.array(expected))
 

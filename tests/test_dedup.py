@@ -45,15 +45,15 @@ def small_blocks(monkeypatch):
     st.integers(1, 70), st.integers(1, 4), st.sampled_from([0.01, 0.05, 0.3, 0.8]), st.integers(0, 10**6),
     st.sampled_from(["harder", "central"]),
 )  # fmt: skip
-def test_equals_the_plain_loop(small_blocks, n, clusters, epsilon, seed, keep):
+def test_equals_the_plain_loop(small_blocks, n, clusters, epsilon, seed, prefer):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 4))
     x += 0.2 * rng.normal(size=x.shape) * (rng.random((n, 1)) < 0.7) + 3 * np.eye(4)[rng.integers(0, 4, n)]
     cluster, distance = rng.integers(0, clusters, n) * 3, rng.permutation(n) / n
-    expected = loop(x, cluster, distance, epsilon, keep)
+    expected = loop(x, cluster, distance, epsilon, prefer)
     if not expected:
         return  # a cosine within rounding of the limit
-    assert duplicates(x, cluster, distance, epsilon, ids=ids_of(n), keep=keep).tolist() == expected
+    assert duplicates(x, cluster, distance, epsilon, ids=ids_of(n), prefer=prefer).tolist() == expected
 
 
 @pytest.mark.parametrize("store", [np.float16, np.float32])
@@ -79,7 +79,7 @@ def test_planted_copies_are_all_found_and_nothing_else(monkeypatch, store, block
 def test_harder_and_central_keep_opposite_ends():
     x, cluster, distance = np.ones((3, 4)), np.zeros(3, int), np.array([0.2, 0.1, 0.3])
     assert duplicates(x, cluster, distance, 0.01, ids=ids_of(3)).tolist() == [2, 2, -1]
-    assert duplicates(x, cluster, distance, 0.01, ids=ids_of(3), keep="central").tolist() == [1, -1, 1]
+    assert duplicates(x, cluster, distance, 0.01, ids=ids_of(3), prefer="central").tolist() == [1, -1, 1]
 
 
 def test_a_removed_image_removes_nothing():
@@ -129,8 +129,8 @@ def test_thresholds_out_of_range(epsilon):
 
 
 def test_sides_that_there_are_not():
-    with pytest.raises(UsageError, match="--dedup-keep best: expected one of harder, central"):
-        duplicates(np.ones((2, 2)), np.zeros(2, int), np.zeros(2), 0.1, ids=ids_of(2), keep="best")
+    with pytest.raises(UsageError, match="--dedup-prefer best: expected one of harder, central"):
+        duplicates(np.ones((2, 2)), np.zeros(2, int), np.zeros(2), 0.1, ids=ids_of(2), prefer="best")
 
 
 @settings(max_examples=40)

@@ -232,7 +232,7 @@ def test_select_takes_every_option_by_name(copies):
 
 def test_which_of_two_copies_stays(copies):
     harder = protoprune.select(copies, 1, dedup=0.01, k=1)
-    central = protoprune.select(copies, 1, dedup=0.01, dedup_keep="central", k=1)
+    central = protoprune.select(copies, 1, dedup=0.01, dedup_prefer="central", k=1)
     distance = harder.ranking.clusterings[0].distance
     for one, sign in ((harder, 1), (central, -1)):
         copy = np.flatnonzero(one.ranking.duplicate_of >= 0)
@@ -273,8 +273,8 @@ def test_stability_compares_the_same_images(copies):
     [
         ({"dedup": 2}, "--dedup 2"),
         ({"calibrate": 2}, "--calibrate 2"),
-        ({"dedup": 0.1, "dedup_keep": "sideways"}, "--dedup-keep sideways: expected one of"),
-        ({"dedup_keep": "sideways"}, "--dedup-keep sideways: goes with --dedup"),
+        ({"dedup": 0.1, "dedup_prefer": "sideways"}, "--dedup-prefer sideways: expected one of"),
+        ({"dedup_prefer": "sideways"}, "--dedup-prefer sideways: goes with --dedup"),
         ({"higher_is": "banana"}, "--higher-is banana: expected one of"),
         ({"higher_is": "keep"}, "--higher-is keep: goes with --scores"),
         ({"by_place": True}, "--by-place: goes with --scores"),

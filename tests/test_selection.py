@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.selection import ORDERS, ranking, select
+from protoprune.selection import ORDERS, kept_mask, ranking
 
 
 def ids_of(n: int) -> list[str]:
@@ -43,7 +43,7 @@ def problems(draw):
 def test_exactly_the_rounded_fraction_is_kept(problem, keep, order, balance, seed, beta):
     scores, groups = problem
     options = {"order": order, "seed": seed, "balance": balance, "drop_hardest": beta}
-    mask = select(scores, keep, ids=ids_of(len(scores)), groups=groups, **options)
+    mask = kept_mask(scores, keep, ids=ids_of(len(scores)), groups=groups, **options)
     assert mask.dtype == bool
     assert mask.shape == scores.shape
     assert mask.sum() == round(keep * len(scores))
@@ -57,7 +57,7 @@ def test_kept_sets_of_growing_fractions_are_nested(problem, order, balance, beta
     options = {"order": order, "balance": balance, "drop_hardest": beta}
     before = np.zeros(n, bool)
     for count in range(1, n + 1):
-        mask = select(scores, count / n, ids=ids_of(n), groups=groups, **options)
+        mask = kept_mask(scores, count / n, ids=ids_of(n), groups=groups, **options)
         assert mask.sum() == count
         assert not (before & ~mask).any()
         before = mask
@@ -70,7 +70,7 @@ def floor_of(count: int, balance: float, groups: int) -> int:
 @given(problems(), fraction, order, share)
 def test_every_group_gets_its_floor_or_all_it_has(problem, keep, order, balance):
     scores, groups = problem
-    mask = select(scores, keep, ids=ids_of(len(scores)), order=order, groups=groups, balance=balance)
+    mask = kept_mask(scores, keep, ids=ids_of(len(scores)), order=order, groups=groups, balance=balance)
     names = np.unique(groups)
     floor = floor_of(round(keep * len(scores)), balance, len(names))
     for name in names:
@@ -94,7 +94,7 @@ def test_balance_is_the_papers_formula(problem, order, balance):
     n, names = len(scores), len(np.unique(groups))
     rows = ranking(scores, ids=ids_of(n), order=order).tolist()
     for count in range(1, n + 1):
-        mask = select(scores, count / n, ids=ids_of(n), order=order, groups=groups, balance=balance)
+        mask = kept_mask(scores, count / n, ids=ids_of(n), order=order, groups=groups, balance=balance)
         expected = formula(rows, groups, count, balance)
         if floor_of(count, balance, names) > floor_of(count - 1, balance, names) or count == n:
             assert set(kept(mask)) == expected
@@ -110,10 +110,10 @@ def test_balance_by_hand():
     scores = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0.0])
     groups = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
     arguments = {"ids": ids_of(10), "groups": groups}
-    assert kept(select(scores, 0.4, **arguments)) == [0, 1, 2, 3]  # no balance: groups do not matter
-    assert kept(select(scores, 0.4, balance=0.5, **arguments)) == [0, 1, 2, 7]  # floor(0.5 * 4 / 2) = 1
-    assert kept(select(scores, 0.4, balance=1, **arguments)) == [0, 1, 7, 8]
-    assert kept(select(scores, 0.8, balance=1, **arguments)) == [0, 1, 2, 3, 4, 7, 8, 9]  # capped at the size
+    assert kept(kept_mask(scores, 0.4, **arguments)) == [0, 1, 2, 3]  # no balance: groups do not matter
+    assert kept(kept_mask(scores, 0.4, balance=0.5, **arguments)) == [0, 1, 2, 7]  # floor(0.5 * 4 / 2) = 1
+    assert kept(kept_mask(scores, 0.4, balance=1, **arguments)) == [0, 1, 7, 8]
+    assert kept(kept_mask(scores, 0.8, balance=1, **arguments)) == [0, 1, 2, 3, 4, 7, 8, 9]  # capped at the size
 
 
 @given(problems(), fraction, order, st.sampled_from([0.0, 0.5, 1.0]), st.randoms(use_true_random=False), drop)
@@ -124,8 +124,8 @@ def test_the_order_of_the_rows_does_not_matter(problem, keep, order, balance, ra
     shuffle = list(range(len(scores)))
     random.shuffle(shuffle)
     arguments = {"order": order, "balance": balance, "seed": 5, "drop_hardest": beta}
-    straight = select(scores, keep, ids=ids, groups=groups, usable=usable, **arguments)
-    mixed = select(
+    straight = kept_mask(scores, keep, ids=ids, groups=groups, usable=usable, **arguments)
+    mixed = kept_mask(
         scores[shuffle],
         keep,
         ids=[ids[i] for i in shuffle],
@@ -148,18 +148,18 @@ PLANTED = np.array([0.1, 0.9, 0.3, 0.7, 0.5])
 def test_order_of_keeping(order, expected):
     assert ranking(PLANTED, ids=ids_of(5), order=order).tolist() == expected
     for count in range(1, 6):
-        assert kept(select(PLANTED, count / 5, ids=ids_of(5), order=order)) == sorted(expected[:count])
+        assert kept(kept_mask(PLANTED, count / 5, ids=ids_of(5), order=order)) == sorted(expected[:count])
 
 
 def test_hard_is_the_default_and_keeps_the_largest():
-    assert kept(select(PLANTED, 0.4, ids=ids_of(5))) == [1, 3]
+    assert kept(kept_mask(PLANTED, 0.4, ids=ids_of(5))) == [1, 3]
 
 
 @given(scores_of, fraction)
 def test_hard_keeps_nothing_easier_than_what_it_removes(scores, keep):
     scores = np.array(scores)
     for order, sign in (("hard", 1), ("easy", -1)):
-        mask = select(scores, keep, ids=ids_of(len(scores)), order=order)
+        mask = kept_mask(scores, keep, ids=ids_of(len(scores)), order=order)
         if 0 < mask.sum() < len(scores):
             assert (sign * scores[mask]).min() >= (sign * scores[~mask]).max()
 
@@ -168,7 +168,7 @@ def test_hard_keeps_nothing_easier_than_what_it_removes(scores, keep):
 def test_middle_removes_both_ends_evenly(scores, keep):
     scores = np.array(scores, float)
     ordered = np.sort(scores)
-    mask = select(scores, keep, ids=ids_of(len(scores)), order="middle")
+    mask = kept_mask(scores, keep, ids=ids_of(len(scores)), order="middle")
     if mask.any():
         below, above = (ordered < scores[mask].min()).sum(), (ordered > scores[mask].max()).sum()
         assert below + above == (~mask).sum()  # one unbroken stretch of ranks
@@ -179,9 +179,9 @@ def test_random_does_not_look_at_the_scores():
     n = 200
     rng = np.random.default_rng(0)
     one, other = rng.random(n), np.full(n, np.nan)
-    masks = [select(scores, 0.3, ids=ids_of(n), order="random", seed=1) for scores in (one, other)]
+    masks = [kept_mask(scores, 0.3, ids=ids_of(n), order="random", seed=1) for scores in (one, other)]
     assert np.array_equal(*masks)
-    another_seed = select(one, 0.3, ids=ids_of(n), order="random", seed=2)
+    another_seed = kept_mask(one, 0.3, ids=ids_of(n), order="random", seed=2)
     assert 5 < (masks[0] & another_seed).sum() < 35  # 60 and 60 of 200 meet in 18 by chance
     assert abs(one[masks[0]].mean() - one.mean()) < 0.12
 
@@ -189,18 +189,18 @@ def test_random_does_not_look_at_the_scores():
 def test_ties_are_broken_by_a_hash_that_the_seed_changes():
     n = 300
     scores = np.zeros(n)
-    masks = [select(scores, 0.5, ids=ids_of(n), seed=seed) for seed in (0, 0, 1)]
+    masks = [kept_mask(scores, 0.5, ids=ids_of(n), seed=seed) for seed in (0, 0, 1)]
     assert np.array_equal(masks[0], masks[1])
     assert 45 < (masks[0] & masks[2]).sum() < 105
     assert 45 < masks[0][:150].sum() < 105  # not by position
-    renamed = select(scores, 0.5, ids=[one + "x" for one in ids_of(n)], seed=0)
+    renamed = kept_mask(scores, 0.5, ids=[one + "x" for one in ids_of(n)], seed=0)
     assert not np.array_equal(masks[0], renamed)
 
 
 def test_a_tie_never_beats_a_better_score():
     scores = np.array([1.0] * 50 + [2.0] * 5 + [0.0] * 50)
     for seed in range(5):
-        mask = select(scores, 20 / 105, ids=ids_of(105), seed=seed)
+        mask = kept_mask(scores, 20 / 105, ids=ids_of(105), seed=seed)
         assert mask[50:55].all()
         assert not mask[55:].any()
 
@@ -228,7 +228,7 @@ def test_strata_get_the_authors_budgets(scores, beta):
     stratum = [min(49, (int(score) - low) * 50 // width) if width else 0 for score in left]  # in whole numbers
     sizes = np.bincount(stratum, minlength=50).tolist()
     for count in range(1, len(left) + 1):
-        mask = select(scores, count / n, ids=ids_of(n), order="stratified", drop_hardest=beta)
+        mask = kept_mask(scores, count / n, ids=ids_of(n), order="stratified", drop_hardest=beta)
         kept_stratum = [min(49, (int(score) - low) * 50 // width) if width else 0 for score in scores[mask]]
         assert np.bincount(kept_stratum, minlength=50).tolist() == budgets_of_the_authors(count, sizes)
 
@@ -238,20 +238,20 @@ def test_strata_are_filled_at_random_and_evenly():
     rng = np.random.default_rng(0)
     scores = np.concatenate([rng.uniform(0, 0.019, 900), rng.uniform(0.981, 1, 100)])
     scores[0], scores[-1] = 0, 1
-    mask = select(scores, 0.1, ids=ids_of(1000), order="stratified")
+    mask = kept_mask(scores, 0.1, ids=ids_of(1000), order="stratified")
     assert (mask[:900].sum(), mask[900:].sum()) == (50, 50)
     assert abs(scores[:900][mask[:900]].mean() - scores[:900].mean()) < 0.003  # 4 standard errors
-    other = select(scores, 0.1, ids=ids_of(1000), order="stratified", seed=1)
+    other = kept_mask(scores, 0.1, ids=ids_of(1000), order="stratified", seed=1)
     assert (mask & other)[:900].sum() < 12
-    assert select(scores, 0.5, ids=ids_of(1000), order="stratified")[900:].all()  # the small one runs out
+    assert kept_mask(scores, 0.5, ids=ids_of(1000), order="stratified")[900:].all()  # the small one runs out
 
 
 def test_strata_of_scores_without_a_range():
-    assert select(np.ones(10), 0.4, ids=ids_of(10), order="stratified").sum() == 4
+    assert kept_mask(np.ones(10), 0.4, ids=ids_of(10), order="stratified").sum() == 4
     infinite = np.array([0.0, 1.0, 2.0, np.inf])
     with pytest.raises(ProtopruneError, match="scores from 0 to inf cannot be cut into strata"):
-        select(infinite, 0.5, ids=ids_of(4), order="stratified")
-    assert not select(infinite, 0.5, ids=ids_of(4), order="stratified", drop_hardest=0.25)[3]
+        kept_mask(infinite, 0.5, ids=ids_of(4), order="stratified")
+    assert not kept_mask(infinite, 0.5, ids=ids_of(4), order="stratified", drop_hardest=0.25)[3]
 
 
 # --- the hardest dropped
@@ -280,30 +280,30 @@ def test_unusable_rows_are_never_kept_and_do_not_count():
     scores = np.array([np.nan, 5, 4, 3, 2, 1, np.nan])
     usable = ~np.isnan(scores)
     for order in ORDERS:
-        mask = select(scores, 0.6, ids=ids_of(7), usable=usable, order=order)
+        mask = kept_mask(scores, 0.6, ids=ids_of(7), usable=usable, order=order)
         assert mask.sum() == 3  # 0.6 of 5, not of 7
         assert not mask[~usable].any()
     groups = np.array([0, 1, 1, 1, 1, 1, 2])  # two groups without a usable row take no part of the balance
-    assert kept(select(scores, 0.6, ids=ids_of(7), usable=usable, groups=groups, balance=1.0)) == [1, 2, 3]
+    assert kept(kept_mask(scores, 0.6, ids=ids_of(7), usable=usable, groups=groups, balance=1.0)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("order", ["hard", "easy", "middle", "stratified"])
 def test_nan_among_usable_scores_is_an_error(order):
     with pytest.raises(ProtopruneError, match=r"2 usable images have no score \(first: row 1\)"):
-        select(np.array([1, np.nan, 2, np.nan]), 0.5, ids=ids_of(4), order=order)
+        kept_mask(np.array([1, np.nan, 2, np.nan]), 0.5, ids=ids_of(4), order=order)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.0001, 150, math.nan, math.inf])
 def test_fractions_out_of_range(value):
     with pytest.raises(UsageError, match=r"--keep .*above 0 and at most 1") as caught:
-        select(PLANTED, value, ids=ids_of(5))
+        kept_mask(PLANTED, value, ids=ids_of(5))
     assert caught.value.exit_code == 2
     assert ("%" in str(caught.value)) == (1 < value <= 100)
 
 
 def test_percentages_get_a_hint():
     with pytest.raises(UsageError, match=r"for 70 % give 0\.7$"):
-        select(PLANTED, 70, ids=ids_of(5))
+        kept_mask(PLANTED, 70, ids=ids_of(5))
 
 
 @pytest.mark.parametrize(
@@ -320,16 +320,16 @@ def test_percentages_get_a_hint():
 )
 def test_usage_errors_name_the_value(options, message):
     with pytest.raises(UsageError, match=message):
-        select(PLANTED, 0.5, ids=ids_of(5), **options)
+        kept_mask(PLANTED, 0.5, ids=ids_of(5), **options)
 
 
 def test_keep_everything_and_nothing_to_choose_from():
-    assert select(PLANTED, 1.0, ids=ids_of(5)).all()
-    assert not select(PLANTED, 0.001, ids=ids_of(5)).any()
-    assert len(select(np.empty(0), 0.5, ids=[])) == 0
-    assert not select(np.full(3, np.nan), 0.5, ids=ids_of(3), usable=np.zeros(3, bool)).any()
+    assert kept_mask(PLANTED, 1.0, ids=ids_of(5)).all()
+    assert not kept_mask(PLANTED, 0.001, ids=ids_of(5)).any()
+    assert len(kept_mask(np.empty(0), 0.5, ids=[])) == 0
+    assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), usable=np.zeros(3, bool)).any()
     nothing = {"usable": np.zeros(3, bool), "groups": np.zeros(3, int), "balance": 0.5}
-    assert not select(np.full(3, np.nan), 0.5, ids=ids_of(3), **nothing).any()
+    assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), **nothing).any()
 
 
 def test_infinite_scores_are_scores():
@@ -339,5 +339,5 @@ def test_infinite_scores_are_scores():
 
 def test_a_tiny_balance_is_a_balance_that_guarantees_nothing():
     scores, groups = np.arange(20.0), np.repeat([0, 1], 10)
-    tiny = select(scores, 0.5, ids=ids_of(20), groups=groups, balance=1e-9)
-    assert np.array_equal(tiny, select(scores, 0.5, ids=ids_of(20)))
+    tiny = kept_mask(scores, 0.5, ids=ids_of(20), groups=groups, balance=1e-9)
+    assert np.array_equal(tiny, kept_mask(scores, 0.5, ids=ids_of(20)))

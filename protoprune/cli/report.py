@@ -17,7 +17,7 @@ from protoprune.cli.select import (
     Cache,
     Calibrate,
     Dedup,
-    DedupKeep,
+    DedupPrefer,
     DropHardest,
     Euclidean,
     Features,
@@ -38,8 +38,8 @@ from protoprune.errors import UsageError
 # The options that decide a list, with their defaults: what of them was given stands in the command on the page.
 _DEFAULTS = {
     "order": "hard", "drop_hardest": 0.0, "quota": None, "balance": 0.0, "by": None, "calibrate": None, "dedup": None,
-    "dedup_keep": None, "scores": None, "higher_is": None, "k": "auto", "euclidean": False, "iterations": 25, "seed": 0,
-    "restarts": 1, "train_points": None, "backend": "auto",
+    "dedup_prefer": None, "scores": None, "higher_is": None, "k": "auto", "euclidean": False, "iterations": 25,
+    "seed": 0, "restarts": 1, "train_points": None, "backend": "auto",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def report(
     by: By = None,
     calibrate: Calibrate = None,
     dedup: Dedup = None,
-    dedup_keep: DedupKeep = None,
+    dedup_prefer: DedupPrefer = None,
     scores: Scores = None,
     higher_is: HigherIs = None,
     k: K = "auto",
@@ -102,7 +102,7 @@ def report(
         seed=seed,
     )
     chosen = pruning.select(
-        features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_keep=dedup_keep
+        features, rule, clusters, scores=scores, higher_is=higher_is, dedup=dedup, dedup_prefer=dedup_prefer
     )
     say_notes(chosen.ranking)
     with Progress("thumbnails", "img") as bar:

@@ -54,7 +54,7 @@ Calibrate = Annotated[
     float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
 ]
 Dedup = Annotated[float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")]
-DedupKeep = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
+DedupPrefer = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
 Scores = Annotated[
     Path | None,
     typer.Option(help="Rank by this score table (path, score; larger = harder); FILE:COLUMN is one of several."),
@@ -71,7 +71,7 @@ def select(
     by: By = None,
     calibrate: Calibrate = None,
     dedup: Dedup = None,
-    dedup_keep: DedupKeep = None,
+    dedup_prefer: DedupPrefer = None,
     scores: Scores = None,
     higher_is: HigherIs = None,
     rows: Rows = None,
@@ -122,7 +122,7 @@ def select(
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
         features, rule, clusters, scores=scores, higher_is=higher_is, rows=rows, by_place=by_place, dedup=dedup,
-        dedup_keep=dedup_keep,
+        dedup_prefer=dedup_prefer,
     )  # fmt: skip
     ranking = chosen.ranking
     say_ranking(ranking)

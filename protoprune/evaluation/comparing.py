@@ -21,7 +21,7 @@ from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
 from protoprune.evaluation.runs import Outcome, Run, Step
-from protoprune.evaluation.statistics import Comparison, Interval
+from protoprune.evaluation.statistics import Difference, Interval
 
 EVERYTHING = "everything"
 _NONE = {"to_random": None, "to_classes": None, "class_counts": None}
@@ -48,8 +48,8 @@ class Method:
     steps: int  # of a head evaluations of its loss, median over seeds
     accuracies: list[float]  # one a seed; one in all for a list or everything when heads are trained to convergence
     accuracy: Interval
-    to_random: Comparison | None  # lists and samplers
-    to_classes: Comparison | None  # lists: against random subsets with their class counts
+    to_random: Difference | None  # lists and samplers
+    to_classes: Difference | None  # lists: against random subsets with their class counts
     class_counts: Interval | None  # lists: what those are above random, paired: the part that the class counts make
     to_everything: Interval | None  # paired; all but everything
     class_accuracy: dict[str, float]  # means over seeds, of classes that have test images

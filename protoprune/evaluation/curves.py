@@ -163,7 +163,7 @@ def _cut(train, initial, hardness, order: str, keep: float, seed: int, balance: 
         return initial
     # Images whose features are all zeros have no distance and cannot be ranked, as in `protoprune select`.
     usable = None if order == "random" else ~np.isnan(hardness)
-    mask = selection.select(
+    mask = selection.kept_mask(
         hardness, keep, usable=usable, ids=[train.paths[row] for row in initial], order=order, seed=seed,
         groups=np.asarray(train.labels)[initial] if balance else None, balance=balance,
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """A paired difference to a reference. Positive means better; all in the unit of the values (accuracy: 0 to 1)."""
 
     difference: float
@@ -69,7 +69,7 @@ def compare(
     one_draw: bool,
     confidence: float = 0.95,
     resolution: float = 0.0,
-) -> Comparison:
+) -> Difference:
     """The mean of values - reference, (n,) each and paired by seed, with its interval and p value; no verdict yet.
 
     one_draw: the values belong to one fixed list, the reference to a random subset drawn for each seed (see above).
@@ -82,7 +82,7 @@ def compare(
     gap = values - reference
     n, mean = len(gap), float(gap.mean())
     if n == 1:
-        return Comparison(mean, None, None, None, None, None, 1)
+        return Difference(mean, None, None, None, None, None, 1)
     from scipy.stats import t
 
     seeds = math.sqrt(max(gap.var(ddof=1), resolution**2) / n)
@@ -90,7 +90,7 @@ def compare(
     error = math.sqrt(seeds**2 + luck)
     quantile = _quantile(confidence, n)
     p = 1.0 if mean == 0 else 0.0 if error == 0 else float(2 * t.sf(abs(mean) / error, n - 1))
-    return Comparison(
+    return Difference(
         mean, mean - quantile * error, mean + quantile * error, mean - quantile * seeds, mean + quantile * seeds, p, n
     )
 
@@ -105,7 +105,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def judge(comparisons: Sequence[Comparison], *, confidence: float = 0.95) -> list[Comparison]:
+def judge(comparisons: Sequence[Difference], *, confidence: float = 0.95) -> list[Difference]:
     """The comparisons with Holm-adjusted p values and verdicts: all of them err at most at the rate 1 - confidence."""
     adjusted = iter(holm([one.p for one in comparisons if one.p is not None]))
     judged = []
@@ -120,7 +120,7 @@ def judge(comparisons: Sequence[Comparison], *, confidence: float = 0.95) -> lis
     return judged
 
 
-def sentence(one: Comparison, *, against: str = "random", confidence: float = 0.95) -> str:
+def sentence(one: Difference, *, against: str = "random", confidence: float = 0.95) -> str:
     """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
     if one.low is None:
         return f"{_points(one.difference)} points against {against}, but one seed gives no interval and so no verdict"

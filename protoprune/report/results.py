@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from protoprune.errors import ProtopruneError
-from protoprune.evaluation.statistics import Comparison, sentence
+from protoprune.evaluation.statistics import Difference, sentence
 
 
 def read(folder: str | os.PathLike) -> dict:
@@ -40,9 +40,9 @@ def _verdicts(one: dict) -> str:
 
 
 def _verdict(comparison: dict, against: str) -> str:
-    names = {one.name for one in fields(Comparison)}
+    names = {one.name for one in fields(Difference)}
     known = {name: value for name, value in comparison.items() if name in names}
-    return sentence(Comparison(**known), against=against)
+    return sentence(Difference(**known), against=against)
 
 
 def _row(one: dict) -> list[str]:

@@ -48,13 +48,13 @@ __all__ = [
     "cut",
     "dropped_count",
     "duplicates",
+    "kept_mask",
     "likeness",
     "ranking",
-    "select",
 ]
 
 
-def select(
+def kept_mask(
     scores: np.ndarray,
     keep: float,
     *,

@@ -16,21 +16,21 @@ from protoprune import vectors
 from protoprune.errors import UsageError
 from protoprune.selection.orders import hashes
 
-KEEP_DUPLICATES = ("harder", "central")
+PREFER = ("harder", "central")
 LEAST = 1e-5  # float32 cosines of equal vectors differ from 1 by up to about 1e-6
 BLOCK = 4096  # images; 64 MiB of similarities
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # whose effect is told
 
 
-def check_duplicates(epsilon: float, keep: str = "harder") -> None:
+def check_duplicates(epsilon: float, prefer: str = "harder") -> None:
     """Raise UsageError for a threshold or a side that there is not."""
     if not LEAST <= epsilon < 1:
         raise UsageError(
             f"--dedup {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells what others "
             "would remove"
         )
-    if keep not in KEEP_DUPLICATES:
-        raise UsageError(f"--dedup-keep {keep}: expected one of {', '.join(KEEP_DUPLICATES)}")
+    if prefer not in PREFER:
+        raise UsageError(f"--dedup-prefer {prefer}: expected one of {', '.join(PREFER)}")
 
 
 def duplicates(
@@ -40,22 +40,22 @@ def duplicates(
     epsilon: float,
     *,
     ids: Sequence[str],
-    keep: str = "harder",
+    prefer: str = "harder",
     seed: int = 0,
     usable: np.ndarray | None = None,
 ) -> np.ndarray:
     """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others.
 
     features: (n, d), indexed by arrays of rows; cluster: (n,) integers; distance: (n,) to the own centroid. Within each
-    cluster the usable images are gone through farthest from the centroid first (keep = 'harder', SemDeDup's choice) or
-    nearest first ('central'), ties by a seeded hash. An image whose cosine to one that was kept before it exceeds
+    cluster the usable images are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice)
+    or nearest first ('central'), ties by a seeded hash. An image whose cosine to one that was kept before it exceeds
     1 - epsilon is removed, as a duplicate of the one it is most similar to; all others are kept. So no two kept images
     of a cluster are that similar, and every removed one has a kept one that is. Duplicates in different clusters stay.
     """
-    check_duplicates(epsilon, keep)
+    check_duplicates(epsilon, prefer)
     duplicate_of = np.full(len(cluster), -1, np.int64)
     rows = np.arange(len(cluster)) if usable is None else np.flatnonzero(usable)
-    side = -distance[rows] if keep == "harder" else distance[rows]
+    side = -distance[rows] if prefer == "harder" else distance[rows]
     rows = rows[np.lexsort((hashes([ids[row] for row in rows.tolist()], seed), side, cluster[rows]))]
     for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
         _within(features, members, np.float32(1 - epsilon), duplicate_of)

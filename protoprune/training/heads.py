@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from protoprune.errors import ProtopruneError
-from protoprune.training import loop, models, statistics
+from protoprune.training import loop, models, per_example
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
 
@@ -158,9 +158,9 @@ def measure(
         labels = torch.from_numpy(data.labels[start : start + step]).to(ensemble.device)
         outputs = ensemble.layers(inputs)
         before = previous.layers(inputs)[-1] if previous else None
-        values = statistics.from_logits(outputs[-1], labels, before)
+        values = per_example.from_logits(outputs[-1], labels, before)
         if gradients:
-            values["gradient_norm"] = ensemble.gradient_norm(inputs, outputs, labels).clamp_max(statistics.LARGEST)
+            values["gradient_norm"] = ensemble.gradient_norm(inputs, outputs, labels).clamp_max(per_example.LARGEST)
         for name, value in values.items():
             parts.setdefault(name, []).append(value.cpu().numpy())
     return {name: np.concatenate(some, axis=1) for name, some in parts.items()}

@@ -22,7 +22,7 @@ import torch
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
 from protoprune.errors import ProtopruneError, UsageError, check_seed
-from protoprune.training import heads, loop, statistics
+from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
 from protoprune.training.models import file_digest
@@ -336,10 +336,10 @@ def _measure(model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: 
         rows = slice(start, start + _LOGITS_ROWS)
         logits = loop.logits(model, data.inputs[rows], precision=recipe.precision)
         before = None if previous is None else previous[rows]
-        for name, value in statistics.from_logits(logits, labels[rows], before).items():
+        for name, value in per_example.from_logits(logits, labels[rows], before).items():
             parts.setdefault(name, []).append(value)
         # What they have in common changes nothing, and float16 is finest near 0.
-        seen[rows] = logits.log_softmax(-1).clamp_min(-statistics.LARGEST)
+        seen[rows] = logits.log_softmax(-1).clamp_min(-per_example.LARGEST)
     values = {name: torch.cat(some).numpy() for name, some in parts.items()}
     if gradients:
         values["gradient_norm"] = gradient_norms(model, data.inputs, labels).numpy()
@@ -375,7 +375,7 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
             for some, wanted in zip(inputs.split(1024), labels.split(1024), strict=True)
         ]
     model.train(was_training)
-    return torch.cat(parts).clamp_max(statistics.LARGEST)
+    return torch.cat(parts).clamp_max(per_example.LARGEST)
 
 
 def _state_folder(out: str) -> str:

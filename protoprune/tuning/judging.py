@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from protoprune.evaluation import statistics
-from protoprune.evaluation.statistics import Comparison, Interval
+from protoprune.evaluation.statistics import Difference, Interval
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Judgement:
     random: float  # means over draws
     balanced: float
     everything: float
-    to_random: Comparison
-    to_balanced: Comparison
+    to_random: Difference
+    to_balanced: Difference
     to_everything: Interval  # list less everything
     images: int  # that judged
     seeds: int
@@ -59,7 +59,7 @@ def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgemen
     )  # fmt: skip
 
 
-def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Comparison:
+def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Difference:
     """One list, (seeds, images) bool, against as many random ones; with its verdict."""
     one = statistics.compare(
         ours.mean(axis=1), draws.mean(axis=1), one_draw=True, confidence=confidence, resolution=1 / ours.shape[1]

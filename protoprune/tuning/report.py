@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from protoprune.evaluation.report import environment
-from protoprune.evaluation.statistics import Comparison, Interval
+from protoprune.evaluation.statistics import Difference, Interval
 from protoprune.files import table_csv, write_file
 from protoprune.tuning import judging
 from protoprune.tuning.recipes import REFERENCES
@@ -133,9 +133,9 @@ def _points(value: float) -> str:
     return "0.0" if text == "-0.0" else text
 
 
-def _signed(one: Comparison) -> str:
+def _signed(one: Difference) -> str:
     return f"{'+' if one.difference >= 0 else ''}{_points(one.difference)}"
 
 
-def _span(one: Comparison | Interval) -> str:
+def _span(one: Difference | Interval) -> str:
     return f"{_points(one.low)} to {_points(one.high)}"

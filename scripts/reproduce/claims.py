@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from protoprune.evaluation import statistics
-from protoprune.evaluation.statistics import Comparison
+from protoprune.evaluation.statistics import Difference
 
 HOLDS, FAILS, OPEN = VERDICTS = ("holds", "does not hold", "undecided")
 RESOLUTION = 5e-4  # of an accuracy: an image of the smallest test set here; a smaller deviation is not believed
@@ -33,18 +33,18 @@ class Claim:
         assert self.verdict in VERDICTS, self.verdict
 
 
-def gap(values: Sequence[float], reference: Sequence[float] | float = 0.0, *, one_draw: bool = False) -> Comparison:
+def gap(values: Sequence[float], reference: Sequence[float] | float = 0.0, *, one_draw: bool = False) -> Difference:
     """The mean of values less reference, (seeds,) each; one_draw: the values are of one list for all seeds."""
     reference = np.broadcast_to(reference, np.shape(values))
     return statistics.compare(values, reference, one_draw=one_draw, resolution=RESOLUTION)
 
 
-def spanned(mean: float, low: float, high: float, n: int) -> Comparison:
+def spanned(mean: float, low: float, high: float, n: int) -> Difference:
     """A difference of which an interval is known, such as one by bootstrap over n images."""
-    return beyond(Comparison(mean, low, high, low, high, 1.0, n), 0.0)
+    return beyond(Difference(mean, low, high, low, high, 1.0, n), 0.0)
 
 
-def beyond(one: Comparison, margin: float) -> Comparison:
+def beyond(one: Difference, margin: float) -> Difference:
     """The same difference tested against a margin in the place of 0."""
     if one.low is None:
         return one
@@ -56,12 +56,12 @@ def beyond(one: Comparison, margin: float) -> Comparison:
     return replace(one, difference=distance, p=p)
 
 
-def sides(gaps: Iterable[Comparison], margin: float = 0.0) -> list[str]:
+def sides(gaps: Iterable[Difference], margin: float = 0.0) -> list[str]:
     """'better', 'worse' or 'undecided' than the margin for each, all of them together (Holm)."""
     return [one.verdict for one in statistics.judge([beyond(one, margin) for one in gaps])]
 
 
-def decide(gaps: Iterable[Comparison], *, margin: float = 0.0, want: str = "better", some: bool = False) -> str:
+def decide(gaps: Iterable[Difference], *, margin: float = 0.0, want: str = "better", some: bool = False) -> str:
     """The verdict on a claim that every difference is above the margin, or with want = 'worse' below it.
 
     some: one above it is enough, where none is below, and it does not hold where one is below and none above.
@@ -73,14 +73,14 @@ def decide(gaps: Iterable[Comparison], *, margin: float = 0.0, want: str = "bett
     return HOLDS if right and (some or right == len(found)) else OPEN
 
 
-def same(gaps: Iterable[Comparison], margin: float) -> str:
+def same(gaps: Iterable[Difference], margin: float) -> str:
     """The verdict on a claim that every difference is within the margin of 0, on both sides."""
     gaps = list(gaps)
     turned = [replace(one, difference=-one.difference, low=-one.high, high=-one.low) for one in gaps if one.n > 1]
     return decide([*gaps, *turned], margin=-margin)
 
 
-def span(one: Comparison, unit: float = 100) -> str:
+def span(one: Difference, unit: float = 100) -> str:
     """'+1.20 (+0.40 to +2.00)', a difference of accuracies in points; with one seed the mean alone."""
     return interval_text(one.difference, one.low, one.high, unit)
 
@@ -91,13 +91,13 @@ def interval_text(mean: float, low: float | None, high: float | None, unit: floa
     return f"{unit * mean:+.2f}{ends}"
 
 
-def listed(gaps: Mapping[str, Comparison]) -> str:
+def listed(gaps: Mapping[str, Difference]) -> str:
     """'80 % kept +1.20 (+0.40 to +2.00); 60 % kept … points, 5 seeds'."""
     seeds = max(one.n for one in gaps.values())
     return "; ".join(f"{name} {span(one)}".strip() for name, one in gaps.items()) + f" points, {seeds} seeds"
 
 
-def claim(text: str, source: str, gaps: Mapping[str, Comparison], about: str = "", **how) -> Claim:
+def claim(text: str, source: str, gaps: Mapping[str, Difference], about: str = "", **how) -> Claim:
     """A claim about differences of accuracies by their names; `how` is that of `decide`."""
     return Claim(text, source, f"{about}{listed(gaps)}", decide(gaps.values(), **how))
 

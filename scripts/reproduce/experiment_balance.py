@@ -69,11 +69,11 @@ def subsets(settings: dict, train, vectors: np.ndarray, initial: np.ndarray, see
     ids, labels = [train.paths[row] for row in initial], train.labels[initial]
     for keep in settings["keeps"]:
         for balance in settings["balances"]:
-            mask = selection.select(
+            mask = selection.kept_mask(
                 hardness, keep, ids=ids, order=settings["order"], seed=seed, groups=labels, balance=balance
             )
             yield keep, balance, initial[mask]
-        mask = selection.select(hardness, keep, ids=ids, order="random", seed=seed)
+        mask = selection.kept_mask(hardness, keep, ids=ids, order="random", seed=seed)
         yield keep, "random", initial[mask]
 
 

@@ -169,7 +169,7 @@ def gathered(rows: Iterable[dict]) -> dict[Key, np.ndarray]:
     return {key: np.array(values) for key, values in found.items()}
 
 
-def compared(found: Mapping[Key, np.ndarray], resolution: float) -> dict[Key, statistics.Comparison]:
+def compared(found: Mapping[Key, np.ndarray], resolution: float) -> dict[Key, statistics.Difference]:
     """Every method less random, paired by seed; each seed has images of its own, so there is no luck in common.
 
     A method of fewer seeds (tune, which takes minutes) has the first ones.
@@ -218,7 +218,7 @@ def judge(found: Mapping[Key, np.ndarray], resolution: float = 1e-4) -> list[Cla
     return claims
 
 
-def claim_of(text: str, picked: Mapping[Key, statistics.Comparison], wanted: str) -> Claim:
+def claim_of(text: str, picked: Mapping[Key, statistics.Difference], wanted: str) -> Claim:
     """Holds where every comparison is as said, does not hold where one is the other way round."""
     verdicts = [one.verdict for one in picked.values()]
     other = {"better": "worse", "worse": "better"}[wanted]

@@ -83,7 +83,7 @@ def runs_at(lab: Lab, train, scores: dict[str, np.ndarray], keep: float, seed: i
     n = len(train)
     lists = {"static random": random_rows(n, kept_count(keep, n), seed)}
     for name, values in scores.items():
-        lists[name] = np.flatnonzero(selection.select(values, keep, ids=train.paths))
+        lists[name] = np.flatnonzero(selection.kept_mask(values, keep, ids=train.paths))
     static = [Run(f"{name} {keep:g}", seed, rows, None, steps) for name, rows in lists.items()]
     how = {"keep": keep, "every": lab.settings["every"]}
     return static + [

@@ -49,7 +49,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
 def kept_by(hardness: np.ndarray, train, rows: np.ndarray, keep: float, order: str, balance: float) -> np.ndarray:
     """The hardest or easiest of these rows, with the paper's floor for every class."""
     ids = [train.paths[row] for row in rows]
-    return rows[selection.select(hardness, keep, ids=ids, order=order, groups=train.labels[rows], balance=balance)]
+    return rows[selection.kept_mask(hardness, keep, ids=ids, order=order, groups=train.labels[rows], balance=balance)]
 
 
 def claims(

@@ -35,7 +35,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
     runs = []
     for k in lab.settings["k"]:
         hardness = prototypes.cluster(vectors[rows], k, seed=seed).distance
-        runs.append(Run(f"k = {k}", seed, rows[selection.select(hardness, keep, ids=ids)]))
+        runs.append(Run(f"k = {k}", seed, rows[selection.kept_mask(hardness, keep, ids=ids)]))
     drawn = rows[random_rows(len(rows), kept_count(keep, len(rows)), seed)]
     return [*runs, Run("random", seed, drawn), Run("everything", seed, rows)]
 

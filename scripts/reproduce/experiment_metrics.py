@@ -93,7 +93,7 @@ def all_scores(lab: Lab, records: dict[str, str], train) -> tuple[dict[str, np.n
 
 def kept(name: str, values: np.ndarray, keep: float, paths: list[str]) -> Kept:
     """The hardest images by a metric."""
-    mask = selection.select(values, keep, ids=paths, usable=~np.isnan(values))
+    mask = selection.kept_mask(values, keep, ids=paths, usable=~np.isnan(values))
     return Kept(f"{name} {keep:g}", np.flatnonzero(mask))
 
 

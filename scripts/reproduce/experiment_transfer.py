@@ -52,7 +52,7 @@ def run(lab: Lab) -> list[Claim]:
 def hard_rows(vectors: np.ndarray, classes: int, keep: float, paths, seed: int) -> np.ndarray:
     """The rows farthest from their prototypes."""
     score = prototypes.cluster(vectors, min(classes, len(vectors) // 10 or 1), seed=seed).distance
-    return np.flatnonzero(selection.select(score, keep, ids=paths))
+    return np.flatnonzero(selection.kept_mask(score, keep, ids=paths))
 
 
 def plan(lab: Lab, train, vectors: np.ndarray, recipe: Recipe, seed: int) -> list[Run]:

@@ -8,12 +8,12 @@ import torch
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
-from protoprune.training import statistics
+from protoprune.training import per_example
 
 
 def literal(logits: np.ndarray, labels: np.ndarray, previous: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """One example at a time, in float64."""
-    out = {name: [] for name in statistics.STATISTICS if name != "gradient_norm"}
+    out = {name: [] for name in per_example.STATISTICS if name != "gradient_norm"}
     for i, (z, y) in enumerate(zip(logits.astype(np.float64), labels, strict=True)):
         p, q = softmax(z), None if previous is None else softmax(previous[i].astype(np.float64))
         out["prediction"].append(int(np.argmax(z)))
@@ -31,7 +31,7 @@ def test_every_statistic_is_its_formula(n, classes, scale):
     rng = np.random.default_rng(n)
     logits, previous = (scale * rng.normal(size=(n, classes)).astype(np.float32) for _ in range(2))
     labels = rng.integers(0, classes, n)
-    found = statistics.from_logits(torch.from_numpy(logits), torch.from_numpy(labels), torch.from_numpy(previous))
+    found = per_example.from_logits(torch.from_numpy(logits), torch.from_numpy(labels), torch.from_numpy(previous))
     expected = literal(logits, labels, previous)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -39,16 +39,16 @@ def test_every_statistic_is_its_formula(n, classes, scale):
 
 
 def test_without_a_previous_epoch_there_is_no_change():
-    found = statistics.from_logits(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
+    found = per_example.from_logits(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
     assert found["change"].tolist() == [0.0] * 5
 
 
 def test_models_come_first():
     logits = torch.randn(4, 6, 3)
     labels = torch.arange(6) % 3
-    together = statistics.from_logits(logits, labels, logits.flip(0))
+    together = per_example.from_logits(logits, labels, logits.flip(0))
     for m in range(4):
-        alone = statistics.from_logits(logits[m], labels, logits.flip(0)[m])
+        alone = per_example.from_logits(logits[m], labels, logits.flip(0)[m])
         for name, value in alone.items():
             assert torch.equal(together[name][m], value), name
 
@@ -58,7 +58,7 @@ def test_models_come_first():
 def test_extreme_logits_stay_finite_also_in_float16(size, classes):
     logits = size * (2 * torch.eye(classes) - 1)
     labels = torch.zeros(classes, dtype=torch.int64)
-    found = statistics.from_logits(logits, labels, -logits)
+    found = per_example.from_logits(logits, labels, -logits)
     for name, value in found.items():
         stored = value.numpy().astype(np.uint16 if name == "prediction" else np.float16)
         assert np.isfinite(stored).all(), name
@@ -67,22 +67,22 @@ def test_extreme_logits_stay_finite_also_in_float16(size, classes):
     assert found["error_norm"][right] == 0
     assert found["error_norm"][wrong].item() == pytest.approx(2**0.5)
     assert found["loss"][right] == 0
-    assert found["loss"][wrong] == min(2 * size, statistics.LARGEST)
-    assert found["margin"][right] == min(2 * size, statistics.LARGEST) == -found["margin"][wrong]
+    assert found["loss"][wrong] == min(2 * size, per_example.LARGEST)
+    assert found["margin"][right] == min(2 * size, per_example.LARGEST) == -found["margin"][wrong]
     assert found["entropy"][right] == 0
 
 
 def test_a_nearly_certain_example_keeps_its_error():
     """1 - p is 1e-4 here: 1 - 2p + sum p^2 would lose half of its digits."""
     gap = np.log(1e4 - 1)
-    found = statistics.from_logits(torch.tensor([[gap, 0.0]]), torch.tensor([0]))
+    found = per_example.from_logits(torch.tensor([[gap, 0.0]]), torch.tensor([0]))
     assert found["error_norm"].item() == pytest.approx(2**0.5 * 1e-4, rel=1e-3)
 
 
 def test_the_order_of_examples_and_a_common_offset_do_not_matter():
     logits, labels, order = torch.randn(20, 4), torch.arange(20) % 4, torch.randperm(20)
-    before, moved = statistics.from_logits(logits, labels), statistics.from_logits(logits + 7, labels)
-    shuffled = statistics.from_logits(logits[order], labels[order])
+    before, moved = per_example.from_logits(logits, labels), per_example.from_logits(logits + 7, labels)
+    shuffled = per_example.from_logits(logits[order], labels[order])
     for name, value in before.items():
         torch.testing.assert_close(moved[name], value, atol=2e-6, rtol=1e-4)
         assert torch.equal(shuffled[name], value[order]), name
