@@ -466,7 +466,7 @@ def test_metrics_that_pay_and_that_lose():
     claims = metrics.pays(result(usual), [0.8, 0.1])
     assert verdicts(claims) == ["holds", "holds"]
     assert "better: b +0.9" in claims[0].found
-    assert "worse: a -1" in claims[1].found
+    assert "worse: a -9.9" in claims[1].found
     claims = metrics.pays(result({name: -shift for name, shift in usual.items()} | {"a 0.8": -0.05}), [0.8, 0.1])
     assert verdicts(claims) == ["does not hold", "does not hold"]
 
