@@ -48,6 +48,9 @@ _MAGIC = (
 )  # fmt: skip
 
 
+_Entry = tuple[str, int, int, int]  # path, size, mtime_ns, ctime_ns
+
+
 @dataclass
 class ImageList:
     """The images of one run, in the order of every array that follows."""
@@ -64,6 +67,7 @@ class ImageList:
     duplicates: int = 0  # list entries that named an image a second time
 
     provenance: dict = field(default_factory=dict)  # more attributes for the feature file that is made of them
+    ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -111,7 +115,7 @@ def list_folder(
         )
     skipped: Counter = Counter()
     unreadable: list[tuple[str, str]] = []
-    found: list[tuple[str, int, int]] = []
+    found: list[_Entry] = []
     for entry in _walk(root, skipped, unreadable):
         found.append(entry)
         if on_progress and len(found) % 10_000 == 0:
@@ -147,7 +151,7 @@ def list_paths(
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
-    found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
+    found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
     images = _build(root, found, labels, class_level, duplicates=len(ids) - len(unique))
     if not chosen and labels is True and class_level is None:
         _doubt_common_root(images)
@@ -201,15 +205,16 @@ def split_list(data: bytes, name: str = "the list") -> list[str]:
     return [os.fsdecode(part) for part in parts if part]
 
 
-def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: int | None, **counts) -> ImageList:
-    paths = [path for path, _, _ in found]
+def _build(root: str, found: list[_Entry], labels, class_level: int | None, **counts) -> ImageList:
+    paths = [path for path, *_ in found]
     root = os.path.abspath(root)
     label, classes, source = image_labels(root, paths, labels, class_level)
     return ImageList(
         root=root,
         paths=paths,
-        size=np.array([size for _, size, _ in found], np.int64),
-        mtime_ns=np.array([mtime for _, _, mtime in found], np.int64),
+        size=np.array([size for _, size, _, _ in found], np.int64),
+        mtime_ns=np.array([mtime for _, _, mtime, _ in found], np.int64),
+        ctime_ns=np.array([ctime for _, _, _, ctime in found], np.int64),
         labels=label,
         classes=classes,
         labels_from=source,
@@ -276,8 +281,8 @@ def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarra
     return np.array([index[name] for name in folder], np.int32), names
 
 
-def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
-    """Yield (id, size, mtime_ns) of the images below root, in no particular order, depth first."""
+def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Iterator[_Entry]:
+    """Yield (id, size, mtime_ns, ctime_ns) of the images below root, in no particular order, depth first."""
     stack: list[tuple[str, frozenset]] = [("", frozenset())]
     while stack:
         folder, ancestors = stack.pop()
@@ -296,7 +301,7 @@ def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Ite
             if _is_folder(entry):
                 stack.append((path, ancestors | {identity}))
             elif _is_image_name(entry):
-                yield (path, *_size_and_mtime(entry.path))
+                yield (path, *_size_and_times(entry.path))
             else:
                 skipped[os.path.splitext(entry.name)[1].lower() or "(no suffix)"] += 1
 
@@ -325,16 +330,17 @@ def _is_image_name(entry: os.DirEntry) -> bool:
 
 def stat_files(root: str, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(size, mtime_ns), each (n,) int64, of files below root; -1 where a file cannot be examined."""
-    found = np.array([_size_and_mtime(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 2)
+    found = np.array([_size_and_times(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 3)
     return found[:, 0], found[:, 1]
 
 
-def _size_and_mtime(path: str) -> tuple[int, int]:
+def _size_and_times(path: str) -> tuple[int, int, int]:
+    """Size, mtime and ctime of a regular file; -1 each where it cannot be examined."""
     try:
         status = os.stat(path)
     except OSError:
-        return -1, -1
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
+        return -1, -1, -1
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1, -1)
 
 
 def _common_root(entries: list[str]) -> str:

@@ -69,6 +69,10 @@ def embed(
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
+    moved: Annotated[
+        bool,
+        typer.Option("--moved", help="The images were only moved or copied: do not compare their content."),
+    ] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
     inputs = [images, weights, labels, class_names]
@@ -76,6 +80,7 @@ def embed(
     settings = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
+        "moved": moved,
     }  # fmt: skip
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
@@ -132,11 +137,17 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
                 say(f"{total - left:,} of {total:,} images are embedded already, {left:,} to go")
             progress.start(left)
 
+        def on_compare(count: int) -> None:
+            say(
+                f"comparing {count:,} images with what was embedded: they lie below another root, or were copied or "
+                "restored (--moved takes them for the same by name, size and time)"
+            )
+
         def on_progress(done: int, failed: int) -> None:
             state["done"] = done
             progress.update(done, failed)
 
-        report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
+        report = run(found, model, out, on_compare=on_compare, on_start=on_start, on_progress=on_progress, **settings)
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
 
@@ -248,6 +259,12 @@ def _say_found(found) -> None:
 
 
 def _say_report(report, model, seconds: float) -> None:
+    if report.moved_from:
+        say(f"the images were below {report.moved_from} when they were embedded")
+    if report.compared:
+        same = report.compared - report.other
+        other = f", {report.other:,} have other content and are embedded again" if report.other else ""
+        say(f"of {report.compared:,} images compared {same:,} are the same{other}")
     if report.transparent:
         say(f"{report.transparent:,} images have transparent parts; they are shown on white")
     if report.dropped:
