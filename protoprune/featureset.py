@@ -88,7 +88,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
         plan["root"] = native(plan["root"])
     except FileNotFoundError:
         raise ProtopruneError(f"{folder}: a folder without {SET_FILE}; give a feature file or a feature set") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
             f"{path}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
         ) from None
