@@ -30,7 +30,7 @@ from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
-from protoprune.npy import load_npy, load_npz
+from protoprune.npy import load_npy, load_npz, reason
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import parse_json, plain_bytes
 
@@ -320,7 +320,7 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (OSError, zlib.error) as error:
-        raise ProtopruneError(f"{source}: cannot be read ({error})") from None
+        raise ProtopruneError(f"{source}: cannot be read ({reason(error)})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
