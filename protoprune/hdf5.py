@@ -11,20 +11,25 @@ import mmap
 import os
 import uuid
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import BinaryIO
 
 import h5py
 import numpy as np
+import xxhash
 
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.paths import Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
+_PIECE = 1 << 22  # bytes of names that are read at once
+_STEP = 64  # names between two whose places are known
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
 
@@ -116,6 +121,35 @@ class Reader:
         if names.pop() or count not in (None, len(names)):
             raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
         return names
+
+    def paths(self, name: str, count: int) -> Paths:
+        """The names of a `block`, of which there must be `count`, checked now and read when they are asked for.
+
+        Where each row begins is known of every STEPth: names are read from the one before.
+        """
+        data, digest = self.file[name], xxhash.xxh3_64()
+        places, seen, last = [np.zeros(1, np.int64)], 0, 0
+        for start in range(0, len(data), _PIECE):
+            with self.trouble(f"its {name}"):
+                piece = data[start : start + _PIECE]
+            digest.update(piece)
+            ends, last = np.flatnonzero(piece == 0), int(piece[-1])
+            places.append(start + 1 + ends[-(seen + 1) % _STEP :: _STEP])
+            seen += len(ends)
+        was = self.seal.digest(name) if self.seal else None
+        if was is not None and digest.hexdigest() != was:
+            raise self.damaged(f"its {name} is not what was written")
+        if last or seen != count:
+            raise self.damaged(f"its {name} is no list of {count:,} names")
+        return Paths(count, partial(self._read_names, name, np.concatenate([*places, [len(data)]])))
+
+    def _read_names(self, name: str, places: np.ndarray, first: int, last: int) -> list[bytes]:
+        if last <= first:
+            return []
+        low, high = places[first // _STEP], places[min(-(-last // _STEP), len(places) - 1)]
+        with self.trouble(f"its {name}"):
+            block = self.file[name][low:high]
+        return block.tobytes().split(b"\0")[first % _STEP :][: last - first]
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:
         """A dataset of whole numbers from low to high - 1, checked."""
@@ -319,9 +353,10 @@ def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=No
         file[name][...] = data
 
 
-def block(names: list[str]) -> np.ndarray:
+def block(names: Sequence[str]) -> np.ndarray:
     """Names as one array of bytes, each followed by a NUL byte."""
-    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+    parts = (b"\0".join([*part, b""]) for part in encoded(names, np.arange(len(names))))
+    return np.frombuffer(b"".join(parts), np.uint8)
 
 
 def text(value: str) -> str | np.void:

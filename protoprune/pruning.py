@@ -13,7 +13,6 @@ written down.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,9 @@ import numpy as np
 from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
 from protoprune.device import cores
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.errors import ProtopruneError, UsageError, check_seed, warn
 from protoprune.features import open_features
+from protoprune.paths import picked
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
 from protoprune.vectors import Rows
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 GROUPS = ("class", "cluster")
 BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
 QUOTAS = ("dbp",)
+LARGE = 50_000  # images a cluster from which on --dedup takes long
+_WORKERS = 16  # clusters that are gone through at once, each with some 200 MB of similarities
 _NO_QUOTA = "--quota dbp does not go with --euclidean: its complexity is a product of cosine distances"
 
 
@@ -49,7 +51,7 @@ class Ranking:
 
     file: str
     root: str
-    paths: list[str]
+    paths: Sequence[str]  # those of a file are `paths.Paths`, decoded as they are asked for
     labels: np.ndarray  # (n,) int32, -1 for none
     classes: list[str]
     status: np.ndarray  # (n,) uint8, see `decode.Status`
@@ -60,6 +62,7 @@ class Ranking:
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
+    likeness: selection.Likeness | None = None  # after `deduplicate` where it was to count
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
     source: Source | None = None  # the feature file, open until `close`; None where there are vectors
 
@@ -232,7 +235,7 @@ class Selected:
     @property
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
-        return list(itertools.compress(self.ranking.paths, self.keep))
+        return picked(self.ranking.paths, np.flatnonzero(self.keep))
 
 
 def rank(features: str | os.PathLike | Source = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
@@ -297,19 +300,46 @@ def rank_by_table(features: str | os.PathLike | Source, table: str | os.PathLike
     return ranking
 
 
-def deduplicate(ranking: Ranking, epsilon: float, *, prefer: str = "harder", seed: int = 0) -> None:
+def deduplicate(
+    ranking: Ranking, epsilon: float, *, prefer: str = "harder", seed: int = 0, count: bool = False
+) -> None:
     """Take near-duplicates out of a ranking that has clusters: sets `ranking.duplicate_of`, so they are not usable.
 
     Within each cluster of the first clustering an image goes when its cosine to a kept one exceeds 1 - epsilon;
     `prefer` says which stays, the 'harder' or the more 'central' one by distance to the centroid, whatever the scores
-    are (see `selection.duplicates`).
+    are (see `selection.near_duplicates`). With `count` sets `ranking.likeness` too, which `likeness` would count in
+    another pass over the features.
     """
     selection.check_duplicates(epsilon, prefer)
     one = _first_clustering(ranking, "--dedup")
-    ranking.duplicate_of = selection.duplicates(
-        ranking.features, one.cluster, one.distance, epsilon,
-        ids=ranking.paths, prefer=prefer, seed=seed, usable=ranking.usable,
+    _warn_of_large(ranking, one)
+    thresholds = _thresholds(epsilon) if count else ()
+    ranking.duplicate_of, found = selection.near_duplicates(
+        ranking.features, one.cluster, one.distance, epsilon, ids=ranking.paths, prefer=prefer, seed=seed,
+        usable=ranking.usable, thresholds=thresholds, folder=_scratch(ranking), workers=min(cores(), _WORKERS),
     )  # fmt: skip
+    ranking.likeness = found if count else None
+
+
+def _warn_of_large(ranking: Ranking, one: Clustering) -> None:
+    """All pairs of a cluster are compared, so that its time grows with the square of its size."""
+    largest = int(one.sizes().max())
+    if largest > LARGE:
+        enough = one.k * math.ceil(largest / (LARGE // 5))
+        warn(
+            f"the largest of {one.k:,} clusters has {largest:,} images, all pairs of which are compared; with more "
+            f"clusters, such as --k {enough}, --dedup takes less time and misses duplicates in different clusters"
+        )
+
+
+def _scratch(ranking: Ranking) -> str | None:
+    """Where temporary files of the features' size are made: where TMPDIR says, else where the features lie."""
+    folder = os.path.dirname(os.path.abspath(ranking.file))
+    return None if os.environ.get("TMPDIR") or not os.access(folder, os.W_OK) else folder
+
+
+def _thresholds(epsilon: float | None) -> list[float]:
+    return sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
 
 
 def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
@@ -318,8 +348,10 @@ def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likene
     Counted before anything was removed, within the clusters that `deduplicate` goes through.
     """
     one = _first_clustering(ranking, "--dedup")
-    thresholds = sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
-    return selection.likeness(ranking.features, one.cluster, usable=ranking.scored, thresholds=thresholds)
+    return selection.likeness(
+        ranking.features, one.cluster, usable=ranking.scored, thresholds=_thresholds(epsilon),
+        folder=_scratch(ranking), workers=min(cores(), _WORKERS),
+    )  # fmt: skip
 
 
 def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
@@ -368,6 +400,7 @@ def select(
     by_place: bool = False,
     dedup: float | None = None,
     dedup_prefer: str | None = None,
+    count: bool = False,
     **options,
 ) -> Selected:
     """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
@@ -377,7 +410,8 @@ def select(
     goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
     `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
     clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
-    `dedup_prefer`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+    `dedup_prefer`: harder, the default, or central; `count`: count the likeness too), and `keep` is the fraction of
+    what it leaves.
 
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
@@ -391,7 +425,7 @@ def select(
         if dedup is not None or rule.quota:
             add_clusters(ranking, clusters)
     if dedup is not None:
-        deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed)
+        deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed, count=count)
     return prune(ranking, rule)
 
 
@@ -527,7 +561,8 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 def unranked(file: Source) -> Ranking:
     """The images of an open feature file or set, without scores."""
     return Ranking(
-        file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan),
+        file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status,
+        np.full(file.n, np.nan, np.float32),
         source=file,
     )  # fmt: skip
 
