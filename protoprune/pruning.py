@@ -29,7 +29,7 @@ from protoprune.features import open_features
 from protoprune.paths import picked
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
-from protoprune.vectors import Rows
+from protoprune.vectors import CHUNK, Rows
 
 if TYPE_CHECKING:
     from protoprune.features import FeatureFile
@@ -62,6 +62,7 @@ class Ranking:
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
+    placed: np.ndarray | None = None  # (n,) bool: rows that may be kept though nothing has scored them (see `unscored`)
     likeness: selection.Likeness | None = None  # after `deduplicate` where it was to count
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
     source: Source | None = None  # the feature file, open until `close`; None where there are vectors
@@ -94,8 +95,9 @@ class Ranking:
 
     @property
     def usable(self) -> np.ndarray:
-        """(n,) bool: rows that have a score and may be kept: all that have one but the removed duplicates."""
-        return self.scored if self.duplicate_of is None else self.scored & (self.duplicate_of < 0)
+        """(n,) bool: rows that may be kept: all that have a score, or are `placed`, but the removed duplicates."""
+        own = self.scored if self.placed is None else self.placed
+        return own if self.duplicate_of is None else own & (self.duplicate_of < 0)
 
     @property
     def readable(self) -> np.ndarray:
@@ -105,6 +107,8 @@ class Ranking:
     @property
     def undirected(self) -> np.ndarray:
         """(n,) bool: readable rows whose features are all zeros, so that no spherical cluster has a place for them."""
+        if self.placed is not None:
+            return self.readable & ~self.placed
         if not self.clusterings:
             return np.zeros(len(self.paths), bool)
         return self.readable & (self.clusterings[0].cluster < 0)
@@ -247,8 +251,7 @@ def rank(features: str | os.PathLike | Source = "features.h5", clusters: Cluster
     clusters = _clusters(clusters, options)
     with _opened(features) as file:
         ranking = unranked(file)
-        add_clusters(ranking, clusters)
-    ranking.scores = prototypes.consensus(ranking.clusterings)
+        add_scores(ranking, clusters)
     return ranking
 
 
@@ -264,6 +267,28 @@ def _opened(features: str | os.PathLike | Source) -> Iterator[Source]:
     except BaseException:
         file.close()
         raise
+
+
+def unscored(features: str | os.PathLike | Source, euclidean: bool = False) -> Ranking:
+    """The images of a feature file (see `rank`) for an order that needs neither scores nor clusters of all images.
+
+    `placed` are the images that `rank` would give a score: all that could be read, but vectors of zeros unless
+    `euclidean`. `add_scores` makes up for the scores.
+    """
+    with _opened(features) as file:
+        ranking = unranked(file)
+        ranking.placed = ranking.readable
+        for first in range(0, 0 if euclidean else file.n, CHUNK):
+            ranking.placed[first : first + CHUNK] &= file.features[first : first + CHUNK].any(axis=1)
+        if not ranking.placed.any():
+            raise ProtopruneError(f"{file.path}: none of its {file.n:,} images can be used; see `protoprune info`")
+    return ranking
+
+
+def add_scores(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
+    """Give a ranking the scores of `rank`, whose options they are; what may be kept stays as it is."""
+    add_clusters(ranking, clusters, **options)
+    ranking.scores = prototypes.consensus(ranking.clusterings)
 
 
 def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
@@ -409,7 +434,8 @@ def select(
     balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
     goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
     `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
-    clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
+    clustered then only where `dedup` or `quota` asks for it, and nothing is ranked where groups are covered that are no
+    clusters of all images (see `unscored`). `dedup` removes near-duplicates first (see `deduplicate`;
     `dedup_prefer`: harder, the default, or central; `count`: count the likeness too), and `keep` is the fraction of
     what it leaves.
 
@@ -419,7 +445,10 @@ def select(
     check_reading(scores, higher_is, rows, by_place)
     _check_together(rule, clusters, scores, dedup, dedup_prefer)
     if scores is None:
-        ranking = rank(features, clusters)
+        with _opened(features) as file:
+            covers = dedup is None and _only_covers(rule, clusters, bool(file.classes))
+            ranking = unscored(file, clusters.euclidean) if covers else rank(file, clusters)
+        ranking.clusters = clusters
     else:
         ranking = rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
         if dedup is not None or rule.quota:
@@ -427,6 +456,14 @@ def select(
     if dedup is not None:
         deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed, count=count)
     return prune(ranking, rule)
+
+
+def _only_covers(rule: Rule, clusters: Clusters, classes: bool) -> bool:
+    """Whether a rule asks for nothing that k-means of all images would say."""
+    if rule.order not in selection.COVERS or rule.quota or rule.drop_hardest:
+        return False
+    by = rule.by or ("class" if classes else "cluster")
+    return by == "class" or (clusters.k is None and not rule.balance)
 
 
 def _rule(keep: float | Rule, options: dict) -> Rule:

@@ -131,7 +131,8 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
         files.write_file(removed, text(gone, removed))
     if manifest is not None:
         kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
-        chunks = lists.manifest_chunks(lambda rows: _columns(chosen, rows), len(chosen.keep), kind)
+        zeros = ranking.undirected
+        chunks = lists.manifest_chunks(lambda rows: _columns(chosen, zeros[rows], rows), len(chosen.keep), kind)
         files.write_file(manifest, lists.packed(manifest, chunks))
     if links is not None:
         _write_links(links, root, chosen, hard_links)
@@ -161,8 +162,9 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 
-def _columns(chosen: Selected, rows: slice) -> dict:
-    """The manifest: one row an image of the feature file, unusable ones included; some of its rows."""
+def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict:
+    """The manifest: one row an image of the feature file, unusable ones included; some of its rows, and which of them
+    are all zeros."""
     import numpy as np
 
     from protoprune.decode import Status
@@ -171,8 +173,7 @@ def _columns(chosen: Selected, rows: slice) -> dict:
     cluster, distance = np.full(n, -1), np.full(n, np.nan)
     for one in ranking.clusterings[:1]:
         cluster, distance = one.cluster[rows], one.distance[rows]
-    readable, status = ranking.status[rows] == Status.OK, ranking.status[rows].tolist()
-    zeros = (readable & (cluster < 0)).tolist() if ranking.clusterings else [False] * n
+    status = zip(ranking.status[rows].tolist(), zeros.tolist(), strict=True)
     columns = {
         "path": ranking.paths[rows],
         "class": [ranking.classes[label] if label >= 0 else "" for label in ranking.labels[rows].tolist()],
@@ -181,7 +182,7 @@ def _columns(chosen: Selected, rows: slice) -> dict:
         "score": ranking.scores[rows],
         "rank": chosen.rank[rows],
         "keep": chosen.keep[rows].astype(int),
-        "status": ["all zeros" if zero else Status(value).label for value, zero in zip(status, zeros, strict=True)],
+        "status": ["all zeros" if zero else Status(value).label for value, zero in status],
     }
     if chosen.weights is not None:
         columns["weight"] = chosen.weights[rows]
