@@ -141,15 +141,7 @@ class Reader:
             raise self.damaged(f"its {name} is not what was written")
         if last or seen != count:
             raise self.damaged(f"its {name} is no list of {count:,} names")
-        return Paths(count, partial(self._read_names, name, np.concatenate([*places, [len(data)]])))
-
-    def _read_names(self, name: str, places: np.ndarray, first: int, last: int) -> list[bytes]:
-        if last <= first:
-            return []
-        low, high = places[first // _STEP], places[min(-(-last // _STEP), len(places) - 1)]
-        with self.trouble(f"its {name}"):
-            block = self.file[name][low:high]
-        return block.tobytes().split(b"\0")[first % _STEP :][: last - first]
+        return Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:
         """A dataset of whole numbers from low to high - 1, checked."""
@@ -224,6 +216,26 @@ class Reader:
             if column is not None and not _fits(dataset, column, dims):
                 raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
         return dims
+
+
+class _Names:
+    """A block of names in an open file, which can be read from any thread, and after the file is closed."""
+
+    def __init__(self, reader: Reader, name: str, places: np.ndarray):
+        self.places, self.damaged = places, partial(_damaged, reader.path, reader.kind, f"its {name}")
+        self.offset = reader.file[name].id.get_offset() or 0
+        self.handle = os.dup(reader.raw.fileno())
+        weakref.finalize(self, os.close, self.handle)
+
+    def read(self, first: int, last: int) -> list[bytes]:
+        """Those of the rows first to last - 1."""
+        if last <= first:
+            return []
+        low, high = self.places[first // _STEP], self.places[min(-(-last // _STEP), len(self.places) - 1)]
+        block = os.pread(self.handle, high - low, self.offset + low)
+        if len(block) < high - low:
+            raise self.damaged()
+        return block.split(b"\0")[first % _STEP :][: last - first]
 
 
 # What h5py raises over damaged files, by where it stumbles.
