@@ -24,6 +24,7 @@ import xxhash
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import leads_out
 from protoprune.paths import Paths, encoded
 from protoprune.text import native
 
@@ -122,26 +123,41 @@ class Reader:
             raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
         return names
 
+    def ids(self, name: str, count: int | None) -> list[str]:
+        """The `names` of images, which are refused where one is no path below a folder: links and reads follow them."""
+        names = self.names(name, count)
+        self._refuse_outside(name, names)
+        return names
+
+    def _refuse_outside(self, name: str, names: Sequence[str]) -> None:
+        if (outside := next(filter(leads_out, names), None)) is not None:
+            raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
+
     def paths(self, name: str, count: int) -> Paths:
-        """The names of a `block`, of which there must be `count`, checked now and read when they are asked for.
+        """The `ids` of images, of which there must be `count`, checked now and read when they are asked for.
 
         Where each row begins is known of every STEPth: names are read from the one before.
         """
         data, digest = self.file[name], xxhash.xxh3_64()
-        places, seen, last = [np.zeros(1, np.int64)], 0, 0
+        places, seen, last, odd = [np.zeros(1, np.int64)], 0, b"\0", False
         for start in range(0, len(data), _PIECE):
             with self.trouble(f"its {name}"):
                 piece = data[start : start + _PIECE]
             digest.update(piece)
-            ends, last = np.flatnonzero(piece == 0), int(piece[-1])
+            text = last + piece.tobytes()
+            odd = odd or any(mark in text for mark in (b"\0\0", b"\0/", b".."))
+            ends, last = np.flatnonzero(piece == 0), text[-1:]
             places.append(start + 1 + ends[-(seen + 1) % _STEP :: _STEP])
             seen += len(ends)
         was = self.seal.digest(name) if self.seal else None
         if was is not None and digest.hexdigest() != was:
             raise self.damaged(f"its {name} is not what was written")
-        if last or seen != count:
+        if last != b"\0" or seen != count:
             raise self.damaged(f"its {name} is no list of {count:,} names")
-        return Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
+        paths = Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
+        if odd:
+            self._refuse_outside(name, paths)
+        return paths
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:
         """A dataset of whole numbers from low to high - 1, checked."""

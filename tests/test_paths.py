@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from protoprune import hdf5, lists, paths
 from protoprune.errors import ProtopruneError
 from protoprune.features import FeatureFile
+from protoprune.files import leads_out
 from protoprune.ids import hashes_of
 from protoprune.paths import Paths, encoded, picked
 
 NAMES = st.lists(
-    st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=8)
+    st.sampled_from(["../x", "a/..", "/etc", "a..b", "..", "a/b.png"])
+    | st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=8)
     | st.binary(min_size=1, max_size=6).filter(lambda raw: b"\0" not in raw).map(os.fsdecode),
     max_size=60,
 )
@@ -62,12 +64,18 @@ def test_a_sequence_of_names(small_steps, names, data):
 @settings(max_examples=12)
 @given(NAMES, st.data())
 def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
+    outside = next(filter(leads_out, names), None)
     path = tmp_path_factory.mktemp("f") / "f.h5"
     kind = hdf5.Kind("names", 1, "file of names", "x", {"path": hdf5.Column(("uint8",), ("*",))}, ())
     with hdf5.create(path, kind) as file:
         hdf5.dataset(file, "path", data=hdf5.block(names))
     hdf5.seal(path, kind, ())
     reader = hdf5.Reader(str(path), kind)
+    if outside is not None:
+        with pytest.raises(ProtopruneError, match="leads out of the folder"):
+            reader.paths("path", len(names))
+        reader.close()
+        return
     assert list(reader.paths("path", len(names))) == names == reader.names("path")
     kept, raw = reader.paths("path", len(names)), [os.fsencode(name) for name in names]
     for first, last in data.draw(st.lists(st.tuples(*[st.integers(0, len(names))] * 2), max_size=9)):
