@@ -78,6 +78,18 @@ def test_what_is_no_better_than_random_is_not_called_so():
     assert wrong <= 16  # with one data set both are nearly the same: 7.5 to 15
 
 
+def test_the_mean_over_data_sets_is_tested_as_welch_does():
+    """Of two sets the sum of the means is the difference to the other one's negative."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    one, other = 0.02 + 0.05 * rng.standard_normal(10), 0.01 + 0.02 * rng.standard_normal(5)
+    found, expected = choice.together([one, other], 1e-6), stats.ttest_ind(one, -other, equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.difference == pytest.approx((one.mean() + other.mean()) / 2)
+    assert 2 * found.low == pytest.approx(expected.confidence_interval().low)
+    assert choice.together([one], 1e-6).p == pytest.approx(stats.ttest_1samp(one, 0).pvalue)
+
+
 def test_claims_differ_in_what_judged():
     found = planted({(0.05, "cover by class"): 0.05})
     pixels = {(key[0], f"cnn, {n} epochs", *key[2:]): values for key, values in found.items() for n in (20, 60)}
@@ -105,8 +117,8 @@ def test_heads_at_a_toy_size_and_again(tmp_path, monkeypatch):
     quick = partial(converged.fit_head, strength=1.0)
     monkeypatch.setattr(converged, "fit_head", lambda *a, **k: fits.append(k["rows"]) or quick(*a, **k))
     monkeypatch.setattr(choice.running, "tune", lambda pool, keep, seed: type("T", (), {"winner": Candidate("easy")}))
-    settings = {"sets": [["toy", "mini", 0]], "networks": [], "keeps": [0.1, 0.5], "seeds": 2, "resolution": 1e-3,
-                "tune": [0.5], "tune_seeds": 1, "first_seed": 100}  # fmt: skip
+    settings = {"networks": [], "keeps": [0.1, 0.5], "resolution": 1e-3, "tune": [0.5], "sets": [
+        {"data": "toy", "encoder": "mini", "images": 0, "first_seed": 100, "seeds": 2, "tune_seeds": 1}]}  # fmt: skip
     lab = Lab("choice", "small", settings, tmp_path, tmp_path, "cpu")
     claims = choice.run(lab)
     report(lab, claims)

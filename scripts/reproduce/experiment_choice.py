@@ -3,16 +3,18 @@
 Not a paper's experiment but the one behind `protoprune tune` and the README's advice. Heads are trained to convergence
 on the features that ranked the images; networks see pixels alone, for two lengths of training.
 
-How it is judged, written down before the run (25 November 2026). A seed draws its own images before pruning, in every
-data set, so no luck is common to the seeds and the paired t test over seeds applies. A claim is one question, so it
-is one test: a seed's value is the mean of its paired differences to random, over the data sets, the fractions kept
-and the lengths of training that the claim is about. The claims are corrected together (Holm). A claim holds where its
-mean is beyond chance on the side that it says, unless one data set (each by its own mean over the fractions; Holm
-over those of all claims) is beyond chance on the other side; it does not hold where the mean, or one data set, is on
-the other side; else it is undecided. So at most one run in twenty has a mean, and one in twenty a data set, that is
-wrongly beyond chance. The intervals speak for draws from these data sets, not for others. Seeds start at 100: those
-below made the hypotheses. Where time ends a run early, whole seeds are left out, whatever they would have shown. The
-single cells of a table are corrected (Holm) over all cells of the same data set and judge.
+How it is judged, written down before the run (25 November 2026). A seed draws its own images before pruning, and
+every data set with its encoder has seeds of its own, so no luck is common to any two draws. A claim is one question,
+so it is one test: in each data set a seed's value is the mean of its paired differences to random over the fractions
+kept and the lengths of training that the claim is about; the mean over the data sets, each with the same weight, is
+tested with the t of Welch and Satterthwaite (the data sets may spread differently and have different numbers of
+seeds). The claims are corrected together (Holm). A claim holds where its mean is beyond chance on the side that it
+says, unless one data set by itself is beyond chance on the other side (Holm over the data sets of all claims); it
+does not hold where the mean, or one data set, is on the other side; else it is undecided. So at most one run in
+twenty has a mean, and one in twenty a data set, that is wrongly beyond chance. The intervals speak for draws from
+these data sets, not for others. Seeds start at 100: those below made the hypotheses. Where time ends a run early,
+whole seeds are left out, whatever they would have shown. The single cells of a table are corrected (Holm) over all
+cells of the same data set and judge.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,8 +53,8 @@ Key = tuple[str, str, float, str]  # (data set with encoder, judge, keep, method
 
 def run(lab: Lab) -> list[Claim]:
     rows: list[dict] = []
-    for name, encoder, images, *every in lab.settings["sets"]:
-        rows += heads(lab, name, encoder, images, *every)
+    for one in lab.settings["sets"]:
+        rows += heads(lab, **one)
         lab.save_table(rows)
     for one in lab.settings["networks"]:
         rows += networks(lab, **one)
@@ -64,28 +66,26 @@ def run(lab: Lab) -> list[Claim]:
     return judge(found, lab.settings["resolution"])
 
 
-def seeds_of(lab: Lab, count: int) -> range:
-    """Fresh ones: see above."""
-    return range(lab.settings["first_seed"], lab.settings["first_seed"] + count)
-
-
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
-def heads(lab: Lab, name: str, encoder: str, images: int, every: int = 1) -> list[dict]:
+def heads(
+    lab: Lab, data: str, encoder: str, images: int, first_seed: int, seeds: int, tune_seeds: int, every: int = 1
+) -> list[dict]:
     """A row a seed, method and fraction: each seed draws `images` of the training images (0: four fifths).
 
-    every: of how many classes one takes part, the first of each so many in order of name.
+    tune_seeds: the first of the seeds, for which tune chooses too; every: of how many classes one takes part, the first
+    of each so many in order of name.
     """
     lab.settings["encoder"] = encoder
-    train, test = (some_classes(one, every) for one in lab.features(name))
+    train, test = (some_classes(one, every) for one in lab.features(data))
     pool = Pool(train.paths, train.labels, train.classes, train.inputs.numpy())
     identity = f"{train.fingerprint()} {test.fingerprint()} {images} {converged.VERSION} {protoprune.__version__}"
     rows, space = [], None
-    for number, seed in enumerate(seeds_of(lab, lab.seeds)):
+    for seed in range(first_seed, first_seed + seeds):
         wanted = [(keep, method) for method in METHODS for keep in lab.settings["keeps"]]
-        wanted += [(keep, "tune") for keep in lab.settings["tune"] if number < lab.settings["tune_seeds"]]
-        kept = Kept(lab.folder / "heads" / f"{name}-{encoder}-{seed}.json", identity)
+        wanted += [(keep, "tune") for keep in lab.settings["tune"] if seed < first_seed + tune_seeds]
+        kept = Kept(lab.folder / "heads" / f"{data}-{encoder}-{seed}.json", identity)
         parts: dict[str, Part] = {}  # one a method, so that each pays for what it needs
         for keep, method in [*wanted, (1.0, "everything")]:
             if (keep, method) not in kept:
@@ -105,9 +105,9 @@ def heads(lab: Lab, name: str, encoder: str, images: int, every: int = 1) -> lis
                 accuracy = float((head.predict(test.inputs) == test.labels).mean())
                 result = {"kept": len(own), "accuracy": accuracy, "selection_seconds": round(chosen, 3)}
                 kept.add(keep, method, {**result, "winner": winner and winner.name})
-            rows.append({"set": f"{name} {encoder}", "judge": "head", "keep": keep, "method": method, "seed": seed,
+            rows.append({"set": f"{data} {encoder}", "judge": "head", "keep": keep, "method": method, "seed": seed,
                          "winner": None, **kept[keep, method]})  # fmt: skip
-        lab.say(f"{name} {encoder}, seed {seed}: done")
+        lab.say(f"{data} {encoder}, seed {seed}: done")
     return rows
 
 
@@ -153,7 +153,9 @@ class Kept:
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def networks(lab: Lab, data: str, encoder: str, images: int, keeps, methods, epochs, seeds: int) -> list[dict]:
+def networks(
+    lab: Lab, data: str, encoder: str, images: int, first_seed: int, seeds: int, keeps, methods, epochs
+) -> list[dict]:
     """The same judged by a network from pixels, for each length of training; lists come from the features."""
     lab.settings["encoder"] = encoder
     features, _ = lab.features(data)
@@ -162,7 +164,7 @@ def networks(lab: Lab, data: str, encoder: str, images: int, keeps, methods, epo
     vectors = features.inputs.numpy()[[row_of[path] for path in train.paths]]
     pool = Pool(train.paths, train.labels, train.classes, vectors)
     keys, planned = [], []
-    for seed in seeds_of(lab, seeds):
+    for seed in range(first_seed, first_seed + seeds):
         part = Part(pool, initial(train.labels, images, seed), seed)
         for keep in keeps:
             for method in methods:
@@ -221,7 +223,7 @@ def gaps(found: Mapping[Key, np.ndarray], method: str) -> dict[Key, np.ndarray]:
 
 
 def mean_over(rows: Iterable[np.ndarray]) -> np.ndarray:
-    """(seeds,) mean of rows of seeds; those that all of them have."""
+    """(seeds,) mean of rows of seeds, of those that all of them have."""
     rows = list(rows)
     return np.mean([row[: min(map(len, rows))] for row in rows], axis=0)
 
@@ -231,39 +233,51 @@ def tested(gap: np.ndarray, resolution: float) -> statistics.Difference:
     return statistics.compare(gap, np.zeros(len(gap)), one_draw=False, resolution=resolution)
 
 
+def together(by_set: Sequence[np.ndarray], resolution: float) -> statistics.Difference:
+    """The mean over data sets of the means over their seeds, rows of (seeds,) differences: t of Welch-Satterthwaite."""
+    from scipy.stats import t
+
+    by_set = [gap for gap in by_set if len(gap) > 1] or by_set  # one seed says nothing of its spread
+    if len(by_set) == 1:
+        return tested(by_set[0], resolution)
+    mean = float(np.mean([gap.mean() for gap in by_set]))
+    squares = np.array([max(gap.var(ddof=1), resolution**2) / len(gap) for gap in by_set])
+    error = float(np.sqrt(squares.sum())) / len(by_set)
+    freedom = squares.sum() ** 2 / (squares**2 / [len(gap) - 1 for gap in by_set]).sum()
+    half, p = float(t.ppf(0.975, freedom)) * error, float(2 * t.sf(abs(mean) / error, freedom))
+    low, high = mean - half, mean + half
+    return statistics.Difference(mean, low, high, low, high, p, sum(map(len, by_set)))
+
+
 def judge(found: Mapping[Key, np.ndarray], resolution: float = 1e-4) -> list[Claim]:
     asked = []
     for method, keeps, judged_by, wanted, text in QUESTIONS:
-        picked = {
-            key: gap for key, gap in gaps(found, method).items()
-            if key[1].startswith(judged_by) and (keeps is None or key[2] in keeps)
-        }  # fmt: skip
+        picked: dict[str, list] = {}
+        for key, gap in gaps(found, method).items():
+            if key[1].startswith(judged_by) and (keeps is None or key[2] in keeps):
+                picked.setdefault(key[0], []).append(gap)
         if picked:
-            asked.append((text, wanted, picked))
-    together = statistics.judge([tested(mean_over(picked.values()), resolution) for _, _, picked in asked])
-    by_set = {
-        (text, name): tested(mean_over(gap for key, gap in picked.items() if key[0] == name), resolution)
-        for text, _, picked in asked for name in sorted({key[0] for key in picked})
-    }  # fmt: skip
-    by_set = dict(zip(by_set, statistics.judge(list(by_set.values())), strict=True))
+            asked.append((text, wanted, {name: mean_over(rows) for name, rows in picked.items()}))
+    means = statistics.judge([together(list(by_set.values()), resolution) for _, _, by_set in asked])
+    each = iter(statistics.judge([tested(gap, resolution) for *_, by_set in asked for gap in by_set.values()]))
     return [
-        claim_of(text, wanted, one, {name: each for (about, name), each in by_set.items() if about == text})
-        for (text, wanted, _), one in zip(asked, together, strict=True)
+        claim_of(text, wanted, mean, {name: next(each) for name in by_set})
+        for (text, wanted, by_set), mean in zip(asked, means, strict=True)
     ]
 
 
-def claim_of(
-    text: str, wanted: str, together: statistics.Difference, by_set: Mapping[str, statistics.Difference]
-) -> Claim:
+def claim_of(text: str, wanted: str, mean: statistics.Difference, by_set: Mapping[str, statistics.Difference]) -> Claim:
     """The rule of the head of this module."""
     other = {"better": "worse", "worse": "better"}[wanted]
-    verdict = "holds" if together.verdict == wanted else "undecided"
-    if other in [together.verdict, *(one.verdict for one in by_set.values())]:
+    verdict = "holds" if mean.verdict == wanted else "undecided"
+    if other in [mean.verdict, *(one.verdict for one in by_set.values())]:
         verdict = "does not hold"
-    mean = interval_text(together.difference, together.low, together.high)
-    p = "" if together.p_adjusted is None else f", p = {together.p_adjusted:.1g} corrected"
-    listed = "; ".join(f"{name} {interval_text(one.difference, one.low, one.high)}" for name, one in by_set.items())
-    return Claim(text, SOURCE, f"less random, points: {mean}, {together.n} seeds{p} ({listed})", verdict)
+    p = "" if mean.p_adjusted is None else f", p = {mean.p_adjusted:.1g} corrected"
+    listed = "; ".join(
+        f"{name} {interval_text(one.difference, one.low, one.high)}, {one.n} seeds" for name, one in by_set.items()
+    )
+    found = f"less random, points: {interval_text(mean.difference, mean.low, mean.high)}{p} ({listed})"
+    return Claim(text, SOURCE, found, verdict)
 
 
 def compared(found: Mapping[Key, np.ndarray], resolution: float) -> dict[Key, statistics.Difference]:
