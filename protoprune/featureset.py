@@ -239,8 +239,8 @@ class FeatureSet:
         if file.provenance["uuid"] != part.uuid or file.n != part.rows:
             file.close()
             raise ProtopruneError(
-                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} names; "
-                "run the same `protoprune embed` again"
+                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} named when the set was opened; if it "
+                "was embedded again meanwhile, run this again, else the same `protoprune embed`"
             )
         if self._open and file.dim != self.dim:
             file.close()

@@ -314,4 +314,4 @@ def encoders() -> None:
         rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
     heads = ("name", "dim", "parameters", "input", "pool", "training", "licence", "source")
     print_table(heads, rows, fold=True)
-    typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)
+    say("timm:NAME loads any other timm model with its published weights.")

@@ -174,7 +174,7 @@ def evaluate(
     for path in lists:
         read_list(path)
     train, tested = load_sets(source, test, model, image_size, pixels, labelled=labelled)
-    kept = [_kept(path, train, source, cost) for path, cost in zip(lists, costs, strict=True)]
+    kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
     with _resumable(out):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,
@@ -324,16 +324,12 @@ def _recipe(model: str, *, weights: Path | None, **given):
     return Recipe.for_model(model, weights=weights and os.fspath(weights), **given)
 
 
-def _kept(path: Path, train, source: Path, cost: float | None):
-    import numpy as np
-
+def _kept(path: Path, train, cost: float | None):
     from protoprune import lists
     from protoprune.evaluation.comparing import Kept
     from protoprune.evaluation.runs import list_rows
 
-    listed = lists.read_list(path)
-    every = _every_path(source) if isinstance(listed, np.ndarray) else None
-    rows = list_rows(listed, train, os.fspath(path), every_path=every)
+    rows = list_rows(lists.read_list(path), train, os.fspath(path))
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
 
 
@@ -347,18 +343,6 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     except UsageError:  # a format without weights, or a list without the column
         return None
     return list_weights(weights, rows, train, os.fspath(path))
-
-
-def _every_path(source: Path) -> list[str]:
-    """All paths that row indices count, unusable images included."""
-    if is_image_folder(source):
-        from protoprune.images import list_folder
-
-        return list_folder(source, labels=False).paths
-    from protoprune.features import open_features
-
-    with open_features(source) as file:
-        return file.paths
 
 
 def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:

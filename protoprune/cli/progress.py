@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -10,10 +11,11 @@ _PLAIN_SECONDS = 10.0
 
 
 def say(text: str) -> None:
-    """One line on stderr; names that are not UTF-8 are shown escaped."""
+    """One line on stderr; names that are not UTF-8 are shown escaped. A stderr that is full or closed is no error."""
     if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
         return
-    print(printable(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -53,7 +55,7 @@ class Progress(AbstractContextManager):
     def start(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()
         self._shown = self._started
-        if not sys.stderr.isatty() or not total:
+        if sys.stderr is None or not sys.stderr.isatty() or not total:
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -30,7 +30,7 @@ def metrics() -> None:
         rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
     heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
     print_table(heads, rows, fold=True)
-    typer.echo("protoprune score METRIC --record FILE or --features FILE computes one.", err=True)
+    say("protoprune score METRIC --record FILE or --features FILE computes one.")
 
 
 def score(

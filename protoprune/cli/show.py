@@ -281,16 +281,13 @@ def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) cosine of each removed image to the one that it duplicates."""
     import numpy as np
 
-    from protoprune.pruning import open_features
-
     def unit(wanted: np.ndarray) -> np.ndarray:
         places, back = np.unique(wanted, return_inverse=True)
-        x = file.features[places].astype(np.float64)[back]
+        x = ranking.features[places].astype(np.float64)[back]
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    with open_features(ranking.file) as file:
-        parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
-        cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
+    parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
+    cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
     return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 

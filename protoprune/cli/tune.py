@@ -72,12 +72,14 @@ def tune(
     """
     import time
 
+    from protoprune.features import open_features
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
     _check(model, images, higher_is, scores, features, out)
     started = time.monotonic()
-    pool = _pool(features, scores or [], higher_is)
+    source = open_features(features)  # once: the list that is written is of what was tuned on
+    pool = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
         _describe(pool, features, fraction, seed, out)
         return
@@ -87,7 +89,8 @@ def tune(
         networks = _networks(pool, model, images, test, image_size, weights, device, given)
         tested = networks.test and _pool_of(networks.test)
     elif test is not None:
-        tested = _pool(test, [], None, like=pool)
+        with open_features(test) as file:
+            tested = _pool(file, [], None, like=pool)
     out.mkdir(parents=True, exist_ok=True)
     try:
         result = running.tune(
@@ -98,7 +101,7 @@ def tune(
         say(f"interrupted: what was trained is kept in {out / 'runs.jsonl'}; to go on, run the same again:")
         say(f"  {shlex.join(['protoprune', *sys.argv[1:]])}")
         raise typer.Exit(130) from None
-    command = _write_list(result, features, out / "kept.txt", seed, higher_is)
+    command = _write_list(result, source, features, out / "kept.txt", seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
         "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
@@ -141,22 +144,20 @@ def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
         raise UsageError(f"-o {out}: a file; name a folder")
 
 
-def _pool(path: Path, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
-    """The labelled images of a feature file (all images, without classes, where it has none)."""
+def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
+    """The labelled images of an open feature file (all images, without classes, where it has none)."""
     import numpy as np
 
-    from protoprune.pruning import open_features
     from protoprune.scores import read_scores
     from protoprune.training.examples import load_examples
     from protoprune.tuning.recipes import Pool
 
-    with open_features(path) as file:
-        if len(file.classes) < 2 and like is None:
-            rows = np.flatnonzero(file.usable)
-            return Pool([file.paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
-    examples = load_examples(path, classes=like and like.classes)
+    if len(file.classes) < 2 and like is None:
+        rows, paths = np.flatnonzero(file.usable), file.paths
+        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
+    examples = load_examples(file, classes=like and like.classes)
     if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
-        raise UsageError(f"{path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
+        raise UsageError(f"{file.path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
     tables = {}
     for table in scores:
         read = read_scores(table, examples.paths, higher_is=higher_is)
@@ -164,7 +165,7 @@ def _pool(path: Path, scores: list[Path], higher_is: str | None, like: Pool | No
             say(f"{table}: {note}")
         tables[os.fspath(table)] = read.scores
     if like is None:
-        say(f"{path}: {len(examples):,} images of {len(examples.classes):,} classes")
+        say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
 
 
@@ -187,7 +188,7 @@ def _networks(pool: Pool, model: str, images: Path, test: Path | None, image_siz
     return Networks(subset(train, rows), tested, recipe, device)
 
 
-def _write_list(result: Tuned, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
+def _write_list(result: Tuned, source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
     """Write the winner's list, by what its command does; returns the command."""
     import numpy as np
 
@@ -196,7 +197,7 @@ def _write_list(result: Tuned, features: Path, out: Path, seed: int, higher_is: 
 
     one = result.winner
     chosen = pruning.select(
-        features, one.rule(result.keep, seed), pruning.Clusters(k=one.k, seed=seed), scores=one.scores,
+        source, one.rule(result.keep, seed), pruning.Clusters(k=one.k, seed=seed), scores=one.scores,
         higher_is=higher_is if one.scores else None,
     )  # fmt: skip
     rows = np.flatnonzero(chosen.keep)
