@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,21 +113,28 @@ def test_heads_at_a_toy_size_and_again(tmp_path, monkeypatch):
     sets = [Examples("root", [f"{i:03d}" for i in range(180)], labels, ["a", "b", "c"], vectors)] * 2
     monkeypatch.setattr(Lab, "features", lambda self, name: sets)
     fits = []
-    quick = partial(converged.fit_head, strength=1.0)
-    monkeypatch.setattr(converged, "fit_head", lambda *a, **k: fits.append(k["rows"]) or quick(*a, **k))
+    real, strengths = converged.fit_head, []
+
+    def fit_head(*given, strength=None, **how):
+        fits.append(how["rows"])
+        strengths.append(strength)
+        return real(*given, strength=1.0, **how)
+
+    monkeypatch.setattr(converged, "fit_head", fit_head)
     monkeypatch.setattr(choice.running, "tune", lambda pool, keep, seed: type("T", (), {"winner": Candidate("easy")}))
     settings = {"networks": [], "keeps": [0.1, 0.5], "resolution": 1e-3, "tune": [0.5], "sets": [
         {"data": "toy", "encoder": "mini", "images": 0, "first_seed": 100, "seeds": 2, "tune_seeds": 1}]}  # fmt: skip
     lab = Lab("choice", "small", settings, tmp_path, tmp_path, "cpu")
     claims = choice.run(lab)
     report(lab, claims)
-    assert len(fits) == 2 * (2 * len(choice.METHODS) + 1) + 1
+    assert len(fits) == 2 * (2 * len(choice.METHODS) + 1) + 1 + 3  # and three that choose the regularisation
     assert {len(rows) for rows in fits} == {14, 72, 144}
+    assert set(strengths) == {None, 1.0}
     table = (tmp_path / "table.csv").read_text().splitlines()
-    assert len(table) == len(fits) + 1
+    assert len(table) == len(fits) - 3 + 1
     assert (tmp_path / "figure.png").stat().st_size > 5000
     choice.run(lab)
-    assert len(fits) == len(table) - 1  # all of it was there
+    assert len(fits) == len(table) - 1 + 3  # all of it was there
     assert (tmp_path / "summary.csv").read_text().count("\n") == 2 * len(choice.METHODS) + 1 + 1 + 1
     assert (tmp_path / "seconds.csv").read_text().count("\n") == 1 + len(choice.METHODS) + 1
 

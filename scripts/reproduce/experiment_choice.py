@@ -75,13 +75,24 @@ def heads(
     """A row a seed, method and fraction: each seed draws `images` of the training images (0: four fifths).
 
     tune_seeds: the first of the seeds, for which tune chooses too; every: of how many classes one takes part, the first
-    of each so many in order of name.
+    of each so many in order of name. All heads of a fraction have one regularisation, the one that suits a random list
+    of a seed that is not used otherwise.
     """
     lab.settings["encoder"] = encoder
     train, test = (some_classes(one, every) for one in lab.features(data))
     pool = Pool(train.paths, train.labels, train.classes, train.inputs.numpy())
-    identity = f"{train.fingerprint()} {test.fingerprint()} {images} {converged.VERSION} {protoprune.__version__}"
-    rows, space = [], None
+    identity = f"{train.fingerprint()} {test.fingerprint()} {images} {converged.VERSION} {protoprune.__version__} 2"
+    rows, space = [], converged.Space(train.inputs)
+
+    def strength(keep: float) -> float:
+        """Chosen once; kept as one more seed."""
+        chosen = Kept(lab.folder / "heads" / f"{data}-{encoder}-strength.json", identity)
+        if (keep, "random") not in chosen:
+            own = Part(pool, initial(train.labels, images, first_seed - 1), first_seed - 1).select(RANDOM, keep)
+            found = converged.fit_head(space, train.labels, len(train.classes), rows=own, seed=first_seed - 1).strength
+            chosen.add(keep, "random", {"strength": found})
+        return chosen[keep, "random"]["strength"]
+
     for seed in range(first_seed, first_seed + seeds):
         wanted = [(keep, method) for method in METHODS for keep in lab.settings["keeps"]]
         wanted += [(keep, "tune") for keep in lab.settings["tune"] if seed < first_seed + tune_seeds]
@@ -89,7 +100,6 @@ def heads(
         parts: dict[str, Part] = {}  # one a method, so that each pays for what it needs
         for keep, method in [*wanted, (1.0, "everything")]:
             if (keep, method) not in kept:
-                space = space or converged.Space(train.inputs)
                 began = time.process_time()
                 part = parts[method] = parts.get(method) or Part(pool, initial(train.labels, images, seed), seed)
                 winner = None
@@ -101,7 +111,9 @@ def heads(
                 else:
                     own = part.select(METHODS[method], keep)
                 chosen = time.process_time() - began
-                head = converged.fit_head(space, train.labels, len(train.classes), rows=own, seed=seed)
+                head = converged.fit_head(
+                    space, train.labels, len(train.classes), rows=own, strength=strength(keep), seed=seed
+                )
                 accuracy = float((head.predict(test.inputs) == test.labels).mean())
                 result = {"kept": len(own), "accuracy": accuracy, "selection_seconds": round(chosen, 3)}
                 kept.add(keep, method, {**result, "winner": winner and winner.name})
