@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch, feature_file):
     monkeypatch.setattr(running, "candidates", lambda images, classes, tables: [
         *FEW, *(Candidate("hard", scores=table) for table in tables)])  # fmt: skip
     monkeypatch.setattr(running.tune, "__kwdefaults__", {**running.tune.__kwdefaults__, "rounds": (1, 2)})
-    monkeypatch.setattr(running, "AUTO_SPLITS", 2)
+    monkeypatch.setattr(running, "AUTO_SPLITS", 3)
     quick = partial(converged.fit_head, strength=1.0)  # choosing the strength takes most of the time of so small a fit
     monkeypatch.setattr(converged, "fit_head", quick)
     monkeypatch.setattr(running, "FRACTIONS", (0.9, 0.5))
@@ -75,7 +75,7 @@ def test_a_test_set_a_table_and_auto(here):
     assert "on 150 images that chose nothing" in result.stderr
     assert "hard, by t.csv" in (here / "tune" / "table.csv").read_text()
     curve = (here / "tune" / "curve.csv").read_text().splitlines()
-    assert len(curve) == 3  # both fractions cost less than 100 points
+    assert len(curve) == 5  # both fractions cost less than 100 points, by the best recipe and by random lists
     assert len((here / "tune" / "kept.txt").read_text().splitlines()) == 75
 
 
