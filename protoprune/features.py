@@ -475,7 +475,8 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
     file["reasons"][...] = np.array(table, f"S{_REASON_WIDTH}")
     number = np.array([slot.get(text, 0) for text in reasons], np.uint16)
     here = np.flatnonzero(rows >= 0)
-    there = rows[here]  # ascending, since both files are sorted by id
+    here = here[np.argsort(rows[here], kind="stable")]  # as they are, unless an earlier version sorted odd names
+    there = rows[here]
     for start in range(0, source.n, _COPY_ROWS):
         low, high = np.searchsorted(there, (start, start + _COPY_ROWS))
         if low == high:

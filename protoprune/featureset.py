@@ -26,6 +26,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
 from protoprune.images import SET_FILE, ImageList
 from protoprune.sources.reading import FOLDERS
+from protoprune.text import native
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _OPEN_FILES = 64  # feature files that are open at once
@@ -61,7 +62,7 @@ class Part:
     @classmethod
     def from_json(cls, plain: dict) -> Part:
         failed = plain.get("failed")
-        return cls(**{**plain, "failed": tuple(failed) if failed else None})
+        return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
 
 def shard_file(folder: str, name: str) -> str:
@@ -82,6 +83,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
                 f"{path}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
+        plan["root"] = native(plan["root"])
     except FileNotFoundError:
         raise ProtopruneError(f"{folder}: a folder without {SET_FILE}; give a feature file or a feature set") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

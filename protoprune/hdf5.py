@@ -22,6 +22,7 @@ import numpy as np
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
@@ -336,4 +337,6 @@ def plain(value):
     """An attribute as a plain Python value."""
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())
+    if isinstance(value, str):
+        return native(value)
     return value.item() if isinstance(value, np.generic) else value

@@ -138,7 +138,7 @@ class Clusters:
     iterations    of k-means
     seed          of the first clustering; restarts take the seeds after it
     restarts      how many clusterings; images are ranked by the mean of their distances
-    train_points  how many points k-means sees; None: all, up to 4 GiB
+    train_points  how many points k-means sees; None: all, up to 4 GB of them
     backend       auto, faiss or torch
     cache         keep clusterings in `<features>.clusters/`, and take them from there
 

@@ -617,10 +617,10 @@ def test_errors_of_zero_are_left_out_of_the_fit():
     [
         ({"sizes": [10, 601]}, "expected from 2 to 600"),
         ({"keeps": [1.5]}, "--keep 1.5"),
-        ({"keeps": []}, "--keeps is empty"),
+        ({"keeps": []}, "--keep is empty"),
         ({"sizes": [4], "keeps": [0.1]}, "is none"),
-        ({"orders": ["hardest"]}, "--orders hardest"),
-        ({"orders": []}, "--orders is empty"),
+        ({"orders": ["hardest"]}, "--order hardest"),
+        ({"orders": []}, "--order is empty"),
         ({"orders": ["hard"]}, "need a ranking"),
         ({"scores": np.zeros(5)}, "5 scores for 600"),
         ({"budget": "time"}, "--budget time"),

@@ -18,11 +18,13 @@ from protoprune import __version__
 from protoprune.cli import streams
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
-from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.evaluate import evaluate
 from protoprune.cli.imports import import_
+from protoprune.cli.options import spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
+from protoprune.cli.scaling import scaling
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.shards import merge
@@ -155,7 +157,7 @@ for command in (
     merge,
     advise,
 ):
-    app.command()(command)
+    app.command()(spread(command))
 app.command("import")(import_)
 app.add_typer(theory_app, name="theory")
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import duration, say
+from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
 

@@ -11,15 +11,19 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import duration
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]
 Rank = Annotated[int | None, typer.Option(min=0, help="Number of this process [default: SLURM_PROCID, RANK, else 0].")]
 Devices = Annotated[
-    str | None, typer.Option(help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores).")
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICES", help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores)."
+    ),
 ]
 WorldSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share the shards [default: SLURM_NTASKS, WORLD_SIZE, else 1].")

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.evaluate import Batch, Device, Epochs, ImageSize, Precision, Rate, Weights, Width
-from protoprune.cli.progress import duration, say
-from protoprune.cli.select import HigherIs
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions
+from protoprune.cli.progress import resumable, say
+from protoprune.cli.training import load_sets
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 if TYPE_CHECKING:
+    from protoprune.training.examples import Examples
     from protoprune.tuning.recipes import Pool
-    from protoprune.tuning.running import Tuned
+    from protoprune.tuning.running import Networks, Tuned
     from protoprune.tuning.unlabelled import Unlabelled
 
 
 def tune(
+    *,
     keep: Annotated[
         str, typer.Option(help="Fraction of the images to KEEP, or auto: the least that costs less than --tolerance.")
-    ] = ...,
+    ],
     features: Annotated[
-        Path, typer.Option(help="Feature file of the training images that `protoprune embed` wrote.")
+        Path, typer.Option(help="Feature file or feature set of the training images, by `protoprune embed`.")
     ] = Path("features.h5"),
     tolerance: Annotated[
         float, typer.Option(min=0, help="With --keep auto: points of accuracy that leaving images out may cost.")
@@ -51,24 +53,17 @@ def tune(
         int | None, typer.Option(min=2, max=1000, help="Random lists in the verdict [default: 10; with --model 5].")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Of the splits, clusterings and ties.")] = 0,
-    epochs: Epochs = None,
-    batch_size: Batch = None,
-    lr: Rate = None,
-    image_size: ImageSize = 32,
-    width: Width = None,
-    weights: Weights = None,
-    precision: Precision = None,
-    device: Device = "auto",
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder for list, table, figure and results; a second call resumes.")
     ] = Path("tune"),
+    training: TrainingOptions,
 ) -> None:
     """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
 
     Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
     images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that
     chose nothing, against random lists and random lists with even classes. Where it does not beat both, a random list
-    is written.
+    is written. With --keep auto: the smallest list that costs less than --tolerance.
     """
     import time
 
@@ -79,33 +74,28 @@ def tune(
     _check(model, images, higher_is, scores, features, out)
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
-    pool = _pool(source, scores or [], higher_is)
+    pool, examples = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
     if model is not None:
-        given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "width": width, "precision": precision}
-        networks = _networks(pool, model, images, test, image_size, weights, device, given)
+        networks = _networks(pool, model, images, test, training)
         tested = networks.test and _pool_of(networks.test)
     elif test is not None:
         with open_features(test) as file:
-            tested = _pool(file, [], None, like=pool)
+            tested = _tested(file, examples)
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
             networks=networks, folder=out, on_progress=say,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        say(f"interrupted: what was trained is kept in {out / 'runs.jsonl'}; to go on, run the same again:")
-        say(f"  {shlex.join(['protoprune', *sys.argv[1:]])}")
-        raise typer.Exit(130) from None
     command = _write_list(result, source, features, out / "kept.txt", seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
         "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
-        "recipe": networks and vars(networks.recipe), "device": device,
+        "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
     _print(result, command)
@@ -129,6 +119,7 @@ def _fraction(text: str) -> float | None:
 
 def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
     from protoprune.features import missing
+    from protoprune.images import is_feature_set
 
     if model == "head":
         raise UsageError("--model head: heads compare the recipes anyway; leave --model out")
@@ -138,35 +129,43 @@ def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
         raise UsageError("--images goes with --model, which trains on them")
     if higher_is is not None and not scores:
         raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-    if not features.exists() or features.is_dir():
-        raise missing(features, f"feature file; make one with `protoprune embed IMAGES -o {features}`")
+    if not features.exists() or (features.is_dir() and not is_feature_set(features)):
+        raise missing(features, f"feature file or feature set; make one with `protoprune embed IMAGES -o {features}`")
     if out.exists() and not out.is_dir():
         raise UsageError(f"-o {out}: a file; name a folder")
 
 
-def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
-    """The labelled images of an open feature file (all images, without classes, where it has none)."""
+def _pool(file, scores: list[Path], higher_is: str | None) -> tuple[Pool, Examples | None]:
+    """The labelled images of an open feature file or set; all images, without classes, where it has none."""
     import numpy as np
 
     from protoprune.scores import read_scores
     from protoprune.training.examples import load_examples
     from protoprune.tuning.recipes import Pool
 
-    if len(file.classes) < 2 and like is None:
+    if len(file.classes) < 2:
         rows, paths = np.flatnonzero(file.usable), file.paths
-        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
-    examples = load_examples(file, classes=like and like.classes)
-    if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
-        raise UsageError(f"{file.path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
+        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows]), None
+    examples = load_examples(file)
+    pool = _pool_of(examples)
     tables = {}
     for table in scores:
         read = read_scores(table, examples.paths, higher_is=higher_is)
         for note in read.notes():
             say(f"{table}: {note}")
         tables[os.fspath(table)] = read.scores
-    if like is None:
-        say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
-    return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
+    say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
+    return replace(pool, tables=tables), examples
+
+
+def _tested(file, train: Examples) -> Pool:
+    """The test set of an open feature file, which must be of the same encoder."""
+    from protoprune.training.examples import check_same_inputs, load_examples
+
+    examples = load_examples(file, classes=train.classes)
+    for difference in check_same_inputs(train, examples):
+        say(f"warning: {file.path} differs from the training features in {difference}: in the last digits")
+    return _pool_of(examples)
 
 
 def _pool_of(examples) -> Pool:
@@ -175,17 +174,15 @@ def _pool_of(examples) -> Pool:
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
 
 
-def _networks(pool: Pool, model: str, images: Path, test: Path | None, image_size: int, weights, device: str, given):
-    from protoprune.cli.record import load_sets
+def _networks(pool: Pool, model: str, images: Path, test: Path | None, training: TrainingOptions) -> Networks:
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset
-    from protoprune.training.loop import Recipe
     from protoprune.tuning.running import Networks
 
-    recipe = Recipe.for_model(model, image_size=image_size, weights=weights and os.fspath(weights), **given)
-    train, tested = load_sets(images, test, model, image_size, None)
+    recipe = training.recipe(model)
+    train, tested = load_sets(images, test, model, training, LabelOptions())
     rows = list_rows(pool.paths, train, "the feature file")
-    return Networks(subset(train, rows), tested, recipe, device)
+    return Networks(subset(train, rows), tested, recipe, training.device)
 
 
 def _write_list(result: Tuned, source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:

@@ -28,6 +28,7 @@ from protoprune.features import KEY, key_differences, missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
+from protoprune.units import bytes_text
 
 if TYPE_CHECKING:
     from protoprune.pruning import Source
@@ -291,8 +292,8 @@ def _check_memory(shape: tuple[int, ...]) -> None:
         return
     if need > _MEMORY_SHARE * free:
         raise ProtopruneError(
-            f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {need / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; give --pixels FILE on a fast disk, or a smaller --image-size"
+            f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {bytes_text(need)} and "
+            f"{bytes_text(free)} are free; give --pixels FILE on a fast disk, or a smaller --image-size"
         )
 
 

@@ -26,13 +26,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from lab import Claim, Lab, interval_text, subset
+from claims import Claim, interval_text
+from lab import Lab
 
 import protoprune
 from protoprune.evaluation import runs, statistics
 from protoprune.files import write_file
 from protoprune.training import converged
-from protoprune.training.examples import Examples
+from protoprune.training.examples import Examples, subset
 from protoprune.tuning import running
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool
 
