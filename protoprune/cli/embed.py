@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -114,7 +114,7 @@ def embed(
             embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
 
 
-def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict) -> None:
+def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict[str, Any]) -> None:
     """Embed a list of images into one file, with progress, and say what became of it."""
     from protoprune.embedding import embed as run
 
@@ -160,7 +160,7 @@ def label_argument(labels: Path | None, column: str | None, names: Path | None, 
     return False if none else label_file(labels, column, names, level)
 
 
-def _refuse_shard_options(given: dict) -> None:
+def _refuse_shard_options(given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None:
             raise UsageError(f"{option} goes with shards (tar, zip, Parquet or Arrow files) that become a feature set")
@@ -205,7 +205,7 @@ def _find(images: str, root: Path | None):
     return None, entries
 
 
-def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict):
+def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict[str, Any]):
     from protoprune.images import list_folder, list_paths
 
     if entries is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -159,7 +159,7 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     return list_weights(weights, rows, train, os.fspath(path))
 
 
-def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:
+def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict[str, Any]]:
     if bool(dynamic) != bool(keep) or (every and not dynamic):
         raise UsageError(
             "--dynamic NAME and --keep FRACTION go together, and --every with them (a list has its own size)"

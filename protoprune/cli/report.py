@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,7 +91,7 @@ def _command(
     return f"protoprune select {shlex.quote(str(features))} --keep ", f"{rest} > kept.txt"
 
 
-def _say_told(out: Path, told: dict) -> None:
+def _say_told(out: Path, told: dict[str, Any]) -> None:
     say(f"{out}: {bytes_text(told['bytes'])}, {told['thumbnails']:,} thumbnails; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")

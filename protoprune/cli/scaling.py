@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -169,13 +169,13 @@ def _print_scaling(result: Scaling) -> None:
         echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 
 
-def _parameter(row: dict, key: str) -> str:
+def _parameter(row: dict[str, Any], key: str) -> str:
     if row[key] is None:
         return ""
     interval = "" if row[f"{key}_low"] is None else f" ({row[f'{key}_low']:.3g} to {row[f'{key}_high']:.3g})"
     return f"{row[key]:.3g}{interval}"
 
 
-def _quality(row: dict) -> list[str]:
+def _quality(row: dict[str, Any]) -> list[str]:
     delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
     return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -154,7 +154,7 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 
-def _columns(chosen: Selected) -> dict:
+def _columns(chosen: Selected) -> dict[str, Any]:
     """The manifest: one row an image of the feature file, unusable ones included."""
     import numpy as np
 

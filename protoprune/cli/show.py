@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -114,7 +114,7 @@ def _describe_record(record: Record) -> None:
     echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
 
 
-def _recipe(facts: dict) -> str:
+def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
     import json
 

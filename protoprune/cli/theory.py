@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -322,7 +322,7 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 
 def _solve_rows(
     points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int, seed: int
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """A row a point, with the simulation's mean and standard error when asked for."""
     from protoprune.theory.solver import solve
 
@@ -337,7 +337,7 @@ def _solve_rows(
     return rows
 
 
-def _row(solution) -> dict:
+def _row(solution) -> dict[str, Any]:
     names = (
         "alpha_tot",
         "keep",
@@ -353,7 +353,7 @@ def _row(solution) -> dict:
 
 
 def _answer(
-    rows: list[dict], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
+    rows: list[dict[str, Any]], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
 ) -> None:
     """The rows as a table, or as CSV on stdout; besides, to files."""
     from protoprune.files import table_csv, write_file, write_stdout
@@ -368,7 +368,7 @@ def _answer(
     _print_rows(rows, title)
 
 
-def _print_rows(rows: list[dict], title: str) -> None:
+def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
     if len(rows) == 1:
         print_table(None, [[name, _cell(value)] for name, value in rows[0].items()], title=title)
         return
@@ -386,11 +386,11 @@ def _cell(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _label(row: dict, by: tuple[str, ...]) -> str:
+def _label(row: dict[str, Any], by: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {_cell(row[name])}" for name in by)
 
 
-def _draw(rows: list[dict], format: str, x: str, y: str, by: tuple[str, ...], title: str) -> bytes:
+def _draw(rows: list[dict[str, Any]], format: str, x: str, y: str, by: tuple[str, ...], title: str) -> bytes:
     """One line for each combination of the columns `by`; simulated values as points with error bars."""
     import matplotlib
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import types
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from protoprune.errors import ProtopruneError, UsageError
 _WRAPPERS = ("teacher", "student", "state_dict", "model", "model_state_dict", "target_encoder", "encoder")
 
 
-def read_state(path: str | os.PathLike) -> dict:
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The state dict of a .pth, .pt or .safetensors file, taken out of the training checkpoint around it.
 
     Raises UsageError when there is no such file, ProtopruneError when it is not of that kind, or holds objects whose

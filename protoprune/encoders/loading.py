@@ -42,7 +42,7 @@ class Encoder:
 def load_encoder(
     name: str,
     *,
-    weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     pool: str | None = None,
     decode: str = "exact",

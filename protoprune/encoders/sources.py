@@ -10,12 +10,13 @@ import hashlib
 import os
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 from protoprune.encoders.catalogue import EncoderInfo
 from protoprune.errors import ProtopruneError
 
 
-def hub_overlay(name: str, hub_id: str) -> dict | None:
+def hub_overlay(name: str, hub_id: str) -> dict[str, Any] | None:
     """How timm shall find its weights: None for its own download, a cached file when the hub is out of reach.
 
     The hub's client retries for most of a minute without a network; one quick look first keeps the answer short.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class Facts:
     """What goes into the page: `text` for the template, `data` and `blocks` for the script, `thumbs` by importance."""
 
     n: int
-    text: dict
-    data: dict
+    text: dict[str, Any]
+    data: dict[str, Any]
     blocks: dict[str, np.ndarray]  # of uint8, uint16, int32, uint32 or float32
     sample: np.ndarray  # (s,) rows that the page knows
     first: np.ndarray  # (n,) uint8, see `stops.Stops`
@@ -125,7 +126,7 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     return Facts(n, text, data, blocks, sample, found.first, thumbs)
 
 
-def _summary(chosen: Selected, found: Stops, n: int) -> dict:
+def _summary(chosen: Selected, found: Stops, n: int) -> dict[str, Any]:
     ranking = chosen.ranking
     file = ranking.source
     facts, failures, size, dim, counts = file.provenance, file.failures(), file.size, file.dim, file.failure_counts()
@@ -179,7 +180,7 @@ def _bytes_by_stop(chosen: Selected, found: Stops) -> np.ndarray:
     return (entering.cumsum() / 1e6).astype(np.float32)
 
 
-def _histogram(ranking, found: Stops) -> tuple[np.ndarray, dict]:
+def _histogram(ranking, found: Stops) -> tuple[np.ndarray, dict[str, Any]]:
     """(stops, bins) kept images a bin of the scores, and what the bins are; the last row may be less than all."""
     scores = ranking.scores[ranking.scored]
     low, high = float(scores.min()), float(scores.max())
@@ -191,7 +192,7 @@ def _histogram(ranking, found: Stops) -> tuple[np.ndarray, dict]:
     return stops.table(found.first, bins, BINS, len(found.fractions)), {"low": low, "high": high, "all": whole.tolist()}
 
 
-def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict | None:
+def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict[str, Any] | None:
     """Classes or clusters: names, sizes, spread, table of kept counts, both ends, nearest clusters."""
     ranking = chosen.ranking
     if by == "class":
@@ -257,7 +258,7 @@ def _border(found: Stops, seed: int, most: int = 6) -> dict[int, list[int]]:
     }
 
 
-def _duplicates(chosen: Selected, epsilon: float) -> dict:
+def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
     """Groups of near-duplicates, mixed classes first: those removed, or those that --dedup would remove."""
     ranking = chosen.ranking
     duplicate_of, text = ranking.duplicate_of, "removed by this list"
@@ -286,7 +287,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict:
     return {"groups": groups[:DUPLICATE_GROUPS], "text": counts}
 
 
-def _tables(chosen: Selected, options: Options) -> dict:
+def _tables(chosen: Selected, options: Options) -> dict[str, Any]:
     """Spearman matrix of the ranking and the score tables, and the images on which each differs most from it."""
     if not options.tables:
         return {"spearman": None, "pairs": []}

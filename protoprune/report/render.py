@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def page(
     *,
     on_step: Callable[[str], None] | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[bytes, dict]:
+) -> tuple[bytes, dict[str, Any]]:
     """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists.
 
     Raises UsageError for options out of range; reads images only for thumbnails, under `options.root` or the root of
@@ -114,7 +115,7 @@ def _block(array: np.ndarray) -> tuple[str, str]:
     return kind, base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def _render(facts: Facts, blocks: dict, sprites: list[bytes]) -> bytes:
+def _render(facts: Facts, blocks: dict[str, Any], sprites: list[bytes]) -> bytes:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -136,7 +137,7 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _json(data: dict) -> str:
+def _json(data: dict[str, Any]) -> str:
     """JSON that stands in a script element: no sequence in it can end the element or open a comment."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
