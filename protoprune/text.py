@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -19,6 +21,12 @@ PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "r
 def plain_name(name: str) -> str:
     """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
     return "".join(letter for letter in name.casefold() if letter not in " ._-:")
+
+
+def native(name: str) -> str:
+    """A name that was kept as text, as this process reads it from the file system: under a locale that is not UTF-8 the
+    same bytes are other text."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def unpacked(data: bytes, source: str) -> bytes:
@@ -42,6 +50,14 @@ def plain_bytes(data: bytes) -> bytes:
             return data
         return text.encode() if "\n" in text else data  # else it may be a name that is not UTF-8
     return data if b"\0" in data else data.removeprefix(codecs.BOM_UTF8)
+
+
+def parse_json(text: str | bytes):
+    """`json.loads` of text that may come from anywhere: whatever is wrong is a ValueError, too deep a nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def with_slashes(entries: Sequence[str], known: Callable[[str], bool]) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,8 @@ import time
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
+from helpers import encoded, many_scans
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -62,6 +65,23 @@ def test_failures_are_counted_and_listed_and_strict_makes_them_an_error(images, 
     assert call(images, "-o", tmp_path / "f.h5", "--strict").exit_code == 1
 
 
+def test_what_pillow_says_of_odd_files_is_in_their_reasons_and_nowhere_else(images, tmp_path):
+    """Of a TIFF of seven channels in its log, of damaged EXIF as a warning."""
+    odd = bytearray(encoded(Image.new("RGB", (4, 4)), "TIFF"))
+    samples = odd.index(struct.pack("<HHI", 277, 3, 1))
+    odd[samples + 8 : samples + 10] = struct.pack("<H", 7)
+    (images / "c0" / "odd.tif").write_bytes(odd)
+    exif = b"II*\0\x08\0\0\0\2\0\1\1"
+    (images / "c1" / "exif.png").write_bytes(encoded(Image.new("RGB", (4, 4)), "PNG", exif=exif))
+    result = call(images, "-o", tmp_path / "f.h5", "--errors", tmp_path / "e.csv")
+    assert result.exit_code == 0
+    for word in ("More samples", "Warning", "warn", "EXIF"):
+        assert word not in result.stderr
+    assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
+        "c0/odd.tif,corrupt,TIFF: Invalid value for samples per pixel"
+    ]
+
+
 def test_all_failed_is_an_error(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_text("no")
@@ -91,6 +111,12 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--root", "."], 2, "--root goes with a list"),
         (["images", "--batch-size", "0"], 2, "--batch-size 0"),
         (["images", "--workers", "many"], 2, "--workers many"),
+        (["images", "--batch-size", "99999999999"], 2, "--batch-size 99999999999: expected auto or a number from 1 to"),
+        (["images", "--workers", "1025"], 2, "--workers 1025: expected auto or a number from 1 to 1024"),
+        (["images", "--batch-size", "9" * 5000], 2, "expected auto or a number from 1 to 65536"),
+        (["images", "--image-size", "8193"], 2, "'--image-size': Input should be less than or equal to 8192"),
+        (["images", "--class-level", "9" * 30], 2, "expected 1, the first-level folders, to 2048"),
+        (["/proc/self/mem"], 1, "/proc/self/mem: cannot read (Input/output error)"),
         (["images", "--image-size", "96"], 2, "takes 64 only"),
         (["images", "--precision", "fp8"], 2, "expected one of auto"),
         (["images", "--precision", "bf16"], 2, "the encoder mini loses too much"),
@@ -123,6 +149,48 @@ def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monke
     assert not os.path.exists("features.h5")
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed, images, tmp_path):
+    """What is opened next gets their numbers: nothing that is said may land in the feature file."""
+    command = f"{sys.executable} -m protoprune embed images --encoder mini --device cpu"
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0
+    with FeatureFile(tmp_path / "features.h5") as file:
+        assert file.usable.all()
+        assert file.damage() == []
+
+
+def test_a_list_on_closed_standard_input_is_a_mistake(tmp_path):
+    command = f"{sys.executable} -m protoprune embed - <&-"
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: -: standard input is closed")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_second_run_under_another_locale_goes_on(images, run_program, tmp_path):
+    """Names are sorted as bytes: as text, U+E000 comes before the odd bytes that another locale reads in its place."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    other = (images / "c0" / "00.png").read_bytes()
+    for name in ("é.png", "\ue000.png", "\U0001f600.png", os.fsdecode(b"\xe9.png"), os.fsdecode(b"\xff.png")):
+        (images / "c1" / name).write_bytes(other)
+    root = tmp_path / "bäume"
+    images.rename(root)
+    command = ("embed", root, "--encoder", "mini", "--device", "cpu")
+    assert run_program(*command).returncode == 0
+    (root / "c0" / "ö.png").write_bytes(other)
+    (root / "c1" / "é.png").unlink()
+    result = run_program(*command, env=plain)
+    assert result.returncode == 0, result.stderr
+    assert b"16 of 17 images are embedded already, 1 to go" in result.stderr
+    assert b"up to date" in run_program(*command).stderr
+    with FeatureFile(tmp_path / "features.h5") as file:
+        assert file.paths == sorted(file.paths, key=os.fsencode)
+        assert len({row.tobytes() for row in file.features[:][file.labels == 1][6:]}) == 1
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
@@ -135,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
         if os.path.exists(partial):
             os.unlink(partial)
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not os.path.exists(partial) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(wait)
@@ -154,6 +222,27 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
     assert "images are embedded already" in again.stderr
     with FeatureFile(tmp_path / "features.h5") as file:
         assert file.usable.sum() == 400
+
+
+def test_ctrl_c_does_not_wait_for_an_image(tmp_path):
+    """Of 8000 x 8000 pixels in 99 scans: 12 s of CPU time, and all of it in C."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(many_scans(8000, 99))
+    command = [sys.executable, "-m", "protoprune", "embed", "images", "--encoder", "mini", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while not os.path.exists(partial_path(str(tmp_path / "features.h5"))) and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "interrupted: 0 of 3 images are embedded" in said
+    assert time.monotonic() - began < 8
 
 
 def test_the_default_name_keeps_the_first_sets_features(images, tmp_path, monkeypatch):

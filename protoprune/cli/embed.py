@@ -39,7 +39,7 @@ def embed(
     weights: Annotated[Path | None, typer.Option(help="Local .pth, .pt or .safetensors for the encoder.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that listed paths are relative to.")] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
+        int | None, typer.Option(min=8, max=8192, help="Input side in pixels [default: the encoder's].")
     ] = None,
     pool: Annotated[
         str | None, typer.Option(help="token (class token) or avg (mean of the patches) [default: the authors'].")
@@ -100,7 +100,6 @@ def embed(
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
-    _quiet_pillow()
     if source is None:
         _embed_images(found, model, out, errors, strict, settings)
     elif single:
@@ -143,10 +142,12 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
 
 
 def _number(option: str, text: str) -> int | None:
+    from protoprune.embedding import MOST
+
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{option} {text}: expected auto or a number of at least 1")
+    if not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= MOST[option]:
+        raise UsageError(f"{option} {text}: expected auto or a number from 1 to {MOST[option]}")
     return int(text)
 
 
@@ -184,6 +185,8 @@ def _find(images: str, root: Path | None):
     from protoprune.sources.finding import find_shards, list_shards, looks_like_shards
 
     if images == "-":
+        if sys.stdin is None:  # `<&-`
+            raise UsageError("-: standard input is closed; pipe a list of paths into it, or give a file")
         entries = split_list(sys.stdin.buffer.read(), "the list on stdin")
     else:
         source = find_shards(images)
@@ -242,13 +245,6 @@ def _say_found(found) -> None:
         say(f"warning: folder {folder}: {reason}; the images in it are missing")
     if len(found.unreadable_folders) > 5:
         say(f"warning: {len(found.unreadable_folders) - 5:,} more folders could not be read")
-
-
-def _quiet_pillow() -> None:
-    """Damaged files make Pillow warn by the hundred; each such file is counted and listed anyway."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _say_report(report, model, seconds: float) -> None:

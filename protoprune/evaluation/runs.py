@@ -26,7 +26,7 @@ import numpy as np
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
-from protoprune.text import with_slashes
+from protoprune.text import parse_json, with_slashes
 
 if TYPE_CHECKING:
     from protoprune.samplers import PruningSampler
@@ -525,7 +525,7 @@ def _read(folder: str | os.PathLike[str] | None, name: str, key: dict[str, Any],
     if folder is None:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(Path(folder, f"{name}.json").read_text())
+        kept = parse_json(Path(folder, f"{name}.json").read_text())
         if kept["key"] == key and kept["digest"] == _result_digest(key, kept["outcome"]):
             outcome = Outcome(**kept["outcome"], cached=True)
             return outcome if outcome.curve or not curves else None
