@@ -56,12 +56,12 @@ def report(
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
     options = Options(
-        root=root and str(root),
+        root=None if root is None else str(root),
         duplicates=duplicates,
         map=map,
         thumbnails=thumbnails,
         tables=[str(path) for path in compare or []],
-        evaluation=evaluation and str(evaluation),
+        evaluation=None if evaluation is None else str(evaluation),
         command=_command(features, scores, how, reading, clustering),
         seed=clustering.seed,
     )

@@ -16,6 +16,8 @@ from protoprune.errors import UsageError
 from protoprune.units import duration
 
 if TYPE_CHECKING:
+    from protoprune.pruning import Source
+    from protoprune.training.examples import Examples
     from protoprune.tuning.recipes import Pool
     from protoprune.tuning.running import Networks, Tuned
     from protoprune.tuning.unlabelled import Unlabelled
@@ -80,7 +82,7 @@ def tune(
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
-    if model is not None:
+    if model is not None and images is not None:
         networks = _networks(pool, model, images, test, training)
         tested = networks.test and _pool_of(networks.test)
     elif test is not None:
@@ -118,7 +120,9 @@ def _fraction(text: str) -> float | None:
     return value
 
 
-def _check(model, images, higher_is, scores, features: Path) -> None:
+def _check(
+    model: str | None, images: Path | None, higher_is: str | None, scores: list[Path] | None, features: Path
+) -> None:
     from protoprune.features import missing
 
     if model == "head":
@@ -133,7 +137,7 @@ def _check(model, images, higher_is, scores, features: Path) -> None:
         raise missing(features, f"feature file; make one with `protoprune embed IMAGES -o {features}`")
 
 
-def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
+def _pool(file: Source, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
     """The labelled images of an open feature file (all images, without classes, where it has none)."""
     import numpy as np
 
@@ -144,7 +148,7 @@ def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = N
     if len(file.classes) < 2 and like is None:
         rows, paths = np.flatnonzero(file.usable), file.paths
         return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
-    examples = load_examples(file, classes=like and like.classes)
+    examples = load_examples(file, classes=like.classes if like else None)
     if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
         raise UsageError(f"{file.path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
     tables = {}
@@ -158,7 +162,7 @@ def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = N
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
 
 
-def _pool_of(examples) -> Pool:
+def _pool_of(examples: Examples) -> Pool:
     from protoprune.tuning.recipes import Pool
 
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
@@ -175,7 +179,7 @@ def _networks(pool: Pool, model: str, images: Path, test: Path | None, training:
     return Networks(subset(train, rows), tested, recipe, training.device)
 
 
-def _write_list(result: Tuned, source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
+def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
     """Write the winner's list, by what its command does; returns the command."""
     import numpy as np
 

@@ -36,7 +36,8 @@ def _efficientnet(state: dict[str, Any], model: torch.nn.Module) -> dict[str, An
 
     There the blocks are numbered through; in timm by stage, which the model knows.
     """
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    stages = model.get_submodule("blocks").children()
+    places = [f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j, _ in enumerate(stage.children())]
     inner = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 
     def renamed(key: str) -> str:

@@ -120,7 +120,7 @@ def _prefix(state: dict[str, Any], wanted: dict[str, Any]) -> str:
     candidates = {key.removesuffix(anchor) for anchor in anchors for key in state if key.endswith(anchor)} | {""}
     usable = [prefix for prefix in candidates if prefix == "" or prefix.endswith(".")]
 
-    def merit(prefix: str) -> tuple:
+    def merit(prefix: str) -> tuple[int, bool, bool, bool, int, str]:
         matched = sum(prefix + key in state for key in wanted)
         return matched, "teacher" in prefix, "encoder_q" in prefix, "encoder_k" not in prefix, -len(prefix), prefix
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from protoprune.report.facts import Facts, Options, gather, shown
 from protoprune.report.stops import NEVER
 from protoprune.selection import check_duplicates
 from protoprune.sources.reader import ImageReader
+
+if TYPE_CHECKING:
+    from protoprune.report.thumbnails import Sprites
 
 SMALL = 10_000  # images up to which a page is held to the first limit
 LIMITS = (5_000_000, 15_000_000)  # bytes
@@ -89,7 +92,9 @@ def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
     return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
 
 
-def _pictures(chosen: Selected, facts: Facts, options: Options, room: int, on_image):
+def _pictures(
+    chosen: Selected, facts: Facts, options: Options, room: int, on_image: Callable[[int, int], None] | None
+) -> Sprites:
     """Sprites that fit into `room` bytes of the page, less what the page itself takes."""
     root = os.path.abspath(options.root or chosen.ranking.root)
     paths = chosen.ranking.paths

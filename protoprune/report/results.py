@@ -62,4 +62,4 @@ def _span(value: float, ends: dict[str, Any], sign: str) -> str:
     """'92.3 (92.0 to 92.6)' of fractions."""
     text = f"{100 * value:{sign}.1f}"
     low, high = ends.get("low"), ends.get("high")
-    return text if low is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+    return text if low is None or high is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
