@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,8 +95,8 @@ def score(
     with catalogue.open_source(chosen, source, is_record) as file:
         options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "by": by, "seed": seed}
         result = catalogue.score(name, file, **options)
-        paths, identity = file.paths, file.provenance.get("uuid")
-    _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})
+        made_of = {"from": os.fspath(source), "uuid": file.provenance.get("uuid"), **result.used}
+        _write(out, file.paths, result, name, made_of)
     _say_summary(name, source, result, time.monotonic() - started)
 
 
@@ -120,7 +121,7 @@ def _check_out(out: Path, source: Path) -> None:
     check_outputs(out, inputs=[source])
 
 
-def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
+def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
     from protoprune import scores
     from protoprune.files import write_stdout
 

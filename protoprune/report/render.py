@@ -88,7 +88,7 @@ def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | No
 def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
     """What saving a list takes: the stop and the name of every image that can be kept."""
     can = np.flatnonzero(facts.first != NEVER)
-    names = [chosen.ranking.paths[row] for row in can]
+    names = [chosen.ranking.paths[row] for row in can.tolist()]
     return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
 
 

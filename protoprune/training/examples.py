@@ -145,7 +145,7 @@ def subset(examples: Examples, rows: np.ndarray) -> Examples:
 
 
 def _load_features(file: Source, classes: Sequence[str] | None) -> Examples:
-    labels, usable, own, paths = file.labels, file.usable, file.classes, file.paths
+    labels, usable, own, paths = file.labels, file.usable, file.classes, list(file.paths)
     rows = np.flatnonzero(usable & (labels >= 0))
     _require_classes(file.path, own, len(rows), paths)
     vectors = torch.empty(len(rows), file.dim)
@@ -182,7 +182,7 @@ def _load_images(
     kept = np.array([row not in failed for row in range(len(labelled))], bool)
     if not kept.any():
         raise ProtopruneError(f"{root}: none of its {len(labelled):,} labelled images can be read")
-    paths = [images.paths[row] for row in labelled]
+    paths = [images.paths[row] for row in labelled.tolist()]
     return Examples(
         images.root, [path for path, good in zip(paths, kept, strict=True) if good], labels[kept],
         list(classes or images.classes), pixels, [(paths[row], reason) for row, reason in sorted(failed.items())],
