@@ -58,7 +58,11 @@ class _Thread(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self.crew.set_up()
+        try:
+            self.crew.set_up()
+        except BaseException as error:
+            self.crew.broken = error
+            return
         with contextlib.suppress(AttributeError, OSError):  # macOS has no clock for each thread
             self.clock = time.pthread_getcpuclockid(threading.get_ident())
         part = self.first or self.crew.queue.get()
@@ -114,6 +118,7 @@ class Crew:
         self.work, self.set_up, self.closed = work, set_up, False
         self.queue: SimpleQueue = SimpleQueue()
         self.busy: set[Part] = set()
+        self.broken: BaseException | None = None
         self.lost: list[_Thread] = []
         self.relieved: list[_Thread] = []
         self.threads = [_Thread(self) for _ in range(count)]
@@ -147,6 +152,8 @@ class Crew:
     def results(self, part: Part) -> list[tuple[Status, str]]:
         """Status and note or reason of each item of a part, when all are done or given up."""
         while not part.finished.wait(_TICK):  # and not for ever: an interrupt is answered in between
+            if self.broken is not None:
+                raise self.broken
             for one in list(self.busy):
                 self._judge(one)
         if part.error is not None:
