@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,13 @@ class LossError(ProtopruneError):
 
 
 def prepare(
-    images: ImageList, engine: Engine, out: str, overwrite: bool, moved: bool, report: EmbedReport, on_compare
+    images: ImageList,
+    engine: Engine,
+    out: str,
+    overwrite: bool,
+    moved: bool,
+    report: EmbedReport,
+    on_compare: Callable[[int], None] | None,
 ) -> bool:
     """Leave a partial file for this run's rows; False when the finished file needs nothing.
 
@@ -82,7 +89,13 @@ def prepare(
     return True
 
 
-def _known(images: ImageList, engine: Engine, files: dict, moved: bool, on_compare) -> Known:
+def _known(
+    images: ImageList,
+    engine: Engine,
+    files: dict[str, FeatureFile],
+    moved: bool,
+    on_compare: Callable[[int], None] | None,
+) -> Known:
     """What earlier files with the same key have of the images, see `current`."""
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -139,11 +152,11 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> No
     if not len(usable):
         return
     row_of = {path: row for row, path in enumerate(images.paths)}
-    paths = file.paths
-    rows = np.array([row_of.get(paths[row], -1) for row in usable])
+    paths = list(file.paths)
+    rows = np.array([row_of.get(paths[row], -1) for row in usable.tolist()])
     stays = (rows >= 0) & (images.mtime_ns[rows] >= 0)
     ways = "write to another file with -o, or replace it with --overwrite"
-    _check_denied(file, images, [paths[row] for row in usable[~stays]], ways)
+    _check_denied(file, images, [paths[row] for row in usable[~stays].tolist()], ways)
     moved_from = _moved_from(file, images)
     if moved_from:  # there the same name may well be another image
         stays &= np.isin(usable, known)
@@ -231,7 +244,7 @@ def _readable(path: str, overwrite: bool) -> bool:
     return True
 
 
-def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict) -> str:
+def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict[str, str]) -> str:
     ways = "write to another file with -o, or replace it with --overwrite"
     if len(differences) == 1 and file.provenance["precision"] != wanted["precision"]:
         ways = f"go on with --precision {file.provenance['precision']}, {ways}"
