@@ -33,7 +33,10 @@ def select(
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices) [default: by suffix, else txt].")
+        str | None,
+        typer.Option(
+            help="txt, csv, jsonl (paths), npy (row indices) or datacomp (uids) [default: by suffix, else txt]."
+        ),
     ] = None,
     null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
     absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
@@ -99,8 +102,8 @@ def _check_output(
     check_outputs(*outputs, inputs=inputs, links=links)
     for path in outputs[:2]:
         check_list([], np.empty(0, int), _format(format, path), null=null)
-    if format == "npy" and outputs[0] is None and sys.stdout.isatty():
-        raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
+    if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():
+        raise UsageError(f"--format {format} is binary; give -o FILE or redirect stdout")
 
 
 def _format(asked: str | None, path: Path | None) -> str:

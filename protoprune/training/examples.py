@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 
 from protoprune import files
-from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
+from protoprune.crew import Crew
+from protoprune.decode import Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import KEY, key_differences, missing, open_features
@@ -259,25 +259,24 @@ def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, arr
     failed: dict[int, str] = {}
     block = max(1, min(_BLOCK, len(rows) // (4 * cores())))  # small sets too keep all cores busy
 
-    def decode_block(start: int) -> int:
-        torch.set_num_threads(1)
-        for position in range(start, min(start + block, len(rows))):
-            row = rows[position]
-            path = os.path.join(images.root, images.paths[row])
-            try:
-                pixels = load(path, int(images.size[row]), int(images.mtime_ns[row]), preprocess)
-                array[position] = pixels.transpose(2, 0, 1)
-            except ImageError as error:
-                failed[position] = f"{Status(error.status).label}: {error.reason}"
-        return min(block, len(rows) - start)
+    def work(row: int) -> tuple[np.ndarray, str]:
+        path = os.path.join(images.root, images.paths[row])
+        return load(path, int(images.size[row]), int(images.mtime_ns[row]), preprocess), ""
 
-    done, threads = 0, torch.get_num_threads()
+    def take(first: int, place: int, pixels: np.ndarray | None) -> None:
+        if pixels is not None:
+            array[first + place] = pixels.transpose(2, 0, 1)
+
+    threads, starts = torch.get_num_threads(), range(0, len(rows), block)
     try:
-        with ThreadPoolExecutor(cores()) as pool:
-            for count in pool.map(decode_block, range(0, len(rows), block)):
-                done += count
+        with Crew(cores(), work, partial(torch.set_num_threads, 1)) as crew:
+            parts = [crew.start(rows[first : first + block].tolist(), partial(take, first)) for first in starts]
+            for first, part in zip(starts, parts, strict=True):
+                for position, (status, reason) in enumerate(crew.results(part), first):
+                    if status != Status.OK:
+                        failed[position] = f"{status.label}: {reason}"
                 if on_progress:
-                    on_progress(done, len(rows))
+                    on_progress(min(first + block, len(rows)), len(rows))
     finally:
         torch.set_num_threads(threads)  # what a thread sets is set for the training too
     return failed
@@ -300,7 +299,8 @@ def _check_memory(shape: tuple[int, ...]) -> None:
 def _cache_key(images: ImageList, rows: np.ndarray, preprocess: Preprocess) -> str:
     digest = hashlib.sha256(repr(preprocess.describe()).encode())
     digest.update("\0".join(images.paths).encode("utf-8", "surrogateescape"))
-    for array in (images.size, images.mtime_ns, rows):
+    digest.update(os.fsencode(images.root))  # another tree may have the same names, sizes and times
+    for array in (images.size, images.mtime_ns, *([] if images.ctime_ns is None else [images.ctime_ns]), rows):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
