@@ -74,9 +74,9 @@ def _order(per_class: float) -> Advice:
         return Advice(
             f"Do not expect an order to beat RANDOM by much at light pruning: about {per_class:,.0f} images a class is "
             "fewer than ImageNet has.",
-            f"measured on CIFAR-10 and Imagenette ({OURS}): at 80 % kept no metric was beyond chance of random lists; at "
-            "50 and 70 % herding by class gains .5 to 1.2 points with heads, and no recipe that was screened won on a "
-            "network from pixels",
+            f"measured on CIFAR-10 and Imagenette ({OURS}): at 80 % kept no metric was beyond chance of random lists; "
+            "at 50 and 70 % herding by class gains .5 to 1.2 points with heads, and no recipe that was screened won on "
+            "a network from pixels",
             "heads and small networks, features of the bundled encoder; with others hard may win, which `protoprune "
             "tune` would show",
         )
