@@ -17,6 +17,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
     return getattr(import_module(f"protoprune.{_HOME[name]}"), name)
