@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from protoprune import cluster, files, launch
 from protoprune import features as feature_file
-from protoprune import files, launch
 from protoprune.decode import TRANSIENT, Status
 from protoprune.embedding import Engine, LossError, embed_with
 from protoprune.encoders import Encoder
@@ -29,8 +31,10 @@ from protoprune.featureset import Part, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
+from protoprune.sources.remote import Copies
 
 _LOCK_SECONDS = 60
+Copy = Callable[[Shard], AbstractContextManager[str]]
 
 
 @dataclass
@@ -89,45 +93,75 @@ def embed_shards(
     devices: Sequence[str] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    ray: bool = False,
+    address: str | None = None,
+    on_start: Callable[[int, int], None] | None = None,
     on_shard: Callable[[ShardReport], None] | None = None,
 ) -> SetReport:
     """Embed the shards of `source` into the feature set `out`, a folder; only what is not there already.
 
     With `world_size` W, process `rank` takes every W-th shard; each may run on a machine of its own with `out` on a
-    file system that all of them see. `on_shard` is called after each shard.
+    file system that all of them see. `on_start` is called with the number of shards and of those left, `on_shard` after
+    each shard.
 
     With `devices` ('cuda:0', 'cuda:1', …; 'cpu' as often as processes are wanted) a worker process on each takes shard
     after shard instead; a worker that dies is started again.
+
+    With `ray`, actors of a Ray cluster do: the one whose head is at `address` (see `cluster.connected`), each on a GPU
+    or on `workers` CPUs (one). `out` and the shards must be on storage that all machines reach under the same name.
 
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
     another source or with other options, or would lose most of its shards (unless `overwrite`).
     """
     if not 0 <= rank < world_size:
         raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
+    if ray and (devices or world_size > 1):
+        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+    if address and not ray:
+        raise UsageError("--address goes with --engine ray")
     options = options or ShardOptions()
-    engine = Engine(encoder, devices[0] if devices else device, precision, batch_size, workers, store, compile)
     out = os.fspath(out).rstrip("/") or "/"
-    prepare(source, engine.provenance, options, out, overwrite)
-    report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
-    mine = source.shards[rank::world_size]
-    if devices:
-        settings = {"precision": engine.precision, "batch_size": batch_size, "store": store, "compile": compile}
-        start = functools.partial(_start_worker, encoder, settings | {"workers": workers}, source.root, options, out)
-        reports = _by_workers(mine, options, engine, out, start, devices)
-    else:
-        reports = (embed_shard(shard, source.root, options, engine, out) for shard in mine)
-    uuids = {}
-    for one in reports:
-        _count(report, one)
-        uuids[one.name] = one.uuid
-        if on_shard:
-            on_shard(one)
+    settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
+                "compile": compile}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if ray:
+            out = os.path.abspath(out)  # other machines, other working folders
+            alone = stack.enter_context(cluster.connected(address))
+            need = cluster.need(device, workers, alone)
+            settings["workers"] = need.cpus
+            if need.gpus and precision == "auto" and not encoder.fp32_only:
+                settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+            device = "cpu"  # of the driver, which embeds nothing
+        engine = Engine(encoder, devices[0] if devices else device, **settings)
+        settings["precision"] = engine.precision
+        prepare(source, engine.provenance, options, out, overwrite)
+        mine = source.shards[rank::world_size]
+        report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
+        start = functools.partial(_start, encoder, settings, source.root, options, out)
+        if ray:
+            report.device = f"{need.device} of Ray"
+            run = functools.partial(cluster.run, _work, start, need=need)
+        elif devices:
+            run = functools.partial(launch.run, _work, start, devices=devices)
+        else:
+            run = functools.partial(_run_here, _Worker(engine, source.root, options, out))
+        uuids = {}
+        for one in _reports(mine, options, engine, out, run, on_start):
+            _count(report, one)
+            uuids[one.name] = one.uuid
+            if on_shard:
+                on_shard(one)
     _finish(out, report, uuids)
     return report
 
 
-def _by_workers(shards: Sequence[Shard], options, engine: Engine, out: str, start, devices) -> Iterator[ShardReport]:
-    """What is done already is found out here: a run that has nothing to do starts no process."""
+def _reports(
+    shards: Sequence[Shard], options, engine: Engine, out: str, run: Callable, on_start=None
+) -> Iterator[ShardReport]:
+    """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
+
+    What is done already is found out here: a run that has nothing to do starts no process.
+    """
     left = []
     for shard in shards:
         before = _done(shard_file(out, shard.name), shard, options, engine.provenance)
@@ -135,22 +169,69 @@ def _by_workers(shards: Sequence[Shard], options, engine: Engine, out: str, star
             left.append(shard)
         else:
             yield ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    yield from launch.run(_work, start, left, devices)
+    if on_start:
+        on_start(len(shards), len(left))
+    for again in (True, False):
+        busy = []
+        for one in run(tasks=left) if left else ():
+            if isinstance(one, launch.Lost):
+                yield _lost(out, one)
+            elif one.state == "busy" and again:
+                busy.append(one.name)
+            else:
+                yield one
+        left = [shard for shard in left if shard.name in set(busy)]
 
 
-def _start_worker(encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, device: str):
-    """What a worker needs for every shard; the encoder is made ready once."""
-    return functools.partial(
-        embed_shard, root=root, options=options, engine=Engine(encoder, device, **settings), out=out
-    )
+def _lost(out: str, lost: launch.Lost) -> ShardReport:
+    error = ShardError(Status.UNREADABLE, lost.reason)
+    _note_failure(shard_file(out, lost.task.name), lost.task, error)
+    return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
 
 
-def _work(state, shard: Shard) -> ShardReport:
-    return state(shard)
+@dataclass
+class _Worker:
+    """What a process needs for every shard of a set; the encoder is made ready once."""
+
+    engine: Engine
+    root: str
+    options: ShardOptions
+    out: str
+    copies: Copies = field(default_factory=Copies)
+
+    def close(self) -> None:
+        self.copies.close()
 
 
-def embed_shard(shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str) -> ShardReport:
+def _start(encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, device: str) -> _Worker:
+    """A worker in its own process. Raises ProtopruneError on a machine where the set or the shards cannot be seen."""
+    for path, what in ((os.path.join(out, SET_FILE), "the feature set"), (root, "the shards")):
+        if "://" not in path and not os.path.exists(path):
+            raise ProtopruneError(
+                f"{path} is not there, so {what} cannot be reached; use storage that all machines share under one "
+                "name, or a URL"
+            )
+    return _Worker(Engine(encoder, device, **settings), root, options, out)
+
+
+def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
+    """Embed a shard while the next one is fetched."""
+    copy = functools.partial(worker.copies.of, ahead=ahead)
+    return embed_shard(shard, worker.root, worker.options, worker.engine, worker.out, copy)
+
+
+def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
+    with contextlib.closing(worker):
+        for shard, ahead in itertools.pairwise([*tasks, None]):
+            yield _work(worker, shard, ahead)
+
+
+def embed_shard(
+    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, copy: Copy | None = None
+) -> ShardReport:
     """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
+
+    `copy` gives the shard's path on this machine (see `remote.Copies.of`).
 
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
@@ -167,7 +248,7 @@ def embed_shard(shard: Shard, root: str, options: ShardOptions, engine: Engine, 
     try:
         if shard.size < 0:
             raise ShardError(Status.MISSING, "no such file")
-        with _local_copy(shard) as local, open_shard(shard, local, options, root) as images:
+        with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
             images.provenance = {
                 "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
                 "shard_options": json.dumps(asdict(options), sort_keys=True),
@@ -203,7 +284,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
     try:
         if shard.size < 0:
             raise ShardError(Status.MISSING, "no such file")
-        with _local_copy(shard) as local, open_shard(shard, local, options, root) as images:
+        with Copies().of(shard) as local, open_shard(shard, local, options, root) as images:
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
             yield images
@@ -397,18 +478,6 @@ def _replaces(path: str, shard: Shard, key: dict) -> bool:
         return True
     changed = (facts.get("shard_size"), facts.get("shard_version")) != (shard.size, shard.version)
     return changed or bool(feature_file.key_differences(facts, key))
-
-
-@contextlib.contextmanager
-def _local_copy(shard: Shard) -> Iterator[str]:
-    """The path of the shard on this machine."""
-    if "://" not in shard.url:
-        yield shard.url
-        return
-    from protoprune.sources.remote import fetched
-
-    with fetched(shard) as path:
-        yield path
 
 
 def _failure_file(path: str) -> str:

@@ -14,7 +14,17 @@ import typer
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, duration, say
 from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
-from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSize, embed_source, ranks
+from protoprune.cli.shards import (
+    Address,
+    Devices,
+    EngineName,
+    IdColumn,
+    ImageColumn,
+    Rank,
+    WorldSize,
+    embed_source,
+    launcher,
+)
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 
@@ -65,6 +75,8 @@ def embed(
     devices: Devices = None,
     rank: Rank = None,
     world_size: WorldSize = None,
+    engine: EngineName = "local",
+    address: Address = None,
     no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
@@ -82,7 +94,8 @@ def embed(
     if source is None or single:
         out = out or Path("features.h5")
         check_outputs(errors, hdf5=out, inputs=inputs)
-        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size})
+        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size, "--address": address,
+                               "--engine": None if engine == "local" else engine})  # fmt: skip
     if source is None:
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
         classes = label_argument(labels, label_column, class_names, class_level, no_labels)
@@ -90,11 +103,8 @@ def embed(
         _say_found(found)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
-        share = ranks(rank, world_size)
-        if devices is not None and not single:
-            from protoprune.launch import parse_devices
-
-            settings["devices"] = parse_devices(devices)
+        if not single:
+            settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
 
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
@@ -111,7 +121,7 @@ def embed(
             _embed_images(found, model, out, errors, strict, settings)
     else:
         try:
-            embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
+            embed_source(source, model, out or Path("features"), errors, strict, options, settings)
         except KeyboardInterrupt:
             say("interrupted: what is embedded is kept; to go on, run the same again:")
             _say_again()

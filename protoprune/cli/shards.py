@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
+from protoprune.cli.progress import Progress, bytes_text, duration, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
 
@@ -21,35 +21,28 @@ Rank = Annotated[int | None, typer.Option(min=0, help="Number of this process [d
 Devices = Annotated[
     str | None, typer.Option(help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores).")
 ]
+EngineName = Annotated[str, typer.Option("--engine", help="local, or ray: workers on the machines of a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option(help="Its head, HOST:PORT or auto [default: RAY_ADDRESS, else this machine alone].")
+]
 WorldSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share the shards [default: SLURM_NTASKS, WORLD_SIZE, else 1].")
 ]
 
 
-def embed_source(source, model, out: Path, errors: Path | None, strict: bool, options, share, settings) -> None:
+def embed_source(source, model, out: Path, errors: Path | None, strict: bool, options, settings) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
     from protoprune.sharding import embed_shards
     from protoprune.sources.finding import describe_source
 
     started = time.monotonic()
-    rank, world = share
+    rank, world = settings.get("rank", 0), settings.get("world_size", 1)
     mine = len(source.shards[rank::world])
     share = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
     say(f"{describe_source(source)}{share}")
     with Progress("embed", "shards") as progress:
-        progress.start(mine)
-        done = Counter()
-
-        def on_shard(one) -> None:
-            done.update(shards=1, images=one.embedded, failed=one.state == "failed")
-            if one.state == "failed":
-                say(f"warning: {one.name}: {one.status}: {one.reason}")
-            rate = done["images"] / max(time.monotonic() - started, 1e-9)
-            progress.update(done["shards"], done["failed"], f"{done['images']:,} images, {rate:,.0f} img/s")
-
-        report = embed_shards(
-            source, model, out, options=options, rank=rank, world_size=world, on_shard=on_shard, **settings
-        )
+        on_start, on_shard = _followers(progress, source)
+        report = embed_shards(source, model, out, options=options, on_start=on_start, on_shard=on_shard, **settings)
     _say_set(report, model, time.monotonic() - started)
     if errors is not None:
         _write_errors(errors, report)
@@ -57,6 +50,30 @@ def embed_source(source, model, out: Path, errors: Path | None, strict: bool, op
         raise ProtopruneError(f"none of the {report.shards:,} shards could be used; see {errors or '--errors FILE'}")
     if strict and (report.failed_shards or report.failed):
         raise ProtopruneError("--strict: not everything could be read")
+
+
+def _followers(progress: Progress, source) -> tuple:
+    """What shows how many shards are left, and what became of one."""
+    sizes = {shard.name: max(shard.size, 0) for shard in source.shards}
+    done: Counter = Counter()
+
+    def on_start(total: int, left: int) -> None:
+        if left < total:
+            say(f"{total - left:,} of {total:,} shards are done already, {left:,} to go")
+        progress.start(left)
+        done["start"] = time.monotonic()
+
+    def on_shard(one) -> None:
+        if not progress.started:  # it was done before
+            return
+        done.update(shards=1, images=one.embedded, failed=one.state == "failed", bytes=sizes[one.name])
+        if one.state == "failed":
+            say(f"warning: {one.name}: {one.status}: {one.reason}")
+        seconds = max(time.monotonic() - done["start"], 1e-9)
+        speed = f"{done['images'] / seconds:,.0f} img/s, {bytes_text(done['bytes'] / seconds)}/s"
+        progress.update(done["shards"], done["failed"], f"{done['images']:,} images, {speed}")
+
+    return on_start, on_shard
 
 
 def _say_set(report, model, seconds: float) -> None:
@@ -120,6 +137,24 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < world_size:
         raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
     return rank, world_size
+
+
+def launcher(engine: str, address: str | None, devices: str | None, device: str, rank, world_size) -> dict:
+    """The arguments of `embed_shards` that say which processes work, checked together."""
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: expected local or ray")
+    if engine == "local":
+        if address is not None:
+            raise UsageError("--address goes with --engine ray")
+        from protoprune.launch import parse_devices
+
+        share = ranks(rank, world_size)
+        return {"devices": parse_devices(devices) if devices else None, "rank": share[0], "world_size": share[1]}
+    if devices is not None or rank is not None or world_size is not None:
+        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+    if device not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device {device}: Ray chooses the device; expected auto, cuda or cpu with --engine ray")
+    return {"ray": True, "address": address}
 
 
 def merge(
