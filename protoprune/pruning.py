@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from protoprune.errors import ProtopruneError, UsageError, check_seed
 from protoprune.features import FeatureFile, open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
+
+if TYPE_CHECKING:
+    from protoprune.sources.reading import ShardOptions
 
 GROUPS = ("class", "cluster")
 BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
@@ -51,6 +55,7 @@ class Ranking:
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
+    shard_options: ShardOptions | None = None  # how shards were read, where the images lie in shards
 
     @property
     def scored(self) -> np.ndarray:
@@ -492,8 +497,13 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 
 def unranked(file: FeatureFile) -> Ranking:
     """The images of an open feature file, without scores."""
+    from protoprune.sources.reading import ShardOptions
+
     root = file.provenance["root"]
-    return Ranking(file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan))
+    return Ranking(
+        file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan),
+        shard_options=ShardOptions.of(file.provenance),
+    )  # fmt: skip
 
 
 def _cluster(file: FeatureFile, usable: np.ndarray, cache: bool, **settings) -> tuple[Clustering, bool]:

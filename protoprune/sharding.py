@@ -10,30 +10,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import os
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from protoprune import cluster, files, launch
+from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import features as feature_file
-from protoprune.decode import TRANSIENT, Status
+from protoprune.decode import Status
 from protoprune.embedding import Engine, LossError, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import FeatureFile
-from protoprune.featureset import Part, read_plan, shard_file, write_plan
-from protoprune.images import SET_FILE, is_feature_set
+from protoprune.featureset import shard_file
+from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
 from protoprune.sources.remote import Copies
 
-_LOCK_SECONDS = 60
 Copy = Callable[[Shard], AbstractContextManager[str]]
 
 
@@ -120,12 +118,12 @@ def embed_shards(
     if address and not ray:
         raise UsageError("--address goes with --engine ray")
     options = options or ShardOptions()
-    out = os.fspath(out).rstrip("/") or "/"
+    out = stores.given(out).rstrip("/") or "/"
     settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
                 "compile": compile}  # fmt: skip
     with contextlib.ExitStack() as stack:
         if ray:
-            out = os.path.abspath(out)  # other machines, other working folders
+            out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
             alone = stack.enter_context(cluster.connected(address))
             need = cluster.need(device, workers, alone)
             settings["workers"] = need.cpus
@@ -134,7 +132,7 @@ def embed_shards(
             device = "cpu"  # of the driver, which embeds nothing
         engine = Engine(encoder, devices[0] if devices else device, **settings)
         settings["precision"] = engine.precision
-        prepare(source, engine.provenance, options, out, overwrite)
+        setstate.prepare(source, engine.provenance, options, out, overwrite)
         mine = source.shards[rank::world_size]
         report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
         start = functools.partial(_start, encoder, settings, source.root, options, out)
@@ -151,7 +149,10 @@ def embed_shards(
             uuids[one.name] = one.uuid
             if on_shard:
                 on_shard(one)
-    _finish(out, report, uuids)
+    parts = setstate.finish(out, uuids)
+    report.finished = not any(part.pending for part in parts)
+    report.n = sum(part.rows for part in parts if part.done)
+    report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
     return report
 
 
@@ -162,9 +163,9 @@ def _reports(
 
     What is done already is found out here: a run that has nothing to do starts no process.
     """
-    left = []
+    left, notes = [], remoteset.notes(out) if stores.is_url(out) else None
     for shard in shards:
-        before = _done(shard_file(out, shard.name), shard, options, engine.provenance)
+        before = setstate.done(shard_file(out, shard.name), shard, options, engine.provenance, notes=notes)
         if before is None:
             left.append(shard)
         else:
@@ -185,7 +186,7 @@ def _reports(
 
 def _lost(out: str, lost: launch.Lost) -> ShardReport:
     error = ShardError(Status.UNREADABLE, lost.reason)
-    _note_failure(shard_file(out, lost.task.name), lost.task, error)
+    setstate.note_failure(shard_file(out, lost.task.name), lost.task, error)
     return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
 
 
@@ -236,43 +237,85 @@ def embed_shard(
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
     path = shard_file(out, shard.name)
-    before = _done(path, shard, options, engine.provenance)
+    before = setstate.done(path, shard, options, engine.provenance)
     if before is not None:
         return ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    if shard.size < 0 and (kept := _done(path, shard, options, engine.provenance, source_gone=True)):
+    if shard.size < 0 and (kept := setstate.done(path, shard, options, engine.provenance, source_gone=True)):
         return ShardReport(shard.name, "kept", kept.rows, kept.uuid, failures=kept.failures)
+    with _place(path) as place:
+        replaces = False
+        if place != path and (replaces := stores.size(path) is not None):
+            found = _without_note(path, place, shard, options, engine.provenance)
+            if found is not None:
+                return ShardReport(shard.name, "unchanged", found.rows, found.uuid, failures=found.failures)
+        try:
+            if shard.size < 0:
+                raise ShardError(Status.MISSING, "no such file")
+            with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
+                images.provenance = {
+                    "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
+                    "shard_options": options.as_text(),
+                    "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
+                }  # fmt: skip
+                result = embed_with(engine, images, place, overwrite=_replaces(place, shard, engine.provenance))
+                skipped, duplicates = images.skipped, images.duplicates
+        except files.BusyError:
+            return ShardReport(shard.name, "busy")
+        except LossError as error:
+            lost = ShardError(Status.UNREADABLE, f"none of its images could be used: {error}")
+            setstate.note_failure(path, shard, lost)
+            return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
+        except ProtopruneError as error:
+            raise type(error)(f"{shard.name}: {error}") from None
+        except ShardError as error:
+            setstate.note_failure(path, shard, error)
+            return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
+        uuid = _uuid(place)
+        if place != path:
+            try:
+                _deliver(place, path, replaces)
+            except FileExistsError:  # somebody else was faster
+                return ShardReport(shard.name, "busy")
+    if place == path:
+        with contextlib.suppress(OSError):
+            os.unlink(setstate.failure_file(path))
+    return ShardReport(
+        shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
+        failures=result.failures, skipped=skipped, duplicates=duplicates,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _place(path: str) -> Iterator[str]:
+    """Where a shard's features are written: in their place, or on this machine first where that is on a store."""
+    if stores.is_url(path):
+        with tempfile.TemporaryDirectory(prefix="protoprune-") as folder:
+            yield os.path.join(folder, "features.h5")
+        return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{os.path.dirname(path)}: cannot make the folder ({error.strerror})") from None
-    try:
-        if shard.size < 0:
-            raise ShardError(Status.MISSING, "no such file")
-        with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
-            images.provenance = {
-                "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
-                "shard_options": json.dumps(asdict(options), sort_keys=True),
-                "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
-            }  # fmt: skip
-            result = embed_with(engine, images, path, overwrite=_replaces(path, shard, engine.provenance))
-            skipped, duplicates = images.skipped, images.duplicates
-    except files.BusyError:
-        return ShardReport(shard.name, "busy")
-    except LossError as error:
-        lost = ShardError(Status.UNREADABLE, f"none of its images could be used: {error}")
-        _note_failure(path, shard, lost)
-        return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
-    except ProtopruneError as error:
-        raise type(error)(f"{shard.name}: {error}") from None
-    except ShardError as error:
-        _note_failure(path, shard, error)
-        return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
-    with contextlib.suppress(OSError):
-        os.unlink(_failure_file(path))
-    return ShardReport(
-        shard.name, "embedded", result.n, _uuid(path), result.embedded, result.transparent,
-        failures=result.failures, skipped=skipped, duplicates=duplicates,
-    )  # fmt: skip
+    yield path
+
+
+def _deliver(place: str, path: str, replaces: bool) -> None:
+    """Put a finished feature file on the store, and its note. Raises FileExistsError for a second writer."""
+    stores.put(place, path, new=not replaces)
+    remoteset.write_note(path, setstate.facts_of(place))
+
+
+def _without_note(path: str, place: str, shard: Shard, options: ShardOptions, key: dict) -> setstate.Finished | None:
+    """A file on the store whose writer was killed before the note, if it is what is wanted; the note is made up for."""
+    if remoteset.note(path) is not None:  # it is known not to be
+        return None
+    stores.get(path, place)
+    found = setstate.done(place, shard, options, key)
+    if found is None:
+        os.unlink(place)
+    else:
+        remoteset.write_note(path, setstate.facts_of(place))
+    return found
 
 
 @contextlib.contextmanager
@@ -287,179 +330,10 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
         with Copies().of(shard) as local, open_shard(shard, local, options, root) as images:
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
+            images.provenance = {"shard_options": options.as_text()}
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
-
-
-# --- the plan: set.json -----------------------------------------------------------------------------------------------
-
-
-def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool) -> None:
-    """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UsageError(f"-o {out}: a file; shards go to a folder of feature files, such as -o features")
-    try:
-        os.makedirs(out, exist_ok=True)
-        foreign = not is_feature_set(out) and [one for one in os.listdir(out) if not one.startswith(SET_FILE)]
-    except OSError as error:
-        raise ProtopruneError(f"-o {out}: cannot make the folder ({error.strerror})") from None
-    if foreign:
-        raise UsageError(f"-o {out}: a folder that holds other things ({foreign[0]}); name a new one for the features")
-    wanted = {"key": key, "root": source.root, "options": asdict(options)}
-    with _locked(out):
-        before: dict[str, Part] = {}
-        if is_feature_set(out):
-            plan, parts = _read(out, overwrite)
-            if plan is not None:
-                _check(out, plan, parts, wanted, source, overwrite)
-                before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
-        parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
-        if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
-            write_plan(out, wanted, parts)
-
-
-def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
-    try:
-        return read_plan(out)
-    except ProtopruneError:
-        if overwrite:  # a damaged one counts as none
-            return None, []
-        raise
-
-
-def _agrees(plan: dict, wanted: dict) -> bool:
-    return all(plan.get(name) == wanted[name] for name in ("key", "options"))
-
-
-def _carried(part: Part | None, shard: Shard) -> Part:
-    """The part of a shard that is done and unchanged, or gone; else a pending one."""
-    same = (
-        part is not None and part.done and (shard.size < 0 or (part.size, part.version) == (shard.size, shard.version))
-    )
-    return part if same else Part(shard.name, shard.size, shard.version)
-
-
-def _unchanged(part: Part, shard: Shard) -> bool:
-    return (part.size, part.version) == (shard.size, shard.version)
-
-
-def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool) -> None:
-    """Refuse features of another kind, and to lose most of the shards, without --overwrite."""
-    if overwrite:
-        return
-    ways = "write to another folder with -o, or replace it with --overwrite"
-    differences = feature_file.key_differences(plan["key"], wanted["key"])
-    differences += [
-        f"{name.replace('_', ' ')}: {plan['options'].get(name)}, not {value}"
-        for name, value in wanted["options"].items()
-        if plan["options"].get(name) != value and name in ("image_column", "id_column")
-    ]
-    if differences:
-        raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
-    done = [part for part in parts if part.done]
-    shards = {shard.name: shard for shard in source.shards}
-    moved = plan["root"] != source.root
-    stay = sum(
-        part.rows for part in done
-        if part.name in shards and (not moved or _unchanged(part, shards[part.name]))
-    )  # fmt: skip
-    rows = sum(part.rows for part in done)
-    if 2 * stay < rows:
-        what = f"is for shards below {plan['root']}, not {source.root}" if moved else "is for other shards"
-        raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
-
-
-def _finish(out: str, report: SetReport, uuids: dict[str, str]) -> None:
-    """Write what is there into set.json, and count it. `uuids` are those of the feature files that this run saw."""
-    with _locked(out):
-        plan, parts = read_plan(out)
-        now = [_state(out, part, plan, uuids.get(part.name, part.uuid)) for part in parts]
-        plan.pop("state", None)
-        if [part.as_json() for part in now] != [part.as_json() for part in parts]:
-            write_plan(out, plan, now)
-    report.finished = not any(part.pending for part in now)
-    report.n = sum(part.rows for part in now if part.done)
-    report.failed_shards = [(part.name, *part.failed) for part in now if part.failed]
-
-
-def _state(out: str, part: Part, plan: dict, uuid: str) -> Part:
-    """A part as its files have it; `uuid` is what its feature file is known to have."""
-    if part.done and part.uuid == uuid:
-        return part
-    path = shard_file(out, part.name)
-    shard = Shard(part.name, "", part.size, part.version)
-    options = ShardOptions(**plan["options"])
-    found = _done(path, shard, options, plan["key"], source_gone=part.size < 0, try_again=False)
-    if found is not None:
-        return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(_failure_file(path)) as file:
-        said = json.load(file)
-        if (said["size"], said["version"]) == (part.size, part.version):
-            return Part(part.name, part.size, part.version, failed=(said["status"], said["reason"]))
-    return part
-
-
-@contextlib.contextmanager
-def _locked(out: str) -> Iterator[None]:
-    """set.json for one process at a time; the others wait, since each holds it for moments only."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        held = files.lock(os.path.join(out, SET_FILE))
-        try:
-            held.__enter__()
-            break
-        except files.BusyError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
-
-
-# --- one shard --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Finished:
-    """What a finished feature file of a shard says of itself."""
-
-    rows: int
-    usable: int
-    uuid: str
-    size: int
-    version: int
-    failures: Counter
-
-
-def _done(
-    path: str, shard: Shard, options: ShardOptions, key: dict, *, source_gone: bool = False, try_again: bool = True
-) -> _Finished | None:
-    """The feature file of a shard if it is for this shard, unchanged (or gone), with this key and these options.
-
-    With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
-    whose features are damaged.
-    """
-    if not os.path.exists(path):
-        return None
-    try:
-        with FeatureFile(path) as file:
-            facts = file.provenance
-            status = file.status
-            same = facts.get("shard") == shard.name and not feature_file.key_differences(facts, key)
-            same &= facts.get("shard_options") == json.dumps(asdict(options), sort_keys=True)
-            same &= source_gone or (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version)
-            if not same or (try_again and not source_gone and np.isin(status, TRANSIENT).any()):
-                return None
-            if try_again and not source_gone and not file.intact().all():
-                return None
-            usable = int((status == Status.OK).sum())
-            size, version = int(facts["shard_size"]), int(facts["shard_version"])
-            return _Finished(file.n, usable, facts["uuid"], size, version, file.failure_counts())
-    except ProtopruneError:  # damaged: embed it again
-        return None
 
 
 def _uuid(path: str) -> str:
@@ -478,15 +352,6 @@ def _replaces(path: str, shard: Shard, key: dict) -> bool:
         return True
     changed = (facts.get("shard_size"), facts.get("shard_version")) != (shard.size, shard.version)
     return changed or bool(feature_file.key_differences(facts, key))
-
-
-def _failure_file(path: str) -> str:
-    return path.removesuffix(".h5") + ".failed.json"
-
-
-def _note_failure(path: str, shard: Shard, error: ShardError) -> None:
-    said = {"size": shard.size, "version": shard.version, "status": error.status.label, "reason": error.reason}
-    files.write_file(_failure_file(path), json.dumps(said).encode())
 
 
 def _count(report: SetReport, one: ShardReport) -> None:

@@ -83,14 +83,21 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
+    from protoprune.stores import given, is_url
+
     inputs = [images, weights, labels, class_names]
     check_outputs(errors, inputs=inputs)
+    away = out is not None and is_url(given(out))
     settings = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
     }  # fmt: skip
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
+    if away and (source is None or single):
+        raise UsageError(
+            f"-o {given(out)}: only feature sets of shards are written to a URL; write a file, and copy it"
+        )
     if source is None or single:
         out = out or Path("features.h5")
         check_outputs(errors, hdf5=out, inputs=inputs)
@@ -121,7 +128,7 @@ def embed(
             _embed_images(found, model, out, errors, strict, settings)
     else:
         try:
-            embed_source(source, model, out or Path("features"), errors, strict, options, settings)
+            embed_source(source, model, given(out or "features"), errors, strict, options, settings)
         except KeyboardInterrupt:
             say("interrupted: what is embedded is kept; to go on, run the same again:")
             _say_again()

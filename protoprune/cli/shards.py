@@ -30,7 +30,7 @@ WorldSize = Annotated[
 ]
 
 
-def embed_source(source, model, out: Path, errors: Path | None, strict: bool, options, settings) -> None:
+def embed_source(source, model, out: str, errors: Path | None, strict: bool, options, settings) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
     from protoprune.sharding import embed_shards
     from protoprune.sources.finding import describe_source
@@ -108,13 +108,15 @@ def _say_left_out(skipped: Counter, duplicates: int) -> None:
 
 def _write_errors(errors: Path, report) -> None:
     """Shards that failed, and images, as one list."""
+    from protoprune.features import local_path
     from protoprune.featureset import FeatureSet
     from protoprune.files import write_file
     from protoprune.lists import manifest
+    from protoprune.stores import is_url
 
     rows = list(report.failed_shards)
-    if report.finished and report.n:
-        with FeatureSet(report.out) as whole:
+    if report.finished and report.n and (report.failed or not is_url(report.out)):
+        with FeatureSet(local_path(report.out)) as whole:
             rows += [(path, status.label, reason) for path, status, reason in whole.failures()]
     columns = list(zip(*rows, strict=True)) or [(), (), ()]
     write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
@@ -172,9 +174,10 @@ def merge(
     say(f"{out}: {run(features, out, overwrite=overwrite):,} images")
 
 
-def show_set(folder: Path, errors: bool) -> bool:
+def show_set(folder: str, errors: bool) -> bool:
     """Print what the shards of a set are at; whether it can be opened as a whole."""
     from protoprune.featureset import read_plan
+    from protoprune.stores import public
 
     _, parts = read_plan(folder)
     failed = [part for part in parts if part.failed]
@@ -185,8 +188,8 @@ def show_set(folder: Path, errors: bool) -> bool:
             echo(f"{part.name}\t{part.failed[0]}\t{part.failed[1]}")
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
-    echo(f"{folder}: feature set of {len(parts):,} shards: {done:,} done ({rows:,} images), {len(failed):,} failed, "
-           f"{pending:,} not yet embedded")  # fmt: skip
+    states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"
+    echo(f"{public(folder)}: feature set of {len(parts):,} shards: {states}")
     for status, count in Counter(part.failed[0] for part in failed).most_common():
         first = next(part for part in failed if part.failed[0] == status)
         echo(f"failed      {count:,} {status} (first: {first.name}: {first.failed[1]})")
@@ -195,14 +198,17 @@ def show_set(folder: Path, errors: bool) -> bool:
     return bool(done) and not pending
 
 
-def _makers(folder: Path, parts) -> Counter:
+def _makers(folder: str, parts) -> Counter:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
+    from protoprune import remoteset, stores
     from protoprune.features import FeatureFile
     from protoprune.featureset import shard_file
 
+    if stores.is_url(folder):
+        return Counter(one["embedded_by"] for one in remoteset.notes(folder).values() if "embedded_by" in one)
     makers: Counter = Counter()
     for part in parts[:1000]:
-        path = shard_file(os.fspath(folder), part.name)
+        path = shard_file(folder, part.name)
         if os.path.exists(path):
             try:
                 with FeatureFile(path) as file:
