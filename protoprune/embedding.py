@@ -42,6 +42,8 @@ _BATCH = {"cuda": 256, "mps": 64}
 # machine is idle, several times faster when it is not (the threads of one operation wait for the slowest), and gives
 # the same bits for any batch size and any number of cores.
 _PIECE = 8
+MOST = {"--batch-size": 65_536, "--workers": 1024}
+_LARGEST_SIDE = 8192  # pixels of an encoder's input
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -112,8 +114,10 @@ class Engine:
         if store not in ("float16", "float32"):
             raise UsageError(f"--store {store}: expected float16 or float32")
         for option, number in (("--batch-size", batch_size), ("--workers", workers)):
-            if number is not None and number < 1:
-                raise UsageError(f"{option} {number}: expected auto or a number of at least 1")
+            if number is not None and not 1 <= number <= MOST[option]:
+                raise UsageError(f"{option} {number}: expected auto or a number from 1 to {MOST[option]}")
+        if encoder.preprocess.size > _LARGEST_SIDE:
+            raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, encoder)

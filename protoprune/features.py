@@ -165,7 +165,7 @@ class FeatureFile:
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        return os.path.getsize(self.path)
+        return self._reader.size
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
@@ -190,9 +190,7 @@ class FeatureFile:
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
-        lines = []
-        if self._reader.seal is not None:
-            lines = [f"its {name}" for name in seals.damaged_datasets(self.path, self._reader.seal)]
+        lines = [f"its {name}" for name in self._reader.damaged_datasets()]
         for read in (lambda: self.paths, lambda: self.labels, self.failures, lambda: self.unreadable_folders):
             try:
                 read()
@@ -236,16 +234,11 @@ class Features:
             if isinstance(rows, slice) and (rows.step or 1) == 1:
                 block = self._file._reader.file["features"][rows]
             else:
-                block = self._mapped()[numbers]
+                if self._map is None:
+                    self._map = self._file._reader.mapped("features")
+                block = self._map[numbers]
         self._check(numbers, block)
         return block[(slice(None), *columns)] if columns else block
-
-    def _mapped(self) -> np.ndarray:
-        """All of it as a memory map: HDF5 is slow at single rows."""
-        if self._map is None:
-            offset = self._file._reader.file["features"].id.get_offset()
-            self._map = np.memmap(self._file.path, self.dtype, "r", offset, self.shape)
-        return self._map
 
     def _check(self, rows: np.ndarray, block: np.ndarray) -> None:
         if not self._file.sealed:
@@ -495,7 +488,8 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
     file["reasons"][...] = np.array(table, f"S{_REASON_WIDTH}")
     number = np.array([slot.get(text, 0) for text in reasons], np.uint16)
     here = np.flatnonzero(rows >= 0)
-    there = rows[here]  # ascending, since both files are sorted by id
+    here = here[np.argsort(rows[here], kind="stable")]  # as they are, unless an earlier version sorted odd names
+    there = rows[here]
     for start in range(0, source.n, _COPY_ROWS):
         low, high = np.searchsorted(there, (start, start + _COPY_ROWS))
         if low == high:

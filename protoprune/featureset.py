@@ -26,6 +26,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial, local_path
 from protoprune.images import SET_FILE, ImageList
 from protoprune.sources.reading import FOLDERS
+from protoprune.text import native
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _OPEN_FILES = 64  # feature files that are open at once
@@ -61,7 +62,7 @@ class Part:
     @classmethod
     def from_json(cls, plain: dict) -> Part:
         failed = plain.get("failed")
-        return cls(**{**plain, "failed": tuple(failed) if failed else None})
+        return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
 
 def shard_file(folder: str, name: str) -> str:
@@ -81,6 +82,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
                 f"{path}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
+        plan["root"] = native(plan["root"])
     except FileNotFoundError:
         where = stores.public(os.fspath(folder))
         raise ProtopruneError(f"{where}: a folder without {SET_FILE}; give a feature file or a feature set") from None
@@ -261,8 +263,8 @@ class FeatureSet:
         if file.provenance["uuid"] != part.uuid or file.n != part.rows:
             file.close()
             raise ProtopruneError(
-                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} names; "
-                "run the same `protoprune embed` again"
+                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} named when the set was opened; if it "
+                "was embedded again meanwhile, run this again, else the same `protoprune embed`"
             )
         if self._open and file.dim != self.dim:
             file.close()

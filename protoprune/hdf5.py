@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import uuid
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -19,8 +22,10 @@ import numpy as np
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
+_TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,16 @@ class Kind:
 class Reader:
     """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
 
-    Attributes: path, file (h5py), attributes (plain values), dims (name of a dimension -> size). With a seal (see
-    `seals`) every byte is known to be what was written before it is used; in files of earlier versions, which have
-    none, shapes, types and sizes must at least agree. Whatever is wrong is one ProtopruneError.
+    Attributes: path, file (h5py), raw (the same file, plainly open), attributes (plain values), dims (name of a
+    dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it is used; in files
+    of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is wrong is one
+    ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
     """
 
     def __init__(self, path: str, kind: Kind, mode: str = "r"):
         self.path, self.kind = path, kind
-        self.seal = self._unbroken_seal()
-        with self.trouble("its HDF5 structure"):
-            self.file = open_file(path, mode, kind)
+        self.raw, self.seal, self.file = self._open(mode)
+        self._close_raw = weakref.finalize(self, self.raw.close)  # some callers leave closing to garbage collection
         try:
             with self.trouble("its attributes"):
                 self.attributes = {name: _attribute(self.file, name) for name in self.file.attrs}
@@ -76,8 +81,22 @@ class Reader:
             raise
 
     def close(self) -> None:
+        self._close_raw()
         with contextlib.suppress(OSError, RuntimeError):
             self.file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self.raw.fileno()).st_size
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A dataset as a memory map, unchecked: HDF5 is slow at single rows."""
+        data = self.file[name]
+        if not data.size:
+            return np.empty(data.shape, data.dtype)
+        memory = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(memory, data.dtype, data.size, data.id.get_offset()).reshape(data.shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -107,8 +126,12 @@ class Reader:
 
     def check_sealed(self) -> None:
         """ProtopruneError unless every dataset with a digest in the seal is what was written."""
-        for name in seals.damaged_datasets(self.path, self.seal) if self.seal else ():
+        for name in self.damaged_datasets():
             raise self.damaged(f"its {name} is not what was written")
+
+    def damaged_datasets(self, only: Collection[str] | None = None) -> list[str]:
+        """Names of the datasets, or of `only` some of them, that are not what the seal says; none without a seal."""
+        return seals.damaged_datasets(self.raw, self.seal, only) if self.seal else []
 
     def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
@@ -122,19 +145,37 @@ class Reader:
         except ProtopruneError:
             raise
         except _TROUBLES:
+            if self.raw.closed:
+                raise ProtopruneError(f"{self.path}: was closed, and is read no more; open it again") from None
             raise self.damaged(what) from None
 
-    def _unbroken_seal(self) -> seals.Seal | None:
-        try:
-            return seals.read(self.path)
-        except seals.Damaged as error:
-            raise self.damaged(str(error)) from None
-        except OSError:
-            return None  # `open_file` says why
+    def _open(self, mode: str) -> tuple[BinaryIO, seals.Seal | None, h5py.File]:
+        """(the file, its seal, the file in HDF5): one file, though another may take its name at this very moment."""
+        for _ in range(_TRIES):
+            try:
+                self.raw = raw = open(self.path, "rb")  # noqa: SIM115 - it stays open
+            except OSError:
+                open_file(self.path, mode, self.kind).close()  # says why
+                continue
+            try:
+                seal = seals.read(raw)
+                with self.trouble("its HDF5 structure"):
+                    file = open_file(self.path, mode, self.kind)
+                if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
+                    return raw, seal, file
+                file.close()
+            except seals.Damaged as error:
+                raw.close()
+                raise self.damaged(str(error)) from None
+            except BaseException:
+                raw.close()
+                raise
+            raw.close()
+        raise ProtopruneError(f"{self.path}: another file takes its place again and again; run it when that has ended")
 
     def _check_layout(self) -> dict[str, int]:
         """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
-        size, dims = os.path.getsize(self.path), {}
+        size, dims = self.size, {}
         self._names = set(self.file)
         for name in sorted({*self.kind.layout, *self._names}):
             column = self.kind.layout.get(name)
@@ -296,4 +337,6 @@ def plain(value):
     """An attribute as a plain Python value."""
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())
+    if isinstance(value, str):
+        return native(value)
     return value.item() if isinstance(value, np.generic) else value

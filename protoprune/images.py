@@ -1,8 +1,8 @@
 """Folders and file lists -> sorted image paths with size, mtime and class labels.
 
-The id of an image is its path relative to the root, POSIX, sorted by code point; row i is the same image in every
-array of the program. Names that are not valid UTF-8 are carried as Python carries them (surrogateescape), so any name
-that Linux allows survives. This module knows nothing about pixels: see `decode`.
+The id of an image is its path relative to the root, POSIX, sorted by its bytes, which in UTF-8 is by code point; row i
+is the same image in every array of the program. Names that are not valid UTF-8 are carried as Python carries them
+(surrogateescape), so any name that Linux allows survives. This module knows nothing about pixels: see `decode`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SET_FILE = "set.json"  # what makes a folder a feature set
 _STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
 
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
+_DEEPEST = 2048  # folders in a path of Linux's 4,096 bytes
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 # How files that are no lists begin. Images are among them: `embed photo` of a file without a suffix.
 _MAGIC = (
@@ -52,7 +53,7 @@ class ImageList:
     """The images of one run, in the order of every array that follows."""
 
     root: str
-    paths: list[str]  # relative to root, POSIX, sorted by code point, unique
+    paths: list[str]  # relative to root, POSIX, sorted by their bytes, unique
     size: np.ndarray  # (n,) int64, bytes; -1 where the file cannot be examined
     mtime_ns: np.ndarray  # (n,) int64; -1 where the file cannot be examined
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
@@ -117,7 +118,7 @@ def list_folder(
             on_progress(len(found))
     if not found:
         raise ProtopruneError(_nothing_found(root, skipped, unreadable))
-    found.sort()
+    found.sort(key=lambda entry: os.fsencode(entry[0]))
     return _build(root, found, labels, class_level, skipped=skipped, unreadable_folders=unreadable)
 
 
@@ -145,7 +146,7 @@ def list_paths(
         raise UsageError(f"--root {root}: no such folder")
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
-    unique = sorted(set(ids))
+    unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
     images = _build(root, found, labels, class_level, duplicates=len(ids) - len(unique))
     if not chosen and labels is True and class_level is None:
@@ -266,8 +267,8 @@ def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarra
     are at least two first-level folders; otherwise every label is -1 and there are no classes. With `level` N they are
     the folders of level N, 1 the first, whatever lies above them; images that lie less deep have label -1.
     """
-    if level is not None and level < 1:
-        raise UsageError(f"--class-level {level}: expected at least 1, the first-level folders")
+    if level is not None and not 1 <= level <= _DEEPEST:
+        raise UsageError(f"--class-level {level}: expected 1, the first-level folders, to {_DEEPEST}")
     place = (level or 1) - 1
     parts = [path.split("/", place + 1) for path in paths]
     folder = [part[place] if len(part) > place + 1 else None for part in parts]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from protoprune import prototypes
-from protoprune.selection.orders import hashes
+from protoprune.ids import hashes
 
 CLASS_SIZE = 2000  # images above which a class is split
 CLUSTER_SIZE = 400  # images a cluster on average, where there are no classes

@@ -5,7 +5,9 @@ result = protoprune.select("features.h5", keep=0.7)
 result.kept_paths
 
 A ranking says how hard each image is, `Clusters` how the features were clustered for it, a `Rule` what to keep of it.
-Everything that can be asked for is checked here, for both. Knows nothing of how any of it is written down.
+Everything that can be asked for is checked here, for both. A ranking holds its feature file open, so that all that is
+made of it is made of the same features, whatever takes the file's name meanwhile. Knows nothing of how any of it is
+written down.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -24,12 +26,17 @@ from protoprune import partition, prototypes, selection
 from protoprune.decode import Status
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, check_seed
-from protoprune.features import FeatureFile, open_features
+from protoprune.features import open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
+from protoprune.vectors import Rows
 
 if TYPE_CHECKING:
+    from protoprune.features import FeatureFile
+    from protoprune.featureset import FeatureSet
     from protoprune.sources.reading import ShardOptions
+
+    Source = FeatureFile | FeatureSet
 
 GROUPS = ("class", "cluster")
 BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
@@ -56,6 +63,28 @@ class Ranking:
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
     shard_options: ShardOptions | None = None  # how shards were read, where the images lie in shards
+    source: Source | None = None  # the feature file, open until `close`; None where there are vectors
+
+    def __enter__(self) -> Ranking:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the feature file; what is still to be read of it is refused then. It is closed in any case when the
+        last ranking of it is forgotten."""
+        if self.source is not None:
+            self.source.close()
+
+    @property
+    def features(self) -> Rows:
+        """The features, (n, d), wherever they are."""
+        if self.vectors is not None:
+            return self.vectors
+        if self.source is None:
+            raise UsageError(f"{self.file}: the ranking has neither its feature file nor vectors; make it with `rank`")
+        return self.source.features
 
     @property
     def scored(self) -> np.ndarray:
@@ -111,7 +140,7 @@ class Clusters:
     iterations    of k-means
     seed          of the first clustering; restarts take the seeds after it
     restarts      how many clusterings; images are ranked by the mean of their distances
-    train_points  how many points k-means sees; None: all, up to 4 GiB
+    train_points  how many points k-means sees; None: all, up to 4 GB of them
     backend       auto, faiss or torch
     cache         keep clusterings in `<features>.clusters/`, and take them from there
 
@@ -208,51 +237,65 @@ class Selected:
         return list(itertools.compress(self.ranking.paths, self.keep))
 
 
-def rank(features: str | os.PathLike = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
-    """Rank the images of a feature file by their distance to their k-means prototype.
+def rank(features: str | os.PathLike | Source = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
+    """Rank the images of a feature file or feature set by their distance to their k-means prototype.
 
-    `options` are the fields of `Clusters` (k, euclidean, iterations, seed, restarts, train_points, backend, cache), for
-    whoever does not make one.
+    `features` is its name, or what `open_features` made of it. `options` are the fields of `Clusters` (k, euclidean,
+    iterations, seed, restarts, train_points, backend, cache), for whoever does not make one.
     """
     clusters = _clusters(clusters, options)
-    with open_features(features) as file:
+    with _opened(features) as file:
         ranking = unranked(file)
-    add_clusters(ranking, clusters)
+        add_clusters(ranking, clusters)
     ranking.scores = prototypes.consensus(ranking.clusterings)
     return ranking
+
+
+@contextlib.contextmanager
+def _opened(features: str | os.PathLike | Source) -> Iterator[Source]:
+    """The feature file or set, which stays open but for errors (one that was given open stays so in any case)."""
+    if not isinstance(features, (str, os.PathLike)):
+        yield features
+        return
+    file = open_features(features)
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
     """Cluster the features of all readable images into `ranking.clusterings`, whatever the scores are (see `rank`)."""
     clusters = ranking.clusters = _clusters(clusters, options)
-    usable = ranking.readable
-    with open_features(ranking.file) as file:
-        if not usable.any():
-            raise ProtopruneError(f"{file.path}: none of its {file.n:,} images could be read; see `protoprune info`")
-        k, ranking.k_rule = clusters.k, "as given"
-        if k is None:
-            k = prototypes.auto_k(int(usable.sum()), len(file.classes))
-            ranking.k_rule = _k_rule(k, int(usable.sum()), len(file.classes))
-        for number in range(clusters.restarts):
-            one, found = _cluster(
-                file, usable, clusters.cache, k=k, spherical=not clusters.euclidean, seed=clusters.seed + number,
-                iterations=clusters.iterations, train_points=clusters.train_points, backend=clusters.backend,
-            )  # fmt: skip
-            ranking.clusterings.append(one)
-            ranking.cached += found
+    usable, classes = ranking.readable, len(ranking.classes)
+    if not usable.any():
+        none = f"{ranking.file}: none of its {len(usable):,} images could be read"
+        raise ProtopruneError(f"{none}; see `protoprune info`")
+    k, ranking.k_rule = clusters.k, "as given"
+    if k is None:
+        k = prototypes.auto_k(int(usable.sum()), classes)
+        ranking.k_rule = _k_rule(k, int(usable.sum()), classes)
+    for number in range(clusters.restarts):
+        one, found = _cluster(
+            ranking, usable, clusters.cache, k=k, spherical=not clusters.euclidean, seed=clusters.seed + number,
+            iterations=clusters.iterations, train_points=clusters.train_points, backend=clusters.backend,
+        )  # fmt: skip
+        ranking.clusterings.append(one)
+        ranking.cached += found
 
 
-def rank_by_table(features: str | os.PathLike, table: str | os.PathLike, **reading) -> Ranking:
-    """Rank the images of a feature file by a score table; no clustering. `reading` are the options of
+def rank_by_table(features: str | os.PathLike | Source, table: str | os.PathLike, **reading) -> Ranking:
+    """Rank the images of a feature file (see `rank`) by a score table; no clustering. `reading` are the options of
     `scores.read_scores`: higher_is, rows, by_place."""
-    with open_features(features) as file:
+    with _opened(features) as file:
         ranking = unranked(file)
-    ranking.table = read_scores(table, ranking.paths, **reading)
-    # A table may well score an image that cannot be read any more.
-    ranking.scores = np.where(ranking.readable, ranking.table.scores, np.nan)
-    ranking.table.missing = int(np.isnan(ranking.scores[ranking.readable]).sum())
-    if not ranking.scored.any():
-        raise ProtopruneError(f"{table}: gives none of the images a score; nothing can be ranked")
+        ranking.table = read_scores(table, ranking.paths, **reading)
+        # A table may well score an image that cannot be read any more.
+        ranking.scores = np.where(ranking.readable, ranking.table.scores, np.nan)
+        ranking.table.missing = int(np.isnan(ranking.scores[ranking.readable]).sum())
+        if not ranking.scored.any():
+            raise ProtopruneError(f"{table}: gives none of the images a score; nothing can be ranked")
     return ranking
 
 
@@ -265,11 +308,10 @@ def deduplicate(ranking: Ranking, epsilon: float, *, prefer: str = "harder", see
     """
     selection.check_duplicates(epsilon, prefer)
     one = _first_clustering(ranking, "--dedup")
-    with _vectors(ranking) as vectors:
-        ranking.duplicate_of = selection.duplicates(
-            vectors, one.cluster, one.distance, epsilon,
-            ids=ranking.paths, prefer=prefer, seed=seed, usable=ranking.usable,
-        )  # fmt: skip
+    ranking.duplicate_of = selection.duplicates(
+        ranking.features, one.cluster, one.distance, epsilon,
+        ids=ranking.paths, prefer=prefer, seed=seed, usable=ranking.usable,
+    )  # fmt: skip
 
 
 def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
@@ -279,8 +321,7 @@ def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likene
     """
     one = _first_clustering(ranking, "--dedup")
     thresholds = sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
-    with _vectors(ranking) as vectors:
-        return selection.likeness(vectors, one.cluster, usable=ranking.scored, thresholds=thresholds)
+    return selection.likeness(ranking.features, one.cluster, usable=ranking.scored, thresholds=thresholds)
 
 
 def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
@@ -319,7 +360,7 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
 
 
 def select(
-    features: str | os.PathLike = "features.h5",
+    features: str | os.PathLike | Source = "features.h5",
     keep: float | Rule = 0.7,
     clusters: Clusters | None = None,
     *,
@@ -432,19 +473,9 @@ def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None 
         groups, size = groups_of(ranking, by), partition.CLASS_SIZE
     else:
         groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
-    with _vectors(ranking) as vectors:
-        groups = partition.split(vectors, groups, size, iterations=how.iterations, backend=how.backend, **settings)
-        return selection.cover(vectors, groups, method=order, workers=cores(), **settings)
-
-
-@contextlib.contextmanager
-def _vectors(ranking: Ranking):
-    """The features of a ranking, (n, d), wherever they are."""
-    if ranking.vectors is not None:
-        yield ranking.vectors
-        return
-    with open_features(ranking.file) as file:
-        yield file.features
+    features = ranking.features
+    groups = partition.split(features, groups, size, iterations=how.iterations, backend=how.backend, **settings)
+    return selection.cover(features, groups, method=order, workers=cores(), **settings)
 
 
 @dataclass
@@ -464,7 +495,7 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     would hide how far the rankings differ.
     """
     ranking, clusters = reference.ranking, reference.ranking.clusters
-    if ranking.table is not None or clusters is None:
+    if ranking.table is not None or clusters is None or ranking.source is None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     if reference.rule.order in selection.COVERS:
         raise UsageError(f"--stability compares rankings by prototypes; --order {reference.rule.order} is none")
@@ -478,7 +509,7 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     plain = prune(ranking, rule)
     rows = []
     for k, other_seed in others:
-        other = rank(ranking.file, replace(clusters, k=k, seed=other_seed, restarts=1))
+        other = rank(ranking.source, replace(clusters, k=k, seed=other_seed, restarts=1))
         other.duplicate_of = ranking.duplicate_of
         kept = prune(other, rule)
         rows.append(StabilityRow(k, other_seed, spearman(ranking.scores, other.scores), overlap(plain.keep, kept.keep)))
@@ -495,24 +526,23 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     return mean_overlap(masks)
 
 
-def unranked(file: FeatureFile) -> Ranking:
-    """The images of an open feature file, without scores."""
+def unranked(file: Source) -> Ranking:
+    """The images of an open feature file or set, without scores."""
     from protoprune.sources.reading import ShardOptions
 
-    root = file.provenance["root"]
     return Ranking(
-        file.path, root, file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan),
-        shard_options=ShardOptions.of(file.provenance),
+        file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan),
+        source=file, shard_options=ShardOptions.of(file.provenance),
     )  # fmt: skip
 
 
-def _cluster(file: FeatureFile, usable: np.ndarray, cache: bool, **settings) -> tuple[Clustering, bool]:
+def _cluster(ranking: Ranking, usable: np.ndarray, cache: bool, **settings) -> tuple[Clustering, bool]:
     def compute(**settings) -> Clustering:
-        return prototypes.cluster(file.features, settings.pop("k"), usable=usable, **settings)
+        return prototypes.cluster(ranking.features, settings.pop("k"), usable=usable, **settings)
 
-    if not cache:
+    if not cache or ranking.source is None:
         return compute(**settings), False
-    return prototypes.cached(file.path + ".clusters", file.provenance["uuid"], compute, **settings)
+    return prototypes.cached(ranking.file + ".clusters", ranking.source.provenance["uuid"], compute, **settings)
 
 
 def _k_rule(k: int, usable: int, classes: int) -> str:

@@ -139,8 +139,8 @@ class Record:
     def probabilities(self, model: int, rows: slice = slice(None)) -> np.ndarray:
         """(rows, classes) float32: the softmax of one model at its last recorded epoch."""
         self._own("probability")
-        if not self._probability_checked and self._reader.seal is not None:
-            if seals.damaged_datasets(self._reader.path, self._reader.seal, ["probability"]):
+        if not self._probability_checked:
+            if self._reader.damaged_datasets(["probability"]):
                 raise self._reader.damaged("its probability is not what was written")
             self._probability_checked = True
         with self._reader.trouble("its probability"):
@@ -217,9 +217,7 @@ class Record:
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
-        lines = []
-        if self._reader.seal is not None:
-            lines = [f"its {name}" for name in seals.damaged_datasets(self._reader.path, self._reader.seal)]
+        lines = [f"its {name}" for name in self._reader.damaged_datasets()]
         for what in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
             try:
                 getattr(self, what)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -50,24 +51,23 @@ def digest(data) -> str:
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
 
 
-def read(path: str) -> Seal | None:
-    """The seal of a file whose structure is as it was written; None for a file without one.
+def read(file: BinaryIO) -> Seal | None:
+    """The seal of an open file whose structure is as it was written; None for a file without one.
 
     Raises Damaged where the seal, the length or the structure is not what it was.
     """
-    with open(path, "rb") as file:
-        head = file.read(BLOCK)
-        sealed = head.startswith(_MARK)
-        if not sealed and file.read(len(SIGNATURE)) != SIGNATURE:
-            return None  # an older file, or none of ours
-        seal = _parse(head) if sealed else None
-        if seal is None:
-            raise Damaged("its first line, the seal, is not what was written")
-        size = file.seek(0, 2)
-        if size < seal.size:
-            raise Damaged(f"it is cut short: {size:,} of {seal.size:,} bytes are there")
-        if _structure(file, seal) != seal.structure:
-            raise Damaged("its HDF5 structure is not what was written")
+    head = file.read(BLOCK)
+    sealed = head.startswith(_MARK)
+    if not sealed and file.read(len(SIGNATURE)) != SIGNATURE:
+        return None  # an older file, or none of ours
+    seal = _parse(head) if sealed else None
+    if seal is None:
+        raise Damaged("its first line, the seal, is not what was written")
+    size = file.seek(0, 2)
+    if size < seal.size:
+        raise Damaged(f"it is cut short: {size:,} of {seal.size:,} bytes are there")
+    if _structure(file, seal) != seal.structure:
+        raise Damaged("its HDF5 structure is not what was written")
     return seal
 
 
@@ -103,12 +103,11 @@ def complete(path: str, but: Iterable[str] = ()) -> None:
             _fill(file, seal, [name for name in seal.datasets if seal.digest(name) is None and name not in set(but)])
 
 
-def damaged_datasets(path: str, seal: Seal, only: Iterable[str] | None = None) -> list[str]:
-    """Names of the datasets, or of `only` some of them, whose bytes are not what was sealed."""
+def damaged_datasets(file: BinaryIO, seal: Seal, only: Iterable[str] | None = None) -> list[str]:
+    """Names of the datasets of an open file, or of `only` some of them, whose bytes are not what was sealed."""
     looked_at = {name: seal.datasets[name] for name in (seal.datasets if only is None else only)}
-    with open(path, "rb") as file:
-        return [name for name, (offset, size, was) in looked_at.items()
-                if was is not None and _digest(file, [(offset, size)]) != was]  # fmt: skip
+    return [name for name, (offset, size, was) in looked_at.items()
+            if was is not None and _digest(file, [(offset, size)]) != was]  # fmt: skip
 
 
 def _fill(file, seal: Seal, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,12 @@ PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "r
 def plain_name(name: str) -> str:
     """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
     return "".join(letter for letter in name.casefold() if letter not in " ._-:")
+
+
+def native(name: str) -> str:
+    """A name that was kept as text, as this process reads it from the file system: under a locale that is not UTF-8 the
+    same bytes are other text."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def unpacked(data: bytes, source: str) -> bytes:

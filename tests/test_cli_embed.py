@@ -11,11 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
 from typer.testing import CliRunner
 
 from protoprune.cli import app
-from protoprune.cli.progress import Progress, duration
+from protoprune.cli.progress import Progress
 from protoprune.encoders import CATALOGUE
 from protoprune.features import FeatureFile, partial_path
 
@@ -91,6 +92,12 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--root", "."], 2, "--root goes with a list"),
         (["images", "--batch-size", "0"], 2, "--batch-size 0"),
         (["images", "--workers", "many"], 2, "--workers many"),
+        (["images", "--batch-size", "99999999999"], 2, "--batch-size 99999999999: expected auto or a number from 1 to"),
+        (["images", "--workers", "1025"], 2, "--workers 1025: expected auto or a number from 1 to 1024"),
+        (["images", "--batch-size", "9" * 5000], 2, "expected auto or a number from 1 to 65536"),
+        (["images", "--image-size", "8193"], 2, "'--image-size': Input should be less than or equal to 8192"),
+        (["images", "--class-level", "9" * 30], 2, "expected 1, the first-level folders, to 2048"),
+        (["/proc/self/mem"], 1, "/proc/self/mem: cannot read (Input/output error)"),
         (["images", "--image-size", "96"], 2, "takes 64 only"),
         (["images", "--precision", "fp8"], 2, "expected one of auto"),
         (["images", "--precision", "bf16"], 2, "the encoder mini loses too much"),
@@ -121,6 +128,48 @@ def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monke
     assert message in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert not os.path.exists("features.h5")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed, images, tmp_path):
+    """What is opened next gets their numbers: nothing that is said may land in the feature file."""
+    command = f"{sys.executable} -m protoprune embed images --encoder mini --device cpu"
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0
+    with FeatureFile(tmp_path / "features.h5") as file:
+        assert file.usable.all()
+        assert file.damage() == []
+
+
+def test_a_list_on_closed_standard_input_is_a_mistake(tmp_path):
+    command = f"{sys.executable} -m protoprune embed - <&-"
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: -: standard input is closed")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_second_run_under_another_locale_goes_on(images, run_program, tmp_path):
+    """Names are sorted as bytes: as text, U+E000 comes before the odd bytes that another locale reads in its place."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    other = (images / "c0" / "00.png").read_bytes()
+    for name in ("é.png", "\ue000.png", "\U0001f600.png", os.fsdecode(b"\xe9.png"), os.fsdecode(b"\xff.png")):
+        (images / "c1" / name).write_bytes(other)
+    root = tmp_path / "bäume"
+    images.rename(root)
+    command = ("embed", root, "--encoder", "mini", "--device", "cpu")
+    assert run_program(*command).returncode == 0
+    (root / "c0" / "ö.png").write_bytes(other)
+    (root / "c1" / "é.png").unlink()
+    result = run_program(*command, env=plain)
+    assert result.returncode == 0, result.stderr
+    assert b"16 of 17 images are embedded already, 1 to go" in result.stderr
+    assert b"up to date" in run_program(*command).stderr
+    with FeatureFile(tmp_path / "features.h5") as file:
+        assert file.paths == sorted(file.paths, key=os.fsencode)
+        assert len({row.tobytes() for row in file.features[:][file.labels == 1][6:]}) == 1
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
@@ -231,8 +280,3 @@ def test_plain_progress_lines_have_rate_and_time_left(capsys, monkeypatch):
     assert lines[0] == "embed 200/1,000 (20 %), 20 img/s, 40.0 s left, 0 failed"
     assert lines[-1] == "embed 1,000/1,000 (100 %), 20 img/s, 0.0 s left, 2 failed"
     assert len(lines) == 5
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(8.44, "8.4 s"), (192, "3m12s"), (7500, "2h05m")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -159,7 +159,7 @@ def test_a_network_on_images(here, run, image_tree):
 
 
 def test_scaling_sweeps_fits_and_draws(here, run):
-    sizes = ["--sizes", "30,60,90,120,180,239", "--keeps", "1,0.5", "--orders", "hard,random", "--k", "3"]
+    sizes = ["--size", "30,60,90,120,180,239", "--keep", "1,0.5", "--order", "hard,random", "--k", "3"]
     result = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
     assert result.stdout.splitlines()[0].split() == [
         "error",
@@ -186,7 +186,7 @@ def test_scaling_sweeps_fits_and_draws(here, run):
 
 def test_scaling_by_a_score_table(here, run):
     Path("s.csv").write_text("path,score\n" + "".join(f"{path},{int(wrong(path))}\n" for path in PATHS))
-    sizes = ["--sizes", "60,239", "--keeps", "0.3", "--orders", "hard,easy", "--scores", "s.csv", "--seeds", "2"]
+    sizes = ["--size", "60,239", "--keep", "0.3", "--order", "hard,easy", "--scores", "s.csv", "--seeds", "2"]
     run("scaling", *QUICK, *sizes, "-o", "out")
     rows = table("out/points.csv")
     error = {(row["order"], row["size"]): float(row["error"]) for row in rows}
@@ -264,9 +264,9 @@ def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
 
 def test_scaling_says_what_it_lacks(here, run, image_tree):
     train = image_tree({"ape": 6, "bee": 6})
-    error = run("scaling", "--images", train, "--test", train, "--sizes", "6,12", "--image-size", "16", code=2).stderr
+    error = run("scaling", "--images", train, "--test", train, "--size", "6,12", "--image-size", "16", code=2).stderr
     assert "give --features or --scores" in error
-    assert "expected whole numbers" in run("scaling", *QUICK, "--sizes", "1e3", code=2).stderr
+    assert "expected whole numbers" in run("scaling", *QUICK, "--size", "1e3", code=2).stderr
 
 
 def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
@@ -283,16 +283,16 @@ def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
         ["evaluate", *sets, "--dynamic", "best", "--keep", "0.5"],
         ["evaluate", "good.txt", *sets, "--device", "abacus"],
         ["evaluate", "good.txt", "--images", ".", "--test", ".", "--model", "cnn", "--weights", "none.pt"],
-        ["scaling", *sets, "--sizes", "50", "--device", "abacus"],
-        ["scaling", "--images", ".", "--test", ".", "--sizes", "50", "--weights", "none.pt", "--orders", "random"],
-        ["scaling", "--images", ".", "--test", ".", "--sizes", "50", "--features", "none.h5"],
-        ["scaling", *sets, "--sizes", "50", "--scores", "none.csv"],
-        ["scaling", *sets, "--sizes", "50", "--k", "0"],
-        ["scaling", *sets, "--sizes", "50", "--balance", "7"],
-        ["scaling", *sets, "--sizes", "50", "--higher-is", "harder"],
-        ["scaling", *sets, "--sizes", "50", "--orders", "worst"],
-        ["scaling", *sets, "--sizes", "50", "--keeps", "50"],
-        ["scaling", *sets, "--sizes", "50", "-o", "file"],
+        ["scaling", *sets, "--size", "50", "--device", "abacus"],
+        ["scaling", "--images", ".", "--test", ".", "--size", "50", "--weights", "none.pt", "--order", "random"],
+        ["scaling", "--images", ".", "--test", ".", "--size", "50", "--features", "none.h5"],
+        ["scaling", *sets, "--size", "50", "--scores", "none.csv"],
+        ["scaling", *sets, "--size", "50", "--k", "0"],
+        ["scaling", *sets, "--size", "50", "--balance", "7"],
+        ["scaling", *sets, "--size", "50", "--higher-is", "harder"],
+        ["scaling", *sets, "--size", "50", "--order", "worst"],
+        ["scaling", *sets, "--size", "50", "--keep", "50"],
+        ["scaling", *sets, "--size", "50", "-o", "file"],
     ):
         result = run(*arguments, code=2)
         assert len(result.stderr.splitlines()) == 1
@@ -303,7 +303,7 @@ def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
 def test_features_of_another_encoder_are_refused(here, run, command, feature_file):
     arguments = {
         "evaluate": ["evaluate", "good.txt", "--features", "train.h5"],
-        "scaling": ["scaling", "--features", "train.h5", "--sizes", "50,100", "--orders", "random"],
+        "scaling": ["scaling", "--features", "train.h5", "--size", "50,100", "--order", "random"],
         "record": ["record", "train.h5"],
     }[command]
     for name, value in (("encoder", "another"), ("weights_sha256", "1" * 64), ("preprocess", "224 pixels")):

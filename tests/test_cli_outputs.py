@@ -69,7 +69,7 @@ def contents(folder) -> dict:
         ("record f.h5 --pixels p -o p.training", "is named for two outputs"),
         ("evaluate list.txt --features f.h5 --test other.h5 -o list.txt", "-o list.txt: a file; name a folder"),
         ("evaluate pays/results.csv --features f.h5 --test other.h5 -o pays", "results.csv: is one of the inputs"),
-        ("scaling --features f.h5 --test other.h5 --sizes 4 --scores pays/points.csv -o pays", "is one of the inputs"),
+        ("scaling --features f.h5 --test other.h5 --size 4 --scores pays/points.csv -o pays", "is one of the inputs"),
         (" ".join([*THEORY, "--csv", "rows.csv", "--plot", "other.png"]), "other.png: is a feature file"),
         (" ".join([*THEORY, "--csv", "photo.jpg"]), "photo.jpg: is an image"),
     ],

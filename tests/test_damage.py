@@ -353,7 +353,7 @@ OF_FEATURES = [
     "select f.h5 --keep 0.5", "select f.h5.partial --keep 0.5", "score moderate --features f.h5", "sheet f.h5",
     "compare a.csv b.csv --features f.h5", "advise --features f.h5", "record f.h5 -o r.h5",
     "record whole.h5 --test f.h5 -o r.h5", "evaluate list.txt --features f.h5 --test whole.h5",
-    "evaluate list.txt --features whole.h5 --test f.h5", "scaling --features f.h5 --test whole.h5 --sizes 30",
+    "evaluate list.txt --features whole.h5 --test f.h5", "scaling --features f.h5 --test whole.h5 --size 30",
     "tune --features f.h5 --keep 0.5", "report f.h5",
 ]  # fmt: skip
 

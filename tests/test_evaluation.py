@@ -328,8 +328,9 @@ def test_rows_of_a_list_in_any_form():
     train.root = "/data/images"
     listed = ["00007.png", "./00001.png", "/data/images/00004.png"]
     assert list_rows(listed, train, "a.txt").tolist() == [1, 4, 7]
-    every = ["-first.png", *train.paths]  # an image that cannot be used shifts the indices
-    assert list_rows(np.array([8, 2]), train, "a.npy", every_path=every).tolist() == [1, 7]
+    assert list_rows(np.array([7, 1]), train, "a.npy").tolist() == [1, 7]
+    train.every_path = ["-first.png", *train.paths]  # an image that cannot be used shifts the indices
+    assert list_rows(np.array([8, 2]), train, "a.npy").tolist() == [1, 7]
 
 
 @pytest.mark.parametrize(
@@ -616,10 +617,10 @@ def test_errors_of_zero_are_left_out_of_the_fit():
     [
         ({"sizes": [10, 601]}, "expected from 2 to 600"),
         ({"keeps": [1.5]}, "--keep 1.5"),
-        ({"keeps": []}, "--keeps is empty"),
+        ({"keeps": []}, "--keep is empty"),
         ({"sizes": [4], "keeps": [0.1]}, "is none"),
-        ({"orders": ["hardest"]}, "--orders hardest"),
-        ({"orders": []}, "--orders is empty"),
+        ({"orders": ["hardest"]}, "--order hardest"),
+        ({"orders": []}, "--order is empty"),
         ({"orders": ["hard"]}, "need a ranking"),
         ({"scores": np.zeros(5)}, "5 scores for 600"),
         ({"budget": "time"}, "--budget time"),

@@ -245,6 +245,6 @@ def test_a_cache_that_does_not_fit_is_one_clear_line(folder, tmp_path):
 def test_pixels_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(examples, "_MEMORY_SHARE", 1e-9)
     with pytest.raises(
-        ProtopruneError, match=r"1,000 images of 224 x 224 pixels take 0.1 GiB and .* give --pixels FILE"
+        ProtopruneError, match=r"1,000 images of 224 x 224 pixels take 150.5 MB and .* give --pixels FILE"
     ):
         examples._check_memory((1000, 3, 224, 224))

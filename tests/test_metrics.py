@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from protoprune import pruning, records, vectors
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile
+from protoprune.ids import hashes
 from protoprune.metrics import catalogue, dynamics, ensembles, geometry
 from protoprune.metrics.catalogue import METRICS, score
 
@@ -469,7 +470,7 @@ def test_k_center_is_the_brute_force_greedy(n, budget):
     ids = [f"{i}.png" for i in range(n)]
     scores = geometry.k_center(features, ids, budget, seed=3)
     k = max(1, round((budget or 0.1) * n))
-    chosen, distance = greedy(features, int(np.argmin(geometry.hashes(ids, 3))), k)
+    chosen, distance = greedy(features, int(np.argmin(hashes(ids, 3, b"metrics"))), k)
     order = np.argsort(-scores, kind="stable")
     np.testing.assert_array_equal(order[:k], chosen)
     rest = np.setdiff1d(np.arange(n), chosen)

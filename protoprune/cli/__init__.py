@@ -5,20 +5,26 @@ stdout carries a command's answer and nothing else; progress, summaries and erro
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 import typer
 from typer.core import TyperGroup
 
 from protoprune import __version__
+from protoprune.cli import streams
 from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
-from protoprune.cli.evaluate import evaluate, scaling
+from protoprune.cli.evaluate import evaluate
 from protoprune.cli.imports import import_
+from protoprune.cli.options import spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
+from protoprune.cli.scaling import scaling
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
 from protoprune.cli.shards import merge
@@ -28,31 +34,52 @@ from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning
 
 _Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
 
 
 class _Group(TyperGroup):
     """Shows what the user can act on in one line, with the exit code that it carries."""
 
     def make_context(self, *args, **extra):
-        try:
+        with _in_one_line():
             return super().make_context(*args, **extra)
-        except _Misspelt as error:
-            _explain(error)
 
     def invoke(self, ctx):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("always", ProtopruneWarning)
-                warnings.showwarning = _show_warning(warnings.showwarning)
-                return super().invoke(ctx)
-        except ProtopruneError as error:
-            _complain(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except _Misspelt as error:
-            _explain(error)
-        except BrokenPipeError:  # `| head`
-            sys.stderr.close()
-            raise typer.Exit(0) from None
+        with _in_one_line(), warnings.catch_warnings():
+            warnings.simplefilter("always", ProtopruneWarning)
+            warnings.showwarning = _show_warning(warnings.showwarning)
+            answer = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it can be said that it fails
+            return answer
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What the user can act on ends the command in one line, with the exit code that it carries."""
+    try:
+        yield
+    except ProtopruneError as error:
+        _complain(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except _Misspelt as error:
+        _explain(error)
+    except BrokenPipeError as error:  # `| head`
+        streams.stdout_failed(error)
+        raise typer.Exit(0) from None
+    except OSError as error:
+        if streams.stdout_failed(error):
+            _complain(f"standard output: cannot write ({error.strerror}); the answer is cut short")
+        else:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            _complain(f"{where}{error.strerror or error or type(error).__name__}")
+        raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        said = " ".join(str(error).split())[:200]
+        _complain(f"not enough memory{f' ({said})' if said else ''}; ask for less at once, or use a larger machine")
+        raise typer.Exit(1) from None
 
 
 def _explain(error) -> None:
@@ -73,8 +100,7 @@ def _command(error) -> str:
 
 
 def _complain(text: str) -> None:
-    one_line = f"error: {text}".replace("\r", "\\r").replace("\n", "\\n")  # file names may hold line breaks
-    typer.echo(one_line.encode(errors="backslashreplace").decode(), err=True)
+    say(f"error: {text}".replace("\r", "\\r").replace("\n", "\\n"))  # file names may hold line breaks
 
 
 def _show_warning(otherwise):
@@ -131,11 +157,12 @@ for command in (
     merge,
     advise,
 ):
-    app.command()(command)
+    app.command()(spread(command))
 app.command("import")(import_)
 app.add_typer(theory_app, name="theory")
 
 
 def main() -> None:
     """The `protoprune` program."""
+    streams.open_closed()
     app()

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.options import numbers
+from protoprune.cli.options import TableOptions, numbers, table_file
 from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
-from protoprune.cli.select import ByPlace, Rows, table_file
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 
@@ -40,12 +39,6 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NUMBERS", help="Compare the sets kept at these fractions, hardest first: 0.5,0.2."),
     ] = None,
-    higher_is: Annotated[
-        str | None,
-        typer.Option(help="What a higher score means in tables that do not say: keep, prune, harder, easier."),
-    ] = None,
-    rows: Rows = None,
-    by_place: ByPlace = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one row a pair to this .csv file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the matrix to this .png, .svg or .pdf file.")] = None,
     classes: Annotated[
@@ -58,6 +51,8 @@ def compare(
         int, typer.Option(min=0, max=100_000, help="Resamples behind the 95 % intervals; 0 for none.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the resamples and of ties.")] = 0,
+    *,
+    reading: TableOptions,
 ) -> None:
     """Compare score tables: Spearman correlations, and the sets that they would keep."""
     from protoprune import comparison, files, selection
@@ -67,15 +62,14 @@ def compare(
     for fraction in keeps:
         selection.check(fraction)
     tables = _without_results(tables)
-    check_reading(tables, higher_is, rows, by_place)
+    check_reading(tables, **vars(reading))
     if len(tables) < 2:
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
     if classes is not None and not keeps:
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
-    _check_outputs([*map(table_file, tables), rows], features, out, figure, classes, sheet)
-    reading = {"higher_is": higher_is, "rows": rows, "by_place": by_place}
+    _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
     result, root, options = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
@@ -124,7 +118,7 @@ def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: P
 
 
 def _load(
-    files: list[Path], features: Path | None, reading: dict, root: Path | None, keeps, bootstrap: int, seed: int
+    files: list[Path], features: Path | None, reading: TableOptions, root: Path | None, keeps, bootstrap: int, seed: int
 ) -> tuple[Comparison, str, object]:
     """Read, join and compare, saying what did not match; also where the images are, and how shards were read."""
     import numpy as np
@@ -145,7 +139,7 @@ def _load(
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
             options = ShardOptions.of(file.provenance)
             root = root or file.provenance["root"]
-    paths, matched = comparison.join(tables, paths, by_place=reading["by_place"])
+    paths, matched = comparison.join(tables, paths, by_place=reading.by_place)
     arrays = {name: table.scores for name, table in matched.items()}
     if usable is not None:
         arrays = {name: np.where(usable, scores, np.nan) for name, scores in arrays.items()}
@@ -156,12 +150,12 @@ def _load(
     return result, os.fspath(root or ""), options
 
 
-def _table(source: Path, reading: dict):
+def _table(source: Path, reading: TableOptions):
     """A table with its direction, and its names where --rows gives them."""
     from protoprune.scores import named, read_table, turned
 
-    table = turned(read_table(source), reading["higher_is"])
-    return table if reading["rows"] is None or table.kind != "index" else named(table, reading["rows"])
+    table = turned(read_table(source), reading.higher_is)
+    return table if reading.rows is None or table.kind != "index" else named(table, reading.rows)
 
 
 def _say_tables(matched, images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:

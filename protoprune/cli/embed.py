@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, duration, say
-from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
+from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import (
     Address,
     Devices,
@@ -27,6 +26,7 @@ from protoprune.cli.shards import (
 )
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import duration
 
 
 def embed(
@@ -49,7 +49,7 @@ def embed(
     weights: Annotated[Path | None, typer.Option(help="Local .pth, .pt or .safetensors for the encoder.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that listed paths are relative to.")] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=8, help="Input side in pixels [default: the encoder's].")
+        int | None, typer.Option(min=8, max=8192, help="Input side in pixels [default: the encoder's].")
     ] = None,
     pool: Annotated[
         str | None, typer.Option(help="token (class token) or avg (mean of the patches) [default: the authors'].")
@@ -77,7 +77,7 @@ def embed(
     world_size: WorldSize = None,
     engine: EngineName = "local",
     address: Address = None,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
+    no_labels: NoLabels = False,
     errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
@@ -127,12 +127,8 @@ def embed(
             _say_found(found)
             _embed_images(found, model, out, errors, strict, settings)
     else:
-        try:
+        with resumable("what is embedded is kept"):
             embed_source(source, model, given(out or "features"), errors, strict, options, settings)
-        except KeyboardInterrupt:
-            say("interrupted: what is embedded is kept; to go on, run the same again:")
-            _say_again()
-            raise typer.Exit(130) from None
 
 
 def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict) -> None:
@@ -140,8 +136,13 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
     from protoprune.embedding import embed as run
 
     started = time.monotonic()
-    with Progress("embed") as progress:
-        state = {"done": 0, "left": 0, "total": 0}
+    state = {"done": 0, "left": 0, "total": 0}
+
+    def so_far() -> str:
+        done = state["total"] - state["left"] + state["done"]
+        return f"{done:,} of {state['total']:,} images are embedded"
+
+    with resumable(so_far), Progress("embed") as progress:
 
         def on_start(total: int, left: int) -> None:
             state.update(total=total, left=left)
@@ -153,27 +154,18 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
             state["done"] = done
             progress.update(done, failed)
 
-        try:
-            report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
-        except KeyboardInterrupt:
-            done = state["total"] - state["left"] + state["done"]
-            progress.__exit__()
-            say(f"interrupted: {done:,} of {state['total']:,} images are embedded; to go on, run the same again:")
-            _say_again()
-            raise typer.Exit(130) from None
+        report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
 
 
-def _say_again() -> None:
-    say(f"  {shlex.join(['protoprune', *_again(sys.argv[1:])])}")
-
-
 def _number(option: str, text: str) -> int | None:
+    from protoprune.embedding import MOST
+
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{option} {text}: expected auto or a number of at least 1")
+    if not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= MOST[option]:
+        raise UsageError(f"{option} {text}: expected auto or a number from 1 to {MOST[option]}")
     return int(text)
 
 
@@ -181,8 +173,7 @@ def label_argument(labels: Path | None, column: str | None, names: Path | None, 
     """The `labels` argument of `list_folder`."""
     from protoprune.labels import label_file
 
-    if labels is None and (column or names):
-        raise UsageError(f"{'--label-column' if column else '--class-names'} goes with --labels FILE")
+    check_label_file(labels, column, names)
     if none and (labels is not None or level is not None):
         raise UsageError(f"--no-labels does not go with {'--labels' if labels is not None else '--class-level'}")
     return False if none else label_file(labels, column, names, level)
@@ -212,6 +203,8 @@ def _find(images: str, root: Path | None):
     from protoprune.sources.finding import find_shards, list_shards, looks_like_shards
 
     if images == "-":
+        if sys.stdin is None:  # `<&-`
+            raise UsageError("-: standard input is closed; pipe a list of paths into it, or give a file")
         entries = split_list(sys.stdin.buffer.read(), "the list on stdin")
     else:
         source = find_shards(images)
@@ -316,11 +309,6 @@ def _finish(report, found, errors: Path | None, strict: bool) -> None:
         raise ProtopruneError("--strict: not everything could be read")
 
 
-def _again(arguments: list[str]) -> list[str]:
-    """The same arguments without --overwrite, which would throw away what is done."""
-    return [argument for argument in arguments if argument != "--overwrite"]
-
-
 def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
@@ -331,4 +319,4 @@ def encoders() -> None:
         rows.append((info.name, str(info.dim), count, size, info.pool, info.training, info.licence, info.source))
     heads = ("name", "dim", "parameters", "input", "pool", "training", "licence", "source")
     print_table(heads, rows, fold=True)
-    typer.echo("timm:NAME loads any other timm model with its published weights.", err=True)
+    say("timm:NAME loads any other timm model with its published weights.")

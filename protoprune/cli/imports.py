@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
-from protoprune.cli.record import ClassLevel, ClassNames, LabelColumn
 
 
 def import_(
@@ -29,7 +29,7 @@ def import_(
     label_column: LabelColumn = None,
     class_names: ClassNames = None,
     class_level: ClassLevel = None,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False,
+    no_labels: NoLabels = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a feature file.")] = False,
 ) -> None:
     """Make a feature file of vectors that you have already."""

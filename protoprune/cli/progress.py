@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+
+import typer
+
+from protoprune.units import duration
 
 _PLAIN_SECONDS = 10.0
 
 
 def say(text: str) -> None:
-    """One line on stderr; names that are not UTF-8 are shown escaped."""
+    """One line on stderr; names that are not UTF-8 are shown escaped. A stderr that is full or closed is no error."""
     if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
         return
-    print(printable(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -21,21 +29,20 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def duration(seconds: float) -> str:
-    """'8.4 s', '3m12s', '2h05m'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def bytes_text(count: float) -> str:
-    """'512 bytes', '3.1 kB', '1.2 GB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
+@contextlib.contextmanager
+def resumable(kept: str | Callable[[], str] | None) -> Iterator[None]:
+    """Ctrl-C ends the work within in two lines: what is kept of it, and how to go on. None: nothing is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is None:
+            say("interrupted: without -o nothing is kept")
+        else:
+            say(f"interrupted: {kept if isinstance(kept, str) else kept()}; to go on, run the same again:")
+            # without --overwrite, which would throw away what is done
+            again = [one for one in sys.argv[1:] if one != "--overwrite"]
+            say(f"  {shlex.join(['protoprune', *again])}")
+        raise typer.Exit(130) from None
 
 
 class Progress(AbstractContextManager):
@@ -53,7 +60,7 @@ class Progress(AbstractContextManager):
     def start(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()
         self._shown = self._started
-        if not sys.stderr.isatty() or not total:
+        if sys.stderr is None or not sys.stderr.isatty() or not total:
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

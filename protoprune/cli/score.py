@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import duration, say
+from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
 
@@ -30,7 +31,7 @@ def metrics() -> None:
         rows.append((name, one.needs, labels, training, one.cost, one.source, one.summary))
     heads = ("metric", "needs", "labels", "training", "cost", "source", "larger = harder")
     print_table(heads, rows, fold=True)
-    typer.echo("protoprune score METRIC --record FILE or --features FILE computes one.", err=True)
+    say("protoprune score METRIC --record FILE or --features FILE computes one.")
 
 
 def score(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, Scores, TableOptions, table_file
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
@@ -18,72 +19,15 @@ from protoprune.errors import UsageError
 if TYPE_CHECKING:
     from protoprune.pruning import Ranking, Selected
 
-Features = Annotated[Path, typer.Argument(help="Feature file that `protoprune embed` wrote.")]
-K = Annotated[str, typer.Option(help="Number of clusters, or auto: the number of classes, else about sqrt(images).")]
-Euclidean = Annotated[bool, typer.Option("--euclidean", help="Euclidean k-means instead of spherical.")]
-Iterations = Annotated[int, typer.Option(help="k-means iterations.")]
-Seed = Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Seed of the clustering and of ties.")]
-Restarts = Annotated[int, typer.Option(help="Cluster from this many seeds and rank by the mean distance.")]
-TrainPoints = Annotated[int | None, typer.Option(help="Points k-means trains on [default: all, up to 4 GiB].")]
-Backend = Annotated[str, typer.Option(help="auto, faiss or torch.")]
-HigherIs = Annotated[
-    str | None,
-    typer.Option(help="What a higher score means in a table that does not say: keep, prune, harder, easier."),
-]
-Rows = Annotated[
-    Path | None, typer.Option(help="Names of the images in the order of a score table that has none, a line each.")
-]
-ByPlace = Annotated[
-    bool, typer.Option("--by-place", help="A score table without names is in the order of the sorted paths.")
-]
-Cache = Annotated[bool, typer.Option(help="Keep clusterings beside the feature file.")]
-Order = Annotated[
-    str,
-    typer.Option(
-        help="Which to keep first: hard, easy, middle, random; stratified: evenly over the scores; cover: those "
-        "that stand for all of their class or cluster (kernel herding); facility: the same by facility location."
-    ),
-]
-DropHardest = Annotated[
-    float, typer.Option(help="Fraction of the hardest (mislabelled?) images to keep only when all others are.")
-]
-Quota = Annotated[str | None, typer.Option(help="dbp: each cluster gets a quota by its complexity, filled by --order.")]
-Balance = Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")]
-By = Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")]
-Calibrate = Annotated[
-    float | None, typer.Option(help="Share of the list that goes by --order; the rest is random, with weights.")
-]
-Dedup = Annotated[float | None, typer.Option(help="First remove near-duplicates: cosine to a kept one above 1 - this.")]
-DedupPrefer = Annotated[str | None, typer.Option(help="Which of two duplicates stays: harder (default) or central.")]
-Scores = Annotated[
-    Path | None,
-    typer.Option(help="Rank by this score table (path, score; larger = harder); FILE:COLUMN is one of several."),
-]
-
 
 def select(
     features: Features = Path("features.h5"),
-    keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")] = ...,
-    order: Order = "hard",
-    drop_hardest: DropHardest = 0.0,
-    quota: Quota = None,
-    balance: Balance = 0.0,
-    by: By = None,
-    calibrate: Calibrate = None,
-    dedup: Dedup = None,
-    dedup_prefer: DedupPrefer = None,
+    *,
+    keep: Annotated[float, typer.Option(help="Fraction of the images to KEEP, above 0 and at most 1.")],
+    how: RuleOptions,
     scores: Scores = None,
-    higher_is: HigherIs = None,
-    rows: Rows = None,
-    by_place: ByPlace = False,
-    k: K = "auto",
-    euclidean: Euclidean = False,
-    iterations: Iterations = 25,
-    seed: Seed = 0,
-    restarts: Restarts = 1,
-    train_points: TrainPoints = None,
-    backend: Backend = "auto",
-    cache: Cache = True,
+    reading: TableOptions,
+    clustering: ClusterOptions,
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None,
     format: Annotated[
@@ -91,7 +35,7 @@ def select(
     ] = None,
     null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
     absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
-    root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
+    root: Root = None,
     removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None,
     links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None,
     hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False,
@@ -101,36 +45,24 @@ def select(
     from protoprune import pruning
 
     out = None if out == Path("-") else out
-    rule = pruning.Rule(
-        keep,
-        order=order,
-        drop_hardest=drop_hardest,
-        quota=quota,
-        balance=balance,
-        by=by,
-        calibrate=calibrate,
-        seed=seed,
-    )
-    clusters = pruning.Clusters(
-        number_of_clusters(k), euclidean, iterations, seed, restarts, train_points, backend, cache
-    )
+    rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     check_links(links, hard_links)
-    _check_output(format, null, [features, table_file(scores), rows], links, out, removed, manifest)
-    if stability and order in ("cover", "facility"):
-        raise UsageError(f"--stability compares rankings by prototypes; --order {order} is none")
+    _check_output(format, null, [features, table_file(scores), reading.rows], links, out, removed, manifest)
+    if stability and how.order in ("cover", "facility"):
+        raise UsageError(f"--stability compares rankings by prototypes; --order {how.order} is none")
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
-        features, rule, clusters, scores=scores, higher_is=higher_is, rows=rows, by_place=by_place, dedup=dedup,
-        dedup_prefer=dedup_prefer,
-    )  # fmt: skip
+        features, rule, clusters, scores=scores, **vars(reading), dedup=how.dedup, dedup_prefer=how.dedup_prefer
+    )
     ranking = chosen.ranking
     say_ranking(ranking)
-    if dedup is not None:
-        _say_duplicates(ranking, dedup)
-    if restarts > 1 and scores is None and order not in ("cover", "facility"):
+    if how.dedup is not None:
+        _say_duplicates(ranking, how.dedup)
+    if clusters.restarts > 1 and scores is None and how.order not in ("cover", "facility"):
         share = pruning.restart_overlap(ranking, rule)
-        say(f"restarts: {restarts} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
+        seeds = clusters.restarts
+        say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     _write(
         chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
     )
@@ -139,23 +71,6 @@ def select(
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
-
-
-def table_file(source: Path | None) -> Path | None:
-    """The file of a score table that is given as FILE[:COLUMN][:DIRECTION]."""
-    from protoprune.scores import split_source
-
-    return None if source is None else Path(split_source(source)[0])
-
-
-def number_of_clusters(text: str) -> int | None:
-    """'auto' -> None, a number -> itself."""
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--k {text}: expected auto or a whole number") from None
 
 
 def check_links(links: Path | None, hard: bool) -> None:

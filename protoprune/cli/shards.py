@@ -10,16 +10,21 @@ from typing import Annotated
 
 import typer
 
+from protoprune.cli.options import several
 from protoprune.cli.outputs import check_outputs
-from protoprune.cli.progress import Progress, bytes_text, duration, say
+from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.units import bytes_text, duration
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]
 Rank = Annotated[int | None, typer.Option(min=0, help="Number of this process [default: SLURM_PROCID, RANK, else 0].")]
 Devices = Annotated[
-    str | None, typer.Option(help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores).")
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICES", help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores)."
+    ),
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="local, or ray: workers on the machines of a Ray cluster.")]
 Address = Annotated[
@@ -141,7 +146,7 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def launcher(engine: str, address: str | None, devices: str | None, device: str, rank, world_size) -> dict:
+def launcher(engine: str, address: str | None, devices: list[str] | None, device: str, rank, world_size) -> dict:
     """The arguments of `embed_shards` that say which processes work, checked together."""
     if engine not in ("local", "ray"):
         raise UsageError(f"--engine {engine}: expected local or ray")
@@ -151,7 +156,11 @@ def launcher(engine: str, address: str | None, devices: str | None, device: str,
         from protoprune.launch import parse_devices
 
         share = ranks(rank, world_size)
-        return {"devices": parse_devices(devices) if devices else None, "rank": share[0], "world_size": share[1]}
+        return {
+            "devices": parse_devices(",".join(several(devices))) if devices else None,
+            "rank": share[0],
+            "world_size": share[1],
+        }
     if devices is not None or rank is not None or world_size is not None:
         raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
     if device not in ("auto", "cuda", "cpu"):

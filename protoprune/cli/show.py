@@ -9,29 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, table_file
 from protoprune.cli.outputs import check_outputs, check_picture
-from protoprune.cli.progress import bytes_text, say
-from protoprune.cli.select import (
-    Backend,
-    ByPlace,
-    Euclidean,
-    Features,
-    HigherIs,
-    Iterations,
-    K,
-    Rows,
-    Seed,
-    number_of_clusters,
-    say_ranking,
-    table_file,
-)
+from protoprune.cli.progress import say
+from protoprune.cli.select import say_ranking
 from protoprune.cli.tables import echo
 from protoprune.errors import UsageError
+from protoprune.units import bytes_text
 
 if TYPE_CHECKING:
     import numpy as np
 
     from protoprune.features import FeatureFile
+    from protoprune.pruning import Clusters, Ranking
     from protoprune.records import Record
 
 
@@ -192,25 +182,19 @@ def sheet(
     by: Annotated[str, typer.Option(help="One row for all, or one a class or cluster: none, class, cluster.")] = "none",
     count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row.")] = 8,
     max_rows: Annotated[int, typer.Option(min=1, max=500, help="At most this many rows.")] = 20,
-    root: Annotated[Path | None, typer.Option(help="Where the images are now [default: where they were].")] = None,
+    root: Root = None,
     scores: Annotated[Path | None, typer.Option(help="Rank by this score table instead.")] = None,
-    higher_is: HigherIs = None,
     duplicates: Annotated[
         float | None,
         typer.Option(
             help="Show instead what `select --dedup` of this would remove: each image that stays, and its duplicates."
         ),
     ] = None,
-    rows: Rows = None,
-    by_place: ByPlace = False,
-    k: K = "auto",
-    euclidean: Euclidean = False,
-    iterations: Iterations = 25,
-    seed: Seed = 0,
-    backend: Backend = "auto",
+    *,
+    reading: TableOptions,
+    clustering: ClusterOptions,
 ) -> None:
     """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
-    from protoprune import pruning
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
@@ -220,10 +204,9 @@ def sheet(
         raise UsageError(f"--by {by}: expected none, class or cluster")
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
-    check_outputs(out, inputs=[features, table_file(scores), rows])
-    check_reading(scores, higher_is, rows, by_place)
-    clusters = pruning.Clusters(number_of_clusters(k), euclidean, iterations, seed, backend=backend)
-    reading = {"higher_is": higher_is, "rows": rows, "by_place": by_place}
+    check_outputs(out, inputs=[features, table_file(scores), reading.rows])
+    check_reading(scores, **vars(reading))
+    clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
     say_ranking(ranking)
     root = given(root or ranking.root)
@@ -235,7 +218,7 @@ def sheet(
             say(f"{out}: not written, no two images are that alike; try a larger --duplicates")
             return
     else:
-        lines, heads = _rows(ranking, by, count, seed), ("easiest (most prototypical)", "hardest")
+        lines, heads = _rows(ranking, by, count, clusters.seed), ("easiest (most prototypical)", "hardest")
         what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
@@ -246,12 +229,14 @@ def sheet(
     say(f"{out}: {min(len(lines), max_rows)} rows of {what}")
 
 
-def _ranked(features: Path, scores: Path | None, reading: dict, clusters, duplicates: float | None):
+def _ranked(
+    features: Path, scores: Path | None, reading: TableOptions, clusters: Clusters, duplicates: float | None
+) -> Ranking:
     from protoprune import pruning
     from protoprune.selection import check_duplicates
 
     if scores is not None:
-        return pruning.rank_by_table(features, scores, **reading)
+        return pruning.rank_by_table(features, scores, **vars(reading))
     if duplicates is not None:
         check_duplicates(duplicates)
     ranking = pruning.rank(features, clusters)
@@ -283,16 +268,13 @@ def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) cosine of each removed image to the one that it duplicates."""
     import numpy as np
 
-    from protoprune.pruning import open_features
-
     def unit(wanted: np.ndarray) -> np.ndarray:
         places, back = np.unique(wanted, return_inverse=True)
-        x = file.features[places].astype(np.float64)[back]
+        x = ranking.features[places].astype(np.float64)[back]
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    with open_features(ranking.file) as file:
-        parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
-        cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
+    parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
+    cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
     return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 

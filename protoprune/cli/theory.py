@@ -258,11 +258,14 @@ def advise(
     if classes > images:
         raise UsageError(f"--classes {classes}: more than the {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
-    console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
-    for number, piece in enumerate(advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder), 1):
-        console.print(f"{number}. {piece.text}", markup=False, style="bold")
-        console.print(f"   Because: {piece.support}.", markup=False)
-        console.print(f"   But: {piece.uncertainty}.\n", markup=False)
+    with console.capture() as text:  # rich would end the process itself where nobody reads on
+        console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
+        pieces = advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder)
+        for number, piece in enumerate(pieces, 1):
+            console.print(f"{number}. {piece.text}", markup=False, style="bold")
+            console.print(f"   Because: {piece.support}.", markup=False)
+            console.print(f"   But: {piece.uncertainty}.\n", markup=False)
+    typer.echo(text.get(), nl=False)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

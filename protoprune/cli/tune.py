@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.evaluate import Batch, Device, Epochs, ImageSize, Precision, Rate, Weights, Width
-from protoprune.cli.progress import duration, say
-from protoprune.cli.select import HigherIs
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions
+from protoprune.cli.progress import resumable, say
+from protoprune.cli.training import load_sets
 from protoprune.errors import UsageError
+from protoprune.units import duration
 
 if TYPE_CHECKING:
     from protoprune.tuning.recipes import Pool
-    from protoprune.tuning.running import Tuned
+    from protoprune.tuning.running import Networks, Tuned
     from protoprune.tuning.unlabelled import Unlabelled
 
 
 def tune(
+    *,
     keep: Annotated[
         str, typer.Option(help="Fraction of the images to KEEP, or auto: the least that costs less than --tolerance.")
-    ] = ...,
+    ],
     features: Annotated[
         Path, typer.Option(help="Feature file of the training images that `protoprune embed` wrote.")
     ] = Path("features.h5"),
@@ -51,17 +51,10 @@ def tune(
         int | None, typer.Option(min=2, max=1000, help="Random lists in the verdict [default: 10; with --model 5].")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2_000_000_000, help="Of the splits, clusterings and ties.")] = 0,
-    epochs: Epochs = None,
-    batch_size: Batch = None,
-    lr: Rate = None,
-    image_size: ImageSize = 32,
-    width: Width = None,
-    weights: Weights = None,
-    precision: Precision = None,
-    device: Device = "auto",
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder for list, table, figure and results; a second call resumes.")
     ] = Path("tune"),
+    training: TrainingOptions,
 ) -> None:
     """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
 
@@ -72,37 +65,35 @@ def tune(
     """
     import time
 
+    from protoprune.features import open_features
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
     _check(model, images, higher_is, scores, features, out)
     started = time.monotonic()
-    pool = _pool(features, scores or [], higher_is)
+    source = open_features(features)  # once: the list that is written is of what was tuned on
+    pool = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
     if model is not None:
-        given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "width": width, "precision": precision}
-        networks = _networks(pool, model, images, test, image_size, weights, device, given)
+        networks = _networks(pool, model, images, test, training)
         tested = networks.test and _pool_of(networks.test)
     elif test is not None:
-        tested = _pool(test, [], None, like=pool)
+        with open_features(test) as file:
+            tested = _pool(file, [], None, like=pool)
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
             networks=networks, folder=out, on_progress=say,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        say(f"interrupted: what was trained is kept in {out / 'runs.jsonl'}; to go on, run the same again:")
-        say(f"  {shlex.join(['protoprune', *sys.argv[1:]])}")
-        raise typer.Exit(130) from None
-    command = _write_list(result, features, out / "kept.txt", seed, higher_is)
+    command = _write_list(result, source, features, out / "kept.txt", seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
         "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
-        "recipe": networks and vars(networks.recipe), "device": device,
+        "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
     _print(result, command)
@@ -141,22 +132,20 @@ def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
         raise UsageError(f"-o {out}: a file; name a folder")
 
 
-def _pool(path: Path, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
-    """The labelled images of a feature file (all images, without classes, where it has none)."""
+def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
+    """The labelled images of an open feature file (all images, without classes, where it has none)."""
     import numpy as np
 
-    from protoprune.pruning import open_features
     from protoprune.scores import read_scores
     from protoprune.training.examples import load_examples
     from protoprune.tuning.recipes import Pool
 
-    with open_features(path) as file:
-        if len(file.classes) < 2 and like is None:
-            rows = np.flatnonzero(file.usable)
-            return Pool([file.paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
-    examples = load_examples(path, classes=like and like.classes)
+    if len(file.classes) < 2 and like is None:
+        rows, paths = np.flatnonzero(file.usable), file.paths
+        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
+    examples = load_examples(file, classes=like and like.classes)
     if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
-        raise UsageError(f"{path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
+        raise UsageError(f"{file.path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
     tables = {}
     for table in scores:
         read = read_scores(table, examples.paths, higher_is=higher_is)
@@ -164,7 +153,7 @@ def _pool(path: Path, scores: list[Path], higher_is: str | None, like: Pool | No
             say(f"{table}: {note}")
         tables[os.fspath(table)] = read.scores
     if like is None:
-        say(f"{path}: {len(examples):,} images of {len(examples.classes):,} classes")
+        say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
 
 
@@ -174,20 +163,18 @@ def _pool_of(examples) -> Pool:
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
 
 
-def _networks(pool: Pool, model: str, images: Path, test: Path | None, image_size: int, weights, device: str, given):
-    from protoprune.cli.record import load_sets
+def _networks(pool: Pool, model: str, images: Path, test: Path | None, training: TrainingOptions) -> Networks:
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset
-    from protoprune.training.loop import Recipe
     from protoprune.tuning.running import Networks
 
-    recipe = Recipe.for_model(model, image_size=image_size, weights=weights and os.fspath(weights), **given)
-    train, tested = load_sets(images, test, model, image_size, None)
+    recipe = training.recipe(model)
+    train, tested = load_sets(images, test, model, training, LabelOptions())
     rows = list_rows(pool.paths, train, "the feature file")
-    return Networks(subset(train, rows), tested, recipe, device)
+    return Networks(subset(train, rows), tested, recipe, training.device)
 
 
-def _write_list(result: Tuned, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
+def _write_list(result: Tuned, source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
     """Write the winner's list, by what its command does; returns the command."""
     import numpy as np
 
@@ -196,7 +183,7 @@ def _write_list(result: Tuned, features: Path, out: Path, seed: int, higher_is: 
 
     one = result.winner
     chosen = pruning.select(
-        features, one.rule(result.keep, seed), pruning.Clusters(k=one.k, seed=seed), scores=one.scores,
+        source, one.rule(result.keep, seed), pruning.Clusters(k=one.k, seed=seed), scores=one.scores,
         higher_is=higher_is if one.scores else None,
     )  # fmt: skip
     rows = np.flatnonzero(chosen.keep)

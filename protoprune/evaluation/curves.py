@@ -237,10 +237,10 @@ def _rows(planned, outcomes) -> list[dict]:
 def _check(n: int, sizes, keeps, orders, scores, features) -> tuple[list[int], list[float]]:
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
-        raise UsageError(f"--sizes {sizes}: expected from 2 to {n:,}, the number of training images")
+        raise UsageError(f"--size {sizes}: expected from 2 to {n:,}, the number of training images")
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
-            raise UsageError(f"--keeps {keep:g} of {sizes[0]} images is none; keep more, or start with more")
+            raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")
     if scores is None and features is None and set(orders) - {"random"} and min(keeps) < 1:
         raise UsageError("orders other than random need a ranking: give --features or --scores")
     for name, array in (("scores", scores), ("features", features)):
@@ -262,13 +262,13 @@ def check_options(
     """UsageError for options that do not fit, which needs no images: loading them can take minutes."""
     running.check_recipe(recipe, budget, min_steps, device)
     if not keeps:
-        raise UsageError("--keeps is empty: expected fractions to keep, such as 1,0.5,0.2")
+        raise UsageError("--keep is empty: expected fractions to keep, such as 1,0.5,0.2")
     for keep in keeps:
         selection.check(keep, balance=balance)
     for order in orders:
         if order not in ORDERS:
-            raise UsageError(f"--orders {order}: expected some of {', '.join(ORDERS)}")
+            raise UsageError(f"--order {order}: expected some of {', '.join(ORDERS)}")
     if not orders:
-        raise UsageError(f"--orders is empty: expected some of {', '.join(ORDERS)}")
+        raise UsageError(f"--order is empty: expected some of {', '.join(ORDERS)}")
     if k is not None and k < 1:
         raise UsageError(f"--k {k}: expected at least 1, or auto")

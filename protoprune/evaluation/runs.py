@@ -104,13 +104,13 @@ def matched_rows(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.nda
     return np.sort(np.concatenate([order[own == label][:count] for label, count in enumerate(counts)]))
 
 
-def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str, *, every_path: Sequence[str] | None = None):
-    """The rows, (m,) int64 ascending, of a list's paths, or of row indices into `every_path` (default: examples').
+def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str):
+    """The rows, (m,) int64 ascending, of a list's paths, or of row indices into the examples' `every_path`.
 
     Raises ProtopruneError when the list names what is not among the examples, names it twice, or names nothing.
     """
     if isinstance(listed, np.ndarray):
-        listed = _paths_of_indices(listed, list(every_path if every_path is not None else examples.paths), name)
+        listed = _paths_of_indices(listed, getattr(examples, "every_path", None) or examples.paths, name)
     row_of = {path: row for row, path in enumerate(examples.paths)}
     listed = _relative(listed, examples, row_of)
     missing = [path for path in listed if path not in row_of]
@@ -148,7 +148,7 @@ def _relative(listed: Sequence[str], examples, known) -> list[str]:
     return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 
-def _paths_of_indices(indices: np.ndarray, paths: list[str], name: str) -> list[str]:
+def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
         raise ProtopruneError(f"{name}: {indices.dtype} of shape {indices.shape}, expected one row index an image")
     outside = indices[(indices < 0) | (indices >= len(paths))]

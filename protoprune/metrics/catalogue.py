@@ -367,7 +367,7 @@ def _label_issues(record, *, models: str | None = None) -> Scored:
 def _self_supervised_prototypes(file, *, k: int | None = None, seed: int = 0) -> Scored:
     from protoprune import pruning
 
-    ranking = pruning.rank(file.path, k=k, seed=seed)
+    ranking = pruning.rank(file, k=k, seed=seed)
     return Scored(ranking.scores.astype(np.float32), {"k": ranking.clusterings[0].k, "seed": seed})
 
 

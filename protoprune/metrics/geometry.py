@@ -7,15 +7,16 @@ encoders, k-means (see `prototypes`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from protoprune import vectors
 from protoprune.errors import UsageError
+from protoprune.ids import hashes, shuffled
 
 K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by one unless told otherwise
+_PURPOSE = b"metrics"  # of hashes: other ones than those that break ties in a selection
 FARTHEST = 2.0  # the largest 1 - cosine there is
 
 
@@ -62,7 +63,7 @@ def k_center(
         raise UsageError(f"--budget {budget:g}: expected the share of images to choose, above 0 and at most 1")
     usable = np.ones(len(ids), bool) if usable is None else usable
     rows = np.flatnonzero(usable)
-    rows = rows[np.argsort(hashes([ids[row] for row in rows.tolist()], seed), kind="stable")]
+    rows = shuffled(rows, ids, seed, _PURPOSE)
     points = np.empty((len(rows), features.shape[1]), np.float32)
     place = np.full(len(ids), -1)
     place[rows] = np.arange(len(rows))
@@ -97,15 +98,9 @@ def _farthest_first(points: np.ndarray, k: int) -> np.ndarray:
 
 def random(ids: Sequence[str], seed: int = 0) -> np.ndarray:
     """Uniform numbers in [0, 1) from a seeded hash of each id: the same image gets the same one in any folder order."""
-    return ((hashes(ids, seed) >> np.uint64(40)) / np.float32(1 << 24)).astype(np.float32)  # 24 bits: exact in float32
-
-
-def hashes(ids: Sequence[str], seed: int) -> np.ndarray:
-    """(n,) uint64: a hash of each id that depends on the seed, and differs from the one that breaks ties."""
-    key = seed.to_bytes(8, "little", signed=True)
-    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
-    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key, person=b"metrics").digest() for one in encoded)
-    return np.frombuffer(joined, "<u8")
+    return ((hashes(ids, seed, _PURPOSE) >> np.uint64(40)) / np.float32(1 << 24)).astype(
+        np.float32
+    )  # 24 bits: exact in float32
 
 
 def _labelled(labels: np.ndarray, usable: np.ndarray | None) -> np.ndarray:

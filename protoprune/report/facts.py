@@ -19,6 +19,7 @@ from protoprune.images import describe_counts
 from protoprune.pruning import Selected
 from protoprune.report import maps, results, stops
 from protoprune.report.stops import NEVER, Stops
+from protoprune.vectors import Rows
 
 POINTS = 50_000  # of the map
 ENDS = 24  # images at each end of a gallery
@@ -126,9 +127,8 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
 
 def _summary(chosen: Selected, found: Stops, n: int) -> dict:
     ranking = chosen.ranking
-    with pruning.open_features(ranking.file) as file:
-        facts, failures, size, dim = file.provenance, file.failures(), file.size, file.dim
-        counts = file.failure_counts()
+    file = ranking.source
+    facts, failures, size, dim, counts = file.provenance, file.failures(), file.size, file.dim, file.failure_counts()
     one = ranking.clusterings[0] if ranking.clusterings else None
     return {
         "name": os.path.basename(os.path.abspath(ranking.root)) or ranking.root,
@@ -173,8 +173,7 @@ def describe(chosen: Selected) -> str:
 
 def _bytes_by_stop(chosen: Selected, found: Stops) -> np.ndarray:
     """(stops,) float32 megabytes of the images kept at each stop."""
-    with pruning.open_features(chosen.ranking.file) as file:
-        size = file.size
+    size = chosen.ranking.source.size
     kept = found.first != NEVER
     entering = np.bincount(found.first[kept], weights=size[kept], minlength=len(found.fractions))
     return (entering.cumsum() / 1e6).astype(np.float32)
@@ -327,22 +326,21 @@ def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _map(chosen: Selected, sample: np.ndarray, options: Options) -> tuple[np.ndarray, str]:
-    with pruning.open_features(chosen.ranking.file) as file:
-        usable = file.usable[sample]
-        features = _rows(file, sample)
+    usable = chosen.ranking.readable[sample]
+    features = _rows(chosen.ranking.features, sample)
     xy, how = maps.project(features[usable], options.map, options.seed)
     whole = np.zeros((len(sample), 2), np.float32)
     whole[usable] = xy
     return whole, how
 
 
-def _rows(file, sample: np.ndarray) -> np.ndarray:
+def _rows(features: Rows, sample: np.ndarray) -> np.ndarray:
     """Single rows of the features, read in slices: HDF5 is slow at single rows."""
     parts = []
-    for start in range(0, file.n, 65_536):
+    for start in range(0, features.shape[0], 65_536):
         inside = sample[(sample >= start) & (sample < start + 65_536)] - start
         if len(inside):
-            parts.append(file.features[start : start + 65_536][inside])
+            parts.append(features[start : start + 65_536][inside])
     return np.concatenate(parts)
 
 

@@ -13,8 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 from protoprune.errors import UsageError
+from protoprune.ids import shuffled
 from protoprune.selection.floors import take
-from protoprune.selection.orders import hashes
 
 
 def check_calibration(alpha: float) -> None:
@@ -47,7 +47,7 @@ def calibrated(
     rest = rows[~first[rows]]
     drawn = count - int(first.sum())
     # Not the hash that breaks ties and fills strata: the rows that it left over are not a random order any more.
-    chosen = rest[np.argsort(hashes([ids[row] for row in rest], seed, b"calibrate"), kind="stable")[:drawn]]
+    chosen = shuffled(rest, ids, seed, b"calibrate")[:drawn]
     weights = np.full(n, np.nan)
     weights[first] = 1.0
     if drawn:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.selection.orders import hashes
+from protoprune.ids import shuffled
 from protoprune.vectors import Rows
 
 BLOCK = 65_536  # rows that are read at once for the mean
@@ -62,7 +62,7 @@ def cover(
     mean = _mean(features, np.sort(rows))
 
     def one(own: np.ndarray) -> None:
-        own = own[np.argsort(hashes([ids[row] for row in own], seed, b"cover"), kind="stable")]
+        own = shuffled(own, ids, seed, b"cover")
         order = order_of(_directions(features, own, mean), METHODS[method])
         places[own[order]] = (np.arange(len(own)) + 0.5) / len(own)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from protoprune import vectors
 from protoprune.errors import UsageError
-from protoprune.selection.orders import hashes
+from protoprune.ids import hashes
 
 PREFER = ("harder", "central")
 LEAST = 1e-5  # float32 cosines of equal vectors differ from 1 by up to about 1e-6

@@ -5,13 +5,13 @@ Knows nothing of how many are kept: every order is a ranking, so growing fractio
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.ids import hashes, shuffled
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
 COVERS = ("cover", "facility")  # orders that look at features, not at scores: see `covering`
@@ -77,9 +77,9 @@ def check_order(order: str, drop_hardest: float = 0.0) -> None:
 def _ordered(values: np.ndarray, rows: np.ndarray, *, ids: Sequence[str], order: str, seed: int) -> np.ndarray:
     """The rows in keeping order; values: (n,) float64."""
     if order == "random":
-        return _hashed(rows, ids, seed)
+        return shuffled(rows, ids, seed)
     if order == "stratified":
-        return _stratified(values, _hashed(rows, ids, seed))
+        return _stratified(values, shuffled(rows, ids, seed))
     rows = _sorted(-values if order == "hard" else values, rows, ids, seed)
     if order == "middle":
         position = np.arange(len(rows))
@@ -106,19 +106,6 @@ def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     stratum = np.minimum(stratum, STRATA - 1)
     sizes = np.bincount(stratum, minlength=STRATA)
     return rows[np.lexsort((-stratum, -sizes[stratum], place_in_group(stratum, sizes)))]
-
-
-def hashes(ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
-    """(n,) uint64: a hash of each id that depends on the seed; independent ones for different purposes."""
-    key = seed.to_bytes(8, "little", signed=True)
-    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
-    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key, person=purpose).digest() for one in encoded)
-    return np.frombuffer(joined, "<u8")
-
-
-def _hashed(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
-    """The rows at random: sorted by hash."""
-    return rows[np.argsort(hashes([ids[row] for row in rows], seed, purpose), kind="stable")]
 
 
 def by_place(places: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int = 0) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import archive_kind, describe_counts, image_suffixes
+from protoprune.units import bytes_text
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".pq", ".arrow")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
@@ -233,11 +234,11 @@ def _local(root: str, paths: list[str], skipped: Counter | None = None) -> Sourc
 
 def in_order(shards: list[Shard]) -> list[Shard]:
     """By name with the slash that follows it in ids: the ids of all images are then in the order of code points."""
-    return sorted(shards, key=lambda shard: shard.name + "/")
+    return sorted(shards, key=lambda shard: os.fsencode(shard.name + "/"))
 
 
 def describe_source(source: Source) -> str:
     """'40 shards (.tar 38, .zip 2), 1.2 GB, under /data' for a line on stderr."""
     kinds = Counter(os.path.splitext(shard.name)[1] or "(no suffix)" for shard in source.shards)
     size = sum(max(shard.size, 0) for shard in source.shards)
-    return f"{len(source):,} shards ({describe_counts(kinds)}), {size / 1e9:,.1f} GB, under {source.root}"
+    return f"{len(source):,} shards ({describe_counts(kinds)}), {bytes_text(size)}, under {source.root}"

@@ -31,6 +31,7 @@ import numpy as np
 from protoprune.decode import ImageError, Status
 from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
+from protoprune.text import native
 
 _UNPACK = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "an xz file": lzma.open}
 _LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
@@ -170,12 +171,13 @@ def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
 def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: str, stack) -> ShardImages:
     """Sorted by id, with classes."""
     n = len(found.names)
-    order = sorted(range(n), key=found.names.__getitem__)
-    names = [found.names[i] for i in order]
+    names = [native(name) for name in found.names]
+    order = sorted(range(n), key=lambda i: os.fsencode(names[i]))
+    names = [names[i] for i in order]
     for one, other in itertools.pairwise(names):
         if one == other:
             raise ShardError(Status.CORRUPT, f"two images have the id {one}; choose another --id-column, or none")
-    label, classes, source = _classes(names, [found.labels[i] for i in order], found.labels_from, options)
+    label, classes, source = _classes(names, [native(found.labels[i]) for i in order], found.labels_from, options)
     place = {old: new for new, old in enumerate(order)}
     places = [found.places[i] for i in order]
     return ShardImages(

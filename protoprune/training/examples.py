@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from protoprune.features import KEY, key_differences, missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
+from protoprune.units import bytes_text
+
+if TYPE_CHECKING:
+    from protoprune.pruning import Source
 
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
 _READ_ROWS = 65_536  # features that are read at once
@@ -46,6 +51,7 @@ class Examples:
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of images left out
     unlabelled: int = 0  # images left out because no class folder holds them
     made_by: dict = field(default_factory=dict)  # of vectors: encoder, weights, preprocessing, ... (`features.KEY`)
+    every_path: Sequence[str] = ()  # of the source, left out ones too, in its order: what row indices of a list count
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,7 +71,7 @@ class Examples:
 
 
 def load_examples(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Source,
     image_size: int = 32,
     *,
     classes: Sequence[str] | None = None,
@@ -75,7 +81,7 @@ def load_examples(
     class_level: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Examples:
-    """The labelled examples of an image folder (pixels) or of a feature file (vectors).
+    """The labelled examples of an image folder (pixels) or of a feature file (vectors), by its name or open.
 
     `classes` fixes the numbering of the classes, for a test set that must agree with its training set. Images without
     a class and images that cannot be read are left out and counted. `cache` is a file for pixels that do not fit into
@@ -85,6 +91,8 @@ def load_examples(
 
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        return _load_features(source, classes)
     source = os.fspath(source)
     if os.path.isdir(source) and not is_feature_set(source):
         images = list_folder(source, labels=labels, class_level=class_level)
@@ -95,7 +103,8 @@ def load_examples(
         raise UsageError(
             f"{source}: a feature file has its classes; give --labels or --class-level to `protoprune embed`"
         )
-    return _load_features(source, classes)
+    with open_features(source) as file:
+        return _load_features(file, classes)
 
 
 def check_same_inputs(train: Examples, test: Examples) -> list[str]:
@@ -128,27 +137,25 @@ def subset(examples: Examples, rows: np.ndarray) -> Examples:
     rows = np.sort(np.asarray(rows))
     return Examples(
         examples.root, [examples.paths[row] for row in rows], examples.labels[rows], examples.classes,
-        examples.inputs[torch.from_numpy(rows)], made_by=examples.made_by,
+        examples.inputs[torch.from_numpy(rows)], made_by=examples.made_by, every_path=examples.every_path,
     )  # fmt: skip
 
 
-def _load_features(source: str, classes: Sequence[str] | None) -> Examples:
-    with open_features(source) as file:
-        labels, usable, own = file.labels, file.usable, file.classes
-        rows = np.flatnonzero(usable & (labels >= 0))
-        paths = file.paths
-        _require_classes(source, own, len(rows), paths)
-        vectors = torch.empty(len(rows), file.dim)
-        for start in range(0, len(rows), _READ_ROWS):  # a second copy of all of them would be the peak
-            some = rows[start : start + _READ_ROWS]
-            block = file.features[some[0] : some[-1] + 1][some - some[0]]
-            vectors[start : start + len(some)] = torch.from_numpy(block.astype(np.float32))
-        unreadable = [(path, reason) for path, _, reason in file.failures()]
-        return Examples(
-            file.provenance["root"], [paths[row] for row in rows], _renumber(source, labels[rows], own, classes),
-            list(classes or own), vectors, unreadable, int((usable & (labels < 0)).sum()),
-            {name: file.provenance.get(name) for name in KEY},
-        )  # fmt: skip
+def _load_features(file: Source, classes: Sequence[str] | None) -> Examples:
+    labels, usable, own, paths = file.labels, file.usable, file.classes, file.paths
+    rows = np.flatnonzero(usable & (labels >= 0))
+    _require_classes(file.path, own, len(rows), paths)
+    vectors = torch.empty(len(rows), file.dim)
+    for start in range(0, len(rows), _READ_ROWS):  # a second copy of all of them would be the peak
+        some = rows[start : start + _READ_ROWS]
+        block = file.features[some[0] : some[-1] + 1][some - some[0]]
+        vectors[start : start + len(some)] = torch.from_numpy(block.astype(np.float32))
+    unreadable = [(path, reason) for path, _, reason in file.failures()]
+    return Examples(
+        file.provenance["root"], [paths[row] for row in rows], _renumber(file.path, labels[rows], own, classes),
+        list(classes or own), vectors, unreadable, int((usable & (labels < 0)).sum()),
+        {name: file.provenance.get(name) for name in KEY}, paths,
+    )  # fmt: skip
 
 
 def _load_images(images: ImageList, root: str, size: int, classes, cache, decode: bool, on_progress) -> Examples:
@@ -168,7 +175,7 @@ def _load_images(images: ImageList, root: str, size: int, classes, cache, decode
     return Examples(
         images.root, [path for path, good in zip(paths, kept, strict=True) if good], labels[kept],
         list(classes or images.classes), pixels, [(paths[row], reason) for row, reason in sorted(failed.items())],
-        len(images) - len(labelled),
+        len(images) - len(labelled), every_path=images.paths,
     )  # fmt: skip
 
 
@@ -285,8 +292,8 @@ def _check_memory(shape: tuple[int, ...]) -> None:
         return
     if need > _MEMORY_SHARE * free:
         raise ProtopruneError(
-            f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {need / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; give --pixels FILE on a fast disk, or a smaller --image-size"
+            f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {bytes_text(need)} and "
+            f"{bytes_text(free)} are free; give --pixels FILE on a fast disk, or a smaller --image-size"
         )
 
 

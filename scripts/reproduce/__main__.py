@@ -26,18 +26,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--size", choices=("small", "full"), default="small", help="two cores, minutes; or a GPU")
-    parser.add_argument("--dataset", help="data set in place of the configuration's, such as cifar10")
+    parser.add_argument("--dataset", help="this data set alone, such as cifar10")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder that holds the data sets")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--configs", type=Path, default=Path("configs"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args()
     try:
-        lab = Lab.open(
+        experiment = importlib.import_module(f"experiment_{options.name}")
+        for lab in Lab.open(
             options.name, options.size, options.data, options.results, options.configs, options.device, options.dataset
-        )
-        claims = importlib.import_module(f"experiment_{options.name}").run(lab)
-        report(lab, claims)
+        ):
+            report(lab, experiment.run(lab))
     except ProtopruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

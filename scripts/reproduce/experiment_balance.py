@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from lab import Claim, Lab, interval_text
+from claims import OPEN, Claim, bars, claim, decide, gap
+from lab import Lab
 
 from protoprune import prototypes, selection
 from protoprune.errors import UsageError
-from protoprune.evaluation import runs, statistics
+from protoprune.evaluation import runs
 
 SOURCE = "Sorscher et al. 2022, class balance"
 FLOOR = 0.5  # the paper's share of the kept set that is split evenly
@@ -18,8 +19,8 @@ Key = tuple[float, float, object]  # (ratio of the situation, keep, balance or '
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.features(settings["data"]) if recipe.model == "head" else lab.images(settings["data"])
-    vectors = vectors_of(lab, train)
+    train, test = lab.sets()
+    vectors = lab.vectors(train)
     if not {0, FLOOR} <= set(settings["balances"]):
         raise UsageError(f"balances = {settings['balances']}: expected 0, {FLOOR} and possibly others")
     keys, planned, before = [], [], {}
@@ -37,14 +38,7 @@ def run(lab: Lab) -> list[Claim]:
     found = {name: gathered(rows, name) for name in ("counts", "accuracy", "worst_class_accuracy")}
     initial = {ratio: np.array([before[ratio, seed] for seed in range(lab.seeds)]) for ratio in settings["ratios"]}
     draw(lab, initial, found["counts"], found["accuracy"])
-    return judge(initial, **found, test_images=len(test))
-
-
-def vectors_of(lab: Lab, train) -> np.ndarray:
-    """(n, d) float32 features of the training images, in their order."""
-    source = train if train.vectors else lab.features(lab.settings["data"])[0]
-    row_of_path = {path: row for row, path in enumerate(source.paths)}
-    return source.inputs.numpy()[[row_of_path[path] for path in train.paths]]
+    return judge(initial, **found)
 
 
 def uneven_rows(labels: np.ndarray, images: int, ratio: float, seed: int) -> np.ndarray:
@@ -115,7 +109,6 @@ def judge(
     counts: Mapping[Key, np.ndarray],
     accuracy: Mapping[Key, np.ndarray],
     worst_class_accuracy: Mapping[Key, np.ndarray],
-    test_images: int,
 ) -> list[Claim]:
     """initial: {ratio: (seeds, classes) counts before pruning}; the others {(ratio, keep, method): (seeds, …)}."""
     places = sorted({(ratio, keep) for ratio, keep, _ in counts}, key=lambda one: (one[0], -one[1]))
@@ -136,49 +129,25 @@ def judge(
     # Where no class falls below the floor it changes nothing, and there is nothing to compare.
     bound = [place for place in places if not np.array_equal(counts[(*place, FLOOR)], counts[(*place, 0)])]
     for name, values in (("accuracy", accuracy), ("accuracy of the worst class", worst_class_accuracy)):
-        claims.append(
-            floor_claim(f"A floor of {FLOOR:g} for every class restores the {name}", values, bound, test_images)
-        )
+        text = f"A floor of {FLOOR:g} for every class restores the {name}"
+        gaps = {
+            f"{ratio:g} to 1, {keep:.0%} kept": gap(values[ratio, keep, FLOOR], values[ratio, keep, 0])
+            for ratio, keep in bound
+        }
+        nowhere = Claim(text, SOURCE, "in no situation did a class fall below the floor", OPEN)
+        claims.append(claim(text, SOURCE, gaps, "floor less none: ", some=True) if gaps else nowhere)
     return claims
 
 
-def uneven_claim(claim: str, pairs: Mapping[float, tuple[np.ndarray, np.ndarray]], reference: str) -> Claim:
+def uneven_claim(text: str, pairs: Mapping[float, tuple[np.ndarray, np.ndarray]], reference: str) -> Claim:
     """pairs: {keep: (counts of the kept, counts to compare with)}, each (seeds, classes)."""
-    compared = statistics.judge([
-        statistics.compare(unevenness(kept), unevenness(other), one_draw=False) for kept, other in pairs.values()
-    ])  # fmt: skip
+    gaps = [gap(unevenness(kept), unevenness(other)) for kept, other in pairs.values()]
     found = "; ".join(
         f"{keep:.0%} kept {np.exp(unevenness(kept).mean()):.2f}, {reference} {np.exp(unevenness(other).mean()):.2f}, "
         f"times {np.exp(one.difference):.2f} ({np.exp(one.low):.2f} to {np.exp(one.high):.2f})"
-        for (keep, (kept, other)), one in zip(pairs.items(), compared, strict=True)
+        for (keep, (kept, other)), one in zip(pairs.items(), gaps, strict=True)
     )
-    verdict = overall([one.verdict for one in compared])
-    return Claim(claim, SOURCE, f"largest class over smallest: {found}; {compared[0].n} seeds", verdict)
-
-
-def floor_claim(claim: str, values: Mapping[Key, np.ndarray], places: Sequence, test_images: int) -> Claim:
-    """With the floor against without, in every situation, beyond chance in all of them together (Holm)."""
-    if not places:
-        return Claim(claim, SOURCE, "in no situation did a class fall below the floor", "undecided")
-    compared = statistics.judge([
-        statistics.compare(
-            values[(*place, FLOOR)], values[(*place, 0)], one_draw=False, resolution=1 / test_images
-        )
-        for place in places
-    ])  # fmt: skip
-    found = "; ".join(
-        f"{ratio:g} to 1, {keep:.0%} kept {interval_text(one.difference, one.low, one.high)}"
-        for (ratio, keep), one in zip(places, compared, strict=True)
-    )
-    verdict = overall([one.verdict for one in compared])
-    return Claim(claim, SOURCE, f"floor less none, points: {found}; {compared[0].n} seeds", verdict)
-
-
-def overall(verdicts: Sequence[str]) -> str:
-    """Holds where some are better and none is worse, does not hold the other way round, else undecided."""
-    if "better" in verdicts and "worse" not in verdicts:
-        return "holds"
-    return "does not hold" if "worse" in verdicts and "better" not in verdicts else "undecided"
+    return Claim(text, SOURCE, f"largest class over smallest: {found}; {gaps[0].n} seeds", decide(gaps, some=True))
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
@@ -200,12 +169,8 @@ def draw(lab: Lab, initial, counts, accuracy) -> None:
     left.legend(fontsize="small")
     for axes, ratio in zip(panels[1:], ratios, strict=True):
         for number, balance in enumerate(lab.settings["balances"]):
-            spans = [
-                statistics.mean_interval(100 * (accuracy[ratio, keep, balance] - accuracy[ratio, keep, "random"]))
-                for keep in keeps
-            ]
-            half = [0 if one.low is None else one.mean - one.low for one in spans]
-            axes.errorbar(keeps, [one.mean for one in spans], half, fmt="o-", capsize=3, color=f"C{number}")
+            rows = [accuracy[ratio, keep, balance] - accuracy[ratio, keep, "random"] for keep in keeps]
+            bars(axes, keeps, rows, color=f"C{number}")
         axes.axhline(0, color="grey", lw=0.8)
         axes.set(xlabel="fraction kept", title=f"accuracy less random, points; {ratio:g} to 1")
     lab.save_figure(figure)

@@ -8,12 +8,11 @@ data model is ours; the numbers of examples, inputs and seeds, the fractions and
 from __future__ import annotations
 
 import numpy as np
-from lab import Claim, Lab
-from paired import above, accuracies, decide, el2n, minus, no_worse, outcomes_by_method, points, rows_of_table, same
+from claims import Claim, bars, claim, fractions_axis, gap, listed, same
+from lab import Lab, accuracies, table_of
 
 from protoprune import selection
 from protoprune.evaluation.runs import Run, kept_count, random_rows
-from protoprune.evaluation.statistics import mean_interval
 
 TOY_KEEP = (0.5, 0.3, 0.1, 0.05)
 TOY_METHODS = ("random", "EL2N-hard", "calibrated", "unweighted")
@@ -27,11 +26,9 @@ def run(lab: Lab) -> list[Claim]:
     toy_found = {name: [one[name] for one in toys] for name in toys[0]}
     lab.save_table(toy_table(toy_found), "toy")
     lab.say(f"toy: everything {np.mean(toy_found['everything']):.3f}; see toy.csv")
-    recipe = lab.recipe()
-    make = lab.features if recipe.model == "head" else lab.images
-    train, test = make(lab.settings["data"])
-    found = outcomes_by_method(lab, plan(lab, train, recipe), train, test, recipe)
-    lab.save_table(rows_of_table(found))
+    train, test = lab.sets()
+    found = lab.outcomes(plan(lab, train, test), train, test, lab.recipe())
+    lab.save_table(table_of(found))
     draw(lab, accuracies(found))
     return toy_claims(toy_found) + claims(accuracies(found), lab.settings["keep"], lab.settings["calibrate"])
 
@@ -94,43 +91,29 @@ def toy_table(found: dict[str, list[float]]) -> list[dict]:
 def toy_claims(found: dict[str, list[float]]) -> list[Claim]:
     """Verdicts from accuracies by 'method keep', one a seed."""
 
-    def gaps(one: str, other: str, keeps) -> list[list[float]]:
-        return [minus(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps]
-
-    few, very_few = [keep for keep in TOY_KEEP if keep <= 0.3], [keep for keep in TOY_KEEP if keep <= 0.1]
-    random, calibrated = gaps("random", "EL2N-hard", few), gaps("calibrated", "random", TOY_KEEP)
-    weights = gaps("calibrated", "unweighted", very_few)
-    n = len(found["everything"])
-
-    def claim(text: str, gaps_, keeps, judge) -> Claim:
-        shown = ", ".join(f"{100 * keep:g} %: {points(gap)}" for keep, gap in zip(keeps, gaps_, strict=True))
-        return Claim(f"Toy: {text}", SOURCE, f"{shown} points, {n} seeds", decide(gaps_, judge))
+    def gaps(one: str, other: str, most: float = 1.0) -> dict:
+        keeps = [keep for keep in TOY_KEEP if keep <= most]
+        return {f"{keep:.0%}": gap(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps}
 
     return [
-        claim(
-            "score-only pruning collapses at 30 % kept or less (over 10 points below random)",
-            random, few, lambda one: above(one, COLLAPSE),
-        ),
-        claim(
-            "calibrated pruning is no worse than random (margin 1 point)",
-            calibrated, TOY_KEEP, lambda one: no_worse(one, MARGIN),
-        ),
-        claim("without weights it is worse at 10 % kept or less", weights, very_few, above),
+        claim("Toy: score-only pruning collapses at 30 % kept or less (over 10 points below random)", SOURCE,
+              gaps("random", "EL2N-hard", 0.3), margin=COLLAPSE),
+        claim("Toy: calibrated pruning is no worse than random (margin 1 point)", SOURCE,
+              gaps("calibrated", "random"), margin=-MARGIN),
+        claim("Toy: without weights it is worse at 10 % kept or less", SOURCE,
+              gaps("calibrated", "unweighted", 0.1)),
     ]  # fmt: skip
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def plan(lab: Lab, train, recipe) -> list[Run]:
+def plan(lab: Lab, train, test) -> list[Run]:
     """All runs, by seed; scores and draws are made anew for each."""
     settings, n = lab.settings, len(train)
-    probe = lab.recipe("probe", epochs=settings["probe_epochs"])
     runs = []
     for seed in range(lab.seeds):
-        scores = el2n(
-            train, probe, models=settings["probes"], seed=seed, device=lab.device, folder=lab.folder / "el2n"
-        )  # fmt: skip
+        scores, _ = lab.el2n(train, test, epochs=settings["probe_epochs"], models=settings["probes"], seed=seed)
         order = selection.ranking(scores, ids=train.paths)
         runs.append(Run("everything", seed))
         for keep in settings["keep"]:
@@ -163,28 +146,20 @@ def claims(found: dict[str, list[float]], keeps: list[float], alphas: list[float
     """Verdicts from accuracies by 'method keep', one a seed."""
     keeps = sorted((keep for keep in keeps if keep <= 0.3), reverse=True)
     alpha = judged(alphas)
-    seeds = len(found["everything"])
 
-    def claim(text: str, one: str, other: str, judge) -> Claim:
-        gaps = [minus(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps]
-        shown = ", ".join(f"{100 * keep:g} %: {points(gap)}" for keep, gap in zip(keeps, gaps, strict=True))
-        return Claim(text, SOURCE, f"{shown} points, {seeds} seeds", decide(gaps, judge))
+    def gaps(one: str, other: str) -> dict:
+        return {f"{keep:.0%}": gap(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps}
 
+    zero = gaps("calibrated 0", "random")
     return [
-        claim("Random beats score-based pruning at 30 % kept or less", "random", "score only", above),
-        claim(
-            "Score-only pruning collapses at 30 % kept or less (over 10 points below random)",
-            "random", "score only", lambda one: above(one, COLLAPSE),
-        ),
-        claim(
-            f"Calibrated pruning (alpha {alpha:g}) returns to random or better (margin 1 point)",
-            f"calibrated {alpha:g}", "random", lambda one: no_worse(one, MARGIN),
-        ),
-        claim(
-            f"Its weights are needed: without them it is worse (alpha {alpha:g})",
-            f"calibrated {alpha:g}", f"unweighted {alpha:g}", above,
-        ),
-        claim("alpha = 0 is random (margin 1 point)", "calibrated 0", "random", lambda one: same(one, MARGIN)),
+        claim("Random beats score-based pruning at 30 % kept or less", SOURCE, gaps("random", "score only")),
+        claim("Score-only pruning collapses at 30 % kept or less (over 10 points below random)", SOURCE,
+              gaps("random", "score only"), margin=COLLAPSE),
+        claim(f"Calibrated pruning (alpha {alpha:g}) returns to random or better (margin 1 point)", SOURCE,
+              gaps(f"calibrated {alpha:g}", "random"), margin=-MARGIN),
+        claim(f"Its weights are needed: without them it is worse (alpha {alpha:g})", SOURCE,
+              gaps(f"calibrated {alpha:g}", f"unweighted {alpha:g}")),
+        Claim("alpha = 0 is random (margin 1 point)", SOURCE, listed(zero), same(zero.values(), MARGIN)),
     ]  # fmt: skip
 
 
@@ -198,15 +173,10 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     colours = {"random": "black", **{f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}}
     colours |= {f"unweighted {judged(alphas):g}": "grey", "score only": "red"}
     for name, colour in colours.items():
-        spans = [mean_interval(found[f"{name} {keep:g}"]) for keep in keeps]
-        half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
-        middle = [100 * one.mean for one in spans]
         style = "--v" if name.startswith("unweighted") else "-o"
-        axes.errorbar([100 * keep for keep in keeps], middle, half, fmt=style, color=colour, capsize=2, ms=4, lw=1,
-                      label=name.replace("d 0.", "d, alpha 0."))  # fmt: skip
+        bars(axes, [100 * keep for keep in keeps], [found[f"{name} {keep:g}"] for keep in keeps], style, color=colour,
+             label=name.replace("d 0.", "d, alpha 0."))  # fmt: skip
     axes.axhline(100 * np.mean(found["everything"]), color="grey", ls=":", lw=1, label="everything")
-    axes.set(xscale="log", xlabel="kept, %", ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
-    axes.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
-    axes.minorticks_off()
+    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
     axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.48))
     lab.save_figure(figure)

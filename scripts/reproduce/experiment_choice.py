@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from lab import Claim, Lab, interval_text
+from claims import Claim, interval_text
+from lab import Lab
 
 import protoprune
 from protoprune.evaluation import runs, statistics

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from lab import Claim, Lab, interval_text
-from probe import el2n
+from claims import FAILS, HOLDS, OPEN, Claim, bars, claim, decide, gap, span
+from lab import Lab
 
 from protoprune.errors import UsageError
-from protoprune.evaluation import report, scaling, statistics
+from protoprune.evaluation import report, scaling
 from protoprune.evaluation.curves import ALL
 
 SOURCE = "Sorscher et al. 2022, figure 3"
@@ -17,10 +17,10 @@ Errors = Mapping[tuple[str, float], np.ndarray]  # (order, keep) -> (seeds, size
 
 
 def run(lab: Lab) -> list[Claim]:
-    settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.features(settings["data"]) if recipe.model == "head" else lab.images(settings["data"])
+    settings = lab.settings
+    train, test = lab.sets()
     result = scaling(
-        train, test, recipe, sizes=settings["sizes"], keeps=settings["keeps"], orders=("hard", "easy", "random"),
+        train, test, lab.recipe(), sizes=settings["sizes"], keeps=settings["keeps"], orders=("hard", "easy", "random"),
         seeds=lab.seeds, bootstrap=settings["bootstrap"], folder=lab.runs, device=lab.device, on_run=lab.progress,
         **ranked_by(lab, train, test),
     )  # fmt: skip
@@ -29,19 +29,17 @@ def run(lab: Lab) -> list[Claim]:
     errors, sizes = errors_of(result)
     draw(lab, errors, sizes)
     laws = {one.name: one.fits for one in result.curves if one.name in (ALL, "Pareto envelope, hard")}
-    return [*judge(errors, sizes, len(test)), judge_law(laws.get("Pareto envelope, hard"))]
+    return [*judge(errors, sizes), judge_law(laws.get("Pareto envelope, hard"))]
 
 
 def ranked_by(lab: Lab, train, test) -> dict:
     """The ranking of the settings, as options of `scaling`."""
     metric = lab.settings["metric"]
     if metric == "prototypes":
-        vectors = train if train.vectors else lab.features(lab.settings["data"])[0]
-        row_of = {path: row for row, path in enumerate(vectors.paths)}
-        return {"features": vectors.inputs.numpy()[[row_of[path] for path in train.paths]]}
+        return {"features": lab.vectors(train)}
     if metric != "el2n":
         raise UsageError(f"metric = {metric!r}: expected el2n or prototypes")
-    scores, accuracy = el2n(lab, train, test, epochs=lab.settings["probe_epochs"], models=lab.settings["probe_models"])
+    scores, accuracy = lab.el2n(train, test, epochs=lab.settings["probe_epochs"], models=lab.settings["probe_models"])
     lab.say(f"the probe is right on {accuracy:.1%} of the test images")
     return {"scores": scores}
 
@@ -57,41 +55,28 @@ def errors_of(result) -> tuple[Errors, list[int]]:
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def judge(errors: Errors, sizes: Sequence[int], test_images: int) -> list[Claim]:
+def judge(errors: Errors, sizes: Sequence[int]) -> list[Claim]:
     """The claims that rest on differences at one size, and on the best fraction; see `judge_law` for the law."""
     return [
-        switch(
-            errors, sizes, test_images, "hard", 0, "worse", "Scarce data: keeping the hard examples loses to random"
-        ),
-        switch(errors, sizes, test_images, "easy", 0, "better", "Scarce data: keeping the easy examples beats random"),
-        switch(errors, sizes, test_images, "hard", -1, "better", "Plentiful data: keeping the hard ones beats random"),
+        switch(errors, sizes, "hard", 0, "worse", "Scarce data: keeping the hard examples loses to random"),
+        switch(errors, sizes, "easy", 0, "better", "Scarce data: keeping the easy examples beats random"),
+        switch(errors, sizes, "hard", -1, "better", "Plentiful data: keeping the hard ones beats random"),
         falling_best(errors, sizes),
         steeper(errors, sizes),
     ]
 
 
-def switch(errors: Errors, sizes, test_images: int, order: str, place: int, expected: str, claim: str) -> Claim:
-    """`order` against random at the smallest (place 0) or largest (-1) size: at any fraction beyond chance (Holm).
+def switch(errors: Errors, sizes, order: str, place: int, want: str, text: str) -> Claim:
+    """`order` against random at the smallest (place 0) or largest (-1) size, at some fraction at least.
 
-    It does not hold when no fraction shows it and one shows the opposite.
+    Each seed has an initial set of its own, and so a list of its own.
     """
     keeps = sorted({keep for which, keep in errors if which == order}, reverse=True)
-    compared = statistics.judge([
-        statistics.compare(
-            -errors[order, keep][:, place], -errors["random", keep][:, place],
-            one_draw=False, resolution=1 / test_images,  # each seed has an initial set, and so a list, of its own
-        )
-        for keep in keeps
-    ])  # fmt: skip
-    verdicts = [one.verdict for one in compared]
-    opposite = {"better": "worse", "worse": "better"}[expected]
-    verdict = "holds" if expected in verdicts else "does not hold" if opposite in verdicts else "undecided"
-    found = "; ".join(
-        f"{keep:.0%} kept {interval_text(one.difference, one.low, one.high)}"
-        for keep, one in zip(keeps, compared, strict=True)
-    )
-    return Claim(claim, SOURCE, f"{sizes[place]:,} images at first, {order} less random: {found} points; "
-                 f"{compared[0].n} seeds", verdict)  # fmt: skip
+    gaps = {
+        f"{keep:.0%} kept": gap(-errors[order, keep][:, place], -errors["random", keep][:, place]) for keep in keeps
+    }
+    about = f"{sizes[place]:,} images at first, {order} less random: "
+    return claim(text, SOURCE, gaps, about, want=want, some=True)
 
 
 def at_kept(errors: np.ndarray, sizes: Sequence[float], keep: float, kept: Sequence[float]) -> np.ndarray:
@@ -118,14 +103,13 @@ def falling_best(errors: Errors, sizes) -> Claim:
     keeps, grid, surface = hard_surface(errors, sizes)
     best = np.log(keeps)[surface.argmin(axis=0)]  # (seeds, m)
     x = np.log(grid / grid.mean())
-    slope = statistics.mean_interval(np.polyfit(x, best.T, 1)[0])
+    slope = gap(np.polyfit(x, best.T, 1)[0])
     ends = [float(np.exp(best[:, at].mean())) for at in (0, -1)]
     found = (
         f"best of {', '.join(f'{keep:g}' for keep in keeps)} with {grid[0]:,.0f} kept {ends[0]:.2f}, with "
-        f"{grid[-1]:,.0f} kept {ends[1]:.2f} (geometric means); exponent {slope.mean:.3f} ({slope.low:.3f} to "
-        f"{slope.high:.3f}), {slope.n} seeds"
+        f"{grid[-1]:,.0f} kept {ends[1]:.2f} (geometric means); exponent {span(slope, 1)}, {slope.n} seeds"
     )
-    return Claim("The best fraction to keep falls as data grow", SOURCE, found, below_zero(slope))
+    return Claim("The best fraction to keep falls as data grow", SOURCE, found, decide([slope], want="worse"))
 
 
 def steeper(errors: Errors, sizes) -> Claim:
@@ -135,34 +119,32 @@ def steeper(errors: Errors, sizes) -> Claim:
     """
     _, grid, surface = hard_surface(errors, sizes)
     fractions, seeds, m = surface.shape
-    gap = np.empty((seeds, m))
+    gain = np.empty((seeds, m))
     for seed in range(seeds):
         others = np.delete(surface, seed, axis=1).mean(axis=1)  # (f, m)
-        gap[seed] = np.log(surface[others.argmin(axis=0), seed, np.arange(m)] / surface[fractions - 1, seed])
+        gain[seed] = np.log(surface[others.argmin(axis=0), seed, np.arange(m)] / surface[fractions - 1, seed])
     upper = slice(m // 2, None)
     x = np.log(grid[upper])
-    slope = statistics.mean_interval(np.polyfit(x - x.mean(), gap[:, upper].T, 1)[0])
+    slope = gap(np.polyfit(x - x.mean(), gain[:, upper].T, 1)[0])
     plain = np.polyfit(x - x.mean(), np.log(surface[-1].mean(axis=0))[upper], 1)[0]
     found = (
         f"from {grid[m // 2]:,.0f} to {grid[-1]:,.0f} kept the exponent without pruning is {plain:.3f}, that of the "
-        f"best fraction differs from it by {interval_text(slope.mean, slope.low, slope.high, 1)}, {slope.n} seeds"
+        f"best fraction differs from it by {span(slope, 1)}, {slope.n} seeds"
     )
-    return Claim("At the best fraction the error falls faster than without pruning", SOURCE, found, below_zero(slope))
-
-
-def below_zero(one: statistics.Interval) -> str:
-    return "holds" if one.high < 0 else "does not hold" if one.low > 0 else "undecided"
+    return Claim(
+        "At the best fraction the error falls faster than without pruning", SOURCE, found, decide([slope], want="worse")
+    )
 
 
 def judge_law(fits) -> Claim:
     """Whether the Pareto envelope is better described by an exponential than by power laws."""
     from protoprune.evaluation.fits import verdict
 
-    claim = "The Pareto envelope of hard pruning is exponential, not a power law"
+    text = "The Pareto envelope of hard pruning is exponential, not a power law"
     if fits is None or not fits.decided:
         found = "too few points to fit" if fits is None else verdict(fits)
-        return Claim(claim, SOURCE, found, "undecided")
-    return Claim(claim, SOURCE, verdict(fits), "holds" if fits.best == "exponential" else "does not hold")
+        return Claim(text, SOURCE, found, OPEN)
+    return Claim(text, SOURCE, verdict(fits), HOLDS if fits.best == "exponential" else FAILS)
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
@@ -177,11 +159,8 @@ def draw(lab: Lab, errors: Errors, sizes: Sequence[int]) -> None:
     keeps = sorted({keep for _, keep in errors if keep < 1}, reverse=True)
     for axes, order in zip(panels, ("hard", "easy"), strict=False):
         for number, keep in enumerate(keeps):
-            gaps = 100 * (errors["random", keep] - errors[order, keep])
-            spans = [statistics.mean_interval(column) for column in gaps.T]
-            half = [0 if one.low is None else one.mean - one.low for one in spans]
-            axes.errorbar(sizes, [one.mean for one in spans], half, fmt="o-", capsize=3, ms=3, color=f"C{number}",
-                          label=f"{keep:.0%} kept")  # fmt: skip
+            gaps = errors["random", keep] - errors[order, keep]
+            bars(axes, sizes, gaps.T, color=f"C{number}", label=f"{keep:.0%} kept")
         axes.axhline(0, color="grey", lw=0.8)
         axes.set(xscale="log", yscale="symlog", xlabel="images before pruning", title=f"{order} less random, points")
         axes.legend(fontsize="small")

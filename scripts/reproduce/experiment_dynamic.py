@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from lab import Claim, Lab, stratified_rows, subset
-from paired import OPEN, Interval, above, accuracies, decide, el2n, minus, outcomes_by_method, points, rows_of_table
+from claims import Claim, bars, claim, fractions_axis, gap
+from lab import Lab, accuracies, stratified_rows, subset, table_of
 
 from protoprune import prototypes, selection
 from protoprune.evaluation.comparing import time_to
@@ -34,17 +34,17 @@ CLAIMED = 0.3  # claims are about this fraction kept or less
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.images(settings["data"], image_size=recipe.image_size)
+    train, test = lab.sets()
     train = subset(train, stratified_rows(train.labels, settings["images"], 0))
     test = subset(test, stratified_rows(test.labels, settings["test_images"], 0))
-    runs = plan(lab, train, vectors_of(lab, train), recipe)
-    tally = lab.folder / "counts"
+    runs = plan(lab, train, test, recipe)
+    tally = lab.shared / "counts"
     tally.mkdir(exist_ok=True)
 
     def fit(*data, **how):
         return fit_and_count(*data, looks=settings["looks"], tally=tally, **how)
 
-    found = outcomes_by_method(lab, runs, train, test, recipe, curves=True, fit=fit)
+    found = lab.outcomes(runs, train, test, recipe, curves=True, fit=fit)
     counts = {key: values for key, values in read_counts(tally, len(train)).items() if key[1] in settings["keep"]}
     lab.save_table(table(found, settings["target_accuracy"], settings["looks"]))
     lab.save_table(tally_rows(counts), "sometimes")
@@ -53,19 +53,13 @@ def run(lab: Lab) -> list[Claim]:
     return claims(accuracies(found), settings["keep"])
 
 
-def vectors_of(lab: Lab, train) -> np.ndarray:
-    """(n, d) embeddings of the training images."""
-    whole, _ = lab.features(lab.settings["data"])
-    row_of = {path: row for row, path in enumerate(whole.paths)}
-    return whole.inputs.numpy()[[row_of[path] for path in train.paths]]
-
-
-def plan(lab: Lab, train, vectors: np.ndarray, recipe) -> list[Run]:
+def plan(lab: Lab, train, test, recipe) -> list[Run]:
     """All runs: first the fractions that claims are about, seed by seed, as a run that is stopped early keeps these."""
     settings = lab.settings
     claimed = [keep for keep in sorted(settings["keep"]) if keep <= CLAIMED]
     others = [keep for keep in sorted(settings["keep"]) if keep > CLAIMED]
-    scores = [static_scores(lab, train, vectors, recipe, seed) for seed in range(lab.seeds)]
+    vectors = lab.vectors(train)
+    scores = [static_scores(lab, train, test, vectors, seed) for seed in range(lab.seeds)]
     steps = steps_for(len(train), recipe)
     runs = [Run(FULL, seed, None, None, steps) for seed in range(lab.seeds)]
     for keeps in (claimed, others):
@@ -75,12 +69,11 @@ def plan(lab: Lab, train, vectors: np.ndarray, recipe) -> list[Run]:
     return runs
 
 
-def static_scores(lab: Lab, train, vectors: np.ndarray, recipe, seed: int) -> dict[str, np.ndarray]:
+def static_scores(lab: Lab, train, test, vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """(n,) scores by static method, larger = harder."""
-    probe = dataclasses.replace(recipe, epochs=lab.settings["probe_epochs"])
-    how = {"models": lab.settings["probes"], "device": lab.device, "folder": lab.folder / "el2n"}
+    how = {"epochs": lab.settings["probe_epochs"], "models": lab.settings["probes"]}
     return {
-        "static EL2N": el2n(train, probe, seed=seed, **how),
+        "static EL2N": lab.el2n(train, test, seed=seed, **how)[0],
         "static prototypes": prototypes.cluster(vectors, len(train.classes), seed=seed).distance,
     }
 
@@ -161,7 +154,7 @@ def tally_rows(counts) -> list[dict]:
 
 def table(found, target: float, looks: int) -> list[dict]:
     """One row a method; the target counts as reached at the first look that sees it."""
-    rows = rows_of_table(found)
+    rows = table_of(found)
     for row in rows:
         outcomes = [dataclasses.replace(one, curve=thinned(one.curve, looks)) for one in found[row["method"]]]
         steps = [next((step for step, _, accuracy in one.curve if accuracy >= target), None) for one in outcomes]
@@ -177,63 +170,36 @@ def claims(found: dict[str, list[float]], keeps: list[float]) -> list[Claim]:
     """Verdicts from accuracies by method, one a seed."""
     made = []
     for keep in sorted(keep for keep in keeps if keep <= CLAIMED):
-        of = {name: found[f"{name} {keep:g}"] for name in (*STATIC, *DYNAMIC.values())}
-        first = minus(of["dynamic random"], of["static random"])
-        scores = [minus(of["static random"], of[name]) for name in STATIC[1:]]
-        n = len(first)
-        kept = f"at {100 * keep:g} % kept, equal steps"
+
+        def gaps(keep: float = keep, **pairs: tuple[str, str]) -> dict:
+            return {name: gap(found[f"{a} {keep:g}"], found[f"{b} {keep:g}"]) for name, (a, b) in pairs.items()}
+
+        kept, source = f"at {100 * keep:g} % kept, equal steps", f"{SOURCE}, section 4"
+        random, chosen = "static random", "dynamic random"
         made += [
-            Claim(
-                f"Random dynamic beats static random {kept}", f"{SOURCE}, section 4",
-                f"{points(first)} points, {n} seeds", verdict([first]),
-            ),
-            Claim(
-                f"Static random beats static scores {kept}", f"{SOURCE}, section 4",
-                f"against EL2N {points(scores[0])}, against prototypes {points(scores[1])} points, {n} seeds",
-                verdict(scores),
-            ),
+            claim(f"Random dynamic beats static random {kept}", source, gaps(random=(chosen, random))),
+            claim(f"Static random beats static scores {kept}", source,
+                  gaps(EL2N=(random, "static EL2N"), prototypes=(random, "static prototypes"))),
+            claim(f"Epsilon-greedy and UCB do better than random dynamic {kept}", source,
+                  gaps(greedy=("epsilon-greedy", chosen), UCB=("UCB", chosen))),
         ]  # fmt: skip
-        better = {name: minus(of[name], of["dynamic random"]) for name in ("epsilon-greedy", "UCB")}
-        made.append(
-            Claim(
-                f"Epsilon-greedy and UCB do better than random dynamic {kept}", f"{SOURCE}, section 4",
-                ", ".join(f"{name} {points(gap)}" for name, gap in better.items()) + f" points, {n} seeds",
-                verdict(list(better.values())),
-            )
-        )  # fmt: skip
     return made
-
-
-def verdict(gaps: list[list[float]]) -> str:
-    """Whether all these differences are above 0."""
-
-    def judge(one: Interval) -> str:
-        return above(one)
-
-    return decide(gaps, judge) if gaps else OPEN
 
 
 def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     from matplotlib.figure import Figure
-
-    from protoprune.evaluation.statistics import mean_interval
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
     keeps = sorted(lab.settings["keep"])
     names = (*STATIC, *DYNAMIC.values())
     for number, name in enumerate(names):
-        spans = [mean_interval(found[f"{name} {keep:g}"]) for keep in keeps]
-        middle = [100 * one.mean for one in spans]
-        half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
         shift = 1 + 0.015 * (number - len(names) / 2)
-        style = "--s" if name in STATIC else "-o"
         places = [100 * keep * shift for keep in keeps]
-        axes.errorbar(places, middle, half, fmt=style, capsize=2, ms=4, lw=1, label=name)
+        style = "--s" if name in STATIC else "-o"
+        bars(axes, places, [found[f"{name} {keep:g}"] for keep in keeps], style, label=name)
     axes.axhline(100 * np.mean(found[FULL]), color="black", lw=1, ls=":", label=FULL)
-    axes.set(xscale="log", xlabel="kept, %", ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
-    axes.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
-    axes.minorticks_off()
+    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
     axes.legend(fontsize="x-small", ncols=2)
     lab.save_figure(figure)
 

@@ -1,82 +1,94 @@
-"""Self-supervised prototypes at 70 to 80 % kept: what do they cost, and are they better than random?"""
+"""Self-supervised prototypes: what do 70 to 80 % cost, and are the hardest, or the easiest, better than random images?
+
+Every seed draws its own images before pruning and clusters those. Where all images take part (`images` not given) its
+list is one for all seeds but for the clustering, and differences hold the luck of one draw.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from lab import Claim, Lab, interval_text
+from collections.abc import Mapping, Sequence
 
-from protoprune import pruning, selection
-from protoprune.evaluation import Kept, evaluate, report
+import numpy as np
+from claims import Claim, bars, claim, fractions_axis, gap
+from lab import Lab, accuracies, table_of
+
+from protoprune import prototypes, selection
+from protoprune.evaluation.runs import Run, kept_count, random_rows
 
 SOURCE = "Sorscher et al. 2022, section 5"
+MUCH = 0.5  # the paper's claim is about so much kept and more
+ORDERS = ("hard", "easy")
 
 
 def run(lab: Lab) -> list[Claim]:
-    settings, recipe = lab.settings, lab.recipe()
-    if recipe.model == "head":
-        train, test = lab.features(settings["data"])
-    else:
-        train, test = lab.images(settings["data"], image_size=recipe.image_size)
-    ranking = pruning.rank(lab.feature_file(settings["data"], "train"), k=settings.get("k"))
-    row_of = {path: row for row, path in enumerate(ranking.paths)}
-    hardness = ranking.scores[[row_of[path] for path in train.paths]]
-    lists = [kept_by(hardness, train, keep, settings["balance"]) for keep in settings["keeps"]]
-    result = evaluate(
-        train, test, lists, recipe, seeds=lab.seeds, folder=lab.runs, device=lab.device, on_run=lab.progress
-    )
-    lab.save_table([report.summary_row(one) for one in result.methods])
-    draw(lab, result)
-    pruned = [one for one in result.methods if one.kind == "list"]
-    return [claim for one in pruned for claim in judge(one, settings["tolerance"])]
+    settings = lab.settings
+    train, test = lab.sets()
+    vectors = lab.vectors(train)
+    runs = [one for seed in range(lab.seeds) for one in plan(lab, train, vectors, seed)]
+    found = lab.outcomes(runs, train, test, lab.recipe())
+    lab.save_table(table_of(found))
+    draw(lab, accuracies(found))
+    return claims(accuracies(found), settings["keeps"], settings["tolerance"], one_draw="images" not in settings)
 
 
-def kept_by(hardness: np.ndarray, train, keep: float, balance: float) -> Kept:
-    """The hardest `keep` of the training images with the paper's floor for every class."""
-    mask = selection.kept_mask(hardness, keep, ids=train.paths, groups=train.labels, balance=balance)
-    return Kept(f"prototypes {keep:g}", np.flatnonzero(mask))
+def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
+    """Hard, easy and random at every fraction, and everything, of the seed's images before pruning."""
+    rows = lab.initial(len(train), seed)
+    k = lab.settings.get("k") or prototypes.auto_k(len(rows), len(train.classes))
+    hardness = prototypes.cluster(vectors[rows], k, seed=seed).distance
+    runs = [Run("everything", seed, rows)]
+    for keep in lab.settings["keeps"]:
+        for order in ORDERS:
+            own = kept_by(hardness, train, rows, keep, order, lab.settings["balance"])
+            runs.append(Run(f"{order} {keep:g}", seed, own))
+        own = rows[random_rows(len(rows), kept_count(keep, len(rows)), seed)]
+        runs.append(Run(f"random {keep:g}", seed, own))
+    return runs
 
 
-def judge(one, tolerance: float) -> list[Claim]:
-    """Two claims on a list (`evaluation.Method`): what it costs against everything, and against random."""
-    cost, random = one.to_everything, one.to_random
-    return [
-        Claim(
-            f"{one.fraction:.0%} kept by prototypes costs no accuracy",
-            SOURCE,
-            f"{100 * one.accuracy.mean:.2f} %, against everything {interval_text(cost.mean, cost.low, cost.high)} "
-            f"points (none: above {-100 * tolerance:g}), {cost.n} {'test images' if cost.n > random.n else 'seeds'}",
-            no_worse(cost.low, cost.high, tolerance),
-        ),
-        Claim(
-            f"{one.fraction:.0%} kept by prototypes is no worse than random",
-            SOURCE,
-            f"against random {interval_text(random.difference, random.low, random.high)} points with the luck of one "
-            f"draw, {interval_text(random.difference, random.seeds_low, random.seeds_high)} over seeds alone; "
-            f"{random.n} seeds",
-            no_worse(random.low, random.high, tolerance),
-        ),
-    ]
+def kept_by(hardness: np.ndarray, train, rows: np.ndarray, keep: float, order: str, balance: float) -> np.ndarray:
+    """The hardest or easiest of these rows, with the paper's floor for every class."""
+    ids = [train.paths[row] for row in rows]
+    return rows[selection.kept_mask(hardness, keep, ids=ids, order=order, groups=train.labels[rows], balance=balance)]
 
 
-def no_worse(low: float | None, high: float | None, tolerance: float) -> str:
-    """Holds where the interval of a difference lies above -tolerance, does not hold where it lies below."""
-    if low is None or high is None:
-        return "undecided"
-    return "holds" if low >= -tolerance else "does not hold" if high < -tolerance else "undecided"
+def claims(
+    found: Mapping[str, np.ndarray], keeps: Sequence[float], tolerance: float, *, one_draw: bool = False
+) -> list[Claim]:
+    """Verdicts from (seeds,) accuracies by 'hard 0.8', …; one_draw: the lists are the same for all seeds."""
+
+    def to_random(order: str, keep: float):
+        return {f"{keep:.0%} kept": gap(found[f"{order} {keep:g}"], found[f"random {keep:g}"], one_draw=one_draw)}
+
+    made = []
+    for keep in sorted(keeps, reverse=True):
+        mine = found[f"hard {keep:g}"]
+        about = f"hard {100 * mine.mean():.2f} %, random {100 * found[f'random {keep:g}'].mean():.2f} %: "
+        if keep < MUCH:
+            made.append(claim(f"{keep:.0%} kept: hard beats random", SOURCE, to_random("hard", keep), about))
+            continue
+        cost = {f"{keep:.0%} kept": gap(mine, found["everything"])}
+        whole = f"{100 * mine.mean():.2f} of {100 * found['everything'].mean():.2f} %: "
+        made += [
+            claim(f"{keep:.0%} kept by prototypes costs no accuracy (margin {100 * tolerance:g} points)", SOURCE, cost,
+                  whole, margin=-tolerance),
+            claim(f"{keep:.0%} kept by prototypes is no worse than random (margin {100 * tolerance:g} points)", SOURCE,
+                  to_random("hard", keep), about, margin=-tolerance),
+        ]  # fmt: skip
+    easy = {name: one for keep in sorted(keeps, reverse=True) for name, one in to_random("easy", keep).items()}
+    return [*made, claim("Keeping the easy examples loses to random", SOURCE, easy, want="worse")]
 
 
-def draw(lab: Lab, result) -> None:
+def draw(lab: Lab, found: Mapping[str, np.ndarray]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    for place, one in enumerate(result.methods):
-        colour = {"list": "C0", "random": "grey"}.get(one.kind, "black")
-        axes.plot(100 * np.array(one.accuracies), [place] * len(one.accuracies), ".", color=colour, alpha=0.4)
-        if one.accuracy.low is not None:
-            axes.plot([100 * one.accuracy.low, 100 * one.accuracy.high], [place, place], color=colour)
-        axes.plot(100 * one.accuracy.mean, place, "o", color=colour)
-    axes.set_yticks(range(len(result.methods)), [one.name for one in result.methods])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"test accuracy, %: mean, 95 % interval, {len(result.seeds)} seeds")
+    keeps = sorted(lab.settings["keeps"])
+    for order in (*ORDERS, "random"):
+        style = {"label": order, "color": "grey"} if order == "random" else {"label": order}
+        bars(axes, [100 * keep for keep in keeps], [found[f"{order} {keep:g}"] for keep in keeps], **style)
+    axes.axhline(100 * found["everything"].mean(), color="black", ls=":", lw=1, label="everything")
+    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 %, {lab.seeds} seeds)", title=lab.folder.name)
+    axes.legend(fontsize="small")
     lab.save_figure(figure)

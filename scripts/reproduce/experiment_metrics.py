@@ -6,7 +6,8 @@ import time
 from itertools import combinations
 
 import numpy as np
-from lab import Claim, Lab
+from claims import FAILS, HOLDS, Claim, decide, interval_text, sides, spanned
+from lab import Lab
 
 from protoprune import comparison, selection
 from protoprune.evaluation import Kept, evaluate, report
@@ -29,7 +30,7 @@ PAPER = (  # the ten that Sorscher et al. compare
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.features(settings["data"]) if recipe.model == "head" else lab.images(settings["data"])
+    train, test = lab.sets()
     records = {kind: make_record(lab, kind, train, test) for kind in ("dynamics", "subsets")}
     scores, rows = all_scores(lab, records, train)
     lab.save_table(rows, "cost")
@@ -103,11 +104,11 @@ def agreement(compared) -> Claim:
         f"{a} and {b} {compared.spearman[i, j]:.2f} ({compared.low[i, j]:.2f} to {compared.high[i, j]:.2f})"
         for a, b, i, j in pairs
     )
-    holds = all(compared.low[i, j] > 0.7 for _, _, i, j in pairs)
-    fails = any(compared.high[i, j] < 0.7 for _, _, i, j in pairs)
+    n = len(compared.paths)
+    gaps = [spanned(compared.spearman[i, j], compared.low[i, j], compared.high[i, j], n) for _, _, i, j in pairs]
     return Claim(
         "EL2N, DDD and memorization agree above 0.7 with each other", "Sorscher et al. 2022, section 5",
-        f"{found}, n = {len(compared.paths):,}", "holds" if holds else "does not hold" if fails else "undecided",
+        f"{found}, n = {n:,}", decide(gaps, margin=0.7),
     )  # fmt: skip
 
 
@@ -124,30 +125,30 @@ def difference(compared) -> Claim:
     return Claim(
         "The other metrics differ widely from each other", "Sorscher et al. 2022, section 5",
         f"{low} of {len(others)} other pairs are below 0.7; at or above it: {shown}",
-        "holds" if low > 0.75 * len(others) else "does not hold",
+        HOLDS if low > 0.75 * len(others) else FAILS,
     )  # fmt: skip
 
 
 def pays(result, keeps: list[float]) -> list[Claim]:
     """Which metrics are better or worse than random, at the largest and the smallest fraction."""
-    claims = []
-    for keep, text, source in (
-        (max(keeps), "No metric is worse than random when much is kept", "Sorscher et al. 2022, figure 5"),
-        (min(keeps), "Score-based pruning loses to random when little is kept", "Ayed & Hayou 2023"),
-    ):
-        found = {one.name.rpartition(" ")[0]: one for one in result.methods if one.name.endswith(f" {keep:g}")}
-        by = {
-            v: [n for n, one in found.items() if one.to_random.verdict == v] for v in ("better", "worse", "undecided")
-        }
-        listed = "; ".join(f"{verdict}: {', '.join(names) or 'none'}" for verdict, names in by.items())
-        if keep == max(keeps):
-            level = min(one.to_random.low for one in found.values())
-            listed += f"; lowest end of an interval {100 * level:+.1f} points, no worse means by less than 1"
-            verdict = "does not hold" if by["worse"] else "holds" if level > -MARGIN else "undecided"
-        else:
-            verdict = "does not hold" if by["better"] else "holds" if not by["undecided"] else "undecided"
-        claims.append(Claim(f"{text} ({100 * keep:g} %)", source, f"{listed}; {len(result.seeds)} seeds", verdict))
-    return claims
+    made = []
+    for keep, want, margin, text, source in (
+        (max(keeps), "better", -MARGIN, "No metric is worse than random when much is kept (margin 1 point)",
+         "Sorscher et al. 2022, figure 5"),
+        (min(keeps), "worse", 0.0, "Score-based pruning loses to random when little is kept", "Ayed & Hayou 2023"),
+    ):  # fmt: skip
+        found = {
+            one.name.rpartition(" ")[0]: one.to_random
+            for one in result.methods if one.kind == "list" and one.name.endswith(f" {keep:g}")
+        }  # fmt: skip
+        by = dict.fromkeys(("better", "worse", "undecided"), "")
+        for name, side in zip(found, sides(found.values()), strict=True):
+            one = found[name]
+            by[side] += f"{', ' if by[side] else ''}{name} {interval_text(one.difference, one.low, one.high)}"
+        listed = "; ".join(f"{side}: {names or 'none'}" for side, names in by.items())
+        verdict = decide(found.values(), want=want, margin=margin)
+        made.append(Claim(f"{text} ({100 * keep:g} %)", source, f"{listed}; {len(result.seeds)} seeds", verdict))
+    return made
 
 
 def draw(lab: Lab, result) -> None:

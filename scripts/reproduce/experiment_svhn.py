@@ -5,38 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from lab import Claim, Lab, interval_text
-from probe import el2n
+from claims import FAILS, Claim, bars, decide, gap, span
+from lab import Lab, accuracies
 
 from protoprune import selection
 from protoprune.errors import UsageError
-from protoprune.evaluation import runs, statistics
+from protoprune.evaluation import runs
 
 SOURCE = "Sorscher et al. 2022, figure 3"
 
 
 def run(lab: Lab) -> list[Claim]:
-    settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.features(settings["data"]) if recipe.model == "head" else lab.images(settings["data"])
+    settings = lab.settings
+    train, test = lab.sets()
     keeps, epochs = sorted(settings["keeps"]), sorted(settings["probe_epochs"])
     check(keeps, epochs, settings["kept"], len(train))
-    probes = [el2n(lab, train, test, epochs=one, models=settings["probe_models"]) for one in epochs]
-    places = [(p, f, seed) for seed in range(lab.seeds) for p in range(len(epochs)) for f in range(len(keeps))]
+    probes = [lab.el2n(train, test, epochs=one, models=settings["probe_models"]) for one in epochs]
     planned = [
-        runs.Run(
-            f"probe of {epochs[p]}, {keeps[f]:.0%} kept", seed,
-            hardest(train, probes[p][0], settings["kept"], keeps[f], seed),
-        )
-        for p, f, seed in places
+        runs.Run(f"{p} {f}", seed, hardest(train, probes[p][0], settings["kept"], keeps[f], seed))
+        for seed in range(lab.seeds) for p in range(2) for f in range(len(keeps))
     ]  # fmt: skip
-    outcomes = runs.run_all(planned, train, test, recipe, folder=lab.runs, device=lab.device, on_run=lab.progress)
-    errors = np.empty((len(epochs), len(keeps), lab.seeds))
-    for place, outcome in zip(places, outcomes, strict=True):
-        errors[place] = 1 - outcome.accuracy
+    found = accuracies(lab.outcomes(planned, train, test, lab.recipe()))
+    errors = 1 - np.array([[found[f"{p} {f}"] for f in range(len(keeps))] for p in range(2)])  # (2, f, seeds)
     lab.save_table([
-        {"probe_epochs": epochs[p], "probe_accuracy": probes[p][1], "keep": keeps[f], "kept": settings["kept"],
+        {"probe_epochs": epochs[p], "probe_accuracy": probes[p][1], "keep": keep, "kept": settings["kept"],
          "seed": seed, "error": errors[p, f, seed]}
-        for p, f, seed in places
+        for p in range(2) for f, keep in enumerate(keeps) for seed in range(lab.seeds)
     ])  # fmt: skip
     names = [
         f"{e} epoch{'s' * (e > 1)} ({accuracy:.1%} right)" for e, (_, accuracy) in zip(epochs, probes, strict=True)
@@ -70,27 +64,27 @@ def judge(errors: np.ndarray, keeps: Sequence[float], names: Sequence[str]) -> l
 def worse_keeps_more(errors: np.ndarray, keeps: Sequence[float], names: Sequence[str]) -> Claim:
     """The ratio of the two probes' best fractions, seed by seed, in the logarithm."""
     best = np.log(keeps)[errors.argmin(axis=1)]  # (2, seeds)
-    ratio = statistics.mean_interval(best[0] - best[1])
-    verdict = "holds" if ratio.low > 0 else "does not hold" if ratio.high < 0 else "undecided"
+    ratio = gap(best[0], best[1])
     means = [f"{np.exp(one.mean()):.2f} with {name}" for one, name in zip(best, names, strict=True)]
     lowest = [f"{100 * one.mean(axis=1).min():.2f}" for one in errors]
     found = (
-        f"best fraction {means[0]}, {means[1]} (geometric means over {ratio.n} seeds), ratio {np.exp(ratio.mean):.2f} "
-        f"({np.exp(ratio.low):.2f} to {np.exp(ratio.high):.2f}); lowest mean errors {' and '.join(lowest)} %"
+        f"best fraction {means[0]}, {means[1]} (geometric means over {ratio.n} seeds), ratio "
+        f"{np.exp(ratio.difference):.2f} ({np.exp(ratio.low):.2f} to {np.exp(ratio.high):.2f}); lowest "
+        f"mean errors {' and '.join(lowest)} %"
     )
-    return Claim("The worse the probe, the larger the best fraction to keep", SOURCE, found, verdict)
+    return Claim("The worse the probe, the larger the best fraction to keep", SOURCE, found, decide([ratio]))
 
 
 def too_far_hurts(errors: np.ndarray, keeps: Sequence[float], name: str) -> Claim:
     """(f, seeds) errors: the smallest fraction against the best one, which is chosen by the other seeds."""
     seeds = range(errors.shape[1])
     chosen = [int(np.delete(errors, seed, axis=1).mean(axis=1).argmin()) for seed in seeds]
-    gap = statistics.mean_interval([errors[0, seed] - errors[chosen[seed], seed] for seed in seeds])
-    verdict = "holds" if gap.low > 0 else "does not hold" if gap.high < 0 or not any(chosen) else "undecided"
+    cost = gap([errors[0, seed] for seed in seeds], [errors[chosen[seed], seed] for seed in seeds])
+    verdict = decide([cost]) if any(chosen) else FAILS
     best = " or ".join(f"{keeps[at]:g}" for at in sorted(set(chosen)))
     found = (
-        f"probe of {name}: with {keeps[0]:g} kept the error is {interval_text(gap.mean, gap.low, gap.high)} points "
-        f"above that with {best}, {gap.n} seeds"
+        f"probe of {name}: with {keeps[0]:g} kept the error is {span(cost)} points "
+        f"above that with {best}, {cost.n} seeds"
     )
     return Claim("Pruning past the best fraction hurts", SOURCE, found, verdict)
 
@@ -101,9 +95,7 @@ def draw(lab: Lab, errors: np.ndarray, keeps: Sequence[float], names: Sequence[s
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for one, name in zip(errors, names, strict=True):
-        spans = [statistics.mean_interval(100 * row) for row in one]
-        half = [0 if span.low is None else span.mean - span.low for span in spans]
-        axes.errorbar(keeps, [span.mean for span in spans], half, fmt="o-", capsize=3, label=f"probe of {name}")
+        bars(axes, keeps, one, label=f"probe of {name}")
     axes.set(xlabel=f"fraction kept (always {lab.settings['kept']:,} images)", ylabel="test error, %", xscale="log")
     axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
     axes.minorticks_off()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
-from lab import Claim, Lab
+from claims import FAILS, HOLDS, OPEN, Claim
+from lab import Lab
 
 from protoprune.theory.information import energetic_gain, information_gain
 from protoprune.theory.simulation import simulate, worker_pool
@@ -288,7 +289,7 @@ def judge(n: SimpleNamespace) -> list[Claim]:
 
 
 def claim(text: str, holds: bool | None, found: str) -> Claim:
-    verdict = "undecided" if holds is None else "holds" if holds else "does not hold"
+    verdict = OPEN if holds is None else HOLDS if holds else FAILS
     return Claim(text, SOURCE, found, verdict)
 
 

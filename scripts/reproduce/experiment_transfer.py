@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from lab import Claim, Lab, stratified_rows, subset
-from paired import above, accuracies, decide, minus, no_worse, outcomes_by_method, points, rows_of_table
+from claims import Claim, bars, claim, fractions_axis, gap
+from lab import Lab, accuracies, stratified_rows, subset, table_of
 
 import protoprune
 from protoprune import prototypes, selection
 from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
-from protoprune.evaluation.statistics import mean_interval
 from protoprune.training import loop
 from protoprune.training.examples import load_examples
 from protoprune.training.loop import Recipe
@@ -32,28 +32,21 @@ SOURCE = "Sorscher et al. 2022"
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.images(settings["data"], image_size=recipe.image_size)
+    train, test = lab.sets()
     train = subset(train, stratified_rows(train.labels, settings["images"], 0))
     test = subset(test, stratified_rows(test.labels, settings["test_images"], 0))
-    whole, _ = lab.features(settings["data"])
-    vectors = rows_by_path(whole, train)
+    vectors = lab.vectors(train)
     runs = [plan(lab, train, vectors, recipe, seed) for seed in range(lab.seeds)]
     found: dict[str, list] = {}
     for seed in range(lab.seeds):
         for start, path in {"scratch": None, **pretrained(lab, seed)}.items():
             mine = [one for one in runs[seed] if one.method.split(": ")[0] == start]
             how = recipe if path is None else lab.recipe(weights=str(path), **settings.get("fine_tune", {}))
-            for method, outcomes in outcomes_by_method(lab, mine, train, test, how).items():
+            for method, outcomes in lab.outcomes(mine, train, test, how).items():
                 found.setdefault(method, []).extend(outcomes)
-    lab.save_table(rows_of_table(found))
+    lab.save_table(table_of(found))
     draw(lab, accuracies(found))
     return claims(accuracies(found), settings["keep"])
-
-
-def rows_by_path(features, examples) -> np.ndarray:
-    """(n, d) vectors of the examples."""
-    row_of = {path: row for row, path in enumerate(features.paths)}
-    return features.inputs.numpy()[[row_of[path] for path in examples.paths]]
 
 
 def hard_rows(vectors: np.ndarray, classes: int, keep: float, paths, seed: int) -> np.ndarray:
@@ -128,14 +121,16 @@ def embedded(lab: Lab, folder: Path, source) -> np.ndarray:
     out.parent.mkdir(parents=True, exist_ok=True)
     lab.say(f"embed {len(images):,} images of {folder}")
     embed(images, load_encoder(encoder), out, device=lab.device)
-    return rows_by_path(load_examples(out, classes=source.classes), source)
+    made = load_examples(out, classes=source.classes)
+    row_of = {path: row for row, path in enumerate(made.paths)}
+    return made.inputs.numpy()[[row_of[path] for path in source.paths]]
 
 
 def weights_file(lab: Lab, source, recipe: Recipe, rows: np.ndarray | None, seed: int, name: str) -> Path:
     """Pretrain, with equal epochs: half of the images take half of the time."""
     kept = "" if rows is None else hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()
     key = f"{source.fingerprint()} {recipe} {kept} {seed} {protoprune.__version__} {torch.__version__}"
-    path = lab.folder / "weights" / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    path = lab.shared / "weights" / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
         made = loop.fit(source, None, recipe, rows=rows, seed=seed, device=lab.device)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,47 +144,33 @@ def weights_file(lab: Lab, source, recipe: Recipe, rows: np.ndarray | None, seed
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def loss(found: dict[str, list[float]], start: str, kind: str, keep: float) -> list[float]:
-    """Share of the accuracy on everything that pruning costs, one a seed."""
-    whole = found[f"{start}: all 1"]
-    return [1 - pruned / full for pruned, full in zip(found[f"{start}: {kind} {keep:g}"], whole, strict=True)]
+def loss(found: Mapping[str, Sequence[float]], start: str, kind: str, keep: float) -> np.ndarray:
+    """Share of the accuracy on everything that pruning costs, (seeds,)."""
+    return 1 - np.array(found[f"{start}: {kind} {keep:g}"]) / found[f"{start}: all 1"]
 
 
-def claims(found: dict[str, list[float]], keeps: list[float]) -> list[Claim]:
-    """Verdicts from accuracies by 'start: kind keep', one a seed."""
+def claims(found: Mapping[str, Sequence[float]], keeps: list[float]) -> list[Claim]:
+    """Verdicts from (seeds,) accuracies by 'start: kind keep'."""
     keep = 0.1 if 0.1 in keeps else min(keeps)
-    seeds = len(found["scratch: all 1"])
     made = []
     for kind in ("random", "hard"):
         losses = {start: loss(found, start, kind, keep) for start in STARTS}
-        gap = minus(losses["scratch"], losses["pretrained"])
         shown = ", ".join(f"{start} {100 * np.mean(values):.1f} %" for start, values in losses.items())
-        made.append(
-            Claim(
-                f"A pretrained model loses less of its accuracy than one from scratch, {100 * keep:g} % kept ({kind})",
-                f"{SOURCE}, section 4",
-                f"relative loss: {shown}; difference {points(gap)} points, {seeds} seeds",
-                decide([gap], above),
-            )
-        )
-    whole = {name: found[f"{name}: all 1"] for name in ("pretrained", *HALVES, "scratch")}
-    gap, to_random = minus(whole["prototypes"], whole["pretrained"]), minus(whole["prototypes"], whole["random"])
-    help_ = minus(whole["pretrained"], whole["scratch"])
+        text = f"A pretrained model loses less of its accuracy than one from scratch, {100 * keep:g} % kept ({kind})"
+        smaller = {"": gap(losses["scratch"], losses["pretrained"])}
+        made.append(claim(text, f"{SOURCE}, section 4", smaller, f"relative loss: {shown}; difference "))
+
+    def between(one: str, other: str) -> dict:
+        return {f"{one} less {other}": gap(found[f"{one}: all 1"], found[f"{other}: all 1"])}
+
     return [
-        Claim(
-            "Pretraining helps at all (the claims below need it to)", "check of the set-up",
-            f"{points(help_)} points of accuracy over training from scratch, {seeds} seeds", decide([help_], above),
-        ),
+        claim("Pretraining helps at all (the claims below need it to)", "check of the set-up",
+              between("pretrained", "scratch")),
         *made,
-        Claim(
-            "Pretraining on the hardest 50 % by prototypes transfers as well as on all (margin 1 point)",
-            f"{SOURCE}, section 5",
-            f"{points(gap)} points, {seeds} seeds", decide([gap], lambda one: no_worse(one, MARGIN)),
-        ),
-        Claim(
-            "The 50 % chosen by prototypes pretrain better than a random 50 %", f"{SOURCE}, section 5",
-            f"{points(to_random)} points, {seeds} seeds", decide([to_random], above),
-        ),
+        claim("Pretraining on the hardest 50 % by prototypes transfers as well as on all (margin 1 point)",
+              f"{SOURCE}, section 5", between("prototypes", "pretrained"), margin=-MARGIN),
+        claim("The 50 % chosen by prototypes pretrain better than a random 50 %", f"{SOURCE}, section 5",
+              between("prototypes", "random")),
     ]  # fmt: skip
 
 
@@ -197,26 +178,18 @@ def draw(lab: Lab, found: dict[str, list[float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+    axes, right = figure.subplots(1, 2, width_ratios=(2, 1))
     keeps = sorted(lab.settings["keep"])
     for number, start in enumerate(STARTS):
         for kind, style in (("random", "-o"), ("hard", "--s")):
             values = [found[f"{start}: {kind} {keep:g}"] for keep in keeps] + [found[f"{start}: all 1"]]
-            _bars(axes, [100 * keep for keep in (*keeps, 1)], values, style, f"C{number}", f"{start}, {kind}")
-    axes.set(xscale="log", xlabel="target images kept, %", ylabel=f"test accuracy, % (95 %, {lab.seeds} seeds)")
-    axes.set_xticks([100 * keep for keep in (*keeps, 1)], [f"{100 * keep:g}" for keep in (*keeps, 1)])
-    axes.minorticks_off()
+            places = [100 * keep for keep in (*keeps, 1)]
+            bars(axes, places, values, style, color=f"C{number}", label=f"{start}, {kind}")
+    fractions_axis(axes, (*keeps, 1), xlabel="target images kept, %", ylabel=f"test accuracy, % ({lab.seeds} seeds)")
     axes.legend(fontsize="x-small")
     names = ("scratch", "random", "prototypes", "pretrained")
-    _bars(bars, range(4), [found[f"{name}: all 1"] for name in names], "o", "C2", None)
+    bars(right, range(4), [found[f"{name}: all 1"] for name in names], "o", color="C2")
     half = f"{100 * lab.settings['pretrain_keep']:g} %"
-    bars.set_xticks(range(4), ["nothing", f"{half}\nrandom", f"{half}\nhard", "all"])
-    bars.set(xlabel="pretrained on", title="all target images", xlim=(-0.5, 3.5))
+    right.set_xticks(range(4), ["nothing", f"{half}\nrandom", f"{half}\nhard", "all"])
+    right.set(xlabel="pretrained on", title="all target images", xlim=(-0.5, 3.5))
     lab.save_figure(figure)
-
-
-def _bars(axes, places, values, style: str, colour: str, label: str | None) -> None:
-    spans = [mean_interval(one) for one in values]
-    half = [0 if one.low is None else 100 * (one.high - one.mean) for one in spans]
-    middle = [100 * one.mean for one in spans]
-    axes.errorbar(list(places), middle, half, fmt=style, color=colour, capsize=2, ms=4, lw=1, label=label)

@@ -1,59 +1,52 @@
-"""What the experiments share: settings, data sets, features, results, claims."""
+"""What the experiments share: settings, data sets, features, EL2N, training runs, results."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from claims import VERDICTS, Claim
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
+from protoprune.evaluation.runs import Outcome, Run, random_rows, run_all
+from protoprune.evaluation.statistics import mean_interval
 from protoprune.files import table_csv, write_file
+from protoprune.metrics.catalogue import score
+from protoprune.records import Record
+from protoprune.training import recording
 from protoprune.training.examples import Examples, load_examples, subset
 from protoprune.training.loop import Recipe
-
-__all__ = ["Claim", "Lab", "held_out", "interval_text", "report", "stratified_rows", "subset"]
-VERDICTS = ("holds", "does not hold", "undecided")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper says, and what was found here."""
-
-    claim: str  # as one sentence
-    source: str  # paper and figure or section
-    found: str  # numbers, with intervals and n
-    verdict: str  # one of VERDICTS
-
-    def __post_init__(self):
-        assert self.verdict in VERDICTS, self.verdict
 
 
 @dataclass
 class Lab:
-    """One experiment: its settings and where it finds and leaves things."""
+    """One experiment on one set: its settings and where it finds and leaves things."""
 
     name: str
     size: str
-    settings: dict  # of configs/NAME.toml, the part for this size
+    settings: dict  # of configs/NAME.toml, the part for this size and set
     data: Path
-    folder: Path  # results/NAME
+    folder: Path  # results/NAME, or a folder in it for each set
     device: str
+    home: Path | None = None  # results/NAME, where sets share training runs; default: folder
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def open(
         cls, name: str, size: str, data: Path, results: Path, configs: Path, device: str, dataset: str | None = None
-    ) -> Lab:
-        """The experiment as its configuration has it; `dataset` takes the place of its `data`, in a folder of its own.
+    ) -> Iterator[Lab]:
+        """The experiment as its configuration has it: once, or once for each of its parts, whose settings take the
+        place of the others. `dataset` leaves those on that data set, or puts it into the first where there is none.
 
         Raises ProtopruneError for a configuration that is not there, cannot be read, or has no data set to replace.
         """
@@ -64,18 +57,33 @@ class Lab:
             raise UsageError(f"{path}: no such configuration") from None
         except (tomllib.TOMLDecodeError, KeyError) as error:
             raise ProtopruneError(f"{path}: cannot be read as a configuration with [{size}] ({error})") from None
-        folder = results / (name if size == "small" else f"{name}-{size}")
-        if dataset is not None and "data" not in settings:
+        home = results / (name if size == "small" else f"{name}-{size}")
+        several = settings.pop("part", [])
+        parts = [settings | one for one in several or [{}]]
+        if dataset is not None and "data" not in parts[0]:
             raise UsageError(f"--dataset {dataset}: the experiment {name} has no data set that could be replaced")
-        if dataset is not None and dataset != settings["data"]:
-            settings, folder = {**settings, "data": dataset}, folder.with_name(f"{folder.name}-{dataset}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(name, size, settings, data, folder, device)
+        if dataset is not None:
+            parts = [one for one in parts if one["data"] == dataset] or [parts[0] | {"data": dataset}]
+        split = bool(several or dataset)
+        return (cls(name, size, one, data, home / set_name(one) if split else home, device, home) for one in parts)
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def runs(self) -> Path:
         """Where single training runs are kept, so that a second call resumes."""
-        return self.folder / "runs"
+        return self.shared / "runs"
+
+    @property
+    def shared(self) -> Path:
+        """results/NAME, of all parts of the experiment."""
+        return self.home or self.folder
+
+    @property
+    def results(self) -> Path:
+        """The folder of all experiments."""
+        return self.shared.parent
 
     @property
     def seeds(self) -> int:
@@ -97,6 +105,52 @@ class Lab:
         given = {**self.settings.get(part, self.settings.get("recipe", {})), **changes}
         return Recipe.for_model(given.pop("model"), **given)
 
+    def sets(self) -> tuple[Examples, Examples]:
+        """(training, test) examples of the settings' data set: vectors for a head, pixels for a network."""
+        recipe, name = self.recipe(), self.settings["data"]
+        return self.features(name) if recipe.model == "head" else self.images(name, image_size=recipe.image_size)
+
+    def vectors(self, train: Examples) -> np.ndarray:
+        """(n, d) float32 features of these training images by the encoder of the settings, in their order."""
+        source = train if train.vectors else self.features(self.settings["data"])[0]
+        row_of = {path: row for row, path in enumerate(source.paths)}
+        return source.inputs.numpy()[[row_of[path] for path in train.paths]]
+
+    def initial(self, n: int, seed: int) -> np.ndarray:
+        """Rows before pruning, drawn for the seed: `images` of the settings, a number or, up to 1, a share."""
+        images = self.settings.get("images", 1.0)
+        return random_rows(n, round(images * n) if images <= 1 else images, seed)
+
+    def el2n(
+        self, train: Examples, test: Examples, *, epochs: int, models: int, seed: int = 0
+    ) -> tuple[np.ndarray, float]:
+        """((n,) scores of the training images, larger = harder; mean test accuracy) of models that are trained briefly
+        by the `probe` recipe, on all images. Recorded once, then read.
+
+        The epochs are few, as EL2N is a measure of early training (Paul et al. 2021).
+        """
+        recipe = self.recipe("probe", epochs=epochs)
+        plan = recording.plan(train, test, recipe, models=models, every=epochs, seed=seed)
+        made_by = repr((recipe, models, seed, train.fingerprint(), test.fingerprint()))
+        out = self.shared / "el2n" / f"{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.h5"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.exists():
+            self.say(f"EL2N of {models} models, {epochs} epochs of {len(train):,} images")
+        recording.record(train, test, recipe, out, plan, seed=seed, device=self.device)
+        with Record(out) as record:
+            accuracy = float(np.mean(record.test_prediction == record.test_labels))
+            return score("el2n", record, epoch=epochs, models="all").values.astype(np.float64), accuracy
+
+    def outcomes(
+        self, runs: Sequence[Run], train: Examples, test: Examples, recipe: Recipe, **options
+    ) -> dict[str, list[Outcome]]:
+        """{method: outcomes in the order of its seeds}; finished runs are not done again."""
+        how = {"folder": self.runs, "device": self.device, "on_run": self.progress}
+        found: dict[str, list[Outcome]] = {}
+        for run, outcome in zip(runs, run_all(runs, train, test, recipe, **how, **options), strict=True):
+            found.setdefault(run.method, []).append(outcome)
+        return found
+
     def folder_of(self, name: str) -> Path:
         """The folder of a data set, downloaded where there is a network and torchvision has it.
 
@@ -114,7 +168,7 @@ class Lab:
             test = held_out(whole.labels)
             return subset(whole, np.flatnonzero(~test)), subset(whole, np.flatnonzero(test))
         train, test = self.splits(name)
-        kept = self.folder.parent / "pixels"
+        kept = self.results / "pixels"
         caches = [None, None]
         if image_size > 64:  # ImageNet at 224 is 193 GB: files that are mapped into memory
             kept.mkdir(parents=True, exist_ok=True)
@@ -157,7 +211,7 @@ class Lab:
         from protoprune.encoders import load_encoder
 
         encoder = self.settings.get("encoder", "mini")
-        out = self.folder.parent / "features" / f"{name}-{split}-{encoder}.h5"
+        out = self.results / "features" / f"{name}-{split}-{encoder}.h5"
         out.parent.mkdir(parents=True, exist_ok=True)
         images = self.image_list(name, split)
         shown = time.monotonic()
@@ -202,10 +256,28 @@ def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(order[np.argsort(place[order], kind="stable")][:count])
 
 
-def interval_text(mean: float, low: float | None, high: float | None, unit: float = 100) -> str:
-    """'+1.20 (+0.40 to +2.00)', a difference of accuracies in points; with one seed the mean alone."""
-    span = "" if low is None or high is None else f" ({unit * low:+.2f} to {unit * high:+.2f})"
-    return f"{unit * mean:+.2f}{span}"
+def accuracies(found: Mapping[str, Sequence[Outcome]]) -> dict[str, np.ndarray]:
+    """{method: (seeds,)} of the outcomes of methods."""
+    return {method: np.array([one.accuracy for one in outcomes]) for method, outcomes in found.items()}
+
+
+def table_of(found: Mapping[str, Sequence[Outcome]]) -> list[dict]:
+    """One row a method, for `Lab.save_table`."""
+    table = []
+    for method, outcomes in found.items():
+        one = mean_interval([outcome.accuracy for outcome in outcomes])
+        table.append({
+            "method": method, "seeds": one.n, "steps": outcomes[0].steps, "accuracy": one.mean,
+            "accuracy_low": one.low, "accuracy_high": one.high,
+            "seconds": float(np.median([outcome.seconds for outcome in outcomes])),
+        })  # fmt: skip
+    return table
+
+
+def set_name(settings: Mapping) -> str:
+    """'cifar10-lite0', with the model where it is a network: the folder of a set's results."""
+    model = settings.get("recipe", {}).get("model", "head")
+    return "-".join([settings["data"], settings.get("encoder", "mini"), *([] if model == "head" else [model])])
 
 
 def report(lab: Lab, claims: Sequence[Claim]) -> None:
@@ -216,6 +288,7 @@ def report(lab: Lab, claims: Sequence[Claim]) -> None:
         "claims": [asdict(claim) for claim in claims],
     }  # fmt: skip
     write_file(lab.folder / "results.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{lab.name}{'' if lab.shared == lab.folder else ', ' + lab.folder.name}:")
     for claim in claims:
         print(f"{claim.verdict.upper()}: {claim.claim} [{claim.source}]")
         print(f"    found: {claim.found}")

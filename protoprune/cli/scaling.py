@@ -1,0 +1,181 @@
+"""`protoprune scaling`: parse, call, print.
+
+Nothing heavy is imported here: torch, scipy and matplotlib load when the command runs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protoprune.cli.options import (
+    BUDGET,
+    Hidden,
+    LabelOptions,
+    MinSteps,
+    Model,
+    Results,
+    TableOptions,
+    TestSet,
+    TrainingImages,
+    TrainingOptions,
+    number_of_clusters,
+    numbers,
+    several,
+    table_file,
+    whole_numbers,
+)
+from protoprune.cli.outputs import check_folder
+from protoprune.cli.progress import resumable, say
+from protoprune.cli.tables import echo, print_table
+from protoprune.cli.training import load_sets, show_run, training_source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from protoprune.evaluation.curves import Scaling
+    from protoprune.training.examples import Examples
+
+
+def scaling(
+    *,
+    test: TestSet,
+    images: TrainingImages = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature file of the training images: ranks them, and trains --model head.")
+    ] = None,
+    size: Annotated[list[str], typer.Option(metavar="NUMBERS", help="Initial numbers of images: 1000,2000,5000.")],
+    keep: Annotated[list[str], typer.Option(metavar="NUMBERS", help="Fractions KEPT of each.")] = ("1,0.8,0.5,0.2",),
+    order: Annotated[
+        list[str], typer.Option(metavar="NAMES", help="Which are kept first: hard, easy, middle, random.")
+    ] = ("hard,easy,random",),
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
+    ] = None,
+    k: Annotated[str, typer.Option(help="Number of clusters of each initial set, or auto.")] = "auto",
+    balance: Annotated[
+        float, typer.Option(help="Share of what is kept that is split evenly over classes (paper: 0.5).")
+    ] = 0.0,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds, each with initial sets of its own.")] = 3,
+    budget: Annotated[str | None, typer.Option(help=BUDGET.format("the largest initial set", "steps"))] = None,
+    min_steps: MinSteps = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples for the intervals of the fits.")] = 200,
+    model: Model = None,
+    hidden: Hidden = None,
+    out: Results = None,
+    reading: TableOptions,
+    training: TrainingOptions,
+    labels: LabelOptions,
+) -> None:
+    """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
+
+    Trains at every initial size, keep fraction and order; fits a power law, an exponential and a power law with an
+    offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
+    law wins, or that it is undecided.
+    """
+    from protoprune.evaluation.curves import check_options
+    from protoprune.evaluation.curves import scaling as sweep
+    from protoprune.features import missing
+    from protoprune.scores import check_reading
+
+    source, model = training_source(images, features, model, ranking=True)
+    wanted = {"sizes": whole_numbers(size, "--size", example="1000,2000"), "keeps": numbers(keep, "--keep")}
+    orders, clusters = several(order), number_of_clusters(k)
+    recipe = training.recipe(model, hidden)
+    check_options(wanted["keeps"], orders, clusters, balance, recipe, budget, min_steps, training.device)
+    check_reading(scores, **vars(reading))
+    for path, what in ((table_file(scores), "score table"), (features, "feature file")):
+        if path is not None and not path.exists():
+            raise missing(path, what)
+    inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
+    check_folder(out, inputs)
+    train, tested = load_sets(source, test, model, training, labels)
+    ranked = {
+        "scores": _scores(scores, train, reading),
+        "features": _vectors(features, train) if scores is None else None,
+    }
+    with resumable(out and f"the runs done are kept in {out / 'runs'}"):
+        result = sweep(
+            train, tested, recipe, **wanted, **ranked, orders=orders, seeds=seeds, k=clusters, balance=balance,
+            budget=budget, min_steps=min_steps, bootstrap=bootstrap, folder=out and out / "runs",
+            device=training.device, on_run=show_run(out),
+        )  # fmt: skip
+    _print_scaling(result)
+    if out is not None:
+        from protoprune.evaluation import report
+        from protoprune.evaluation.runs import settings_of
+
+        config = {
+            "command": "scaling", "train": os.fspath(source), "test": os.fspath(test), **wanted, "orders": orders,
+            "scores": scores and os.fspath(scores), "features": features and os.fspath(features), "k": k,
+            "balance": balance, "bootstrap": bootstrap, "recipe": settings_of(recipe), "min_steps": min_steps,
+            "device": training.device,
+        }  # fmt: skip
+        say(f"wrote {', '.join(report.save_scaling(out, result, config))}")
+
+
+def _scores(path: Path | None, train: Examples, reading: TableOptions) -> np.ndarray | None:
+    from protoprune.scores import read_scores
+
+    if path is None:
+        return None
+    table = read_scores(path, train.paths, **vars(reading))
+    for note in table.notes():
+        say(f"{path}: {note}")
+    return table.scores
+
+
+def _vectors(features: Path | None, train) -> np.ndarray | None:
+    """(n, d) features of the training images, found by path."""
+    if train.inputs.ndim == 2:
+        return train.inputs.numpy()
+    if features is None:
+        return None
+    import numpy as np
+
+    from protoprune.evaluation.runs import list_rows
+    from protoprune.training.examples import load_examples
+
+    table = load_examples(features, classes=train.classes)
+    rows = list_rows(train.paths, table, "the training set")
+    return np.asarray(table.inputs)[rows]
+
+
+def _print_scaling(result: Scaling) -> None:
+    from protoprune.evaluation.report import fit_rows
+
+    sizes = list(dict.fromkeys(point.size for point in result.points))
+    found = {(point.order, point.keep, point.size): point for point in result.points}
+    rows = []
+    for order, keep in dict.fromkeys((point.order, point.keep) for point in result.points):
+        errors = [found[order, keep, size].error.mean for size in sizes]
+        rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
+    print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
+    # Three parameters through three or four points say nothing; fits.csv has them all the same.
+    laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
+    if laws:
+        echo("")
+        body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
+        print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+    for curve in result.curves:
+        echo(f"{curve.name}: {curve.verdict}")
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    if laws:
+        echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
+
+
+def _parameter(row: dict, key: str) -> str:
+    if row[key] is None:
+        return ""
+    interval = "" if row[f"{key}_low"] is None else f" ({row[f'{key}_low']:.3g} to {row[f'{key}_high']:.3g})"
+    return f"{row[key]:.3g}{interval}"
+
+
+def _quality(row: dict) -> list[str]:
+    delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
+    return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]

@@ -1,0 +1,139 @@
+"""What `record`, `evaluate`, `scaling` and `tune` do alike: find and load the sets, show the runs and the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protoprune.cli.options import LabelOptions, TrainingOptions
+from protoprune.cli.progress import Progress, say
+from protoprune.errors import UsageError
+from protoprune.units import duration
+
+if TYPE_CHECKING:
+    from protoprune.evaluation.runs import Step
+    from protoprune.training.examples import Examples
+
+
+def is_image_folder(path: Path) -> bool:
+    """A folder of images; a feature set is a folder too."""
+    from protoprune.images import is_feature_set
+
+    return path.is_dir() and not is_feature_set(path)
+
+
+def training_source(
+    images: Path | None, features: Path | None, model: str | None, *, ranking: bool = False
+) -> tuple[Path, str]:
+    """What is trained on, and the model: heads on feature files, networks on folders, by default a cnn.
+
+    With `ranking` a feature file beside a folder of images is no contradiction: it ranks them.
+    """
+    is_file = images is not None and images.exists() and not is_image_folder(images)
+    source = features or images
+    if source is None:
+        raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
+    model = model or ("head" if features is not None or is_file else "cnn")
+    if model == "head":
+        if is_image_folder(source):
+            raise UsageError(
+                f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
+                "its file with --features, or take --model cnn"
+            )
+        return source, model
+    if images is None or is_file:
+        raise UsageError(f"--model {model} trains on images: give --images FOLDER")
+    if features is not None and not ranking:
+        raise UsageError(f"--features goes with --model head, not {model}")
+    return images, model
+
+
+def load_sets(
+    source: Path,
+    test: Path | None,
+    model: str,
+    training: TrainingOptions,
+    labels: LabelOptions,
+    *,
+    decode: bool = True,
+) -> tuple[Examples, Examples | None]:
+    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
+    from protoprune.training.examples import check_same_inputs
+
+    _check_sets(source, test, model)
+    own, others = labels.arguments()
+    size = {"image_size": training.image_size, "decode": decode}
+    train = _load(source, "training", training.pixels, **size, **own)
+    if test is None:
+        return train, None
+    tested = _load(test, "test", training.pixels, classes=train.classes, **size, **others)
+    for difference in check_same_inputs(train, tested):
+        say(f"warning: the test features differ from the training features in {difference}: in the last digits")
+    return train, tested
+
+
+def _check_sets(source: Path, test: Path | None, model: str) -> None:
+    from protoprune.features import missing
+
+    for path in (source, test):
+        if path is not None and not path.exists():
+            raise missing(path)
+    if model != "head" and not is_image_folder(source):
+        raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
+    if model == "head" and is_image_folder(source):
+        raise UsageError(
+            f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it"
+        )
+    if test is not None and is_image_folder(test) != is_image_folder(source):
+        raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
+    if test is not None and test.samefile(source):
+        say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
+
+
+def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Examples:
+    from protoprune.training.examples import load_examples
+
+    cache = None if pixels is None else Path(f"{pixels}.{what}")
+    with Progress("decode") as progress:
+
+        def show(done: int, total: int) -> None:
+            if not progress.started:
+                progress.start(total)
+            progress.update(done)
+
+        data = load_examples(path, cache=cache, on_progress=show, **options)
+    say(f"{what}: {len(data):,} examples in {len(data.classes):,} classes, {path}")
+    if data.unlabelled:
+        say(f"warning: {data.unlabelled:,} images of {path} have no class and are left out")
+    if data.unreadable:
+        first, reason = data.unreadable[0]
+        say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
+    return data
+
+
+def show_run(out: Path | None) -> Callable[[Step], None]:
+    """A line on stderr after each run that was trained here."""
+
+    def show(step: Step) -> None:
+        if step.outcome.cached:
+            if step.done == step.total:
+                where = f", in {out / 'runs'}" if out else ""
+                say(f"{step.cached:,} of {step.total:,} runs were there already{where}")
+            return
+        left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
+        say(
+            f"run {step.done:,}/{step.total:,}: {step.run.method}, seed {step.run.seed}: "
+            f"{100 * step.outcome.accuracy:.2f} % in {time_text(step.outcome.seconds)}{left}"
+        )
+
+    return show
+
+
+def time_text(seconds: float | None) -> str:
+    """'0.012 s', '3m12s', '-4.0 s', '' for None."""
+    if seconds is None:
+        return ""
+    if abs(seconds) < 1:
+        return f"{seconds:.3f} s"
+    return f"-{duration(-seconds)}" if seconds < 0 else duration(seconds)

@@ -1,0 +1,20 @@
+"""Sizes and times as people read them: decimal units, as disks and networks are sold."""
+
+from __future__ import annotations
+
+
+def bytes_text(count: float) -> str:
+    """'512 bytes', '3.1 kB', '1.2 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """'8.4 s', '3m12s', '2h05m'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
