@@ -121,10 +121,14 @@ def size(url: str) -> int | None:
     def ask() -> int | None:
         there, path = store(url), _path(url)
         there.invalidate_cache(posixpath.dirname(path))
-        with contextlib.suppress(FileNotFoundError):
+        try:
             found = there.info(path)
-            return int(found["size"] or 0) if found["type"] == "file" else None
-        return None
+        except FileNotFoundError:
+            return None
+        except OSError:  # S3 answers HEAD without a word of why; a listing is told it
+            there.ls(posixpath.dirname(path))
+            raise
+        return int(found["size"] or 0) if found["type"] == "file" else None
 
     return answered(url, ask)
 

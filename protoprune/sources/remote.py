@@ -41,7 +41,7 @@ def _find(store, url: str) -> Source:
         root, found = fixed_part(url), []
         for one in expand(url):
             path = store._strip_protocol(one)
-            found += sorted(store.glob(path)) if any(mark in path for mark in "*?[") else [path]
+            found += sorted(store.glob(path)) if any(mark in _path(path) for mark in "*?[") else [path]
     else:
         path = store._strip_protocol(url)
         if store.isdir(path):
