@@ -118,30 +118,31 @@ def trouble(error: BaseException) -> str:
 def size(url: str) -> int | None:
     """Bytes of a file; None when it is not there."""
 
-    def ask() -> int | None:
-        there, path = store(url), _path(url)
+    def ask(there, path: str) -> int | None:
         there.invalidate_cache(posixpath.dirname(path))
+        found = there.info(path)
+        return int(found["size"] or 0) if found["type"] == "file" else None
+
+    return _of_one(url, ask)
+
+
+def read(url: str) -> bytes | None:
+    """What is in a file; None when it is not there."""
+    return _of_one(url, lambda there, path: there.cat_file(path))
+
+
+def _of_one(url: str, ask: Callable):
+    def run():
+        there, path = store(url), _path(url)
         try:
-            found = there.info(path)
+            return ask(there, path)
         except FileNotFoundError:
             return None
         except OSError:  # S3 answers HEAD without a word of why; a listing is told it
             there.ls(posixpath.dirname(path))
             raise
-        return int(found["size"] or 0) if found["type"] == "file" else None
 
-    return answered(url, ask)
-
-
-def read(url: str) -> bytes | None:
-    """What is in a file; None when it is not there."""
-
-    def ask() -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):
-            return store(url).cat_file(_path(url))
-        return None
-
-    return answered(url, ask)
+    return answered(url, run)
 
 
 def read_all(urls: Iterable[str]) -> list[bytes | None]:
