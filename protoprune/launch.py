@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
 _END_SECONDS = 5  # for a worker without a task to end by itself
 
@@ -176,6 +176,7 @@ def _serve(connection, work, start, device: str, number: int, of: int) -> None:
     """A worker's life. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     state = None
+    ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:

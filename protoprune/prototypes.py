@@ -25,6 +25,7 @@ from protoprune import files, vectors
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
+from protoprune.text import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -357,7 +358,7 @@ def _kept(path: str, key: str) -> Clustering | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         entry = load_npz(path)
         if entry["key"].item() == key:
-            stored = json.loads(entry["plain"].item())
+            stored = parse_json(entry["plain"].item())
             stored.update({name: entry[name] for name in _ARRAYS})
             return Clustering(**stored)
     return None
@@ -365,4 +366,9 @@ def _kept(path: str, key: str) -> Clustering | None:
 
 def consensus(clusterings: list[Clustering]) -> np.ndarray:
     """(n,) float32: the mean distance over restarts from different seeds, which is what moves a kept set most."""
-    return np.stack([one.distance for one in clusterings]).mean(axis=0, dtype=np.float64).astype(np.float32)
+    if len(clusterings) == 1:
+        return clusterings[0].distance.copy()
+    total = np.zeros(len(clusterings[0].distance))
+    for one in clusterings:
+        total += one.distance
+    return (total / len(clusterings)).astype(np.float32)

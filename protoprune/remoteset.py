@@ -21,6 +21,7 @@ from protoprune.features import FeatureFile
 from protoprune.featureset import Part, not_finished, read_plan, shard_file, write_plan
 from protoprune.files import replacing
 from protoprune.images import SET_FILE, is_feature_set
+from protoprune.text import parse_json
 
 _FETCHING = 8  # feature files that are on their way at once
 _NOTE = ".note.json"
@@ -48,9 +49,9 @@ def note(path: str) -> dict | None:
 
 def _note(data: bytes | None, size: int | None) -> dict | None:
     try:
-        found = json.loads(data)
+        found = parse_json(data.decode())
         return found if "failed" in found or found["bytes"] == size else None
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, AttributeError):
         return None
 
 

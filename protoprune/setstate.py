@@ -24,6 +24,7 @@ from protoprune.features import FeatureFile
 from protoprune.featureset import Part, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardOptions, Source
+from protoprune.text import parse_json
 
 _LOCK_SECONDS = 60
 
@@ -270,7 +271,7 @@ def _failure(path: str, notes: dict | None) -> dict | None:
     if notes is not None:
         return notes.get(path, {}).get("failed")
     with contextlib.suppress(OSError, ValueError), open(failure_file(path)) as file:
-        said = json.load(file)
+        said = parse_json(file.read())
         if isinstance(said, dict) and {"size", "version", "status", "reason"} <= set(said):
             return said
     return None

@@ -38,8 +38,8 @@ def given(path: str | os.PathLike) -> str:
 
 
 def public(url: str) -> str:
-    """A URL or a message without user, password, query and fragment."""
-    return _SECRETS.sub("", url)
+    """A URL without user, password, query and fragment; a path as it is."""
+    return _SECRETS.sub("", url) if is_url(url) else url
 
 
 def store(url: str):
@@ -94,7 +94,7 @@ def answered(url: str, ask: Callable):
 
 def trouble(error: BaseException) -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
-    text = public(" ".join(str(error).split()))[:160] or type(error).__name__
+    text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
     kind = type(error).__name__
     if "NoCredentials" in kind or "credentials" in text.lower():
         return (

@@ -136,7 +136,7 @@ def _load(
         from protoprune.sources.reading import ShardOptions
 
         with open_features(features) as file:
-            paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
+            paths, labels, classes, usable = list(file.paths), file.labels, file.classes, file.usable
             options = ShardOptions.of(file.provenance)
             root = root or file.provenance["root"]
     paths, matched = comparison.join(tables, paths, by_place=reading.by_place)

@@ -8,8 +8,9 @@ import threading
 from collections import OrderedDict
 
 from protoprune import stores
-from protoprune.decode import ImageError, Status
+from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.errors import ProtopruneError, warn
+from protoprune.files import leads_out
 from protoprune.sources.finding import SUFFIXES, Shard
 from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
 
@@ -33,12 +34,14 @@ class ImageReader:
         self._fetched, self._refused = 0, ""
 
     def __call__(self, path: str) -> bytes:
+        if leads_out(path):  # a score table may hold any name
+            raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         if stores.is_url(self.root):
             return self._from_shard(path, _shard_name(path))
         whole = os.path.join(self.root, path)
         try:
-            with open(whole, "rb") as file:
-                return file.read()
+            with open(whole, "rb", opener=open_at_once) as file:
+                return read_bounded(file, os.fstat(file.fileno()).st_size)
         except NotADirectoryError:
             return self._from_shard(path, self._file_above(path))
         except OSError as error:

@@ -28,10 +28,12 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
-from protoprune.decode import ImageError, Status
+from protoprune import formats
+from protoprune.decode import ImageError, Status, check_bytes
+from protoprune.files import leads_out
 from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
-from protoprune.text import native
+from protoprune.text import native, parse_json
 
 _UNPACK = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "an xz file": lzma.open}
 _LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
@@ -72,10 +74,11 @@ class ShardOptions:
     def of(cls, provenance: dict) -> ShardOptions:
         """Those that a feature file was made with."""
         try:
-            said = json.loads(provenance.get("shard_options", "{}"))
-            return cls(**{one.name: said[one.name] for one in fields(cls) if one.name in said})
+            said = parse_json(provenance.get("shard_options", "{}"))
+            given = {one.name: said[one.name] for one in fields(cls) if one.name in said}
         except (ValueError, TypeError):
             return cls()
+        return cls(**{name: value for name, value in given.items() if value is None or isinstance(value, (str, int))})
 
 
 @dataclass
@@ -141,6 +144,9 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
     except OSError as error:
         stack.close()
         raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the file")) from None
+    except MemoryError:
+        stack.close()
+        raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
 def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
@@ -177,6 +183,8 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
     for one, other in itertools.pairwise(names):
         if one == other:
             raise ShardError(Status.CORRUPT, f"two images have the id {one}; choose another --id-column, or none")
+    if (outside := next(filter(leads_out, names), None)) is not None:
+        raise ShardError(Status.CORRUPT, f"an image has the id {outside!r}, no path; choose another --id-column")
     label, classes, source = _classes(names, [native(found.labels[i]) for i in order], found.labels_from, options)
     place = {old: new for new, old in enumerate(order)}
     places = [found.places[i] for i in order]
@@ -251,6 +259,7 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
             why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
             found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
             target = member
+        _check_bytes(found, target.size)
         _add(found, name, target.size, (target.offset_data, target.size))
     labels.apply(found)
     return found, read
@@ -303,7 +312,12 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
 
     def read(info: zipfile.ZipInfo) -> bytes:
         try:
-            return archive.read(info)
+            with archive.open(info) as member:
+                # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
+                # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
+                member.MIN_READ_SIZE = 64
+                step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
+                return b"".join(iter(lambda: member.read(step), b""))
         except RuntimeError:  # zipfile's word for a password
             raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
         except NotImplementedError as error:
@@ -324,6 +338,7 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
     labels = _Sidecars(options)
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
+            _check_bytes(found, info.file_size)
             _add(found, name, info.file_size, info)
         else:
             found.skipped[_suffix(name)] += 1
@@ -351,6 +366,8 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
         if count is not None and len(found.names) != count:
             raise ShardError(Status.TRUNCATED, f"{len(found.names):,} of {count:,} rows")
         spool.flush()
+    except MemoryError:  # pyarrow's too
+        raise
     except pyarrow.ArrowException as error:
         text = _reason(error, "the table")
         cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
@@ -397,7 +414,7 @@ def _batches(file, pyarrow):
 def _hugging_face(schema) -> dict:
     """The `datasets` features that a schema's metadata describes: column -> feature."""
     try:
-        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return parse_json(schema.metadata[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
 
@@ -455,6 +472,7 @@ def _spool(batch, image: str, label: str | None, names: list[str], id_column: st
         row = len(found.names)
         plain = value.as_py()
         data = plain.get("bytes") if isinstance(plain, dict) else plain
+        _check_bytes(found, len(data or b""))
         if not data:
             path = plain.get("path") if isinstance(plain, dict) else None
             status = Status.EMPTY if data is not None else Status.MISSING
@@ -506,7 +524,7 @@ class _Sidecars:
 
     def _from_json(self, text: str) -> str:
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
         except ValueError:
             return ""
         if not isinstance(whole, dict):
@@ -542,17 +560,16 @@ def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
     suffix = posixpath.splitext(name)[1].lower()
     if suffix or head is None:
         return suffix in image_suffixes()
-    return _begins_like_an_image(head() or b"")
+    data = head() or b""
+    return formats.is_image(data[: formats.HEAD], lambda: io.BytesIO(data))
 
 
-def _begins_like_an_image(head: bytes) -> bool:
-    from PIL import Image
-
+def _check_bytes(found: _Found, size: int) -> None:
+    """Note of the next image that it is too large to be read."""
     try:
-        with Image.open(io.BytesIO(head)):
-            return True
-    except Exception:
-        return False
+        check_bytes(size)
+    except ImageError as error:
+        found.failed.setdefault(len(found.names), (error.status, error.reason))
 
 
 def _add(found: _Found, name: str, size: int, place) -> None:
