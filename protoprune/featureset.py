@@ -75,13 +75,14 @@ def shard_file(folder: str, name: str) -> str:
 def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
     """(what set.json says of the set, its parts). Raises ProtopruneError when it is none."""
     path = os.path.join(folder, SET_FILE)
+    shown = stores.public(path)
     try:
         plan = parse_json(_read(path).decode("utf-8", "surrogateescape"))
         if plan["format"] != _FORMAT:
             raise ValueError("another format")
         if plan["format_version"] != _VERSION:
             raise ProtopruneError(
-                f"{stores.public(path)}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
+                f"{shown}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
         if any(files.leads_out(part.name) for part in parts):
@@ -92,7 +93,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
         raise ProtopruneError(f"{where}: a folder without {SET_FILE}; give a feature file or a feature set") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
-            f"{stores.public(path)}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
+            f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
         ) from None
     return plan, parts
 
