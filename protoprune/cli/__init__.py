@@ -24,6 +24,7 @@ from protoprune.cli.options import spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
+from protoprune.cli.reshard import reshard
 from protoprune.cli.scaling import scaling
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
@@ -156,6 +157,7 @@ for command in (
     report,
     encoders,
     merge,
+    reshard,
     advise,
 ):
     app.command()(spread(command))

@@ -86,6 +86,7 @@ class ShardImages(ImageList):
     """The images of one opened shard. Close it when they are read."""
 
     reader: Callable[[int], bytes] = None  # row -> bytes of the image
+    beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -117,6 +118,8 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     duplicates: int = 0
+    # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
+    beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
 
 
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
@@ -199,6 +202,7 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         skipped=found.skipped,
         duplicates=found.duplicates,
         reader=lambda row: reader(places[row]),
+        beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
         closing=stack,
     )
@@ -247,12 +251,14 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
         return _pread(handle, *place)
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, member in members.items():
         if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
             found.skipped[_suffix(name)] += 1
             if member.isreg():
                 labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
+                others.add(name, (member.offset_data, member.size))
             continue
         target = _target(name, member, members)
         if target is None or target.issparse():
@@ -335,7 +341,8 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
             return b""
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
             _check_bytes(found, info.file_size)
@@ -343,6 +350,7 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
         else:
             found.skipped[_suffix(name)] += 1
             labels.add(name, lambda i=info: read(i), info.file_size)
+            others.add(name, info)
     labels.apply(found)
     return found, read
 
@@ -375,6 +383,7 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
     handle = spool.fileno()
     width = max(_WIDTH, len(str(max(len(found.names) - 1, 0))))
     found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
+    found.beside = _Columns(file, image, found.names, pyarrow).of
     return found, lambda place: _pread(handle, *place)
 
 
@@ -498,6 +507,49 @@ def _name(value, names: list[str]) -> str:
 
 
 # --- names and labels -------------------------------------------------------------------------------------------------
+
+
+class _Others:
+    """The members of a tar or zip that are no images, by key."""
+
+    def __init__(self, read: Callable):
+        self.read = read
+        self.places: dict[str, list] = {}
+
+    def add(self, name: str, place) -> None:
+        self.places.setdefault(_key(name), []).append((name, place))
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        return [(one, self.read(place)) for one, place in sorted(self.places.get(_key(name), []))]
+
+
+class _Columns:
+    """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
+
+    def __init__(self, file, image: str, names: list[str], pyarrow):
+        self.file, self.image, self.names, self.pyarrow = file, image, names, pyarrow
+        self.rows: dict[str, dict] | None = None
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        if self.rows is None:
+            schema, batches, _ = _batches(self.file, self.pyarrow)
+            plain = [
+                one for one in schema.names if one != self.image and _is_plain(schema.field(one).type, self.pyarrow)
+            ]
+            rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
+            self.rows = dict(zip(self.names, rows, strict=bool(plain)))
+        row = self.rows.get(name)
+        return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+
+
+def _is_plain(kind, pyarrow) -> bool:
+    """Whether a column can be written as JSON."""
+    types = pyarrow.types
+    if types.is_struct(kind):
+        return all(_is_plain(one.type, pyarrow) for one in kind)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_plain(kind.value_type, pyarrow)
+    return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 class _Sidecars:
