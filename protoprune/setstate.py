@@ -18,18 +18,19 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, remoteset, stores
-from protoprune.decode import TRANSIENT, Status
+from protoprune.current import content_digest
+from protoprune.decode import TRANSIENT, ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import FeatureFile
 from protoprune.featureset import Part, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
-from protoprune.sources import Shard, ShardError, ShardOptions, Source
+from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_shard
 from protoprune.text import parse_json
 
 _LOCK_SECONDS = 60
 
 
-def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool) -> None:
+def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool, moved: bool = False) -> None:
     """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
     there = is_feature_set(out)
     if not there:
@@ -40,14 +41,14 @@ def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrit
         if there or is_feature_set(out):
             plan, parts = _read(out, overwrite)
             if plan is not None:
-                _check(out, plan, parts, wanted, source, overwrite)
+                _check(out, plan, parts, wanted, source, overwrite, moved)
                 before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
         parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
         if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
             try:
                 write_plan(out, wanted, parts, new=not there)
             except FileExistsError:  # on a store, by a process that began at the same moment
-                prepare(source, key, options, out, overwrite)
+                prepare(source, key, options, out, overwrite, moved)
 
 
 def _check_free(out: str) -> None:
@@ -78,7 +79,7 @@ def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
 
 
 def _agrees(plan: dict, wanted: dict) -> bool:
-    return all(plan.get(name) == wanted[name] for name in ("key", "options"))
+    return all(plan.get(name) == wanted[name] for name in ("key", "root", "options"))
 
 
 def _carried(part: Part | None, shard: Shard) -> Part:
@@ -93,8 +94,8 @@ def _unchanged(part: Part, shard: Shard) -> bool:
     return (part.size, part.version) == (shard.size, shard.version)
 
 
-def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool) -> None:
-    """Refuse features of another kind, and to lose most of the shards, without --overwrite."""
+def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool, moved: bool) -> None:
+    """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
     if overwrite:
         return
     ways = "write to another folder with -o, or replace it with --overwrite"
@@ -108,15 +109,37 @@ def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source
         raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
     done = [part for part in parts if part.done]
     shards = {shard.name: shard for shard in source.shards}
-    moved = plan["root"] != source.root
-    stay = sum(
-        part.rows for part in done
-        if part.name in shards and (not moved or _unchanged(part, shards[part.name]))
-    )  # fmt: skip
-    rows = sum(part.rows for part in done)
+    elsewhere = plan["root"] != source.root
+    staying = [
+        part for part in done
+        if part.name in shards and (not elsewhere or _unchanged(part, shards[part.name]))
+    ]  # fmt: skip
+    stay, rows = sum(part.rows for part in staying), sum(part.rows for part in done)
+    what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
+    if elsewhere and staying and not moved:
+        options = ShardOptions(**wanted["options"])
+        if trouble := _other_content(shard_file(out, staying[0].name), shards[staying[0].name], source.root, options):
+            raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
     if 2 * stay < rows:
-        what = f"is for shards below {plan['root']}, not {source.root}" if moved else "is for other shards"
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
+
+
+def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) -> str:
+    """What speaks against a shard being the one that was embedded, by the content of its first images; '' for nothing.
+    One on an object store is compared when it is embedded; one whose features are there is embedded again."""
+    if stores.is_url(shard.url) or stores.is_url(path):
+        return ""
+    try:
+        with FeatureFile(path) as file, open_shard(shard, shard.url, options, root) as images:
+            was = file.content
+            rows = np.flatnonzero(was)[:8].tolist()
+            if not len(rows):
+                return "has no digests of its images, to compare them by; if it was only moved, say so with --moved"
+            same = file.paths == images.paths
+            same = same and all(content_digest(images.read(row)) == was[row] for row in rows)
+            return "" if same else "holds other images"
+    except (ProtopruneError, ShardError, ImageError) as error:
+        return f"cannot be compared with what was embedded ({error})"
 
 
 def finish(out: str, uuids: dict[str, str]) -> list[Part]:
@@ -146,7 +169,9 @@ def _state(out: str, part: Part, plan: dict, uuid: str, notes: dict | None) -> P
         return part
     shard = Shard(part.name, "", part.size, part.version)
     options = ShardOptions(**plan["options"])
-    found = done(path, shard, options, plan["key"], source_gone=part.size < 0, try_again=False, notes=notes)
+    found = done(
+        path, shard, plan["root"], options, plan["key"], source_gone=part.size < 0, try_again=False, notes=notes
+    )
     if found is not None:
         return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
     said = _failure(path, notes)
@@ -195,6 +220,7 @@ class Finished:
 def done(
     path: str,
     shard: Shard,
+    root: str,
     options: ShardOptions,
     key: dict,
     *,
@@ -202,7 +228,8 @@ def done(
     try_again: bool = True,
     notes: dict | None = None,
 ) -> Finished | None:
-    """The feature file of a shard if it is for this shard, unchanged (or gone), with this key and these options.
+    """The feature file of a shard if it is for this shard below this root, unchanged (or gone), with this key and these
+    options.
 
     With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
     whose features are damaged. `notes` are those of the whole set, where it lies on a store.
@@ -210,35 +237,40 @@ def done(
     again = try_again and not source_gone
     if stores.is_url(path):
         facts = remoteset.note(path) if notes is None else notes.get(path)
-        fits = facts is not None and "failed" not in facts and _is_for(facts, shard, options, key, source_gone)
+        fits = facts is not None and "failed" not in facts and _is_for(facts, shard, root, options, key, source_gone)
         return _finished(facts) if fits and not (again and facts["try_again"]) else None
     if not os.path.exists(path):
         return None
     try:
         with FeatureFile(path) as file:
-            if not _is_for(file.provenance, shard, options, key, source_gone):
-                return None
             facts = _facts(file)
+            if not _is_for(facts, shard, root, options, key, source_gone):
+                return None
             return None if again and (facts["try_again"] or not file.intact().all()) else _finished(facts)
     except ProtopruneError:  # damaged: embed it again
         return None
 
 
-def _is_for(facts: dict, shard: Shard, options: ShardOptions, key: dict, source_gone: bool) -> bool:
-    same = facts.get("shard") == shard.name and not feature_file.key_differences(facts, key)
+def _is_for(facts: dict, shard: Shard, root: str, options: ShardOptions, key: dict, source_gone: bool) -> bool:
+    same = (facts.get("shard"), facts.get("root")) == (shard.name, root)
+    same &= not feature_file.key_differences(facts, key)
     same &= facts.get("shard_options") == options.as_text()
-    return same and (
-        source_gone or (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version)
-    )
+    if source_gone or not same:
+        return same
+    # Another file may have been put in the shard's place: its ctime is another one.
+    before = facts.get("shard_ctime", -1)
+    touched = before >= 0 and shard.ctime_ns >= 0 and before != shard.ctime_ns
+    return (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version) and not touched
 
 
 def _facts(file: FeatureFile) -> dict:
     """What a finished feature file says of itself."""
     status = file.status
-    names = (*feature_file.KEY, "shard", "shard_options", "shard_size", "shard_version", "uuid", "embedded_by")
+    names = (*feature_file.KEY, "shard", "shard_options", "shard_size", "shard_version", "root", "uuid", "embedded_by")
     return {name: file.provenance[name] for name in names if name in file.provenance} | {
         "rows": file.n, "usable": int((status == Status.OK).sum()), "failures": dict(file.failure_counts()),
         "try_again": bool(np.isin(status, TRANSIENT).any()), "bytes": file.bytes,
+        "shard_ctime": int(file.ctime_ns[0]) if file.n else -1,
     }  # fmt: skip
 
 

@@ -88,6 +88,7 @@ def embed_shards(
     store: str = "float16",
     compile: bool = False,
     overwrite: bool = False,
+    moved: bool = False,
     devices: Sequence[str] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -101,6 +102,9 @@ def embed_shards(
     With `world_size` W, process `rank` takes every W-th shard; each may run on a machine of its own with `out` on a
     file system that all of them see. `on_start` is called with the number of shards and of those left, `on_shard` after
     each shard.
+
+    Shards below another root, and shards that were copied or restored, have their images compared with what was
+    embedded, unless `moved`: see `embedding.embed`.
 
     With `devices` ('cuda:0', 'cuda:1', …; 'cpu' as often as processes are wanted) a worker process on each takes shard
     after shard instead; a worker that dies is started again.
@@ -132,19 +136,19 @@ def embed_shards(
             device = "cpu"  # of the driver, which embeds nothing
         engine = Engine(encoder, devices[0] if devices else device, **settings)
         settings["precision"] = engine.precision
-        setstate.prepare(source, engine.provenance, options, out, overwrite)
+        setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
         mine = source.shards[rank::world_size]
         report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
-        start = functools.partial(_start, encoder, settings, source.root, options, out)
+        start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
         if ray:
             report.device = f"{need.device} of Ray"
             run = functools.partial(cluster.run, _work, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
         else:
-            run = functools.partial(_run_here, _Worker(engine, source.root, options, out))
+            run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
         uuids = {}
-        for one in _reports(mine, options, engine, out, run, on_start):
+        for one in _reports(mine, source.root, options, engine, out, run, on_start):
             _count(report, one)
             uuids[one.name] = one.uuid
             if on_shard:
@@ -157,7 +161,7 @@ def embed_shards(
 
 
 def _reports(
-    shards: Sequence[Shard], options, engine: Engine, out: str, run: Callable, on_start=None
+    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, run: Callable, on_start=None
 ) -> Iterator[ShardReport]:
     """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
 
@@ -165,7 +169,7 @@ def _reports(
     """
     left, notes = [], remoteset.notes(out) if stores.is_url(out) else None
     for shard in shards:
-        before = setstate.done(shard_file(out, shard.name), shard, options, engine.provenance, notes=notes)
+        before = setstate.done(shard_file(out, shard.name), shard, root, options, engine.provenance, notes=notes)
         if before is None:
             left.append(shard)
         else:
@@ -198,13 +202,16 @@ class _Worker:
     root: str
     options: ShardOptions
     out: str
+    moved: bool
     copies: Copies = field(default_factory=Copies)
 
     def close(self) -> None:
         self.copies.close()
 
 
-def _start(encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, device: str) -> _Worker:
+def _start(
+    encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, moved: bool, device: str
+) -> _Worker:
     """A worker in its own process. Raises ProtopruneError on a machine where the set or the shards cannot be seen."""
     for path, what in ((os.path.join(out, SET_FILE), "the feature set"), (root, "the shards")):
         if "://" not in path and not os.path.exists(path):
@@ -212,13 +219,13 @@ def _start(encoder: Encoder, settings: dict, root: str, options: ShardOptions, o
                 f"{path} is not there, so {what} cannot be reached; use storage that all machines share under one "
                 "name, or a URL"
             )
-    return _Worker(Engine(encoder, device, **settings), root, options, out)
+    return _Worker(Engine(encoder, device, **settings), root, options, out, moved)
 
 
 def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
     """Embed a shard while the next one is fetched."""
     copy = functools.partial(worker.copies.of, ahead=ahead)
-    return embed_shard(shard, worker.root, worker.options, worker.engine, worker.out, copy)
+    return embed_shard(shard, worker.root, worker.options, worker.engine, worker.out, worker.moved, copy)
 
 
 def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
@@ -228,7 +235,13 @@ def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
 
 
 def embed_shard(
-    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, copy: Copy | None = None
+    shard: Shard,
+    root: str,
+    options: ShardOptions,
+    engine: Engine,
+    out: str,
+    moved: bool = False,
+    copy: Copy | None = None,
 ) -> ShardReport:
     """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
 
@@ -237,15 +250,15 @@ def embed_shard(
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
     path = shard_file(out, shard.name)
-    before = setstate.done(path, shard, options, engine.provenance)
+    before = setstate.done(path, shard, root, options, engine.provenance)
     if before is not None:
         return ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    if shard.size < 0 and (kept := setstate.done(path, shard, options, engine.provenance, source_gone=True)):
+    if shard.size < 0 and (kept := setstate.done(path, shard, root, options, engine.provenance, source_gone=True)):
         return ShardReport(shard.name, "kept", kept.rows, kept.uuid, failures=kept.failures)
     with _place(path) as place:
         replaces = False
         if place != path and (replaces := stores.size(path) is not None):
-            found = _without_note(path, place, shard, options, engine.provenance)
+            found = _without_note(path, place, shard, root, options, engine.provenance)
             if found is not None:
                 return ShardReport(shard.name, "unchanged", found.rows, found.uuid, failures=found.failures)
         try:
@@ -257,12 +270,13 @@ def embed_shard(
                     "shard_options": options.as_text(),
                     "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
                 }  # fmt: skip
-                result = embed_with(engine, images, place, overwrite=_replaces(place, shard, engine.provenance))
+                replaced = _replaces(place, shard, engine.provenance)
+                result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates = images.skipped, images.duplicates
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
-            lost = ShardError(Status.UNREADABLE, f"none of its images could be used: {error}")
+            lost = ShardError(Status.UNREADABLE, str(error))
             setstate.note_failure(path, shard, lost)
             return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
         except ProtopruneError as error:
@@ -305,12 +319,14 @@ def _deliver(place: str, path: str, replaces: bool) -> None:
     remoteset.write_note(path, setstate.facts_of(place))
 
 
-def _without_note(path: str, place: str, shard: Shard, options: ShardOptions, key: dict) -> setstate.Finished | None:
+def _without_note(
+    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict
+) -> setstate.Finished | None:
     """A file on the store whose writer was killed before the note, if it is what is wanted; the note is made up for."""
     if remoteset.note(path) is not None:  # it is known not to be
         return None
     stores.get(path, place)
-    found = setstate.done(place, shard, options, key)
+    found = setstate.done(place, shard, root, options, key)
     if found is None:
         os.unlink(place)
     else:

@@ -196,6 +196,7 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         paths=[f"{shard.name}/{name}" for name in names],
         size=np.array([found.sizes[i] for i in order], np.int64),
         mtime_ns=np.full(n, shard.version, np.int64),
+        ctime_ns=np.full(n, shard.ctime_ns, np.int64),
         labels=label,
         classes=classes,
         labels_from=source,
