@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,8 @@ _BATCH = {"cuda": 256, "mps": 64}
 _PIECE = 8
 MOST = {"--batch-size": 65_536, "--workers": 1024}
 _LARGEST_SIDE = 8192  # pixels of an encoder's input
+_STEP_BACK = 19  # the nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it
+_LOOK = 5.0  # seconds after which that is judged anew
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -488,6 +491,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
+    hunger = _Hunger() if on_cpu else None
     with (
         _decoders(images, encoder, workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
@@ -508,7 +512,11 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
         while ahead:
             decode_next()
             rows, buffer, parts = ahead.popleft()
-            outcome = [one for part in parts for one in decoders.results(part)]
+            with hunger or contextlib.nullcontext():
+                outcome = [one for part in parts for one in decoders.results(part)]
+            if hunger and hunger.starved():
+                decoders.relieve(_alone)
+                hunger = None
             if on_cpu and not compiled:
                 features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
             else:
@@ -546,6 +554,35 @@ def _decoders(
         torch.set_num_threads(threads)  # what a thread sets is set for the others too
 
 
+class _Hunger:
+    """Whether a run waits for its decoding threads while other programs have the cores.
+
+    Threads that step back get next to nothing on a busy machine, and on an idle one they cost nothing: there all cores
+    are at work, with images or with the model. No process may take back what it has stepped, so it needs new threads.
+    """
+
+    def __init__(self):
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._began, self._waited = (time.monotonic(), time.process_time()), 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        self._waited += time.monotonic() - self._since
+
+    def starved(self) -> bool:
+        """Judged every few seconds: it waited most of them, and had less than half of the cores."""
+        wall, used = time.monotonic() - self._began[0], time.process_time() - self._began[1]
+        if wall < _LOOK:
+            return False
+        starved = self._waited > wall / 2 and used < cores() * wall / 2
+        self._start_over()
+        return starved
+
+
 def _alone(step_back: bool = False) -> None:
     """Set up a thread that works by itself: torch must not start more threads for it.
 
@@ -556,7 +593,7 @@ def _alone(step_back: bool = False) -> None:
 
     torch.set_num_threads(1)
     if step_back and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
 
 
 def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -13,9 +13,11 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 from protoprune.errors import ProtopruneError, UsageError
 
+T = TypeVar("T")
 _ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not hang the program
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
 _COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
@@ -23,11 +25,11 @@ _COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
 _WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
 
 
-def is_url(path: str | os.PathLike) -> bool:
+def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def given(path: str | os.PathLike) -> str:
+def given(path: str | os.PathLike[str]) -> str:
     """A path or URL as the user wrote it: `pathlib` makes s3:/bucket of s3://bucket. file:// is a path."""
     path = os.fspath(path)
     match = _COLLAPSED.match(path)
@@ -42,7 +44,7 @@ def public(url: str) -> str:
     return _SECRETS.sub("", url) if is_url(url) else url
 
 
-def store(url: str):
+def store(url: str) -> Any:
     """The fsspec file system of a URL."""
     protocol = url.partition("://")[0]
     if protocol in ("s3", "s3a", "gs", "gcs") and "@" in url.partition("://")[2].partition("/")[0]:
@@ -67,9 +69,9 @@ def store(url: str):
         raise UsageError(f"{public(url)}: no file system for {protocol}://; see fsspec's list of protocols") from None
 
 
-def answered(url: str, ask: Callable):
+def answered(url: str, ask: Callable[[], T]) -> T:
     """What the store answers, in time; every kind of trouble as one line that names the way on."""
-    answer: list = []
+    answer: list[tuple[T, None] | tuple[None, BaseException]] = []
 
     def run() -> None:
         try:
@@ -84,9 +86,9 @@ def answered(url: str, ask: Callable):
         raise ProtopruneError(
             f"{public(url)}: no answer within {_ANSWER_SECONDS} seconds; check the network and the URL"
         )
-    value, error = answer[0]
+    error = answer[0][1]
     if error is None:
-        return value
+        return cast(T, answer[0][0])
     if isinstance(error, (ProtopruneError, KeyboardInterrupt)):
         raise error
     raise ProtopruneError(f"{public(url)}: {trouble(error)}") from None
@@ -118,7 +120,7 @@ def trouble(error: BaseException) -> str:
 def size(url: str) -> int | None:
     """Bytes of a file; None when it is not there."""
 
-    def ask(there, path: str) -> int | None:
+    def ask(there: Any, path: str) -> int | None:
         there.invalidate_cache(posixpath.dirname(path))
         found = there.info(path)
         return int(found["size"] or 0) if found["type"] == "file" else None
@@ -131,8 +133,8 @@ def read(url: str) -> bytes | None:
     return _of_one(url, lambda there, path: there.cat_file(path))
 
 
-def _of_one(url: str, ask: Callable):
-    def run():
+def _of_one(url: str, ask: Callable[[Any, str], T]) -> T | None:
+    def run() -> T | None:
         there, path = store(url), _path(url)
         try:
             return ask(there, path)
@@ -200,7 +202,7 @@ def remove(url: str) -> None:
         store(url).rm_file(_path(url))
 
 
-def _put(url: str, how: Callable, new: bool) -> None:
+def _put(url: str, how: Callable[[Any, str, dict[str, str]], object], new: bool) -> None:
     """As one object where the store makes it visible when all of it has arrived, else under another name first.
 
     Of two writers of a new file on S3 the store itself refuses the second (If-None-Match); elsewhere the second may

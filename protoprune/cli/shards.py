@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,15 @@ from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import bytes_text, duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from protoprune.encoders import Encoder
+    from protoprune.featureset import Part
+    from protoprune.sharding import SetReport, ShardReport
+    from protoprune.sources import ShardOptions
+    from protoprune.sources.finding import Source
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]
@@ -35,7 +44,15 @@ WorldSize = Annotated[
 ]
 
 
-def embed_source(source, model, out: str, errors: Path | None, strict: bool, options, settings) -> None:
+def embed_source(
+    source: Source,
+    model: Encoder,
+    out: str,
+    errors: Path | None,
+    strict: bool,
+    options: ShardOptions,
+    settings: dict[str, Any],
+) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
     from protoprune.sharding import embed_shards
     from protoprune.sources.finding import describe_source
@@ -43,8 +60,8 @@ def embed_source(source, model, out: str, errors: Path | None, strict: bool, opt
     started = time.monotonic()
     rank, world = settings.get("rank", 0), settings.get("world_size", 1)
     mine = len(source.shards[rank::world])
-    share = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
-    say(f"{describe_source(source)}{share}")
+    ours = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
+    say(f"{describe_source(source)}{ours}")
     with Progress("embed", "shards") as progress:
         on_start, on_shard = _followers(progress, source)
         report = embed_shards(source, model, out, options=options, on_start=on_start, on_shard=on_shard, **settings)
@@ -57,10 +74,10 @@ def embed_source(source, model, out: str, errors: Path | None, strict: bool, opt
         raise ProtopruneError("--strict: not everything could be read")
 
 
-def _followers(progress: Progress, source) -> tuple:
+def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int], None], Callable[[ShardReport], None]]:
     """What shows how many shards are left, and what became of one."""
     sizes = {shard.name: max(shard.size, 0) for shard in source.shards}
-    done: Counter = Counter()
+    done: dict[str, float] = dict.fromkeys(("start", "shards", "images", "failed", "bytes"), 0)
 
     def on_start(total: int, left: int) -> None:
         if left < total:
@@ -68,20 +85,22 @@ def _followers(progress: Progress, source) -> tuple:
         progress.start(left)
         done["start"] = time.monotonic()
 
-    def on_shard(one) -> None:
+    def on_shard(one: ShardReport) -> None:
         if not progress.started:  # it was done before
             return
-        done.update(shards=1, images=one.embedded, failed=one.state == "failed", bytes=sizes[one.name])
+        new = {"shards": 1, "images": one.embedded, "failed": one.state == "failed", "bytes": sizes[one.name]}
+        for name, count in new.items():
+            done[name] += count
         if one.state == "failed":
             say(f"warning: {one.name}: {one.status}: {one.reason}")
         seconds = max(time.monotonic() - done["start"], 1e-9)
         speed = f"{done['images'] / seconds:,.0f} img/s, {bytes_text(done['bytes'] / seconds)}/s"
-        progress.update(done["shards"], done["failed"], f"{done['images']:,} images, {speed}")
+        progress.update(int(done["shards"]), int(done["failed"]), f"{done['images']:,.0f} images, {speed}")
 
     return on_start, on_shard
 
 
-def _say_set(report, model, seconds: float) -> None:
+def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     from protoprune.images import describe_counts
 
     _say_left_out(report.skipped, report.duplicates)
@@ -102,7 +121,7 @@ def _say_set(report, model, seconds: float) -> None:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
 
 
-def _say_left_out(skipped: Counter, duplicates: int) -> None:
+def _say_left_out(skipped: Counter[str], duplicates: int) -> None:
     from protoprune.images import describe_counts
 
     if skipped:
@@ -111,7 +130,7 @@ def _say_left_out(skipped: Counter, duplicates: int) -> None:
         say(f"{duplicates:,} images came twice under one name in a shard; the last one counts, as in unpacking")
 
 
-def _write_errors(errors: Path, report) -> None:
+def _write_errors(errors: Path, report: SetReport) -> None:
     """Shards that failed, and images, as one list."""
     from protoprune.features import local_path
     from protoprune.featureset import FeatureSet
@@ -131,7 +150,7 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world size) as given, else from the environment of SLURM or torchrun, else alone."""
     if (rank is None) != (world_size is None):
         raise UsageError("--rank and --world-size go together")
-    if rank is None:
+    if rank is None or world_size is None:
         for one, all_of_them in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
             if one in os.environ and all_of_them in os.environ:
                 try:
@@ -146,7 +165,14 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def launcher(engine: str, address: str | None, devices: list[str] | None, device: str, rank, world_size) -> dict:
+def launcher(
+    engine: str,
+    address: str | None,
+    devices: list[str] | None,
+    device: str,
+    rank: int | None,
+    world_size: int | None,
+) -> dict[str, Any]:
     """The arguments of `embed_shards` that say which processes work, checked together."""
     if engine not in ("local", "ray"):
         raise UsageError(f"--engine {engine}: expected local or ray")
@@ -189,25 +215,25 @@ def show_set(folder: str, errors: bool) -> bool:
     from protoprune.stores import public
 
     _, parts = read_plan(folder)
-    failed = [part for part in parts if part.failed]
+    failed = [(part.name, *part.failed) for part in parts if part.failed]  # (name, status, reason)
     done = sum(part.done for part in parts)
     pending = sum(part.pending for part in parts)
     if errors:
-        for part in failed:
-            echo(f"{part.name}\t{part.failed[0]}\t{part.failed[1]}")
+        for one in failed:
+            echo("\t".join(one))
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
     states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"
     echo(f"{public(folder)}: feature set of {len(parts):,} shards: {states}")
-    for status, count in Counter(part.failed[0] for part in failed).most_common():
-        first = next(part for part in failed if part.failed[0] == status)
-        echo(f"failed      {count:,} {status} (first: {first.name}: {first.failed[1]})")
+    for status, count in Counter(status for _, status, _ in failed).most_common():
+        name, reason = next((name, reason) for name, of, reason in failed if of == status)
+        echo(f"failed      {count:,} {status} (first: {name}: {reason})")
     for who, count in _makers(folder, parts).most_common(8):
         echo(f"made by     {who}: {count:,} shards")
     return bool(done) and not pending
 
 
-def _makers(folder: str, parts) -> Counter:
+def _makers(folder: str, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
     from protoprune import remoteset, stores
     from protoprune.features import FeatureFile
@@ -215,7 +241,7 @@ def _makers(folder: str, parts) -> Counter:
 
     if stores.is_url(folder):
         return Counter(one["embedded_by"] for one in remoteset.notes(folder).values() if "embedded_by" in one)
-    makers: Counter = Counter()
+    makers: Counter[str] = Counter()
     for part in parts[:1000]:
         path = shard_file(folder, part.name)
         if os.path.exists(path):

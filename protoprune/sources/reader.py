@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
+from typing import NoReturn
 
 from protoprune import stores
 from protoprune.decode import ImageError, Status, open_at_once, read_bounded
@@ -25,7 +26,7 @@ class ImageReader:
     A context manager: the copies are removed at its end.
     """
 
-    def __init__(self, root: str | os.PathLike, options: ShardOptions | None = None):
+    def __init__(self, root: str | os.PathLike[str], options: ShardOptions | None = None):
         self.root, self.options = stores.given(root), options or ShardOptions()
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, tuple[ShardImages, dict[str, int]]] = OrderedDict()
@@ -50,7 +51,7 @@ class ImageReader:
     def __enter__(self) -> ImageReader:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._shards:
             self._shards.popitem()[1][0].close()
         self._copies.clear()
@@ -97,13 +98,11 @@ class ImageReader:
         try:
             size = stores.size(url)
         except ProtopruneError as error:
-            return self._refuse(str(error))
+            self._refuse(str(error))
         if size is None:
             raise ImageError(Status.MISSING, "no such shard on the store")
         if self._fetched + size > _FETCHED:
-            return self._refuse(
-                f"{stores.public(url)} and further shards are not fetched, {_FETCHED >> 30} GB are here"
-            )
+            self._refuse(f"{stores.public(url)} and further shards are not fetched, {_FETCHED >> 30} GB are here")
         self._fetched += size
         try:
             self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
@@ -111,7 +110,7 @@ class ImageReader:
             raise ImageError(error.status, error.reason) from None
         return self._copies[name]
 
-    def _refuse(self, why: str):
+    def _refuse(self, why: str) -> NoReturn:
         self._refused = why
         warn(f"{why}; their images are not shown")
         raise ImageError(Status.UNREADABLE, why)
