@@ -102,7 +102,7 @@ def embed(
 
     inputs = [images, weights, labels, class_names]
     check_outputs(errors, inputs=inputs)
-    away = out is not None and is_url(given(out))
+    target = given(out or "features")
     settings: dict[str, Any] = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
@@ -110,10 +110,8 @@ def embed(
     }  # fmt: skip
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
-    if away and (source is None or single):
-        raise UsageError(
-            f"-o {given(out)}: only feature sets of shards are written to a URL; write a file, and copy it"
-        )
+    if is_url(target) and (source is None or single):
+        raise UsageError(f"-o {target}: only feature sets of shards are written to a URL; write a file, and copy it")
     if source is None or single:
         file = out or Path("features.h5")
         check_outputs(errors, hdf5=file, inputs=inputs)
@@ -143,7 +141,7 @@ def embed(
             _embed_images(found, model, file, errors, strict, settings)
     else:
         with resumable("what is embedded is kept"):
-            embed_source(source, model, given(out or "features"), errors, strict, options, settings)
+            embed_source(source, model, target, errors, strict, options, settings)
 
 
 def _embed_images(
