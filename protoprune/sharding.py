@@ -22,7 +22,8 @@ import numpy as np
 from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import features as feature_file
 from protoprune.decode import Status
-from protoprune.embedding import Engine, LossError, embed_with
+from protoprune.earlier import LossError
+from protoprune.embedding import Engine, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import FeatureFile
