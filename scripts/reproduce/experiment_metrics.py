@@ -40,7 +40,7 @@ def run(lab: Lab) -> list[Claim]:
     lists = [kept(name, values, keep, train.paths) for name, values in scores.items() for keep in settings["keep"]]
     result = evaluate(
         train, test, [one for one in lists if not one.name.startswith("random ")], recipe, seeds=lab.seeds,
-        folder=lab.runs, device=lab.device, on_run=lab.progress,
+        class_counts=False, folder=lab.runs, device=lab.device, on_run=lab.progress,
     )  # fmt: skip
     lab.save_table([report.summary_row(one) for one in result.methods])
     draw(lab, result)
