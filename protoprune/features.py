@@ -38,6 +38,7 @@ from protoprune.decode import ON_WHITE, TRANSIENT, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList, is_feature_set
+from protoprune.text import parse_json
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
@@ -98,7 +99,7 @@ class FeatureFile:
     @property
     def paths(self) -> list[str]:
         """The n ids (surrogateescape where a name is not UTF-8), in row order."""
-        return self._reader.names("path", self.n)
+        return self._reader.ids("path", self.n)
 
     @property
     def classes(self) -> list[str]:
@@ -160,7 +161,7 @@ class FeatureFile:
     def unreadable_folders(self) -> list[list[str]]:
         """[folder, reason] of the first 100 folders that could not be listed."""
         with self._reader.trouble("its unreadable_folders"):
-            return json.loads(self.provenance.get("unreadable_folders", "[]"))
+            return parse_json(self.provenance.get("unreadable_folders", "[]"))
 
     @property
     def bytes(self) -> int:

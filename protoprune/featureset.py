@@ -26,7 +26,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
 from protoprune.images import SET_FILE, ImageList
 from protoprune.sources.reading import FOLDERS
-from protoprune.text import native
+from protoprune.text import native, parse_json
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _OPEN_FILES = 64  # feature files that are open at once
@@ -75,7 +75,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
     path = os.path.join(folder, SET_FILE)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            plan = json.load(file)
+            plan = parse_json(file.read())
         if plan["format"] != _FORMAT:
             raise ValueError("another format")
         if plan["format_version"] != _VERSION:
@@ -83,10 +83,12 @@ def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
                 f"{path}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
+        if any(files.leads_out(part.name) for part in parts):
+            raise ValueError("a shard's name leads out of the set")
         plan["root"] = native(plan["root"])
     except FileNotFoundError:
         raise ProtopruneError(f"{folder}: a folder without {SET_FILE}; give a feature file or a feature set") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
             f"{path}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
         ) from None

@@ -81,6 +81,11 @@ def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
     return os.path.samefile(folder, other) if os.path.isdir(folder) and os.path.isdir(other) else folder == other
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name, which may come from anywhere, is no path below a folder: absolute, empty, with `..` or NUL."""
+    return not name or name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/"))
+
+
 @contextlib.contextmanager
 def replacing(path: str, temporary: str | None = None) -> Iterator[str]:
     """The name to write a file under; it takes the place of `path` when the block ends well, and is removed else.
@@ -160,9 +165,12 @@ def write_links(
     folders numbers the classes anew where one has lost all its images, and timm takes it as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
-    Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched.
+    Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched. A
+    name that leads out of the folder is refused before anything is made.
     """
     check_free(folder)
+    if (outside := next(filter(leads_out, paths), None)) is not None:
+        raise ProtopruneError(f"--links {folder}: {outside!r} leads out of the folder; links are made below it only")
     folder, root = os.path.abspath(folder), os.path.abspath(root)
     building = f"{folder}.{os.getpid()}.tmp"
     made: set[str] = set()
@@ -174,7 +182,7 @@ def write_links(
             if parent not in made:
                 os.makedirs(parent, exist_ok=True)
                 made.add(parent)
-            if not os.path.exists(target):
+            if not os.path.isfile(target):
                 raise ProtopruneError(f"--links: {target} does not exist; embed again, or give --root where it is now")
             if hard:
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere

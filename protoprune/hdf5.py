@@ -22,6 +22,7 @@ import numpy as np
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import leads_out
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
@@ -115,6 +116,13 @@ class Reader:
         names = os.fsdecode(self.whole(name).tobytes()).split("\0")
         if names.pop() or count not in (None, len(names)):
             raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
+        return names
+
+    def ids(self, name: str, count: int | None) -> list[str]:
+        """The `names` of images, which are refused where one is no path below a folder: links and reads follow them."""
+        names = self.names(name, count)
+        if (outside := next(filter(leads_out, names), None)) is not None:
+            raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
         return names
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:

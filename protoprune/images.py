@@ -184,7 +184,8 @@ def refuse_archive(data: bytes, name: str) -> None:
 
 
 def split_list(data: bytes, name: str = "the list") -> list[str]:
-    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF or CRLF), empty ones dropped.
+    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF, CRLF or mixed), empty ones
+    dropped.
 
     UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
     `name`, for an archive or an image.
@@ -195,9 +196,9 @@ def split_list(data: bytes, name: str = "the list") -> list[str]:
     if b"\0" in data:
         parts = data.split(b"\0")
     else:
-        lines = data.split(b"\n")
-        crlf = len(lines) > 1 and all(line.endswith(b"\r") for line in lines[:-1])
-        parts = [line.removesuffix(b"\r") for line in lines] if crlf else lines
+        lines = data.split(b"\n")  # a name that ends in a carriage return takes a list with NULs
+        ended = [line.removesuffix(b"\r") for line in lines[:-1]]
+        parts = [*ended, lines[-1].removesuffix(b"\r") if len(lines) > 1 else lines[-1]]
     return [os.fsdecode(part) for part in parts if part]
 
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -28,7 +27,10 @@ from protoprune import files, hdf5
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, PartialFile, create_partial, partial_path
+from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
+from protoprune.npy import map_npy, reason
+from protoprune.text import parse_json
 
 _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "img_emb", "features", "feature",
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
@@ -254,6 +256,8 @@ def _plain(name: str) -> str:
     name = name.removeprefix("./")
     if not name or "\0" in name:
         raise UsageError(f"{name!r}: an image needs a name")
+    if leads_out(name):
+        raise UsageError(f"{name}: not below one folder as the others are; give --root a folder that holds every image")
     return name
 
 
@@ -304,7 +308,7 @@ def _file(path: str, vector_column, path_column, stack) -> _Part:
     suffix = os.path.splitext(path)[1].lower()
     try:
         if suffix == ".npy":
-            return _Part(_two_dimensions(path, np.load(path, mmap_mode="r", allow_pickle=False)))
+            return _Part(_two_dimensions(path, map_npy(path)))
         if suffix == ".npz":
             return _npz(path, vector_column, path_column)
         if suffix in (".parquet", ".pq"):
@@ -325,8 +329,12 @@ def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def _npz(path: str, vector_column, path_column) -> _Part:
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # BadZipFile, NotImplementedError, TokenError, zlib.error, …
+        raise ValueError(reason(error)) from None
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}  # others are bytes
     floats = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind == "f"]
     strings = [name for name, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
     name = _one_of(path, floats, _VECTORS, vector_column, "--vector-column")
@@ -422,7 +430,7 @@ def _vector_blocks(path: str, table, column: str, others: list[str]) -> Iterator
 def _fiftyone(path: str, field_name: str | None) -> _Part:
     """`dataset.export(dataset_type=FiftyOneDataset)`: samples.json, vectors as lists or zlib-compressed .npy."""
     with open(path, encoding="utf-8") as file:
-        samples = json.load(file)
+        samples = parse_json(file.read())
     samples = samples.get("samples") if isinstance(samples, dict) else samples
     if not isinstance(samples, list) or not samples or not all(isinstance(one, dict) for one in samples):
         raise ProtopruneError(f"{path}: no samples in it")

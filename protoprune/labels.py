@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import plain_bytes
+from protoprune.text import parse_json, plain_bytes
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
@@ -75,7 +74,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
         found = _by_path(source, keys, values, paths, root)
     found = {row: value for row, value in found.items() if value}
     classes = sorted(set(found.values()))
-    if all(name.isdecimal() for name in classes):
+    if all(_is_number(name) for name in classes):
         classes.sort(key=lambda name: (int(name), name))
     if not classes:
         raise ProtopruneError(f"{source}: gives no image a class")
@@ -112,7 +111,7 @@ def _parse(source: str, data: bytes, column: str | None) -> tuple[list[str] | No
         if text.lstrip()[:1] in ("{", "["):
             return _from_records(_json(text), column)
         return _from_text(text, source, column)
-    except (csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, ValueError) as error:
         raise ProtopruneError(f"{source}: cannot read its rows ({error})") from None
     except _Unclear as error:
         raise UsageError(f"{source}: {error}") from None
@@ -128,9 +127,9 @@ def _text(data: bytes) -> str:
 
 def _json(text: str) -> list[dict]:
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        whole = parse_json(text)
+    except ValueError:
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
     if isinstance(whole, dict) and all(isinstance(value, (str, int)) for value in whole.values()) and len(whole) > 1:
         return [{"path": path, "label": value} for path, value in whole.items()]
     return whole if isinstance(whole, list) else [whole]
@@ -230,6 +229,10 @@ def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     return key, label
 
 
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 19  # Python refuses to make numbers of thousands of digits
+
+
 def _plain(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter not in " ._-:")
 
@@ -239,8 +242,8 @@ def _plain(name: str) -> str:
 
 def _rename(source: str, values: list[str], names: str) -> list[str]:
     numbers = {value for value in values if value}
-    if not all(value.isdecimal() for value in numbers):
-        first = next(value for value in values if value and not value.isdecimal())
+    if not all(_is_number(value) for value in numbers):
+        first = next(value for value in values if value and not _is_number(value))
         raise UsageError(f"--class-names goes with class numbers, and {source} has {first!r}")
     table = _class_names(names, {int(value) for value in numbers})
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
@@ -254,8 +257,8 @@ def _class_names(names: str, used: set[int]) -> dict[int, str]:
     text = _text(_read(names, "--class-names"))
     if text.lstrip()[:1] in ("{", "["):
         try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
+            whole = parse_json(text)
+        except ValueError as error:
             raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
         if isinstance(whole, list):
             return _numbered(names, [_first(one) for one in whole], used)
@@ -263,12 +266,12 @@ def _class_names(names: str, used: set[int]) -> dict[int, str]:
     else:
         lines = [line for line in text.splitlines() if line.strip()]
         words = [re.split(r"[\s,:]+", line.strip(), maxsplit=2) for line in lines]
-        if not all(len(word) > 1 and (word[0].isdecimal() != word[1].isdecimal()) for word in words):
+        if not all(len(word) > 1 and (_is_number(word[0]) != _is_number(word[1])) for word in words):
             wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
             return _numbered(names, [line.split()[0] if wnids else line.strip() for line in lines], used)
         pairs = [(word[0], word[1]) for word in words]
-    turned = [(b, a) if b.isdecimal() and not a.isdecimal() else (a, b) for a, b in pairs]
-    if not all(number.isdecimal() for number, _ in turned):
+    turned = [(b, a) if _is_number(b) and not _is_number(a) else (a, b) for a, b in pairs]
+    if not all(_is_number(number) for number, _ in turned):
         raise ProtopruneError(f"{names}: expected class numbers and names")
     return {int(number): name for number, name in turned}
 

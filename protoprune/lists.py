@@ -25,7 +25,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.images import refuse_archive, split_list
 from protoprune.npy import load_npy
-from protoprune.text import PATH_NAMES, plain_bytes, plain_name, unpacked
+from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
 _TABLES = (".csv", ".tsv")
@@ -155,8 +155,12 @@ def _read(source: str) -> _Rows | np.ndarray:
             return load_npy(data)
         refuse_archive(data, source)
         data = plain_bytes(data)
+        if suffix == ".json" or data.lstrip()[:1] == b"[":
+            whole = _whole_json(data, suffix == ".json")
+            if whole is not None:
+                return _from_records(whole)
         if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(data)):
-            return _from_records(data)
+            return _from_records([parse_json(line) for line in os.fsdecode(data).split("\n") if line.strip()])
         if suffix in _TABLES or _begins_with_header(data):
             return _from_table(data)
     except _NoList as error:
@@ -170,12 +174,33 @@ class _NoList(Exception):
     """What is wrong with a list, without its name."""
 
 
-def _from_records(data: bytes) -> _Rows:
-    records = [json.loads(line) for line in os.fsdecode(data).split("\n") if line.strip()]
+def _whole_json(data: bytes, sure: bool) -> list | None:
+    """The entries of a list that is one piece of JSON; None for JSON Lines, and for text where it is not `sure`."""
+    text = os.fsdecode(data)
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        if sure and not text.lstrip().startswith("{"):
+            raise
+        return None
+    if isinstance(whole, list):
+        return whole
+    if isinstance(whole, dict) and any(plain_name(name) in PATH_NAMES for name in whole):
+        return None  # one line of JSON Lines
+    raise _NoList("not a list: its JSON is no array of paths, or of objects with a path")
+
+
+def _from_records(records: list) -> _Rows:
+    """Objects with a path (and more), or paths alone."""
     if not records:
         return _Rows([])
-    if not all(isinstance(record, dict) for record in records):
-        raise _NoList("not a list that protoprune wrote (expected one object with a path a line)")
+    if all(isinstance(record, str) for record in records):
+        return _Rows(records, table=False)
+    number, odd = next(((n, one) for n, one in enumerate(records, 1) if not isinstance(one, dict)), (0, None))
+    if number:
+        raise _NoList(
+            f"not a list that protoprune wrote (entry {number}, {json.dumps(odd)[:40]}, is no object with a path)"
+        )
     names = _columns(list(records[0]))
     columns = {what: [record.get(name) for record in records] for what, name in names.items()}
     return _from_columns(columns)
@@ -238,7 +263,7 @@ def _begins_with_record(data: bytes) -> bool:
     if not data.startswith(b"{"):
         return False
     try:
-        record = json.loads(os.fsdecode(data.partition(b"\n")[0]))
+        record = parse_json(os.fsdecode(data.partition(b"\n")[0]))
     except ValueError:
         return False
     return isinstance(record, dict) and any(plain_name(name) in PATH_NAMES for name in record)

@@ -21,16 +21,14 @@ def load_npy(source: bytes | str | os.PathLike) -> np.ndarray:
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     file = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if not dtype.hasobject and min(shape, default=0) >= 0:
+        shape, dtype = _header(file)
+        if min(shape, default=0) >= 0:
             need, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
             if need > there:
                 raise ValueError(f"cut short: {there:,} of {need:,} bytes")
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # SyntaxError, TokenError, UnicodeDecodeError, MemoryError, …
-        raise ValueError(_reason(error)) from None
+        raise ValueError(reason(error)) from None
 
 
 def load_npz(source: bytes | str | os.PathLike) -> dict[str, np.ndarray]:
@@ -42,12 +40,33 @@ def load_npz(source: bytes | str | os.PathLike) -> dict[str, np.ndarray]:
                 raise ValueError("it claims to hold more than it can")
             members = {one.filename: archive.read(one) for one in archive.infolist()}  # checks the checksums
     except Exception as error:  # BadZipFile, RuntimeError (encrypted), NotImplementedError, zlib.error, …
-        raise ValueError(_reason(error)) from None
+        raise ValueError(reason(error)) from None
     return {
         name.removesuffix(".npy"): load_npy(data) for name, data in members.items() if data.startswith(b"\x93NUMPY")
     }
 
 
-def _reason(error: Exception) -> str:
+def map_npy(path: str | os.PathLike) -> np.ndarray:
+    """The array of a .npy file as a memory map. Raises ValueError as `load_npy` does."""
+    try:
+        with open(path, "rb") as file:
+            _header(file)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        raise ValueError(reason(error)) from None
+
+
+def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, type) of an array, from its header; the file is then at the array. Raises whatever numpy does."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled Python objects, which are never read, since that can run code; save numbers")
+    return shape, dtype
+
+
+def reason(error: Exception) -> str:
+    """What numpy or zipfile said, as a few words on one line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return reason if len(reason) <= 120 else reason[:120] + "…"  # zipfile shows the bytes that it found

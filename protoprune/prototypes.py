@@ -25,6 +25,7 @@ from protoprune import files, vectors
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
+from protoprune.text import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -357,7 +358,7 @@ def _kept(path: str, key: str) -> Clustering | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         entry = load_npz(path)
         if entry["key"].item() == key:
-            stored = json.loads(entry["plain"].item())
+            stored = parse_json(entry["plain"].item())
             stored.update({name: entry[name] for name in _ARRAYS})
             return Clustering(**stored)
     return None

@@ -332,6 +332,8 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     """
     rule = _rule(keep, options)
     n, usable = len(ranking.paths), ranking.usable
+    if np.isinf(ranking.scores).any():
+        raise UsageError(f"{int(np.isinf(ranking.scores).sum()):,} scores are infinite; give numbers, or NaN for none")
     if not round(rule.keep * int(usable.sum())):
         raise UsageError(f"--keep {rule.keep:g} of {int(usable.sum()):,} images is none; keep more")
     groups = groups_of(ranking, rule.by) if rule.balance else None

@@ -103,7 +103,7 @@ class Record:
     @property
     def paths(self) -> list[str]:
         """The n ids, in row order."""
-        return self._reader.names("path", self.n)
+        return self._reader.ids("path", self.n)
 
     @property
     def classes(self) -> list[str]:
@@ -165,7 +165,7 @@ class Record:
     @property
     def test_paths(self) -> list[str]:
         """Ids of the test examples; empty without a test set."""
-        return self._reader.names("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
+        return self._reader.ids("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
 
     @property
     def test_labels(self) -> np.ndarray | None:

@@ -21,6 +21,8 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from protoprune.text import parse_json
+
 BLOCK = 4096
 _MARK = b"protoprune-seal 1 "
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -125,7 +127,13 @@ def _parse(head: bytes) -> Seal | None:
     own, _, text = head.removeprefix(_MARK).rstrip(b"\0").removesuffix(b"\n").partition(b" ")
     if not head.startswith(_MARK) or xxhash.xxh3_64_hexdigest(text).encode() != own:
         return None
-    return Seal(**json.loads(text))
+    try:
+        seal = Seal(**parse_json(text))
+        extents = [(*where, None)[:2] for where in seal.datasets.values()]
+        inside = all(0 <= offset <= seal.size and 0 <= size <= seal.size - offset for offset, size in extents)
+    except (ValueError, TypeError, AttributeError):  # whoever made it can make digests too
+        return None
+    return seal if inside else None
 
 
 def _structure(file, seal: Seal) -> str:

@@ -29,6 +29,7 @@ from protoprune.featureset import Part, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
+from protoprune.text import parse_json
 
 _LOCK_SECONDS = 60
 
@@ -313,7 +314,7 @@ def _state(out: str, part: Part, plan: dict, uuid: str) -> Part:
     if found is not None:
         return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(_failure_file(path)) as file:
-        said = json.load(file)
+        said = parse_json(file.read())
         if (said["size"], said["version"]) == (part.size, part.version):
             return Part(part.name, part.size, part.version, failed=(said["status"], said["reason"]))
     return part

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -49,6 +50,14 @@ def plain_bytes(data: bytes) -> bytes:
             return data
         return text.encode() if "\n" in text else data  # else it may be a name that is not UTF-8
     return data if b"\0" in data else data.removeprefix(codecs.BOM_UTF8)
+
+
+def parse_json(text: str | bytes):
+    """`json.loads` of text that may come from anywhere: whatever is wrong is a ValueError, too deep a nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def with_slashes(entries: Sequence[str], known: Callable[[str], bool]) -> list[str]:

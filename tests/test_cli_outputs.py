@@ -97,6 +97,45 @@ def test_results_in_the_folder_of_images_are_refused(here, image_tree):
     assert not (here / "images/pays").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate list.txt --features g.h5 --test g.h5 -o images",
+        "evaluate list.txt --features g.h5 --test g.h5 -o images/ape",
+        "scaling --features g.h5 --test g.h5 --size 4 -o images/bee", "tune --features g.h5 --keep 0.5 -o images/ape",
+        "tune --features g.h5 --keep 0.5 -o images", "sheet g.h5 --k 1 -o images/ape/sheet.png",
+        "select g.h5 --keep 0.5 --k 1 --links images/ape/kept",
+        "select g.h5 --keep 0.5 --scores s.csv --links images/ape/kept",
+        "compare s.csv t.csv --features g.h5 --bootstrap 0 --figure images/bee/matrix.png",
+        "compare s.csv t.csv --features g.h5 --bootstrap 0 --sheet images/bee/sheet.png",
+    ],
+)  # fmt: skip
+def test_nothing_is_written_among_the_images_of_a_feature_file(here, line, image_tree, feature_file):
+    """What `embed` and training would find there the next time."""
+    image_tree({"ape": 6, "bee": 6})
+    paths = [f"{name}/{i:03d}.png" for name in ("ape", "bee") for i in range(6)]
+    feature_file("g.h5", np.random.default_rng(0).normal(size=(12, 4)), paths=paths, root=here / "images")
+    for name in ("s", "t"):
+        write_scores(f"{name}.csv", paths, np.arange(12.0), metric="el2n")
+    (here / "list.txt").write_text("ape/000.png\nbee/000.png\n")
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 2, result.output
+    (error,) = (one for one in result.stderr.splitlines() if one.startswith("error:"))
+    assert "among the images" in error or "is the folder of the images" in error
+    assert sorted(path.relative_to(here / "images").as_posix() for path in (here / "images").rglob("*.*")) == paths
+
+
+def test_results_beside_the_folder_of_the_images_are_fine(here, image_tree, feature_file):
+    """And below it too, where no image lies: a list's root is often the folder that one works in."""
+    image_tree({"ape": 6, "bee": 6})
+    paths = [f"images/{name}/{i:03d}.png" for name in ("ape", "bee") for i in range(6)]
+    feature_file("g.h5", np.random.default_rng(0).normal(size=(12, 4)), paths=paths, root=here)
+    for line in ("sheet g.h5 --k 1", "select g.h5 --keep 0.5 --k 1 --links kept -o kept.txt"):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == 0, result.output
+    assert len(list((here / "kept").rglob("*.png"))) == 6
+
+
 def test_stdout_that_is_redirected_to_an_output(here):
     command = [
         sys.executable,

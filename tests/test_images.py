@@ -351,7 +351,9 @@ def test_root_that_does_not_exist(tmp_path):
         (b"a.png\nb.png", ["a.png", "b.png"]),
         (b"a.png\r\nb.png\r\n", ["a.png", "b.png"]),
         (b"a.png\r\nb.png", ["a.png", "b.png"]),
-        (b"a.png\r\nb.png\n", ["a.png\r", "b.png"]),  # not CRLF throughout: the \r belongs to the name
+        (b"a.png\r\nb.png\n", ["a.png", "b.png"]),  # two lists put together
+        (b"a.png\nb.png\r\n\r\nc.png\r", ["a.png", "b.png", "c.png"]),
+        (b"a.png\r\0b.png\0", ["a.png\r", "b.png"]),
         (b"a.png\n\n\nb.png\n", ["a.png", "b.png"]),
         (b"a\nb.png\0c.png\0", ["a\nb.png", "c.png"]),
         (b"a.png\r\n\0b.png\0", ["a.png\r\n", "b.png"]),

@@ -92,9 +92,9 @@ def test_what_cannot_be_read(tmp_path, data, message):
     [
         (np.zeros(2), r"shape \(2,\), expected \(3,\)"),
         (np.zeros((3, 1)), r"shape \(3, 1\), expected \(n,\)"),
-        (np.array(["a", "b", "c"]), "not a .npy array of numbers"),
-        (np.array([1, "a", None], object), "not a .npy array of numbers"),
-        (np.zeros(3, [("a", float), ("b", float)]), "not a .npy array of numbers"),
+        (np.array(["a", "b", "c"]), "holds <U1, expected numbers"),
+        (np.array([1, "a", None], object), "pickled Python objects, which are never read"),
+        (np.zeros(3, [("a", float), ("b", float)]), "expected numbers"),
         (None, "not a .npy array of numbers"),
         ("npz", r"its array a has shape \(3, 1\), expected \(n,\)"),
     ],
@@ -177,8 +177,8 @@ def file_name(name: str) -> bool:
 
 PATHS_OF_ANY_KIND = st.lists(NAMES.filter(file_name), min_size=1, max_size=12, unique=True)
 FLOATS = {
-    np.float32: st.floats(width=32, allow_nan=True, allow_infinity=True),
-    np.float64: st.floats(allow_nan=True, allow_infinity=True),
+    np.float32: st.floats(width=32, allow_nan=True, allow_infinity=False),
+    np.float64: st.floats(allow_nan=True, allow_infinity=False),
 }
 
 

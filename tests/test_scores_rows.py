@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
@@ -171,11 +170,18 @@ def test_a_damaged_table_is_one_line(tmp_path, format):
         text = "path,score\n" + "".join(f"{p},{v}\n" for p, v in zip(IMAGES, VALUES, strict=True))
         lines = [json.dumps({"path": p, "score": v}) for p, v in zip(IMAGES, VALUES, strict=True)]
         data.write(gzip.compress(text.encode()) if "gz" in format else "\n".join(lines).encode())
-    rng, whole = np.random.default_rng(0), data.getvalue()
+    rng, whole, refused = np.random.default_rng(0), data.getvalue(), []
     for _ in range(40):
         bytes_ = bytearray(whole)
         for place in rng.integers(0, len(whole), 3):
             bytes_[place] = rng.integers(256)
         (tmp_path / f"s.{format}").write_bytes(bytes_[: rng.integers(1, 2 * len(whole))])
-        with contextlib.suppress(ProtopruneError):
-            read_scores(tmp_path / f"s.{format}", IMAGES, by_place=format == "npy")
+        try:
+            table = read_scores(tmp_path / f"s.{format}", IMAGES, by_place=format == "npy")
+        except ProtopruneError as error:
+            refused.append(str(error))
+        else:
+            assert table.scores.shape == (len(IMAGES),)
+            assert not np.isinf(table.scores).any()
+    assert len(refused) >= 15
+    assert all(f"s.{format}" in said and "\n" not in said for said in refused)

@@ -25,7 +25,7 @@ from protoprune.cli.options import (
     numbers,
     several,
 )
-from protoprune.cli.outputs import check_folder
+from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
 from protoprune.cli.training import load_sets, show_run, time_text, training_source
@@ -118,6 +118,8 @@ def evaluate(
     for path in lists:
         read_list(path)
     train, tested = load_sets(source, test, model, training, labels)
+    for one in (train, tested):
+        check_results(out, one.root, one.paths)
     kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
     with resumable(out and f"the runs done are kept in {out / 'runs'}"):
         result = compare(

@@ -11,7 +11,10 @@ from protoprune.errors import UsageError
 from protoprune.files import holds, same_file
 
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
-_RESULTS = ("results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png")
+_RESULTS = (  # of evaluate, scaling and tune
+    "results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png", "kept.txt",
+    "table.csv", "curve.csv", "runs.jsonl",
+)  # fmt: skip
 
 
 def check_outputs(
@@ -52,19 +55,47 @@ def check_outputs(
 
 
 def check_picture(path: Path | None, root: str | Path, paths: Sequence[str]) -> None:
-    """Raise UsageError for a picture that would be written over one of the images; say when it lies among them."""
-    if path is None or not root:
+    """Raise UsageError for a picture that would become one of the images; say when it lies somewhere below their root.
+
+    `paths` are those of the images below `root`.
+    """
+    if path is None or not below(path, root):
         return
-    place, root = os.path.realpath(path), os.path.realpath(root)
-    if not place.startswith(os.path.join(root, "")):
-        return
-    if path.is_file() and os.path.relpath(place, root) in set(paths):
+    if path.is_file() and os.path.relpath(os.path.realpath(path), os.path.realpath(root)) in set(paths):
         raise UsageError(f"{path}: is one of the images; choose another name")
+    check_beside(path, root, paths)
     say(f"warning: {path} lies in the folder of the images, where `protoprune embed` will find it; write it elsewhere")
 
 
+def check_beside(path: Path | None, root: str | Path, paths: Sequence[str], what: str = "") -> None:
+    """Raise UsageError for an output in a folder that holds images, which `embed` and training find there."""
+    if path is None or not below(path, root):
+        return
+    folder = os.path.dirname(os.path.relpath(os.path.realpath(path), os.path.realpath(root)))
+    beside = next((one for one in paths if os.path.dirname(one) == folder), None)
+    if beside is not None and os.path.isfile(os.path.join(root, beside)):
+        raise UsageError(
+            f"{what or path}: lies among the images (beside {os.path.basename(beside)}), where `protoprune embed` and "
+            "training would find it; write it elsewhere"
+        )
+
+
+def below(path: Path, root: str | Path) -> bool:
+    """Whether a path lies in a folder, through links; False where the folder is not known ('')."""
+    return bool(root) and os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
+
+
+def check_results(out: Path | None, root: str, paths: Sequence[str]) -> None:
+    """Raise UsageError for a folder of results that is the images' own, or holds some of them."""
+    if out is None or not root:
+        return
+    if os.path.realpath(out) == os.path.realpath(root):
+        raise UsageError(f"-o {out}: is the folder of the images, one of which its figure would become; choose another")
+    check_beside(out / "figure.png", root, paths, f"-o {out}")
+
+
 def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
-    """As `check_outputs`, for the folder of results of `evaluate` and `scaling`. It need not exist."""
+    """As `check_outputs`, for the folder of results of `evaluate`, `scaling` and `tune`. It need not exist."""
     if out is None:
         return
     inputs = [one for one in inputs if one is not None and one.exists()]

@@ -28,7 +28,7 @@ from protoprune.cli.options import (
     table_file,
     whole_numbers,
 )
-from protoprune.cli.outputs import check_folder
+from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
 from protoprune.cli.training import load_sets, show_run, training_source
@@ -94,6 +94,8 @@ def scaling(
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
     check_folder(out, inputs)
     train, tested = load_sets(source, test, model, training, labels)
+    for one in (train, tested):
+        check_results(out, one.root, one.paths)
     ranked = {
         "scores": _scores(scores, train, reading),
         "features": _vectors(features, train) if scores is None else None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, Scores, TableOptions, table_file
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import below, check_beside, check_outputs
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 
@@ -63,6 +63,8 @@ def select(
         share = pruning.restart_overlap(ranking, rule)
         seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
+    if links is not None:
+        check_beside(links, root or ranking.root, ranking.paths, f"--links {links}")
     _write(
         chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
     )
@@ -150,7 +152,7 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
             f"ImageFolder numbers the others anew, unlike those of a validation set; {folder / CLASSES} keeps the "
             "numbers (timm: --class-map), and so does keep_only on the whole folder"
         )
-    if os.path.realpath(folder).startswith(os.path.join(os.path.realpath(root), "")):
+    if below(folder, root):
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 

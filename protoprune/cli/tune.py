@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, table_file
+from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.training import load_sets
 from protoprune.errors import UsageError
@@ -69,9 +70,11 @@ def tune(
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
-    _check(model, images, higher_is, scores, features, out)
+    _check(model, images, higher_is, scores, features)
+    check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
+    check_results(out, source.provenance["root"], source.paths)
     pool = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
         _describe(pool, features, fraction, seed, out)
@@ -115,7 +118,7 @@ def _fraction(text: str) -> float | None:
     return value
 
 
-def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
+def _check(model, images, higher_is, scores, features: Path) -> None:
     from protoprune.features import missing
 
     if model == "head":
@@ -128,8 +131,6 @@ def _check(model, images, higher_is, scores, features: Path, out: Path) -> None:
         raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
     if not features.exists() or features.is_dir():
         raise missing(features, f"feature file; make one with `protoprune embed IMAGES -o {features}`")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"-o {out}: a file; name a folder")
 
 
 def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:

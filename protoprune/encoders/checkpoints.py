@@ -7,8 +7,11 @@ import collections
 import datetime
 import os
 import pathlib
+import pickletools
 import re
 import types
+import warnings
+import zipfile
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from protoprune.errors import ProtopruneError, UsageError
 
 # Where the tensors are in what is saved; of DINO's two networks its authors evaluate the teacher.
 _WRAPPERS = ("teacher", "student", "state_dict", "model", "model_state_dict", "target_encoder", "encoder")
+
+_PICKLE = 1 << 20  # bytes of a pickle that are looked at for what it would call
 
 
 def read_state(path: str | os.PathLike) -> dict:
@@ -40,6 +45,10 @@ def read_state(path: str | os.PathLike) -> dict:
             f"--weights {path}: a {type(state).__name__} instead of a state dict; save model.state_dict()"
         )
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if (odd := next((key for key in tensors if not isinstance(key, str)), None)) is not None:
+        raise ProtopruneError(
+            f"--weights {path}: a tensor has the key {odd!r} where a name is expected; save model.state_dict()"
+        )
     if not tensors:
         keys = ", ".join(map(str, list(state)[:5])) or "nothing"
         raise ProtopruneError(f"--weights {path}: no tensors in it (it holds {keys}); save model.state_dict()")
@@ -56,7 +65,8 @@ def _load(path: str):
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is not torch's, before the error
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ProtopruneError(f"--weights {path}: {_why(path, str(error) or type(error).__name__)}") from None
@@ -97,10 +107,57 @@ def _why(path: str, said: str) -> str:
                 wanted |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception:  # the older format: the first one is known at least
             pass
-        return (
-            f"holds {', '.join(sorted(wanted))}, and reading such an object would run code from the file; where you "
-            "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-        )
+        return _runs_code(wanted)
+    if kind := _other_kind(path):
+        return f"{kind}; give a .pth, .pt or .safetensors state dict"
+    if wanted := _pickled_globals(path):
+        return _runs_code(wanted)
     reason = re.search(r"WeightsUnpickler error: (.*)", said) or re.search(r"trusted source\.\s+(.*)", said)
-    line = reason.group(1) if reason else said.splitlines()[0]
-    return f"not readable ({line.strip()}); give a .pth, .pt or .safetensors state dict"
+    line = (reason.group(1) if reason else said.splitlines()[0]).strip()[:120]
+    known = f" ({line})" if line and not line.isdigit() else ""
+    return f"not readable{known}; give a .pth, .pt or .safetensors state dict"
+
+
+def _runs_code(wanted: set[str]) -> str:
+    return (
+        f"holds {', '.join(sorted(wanted))}, and reading such an object would run code from the file; where you "
+        "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+    )
+
+
+def _other_kind(path: str) -> str:
+    """What a file is that torch cannot read, where its content says it; '' else."""
+    from protoprune.files import holds
+    from protoprune.images import archive_kind
+
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file"
+    if head.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                whole = any(name.endswith("/data.pkl") for name in archive.namelist())
+        except Exception:
+            return "a damaged zip archive: perhaps a checkpoint that is cut short"
+        return "" if whole else "a zip archive that torch.save did not write"
+    if head.startswith(b"\x93NUMPY"):
+        return "an array of numpy"
+    return holds(path) or archive_kind(head) or ""
+
+
+def _pickled_globals(path: str) -> set[str]:
+    """What a pickle would call that is neither torch's nor harmless, found without reading it as one."""
+    found, strings = set(), []
+    try:
+        with open(path, "rb") as file:
+            for operation, value, _ in pickletools.genops(file.read(_PICKLE)):
+                if operation.name in ("GLOBAL", "INST"):
+                    found.add(value.replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    found.add(".".join(strings[-2:]))
+                elif isinstance(value, str):
+                    strings.append(value)
+    except Exception:  # no pickle, or cut off at _PICKLE: what was found until then counts
+        pass
+    return {name for name in found if name.partition(".")[0] not in ("torch", "collections", "numpy")}

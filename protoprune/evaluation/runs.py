@@ -25,7 +25,7 @@ import numpy as np
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
-from protoprune.text import with_slashes
+from protoprune.text import parse_json, with_slashes
 
 FORMAT = 3  # one more whenever the training itself changes
 MIN_STEPS = 500  # optimizer steps that every network takes at least: fewer would judge the length of training
@@ -482,7 +482,7 @@ def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) 
     if folder is None:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(Path(folder, f"{name}.json").read_text())
+        kept = parse_json(Path(folder, f"{name}.json").read_text())
         if kept["key"] == key and kept["digest"] == _result_digest(key, kept["outcome"]):
             outcome = Outcome(**kept["outcome"], cached=True)
             return outcome if outcome.curve or not curves else None

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
 
 from protoprune.errors import ProtopruneError
 from protoprune.evaluation.statistics import Difference, sentence
+from protoprune.text import parse_json
 
 
 def read(folder: str | os.PathLike) -> dict:
     """{'header', 'rows', 'verdicts', 'figure'} of a folder of results; ProtopruneError where there are none."""
     path = os.path.join(folder, "results.json")
     try:
-        methods = json.loads(Path(path).read_bytes())["methods"]
+        methods = parse_json(Path(path).read_bytes())["methods"]
         rows = [_row(one) for one in methods]
         verdicts = [f"{one['name']}: {_verdicts(one)}" for one in methods if one.get("to_random")]
     except FileNotFoundError:

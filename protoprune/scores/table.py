@@ -30,9 +30,9 @@ from protoprune import __version__
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
-from protoprune.npy import load_npy, load_npz
+from protoprune.npy import load_npy, load_npz, reason
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import plain_bytes
+from protoprune.text import parse_json, plain_bytes
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -83,6 +83,7 @@ def write_scores(
         )
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64 if scores.itemsize > 2 else np.float32)
+    _refuse_infinite(path, paths, scores)
     facts = {
         "metric": metric,
         "higher": "harder",
@@ -193,6 +194,7 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
             "where the edit is meant"
         )
     scores = scores.astype(np.float64)
+    _refuse_infinite(source, keys, scores)
     if higher == "easier":
         scores = 0.0 - scores
     if keys is not None:
@@ -270,11 +272,22 @@ def _direction(source: str, header: dict, higher_is: str | None) -> tuple[str, s
         own, who, whose = "harder", "released", "it has the name of a released file, in which higher means"
     if own is None:
         return (given, "given") if given else ("harder", "assumed")
-    if own not in _HIGHER:
+    if not isinstance(own, str) or own not in _HIGHER:
         raise ProtopruneError(f"{source}: its header says higher is {own!r}, expected one of {', '.join(_HIGHER)}")
     if given and given != _HIGHER[own]:
         raise UsageError(f"--higher-is {higher_is}: contradicts {source}: {whose} {_HIGHER[own]}; leave the option out")
     return _HIGHER[own], who
+
+
+def _refuse_infinite(source: str, keys: Sequence[str] | None, scores: np.ndarray) -> None:
+    """An infinite score has no place among others: no quantile, no stratum, no bin, no digits in a table."""
+    rows = np.flatnonzero(np.isinf(scores))
+    if len(rows):
+        first = f"row {rows[0] + 1}" if keys is None else keys[rows[0]]
+        raise ProtopruneError(
+            f"{source}: {len(rows):,} scores are infinite (first: {first}); give numbers in their place, or nothing "
+            "where an image has no score"
+        )
 
 
 def _refuse_duplicates(source: str, keys: list[str]) -> None:
@@ -301,13 +314,13 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
             )
         if data.startswith(b"PAR1"):
             return _read_parquet(data, column)
-        if suffix in (".jsonl", ".ndjson"):
+        if suffix in (".jsonl", ".ndjson", ".json"):
             return _read_json_lines(data, column)
         return _read_text(data, column)
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (OSError, zlib.error) as error:
-        raise ProtopruneError(f"{source}: cannot be read ({error})") from None
+        raise ProtopruneError(f"{source}: cannot be read ({reason(error)})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
@@ -341,10 +354,10 @@ def _refuse_damaged_line(first: str) -> None:
 
 def _header(text: str) -> dict:
     try:
-        header = json.loads(text)
+        header = parse_json(text)
     except ValueError:
         header = None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not isinstance(header.get("provenance", {}), dict | None):
         raise ProtopruneError(f"its header {_MARK.strip('# :')} is not valid JSON; remove the line or write it again")
     return header
 
@@ -352,7 +365,10 @@ def _header(text: str) -> dict:
 def _read_array(data: bytes, column: str | None):
     if column is not None:
         raise ProtopruneError(f"has no array {column!r}: a .npy file is one array")
-    array = load_npy(data).astype(np.float64)
+    array = load_npy(data)
+    if array.dtype.kind not in "fiub":
+        raise ProtopruneError(f"holds {array.dtype}, expected numbers")
+    array = array.astype(np.float64)
     if array.ndim != 1:
         raise ProtopruneError(f"shape {array.shape}, expected (n,): one score an image")
     return None, array, "index", {}
@@ -376,7 +392,10 @@ def _read_arrays(data: bytes, wanted: str | None):
 
 
 def _read_json_lines(data: bytes, column: str | None):
-    records = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    if data.lstrip().startswith(b"["):  # one piece of JSON
+        records = parse_json(data)
+    else:
+        records = [parse_json(line) for line in data.split(b"\n") if line.strip()]
     if not records or not all(isinstance(record, dict) for record in records):
         raise ProtopruneError("expected one object with path and score a line")
     return _from_columns({name: [record.get(name) for record in records] for name in records[0]}, {}, column)
@@ -404,12 +423,23 @@ def _from_columns(columns: dict[str, Sequence], header: dict, wanted: str | None
     sample = [[_text(column[row]) for column in columns.values()] for row in range(min(length, 50))]
     if len(columns) == 1 and wanted in (None, *columns):
         (values,) = columns.values()
-        return None, np.array(values, np.float64), "index", header
+        return None, _numbers(values), "index", header
     found = find_columns([list(columns), *sample], wanted)
     columns = list(columns.values())
-    scores = np.array([np.nan if value is None else value for value in columns[found.score]], np.float64)
+    scores = _numbers(columns[found.score])
     keys = None if found.key is None else [_text(value) for value in columns[found.key]]
     return keys, scores, found.kind, header
+
+
+def _numbers(column: Sequence) -> np.ndarray:
+    """(n,) float64 of a column, NaN where it has nothing."""
+    if isinstance(column, np.ndarray) and column.dtype.kind in "fiub":
+        return column.astype(np.float64)
+    found = [number("" if value is None else str(value)) for value in column]
+    wrong = next((row for row, value in enumerate(found) if value is None), None)
+    if wrong is not None:
+        raise ProtopruneError(f"row {wrong + 1} has no number as its score: {_text(column[wrong])[:60]}")
+    return np.array(found, np.float64)
 
 
 def _text(value) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import archive_kind, describe_counts, image_suffixes
+from protoprune.text import parse_json
 from protoprune.units import bytes_text
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".pq", ".arrow")
@@ -207,7 +207,7 @@ def _saved_to_disk(folder: str) -> Source:
     """`Dataset.save_to_disk`: Arrow streams that state.json lists."""
     try:
         with open(os.path.join(folder, "state.json")) as file:
-            names = [one["filename"] for one in json.load(file)["_data_files"]]
+            names = [one["filename"] for one in parse_json(file.read())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProtopruneError(f"{folder}: its state.json cannot be read ({error}); save the data set again") from None
     root = os.path.abspath(folder)

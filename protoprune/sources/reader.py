@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 
 from protoprune.decode import ImageError, Status
+from protoprune.files import leads_out
 from protoprune.sources.finding import Shard
 from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
 
@@ -25,6 +26,8 @@ class ImageReader:
         self._shards: OrderedDict[str, tuple[ShardImages, dict[str, int]]] = OrderedDict()
 
     def __call__(self, path: str) -> bytes:
+        if leads_out(path):  # a score table may hold any name
+            raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         whole = os.path.join(self.root, path)
         try:
             with open(whole, "rb") as file:

@@ -13,7 +13,6 @@ import contextlib
 import gzip
 import io
 import itertools
-import json
 import lzma
 import os
 import posixpath
@@ -29,9 +28,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protoprune.decode import ImageError, Status
+from protoprune.files import leads_out
 from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
-from protoprune.text import native
+from protoprune.text import native, parse_json
 
 _UNPACK = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "an xz file": lzma.open}
 _LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
@@ -164,6 +164,8 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
     for one, other in itertools.pairwise(names):
         if one == other:
             raise ShardError(Status.CORRUPT, f"two images have the id {one}; choose another --id-column, or none")
+    if (outside := next(filter(leads_out, names), None)) is not None:
+        raise ShardError(Status.CORRUPT, f"an image has the id {outside!r}, no path; choose another --id-column")
     label, classes, source = _classes(names, [native(found.labels[i]) for i in order], found.labels_from, options)
     place = {old: new for new, old in enumerate(order)}
     places = [found.places[i] for i in order]
@@ -384,7 +386,7 @@ def _batches(file, pyarrow):
 def _hugging_face(schema) -> dict:
     """The `datasets` features that a schema's metadata describes: column -> feature."""
     try:
-        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return parse_json(schema.metadata[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
 
@@ -493,7 +495,7 @@ class _Sidecars:
 
     def _from_json(self, text: str) -> str:
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
         except ValueError:
             return ""
         if not isinstance(whole, dict):

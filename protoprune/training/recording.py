@@ -22,6 +22,7 @@ import torch
 from protoprune import files, hdf5, records
 from protoprune.device import resolve_device
 from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.text import parse_json
 from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
@@ -203,7 +204,7 @@ def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[s
         if then == value or name == "root":  # the folder may have been moved; the examples are the same
             continue
         if name == "recipe":
-            before, now = json.loads(then or "{}"), json.loads(value)
+            before, now = parse_json(then or "{}"), parse_json(value)
             fields = [key for key in now if before.get(key) != now[key] and key != "weights"]
             differences += [f"{key.replace('_', ' ')} {before.get(key)}, now {now[key]}" for key in fields]
         elif name == "epochs_recorded":  # lists of numbers, as long as the training

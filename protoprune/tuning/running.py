@@ -23,6 +23,7 @@ import numpy as np
 import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.statistics import Interval
+from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
@@ -298,7 +299,7 @@ class Log:
         if self.path.exists():
             for line in self.path.read_text(errors="replace").splitlines():
                 try:
-                    one = json.loads(line)
+                    one = parse_json(line)
                     self._found[one["key"]] = one["right"]
                 except (ValueError, KeyError, TypeError):
                     continue
