@@ -478,8 +478,8 @@ def test_metrics_that_pay_and_that_lose():
         methods = []
         for keep in (0.8, 0.1):
             random = 0.6 + 0.001 * rng.normal(size=5)
-            for name in ("a", "b"):
-                mine = random + shift[f"{name} {keep:g}"] + 0.001 * rng.normal(size=5)
+            for name in ("a", "b", "cover"):
+                mine = random + shift.get(f"{name} {keep:g}", 0.1) + 0.001 * rng.normal(size=5)
                 to_random = statistics.compare(mine, random, one_draw=True)
                 methods.append(SimpleNamespace(name=f"{name} {keep:g}", kind="list", to_random=to_random))
         return SimpleNamespace(methods=methods, seeds=[0, 1, 2, 3, 4])
@@ -488,7 +488,7 @@ def test_metrics_that_pay_and_that_lose():
     claims = metrics.pays(result(usual), [0.8, 0.1])
     assert verdicts(claims) == ["holds", "holds"]
     assert "better: b +0.9" in claims[0].found
-    assert "worse: a -9.9" in claims[1].found
+    assert "worse: a -10.0" in claims[1].found
     claims = metrics.pays(result({name: -shift for name, shift in usual.items()} | {"a 0.8": -0.05}), [0.8, 0.1])
     assert verdicts(claims) == ["does not hold", "does not hold"]
 
