@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -26,7 +26,8 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, hdf5
-from protoprune.decode import TRANSIENT, ImageError, Status, crop, silence_libtiff
+from protoprune.crew import Crew, Part
+from protoprune.decode import TRANSIENT, Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -316,10 +317,13 @@ def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
     something (a permission, memory, another program) still fails."""
     if not feature_file.covers(file, images) or not file.intact().all():
         return False
-    status = file.status
-    pixels = np.empty((encoder.preprocess.size, encoder.preprocess.size, 3), np.uint8)
-    again = np.flatnonzero(np.isin(status, TRANSIENT))
-    return all(_decode_one(images, encoder, int(row), pixels)[0] == status[row] for row in again)
+    again = np.flatnonzero(np.isin(file.status, TRANSIENT))
+    if not len(again):
+        return True
+    with _decoders(images, encoder, min(len(again), cores())) as decoders:
+        parts = [decoders.start([row], lambda *_: None) for row in again.tolist()]
+        now = [decoders.results(part)[0][0] for part in parts]
+    return now == file.status[again].tolist()
 
 
 def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
@@ -382,9 +386,8 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
-    threads = torch.get_num_threads()
     with (
-        ThreadPoolExecutor(workers, initializer=_alone, initargs=(on_cpu,)) as decoders,
+        _decoders(images, encoder, workers, on_cpu) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -396,34 +399,44 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
             rows = next(upcoming, None)
             if rows is not None:
                 buffer = ring.get()
-                ahead.append((rows, buffer, _decode_batch(images, encoder, rows, buffer, decoders, workers)))
+                ahead.append((rows, buffer, _decode_batch(rows, buffer, decoders, workers)))
 
-        try:
-            for _ in range(_RING - 2):
-                decode_next()
-            while ahead:
-                decode_next()
-                rows, buffer, parts = ahead.popleft()
-                outcome = [one for part in parts for one in part.result()]
-                if on_cpu and not compiled:
-                    features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
-                else:
-                    features = forward(buffer)
-                ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-                if ready:
-                    ready.record(torch.cuda.current_stream(device))
-                writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
-                while len(writing) > 1 or (writing and not ahead):
-                    writing.popleft().result()
-                done += len(rows)
-                failed += sum(status != Status.OK for status, _ in outcome)
-                if on_progress:
-                    on_progress(done, failed)
-        except BaseException:
-            decoders.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(threads)
+        for _ in range(_RING - 2):
+            decode_next()
+        while ahead:
+            decode_next()
+            rows, buffer, parts = ahead.popleft()
+            outcome = [one for part in parts for one in decoders.results(part)]
+            if on_cpu and not compiled:
+                features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
+            else:
+                features = forward(buffer)
+            ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+            if ready:
+                ready.record(torch.cuda.current_stream(device))
+            writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
+            while len(writing) > 1 or (writing and not ahead):
+                writing.popleft().result()
+            done += len(rows)
+            failed += sum(status != Status.OK for status, _ in outcome)
+            if on_progress:
+                on_progress(done, failed)
+
+
+@contextlib.contextmanager
+def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool = False) -> Iterator[Crew]:
+    """Threads that make the crop of a row."""
+    import torch
+
+    def work(row: int) -> tuple[np.ndarray, str]:
+        return crop(images.read(row), encoder.preprocess)
+
+    threads = torch.get_num_threads()
+    try:
+        with Crew(count, work, functools.partial(_alone, step_back)) as crew:
+            yield crew
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is set for the others too
 
 
 def _alone(step_back: bool = False) -> None:
@@ -452,28 +465,19 @@ def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:
     return pieces
 
 
-def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list[Future]:
-    """Start decoding `rows` into the first slots of `buffer`, in a few tasks a thread."""
-    pixels = buffer.numpy()
+def _decode_batch(rows: np.ndarray, buffer: torch.Tensor, decoders: Crew, workers: int) -> list[Part]:
+    """Start decoding `rows` into the first slots of `buffer`, in a few parts a thread."""
+    slots = buffer.numpy()
     step = max(1, min(16, -(-len(rows) // (2 * workers))))
 
-    def decode_some(first: int) -> list[tuple[Status, str]]:
-        return [
-            _decode_one(images, encoder, int(rows[slot]), pixels[slot])
-            for slot in range(first, min(first + step, len(rows)))
-        ]
+    def take(first: int, place: int, pixels: np.ndarray | None) -> None:
+        slots[first + place] = 0 if pixels is None else pixels
 
-    pixels[len(rows) :] = 0  # on a GPU the last batch keeps the shape of the others
-    return [decoders.submit(decode_some, first) for first in range(0, len(rows), step)]
-
-
-def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
-    try:
-        slot[...], note = crop(images.read(row), encoder.preprocess)
-        return Status.OK, note
-    except ImageError as error:
-        slot[...] = 0
-        return error.status, error.reason
+    slots[len(rows) :] = 0  # on a GPU the last batch keeps the shape of the others
+    return [
+        decoders.start(rows[first : first + step].tolist(), functools.partial(take, first))
+        for first in range(0, len(rows), step)
+    ]
 
 
 def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -> None:

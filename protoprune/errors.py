@@ -27,6 +27,12 @@ def warn(message: str) -> None:
     warnings.warn(message, ProtopruneWarning, stacklevel=3)
 
 
+def ignore_pillow() -> None:
+    """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
+    a reason of its own. For programs, not for libraries, and before there are threads."""
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")
+
+
 SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bits, and restarts count on from a seed
 
 

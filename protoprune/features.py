@@ -27,6 +27,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import h5py
@@ -38,6 +39,7 @@ from protoprune.decode import ON_WHITE, TRANSIENT, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList, is_feature_set
+from protoprune.paths import Paths
 from protoprune.text import parse_json
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
@@ -96,10 +98,10 @@ class FeatureFile:
         """Whether the file has digests; those of earlier versions have none."""
         return self._reader.seal is not None and "digest" in self._reader
 
-    @property
-    def paths(self) -> list[str]:
-        """The n ids (surrogateescape where a name is not UTF-8), in row order."""
-        return self._reader.ids("path", self.n)
+    @cached_property
+    def paths(self) -> Paths:
+        """The n ids (surrogateescape where a name is not UTF-8), in row order, read as they are asked for."""
+        return self._reader.paths("path", self.n)
 
     @property
     def classes(self) -> list[str]:

@@ -30,21 +30,28 @@ _PRECIOUS = (
 )  # fmt: skip
 
 
-def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all; a pipe or a device is written to as it stands."""
+def write_file(path: str | os.PathLike, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, whose bytes may come in pieces, so that it appears complete or not at all; a pipe or a device is
+    written to as it stands."""
     path = os.fspath(path)
+    pieces = _pieces(data)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        _write_device(path, data)
+        _write_device(path, pieces)
         return
     path = os.path.realpath(path)  # what a link points to, so that the link stays
-    what = holds(path)
-    if what and what != _kind(data[:16]):
+    what, first = holds(path), next(pieces, b"")
+    if what and what != _kind(first[:16]):
         raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(data)
+            file.write(first)
+            file.writelines(pieces)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    return iter([data] if isinstance(data, bytes) else data)
 
 
 def holds(path: str | os.PathLike) -> str:
@@ -132,23 +139,24 @@ def told(path: str) -> Iterator[None]:
         raise ProtopruneError(disk_trouble(path, error)) from None
 
 
-def _write_device(path: str, data: bytes) -> None:
+def _write_device(path: str, pieces: Iterator[bytes]) -> None:
     """Into a pipe, /dev/stdout, /dev/null: a rename would put a file in its place."""
     try:
         with open(path, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
     except BrokenPipeError:  # `-o >(head)`
         pass
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
 
 
-def write_stdout(data: bytes) -> None:
-    """The list on standard output. A reader that stops early (`| head`) is not an error; a full disk is."""
+def write_stdout(data: bytes | Iterable[bytes]) -> None:
+    """The list, which may come in pieces, on standard output. A reader that stops early (`| head`) is not an error; a
+    full disk is."""
     if sys.stdout is None:  # `>&-`
         raise UsageError("standard output is closed; give -o FILE")
     try:
-        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.writelines(_pieces(data))
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
@@ -298,13 +306,14 @@ def sync(path: str) -> None:
 # --- rows of CSV ------------------------------------------------------------------------------------------------------
 
 
-def csv_bytes(header: Sequence[str], records: Iterable[Iterable]) -> bytes:
-    """A CSV file in which every name that Linux allows survives."""
+def csv_bytes(header: Sequence[str] | None, records: Iterable[Iterable] = ()) -> bytes:
+    """A CSV file in which every name that Linux allows survives; without a header what comes after it."""
     lines: list[str] = []
     # csv quotes only the line ends that it writes itself: with "\r\n" a name that holds a lone "\r" survives too.
     file = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
     writer = csv.writer(file, lineterminator="\r\n")
-    writer.writerow(header)
+    if header is not None:
+        writer.writerow(header)
     writer.writerows(records)
     return os.fsencode("".join(lines))
 

@@ -13,7 +13,7 @@ import re
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -53,7 +53,7 @@ class ImageList:
     """The images of one run, in the order of every array that follows."""
 
     root: str
-    paths: list[str]  # relative to root, POSIX, sorted by their bytes, unique
+    paths: Sequence[str]  # relative to root, POSIX, sorted by their bytes, unique
     size: np.ndarray  # (n,) int64, bytes; -1 where the file cannot be examined
     mtime_ns: np.ndarray  # (n,) int64; -1 where the file cannot be examined
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none

@@ -31,7 +31,7 @@ from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
-from protoprune.errors import ProtopruneError, ProtopruneWarning
+from protoprune.errors import ProtopruneError, ProtopruneWarning, ignore_pillow
 
 _Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
@@ -47,6 +47,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         with _in_one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
+            ignore_pillow()
             warnings.showwarning = _show_warning(warnings.showwarning)
             answer = super().invoke(ctx)
             if sys.stdout is not None:

@@ -100,7 +100,6 @@ def embed(
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
-    _quiet_pillow()
     if source is None:
         _embed_images(found, model, out, errors, strict, settings)
     elif single:
@@ -246,13 +245,6 @@ def _say_found(found) -> None:
         say(f"warning: folder {folder}: {reason}; the images in it are missing")
     if len(found.unreadable_folders) > 5:
         say(f"warning: {len(found.unreadable_folders) - 5:,} more folders could not be read")
-
-
-def _quiet_pillow() -> None:
-    """Damaged files make Pillow warn by the hundred; each such file is counted and listed anyway."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _say_report(report, model, seconds: float) -> None:

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protoprune.decode import ImageError, Status
+from protoprune import formats
+from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.files import leads_out
 from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
@@ -128,6 +129,9 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
     except OSError as error:
         stack.close()
         raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the file")) from None
+    except MemoryError:
+        stack.close()
+        raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
 def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
@@ -240,6 +244,7 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
             why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
             found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
             target = member
+        _check_bytes(found, target.size)
         _add(found, name, target.size, (target.offset_data, target.size))
     labels.apply(found)
     return found, read
@@ -292,7 +297,12 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
 
     def read(info: zipfile.ZipInfo) -> bytes:
         try:
-            return archive.read(info)
+            with archive.open(info) as member:
+                # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
+                # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
+                member.MIN_READ_SIZE = 64
+                step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
+                return b"".join(iter(lambda: member.read(step), b""))
         except RuntimeError:  # zipfile's word for a password
             raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
         except NotImplementedError as error:
@@ -313,6 +323,7 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
     labels = _Sidecars(options)
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
+            _check_bytes(found, info.file_size)
             _add(found, name, info.file_size, info)
         else:
             found.skipped[_suffix(name)] += 1
@@ -340,6 +351,8 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
         if count is not None and len(found.names) != count:
             raise ShardError(Status.TRUNCATED, f"{len(found.names):,} of {count:,} rows")
         spool.flush()
+    except MemoryError:  # pyarrow's too
+        raise
     except pyarrow.ArrowException as error:
         text = _reason(error, "the table")
         cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
@@ -444,6 +457,7 @@ def _spool(batch, image: str, label: str | None, names: list[str], id_column: st
         row = len(found.names)
         plain = value.as_py()
         data = plain.get("bytes") if isinstance(plain, dict) else plain
+        _check_bytes(found, len(data or b""))
         if not data:
             path = plain.get("path") if isinstance(plain, dict) else None
             status = Status.EMPTY if data is not None else Status.MISSING
@@ -531,17 +545,16 @@ def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
     suffix = posixpath.splitext(name)[1].lower()
     if suffix or head is None:
         return suffix in image_suffixes()
-    return _begins_like_an_image(head() or b"")
+    data = head() or b""
+    return formats.is_image(data[: formats.HEAD], lambda: io.BytesIO(data))
 
 
-def _begins_like_an_image(head: bytes) -> bool:
-    from PIL import Image
-
+def _check_bytes(found: _Found, size: int) -> None:
+    """Note of the next image that it is too large to be read."""
     try:
-        with Image.open(io.BytesIO(head)):
-            return True
-    except Exception:
-        return False
+        check_bytes(size)
+    except ImageError as error:
+        found.failed.setdefault(len(found.names), (error.status, error.reason))
 
 
 def _add(found: _Found, name: str, size: int, place) -> None:
