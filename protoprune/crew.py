@@ -52,7 +52,7 @@ class _Thread(threading.Thread):
 
     def __init__(self, crew: Crew, first: Part | None = None):
         super().__init__(daemon=True, name="decode")
-        self.crew, self.first, self.clock = crew, first, None
+        self.crew, self.first, self.clock, self.relieved = crew, first, None, False
         self.start()
 
     def run(self) -> None:
@@ -64,12 +64,14 @@ class _Thread(threading.Thread):
             part = self.crew.queue.get()
 
     def _do(self, part: Part) -> bool:
-        """Do the rest of a part; False when it was given up, and with it this thread."""
+        """Do the rest of a part; False when it was given up, and with it this thread, or left to another one."""
         part.thread = self
         self.crew.busy.add(part)
         try:
             for place in range(len(part.outcome), len(part.items)):
-                if self.crew.closed:
+                if self.crew.closed or self.relieved:
+                    self.crew.busy.discard(part)
+                    self.crew.queue.put(part)
                     return False
                 part.since = time.monotonic(), self.used()
                 pixels, outcome = self._one(part.items[place])
@@ -111,6 +113,7 @@ class Crew:
         self.queue: SimpleQueue = SimpleQueue()
         self.busy: set[Part] = set()
         self.lost: list[_Thread] = []
+        self.relieved: list[_Thread] = []
         self.threads = [_Thread(self) for _ in range(count)]
 
     def __enter__(self) -> Crew:
@@ -118,7 +121,7 @@ class Crew:
 
     def __exit__(self, *_) -> None:
         self.closed = True
-        for _ in self.threads:
+        for _ in self.threads + self.relieved:
             self.queue.put(None)
         until = time.monotonic() + 2 * _TICK
         for thread in self.threads:
@@ -130,6 +133,14 @@ class Crew:
         part = Part(items, take)
         self.queue.put(part)
         return part
+
+    def relieve(self, set_up: Callable[[], None]) -> None:
+        """Have new threads, with another set-up, go on after the image that each of these is at."""
+        self.set_up = set_up
+        for thread in self.threads:
+            thread.relieved = True
+        self.relieved += self.threads
+        self.threads = [_Thread(self) for _ in self.threads]
 
     def results(self, part: Part) -> list[tuple[Status, str]]:
         """Status and note or reason of each item of a part, when all are done or given up."""
@@ -157,7 +168,8 @@ class Crew:
             part.outcome.append(outcome)
             part.since = None
             self.lost = [thread for thread in self.lost if thread.is_alive()] + [part.thread]
-            self.threads.remove(part.thread)
+            if part.thread in self.threads:
+                self.threads.remove(part.thread)
             part.thread = None
             self.busy.discard(part)
         if len(self.lost) > _MOST_LOST:

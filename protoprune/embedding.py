@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ import numpy as np
 from protoprune import features as feature_file
 from protoprune import files, hdf5
 from protoprune.crew import Crew, Part
+from protoprune.current import Known, content_digest, known_rows
 from protoprune.decode import TRANSIENT, Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
@@ -45,6 +47,8 @@ _BATCH = {"cuda": 256, "mps": 64}
 _PIECE = 8
 MOST = {"--batch-size": 65_536, "--workers": 1024}
 _LARGEST_SIDE = 8192  # pixels of an encoder's input
+_STEP_BACK = 19  # the nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it
+_LOOK = 5.0  # seconds after which that is judged anew
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -63,6 +67,9 @@ class EmbedReport:
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
     transparent: int = 0  # images with transparent parts, of all n
+    moved_from: str = ""  # the root that the earlier file was for, where that was another one
+    compared: int = 0  # images whose content was compared with what had been embedded
+    other: int = 0  # those of them that had other content
     device: str = ""
     precision: str = ""
 
@@ -83,6 +90,8 @@ def embed(
     store: str = "float16",
     compile: bool = False,
     overwrite: bool = False,
+    moved: bool = False,
+    on_compare: Callable[[int], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
@@ -91,12 +100,18 @@ def embed(
     batch_size and workers (decoding threads) default to what suits the device. `on_start(total, left)` is called once,
     `on_progress(done, failed)` after every batch, with the numbers of this run.
 
+    An image is the one that was embedded when name, size and times are the same. Below another root, and where files
+    were copied or restored, its content is compared too, unless `moved`; `on_compare(images)` is called before that.
+
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder or most
     of its images would be lost (unless `overwrite`), cannot be written, or a feature overflows `store`. A file that has
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
-    return embed_with(engine, images, out, overwrite=overwrite, on_start=on_start, on_progress=on_progress)
+    return embed_with(
+        engine, images, out, overwrite=overwrite, moved=moved, on_compare=on_compare, on_start=on_start,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 class Engine:
@@ -143,16 +158,18 @@ def embed_with(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    moved: bool = False,
+    on_compare: Callable[[int], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """`embed` with an encoder that is ready already."""
-    out, encoder = os.fspath(out), engine.encoder
+    out = os.fspath(out)
     if os.path.isdir(out):
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
-        if not _prepare(images, encoder, out, engine.provenance, overwrite, report):
+        if not _prepare(images, engine, out, overwrite, moved, report, on_compare):
             return report
         partial = PartialFile(out)
         try:
@@ -191,14 +208,14 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
 
 
 def _prepare(
-    images: ImageList, encoder: Encoder, out: str, provenance: dict, overwrite: bool, report: EmbedReport
+    images: ImageList, engine: Engine, out: str, overwrite: bool, moved: bool, report: EmbedReport, on_compare
 ) -> bool:
-    """Leave a partial file that holds exactly this run's rows; False when the finished file needs nothing.
+    """Leave a partial file for this run's rows; False when the finished file needs nothing.
 
     An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
     which it will replace; without that, a file of other features is never touched.
     """
-    started, finished = partial_path(out), out
+    started, finished, provenance = partial_path(out), out, engine.provenance
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
@@ -215,10 +232,16 @@ def _prepare(
             raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
         if os.path.exists(out):
             _check_findable(out, images)
+        known = _known(
+            images, engine, {path: file for path, file in files.items() if not other[path]}, moved, on_compare
+        )
+        report.compared, report.other = int(known.compared.sum()), int(known.other.sum())
+        rows = dict(zip((path for path in files if not other[path]), known.rows, strict=True))
         if finished in files:
-            _check_losses(files[finished], images)
+            report.moved_from = _moved_from(files[finished], images)
+            _check_losses(files[finished], images, rows[finished])
             report.dropped = len(set(files[finished].paths).difference(images.paths))
-            if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
+            if (started not in files or other[started]) and _up_to_date(files[finished], images, engine.encoder):
                 report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
                 report.transparent = int(files[finished].transparent.sum())
                 return False
@@ -230,8 +253,52 @@ def _prepare(
         refused = started in files and files[started].finished().all()  # all done, and yet not in its place
         if started not in files or refused or not feature_file.covers(files[started], images):
             replaces = {**provenance, "overwrite": int(overwrite or replacing)}
-            feature_file.create_partial(out, images, encoder.dim, replaces, list(files.values()))
+            if finished in files and _same_features(files[finished], images, rows[finished]):
+                replaces["uuid"] = files[finished].provenance["uuid"]
+            sources = [files[path] for path in rows]
+            feature_file.create_partial(out, images, engine.encoder.dim, replaces, sources, list(rows.values()))
     return True
+
+
+def _known(images: ImageList, engine: Engine, files: dict, moved: bool, on_compare) -> Known:
+    """What earlier files with the same key have of the images, see `current`."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        if on_compare:
+            on_compare(len(rows))
+        now = np.zeros(len(images), np.uint64)
+
+        def work(row: int) -> tuple[None, str]:
+            now[row] = content_digest(images.read(row))
+            return None, ""
+
+        step = max(1, min(256, len(rows) // (4 * engine.workers)))
+        with Crew(engine.workers, work) as readers:
+            parts = [
+                readers.start(rows[first : first + step].tolist(), lambda *_: None)
+                for first in range(0, len(rows), step)
+            ]
+            for part in parts:
+                readers.results(part)
+        return now[rows]
+
+    return known_rows(images, list(files.values()), moved, read)
+
+
+def _moved_from(file: FeatureFile, images: ImageList) -> str:
+    return "" if file.provenance["root"] == images.root else file.provenance["root"]
+
+
+def _same_features(file: FeatureFile, images: ImageList, rows: np.ndarray) -> bool:
+    """Whether a finished file is rewritten only for where its images lie, or when they were touched: it keeps its id,
+    and with it clusterings that are kept by it."""
+    return (
+        file.n == len(images)
+        and np.array_equal(rows, np.arange(file.n))
+        and np.array_equal(file.labels, images.labels)
+        and file.classes == images.classes
+        and bool(file.intact().all())
+    )
 
 
 def _check_findable(out: str, images: ImageList) -> None:
@@ -243,8 +310,9 @@ def _check_findable(out: str, images: ImageList) -> None:
         )
 
 
-def _check_losses(file: FeatureFile, images: ImageList) -> None:
-    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would."""
+def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> None:
+    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would, and
+    any for want of a permission. `known` are its rows that hold an image of the list."""
     usable = np.flatnonzero(file.usable)
     if not len(usable):
         return
@@ -252,16 +320,52 @@ def _check_losses(file: FeatureFile, images: ImageList) -> None:
     paths = file.paths
     rows = np.array([row_of.get(paths[row], -1) for row in usable])
     stays = (rows >= 0) & (images.mtime_ns[rows] >= 0)
-    moved = file.provenance["root"] != images.root
-    if moved:  # there the same name may well be another image
-        stays &= (file.size[usable] == images.size[rows]) & (file.mtime_ns[usable] == images.mtime_ns[rows])
+    ways = "write to another file with -o, or replace it with --overwrite"
+    _check_denied(file, images, [paths[row] for row in usable[~stays]], ways)
+    moved_from = _moved_from(file, images)
+    if moved_from:  # there the same name may well be another image
+        stays &= np.isin(usable, known)
     if 2 * stays.sum() >= len(usable):
         return
-    what = f"is for images below {file.provenance['root']}, not {images.root}" if moved else "is for other images"
+    what = f"is for images below {moved_from}, not {images.root}" if moved_from else "is for other images"
+    if moved_from and not file.content[usable].any():
+        ways = (
+            "and it has no digests of their content, to compare them by (an earlier version wrote it); if they were "
+            f"only moved or copied, say so with --moved, else {ways}"
+        )
     raise LossError(
-        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; "
-        "write to another file with -o, or replace it with --overwrite"
+        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
     )
+
+
+def _check_denied(file: FeatureFile, images: ImageList, lost: list[str], ways: str) -> None:
+    """Refuse to take images for gone that may not be looked at: of a folder, or of files, without permission."""
+    if _moved_from(file, images):
+        return
+    for folder, reason in images.unreadable_folders:
+        below = sum(path.startswith(f"{folder}/") or folder == "." for path in lost)
+        if below:
+            raise LossError(
+                f"{file.path}: folder {folder}: {reason}: its {below:,} features would be lost; make it readable, "
+                f"{ways}"
+            )
+    listed = set(images.paths) if lost else set()
+    denied = [path for path in lost if path in listed and _denied(os.path.join(images.root, path))]
+    if denied:
+        raise LossError(
+            f"{file.path}: {len(denied):,} of its features would be lost, as their images may not be read (permission "
+            f"denied, first: {denied[0]}); make them readable, {ways}"
+        )
+
+
+def _denied(path: str) -> bool:
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _check_result(out: str, partial: PartialFile) -> None:
@@ -377,6 +481,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     import torch
 
     forward, batch_size = engine.forward
+    content = np.zeros(len(images), np.uint64)
     encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
     side = encoder.preprocess.size
@@ -386,8 +491,9 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
+    hunger = _Hunger() if on_cpu else None
     with (
-        _decoders(images, encoder, workers, on_cpu) as decoders,
+        _decoders(images, encoder, workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -406,7 +512,11 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
         while ahead:
             decode_next()
             rows, buffer, parts = ahead.popleft()
-            outcome = [one for part in parts for one in decoders.results(part)]
+            with hunger or contextlib.nullcontext():
+                outcome = [one for part in parts for one in decoders.results(part)]
+            if hunger and hunger.starved():
+                decoders.relieve(_alone)
+                hunger = None
             if on_cpu and not compiled:
                 features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
             else:
@@ -414,7 +524,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
             ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
             if ready:
                 ready.record(torch.cuda.current_stream(device))
-            writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
+            writing.append(writer.submit(_write, partial, rows, features, ready, outcome, content, buffer, ring))
             while len(writing) > 1 or (writing and not ahead):
                 writing.popleft().result()
             done += len(rows)
@@ -424,12 +534,17 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
 
 
 @contextlib.contextmanager
-def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool = False) -> Iterator[Crew]:
-    """Threads that make the crop of a row."""
+def _decoders(
+    images: ImageList, encoder: Encoder, count: int, step_back: bool = False, content: np.ndarray | None = None
+) -> Iterator[Crew]:
+    """Threads that make the crop of a row, and note the digest of its image in `content`, (n,)."""
     import torch
 
     def work(row: int) -> tuple[np.ndarray, str]:
-        return crop(images.read(row), encoder.preprocess)
+        data = images.read(row)
+        if content is not None:
+            content[row] = content_digest(data)
+        return crop(data, encoder.preprocess)
 
     threads = torch.get_num_threads()
     try:
@@ -437,6 +552,35 @@ def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool =
             yield crew
     finally:
         torch.set_num_threads(threads)  # what a thread sets is set for the others too
+
+
+class _Hunger:
+    """Whether a run waits for its decoding threads while other programs have the cores.
+
+    Threads that step back get next to nothing on a busy machine, and on an idle one they cost nothing: there all cores
+    are at work, with images or with the model. No process may take back what it has stepped, so it needs new threads.
+    """
+
+    def __init__(self):
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._began, self._waited = (time.monotonic(), time.process_time()), 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        self._waited += time.monotonic() - self._since
+
+    def starved(self) -> bool:
+        """Judged every few seconds: it waited most of them, and had less than half of the cores."""
+        wall, used = time.monotonic() - self._began[0], time.process_time() - self._began[1]
+        if wall < _LOOK:
+            return False
+        starved = self._waited > wall / 2 and used < cores() * wall / 2
+        self._start_over()
+        return starved
 
 
 def _alone(step_back: bool = False) -> None:
@@ -449,7 +593,7 @@ def _alone(step_back: bool = False) -> None:
 
     torch.set_num_threads(1)
     if step_back and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
 
 
 def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -480,7 +624,7 @@ def _decode_batch(rows: np.ndarray, buffer: torch.Tensor, decoders: Crew, worker
     ]
 
 
-def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -> None:
+def _write(partial: PartialFile, rows, features, ready, outcome, content, buffer, ring) -> None:
     """Commit one batch; runs in the writer thread, in order."""
     if ready is not None:
         ready.synchronize()
@@ -494,7 +638,7 @@ def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & _vanished(values, dtype)))
     if len(bad):
         _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
-    partial.commit(rows, stored, status, [reason for _, reason in outcome])
+    partial.commit(rows, stored, status, [reason for _, reason in outcome], content[rows])
 
 
 def _vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -219,6 +219,14 @@ class FeatureSet:
     def mtime_ns(self) -> np.ndarray:
         return np.concatenate([file.mtime_ns for file in self._files()])
 
+    @property
+    def content(self) -> np.ndarray:
+        return np.concatenate([file.content for file in self._files()])
+
+    @property
+    def ctime_ns(self) -> np.ndarray:
+        return np.concatenate([file.ctime_ns for file in self._files()])
+
     def failures(self) -> list[tuple[str, Status, str]]:
         return [one for file in self._files() for one in file.failures()]
 
@@ -368,18 +376,22 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool 
         labels, classes, labels_from = whole._classes()
         images = ImageList(
             root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
-            classes=classes, labels_from=labels_from,
+            classes=classes, labels_from=labels_from, ctime_ns=whole.ctime_ns,
         )  # fmt: skip
         key = {name: whole.provenance[name] for name in KEY if name in whole.provenance}
-        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]}, [])
+        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]})
         partial = PartialFile(out)
         try:
-            status, reasons = whole.status, {path: reason for path, _, reason in whole.failures()}
+            content, status, reasons = (
+                whole.content,
+                whole.status,
+                {path: reason for path, _, reason in whole.failures()},
+            )
             reasons |= {images.paths[row]: ON_WHITE for row in np.flatnonzero(whole.transparent)}
             for start in range(0, whole.n, _COPY_ROWS):
                 rows = np.arange(start, min(start + _COPY_ROWS, whole.n))
                 said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]
-                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said)
+                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said, content[rows])
             partial.finish()
         finally:
             partial.close()

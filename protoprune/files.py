@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
+import hashlib
 import math
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -99,7 +102,7 @@ def replacing(path: str, temporary: str | None = None) -> Iterator[str]:
 
     `temporary` is that name, by default one that no other process has. Raises OSError.
     """
-    temporary = temporary or f"{path}.{os.getpid()}.tmp"
+    temporary = temporary or temporary_name(path)
     try:
         yield temporary
         sync(temporary)
@@ -108,6 +111,55 @@ def replacing(path: str, temporary: str | None = None) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def temporary_name(path: str) -> str:
+    """A name beside `path` that says which process of which machine writes under it. What processes of this machine
+    left under such names when they were killed is removed, once a folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in _tidied:
+        _tidied.add(folder)
+        _tidy(folder)
+    return f"{path}.{_machine()}-{os.getpid()}.tmp"
+
+
+_tidied: set[str] = set()
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight digits for where process numbers mean what they mean here: the host, since it was booted, and in it the
+    container, so that nothing of a process that lives elsewhere is taken for a dead one's."""
+    parts = [os.uname().nodename]
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        parts.append(file.read())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _tidy(folder: str) -> None:
+    ours = re.compile(rf".+\.{_machine()}-([0-9]+)\.tmp", re.DOTALL)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = ours.fullmatch(entry.name)
+            if match is None or _alive(int(match[1])):
+                continue
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):  # links that were to become --links
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 @contextlib.contextmanager
@@ -180,7 +232,7 @@ def write_links(
     if (outside := next(filter(leads_out, paths), None)) is not None:
         raise ProtopruneError(f"--links {folder}: {outside!r} leads out of the folder; links are made below it only")
     folder, root = os.path.abspath(folder), os.path.abspath(root)
-    building = f"{folder}.{os.getpid()}.tmp"
+    building = temporary_name(folder)
     made: set[str] = set()
     try:
         os.makedirs(building)
@@ -251,9 +303,9 @@ def _locked(path: str, fcntl):
             if not _flock(file, path, fcntl):
                 return file
             if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}")
-                file.flush()
+                with contextlib.suppress(OSError):  # of a full disk: it is held all the same, by nobody in particular
+                    file.truncate(0)
+                    os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
                 return file
         except OSError:
             file.close()

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -70,7 +70,7 @@ class Reader:
     ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
     """
 
-    def __init__(self, path: str, kind: Kind, mode: str = "r"):
+    def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
         self.path, self.kind = path, kind
         self.raw, self.seal, self.file = self._open(mode)
         self._close_raw = weakref.finalize(self, self.raw.close)  # some callers leave closing to garbage collection
@@ -217,12 +217,13 @@ class Reader:
 
     def _check_layout(self) -> dict[str, int]:
         """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
-        size, dims = self.size, {}
+        size = self.size
+        dims: dict[str, int] = {}
         self._names = set(self.file)
         for name in sorted({*self.kind.layout, *self._names}):
             column = self.kind.layout.get(name)
             if name not in self._names:
-                if not column.optional:
+                if column is not None and not column.optional:
                     raise self.damaged(f"it has no {name}")
                 continue
             dataset = self.file[name]
@@ -268,7 +269,7 @@ def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneEr
     return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
 
 
-def _attribute(file: h5py.File, name: str):
+def _attribute(file: h5py.File, name: str) -> Any:
     identity = h5py.h5a.open(file.id, name.encode())
     if identity.shape not in ((), None) or identity.get_storage_size() > _LARGEST_ATTRIBUTE:
         raise ValueError("an attribute of this size is none of ours")
@@ -366,9 +367,15 @@ def check_replaceable(path: str, kind: Kind) -> None:
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 
-def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=None, dtype=None) -> None:
+def dataset(
+    file: h5py.File,
+    name: str,
+    data: np.ndarray | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtype: np.dtype | type | str | None = None,
+) -> None:
     """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
-    shape, dtype = (data.shape, data.dtype) if data is not None else (shape, dtype)
+    shape, dtype = (data.shape, data.dtype) if data is not None else (shape or (), dtype)
     if 0 in shape:  # h5py stores an empty array without space
         file.create_dataset(name, shape, dtype)
         return
@@ -396,7 +403,7 @@ def text(value: str) -> str | np.void:
         return np.void(os.fsencode(value))
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """An attribute as a plain Python value."""
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from protoprune.errors import ProtopruneError
 
@@ -52,7 +53,7 @@ def plain_bytes(data: bytes) -> bytes:
     return data if b"\0" in data else data.removeprefix(codecs.BOM_UTF8)
 
 
-def parse_json(text: str | bytes):
+def parse_json(text: str | bytes) -> Any:
     """`json.loads` of text that may come from anywhere: whatever is wrong is a ValueError, too deep a nesting too."""
     try:
         return json.loads(text)

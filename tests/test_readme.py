@@ -57,6 +57,26 @@ def test_torchvision(here):
     assert sorted(f"c{label}" for _, label in given["kept"]) == sorted(path.partition("/")[0] for path in here)
 
 
+def test_reshard(here):
+    in_shell("reshard")
+    names = []
+    for path in sorted(Path("pruned").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    assert names == sorted(here)
+
+
+def test_rows_of_tables(here):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    Path("data").mkdir()
+    for part in range(2):
+        table = pyarrow.table({"value": [10 * part + row for row in range(4)]})
+        parquet.write_table(table, f"data/train-{part}.parquet")
+    Path("kept-rows.txt").write_text("train-0.parquet/000003\ntrain-1.parquet/000000\n")
+    assert list(run_block("tables")["kept"]["value"]) == [3, 10]
+
+
 def test_subset(here):
     result = protoprune.select(keep=0.7)
     np.save("kept.npy", np.flatnonzero(result.keep))

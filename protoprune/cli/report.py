@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,12 +56,12 @@ def report(
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
     options = Options(
-        root=root and str(root),
+        root=None if root is None else str(root),
         duplicates=duplicates,
         map=map,
         thumbnails=thumbnails,
         tables=[str(path) for path in compare or []],
-        evaluation=evaluation and str(evaluation),
+        evaluation=None if evaluation is None else str(evaluation),
         command=_command(features, scores, how, reading, clustering),
         seed=clustering.seed,
     )
@@ -91,7 +91,7 @@ def _command(
     return f"protoprune select {shlex.quote(str(features))} --keep ", f"{rest} > kept.txt"
 
 
-def _say_told(out: Path, told: dict) -> None:
+def _say_told(out: Path, told: dict[str, Any]) -> None:
     say(f"{out}: {bytes_text(told['bytes'])}, {told['thumbnails']:,} thumbnails; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")

@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import io
 import itertools
+import json
 import lzma
 import os
 import posixpath
@@ -71,6 +72,7 @@ class ShardImages(ImageList):
     """The images of one opened shard. Close it when they are read."""
 
     reader: Callable[[int], bytes] = None  # row -> bytes of the image
+    beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -102,6 +104,8 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     duplicates: int = 0
+    # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
+    beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
 
 
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
@@ -178,12 +182,14 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         paths=[f"{shard.name}/{name}" for name in names],
         size=np.array([found.sizes[i] for i in order], np.int64),
         mtime_ns=np.full(n, shard.version, np.int64),
+        ctime_ns=np.full(n, shard.ctime_ns, np.int64),
         labels=label,
         classes=classes,
         labels_from=source,
         skipped=found.skipped,
         duplicates=found.duplicates,
         reader=lambda row: reader(places[row]),
+        beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
         closing=stack,
     )
@@ -232,12 +238,14 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
         return _pread(handle, *place)
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, member in members.items():
         if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
             found.skipped[_suffix(name)] += 1
             if member.isreg():
                 labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
+                others.add(name, (member.offset_data, member.size))
             continue
         target = _target(name, member, members)
         if target is None or target.issparse():
@@ -320,7 +328,8 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
             return b""
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
             _check_bytes(found, info.file_size)
@@ -328,6 +337,7 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
         else:
             found.skipped[_suffix(name)] += 1
             labels.add(name, lambda i=info: read(i), info.file_size)
+            others.add(name, info)
     labels.apply(found)
     return found, read
 
@@ -358,9 +368,35 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
         cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
         raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
     handle = spool.fileno()
-    width = max(_WIDTH, len(str(max(len(found.names) - 1, 0))))
+    width = _width(len(found.names))
     found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
+    found.beside = _Columns(file, image, found.names, pyarrow).of
     return found, lambda place: _pread(handle, *place)
+
+
+def table_ids(path: str, id_column: str | None = None) -> list[str]:
+    """The ids inside a Parquet or Arrow file, in the order of its rows. Raises ShardError."""
+    pyarrow = _pyarrow()
+    try:
+        with open(path, "rb") as file:
+            schema, batches, count = _batches(file, pyarrow)
+            if id_column is not None and id_column not in schema.names:
+                raise ShardError(Status.CORRUPT, f"has no column {id_column}, only {', '.join(schema.names)}")
+            if id_column is None and count is None:
+                count = sum(len(batch) for batch in batches(schema.names[:1]))
+            if id_column is None:
+                return [f"{row:0{_width(count)}d}" for row in range(count)]
+            values = (one for batch in batches([id_column]) for one in batch.column(id_column).to_pylist())
+            return [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in values]
+    except OSError as error:
+        raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the table")) from None
+    except pyarrow.ArrowException as error:
+        raise ShardError(Status.CORRUPT, _reason(error, "the table")) from None
+
+
+def _width(count: int) -> int:
+    """Digits of the row numbers in ids."""
+    return max(_WIDTH, len(str(max(count - 1, 0))))
 
 
 def _pyarrow():
@@ -483,6 +519,49 @@ def _name(value, names: list[str]) -> str:
 
 
 # --- names and labels -------------------------------------------------------------------------------------------------
+
+
+class _Others:
+    """The members of a tar or zip that are no images, by key."""
+
+    def __init__(self, read: Callable):
+        self.read = read
+        self.places: dict[str, list] = {}
+
+    def add(self, name: str, place) -> None:
+        self.places.setdefault(_key(name), []).append((name, place))
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        return [(one, self.read(place)) for one, place in sorted(self.places.get(_key(name), []))]
+
+
+class _Columns:
+    """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
+
+    def __init__(self, file, image: str, names: list[str], pyarrow):
+        self.file, self.image, self.names, self.pyarrow = file, image, names, pyarrow
+        self.rows: dict[str, dict] | None = None
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        if self.rows is None:
+            schema, batches, _ = _batches(self.file, self.pyarrow)
+            plain = [
+                one for one in schema.names if one != self.image and _is_plain(schema.field(one).type, self.pyarrow)
+            ]
+            rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
+            self.rows = dict(zip(self.names, rows, strict=bool(plain)))
+        row = self.rows.get(name)
+        return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+
+
+def _is_plain(kind, pyarrow) -> bool:
+    """Whether a column can be written as JSON."""
+    types = pyarrow.types
+    if types.is_struct(kind):
+        return all(_is_plain(one.type, pyarrow) for one in kind)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_plain(kind.value_type, pyarrow)
+    return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 class _Sidecars:
