@@ -25,12 +25,11 @@ import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import leads_out
-from protoprune.paths import Paths, encoded
+from protoprune.paths import STEP, Block, Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 _PIECE = 1 << 22  # bytes of names that are read at once
-_STEP = 64  # names between two whose places are known
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
 
@@ -147,14 +146,16 @@ class Reader:
             text = last + piece.tobytes()
             odd = odd or any(mark in text for mark in (b"\0\0", b"\0/", b".."))
             ends, last = np.flatnonzero(piece == 0), text[-1:]
-            places.append(start + 1 + ends[-(seen + 1) % _STEP :: _STEP])
+            places.append(start + 1 + ends[-(seen + 1) % STEP :: STEP])
             seen += len(ends)
         was = self.seal.digest(name) if self.seal else None
         if was is not None and digest.hexdigest() != was:
             raise self.damaged(f"its {name} is not what was written")
         if last != b"\0" or seen != count:
             raise self.damaged(f"its {name} is no list of {count:,} names")
-        paths = Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
+        every, start = np.concatenate([*places, [len(data)]]), data.id.get_offset() or 0
+        damaged = partial(_damaged, self.path, self.kind, f"its {name}")
+        paths = Paths(count, Block(os.dup(self.raw.fileno()), start, every, damaged).read)
         if odd:
             self._refuse_outside(name, paths)
         return paths
@@ -233,26 +234,6 @@ class Reader:
             if column is not None and not _fits(dataset, column, dims):
                 raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
         return dims
-
-
-class _Names:
-    """A block of names in an open file, which can be read from any thread, and after the file is closed."""
-
-    def __init__(self, reader: Reader, name: str, places: np.ndarray):
-        self.places, self.damaged = places, partial(_damaged, reader.path, reader.kind, f"its {name}")
-        self.offset = reader.file[name].id.get_offset() or 0
-        self.handle = os.dup(reader.raw.fileno())
-        weakref.finalize(self, os.close, self.handle)
-
-    def read(self, first: int, last: int) -> list[bytes]:
-        """Those of the rows first to last - 1."""
-        if last <= first:
-            return []
-        low, high = self.places[first // _STEP], self.places[min(-(-last // _STEP), len(self.places) - 1)]
-        block = os.pread(self.handle, high - low, self.offset + low)
-        if len(block) < high - low:
-            raise self.damaged()
-        return block.split(b"\0")[first % _STEP :][: last - first]
 
 
 # What h5py raises over damaged files, by where it stumbles.
