@@ -18,8 +18,10 @@ import numpy as np
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError
 
-IMAGE_SECONDS = 60  # CPU time of one image: an ordinary one takes milliseconds, one of MAX_PIXELS up to some 10 s
-_SILENCE = 10 * IMAGE_SECONDS  # wall time of an image that takes no CPU time: a file system that does not answer
+# CPU time of one image: an ordinary one takes milliseconds, one of MAX_PIXELS of noise 1 s in JPEG, 4 s in PNG, 26 s in
+# JPEG XL and 56 s in JPEG 2000 (lossless).
+IMAGE_SECONDS = 120
+_SILENCE = 600  # wall time of an image that takes no CPU time: a file system that does not answer
 _TICK = 0.25  # seconds between two looks at the clock
 _MOST_LOST = 16  # threads that are given up and still busy
 
@@ -56,7 +58,11 @@ class _Thread(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self.crew.set_up()
+        try:
+            self.crew.set_up()
+        except BaseException as error:
+            self.crew.broken = error
+            return
         with contextlib.suppress(AttributeError, OSError):  # macOS has no clock for each thread
             self.clock = time.pthread_getcpuclockid(threading.get_ident())
         part = self.first or self.crew.queue.get()
@@ -112,6 +118,7 @@ class Crew:
         self.work, self.set_up, self.closed = work, set_up, False
         self.queue: SimpleQueue = SimpleQueue()
         self.busy: set[Part] = set()
+        self.broken: BaseException | None = None
         self.lost: list[_Thread] = []
         self.relieved: list[_Thread] = []
         self.threads = [_Thread(self) for _ in range(count)]
@@ -145,6 +152,8 @@ class Crew:
     def results(self, part: Part) -> list[tuple[Status, str]]:
         """Status and note or reason of each item of a part, when all are done or given up."""
         while not part.finished.wait(_TICK):  # and not for ever: an interrupt is answered in between
+            if self.broken is not None:
+                raise self.broken
             for one in list(self.busy):
                 self._judge(one)
         if part.error is not None:

@@ -27,7 +27,10 @@ def plain_name(name: str) -> str:
 def native(name: str) -> str:
     """A name that was kept as text, as this process reads it from the file system: under a locale that is not UTF-8 the
     same bytes are other text."""
-    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    try:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a character, as JSON may hold it
+        return os.fsdecode(name.encode("utf-8", "surrogatepass"))
 
 
 def unpacked(data: bytes, source: str) -> bytes:

@@ -144,3 +144,11 @@ def test_threads_can_be_relieved_by_others_with_another_set_up(count):
     assert names[1] in old
     assert names[2] not in old
     assert not any(thread.is_alive() for thread in old)
+
+
+def test_a_set_up_that_fails_ends_the_run():
+    def set_up():
+        raise OSError("no such thing")
+
+    with Crew(2, twice, set_up) as crew, pytest.raises(OSError, match="no such thing"):
+        crew.results(crew.start([1], lambda *_: None))
