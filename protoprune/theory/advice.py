@@ -125,7 +125,8 @@ def _aggressive(per_class: float, knn: float | None = None) -> Advice:
         f"measured ({OURS}), converged heads on the bundled encoder's features of CIFAR-10, Imagenette and Tiny "
         "ImageNet: kernel herding by class beats random by 9 to 12 points at 5 % kept, 5 to 10 at 10 % and 2 to 6 at "
         "30 %, the hardest lose 14 to 26, 17 to 22 and 5 to 18; a CNN from pixels gains less, at 5 % 4.3 with "
-        f"facility location and 1.2, not certain, with herding; random beats score-only pruning at 30 % kept or less ({AYED})",
+        "facility location and 1.2, not certain, with herding; random beats score-only pruning at 30 % kept or less "
+        f"({AYED})",
         "small images, small networks, weak features: with an encoder that knows the classes (EfficientNet-Lite0 on "
         "Imagenette) all but the easiest are within a point of random from 5 % on; calibration (--calibrate) saves a "
         "score from collapse but was never above random here",
