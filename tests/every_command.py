@@ -28,7 +28,7 @@ LINES = {
     "score": "el2n --record r.h5",
     "compare": "a.csv b.csv --bootstrap 0",
     "evaluate": "kept.txt --features f.h5 --test t.h5 --seeds 2 --no-class-counts",
-    "scaling": "--features f.h5 --test t.h5 --sizes 12,24 --keeps 1,0.5 --orders hard --seeds 1 --bootstrap 0",
+    "scaling": "--features f.h5 --test t.h5 --size 12,24 --keep 1,0.5 --order hard --seeds 1 --bootstrap 0",
     "tune": "--features u.h5 --keep 0.5 -o tuned",
     "info": "f.h5",
     "sheet": "f.h5 -o new.png",
