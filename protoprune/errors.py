@@ -25,12 +25,3 @@ class ProtopruneWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the caller of the public function; every occurrence is shown by the command line."""
     warnings.warn(message, ProtopruneWarning, stacklevel=3)
-
-
-SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bits, and restarts count on from a seed
-
-
-def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed that not every generator takes."""
-    if not 0 <= seed <= SEEDS:
-        raise UsageError(f"--seed {seed}: expected a whole number from 0 to {SEEDS}")

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import partition, prototypes, selection
+from protoprune.bounds import check_seed, check_whole
 from protoprune.decode import Status
 from protoprune.device import cores
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import open_features
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
@@ -157,8 +158,7 @@ class Clusters:
     def __post_init__(self) -> None:
         prototypes.check_settings(self.k, self.iterations, self.train_points, self.backend)
         check_seed(self.seed)
-        if self.restarts < 1:
-            raise UsageError(f"--restarts {self.restarts}: expected at least 1")
+        check_whole("--restarts", self.restarts, 1, 100_000)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ tables, figures.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from protoprune.bounds import SEEDS, check_whole
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
@@ -344,10 +346,15 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    found = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if not found or len(set(found)) < len(found) or min(found) < 0:
+    if isinstance(seeds, numbers.Number):
+        check_whole("--seeds", seeds, 1, 10_000)
+        return list(range(int(seeds)))
+    found = list(seeds)
+    for seed in found:
+        check_whole("--seeds", seed, 0, SEEDS)
+    if not found or len(set(found)) < len(found):
         raise UsageError(f"--seeds {seeds}: expected at least one, and each once")
-    return found
+    return [int(seed) for seed in found]
 
 
 def check_options(

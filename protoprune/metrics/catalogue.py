@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.bounds import check_seed, check_whole
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.metrics import dynamics, ensembles, geometry
 
 # EL2N and GraNd are early scores: Data Diet (Paul et al. 2021) takes them from epoch 10 to 20 of 200. A shorter
@@ -79,8 +80,8 @@ def score(name: str, source, **options) -> Scored:
     if "seed" in given:
         check_seed(given["seed"])
     for key in ("k", "window"):
-        if given.get(key, 1) < 1:
-            raise UsageError(f"--{key} {given[key]}: expected at least 1")
+        check_whole(f"--{key}", given.get(key, 1))
+    check_whole("--epoch", given.get("epoch", 0), 0)
     missing = [one for one in metric.statistics if one not in source.statistics] if metric.needs == "record" else []
     if missing:
         raise UsageError(
