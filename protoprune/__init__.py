@@ -6,7 +6,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     embed_shards, find_shards, merge                shards -> feature set -> feature file
     import_features                                 vectors from elsewhere -> feature file
     select, rank, prune, Rule, Clusters             feature file -> kept set
-    read_list, keep_only                            kept list -> data loader
+    read_list, keep_only, reshard                   kept list -> data loader, new tars
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
     read_scores, write_scores                       score tables
@@ -38,6 +38,7 @@ _HOME = {
     "Clusters": "pruning",
     "read_list": "lists",
     "keep_only": "loaders",
+    "reshard": "resharding",
     "read_weights": "lists",
     "weights_of": "loaders",
     "Record": "records",

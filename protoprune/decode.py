@@ -11,16 +11,19 @@ drawings on transparency would all be one image. What this module does not know:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import BinaryIO
 
 import numpy as np
 
-from protoprune import formats
+from protoprune import formats, jpeg
 from protoprune.errors import ProtopruneError, UsageError
 
 
@@ -38,6 +41,7 @@ class Status(IntEnum):
     CORRUPT = 8
     TOO_LARGE = 9
     UNSUPPORTED = 10
+    TOO_SLOW = 11
 
     @property
     def label(self) -> str:
@@ -45,11 +49,17 @@ class Status(IntEnum):
 
 
 # Trouble with the machine rather than with the bytes (the file system, memory, a missing program): tried again on
-# every run.
+# every run. TOO_SLOW is none of them: it is counted in CPU time, and would cost as much again.
 TRANSIENT = (Status.MISSING, Status.UNREADABLE, Status.CHANGED, Status.UNSUPPORTED)
 
 # Pillow refuses images of more than twice its MAX_IMAGE_PIXELS; the same bound holds on the fast path.
 MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
+
+# Nothing of more than MAX_PIXELS is decoded, and without compression these take less at 8 bits a channel.
+MAX_BYTES = 1_000_000_000
+
+# Encoders write about 10 scans; 300 fit into 280 kB and take 15 s of CPU time, 1,500 take minutes.
+MAX_SCANS = 100
 
 # A strip 60,000 pixels long and 2 high would be resized to gigabytes before the crop; beyond this ratio only the crop
 # is computed (Pillow's `box`), which is exact too but slower for ordinary shapes.
@@ -60,7 +70,29 @@ MAX_ASPECT = 4
 # target. Once, the smallest that holds the target, is too little: cosines of features down to .977 on photographs.
 FAST_MARGIN = 3
 
+_BAND = 1 << 20  # pixels that are computed with at once
 DECODERS = ("exact", "fast")
+# Words of Pillow's errors.
+_CUT = (
+    "truncated",
+    "unexpected end",
+    "eof",
+    "not enough data",
+    "not enough image data",
+    "but only got",
+    "no more data",
+)
+_TOO_MUCH = (
+    "too large for",
+    "decompressed data too large",
+    "decompression bomb",
+    "exceeds limit",
+    "exceeds the maximum",
+)
+_UNREAD = (
+    "unsupported", "not supported", "unimplemented", "not implemented", "cannot find loader", "unknown",
+    "not installed", "not available", "unrecogni", "cannot handle", "unavailable", "unable to decode this",
+)  # fmt: skip
 ON_WHITE = "transparent, shown on white"  # the note of such an image in the feature file
 
 
@@ -156,20 +188,28 @@ def crop(data: bytes, preprocess: Preprocess) -> tuple[np.ndarray, str]:
     Raises ImageError, and nothing else.
     """
     least = FAST_MARGIN * preprocess.resize if preprocess.decode == "fast" else None
-    try:
+    with _one_image():
         pixels, shape, transparent = _decode(data, least)
         return preprocess.apply(pixels, shape), ON_WHITE if transparent else ""
-    except ImageError:
-        raise
-    except (MemoryError, RuntimeError):  # torch reports want of memory as a RuntimeError
-        raise ImageError(Status.UNREADABLE, "not enough memory to decode and resize it") from None
-    except Exception as error:  # one image must never end a run over millions
-        raise ImageError(Status.CORRUPT, f"{type(error).__name__}: {_reason(error)}") from None
 
 
 def decode(data: bytes) -> np.ndarray:
     """An encoded image -> (h, w, 3) uint8 RGB, upright. Raises ImageError when it cannot be decoded."""
-    return _decode(data)[0]
+    with _one_image():
+        return _decode(data)[0]
+
+
+@contextlib.contextmanager
+def _one_image() -> Iterator[None]:
+    """Whatever is raised becomes an ImageError: one image must never end a run over millions."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (MemoryError, RuntimeError):  # torch reports want of memory as a RuntimeError
+        raise ImageError(Status.UNREADABLE, "not enough memory to decode and resize it") from None
+    except Exception as error:
+        raise ImageError(Status.CORRUPT, f"{type(error).__name__}: {_reason(error)}") from None
 
 
 def _decode(data: bytes, least: int | None = None) -> tuple[np.ndarray, tuple[int, int], bool]:
@@ -180,6 +220,8 @@ def _decode(data: bytes, least: int | None = None) -> tuple[np.ndarray, tuple[in
     if not data:
         raise ImageError(Status.EMPTY, "the file has zero bytes")
     if data[:3] == b"\xff\xd8\xff":
+        if jpeg.scans(data, MAX_SCANS) > MAX_SCANS:
+            raise ImageError(Status.TOO_SLOW, f"a JPEG of more than {MAX_SCANS} scans, which takes long to decode")
         found = _decode_jpeg(data, least)
         if found is not None:
             return *found, False
@@ -190,11 +232,11 @@ def _decode(data: bytes, least: int | None = None) -> tuple[np.ndarray, tuple[in
 def read_file(path: str, size: int, mtime_ns: int) -> bytes:
     """The bytes of a file that is still the one that was listed. Raises ImageError."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise ImageError(Status.UNREADABLE, "not a regular file")
-            data = file.read()
+            data = read_bounded(file, before.st_size)
             after = os.fstat(file.fileno())
     except FileNotFoundError:
         raise ImageError(Status.MISSING, "no such file") from None
@@ -205,7 +247,24 @@ def read_file(path: str, size: int, mtime_ns: int) -> bytes:
     return data
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def check_bytes(size: int) -> None:
+    """Raise ImageError for an encoded image of more bytes than are read."""
+    if size > MAX_BYTES:
+        raise ImageError(
+            Status.TOO_LARGE, f"more than {MAX_BYTES / 1e9:.0f} GB, which is as much as is read of an image"
+        )
+
+
+def read_bounded(file: BinaryIO, size: int) -> bytes:
+    """All of an open file of `size` bytes. Raises ImageError where that is too much."""
+    check_bytes(size)
+    try:
+        return file.read(size + 1)  # one more: a file that grows is then seen to have changed
+    except MemoryError:
+        raise ImageError(Status.UNREADABLE, "not enough memory to read it") from None
+
+
+def open_at_once(path: str, flags: int) -> int:
     """O_NONBLOCK: a named pipe called x.jpg must not hang the run."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
@@ -218,7 +277,7 @@ def _decode_jpeg(data: bytes, least: int | None) -> tuple[np.ndarray, tuple[int,
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or _exif_orientation(data) != 1:
+        if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or jpeg.orientation(data) != 1:
             return None
         scale = {} if least is None else {"min_height": least, "min_width": least, "min_factor": 2}
         if min(height, width) < 2 * (least or 0):
@@ -229,70 +288,66 @@ def _decode_jpeg(data: bytes, least: int | None) -> tuple[np.ndarray, tuple[int,
         return None
 
 
-def _exif_orientation(data: bytes) -> int:
-    """The orientation of a JPEG; 0 (ask Pillow) when there is one that cannot be read quickly.
-
-    The segments before the pixels are walked: others, of up to 64 KB each, may stand before the one that says it.
-    """
-    at, block, xmp = 2, b"", False
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xDA, 0xD9):  # pixels, end
-        marker = data[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
-            continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xE1:
-            segment = data[at + 4 : at + 2 + length]
-            if segment.startswith(b"Exif\0\0"):  # a long block goes on in the next such segment
-                block += segment[6:] if block else segment
-            xmp = xmp or b"tiff:Orientation" in segment
-        at += 2 + length
-    if at + 2 > len(data) or data[at] != 0xFF:
-        return 0  # not a sequence of segments
-    if block:
-        from PIL import Image
-
-        exif = Image.Exif()
-        try:
-            exif.load(block)
-            if 0x0112 in exif:
-                return exif[0x0112]
-        except Exception:
-            return 0
-    # Pillow turns to the XMP block next, which editors write beside or instead of EXIF.
-    return 0 if xmp else 1
-
-
 def _decode_pillow(data: bytes) -> tuple[np.ndarray, bool]:
     """Pixels, and whether parts of them were transparent."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     formats.register()
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise ImageError(Status.UNSUPPORTED, "a PostScript file: a program, which is not run; convert it")
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
-            flat, transparent = _on_white(ImageOps.exif_transpose(image))
-            return np.asarray(_to_rgb(flat)), transparent
+            flat, transparent = _on_white(_upright(image))
+            return _pixels(flat), transparent
     except Image.DecompressionBombError:
         raise ImageError(Status.TOO_LARGE, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except UnidentifiedImageError:
-        extra = formats.extra_for(data)
-        if extra:
-            reason = f"a {formats.PLUGINS[extra][1]} file; to read it: pip install 'protoprune[{extra}]'"
-            raise ImageError(Status.UNSUPPORTED, reason) from None
-        raise ImageError(Status.NOT_AN_IMAGE, "not in any image format that Pillow knows") from None
-    except NotImplementedError as error:
-        raise ImageError(Status.UNSUPPORTED, _reason(error)) from None
-    except MemoryError:
+        raise _unidentified(data) from None
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise every kind of error on damaged files
-        text = _reason(error)
-        if "Ghostscript" in text:
-            raise ImageError(Status.UNSUPPORTED, "needs Ghostscript, which is not installed") from None
-        cut = any(word in text.lower() for word in ("truncated", "unexpected end", "eof", "not enough data"))
-        raise ImageError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
+        raise _why(error, data) from None
+
+
+def _unidentified(data: bytes) -> ImageError:
+    extra = formats.extra_for(data)
+    if extra:
+        reason = f"a {formats.PLUGINS[extra][1]} file; to read it: pip install 'protoprune[{extra}]'"
+        return ImageError(Status.UNSUPPORTED, reason)
+    found = formats.complaint(data)
+    if found is None:
+        return ImageError(Status.NOT_AN_IMAGE, "not in any image format that Pillow knows")
+    name, said = found
+    error = _why(SyntaxError(said), data)
+    return ImageError(error.status, f"{name}: {error.reason}"[:160])
+
+
+def _why(error: Exception, data: bytes) -> ImageError:
+    """Pillow's error in our words: cut off, of a kind that Pillow does not read, or damaged."""
+    text = _reason(error)
+    low = text.lower()
+    if isinstance(error, NotImplementedError):
+        return ImageError(Status.UNSUPPORTED, text)
+    if any(word in low for word in _CUT):
+        return ImageError(Status.TRUNCATED, text)
+    if any(word in low for word in _TOO_MUCH):
+        return ImageError(Status.TOO_LARGE, text)
+    # Of these there is no kind that Pillow does not read: an odd number in one is damage.
+    if any(word in low for word in _UNREAD) and not data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8")):
+        return ImageError(Status.UNSUPPORTED, text)
+    return ImageError(Status.CORRUPT, text)
+
+
+def _upright(image):
+    """A loaded PIL image, turned as its EXIF says; without that it is no copy."""
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose an image
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _on_white(image):
@@ -302,53 +357,77 @@ def _on_white(image):
     if not image.has_transparency_data:
         return image, False
     if image.mode.startswith("I"):  # 16 bits and one transparent grey
-        values, clear = np.asarray(image), image.info["transparency"]
-        if not isinstance(clear, int) or not (values == clear).any():
+        clear = image.info["transparency"]
+        if not isinstance(clear, int) or not any((np.asarray(band) == clear).any() for _, band in _bands(image)):
             return image, False
-        return Image.fromarray(np.where(values == clear, 255, _to_8_bits(values)).astype(np.uint8)), True
+        grey = _to_8_bits(image)
+        for rows, band in _bands(image):
+            grey[rows][np.asarray(band) == clear] = 255
+        return Image.fromarray(grey), True
     try:
-        whole = image.convert("RGBA")
+        whole = image if image.mode == "RGBA" else image.convert("RGBA")
     except ValueError:  # a mode that knows no way there; its transparency is then no more than a remark
         return image, False
     if whole.getextrema()[3][0] == 255:
         return image, False
-    return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB"), True
+    flat = Image.new("RGB", whole.size)
+    for rows, band in _bands(whole):
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, rows.start))
+    return flat, True
 
 
-def _to_rgb(image):
-    """A loaded PIL image of any mode -> mode RGB; deep images are scaled to 8 bits, which `convert` would clip."""
-    from PIL import Image, ImageCms
+def _pixels(image) -> np.ndarray:
+    """A loaded PIL image of any mode -> (h, w, 3) uint8; deep ones are scaled to 8 bits, which `convert` would clip."""
+    from PIL import ImageCms
 
-    if image.mode == "RGB":
-        return image
-    if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
-        return ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        return np.repeat(_to_8_bits(image)[:, :, None], 3, axis=2)
+    if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if image.mode == "P" and "transparency" in image.info:  # the way round a warning; the same pixels
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of 16 or 32 bits -> uint8.
+def _to_8_bits(image) -> np.ndarray:
+    """Grey values of 16 or 32 bits, in a loaded PIL image -> (h, w) uint8.
 
     Unsigned values within 16 bits are shifted down from the smallest usual depth (8, 10, 12, 14, 16 bits) that holds
     the largest of them, since scanners and microscopes store 12 bits in 16; others are stretched from least to most.
     """
-    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 0xFFFF:
-        depth = max(8, math.ceil(int(values.max()).bit_length() / 2) * 2)
-        return (values.astype(np.uint16) >> (depth - 8)).astype(np.uint8)
-    values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    if not finite.any():
-        return np.zeros(values.shape, np.uint8)
-    low, high = values[finite].min(), values[finite].max()
-    with np.errstate(invalid="ignore"):
-        scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
-    return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
+    grey = np.zeros((image.height, image.width), np.uint8)
+    ranges = [_range(np.asarray(band)) for _, band in _bands(image)]
+    low, high = min(one[0] for one in ranges), max(one[1] for one in ranges)
+    if low > high:  # not one finite value
+        return grey
+    shift = None
+    if image.mode != "F" and low >= 0 and high <= 0xFFFF:
+        shift = max(8, math.ceil(int(high).bit_length() / 2) * 2) - 8
+    for rows, band in _bands(image):
+        values = np.asarray(band)
+        if shift is not None:
+            grey[rows] = values.astype(np.uint16) >> shift
+            continue
+        with np.errstate(invalid="ignore"):
+            scaled = (values.astype(np.float64) - low) * (255.0 / (high - low) if high > low else 0.0)
+        grey[rows] = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255)
+    return grey
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Least and greatest of the finite values, as plain numbers; (inf, -inf) without any."""
+    finite = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
+    return (finite.min().item(), finite.max().item()) if finite.size else (math.inf, -math.inf)
+
+
+def _bands(image) -> Iterator[tuple[slice, object]]:
+    """(rows, PIL image of them): a deep image is 8 bytes a pixel in numpy, and as much in every step of a formula."""
+    step = max(1, _BAND // image.width)
+    for top in range(0, image.height, step):
+        rows = slice(top, min(top + step, image.height))
+        yield rows, image.crop((0, rows.start, image.width, rows.stop))
 
 
 def _reason(error: Exception) -> str:

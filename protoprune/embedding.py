@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -26,7 +26,9 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, hdf5
-from protoprune.decode import TRANSIENT, ImageError, Status, crop, silence_libtiff
+from protoprune.crew import Crew, Part
+from protoprune.current import Known, content_digest, known_rows
+from protoprune.decode import TRANSIENT, Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -62,6 +64,9 @@ class EmbedReport:
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
     transparent: int = 0  # images with transparent parts, of all n
+    moved_from: str = ""  # the root that the earlier file was for, where that was another one
+    compared: int = 0  # images whose content was compared with what had been embedded
+    other: int = 0  # those of them that had other content
     device: str = ""
     precision: str = ""
 
@@ -82,6 +87,8 @@ def embed(
     store: str = "float16",
     compile: bool = False,
     overwrite: bool = False,
+    moved: bool = False,
+    on_compare: Callable[[int], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
@@ -90,12 +97,18 @@ def embed(
     batch_size and workers (decoding threads) default to what suits the device. `on_start(total, left)` is called once,
     `on_progress(done, failed)` after every batch, with the numbers of this run.
 
+    An image is the one that was embedded when name, size and times are the same. Below another root, and where files
+    were copied or restored, its content is compared too, unless `moved`; `on_compare(images)` is called before that.
+
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder or most
     of its images would be lost (unless `overwrite`), cannot be written, or a feature overflows `store`. A file that has
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
-    return embed_with(engine, images, out, overwrite=overwrite, on_start=on_start, on_progress=on_progress)
+    return embed_with(
+        engine, images, out, overwrite=overwrite, moved=moved, on_compare=on_compare, on_start=on_start,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 class Engine:
@@ -142,16 +155,18 @@ def embed_with(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    moved: bool = False,
+    on_compare: Callable[[int], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """`embed` with an encoder that is ready already."""
-    out, encoder = os.fspath(out), engine.encoder
+    out = os.fspath(out)
     if os.path.isdir(out):
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
-        if not _prepare(images, encoder, out, engine.provenance, overwrite, report):
+        if not _prepare(images, engine, out, overwrite, moved, report, on_compare):
             return report
         partial = PartialFile(out)
         try:
@@ -190,14 +205,14 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
 
 
 def _prepare(
-    images: ImageList, encoder: Encoder, out: str, provenance: dict, overwrite: bool, report: EmbedReport
+    images: ImageList, engine: Engine, out: str, overwrite: bool, moved: bool, report: EmbedReport, on_compare
 ) -> bool:
-    """Leave a partial file that holds exactly this run's rows; False when the finished file needs nothing.
+    """Leave a partial file for this run's rows; False when the finished file needs nothing.
 
     An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
     which it will replace; without that, a file of other features is never touched.
     """
-    started, finished = partial_path(out), out
+    started, finished, provenance = partial_path(out), out, engine.provenance
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
@@ -214,10 +229,16 @@ def _prepare(
             raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
         if os.path.exists(out):
             _check_findable(out, images)
+        known = _known(
+            images, engine, {path: file for path, file in files.items() if not other[path]}, moved, on_compare
+        )
+        report.compared, report.other = int(known.compared.sum()), int(known.other.sum())
+        rows = dict(zip((path for path in files if not other[path]), known.rows, strict=True))
         if finished in files:
-            _check_losses(files[finished], images)
+            report.moved_from = _moved_from(files[finished], images)
+            _check_losses(files[finished], images, rows[finished])
             report.dropped = len(set(files[finished].paths).difference(images.paths))
-            if (started not in files or other[started]) and _up_to_date(files[finished], images, encoder):
+            if (started not in files or other[started]) and _up_to_date(files[finished], images, engine.encoder):
                 report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
                 report.transparent = int(files[finished].transparent.sum())
                 return False
@@ -229,8 +250,52 @@ def _prepare(
         refused = started in files and files[started].finished().all()  # all done, and yet not in its place
         if started not in files or refused or not feature_file.covers(files[started], images):
             replaces = {**provenance, "overwrite": int(overwrite or replacing)}
-            feature_file.create_partial(out, images, encoder.dim, replaces, list(files.values()))
+            if finished in files and _same_features(files[finished], images, rows[finished]):
+                replaces["uuid"] = files[finished].provenance["uuid"]
+            sources = [files[path] for path in rows]
+            feature_file.create_partial(out, images, engine.encoder.dim, replaces, sources, list(rows.values()))
     return True
+
+
+def _known(images: ImageList, engine: Engine, files: dict, moved: bool, on_compare) -> Known:
+    """What earlier files with the same key have of the images, see `current`."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        if on_compare:
+            on_compare(len(rows))
+        now = np.zeros(len(images), np.uint64)
+
+        def work(row: int) -> tuple[None, str]:
+            now[row] = content_digest(images.read(row))
+            return None, ""
+
+        step = max(1, min(256, len(rows) // (4 * engine.workers)))
+        with Crew(engine.workers, work) as readers:
+            parts = [
+                readers.start(rows[first : first + step].tolist(), lambda *_: None)
+                for first in range(0, len(rows), step)
+            ]
+            for part in parts:
+                readers.results(part)
+        return now[rows]
+
+    return known_rows(images, list(files.values()), moved, read)
+
+
+def _moved_from(file: FeatureFile, images: ImageList) -> str:
+    return "" if file.provenance["root"] == images.root else file.provenance["root"]
+
+
+def _same_features(file: FeatureFile, images: ImageList, rows: np.ndarray) -> bool:
+    """Whether a finished file is rewritten only for where its images lie, or when they were touched: it keeps its id,
+    and with it clusterings that are kept by it."""
+    return (
+        file.n == len(images)
+        and np.array_equal(rows, np.arange(file.n))
+        and np.array_equal(file.labels, images.labels)
+        and file.classes == images.classes
+        and bool(file.intact().all())
+    )
 
 
 def _check_findable(out: str, images: ImageList) -> None:
@@ -242,8 +307,9 @@ def _check_findable(out: str, images: ImageList) -> None:
         )
 
 
-def _check_losses(file: FeatureFile, images: ImageList) -> None:
-    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would."""
+def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> None:
+    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would, and
+    any for want of a permission. `known` are its rows that hold an image of the list."""
     usable = np.flatnonzero(file.usable)
     if not len(usable):
         return
@@ -251,16 +317,52 @@ def _check_losses(file: FeatureFile, images: ImageList) -> None:
     paths = file.paths
     rows = np.array([row_of.get(paths[row], -1) for row in usable])
     stays = (rows >= 0) & (images.mtime_ns[rows] >= 0)
-    moved = file.provenance["root"] != images.root
-    if moved:  # there the same name may well be another image
-        stays &= (file.size[usable] == images.size[rows]) & (file.mtime_ns[usable] == images.mtime_ns[rows])
+    ways = "write to another file with -o, or replace it with --overwrite"
+    _check_denied(file, images, [paths[row] for row in usable[~stays]], ways)
+    moved_from = _moved_from(file, images)
+    if moved_from:  # there the same name may well be another image
+        stays &= np.isin(usable, known)
     if 2 * stays.sum() >= len(usable):
         return
-    what = f"is for images below {file.provenance['root']}, not {images.root}" if moved else "is for other images"
+    what = f"is for images below {moved_from}, not {images.root}" if moved_from else "is for other images"
+    if moved_from and not file.content[usable].any():
+        ways = (
+            "and it has no digests of their content, to compare them by (an earlier version wrote it); if they were "
+            f"only moved or copied, say so with --moved, else {ways}"
+        )
     raise LossError(
-        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; "
-        "write to another file with -o, or replace it with --overwrite"
+        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
     )
+
+
+def _check_denied(file: FeatureFile, images: ImageList, lost: list[str], ways: str) -> None:
+    """Refuse to take images for gone that may not be looked at: of a folder, or of files, without permission."""
+    if _moved_from(file, images):
+        return
+    for folder, reason in images.unreadable_folders:
+        below = sum(path.startswith(f"{folder}/") or folder == "." for path in lost)
+        if below:
+            raise LossError(
+                f"{file.path}: folder {folder}: {reason}: its {below:,} features would be lost; make it readable, "
+                f"{ways}"
+            )
+    listed = set(images.paths) if lost else set()
+    denied = [path for path in lost if path in listed and _denied(os.path.join(images.root, path))]
+    if denied:
+        raise LossError(
+            f"{file.path}: {len(denied):,} of its features would be lost, as their images may not be read (permission "
+            f"denied, first: {denied[0]}); make them readable, {ways}"
+        )
+
+
+def _denied(path: str) -> bool:
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _check_result(out: str, partial: PartialFile) -> None:
@@ -316,10 +418,13 @@ def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
     something (a permission, memory, another program) still fails."""
     if not feature_file.covers(file, images) or not file.intact().all():
         return False
-    status = file.status
-    pixels = np.empty((encoder.preprocess.size, encoder.preprocess.size, 3), np.uint8)
-    again = np.flatnonzero(np.isin(status, TRANSIENT))
-    return all(_decode_one(images, encoder, int(row), pixels)[0] == status[row] for row in again)
+    again = np.flatnonzero(np.isin(file.status, TRANSIENT))
+    if not len(again):
+        return True
+    with _decoders(images, encoder, min(len(again), cores())) as decoders:
+        parts = [decoders.start([row], lambda *_: None) for row in again.tolist()]
+        now = [decoders.results(part)[0][0] for part in parts]
+    return now == file.status[again].tolist()
 
 
 def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
@@ -373,6 +478,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     import torch
 
     forward, batch_size = engine.forward
+    content = np.zeros(len(images), np.uint64)
     encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
     side = encoder.preprocess.size
@@ -382,9 +488,8 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
-    threads = torch.get_num_threads()
     with (
-        ThreadPoolExecutor(workers, initializer=_alone, initargs=(on_cpu,)) as decoders,
+        _decoders(images, encoder, workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -396,34 +501,49 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
             rows = next(upcoming, None)
             if rows is not None:
                 buffer = ring.get()
-                ahead.append((rows, buffer, _decode_batch(images, encoder, rows, buffer, decoders, workers)))
+                ahead.append((rows, buffer, _decode_batch(rows, buffer, decoders, workers)))
 
-        try:
-            for _ in range(_RING - 2):
-                decode_next()
-            while ahead:
-                decode_next()
-                rows, buffer, parts = ahead.popleft()
-                outcome = [one for part in parts for one in part.result()]
-                if on_cpu and not compiled:
-                    features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
-                else:
-                    features = forward(buffer)
-                ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-                if ready:
-                    ready.record(torch.cuda.current_stream(device))
-                writing.append(writer.submit(_write, partial, rows, features, ready, outcome, buffer, ring))
-                while len(writing) > 1 or (writing and not ahead):
-                    writing.popleft().result()
-                done += len(rows)
-                failed += sum(status != Status.OK for status, _ in outcome)
-                if on_progress:
-                    on_progress(done, failed)
-        except BaseException:
-            decoders.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(threads)
+        for _ in range(_RING - 2):
+            decode_next()
+        while ahead:
+            decode_next()
+            rows, buffer, parts = ahead.popleft()
+            outcome = [one for part in parts for one in decoders.results(part)]
+            if on_cpu and not compiled:
+                features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
+            else:
+                features = forward(buffer)
+            ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+            if ready:
+                ready.record(torch.cuda.current_stream(device))
+            writing.append(writer.submit(_write, partial, rows, features, ready, outcome, content, buffer, ring))
+            while len(writing) > 1 or (writing and not ahead):
+                writing.popleft().result()
+            done += len(rows)
+            failed += sum(status != Status.OK for status, _ in outcome)
+            if on_progress:
+                on_progress(done, failed)
+
+
+@contextlib.contextmanager
+def _decoders(
+    images: ImageList, encoder: Encoder, count: int, step_back: bool = False, content: np.ndarray | None = None
+) -> Iterator[Crew]:
+    """Threads that make the crop of a row, and note the digest of its image in `content`, (n,)."""
+    import torch
+
+    def work(row: int) -> tuple[np.ndarray, str]:
+        data = images.read(row)
+        if content is not None:
+            content[row] = content_digest(data)
+        return crop(data, encoder.preprocess)
+
+    threads = torch.get_num_threads()
+    try:
+        with Crew(count, work, functools.partial(_alone, step_back)) as crew:
+            yield crew
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is set for the others too
 
 
 def _alone(step_back: bool = False) -> None:
@@ -452,31 +572,22 @@ def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:
     return pieces
 
 
-def _decode_batch(images, encoder, rows, buffer, decoders, workers: int) -> list[Future]:
-    """Start decoding `rows` into the first slots of `buffer`, in a few tasks a thread."""
-    pixels = buffer.numpy()
+def _decode_batch(rows: np.ndarray, buffer: torch.Tensor, decoders: Crew, workers: int) -> list[Part]:
+    """Start decoding `rows` into the first slots of `buffer`, in a few parts a thread."""
+    slots = buffer.numpy()
     step = max(1, min(16, -(-len(rows) // (2 * workers))))
 
-    def decode_some(first: int) -> list[tuple[Status, str]]:
-        return [
-            _decode_one(images, encoder, int(rows[slot]), pixels[slot])
-            for slot in range(first, min(first + step, len(rows)))
-        ]
+    def take(first: int, place: int, pixels: np.ndarray | None) -> None:
+        slots[first + place] = 0 if pixels is None else pixels
 
-    pixels[len(rows) :] = 0  # on a GPU the last batch keeps the shape of the others
-    return [decoders.submit(decode_some, first) for first in range(0, len(rows), step)]
-
-
-def _decode_one(images: ImageList, encoder: Encoder, row: int, slot: np.ndarray) -> tuple[Status, str]:
-    try:
-        slot[...], note = crop(images.read(row), encoder.preprocess)
-        return Status.OK, note
-    except ImageError as error:
-        slot[...] = 0
-        return error.status, error.reason
+    slots[len(rows) :] = 0  # on a GPU the last batch keeps the shape of the others
+    return [
+        decoders.start(rows[first : first + step].tolist(), functools.partial(take, first))
+        for first in range(0, len(rows), step)
+    ]
 
 
-def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -> None:
+def _write(partial: PartialFile, rows, features, ready, outcome, content, buffer, ring) -> None:
     """Commit one batch; runs in the writer thread, in order."""
     if ready is not None:
         ready.synchronize()
@@ -490,7 +601,7 @@ def _write(partial: PartialFile, rows, features, ready, outcome, buffer, ring) -
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & _vanished(values, dtype)))
     if len(bad):
         _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
-    partial.commit(rows, stored, status, [reason for _, reason in outcome])
+    partial.commit(rows, stored, status, [reason for _, reason in outcome], content[rows])
 
 
 def _vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -25,3 +25,9 @@ class ProtopruneWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the caller of the public function; every occurrence is shown by the command line."""
     warnings.warn(message, ProtopruneWarning, stacklevel=3)
+
+
+def ignore_pillow() -> None:
+    """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
+    a reason of its own. For programs, not for libraries, and before there are threads."""
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")

@@ -12,6 +12,8 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     reasons    S160    (1024,) distinct failure messages, the first one empty
     borrowed   uint8   (n,) 1 where the row was copied from an earlier file or finished by an earlier run
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
+    ctime_ns   int64   (n,) as listed, -1 where it is not known
+    content    uint64  (n,) xxh3-64 of the encoded image as it was read, 0 where it was not
     digest     uint64  (n,) xxh3-64 of the row's features, seeded with that of its status byte and its failure message
 
 Provenance is in the attributes, digests of all else are in the seal (see `seals`); files of earlier versions have none.
@@ -27,6 +29,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import h5py
@@ -34,10 +37,11 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
-from protoprune.decode import ON_WHITE, TRANSIENT, Status
+from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList, is_feature_set
+from protoprune.paths import Paths
 from protoprune.text import parse_json
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
@@ -63,6 +67,8 @@ KIND = hdf5.Kind(
         "borrowed": Column(("uint8",), ("n",)),
         "committed": Column(("int64",), (1,)),
         "digest": Column(("uint64",), ("n",), optional=True),
+        "ctime_ns": Column(("int64",), ("n",), optional=True),
+        "content": Column(("uint64",), ("n",), optional=True),
     },
     ("root", "uuid", "created", "protoprune", "encoder", "weights_sha256", "preprocess", "precision", "store"),
 )  # fmt: skip
@@ -96,10 +102,10 @@ class FeatureFile:
         """Whether the file has digests; those of earlier versions have none."""
         return self._reader.seal is not None and "digest" in self._reader
 
-    @property
-    def paths(self) -> list[str]:
-        """The n ids (surrogateescape where a name is not UTF-8), in row order."""
-        return self._reader.ids("path", self.n)
+    @cached_property
+    def paths(self) -> Paths:
+        """The n ids (surrogateescape where a name is not UTF-8), in row order, read as they are asked for."""
+        return self._reader.paths("path", self.n)
 
     @property
     def classes(self) -> list[str]:
@@ -127,6 +133,16 @@ class FeatureFile:
     @property
     def mtime_ns(self) -> np.ndarray:
         return self._reader.whole("mtime_ns")
+
+    @property
+    def ctime_ns(self) -> np.ndarray:
+        """(n,) int64, -1 where it is not known."""
+        return self._reader.whole("ctime_ns") if "ctime_ns" in self._reader else np.full(self.n, -1, np.int64)
+
+    @property
+    def content(self) -> np.ndarray:
+        """(n,) uint64 digests of the encoded images, 0 where one is not known: see `current`."""
+        return self._reader.whole("content") if "content" in self._reader else np.zeros(self.n, np.uint64)
 
     @property
     def reasons(self) -> list[bytes]:
@@ -347,13 +363,23 @@ class PartialFile:
         self._file["borrowed"][...] = good
         self._file.flush()
 
-    def commit(self, rows: np.ndarray, features: np.ndarray, status: np.ndarray, reasons: Sequence[str]) -> None:
-        """Write the next rows of `todo`: features (b, d), status (b,) and one reason a row ('' when ok)."""
+    def commit(
+        self,
+        rows: np.ndarray,
+        features: np.ndarray,
+        status: np.ndarray,
+        reasons: Sequence[str],
+        content: np.ndarray | None = None,
+    ) -> None:
+        """Write the next rows of `todo`: features (b, d), status (b,), one reason a row ('' when ok), and perhaps the
+        digests (b,) of what was read."""
         features = np.asarray(features, self.dtype)
         number = np.array([self._reason_number(text) for text in reasons], np.uint16)
         columns = {"features": features, "status": status, "reason": number}
         if "digest" in self._file:
             columns["digest"] = row_digests(features, status, number, self._table)
+        if content is not None and "content" in self._file:
+            columns["content"] = content
         try:
             for first, last in _runs(rows):
                 for name, values in columns.items():
@@ -401,8 +427,16 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
-def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sources: Sequence[FeatureFile]) -> None:
-    """Create `<out>.partial` for these images, with the rows that `sources` already have copied from them.
+def create_partial(
+    out: str,
+    images: ImageList,
+    dim: int,
+    provenance: dict,
+    sources: Sequence[FeatureFile] = (),
+    known: Sequence[np.ndarray] = (),
+) -> None:
+    """Create `<out>.partial` for these images, with the rows that `sources` already have copied from them: `known`
+    says of each source which of its rows holds image i, (n,), -1 for none; the first source wins.
 
     Its space is reserved at once, so a disk that is too small is found out before the first image is decoded.
     Nothing appears under the final name, and killing this leaves an ignored `.partial.new` only.
@@ -414,15 +448,16 @@ def create_partial(out: str, images: ImageList, dim: int, provenance: dict, sour
             _allocate(file, images, dim, provenance)
         files.reserve(path, "r+b", os.path.getsize(path))
         with h5py.File(path, "r+", locking="best-effort") as file:
-            borrow_from = _match_rows(images, sources)
-            for source, rows in zip(sources, borrow_from, strict=True):
-                _borrow(file, source, rows)
-        hdf5.seal(path, KIND, {"features", "status", "reason", "reasons", "borrowed", "committed", "digest"})
+            taken = np.zeros(len(images), bool)
+            for source, rows in zip(sources, known, strict=True):
+                _borrow(file, source, np.where(taken, -1, rows))
+                taken |= rows >= 0
+        hdf5.seal(path, KIND, {"features", "status", "reason", "reasons", "borrowed", "committed", "digest", "content"})
 
 
 def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     """Bytes of the file: what _allocate makes of these images, and a little for HDF5's own use."""
-    columns = 8 + 8 + 4 + 1 + 2 + 1 + 8  # size, mtime, label, status, reason, borrowed, digest
+    columns = 8 + 8 + 8 + 4 + 1 + 2 + 1 + 8 + 8  # size, times, label, status, reason, borrowed, digest, content
     names = sum(len(path) for path in images.paths) + len(images)
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
@@ -438,6 +473,9 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) ->
     hdf5.dataset(file, "path", data=hdf5.block(images.paths))
     hdf5.dataset(file, "size", data=images.size)
     hdf5.dataset(file, "mtime_ns", data=images.mtime_ns)
+    ctime = images.ctime_ns
+    hdf5.dataset(file, "ctime_ns", data=np.full(n, -1, np.int64) if ctime is None else ctime)
+    hdf5.dataset(file, "content", np.zeros(n, np.uint64))
     hdf5.dataset(file, "label", data=images.labels)
     hdf5.dataset(file, "classes", data=hdf5.block(images.classes))
     hdf5.dataset(file, "status", np.zeros(n, np.uint8))
@@ -449,24 +487,9 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) ->
     hdf5.dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
 
 
-def _match_rows(images: ImageList, sources: Sequence[FeatureFile]) -> list[np.ndarray]:
-    """For each source an (n,) array: which of its rows holds image i unchanged, -1 for none; the first source wins."""
-    taken = np.zeros(len(images), bool)
-    matches = []
-    for source in sources:
-        good = source.finished() & ~np.isin(source.status, TRANSIENT)
-        row_of = {path: row for row, path in enumerate(source.paths)}
-        rows = np.array([row_of.get(path, -1) for path in images.paths], np.int64)
-        same = (rows >= 0) & good[rows] & (source.size[rows] == images.size)
-        same &= (source.mtime_ns[rows] == images.mtime_ns) & (images.mtime_ns >= 0) & ~taken
-        taken |= same
-        matches.append(np.where(same, rows, -1))
-    return matches
-
-
 def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
     """Copy features, status and reason of the matched rows and mark them as borrowed, but for damaged rows."""
-    status, reason, reasons = source.status, source.reason, source.reasons
+    status, reason, reasons, content = source.status, source.reason, source.reasons, source.content
     table = file["reasons"][:].tolist()
     slot = {text: i for i, text in enumerate(table) if i == 0 or text}
     for text in reasons:
@@ -489,7 +512,7 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
         theirs, ours, features = theirs[good], ours[good], features[good]
         columns = {"features": features, "status": status[theirs], "reason": number[reason[theirs]]}
         columns["digest"] = row_digests(features, columns["status"], columns["reason"], table)
-        columns["borrowed"] = np.ones(len(ours), np.uint8)
+        columns["borrowed"], columns["content"] = np.ones(len(ours), np.uint8), content[theirs]
         for first, last in _runs(ours) if len(ours) else ():
             for name, values in columns.items():
                 file[name][ours[first] : ours[last] + 1] = values[first : last + 1]
@@ -502,6 +525,7 @@ def covers(file: FeatureFile, images: ImageList) -> bool:
         and file.provenance["root"] == images.root
         and np.array_equal(file.size, images.size)
         and np.array_equal(file.mtime_ns, images.mtime_ns)
+        and not _touched(file, images)
         and np.array_equal(file.labels, images.labels)
         and file.paths == images.paths
         and file.classes == images.classes
@@ -509,6 +533,14 @@ def covers(file: FeatureFile, images: ImageList) -> bool:
             file.provenance.get(name) == value for name, value in images.provenance.items() if name != "embedded_by"
         )
     )
+
+
+def _touched(file: FeatureFile, images: ImageList) -> bool:
+    """Whether files may have been put in the place of those that were listed: their ctime is another one."""
+    if images.ctime_ns is None:
+        return False
+    before = file.ctime_ns
+    return bool(((before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)).any())
 
 
 def key_differences(provenance: dict, wanted: dict) -> list[str]:

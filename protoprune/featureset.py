@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import json
 import os
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
 from protoprune.images import SET_FILE, ImageList
+from protoprune.paths import Paths
 from protoprune.sources.reading import FOLDERS
 from protoprune.text import native, parse_json
 
@@ -144,6 +146,7 @@ class FeatureSet:
                 )
         self._starts = np.cumsum([0, *(part.rows for part in self._done)])
         self._open: OrderedDict[int, FeatureFile] = OrderedDict()
+        self._lock = threading.RLock()  # a thread must not close the part that another one reads
         self._labels: tuple[np.ndarray, list[str], str] | None = None
         self.n = int(self._starts[-1])
         first = self._file(0)
@@ -172,8 +175,25 @@ class FeatureSet:
         return [(part.name, *part.failed) for part in self.parts if part.failed]
 
     @property
-    def paths(self) -> list[str]:
-        return [path for file in self._files() for path in file.paths]
+    def paths(self) -> Paths:
+        return Paths(self.n, self._read_names)
+
+    def _read_names(self, first: int, last: int) -> list[bytes]:
+        names: list[bytes] = []
+        for number, low, high in self._within(first, last):
+            with self._lock:
+                names += self._file(number).paths.read(low, high)
+        return names
+
+    def _within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """(part, its first row, its last row + 1) of the parts that the rows first to last - 1 are of."""
+        number = bisect.bisect_right(self._starts, first) - 1
+        while first < last:
+            start, end = int(self._starts[number]), min(int(self._starts[number + 1]), last)
+            if end > first:
+                yield number, first - start, end - start
+                first = end
+            number += 1
 
     @property
     def classes(self) -> list[str]:
@@ -198,6 +218,14 @@ class FeatureSet:
     @property
     def mtime_ns(self) -> np.ndarray:
         return np.concatenate([file.mtime_ns for file in self._files()])
+
+    @property
+    def content(self) -> np.ndarray:
+        return np.concatenate([file.content for file in self._files()])
+
+    @property
+    def ctime_ns(self) -> np.ndarray:
+        return np.concatenate([file.ctime_ns for file in self._files()])
 
     def failures(self) -> list[tuple[str, Status, str]]:
         return [one for file in self._files() for one in file.failures()]
@@ -243,8 +271,8 @@ class FeatureSet:
         if file.provenance["uuid"] != part.uuid or file.n != part.rows:
             file.close()
             raise ProtopruneError(
-                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} named when the set was opened; if it "
-                "was embedded again meanwhile, run this again, else the same `protoprune embed`"
+                f"{path}: not the file that {os.path.join(self.path, SET_FILE)} names; if it was embedded again since "
+                "this began, run this again, else the same `protoprune embed`"
             )
         if self._open and file.dim != self.dim:
             file.close()
@@ -309,16 +337,11 @@ class _Rows:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _span(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, self.shape[1]), self.dtype)
-        starts = self._owner._starts
-        number = bisect.bisect_right(starts, start) - 1
-        while start < stop:
-            low, high = int(starts[number]), min(int(starts[number + 1]), stop)
-            if high > start:
-                file = self._owner._file(number)
-                out[start - stop + len(out) : high - stop + len(out)] = file.features[start - low : high - low]
-                start = high
-            number += 1
+        out, filled = np.empty((stop - start, self.shape[1]), self.dtype), 0
+        for number, low, high in self._owner._within(start, stop):
+            with self._owner._lock:
+                out[filled : filled + high - low] = self._owner._file(number).features[low:high]
+            filled += high - low
         return out
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
@@ -329,7 +352,8 @@ class _Rows:
         where = np.searchsorted(self._owner._starts, rows, side="right") - 1
         for number in np.unique(where):
             here = np.flatnonzero(where == number)
-            out[here] = self._owner._file(int(number)).features[rows[here] - self._owner._starts[number]]
+            with self._owner._lock:
+                out[here] = self._owner._file(int(number)).features[rows[here] - self._owner._starts[number]]
         return out
 
 
@@ -352,18 +376,22 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool 
         labels, classes, labels_from = whole._classes()
         images = ImageList(
             root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
-            classes=classes, labels_from=labels_from,
+            classes=classes, labels_from=labels_from, ctime_ns=whole.ctime_ns,
         )  # fmt: skip
         key = {name: whole.provenance[name] for name in KEY if name in whole.provenance}
-        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]}, [])
+        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]})
         partial = PartialFile(out)
         try:
-            status, reasons = whole.status, {path: reason for path, _, reason in whole.failures()}
+            content, status, reasons = (
+                whole.content,
+                whole.status,
+                {path: reason for path, _, reason in whole.failures()},
+            )
             reasons |= {images.paths[row]: ON_WHITE for row in np.flatnonzero(whole.transparent)}
             for start in range(0, whole.n, _COPY_ROWS):
                 rows = np.arange(start, min(start + _COPY_ROWS, whole.n))
                 said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]
-                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said)
+                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said, content[rows])
             partial.finish()
         finally:
             partial.close()

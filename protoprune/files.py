@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
+import hashlib
 import math
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -30,21 +33,28 @@ _PRECIOUS = (
 )  # fmt: skip
 
 
-def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all; a pipe or a device is written to as it stands."""
+def write_file(path: str | os.PathLike, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, whose bytes may come in pieces, so that it appears complete or not at all; a pipe or a device is
+    written to as it stands."""
     path = os.fspath(path)
+    pieces = _pieces(data)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        _write_device(path, data)
+        _write_device(path, pieces)
         return
     path = os.path.realpath(path)  # what a link points to, so that the link stays
-    what = holds(path)
-    if what and what != _kind(data[:16]):
+    what, first = holds(path), next(pieces, b"")
+    if what and what != _kind(first[:16]):
         raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(data)
+            file.write(first)
+            file.writelines(pieces)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    return iter([data] if isinstance(data, bytes) else data)
 
 
 def holds(path: str | os.PathLike) -> str:
@@ -92,7 +102,7 @@ def replacing(path: str, temporary: str | None = None) -> Iterator[str]:
 
     `temporary` is that name, by default one that no other process has. Raises OSError.
     """
-    temporary = temporary or f"{path}.{os.getpid()}.tmp"
+    temporary = temporary or temporary_name(path)
     try:
         yield temporary
         sync(temporary)
@@ -101,6 +111,55 @@ def replacing(path: str, temporary: str | None = None) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def temporary_name(path: str) -> str:
+    """A name beside `path` that says which process of which machine writes under it. What processes of this machine
+    left under such names when they were killed is removed, once a folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in _tidied:
+        _tidied.add(folder)
+        _tidy(folder)
+    return f"{path}.{_machine()}-{os.getpid()}.tmp"
+
+
+_tidied: set[str] = set()
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight digits for where process numbers mean what they mean here: the host, since it was booted, and in it the
+    container, so that nothing of a process that lives elsewhere is taken for a dead one's."""
+    parts = [os.uname().nodename]
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        parts.append(file.read())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _tidy(folder: str) -> None:
+    ours = re.compile(rf".+\.{_machine()}-([0-9]+)\.tmp", re.DOTALL)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = ours.fullmatch(entry.name)
+            if match is None or _alive(int(match[1])):
+                continue
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):  # links that were to become --links
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 @contextlib.contextmanager
@@ -132,23 +191,24 @@ def told(path: str) -> Iterator[None]:
         raise ProtopruneError(disk_trouble(path, error)) from None
 
 
-def _write_device(path: str, data: bytes) -> None:
+def _write_device(path: str, pieces: Iterator[bytes]) -> None:
     """Into a pipe, /dev/stdout, /dev/null: a rename would put a file in its place."""
     try:
         with open(path, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
     except BrokenPipeError:  # `-o >(head)`
         pass
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
 
 
-def write_stdout(data: bytes) -> None:
-    """The list on standard output. A reader that stops early (`| head`) is not an error; a full disk is."""
+def write_stdout(data: bytes | Iterable[bytes]) -> None:
+    """The list, which may come in pieces, on standard output. A reader that stops early (`| head`) is not an error; a
+    full disk is."""
     if sys.stdout is None:  # `>&-`
         raise UsageError("standard output is closed; give -o FILE")
     try:
-        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.writelines(_pieces(data))
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
@@ -172,7 +232,7 @@ def write_links(
     if (outside := next(filter(leads_out, paths), None)) is not None:
         raise ProtopruneError(f"--links {folder}: {outside!r} leads out of the folder; links are made below it only")
     folder, root = os.path.abspath(folder), os.path.abspath(root)
-    building = f"{folder}.{os.getpid()}.tmp"
+    building = temporary_name(folder)
     made: set[str] = set()
     try:
         os.makedirs(building)
@@ -243,9 +303,9 @@ def _locked(path: str, fcntl):
             if not _flock(file, path, fcntl):
                 return file
             if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}")
-                file.flush()
+                with contextlib.suppress(OSError):  # of a full disk: it is held all the same, by nobody in particular
+                    file.truncate(0)
+                    os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
                 return file
         except OSError:
             file.close()
@@ -298,13 +358,14 @@ def sync(path: str) -> None:
 # --- rows of CSV ------------------------------------------------------------------------------------------------------
 
 
-def csv_bytes(header: Sequence[str], records: Iterable[Iterable]) -> bytes:
-    """A CSV file in which every name that Linux allows survives."""
+def csv_bytes(header: Sequence[str] | None, records: Iterable[Iterable] = ()) -> bytes:
+    """A CSV file in which every name that Linux allows survives; without a header what comes after it."""
     lines: list[str] = []
     # csv quotes only the line ends that it writes itself: with "\r\n" a name that holds a lone "\r" survives too.
     file = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
     writer = csv.writer(file, lineterminator="\r\n")
-    writer.writerow(header)
+    if header is not None:
+        writer.writerow(header)
     writer.writerows(records)
     return os.fsencode("".join(lines))
 

@@ -1,22 +1,42 @@
-"""Image formats that Pillow reads with a plugin's help: register what is installed, name what is missing."""
+"""Image formats: which one a file begins like, why Pillow does not read it, and the formats that a plugin reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+import logging
+import struct
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
+from typing import BinaryIO
 
 # extra -> (module, what its files are called, their suffixes)
 PLUGINS = {
     "heif": ("pillow_heif", "HEIC/HEIF", (".heic", ".heics", ".heif", ".heifs", ".hif")),
     "jxl": ("pillow_jxl", "JPEG XL", (".jxl",)),
 }
+# Formats whose first bytes other files do not have by chance; the rest begin with one to four common bytes.
+_SURE = (
+    "AVIF", "BLP", "DDS", "FITS", "FTEX", "GIF", "HEIF", "ICNS", "JPEG", "JPEG2000", "JXL", "PNG", "PSD", "QOI", "SUN",
+    "TIFF", "WEBP", "XPM",
+)  # fmt: skip
+# Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
+# file in the image folder into an image.
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}
+_STUMBLES = (IndexError, TypeError, KeyError, EOFError, struct.error)  # of Pillow's plugins over headers
+HEAD = 32  # bytes of a file that tell its format
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
 @cache
 def register() -> frozenset[str]:
-    """Teach Pillow the formats whose plugins are installed; the extras that are there."""
+    """Teach Pillow the formats whose plugins are installed; the extras that are there.
+
+    Pillow's logger gets the handler that a library should give its own: else Python prints what it says of damaged
+    files, which have their reasons, to stderr.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     found = set()
     for extra, (module, _, _) in PLUGINS.items():
         try:
@@ -27,6 +47,68 @@ def register() -> frozenset[str]:
         except Exception:  # missing, or built for another Pillow: the format is then as unknown as without it
             continue
     return frozenset(found)
+
+
+def begins_like(head: bytes) -> tuple[str, bool] | None:
+    """(the format that a file begins like by Pillow's word, whether that is sure), from its first HEAD bytes."""
+    from PIL import Image
+
+    register()
+    Image.init()
+    likely = None
+    for name in Image.ID:
+        accept = Image.OPEN[name][1]
+        if accept is None or name in STUBS or not _accepts(accept, head):
+            continue
+        if name in _SURE or (name == "BMP" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS):
+            return name, True
+        likely = likely or (name, False)
+    return likely
+
+
+def _accepts(accept, head: bytes) -> bool:
+    try:
+        return bool(accept(head[:16]))
+    except Exception:  # of fewer bytes than it wants
+        return False
+
+
+def is_image(head: bytes, opened: Callable[[], BinaryIO]) -> bool:
+    """Whether a file is meant to be an image: by how it begins, and where that may be chance by what Pillow makes of
+    the rest of its header. Damaged and far too large ones are images too."""
+    from PIL import Image
+
+    found = begins_like(head)
+    if found is None or found[1]:
+        return found is not None or extra_for(head) is not None
+    try:
+        with opened() as file, Image.open(file, formats=[found[0]]):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:
+        return False
+
+
+def complaint(data: bytes) -> tuple[str, str] | None:
+    """(format, what its plugin says against it) of an image that Pillow calls unidentified; None for other files."""
+    from PIL import Image
+
+    found = begins_like(data[:HEAD])
+    if found is None or not found[1]:
+        return None
+    factory, accept = Image.OPEN[found[0]]
+    said = accept(data[:16])
+    if isinstance(said, str):
+        return found[0], said
+    try:
+        factory(io.BytesIO(data), "").close()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        stumbled = isinstance(error.__cause__, _STUMBLES) and str(error) == str(error.__cause__)
+        if text and "not identified" not in text and not stumbled:
+            return found[0], text
+    return found[0], "its header is damaged or cut off"
 
 
 def extra_for(data: bytes) -> str | None:

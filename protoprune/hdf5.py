@@ -11,21 +11,26 @@ import mmap
 import os
 import uuid
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import BinaryIO
 
 import h5py
 import numpy as np
+import xxhash
 
 import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import leads_out
+from protoprune.paths import Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
+_PIECE = 1 << 22  # bytes of names that are read at once
+_STEP = 64  # names between two whose places are known
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
 
@@ -121,9 +126,38 @@ class Reader:
     def ids(self, name: str, count: int | None) -> list[str]:
         """The `names` of images, which are refused where one is no path below a folder: links and reads follow them."""
         names = self.names(name, count)
+        self._refuse_outside(name, names)
+        return names
+
+    def _refuse_outside(self, name: str, names: Sequence[str]) -> None:
         if (outside := next(filter(leads_out, names), None)) is not None:
             raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
-        return names
+
+    def paths(self, name: str, count: int) -> Paths:
+        """The `ids` of images, of which there must be `count`, checked now and read when they are asked for.
+
+        Where each row begins is known of every STEPth: names are read from the one before.
+        """
+        data, digest = self.file[name], xxhash.xxh3_64()
+        places, seen, last, odd = [np.zeros(1, np.int64)], 0, b"\0", False
+        for start in range(0, len(data), _PIECE):
+            with self.trouble(f"its {name}"):
+                piece = data[start : start + _PIECE]
+            digest.update(piece)
+            text = last + piece.tobytes()
+            odd = odd or any(mark in text for mark in (b"\0\0", b"\0/", b".."))
+            ends, last = np.flatnonzero(piece == 0), text[-1:]
+            places.append(start + 1 + ends[-(seen + 1) % _STEP :: _STEP])
+            seen += len(ends)
+        was = self.seal.digest(name) if self.seal else None
+        if was is not None and digest.hexdigest() != was:
+            raise self.damaged(f"its {name} is not what was written")
+        if last != b"\0" or seen != count:
+            raise self.damaged(f"its {name} is no list of {count:,} names")
+        paths = Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
+        if odd:
+            self._refuse_outside(name, paths)
+        return paths
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:
         """A dataset of whole numbers from low to high - 1, checked."""
@@ -198,6 +232,26 @@ class Reader:
             if column is not None and not _fits(dataset, column, dims):
                 raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
         return dims
+
+
+class _Names:
+    """A block of names in an open file, which can be read from any thread, and after the file is closed."""
+
+    def __init__(self, reader: Reader, name: str, places: np.ndarray):
+        self.places, self.damaged = places, partial(_damaged, reader.path, reader.kind, f"its {name}")
+        self.offset = reader.file[name].id.get_offset() or 0
+        self.handle = os.dup(reader.raw.fileno())
+        weakref.finalize(self, os.close, self.handle)
+
+    def read(self, first: int, last: int) -> list[bytes]:
+        """Those of the rows first to last - 1."""
+        if last <= first:
+            return []
+        low, high = self.places[first // _STEP], self.places[min(-(-last // _STEP), len(self.places) - 1)]
+        block = os.pread(self.handle, high - low, self.offset + low)
+        if len(block) < high - low:
+            raise self.damaged()
+        return block.split(b"\0")[first % _STEP :][: last - first]
 
 
 # What h5py raises over damaged files, by where it stumbles.
@@ -327,9 +381,10 @@ def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=No
         file[name][...] = data
 
 
-def block(names: list[str]) -> np.ndarray:
+def block(names: Sequence[str]) -> np.ndarray:
     """Names as one array of bytes, each followed by a NUL byte."""
-    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+    parts = (b"\0".join([*part, b""]) for part in encoded(names, np.arange(len(names))))
+    return np.frombuffer(b"".join(parts), np.uint8)
 
 
 def text(value: str) -> str | np.void:

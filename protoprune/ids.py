@@ -7,15 +7,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from protoprune.paths import BATCH, encoded
+
 
 def hashes(ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
     """(n,) uint64: a hash of each id that depends on the seed; independent ones for different purposes."""
-    key = seed.to_bytes(8, "little", signed=True)
-    encoded = (one.encode("utf-8", "surrogateescape") for one in ids)
-    joined = b"".join(hashlib.blake2b(one, digest_size=8, key=key, person=purpose).digest() for one in encoded)
-    return np.frombuffer(joined, "<u8")
+    return hashes_of(np.arange(len(ids)), ids, seed, purpose)
+
+
+def hashes_of(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
+    """(m,) uint64: the hashes of the ids of these rows (m,) among all (n,) `ids`."""
+    if len(rows) > BATCH and not (np.diff(rows) >= 0).all():  # ids are read fast in their own order
+        order = np.argsort(rows, kind="stable")
+        found = np.empty(len(rows), np.uint64)
+        found[order] = hashes_of(rows[order], ids, seed, purpose)
+        return found
+    start = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little", signed=True), person=purpose)
+
+    def one(name: bytes) -> bytes:
+        state = start.copy()
+        state.update(name)
+        return state.digest()
+
+    found, done = np.empty(len(rows), "<u8"), 0
+    for names in encoded(ids, rows):
+        found[done : done + len(names)] = np.frombuffer(b"".join(map(one, names)), "<u8")
+        done += len(names)
+    return found
 
 
 def shuffled(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
     """The rows (m,) at random: sorted by the hashes of their ids among all (n,) `ids`."""
-    return rows[np.argsort(hashes([ids[row] for row in rows.tolist()], seed, purpose), kind="stable")]
+    return rows[np.argsort(hashes_of(rows, ids, seed, purpose), kind="stable")]

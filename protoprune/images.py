@@ -13,7 +13,7 @@ import re
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import formats
-from protoprune.decode import read_file
+from protoprune.decode import open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import plain_bytes, unpacked, with_slashes
 
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
 SET_FILE = "set.json"  # what makes a folder a feature set
-# Formats that Pillow recognises without reading them (stubs for other programs); .h5 among them would turn a feature
-# file in the image folder into an image.
-_STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
-
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
 _DEEPEST = 2048  # folders in a path of Linux's 4,096 bytes
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
@@ -48,12 +44,15 @@ _MAGIC = (
 )  # fmt: skip
 
 
+_Entry = tuple[str, int, int, int]  # path, size, mtime_ns, ctime_ns
+
+
 @dataclass
 class ImageList:
     """The images of one run, in the order of every array that follows."""
 
     root: str
-    paths: list[str]  # relative to root, POSIX, sorted by their bytes, unique
+    paths: Sequence[str]  # relative to root, POSIX, sorted by their bytes, unique
     size: np.ndarray  # (n,) int64, bytes; -1 where the file cannot be examined
     mtime_ns: np.ndarray  # (n,) int64; -1 where the file cannot be examined
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
@@ -64,6 +63,8 @@ class ImageList:
     duplicates: int = 0  # list entries that named an image a second time
 
     provenance: dict = field(default_factory=dict)  # more attributes for the feature file that is made of them
+    left_out: list[str] = field(default_factory=list)  # the files that `skipped` counts
+    ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,7 +82,7 @@ def image_suffixes() -> frozenset[str]:
     formats.register()
     suffixes = Image.registered_extensions()
     # MPO (stereo JPEG) has no opener of its own: Pillow's JPEG opener recognises it.
-    readable = (set(Image.OPEN) | {"MPO"}) - _STUB_FORMATS
+    readable = (set(Image.OPEN) | {"MPO"}) - formats.STUBS
     return frozenset(suffix for suffix, name in suffixes.items() if name in readable)
 
 
@@ -99,8 +100,9 @@ def list_folder(
     with `labels=False` there are none.
 
     Hidden files and folders are skipped, links are followed, and a link to one of its own parents is not entered
-    again. A file without a suffix counts as an image when Pillow recognises its content; what is left out for its
-    name is counted in `skipped`. Folders that cannot be listed are in `unreadable_folders`.
+    again. A file without a suffix counts as an image when it begins like one, or cannot be read. What is left out for
+    its name is counted in `skipped` and listed in `left_out`, folders that cannot be listed are in
+    `unreadable_folders`.
 
     Raises UsageError when `root` is not a folder and ProtopruneError when it holds no image.
     """
@@ -109,17 +111,26 @@ def list_folder(
         raise UsageError(
             f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; give an image folder"
         )
-    skipped: Counter = Counter()
+    left_out: list[str] = []
     unreadable: list[tuple[str, str]] = []
-    found: list[tuple[str, int, int]] = []
-    for entry in _walk(root, skipped, unreadable):
+    found: list[_Entry] = []
+    for entry in _walk(root, left_out, unreadable):
         found.append(entry)
         if on_progress and len(found) % 10_000 == 0:
             on_progress(len(found))
+    skipped = Counter(os.path.splitext(path)[1].lower() or "(no suffix)" for path in left_out)
     if not found:
         raise ProtopruneError(_nothing_found(root, skipped, unreadable))
     found.sort(key=lambda entry: os.fsencode(entry[0]))
-    return _build(root, found, labels, class_level, skipped=skipped, unreadable_folders=unreadable)
+    return _build(
+        root,
+        found,
+        labels,
+        class_level,
+        skipped=skipped,
+        left_out=sorted(left_out, key=os.fsencode),
+        unreadable_folders=unreadable,
+    )
 
 
 def list_paths(
@@ -147,7 +158,7 @@ def list_paths(
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
-    found = [(path, *_size_and_mtime(os.path.join(root, path))) for path in unique]
+    found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
     images = _build(root, found, labels, class_level, duplicates=len(ids) - len(unique))
     if not chosen and labels is True and class_level is None:
         _doubt_common_root(images)
@@ -202,15 +213,16 @@ def split_list(data: bytes, name: str = "the list") -> list[str]:
     return [os.fsdecode(part) for part in parts if part]
 
 
-def _build(root: str, found: list[tuple[str, int, int]], labels, class_level: int | None, **counts) -> ImageList:
-    paths = [path for path, _, _ in found]
+def _build(root: str, found: list[_Entry], labels, class_level: int | None, **counts) -> ImageList:
+    paths = [path for path, *_ in found]
     root = os.path.abspath(root)
     label, classes, source = image_labels(root, paths, labels, class_level)
     return ImageList(
         root=root,
         paths=paths,
-        size=np.array([size for _, size, _ in found], np.int64),
-        mtime_ns=np.array([mtime for _, _, mtime in found], np.int64),
+        size=np.array([size for _, size, _, _ in found], np.int64),
+        mtime_ns=np.array([mtime for _, _, mtime, _ in found], np.int64),
+        ctime_ns=np.array([ctime for _, _, _, ctime in found], np.int64),
         labels=label,
         classes=classes,
         labels_from=source,
@@ -266,7 +278,7 @@ def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarra
     the folders of level N, 1 the first, whatever lies above them; images that lie less deep have label -1.
     """
     if level is not None and not 1 <= level <= _DEEPEST:
-        raise UsageError(f"--class-level {level}: expected 1, the first-level folders, to {_DEEPEST}")
+        raise UsageError(f"--class-level {level}: expected at least 1, the first-level folders, and at most {_DEEPEST}")
     place = (level or 1) - 1
     parts = [path.split("/", place + 1) for path in paths]
     folder = [part[place] if len(part) > place + 1 else None for part in parts]
@@ -277,8 +289,8 @@ def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarra
     return np.array([index[name] for name in folder], np.int32), names
 
 
-def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
-    """Yield (id, size, mtime_ns) of the images below root, in no particular order, depth first."""
+def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> Iterator[_Entry]:
+    """Yield (id, size, mtime_ns, ctime_ns) of the images below root, in no particular order, depth first."""
     stack: list[tuple[str, frozenset]] = [("", frozenset())]
     while stack:
         folder, ancestors = stack.pop()
@@ -297,9 +309,9 @@ def _walk(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> Ite
             if _is_folder(entry):
                 stack.append((path, ancestors | {identity}))
             elif _is_image_name(entry):
-                yield (path, *_size_and_mtime(entry.path))
+                yield (path, *_size_and_times(entry.path))
             else:
-                skipped[os.path.splitext(entry.name)[1].lower() or "(no suffix)"] += 1
+                left_out.append(path)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -311,31 +323,56 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _is_image_name(entry: os.DirEntry) -> bool:
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix:
+    if suffix:  # and not the content: backups and half downloads (x.jpg_original, x.jpg.part) begin like images too
         return suffix in image_suffixes()
-    from PIL import Image  # content-addressed stores have names without a suffix
-
     try:
         if not entry.is_file():
             return False
-        with Image.open(entry.path):
-            return True
-    except Exception:
+    except OSError:  # a link that points to itself
         return False
+    try:  # content-addressed stores have names without a suffix
+        return formats.is_image(_head(entry.path), lambda: open(entry.path, "rb", opener=open_at_once))
+    except OSError:  # unless it is read nobody knows: it becomes a row with a status
+        return True
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb", buffering=0, opener=open_at_once) as file:
+        return file.read(formats.HEAD)
+
+
+def why_left_out(images: ImageList) -> Iterator[tuple[str, str]]:
+    """(path, reason) of each file of a folder that is no image by its name, with what its content says."""
+    for path in images.left_out:
+        suffix = os.path.splitext(path)[1]
+        why = f"no image has the suffix {suffix}" if suffix else "it has no suffix"
+        try:
+            if not os.path.isfile(os.path.join(images.root, path)):
+                yield path, f"{why}, and it is no regular file"
+                continue
+            found = formats.begins_like(_head(os.path.join(images.root, path)))
+        except OSError as error:
+            yield path, f"{why}; it cannot be read ({error.strerror})"
+            continue
+        if found and found[1]:
+            yield path, f"{why}, but it begins like a {found[0]} file: rename it, or name it in a list of paths"
+        else:
+            yield path, why if suffix else f"{why} and begins like no image"
 
 
 def stat_files(root: str, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(size, mtime_ns), each (n,) int64, of files below root; -1 where a file cannot be examined."""
-    found = np.array([_size_and_mtime(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 2)
+    found = np.array([_size_and_times(os.path.join(root, path)) for path in paths], np.int64).reshape(-1, 3)
     return found[:, 0], found[:, 1]
 
 
-def _size_and_mtime(path: str) -> tuple[int, int]:
+def _size_and_times(path: str) -> tuple[int, int, int]:
+    """Size, mtime and ctime of a regular file; -1 each where it cannot be examined."""
     try:
         status = os.stat(path)
     except OSError:
-        return -1, -1
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
+        return -1, -1, -1
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1, -1)
 
 
 def _common_root(entries: list[str]) -> str:

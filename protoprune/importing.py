@@ -127,7 +127,7 @@ def _check_out(out: str, overwrite: bool) -> None:
 
 def _write(out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict) -> int:
     """Copy the vectors in the order of the names; how many are unusable."""
-    create_partial(out, images, dim, provenance, [])
+    create_partial(out, images, dim, provenance)
     partial = PartialFile(out)
     unusable = 0
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
 _TRIES = 3  # for a shard whose worker died, and for a worker that dies without one
 
@@ -116,6 +116,7 @@ def _bury(worker: _Worker, task, tries: int) -> None:
 def _serve(connection, work, start, device: str, number: int, of: int) -> None:
     """A worker's life. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:

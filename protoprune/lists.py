@@ -9,13 +9,13 @@ what is made of a list (`loaders`).
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.images import refuse_archive, split_list
 from protoprune.npy import load_npy
+from protoprune.paths import BATCH, encoded
 from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
 
 FORMATS = ("txt", "csv", "jsonl", "npy")
@@ -48,23 +49,101 @@ def format_list(
 
     Raises UsageError for a format unknown, and for txt when a name holds a line break.
     """
+    every = np.arange(len(paths))
+    check_list(paths, every, format, null=null)
+    return b"".join(_chunks(encoded(paths, every), np.asarray(rows), scores, format, null, weights))
+
+
+def list_chunks(
+    ids: Sequence[str],
+    rows: np.ndarray,
+    scores: np.ndarray,
+    format: str = "txt",
+    *,
+    null: bool = False,
+    weights: np.ndarray | None = None,
+    folder: str | None = None,
+) -> Iterator[bytes]:
+    """What `format_list` makes of the images `rows` (ascending), of whose n ids, scores and weights it is given all, in
+    pieces, so that a list of any length needs little memory. `folder` makes the paths absolute.
+
+    Call `check_list` first: what it refuses must be known before anything is written.
+    """
+    names = encoded(ids, rows)
+    if folder is not None:
+        base = os.fsencode(folder)
+        names = ([os.path.join(base, name) for name in part] for part in names)
+    return _chunks(names, rows, scores[rows], format, null, None if weights is None else weights[rows])
+
+
+def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool = False) -> None:
+    """Raise UsageError for a format unknown, or one that cannot hold the names of these rows."""
     if format not in FORMATS:
         raise UsageError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     if null and format != "txt":
         raise UsageError(f"-0 goes with --format txt, not {format}")
+    if null or format != "txt":
+        return
+    broken: list[bytes] = []
+    for names in encoded(ids, rows):
+        text = b"\n".join([*names, b""])
+        if text.count(b"\n") != len(names) or b"\r\n" in text:
+            broken += [name for name in names if b"\n" in name or name.endswith(b"\r")]
+    if broken:
+        first = os.fsdecode(broken[0])
+        raise UsageError(f"{len(broken)} file names hold a line break (first: {first!r}); use -0 or --format jsonl")
+    if len(rows) and (first := ids[rows[0]]).startswith("\ufeff"):
+        raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
+
+
+def _chunks(
+    names: Iterable[list[bytes]], rows: np.ndarray, scores, format: str, null: bool, weights
+) -> Iterator[bytes]:
+    """The list, piece by piece; rows, scores and weights are those of all the names."""
     if format == "npy":
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(rows, np.int64))
-        return buffer.getvalue()
+        yield from _npy_chunks(rows)
+        return
     if format == "txt":
-        return _lines(paths, null)
-    columns = {"path": paths, "index": np.asarray(rows).tolist(), "score": map(plain_number, scores)}
-    if weights is not None:
-        columns["weight"] = map(plain_number, weights)
-    records = zip(*columns.values(), strict=True)
-    if format == "jsonl":
-        return "".join(json.dumps(dict(zip(columns, record, strict=True))) + "\n" for record in records).encode()
-    return csv_bytes(list(columns), records)
+        end = b"\0" if null else b"\n"
+        yield from (end.join([*part, b""]) for part in names)
+        return
+    header = ["path", "index", "score"] + (["weight"] if weights is not None else [])
+    if format == "csv":
+        yield csv_bytes(header)
+    done = 0
+    for part in names:
+        here = slice(done, done + len(part))
+        done += len(part)
+        columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
+        if weights is not None:
+            columns.append(map(plain_number, weights[here]))
+        yield _records(header, zip(*columns, strict=True), format)
+
+
+def _cells(column: Sequence) -> Sequence:
+    """The values of a column as csv and json write them."""
+    if isinstance(column, np.ndarray):
+        return [plain_number(value) for value in column] if column.dtype.kind == "f" else column.tolist()
+    return [plain_cell(value) for value in column]
+
+
+def _npy_chunks(rows: np.ndarray) -> Iterator[bytes]:
+    """What np.save makes of (m,) int64."""
+    head = io.BytesIO()
+    form = {"descr": "<i8", "fortran_order": False, "shape": (len(rows),)}
+    np.lib.format.write_array_header_1_0(head, form)
+    yield head.getvalue()
+    for first in range(0, len(rows), BATCH):
+        yield rows[first : first + BATCH].astype("<i8").tobytes()
+
+
+def _records(header: list[str], records: Iterable[Iterable], format: str, blank: dict | None = None) -> bytes:
+    """Rows of csv or jsonl; in jsonl `blank` replaces values."""
+    if format == "csv":
+        return csv_bytes(None, records)
+    other = blank or {}
+    lines = (dict(zip(header, (other.get(v, v) for v in record), strict=True)) for record in records)
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def list_format(path: str | os.PathLike) -> str | None:
@@ -73,20 +152,15 @@ def list_format(path: str | os.PathLike) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def packed(path: str | os.PathLike, data: bytes) -> bytes:
-    """The bytes for a file of this name: through gzip when it ends in .gz."""
-    return gzip.compress(data, 6, mtime=0) if os.fspath(path).lower().endswith(".gz") else data
+def packed(path: str | os.PathLike, chunks: Iterable[bytes]) -> Iterable[bytes]:
+    """The pieces of a file of this name: through gzip when it ends in .gz."""
+    return _gzipped(chunks) if os.fspath(path).lower().endswith(".gz") else chunks
 
 
-def _lines(paths: Sequence[str], null: bool) -> bytes:
-    end = "\0" if null else "\n"
-    text = end.join([*paths, ""])
-    if not null and (text.count("\n") != len(paths) or "\r\n" in text):
-        broken = [path for path in paths if "\n" in path or path.endswith("\r")]
-        raise UsageError(f"{len(broken)} file names hold a line break (first: {broken[0]!r}); use -0 or --format jsonl")
-    if not null and paths and paths[0].startswith("\ufeff"):
-        raise UsageError(f"the first file name begins with a byte order mark ({paths[0]!r}); use -0 or --format jsonl")
-    return os.fsencode(text)
+def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # a gzip file without name and time: the same bytes every time
+    yield from filter(None, map(packer.compress, chunks))
+    yield packer.flush()
 
 
 def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | np.ndarray:
@@ -282,10 +356,16 @@ def _begins_with_header(data: bytes) -> bool:
 
 def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
     """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
-    values = [[plain_cell(v) for v in column] for column in columns.values()]
-    records = zip(*values, strict=True)
-    if format == "csv":
-        return csv_bytes(list(columns), records)
-    blank = {"": None}
-    lines = (dict(zip(columns, (blank.get(v, v) for v in record), strict=True)) for record in records)
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    n = len(next(iter(columns.values())))
+    return b"".join(manifest_chunks(lambda rows: {name: one[rows] for name, one in columns.items()}, n, format))
+
+
+def manifest_chunks(columns: Callable[[slice], dict[str, Sequence]], n: int, format: str = "csv") -> Iterator[bytes]:
+    """A manifest of n images, in pieces; `columns` gives those of some rows."""
+    for first in range(0, max(n, 1), BATCH):
+        part = columns(slice(first, first + BATCH))
+        header = list(part)
+        if not first and format == "csv":
+            yield csv_bytes(header)
+        values = [_cells(column) for column in part.values()]
+        yield _records(header, zip(*values, strict=True), format, {"": None})

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from protoprune import prototypes
-from protoprune.ids import hashes
+from protoprune.ids import hashes_of
 
 CLASS_SIZE = 2000  # images above which a class is split
 CLUSTER_SIZE = 400  # images a cluster on average, where there are no classes
@@ -63,5 +63,5 @@ def _parts(features, rows: np.ndarray, size: int, ids, seed: int, iterations: in
     ).cluster  # fmt: skip
     own = np.where(own < 0, k, own)  # vectors of zeros, which k-means has no place for
     if np.bincount(own).max() > 0.9 * len(rows):
-        own = np.argsort(np.argsort(hashes([ids[row] for row in rows], seed, b"split"))) * k // len(rows)
+        own = np.argsort(np.argsort(hashes_of(rows, ids, seed, b"split"))) * k // len(rows)
     return [rows[own == part] for part in range(k + 1) if (own == part).any()]

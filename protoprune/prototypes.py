@@ -368,4 +368,9 @@ def _kept(path: str, key: str) -> Clustering | None:
 
 def consensus(clusterings: list[Clustering]) -> np.ndarray:
     """(n,) float32: the mean distance over restarts from different seeds, which is what moves a kept set most."""
-    return np.stack([one.distance for one in clusterings]).mean(axis=0, dtype=np.float64).astype(np.float32)
+    if len(clusterings) == 1:
+        return clusterings[0].distance.copy()
+    total = np.zeros(len(clusterings[0].distance))
+    for one in clusterings:
+        total += one.distance
+    return (total / len(clusterings)).astype(np.float32)

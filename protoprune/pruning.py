@@ -13,7 +13,6 @@ written down.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,12 @@ from protoprune import partition, prototypes, selection
 from protoprune.bounds import check_seed, check_whole
 from protoprune.decode import Status
 from protoprune.device import cores
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import open_features
+from protoprune.paths import picked
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
-from protoprune.vectors import Rows
+from protoprune.vectors import CHUNK, Rows
 
 if TYPE_CHECKING:
     from protoprune.features import FeatureFile
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 GROUPS = ("class", "cluster")
 BY_LENGTH = 0.7  # Spearman of distance and vector length from which on half of a Euclidean ranking is length
 QUOTAS = ("dbp",)
+LARGE = 50_000  # images a cluster from which on --dedup takes long
+_WORKERS = 16  # clusters that are gone through at once, each with some 200 MB of similarities
 _NO_QUOTA = "--quota dbp does not go with --euclidean: its complexity is a product of cosine distances"
 
 
@@ -50,7 +52,7 @@ class Ranking:
 
     file: str
     root: str
-    paths: list[str]
+    paths: Sequence[str]  # those of a file are `paths.Paths`, decoded as they are asked for
     labels: np.ndarray  # (n,) int32, -1 for none
     classes: list[str]
     status: np.ndarray  # (n,) uint8, see `decode.Status`
@@ -61,6 +63,8 @@ class Ranking:
     k_rule: str = ""  # where k came from
     table: ScoreTable | None = None  # when the scores were read from a file
     duplicate_of: np.ndarray | None = None  # (n,) int64 after `deduplicate`: the row that is kept instead, else -1
+    placed: np.ndarray | None = None  # (n,) bool: rows that may be kept though nothing has scored them (see `unscored`)
+    likeness: selection.Likeness | None = None  # after `deduplicate` where it was to count
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
     source: Source | None = None  # the feature file, open until `close`; None where there are vectors
 
@@ -92,8 +96,9 @@ class Ranking:
 
     @property
     def usable(self) -> np.ndarray:
-        """(n,) bool: rows that have a score and may be kept: all that have one but the removed duplicates."""
-        return self.scored if self.duplicate_of is None else self.scored & (self.duplicate_of < 0)
+        """(n,) bool: rows that may be kept: all that have a score, or are `placed`, but the removed duplicates."""
+        own = self.scored if self.placed is None else self.placed
+        return own if self.duplicate_of is None else own & (self.duplicate_of < 0)
 
     @property
     def readable(self) -> np.ndarray:
@@ -103,6 +108,8 @@ class Ranking:
     @property
     def undirected(self) -> np.ndarray:
         """(n,) bool: readable rows whose features are all zeros, so that no spherical cluster has a place for them."""
+        if self.placed is not None:
+            return self.readable & ~self.placed
         if not self.clusterings:
             return np.zeros(len(self.paths), bool)
         return self.readable & (self.clusterings[0].cluster < 0)
@@ -232,7 +239,7 @@ class Selected:
     @property
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
-        return list(itertools.compress(self.ranking.paths, self.keep))
+        return picked(self.ranking.paths, np.flatnonzero(self.keep))
 
 
 def rank(features: str | os.PathLike | Source = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
@@ -244,8 +251,7 @@ def rank(features: str | os.PathLike | Source = "features.h5", clusters: Cluster
     clusters = _clusters(clusters, options)
     with _opened(features) as file:
         ranking = unranked(file)
-        add_clusters(ranking, clusters)
-    ranking.scores = prototypes.consensus(ranking.clusterings)
+        add_scores(ranking, clusters)
     return ranking
 
 
@@ -261,6 +267,28 @@ def _opened(features: str | os.PathLike | Source) -> Iterator[Source]:
     except BaseException:
         file.close()
         raise
+
+
+def unscored(features: str | os.PathLike | Source, euclidean: bool = False) -> Ranking:
+    """The images of a feature file (see `rank`) for an order that needs neither scores nor clusters of all images.
+
+    `placed` are the images that `rank` would give a score: all that could be read, but vectors of zeros unless
+    `euclidean`. `add_scores` makes up for the scores.
+    """
+    with _opened(features) as file:
+        ranking = unranked(file)
+        ranking.placed = ranking.readable
+        for first in range(0, 0 if euclidean else file.n, CHUNK):
+            ranking.placed[first : first + CHUNK] &= file.features[first : first + CHUNK].any(axis=1)
+        if not ranking.placed.any():
+            raise ProtopruneError(f"{file.path}: none of its {file.n:,} images can be used; see `protoprune info`")
+    return ranking
+
+
+def add_scores(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
+    """Give a ranking the scores of `rank`, whose options they are; what may be kept stays as it is."""
+    add_clusters(ranking, clusters, **options)
+    ranking.scores = prototypes.consensus(ranking.clusterings)
 
 
 def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
@@ -297,19 +325,46 @@ def rank_by_table(features: str | os.PathLike | Source, table: str | os.PathLike
     return ranking
 
 
-def deduplicate(ranking: Ranking, epsilon: float, *, prefer: str = "harder", seed: int = 0) -> None:
+def deduplicate(
+    ranking: Ranking, epsilon: float, *, prefer: str = "harder", seed: int = 0, count: bool = False
+) -> None:
     """Take near-duplicates out of a ranking that has clusters: sets `ranking.duplicate_of`, so they are not usable.
 
     Within each cluster of the first clustering an image goes when its cosine to a kept one exceeds 1 - epsilon;
     `prefer` says which stays, the 'harder' or the more 'central' one by distance to the centroid, whatever the scores
-    are (see `selection.duplicates`).
+    are (see `selection.near_duplicates`). With `count` sets `ranking.likeness` too, which `likeness` would count in
+    another pass over the features.
     """
     selection.check_duplicates(epsilon, prefer)
     one = _first_clustering(ranking, "--dedup")
-    ranking.duplicate_of = selection.duplicates(
-        ranking.features, one.cluster, one.distance, epsilon,
-        ids=ranking.paths, prefer=prefer, seed=seed, usable=ranking.usable,
+    _warn_of_large(ranking, one)
+    thresholds = _thresholds(epsilon) if count else ()
+    ranking.duplicate_of, found = selection.near_duplicates(
+        ranking.features, one.cluster, one.distance, epsilon, ids=ranking.paths, prefer=prefer, seed=seed,
+        usable=ranking.usable, thresholds=thresholds, folder=_scratch(ranking), workers=min(cores(), _WORKERS),
     )  # fmt: skip
+    ranking.likeness = found if count else None
+
+
+def _warn_of_large(ranking: Ranking, one: Clustering) -> None:
+    """All pairs of a cluster are compared, so that its time grows with the square of its size."""
+    largest = int(one.sizes().max())
+    if largest > LARGE:
+        enough = one.k * math.ceil(largest / (LARGE // 5))
+        warn(
+            f"the largest of {one.k:,} clusters has {largest:,} images, all pairs of which are compared; with more "
+            f"clusters, such as --k {enough}, --dedup takes less time and misses duplicates in different clusters"
+        )
+
+
+def _scratch(ranking: Ranking) -> str | None:
+    """Where temporary files of the features' size are made: where TMPDIR says, else where the features lie."""
+    folder = os.path.dirname(os.path.abspath(ranking.file))
+    return None if os.environ.get("TMPDIR") or not os.access(folder, os.W_OK) else folder
+
+
+def _thresholds(epsilon: float | None) -> list[float]:
+    return sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
 
 
 def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
@@ -318,8 +373,10 @@ def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likene
     Counted before anything was removed, within the clusters that `deduplicate` goes through.
     """
     one = _first_clustering(ranking, "--dedup")
-    thresholds = sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
-    return selection.likeness(ranking.features, one.cluster, usable=ranking.scored, thresholds=thresholds)
+    return selection.likeness(
+        ranking.features, one.cluster, usable=ranking.scored, thresholds=_thresholds(epsilon),
+        folder=_scratch(ranking), workers=min(cores(), _WORKERS),
+    )  # fmt: skip
 
 
 def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
@@ -370,6 +427,7 @@ def select(
     by_place: bool = False,
     dedup: float | None = None,
     dedup_prefer: str | None = None,
+    count: bool = False,
     **options,
 ) -> Selected:
     """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
@@ -378,8 +436,10 @@ def select(
     balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
     goes to both. `scores` is a score table to rank by instead (`higher_is`: its direction, if it states none;
     `rows` or `by_place`: which images its scores are of, if it names none; see `scores.read_scores`); the images are
-    clustered then only where `dedup` or `quota` asks for it. `dedup` removes near-duplicates first (see `deduplicate`;
-    `dedup_prefer`: harder, the default, or central), and `keep` is the fraction of what it leaves.
+    clustered then only where `dedup` or `quota` asks for it, and nothing is ranked where groups are covered that are no
+    clusters of all images (see `unscored`). `dedup` removes near-duplicates first (see `deduplicate`;
+    `dedup_prefer`: harder, the default, or central; `count`: count the likeness too), and `keep` is the fraction of
+    what it leaves.
 
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
@@ -387,14 +447,25 @@ def select(
     check_reading(scores, higher_is, rows, by_place)
     _check_together(rule, clusters, scores, dedup, dedup_prefer)
     if scores is None:
-        ranking = rank(features, clusters)
+        with _opened(features) as file:
+            covers = dedup is None and _only_covers(rule, clusters, bool(file.classes))
+            ranking = unscored(file, clusters.euclidean) if covers else rank(file, clusters)
+        ranking.clusters = clusters
     else:
         ranking = rank_by_table(features, scores, higher_is=higher_is, rows=rows, by_place=by_place)
         if dedup is not None or rule.quota:
             add_clusters(ranking, clusters)
     if dedup is not None:
-        deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed)
+        deduplicate(ranking, dedup, prefer=dedup_prefer or "harder", seed=rule.seed, count=count)
     return prune(ranking, rule)
+
+
+def _only_covers(rule: Rule, clusters: Clusters, classes: bool) -> bool:
+    """Whether a rule asks for nothing that k-means of all images would say."""
+    if rule.order not in selection.COVERS or rule.quota or rule.drop_hardest:
+        return False
+    by = rule.by or ("class" if classes else "cluster")
+    return by == "class" or (clusters.k is None and not rule.balance)
 
 
 def _rule(keep: float | Rule, options: dict) -> Rule:
@@ -529,7 +600,8 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 def unranked(file: Source) -> Ranking:
     """The images of an open feature file or set, without scores."""
     return Ranking(
-        file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status, np.full(file.n, np.nan),
+        file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status,
+        np.full(file.n, np.nan, np.float32),
         source=file,
     )  # fmt: skip
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from protoprune import features as feature_file
 from protoprune import files, launch
-from protoprune.decode import TRANSIENT, Status
+from protoprune.current import content_digest
+from protoprune.decode import TRANSIENT, ImageError, Status
 from protoprune.embedding import Engine, LossError, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -87,6 +88,7 @@ def embed_shards(
     store: str = "float16",
     compile: bool = False,
     overwrite: bool = False,
+    moved: bool = False,
     devices: Sequence[str] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -96,6 +98,9 @@ def embed_shards(
 
     With `world_size` W, process `rank` takes every W-th shard; each may run on a machine of its own with `out` on a
     file system that all of them see. `on_shard` is called after each shard.
+
+    Shards below another root, and shards that were copied or restored, have their images compared with what was
+    embedded, unless `moved`: see `embedding.embed`.
 
     With `devices` ('cuda:0', 'cuda:1', …; 'cpu' as often as processes are wanted) a worker process on each takes shard
     after shard instead; a worker that dies is started again.
@@ -108,15 +113,17 @@ def embed_shards(
     options = options or ShardOptions()
     engine = Engine(encoder, devices[0] if devices else device, precision, batch_size, workers, store, compile)
     out = os.fspath(out).rstrip("/") or "/"
-    prepare(source, engine.provenance, options, out, overwrite)
+    prepare(source, engine.provenance, options, out, overwrite, moved)
     report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
     mine = source.shards[rank::world_size]
     if devices:
         settings = {"precision": engine.precision, "batch_size": batch_size, "store": store, "compile": compile}
-        start = functools.partial(_start_worker, encoder, settings | {"workers": workers}, source.root, options, out)
-        reports = _by_workers(mine, options, engine, out, start, devices)
+        start = functools.partial(
+            _start_worker, encoder, settings | {"workers": workers}, source.root, options, out, moved
+        )
+        reports = _by_workers(mine, source.root, options, engine, out, start, devices)
     else:
-        reports = (embed_shard(shard, source.root, options, engine, out) for shard in mine)
+        reports = (embed_shard(shard, source.root, options, engine, out, moved) for shard in mine)
     uuids = {}
     for one in reports:
         _count(report, one)
@@ -127,11 +134,13 @@ def embed_shards(
     return report
 
 
-def _by_workers(shards: Sequence[Shard], options, engine: Engine, out: str, start, devices) -> Iterator[ShardReport]:
+def _by_workers(
+    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, start, devices
+) -> Iterator[ShardReport]:
     """What is done already is found out here: a run that has nothing to do starts no process."""
     left = []
     for shard in shards:
-        before = _done(shard_file(out, shard.name), shard, options, engine.provenance)
+        before = _done(shard_file(out, shard.name), shard, root, options, engine.provenance)
         if before is None:
             left.append(shard)
         else:
@@ -139,10 +148,12 @@ def _by_workers(shards: Sequence[Shard], options, engine: Engine, out: str, star
     yield from launch.run(_work, start, left, devices)
 
 
-def _start_worker(encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, device: str):
+def _start_worker(
+    encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, moved: bool, device: str
+):
     """What a worker needs for every shard; the encoder is made ready once."""
     return functools.partial(
-        embed_shard, root=root, options=options, engine=Engine(encoder, device, **settings), out=out
+        embed_shard, root=root, options=options, engine=Engine(encoder, device, **settings), out=out, moved=moved
     )
 
 
@@ -150,16 +161,18 @@ def _work(state, shard: Shard) -> ShardReport:
     return state(shard)
 
 
-def embed_shard(shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str) -> ShardReport:
+def embed_shard(
+    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, moved: bool = False
+) -> ShardReport:
     """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
 
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
     path = shard_file(out, shard.name)
-    before = _done(path, shard, options, engine.provenance)
+    before = _done(path, shard, root, options, engine.provenance)
     if before is not None:
         return ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    if shard.size < 0 and (kept := _done(path, shard, options, engine.provenance, source_gone=True)):
+    if shard.size < 0 and (kept := _done(path, shard, root, options, engine.provenance, source_gone=True)):
         return ShardReport(shard.name, "kept", kept.rows, kept.uuid, failures=kept.failures)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -174,12 +187,12 @@ def embed_shard(shard: Shard, root: str, options: ShardOptions, engine: Engine, 
                 "shard_options": json.dumps(asdict(options), sort_keys=True),
                 "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
             }  # fmt: skip
-            result = embed_with(engine, images, path, overwrite=_replaces(path, shard, engine.provenance))
+            result = embed_with(engine, images, path, overwrite=_replaces(path, shard, engine.provenance), moved=moved)
             skipped, duplicates = images.skipped, images.duplicates
     except files.BusyError:
         return ShardReport(shard.name, "busy")
     except LossError as error:
-        lost = ShardError(Status.UNREADABLE, f"none of its images could be used: {error}")
+        lost = ShardError(Status.UNREADABLE, str(error))
         _note_failure(path, shard, lost)
         return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
     except ProtopruneError as error:
@@ -215,7 +228,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 # --- the plan: set.json -----------------------------------------------------------------------------------------------
 
 
-def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool) -> None:
+def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool, moved: bool = False) -> None:
     """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
     if os.path.exists(out) and not os.path.isdir(out):
         raise UsageError(f"-o {out}: a file; shards go to a folder of feature files, such as -o features")
@@ -232,7 +245,7 @@ def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrit
         if is_feature_set(out):
             plan, parts = _read(out, overwrite)
             if plan is not None:
-                _check(out, plan, parts, wanted, source, overwrite)
+                _check(out, plan, parts, wanted, source, overwrite, moved)
                 before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
         parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
         if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
@@ -249,7 +262,7 @@ def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
 
 
 def _agrees(plan: dict, wanted: dict) -> bool:
-    return all(plan.get(name) == wanted[name] for name in ("key", "options"))
+    return all(plan.get(name) == wanted[name] for name in ("key", "root", "options"))
 
 
 def _carried(part: Part | None, shard: Shard) -> Part:
@@ -264,8 +277,8 @@ def _unchanged(part: Part, shard: Shard) -> bool:
     return (part.size, part.version) == (shard.size, shard.version)
 
 
-def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool) -> None:
-    """Refuse features of another kind, and to lose most of the shards, without --overwrite."""
+def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool, moved: bool) -> None:
+    """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
     if overwrite:
         return
     ways = "write to another folder with -o, or replace it with --overwrite"
@@ -279,15 +292,37 @@ def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source
         raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
     done = [part for part in parts if part.done]
     shards = {shard.name: shard for shard in source.shards}
-    moved = plan["root"] != source.root
-    stay = sum(
-        part.rows for part in done
-        if part.name in shards and (not moved or _unchanged(part, shards[part.name]))
-    )  # fmt: skip
-    rows = sum(part.rows for part in done)
+    elsewhere = plan["root"] != source.root
+    staying = [
+        part for part in done
+        if part.name in shards and (not elsewhere or _unchanged(part, shards[part.name]))
+    ]  # fmt: skip
+    stay, rows = sum(part.rows for part in staying), sum(part.rows for part in done)
+    what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
+    if elsewhere and staying and not moved:
+        options = ShardOptions(**wanted["options"])
+        if trouble := _other_content(shard_file(out, staying[0].name), shards[staying[0].name], source.root, options):
+            raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
     if 2 * stay < rows:
-        what = f"is for shards below {plan['root']}, not {source.root}" if moved else "is for other shards"
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
+
+
+def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) -> str:
+    """What speaks against a shard being the one that was embedded, by the content of its first images; '' for nothing.
+    One on an object store is compared when it is embedded."""
+    if "://" in shard.url:
+        return ""
+    try:
+        with FeatureFile(path) as file, open_shard(shard, shard.url, options, root) as images:
+            was = file.content
+            rows = np.flatnonzero(was)[:8].tolist()
+            if not len(rows):
+                return "has no digests of its images, to compare them by; if it was only moved, say so with --moved"
+            same = file.paths == images.paths
+            same = same and all(content_digest(images.read(row)) == was[row] for row in rows)
+            return "" if same else "holds other images"
+    except (ProtopruneError, ShardError, ImageError) as error:
+        return f"cannot be compared with what was embedded ({error})"
 
 
 def _finish(out: str, report: SetReport, uuids: dict[str, str]) -> None:
@@ -310,7 +345,7 @@ def _state(out: str, part: Part, plan: dict, uuid: str) -> Part:
     path = shard_file(out, part.name)
     shard = Shard(part.name, "", part.size, part.version)
     options = ShardOptions(**plan["options"])
-    found = _done(path, shard, options, plan["key"], source_gone=part.size < 0, try_again=False)
+    found = _done(path, shard, plan["root"], options, plan["key"], source_gone=part.size < 0, try_again=False)
     if found is not None:
         return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(_failure_file(path)) as file:
@@ -355,9 +390,17 @@ class _Finished:
 
 
 def _done(
-    path: str, shard: Shard, options: ShardOptions, key: dict, *, source_gone: bool = False, try_again: bool = True
+    path: str,
+    shard: Shard,
+    root: str,
+    options: ShardOptions,
+    key: dict,
+    *,
+    source_gone: bool = False,
+    try_again: bool = True,
 ) -> _Finished | None:
-    """The feature file of a shard if it is for this shard, unchanged (or gone), with this key and these options.
+    """The feature file of a shard if it is for this shard below this root, unchanged (or gone), with this key and these
+    options.
 
     With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
     whose features are damaged.
@@ -368,9 +411,11 @@ def _done(
         with FeatureFile(path) as file:
             facts = file.provenance
             status = file.status
-            same = facts.get("shard") == shard.name and not feature_file.key_differences(facts, key)
+            same = (facts.get("shard"), facts.get("root")) == (shard.name, root)
+            same &= not feature_file.key_differences(facts, key)
             same &= facts.get("shard_options") == json.dumps(asdict(options), sort_keys=True)
             same &= source_gone or (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version)
+            same &= source_gone or not _touched(file, shard)
             if not same or (try_again and not source_gone and np.isin(status, TRANSIENT).any()):
                 return None
             if try_again and not source_gone and not file.intact().all():
@@ -380,6 +425,12 @@ def _done(
             return _Finished(file.n, usable, facts["uuid"], size, version, file.failure_counts())
     except ProtopruneError:  # damaged: embed it again
         return None
+
+
+def _touched(file: FeatureFile, shard: Shard) -> bool:
+    """Whether another file may have been put in the shard's place: its ctime is another one."""
+    before = file.ctime_ns[:1]
+    return shard.ctime_ns >= 0 and bool(((before >= 0) & (before != shard.ctime_ns)).any())
 
 
 def _uuid(path: str) -> str:

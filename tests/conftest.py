@@ -95,7 +95,7 @@ def feature_file(tmp_path):
         }
         provenance |= made_by or {}
         path = os.fspath(path)
-        create_partial(path, images, features.shape[1], provenance, [])
+        create_partial(path, images, features.shape[1], provenance)
         partial = PartialFile(path)
         reasons = ["" if value == Status.OK else f"made up {Status(value).label}" for value in status]
         if not finish:

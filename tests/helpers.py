@@ -35,3 +35,11 @@ def write_image(path: Path, seed: int = 0, width: int = 24, height: int = 20, **
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(width, height, seed).save(path, **options)
     return path
+
+
+def many_scans(side: int, count: int) -> bytes:
+    """A grey progressive JPEG with its last scan written again and again: few bytes, much work."""
+    data = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    last = data[starts[-1] : -2]
+    return data[:-2] + last * (count - len(starts)) + data[-2:]

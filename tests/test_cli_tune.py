@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers import write_image
+from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
 from protoprune.cli import app
@@ -32,7 +33,7 @@ def here(tmp_path, monkeypatch, feature_file):
     monkeypatch.setattr(running, "candidates", lambda images, classes, tables: [
         *FEW, *(Candidate("hard", scores=table) for table in tables)])  # fmt: skip
     monkeypatch.setattr(running.tune, "__kwdefaults__", {**running.tune.__kwdefaults__, "rounds": (1, 2)})
-    monkeypatch.setattr(running, "AUTO_SPLITS", 2)
+    monkeypatch.setattr(running, "AUTO_SPLITS", 3)
     quick = partial(converged.fit_head, strength=1.0)  # choosing the strength takes most of the time of so small a fit
     monkeypatch.setattr(converged, "fit_head", quick)
     monkeypatch.setattr(running, "FRACTIONS", (0.9, 0.5))
@@ -75,8 +76,21 @@ def test_a_test_set_a_table_and_auto(here):
     assert "on 150 images that chose nothing" in result.stderr
     assert "hard, by t.csv" in (here / "tune" / "table.csv").read_text()
     curve = (here / "tune" / "curve.csv").read_text().splitlines()
-    assert len(curve) == 3  # both fractions cost less than 100 points
+    assert len(curve) == 5  # both fractions cost less than 100 points, by the best recipe and by random lists
     assert len((here / "tune" / "kept.txt").read_text().splitlines()) == 75
+
+
+def test_a_feature_set_goes_where_a_feature_file_does(here):
+    """Images in shards, embedded; one shard's classes lie in its member's names."""
+    write_tars(here / "tars", members(image_folder(here / "images", {"ant": 22, "bee": 22})), 3)
+    run("embed", "tars", "--encoder", "mini", "-o", "set", "--device", "cpu")
+    result = run("tune", "--keep", 0.4, "--features", "set", "--seeds", 2)
+    assert "set: 44 images of 2 classes" in result.stderr
+    kept = (here / "tune" / "kept.txt").read_text()
+    assert len(kept.splitlines()) == 18
+    (here / "tune" / "kept.txt").unlink()
+    run(*shlex.split(result.stdout.splitlines()[1])[1:])
+    assert (here / "tune" / "kept.txt").read_text() == kept
 
 
 def test_networks_judge_the_finalists(here):
@@ -113,7 +127,8 @@ def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):
         (["--keep", "0.3", "--higher-is", "keep"], 2, "--higher-is keep: goes with --scores"),
         (["--keep", "0.3", "-o", "test.h5"], 2, "-o test.h5: a file; name a folder"),
         (["--keep", "0.02"], 2, "too few to compare anything"),
-        (["--keep", "0.3", "--test", "wide.h5"], 2, "wide.h5: vectors of another encoder (9 dimensions)"),
+        (["--keep", "0.3", "--test", "wide.h5"], 2, "the inputs of the training set are 6 and those of the test set 9"),
+        (["--keep", "0.3", "--test", "other.h5"], 2, "embed both with the same encoder"),
         (["--keep", "0.3", "--test", "none.h5"], 1, "none.h5: no such feature file"),
         (["--keep", "0.3", "--scores", "none.csv"], 2, "none.csv: no such score table"),
         (["--keep", "auto", "--features", "plain.h5"], 2, "give a fraction"),
@@ -122,6 +137,7 @@ def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):
 def test_what_does_not_go_is_said_in_one_line(here, feature_file, arguments, code, message):
     feature_file("wide.h5", np.ones((150, 9)), paths=PATHS)
     feature_file("plain.h5", np.ones((80, 5)))
+    feature_file("other.h5", np.ones((150, 6)), paths=PATHS, made_by={"encoder": "another"})
     result = run("tune", *arguments, code=code)
     assert message in result.stderr.splitlines()[-1]
     assert result.stdout == ""

@@ -11,10 +11,10 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import encoded, noise, picture, write_image
+from helpers import encoded, many_scans, noise, picture, write_image
 from PIL import Image, ImageFilter, ImageOps, features
 
-from protoprune import formats
+from protoprune import formats, jpeg
 from protoprune.decode import (
     FAST_MARGIN,
     MAX_PIXELS,
@@ -23,15 +23,16 @@ from protoprune.decode import (
     Preprocess,
     Status,
     _decode,
-    _exif_orientation,
     _on_white,
     crop,
     decode,
     load,
+    read_bounded,
     silence_libtiff,
 )
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import image_suffixes
+from protoprune.sources.reader import ImageReader
 
 RGB = picture(67, 45, seed=3)
 WITH_ALPHA = RGB.copy()
@@ -301,7 +302,7 @@ def test_orientation_behind_long_segments(before):
     data = encoded(RGB, "JPEG", exif=exif)
     filler = (b"\xff\xed" + (65_000 + 2).to_bytes(2, "big") + bytes(65_000)) * before
     data = data[:2] + filler + data[2:]
-    assert _exif_orientation(data) == 6
+    assert jpeg.orientation(data) == 6
     assert np.array_equal(decode(data), reference(data))
 
 
@@ -310,7 +311,7 @@ def test_a_word_that_looks_like_exif_elsewhere_is_no_orientation():
     exif[0x0112] = 6
     comment = b"Exif\0\0" + exif.tobytes()[6:]
     data = encoded(RGB, "JPEG", comment=comment)
-    assert _exif_orientation(data) == 1
+    assert jpeg.orientation(data) == 1
     assert decode(data).shape == (45, 67, 3)
 
 
@@ -322,6 +323,63 @@ def test_orientation_in_xmp_counts_as_pillow_counts_it():
 
 
 # --- what cannot be decoded
+
+
+def unread_bmp() -> bytes:
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 5, 5, 1, 24, 9, *[0] * 5) + bytes(100)
+
+
+def unread_dds() -> bytes:
+    header = struct.pack("<7I44x", 124, 0x1007, 8, 8, 0, 0, 0) + struct.pack("<8I", 32, 8, 0, 0, 0, 0, 0, 0)
+    return b"DDS " + header + bytes(20) + bytes(64)
+
+
+def float_rgb_tiff() -> bytes:
+    """2 x 2 pixels of three 32-bit floats, a valid TIFF that Pillow has no mode for."""
+    entries = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 150), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 162),
+               (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 48), (339, 3, 3, 156)]  # fmt: skip
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *one) for one in entries) + bytes(4)
+    data = b"II*\0\x08\0\0\0" + ifd
+    return data.ljust(150, b"\0") + struct.pack("<6H", 32, 32, 32, 3, 3, 3) + bytes(48)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (unread_bmp(), "Unsupported BMP compression"),
+        (unread_dds(), "Unknown pixel format flags"),
+        (b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hHIH", 0, 0, 9, 9, 72, 0, 0) + b"\1\0\x09\0" + bytes(90), "WMF"),
+        (float_rgb_tiff(), "TIFF: unknown pixel mode"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "a PostScript file"),
+    ],
+)
+def test_what_is_valid_but_not_read_is_unsupported_and_not_damaged(data, said):
+    with pytest.raises(ImageError) as caught:
+        decode(data)
+    assert said in caught.value.reason
+    assert caught.value.status == Status.UNSUPPORTED
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_a_damaged_header_is_no_reason_to_call_a_file_no_image(format):
+    with pytest.raises(ImageError) as caught:
+        decode(encoded(RGB, format)[:20])
+    assert caught.value.status in (Status.CORRUPT, Status.TRUNCATED)
+
+
+@pytest.mark.parametrize("keyword", [b"zTXt", b"iCCP"])
+def test_a_png_that_unpacks_to_gigabytes_is_one_failure(keyword):
+    bomb = zlib.compress(bytes(100_000_000))
+    body = keyword + b"x\0\0" + bomb
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = ENCODINGS["png"]
+    tracemalloc.start()
+    with pytest.raises(ImageError) as caught:
+        decode(data[:33] + chunk + data[33:])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.status == Status.TOO_LARGE
+    assert peak < 50e6
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -342,7 +400,7 @@ BAD = {
     "empty": (b"", Status.EMPTY),
     "text": (b"<html>404 not found</html>", Status.NOT_AN_IMAGE),
     "zeros": (bytes(2000), Status.NOT_AN_IMAGE),
-    "jpeg start only": (b"\xff\xd8\xff", Status.NOT_AN_IMAGE),
+    "jpeg start only": (b"\xff\xd8\xff", Status.CORRUPT),
     "jpeg cut": (ENCODINGS["jpeg 4:2:0"][:900], Status.TRUNCATED),
     "jpeg cut at the end": (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-400], Status.TRUNCATED),
     "png cut": (encoded(Image.fromarray(noise(64, 64)), "PNG")[:4000], Status.TRUNCATED),
@@ -373,6 +431,91 @@ def test_what_cannot_be_decoded_has_a_status_and_a_reason(name):
     assert 0 < len(caught.value.reason) <= 160
     assert "0x" not in caught.value.reason  # an address would make every reason unique
     assert peak < 50e6
+
+
+@pytest.mark.parametrize(("image", "count"), [(RGB, 1), (RGB.convert("L"), 1), (RGB.convert("CMYK"), 1)])
+def test_scans_of_ordinary_jpegs(image, count):
+    assert jpeg.scans(encoded(image, "JPEG"), 100) == count
+    # A thumbnail before the picture, and the pictures after it in an MPO, have scans of their own.
+    exif = b"Exif\0\0" + encoded(image.convert("L"), "JPEG", progressive=True)
+    data = encoded(image, "JPEG", progressive=True, exif=exif)
+    assert jpeg.scans(data + data, 100) == jpeg.scans(encoded(image, "JPEG", progressive=True), 100)
+    assert 3 < jpeg.scans(data, 100) < 30
+    assert np.abs(decode(data).astype(int) - reference(data)).max() <= 1
+
+
+def test_a_jpeg_of_more_scans_than_anybody_writes_is_refused():
+    assert jpeg.scans(many_scans(64, 100), 1000) == 100
+    assert decode(many_scans(64, 100)).shape == (64, 64, 3)
+    assert jpeg.scans(many_scans(64, 1500), 200) == 201  # counted no further
+    with pytest.raises(ImageError, match="more than 100 scans") as caught:
+        decode(many_scans(64, 101))
+    assert caught.value.status == Status.TOO_SLOW
+
+
+@pytest.mark.parametrize("cut", [3, 5, 20, 300, 700])
+def test_scans_of_a_jpeg_that_is_cut_off(cut):
+    assert jpeg.scans(ENCODINGS["jpeg progressive"][:cut], 100) <= 10
+
+
+@pytest.mark.timeout(60)
+def test_no_file_is_read_beyond_a_bound_that_its_reason_says(tmp_path):
+    """A sparse file of 100 GB takes no room on the disk, and all the memory that there is when it is read."""
+    with open(tmp_path / "x.jpg", "wb") as file:
+        file.write(ENCODINGS["jpeg 4:2:0"])
+        file.truncate(100_000_000_000)
+    with pytest.raises(ImageError, match="more than 1 GB") as caught:
+        loaded(tmp_path / "x.jpg")
+    assert caught.value.status == Status.TOO_LARGE
+    with pytest.raises(ImageError, match="more than 1 GB"):
+        ImageReader(tmp_path)("x.jpg")
+
+
+def test_want_of_memory_while_reading_is_the_images_trouble(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    with pytest.raises(ImageError) as caught:
+        read_bounded(Full(), 10)
+    assert caught.value.status == Status.UNREADABLE
+    write_image(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", lambda *_, **__: Full().read())
+    for function in (decode, lambda data: crop(data, PLAIN)):
+        with pytest.raises(ImageError, match="not enough memory"):
+            function((tmp_path / "a.png").read_bytes())
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA"])
+def test_deep_images_take_no_more_memory_than_others(mode):
+    """Of 6 million pixels: as many bytes in copies of numpy as the RGB image has, and no float64 of all of it."""
+    values = np.tile(np.arange(3000) % 200 + {"RGBA": 0, "I;16": 1000}.get(mode, 70_000), (2000, 1))
+    if mode == "RGBA":
+        image = Image.fromarray(np.dstack([values] * 4).astype(np.uint8))
+    else:
+        image = Image.fromarray(values.astype({"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]))
+    data = encoded(image, "TIFF", compression="tiff_lzw")
+    tracemalloc.start()
+    pixels = decode(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pixels.shape == (2000, 3000, 3)
+    assert peak < 6_000_000 * 9  # twice the RGB image, which is joined of parts, and a third
+    if mode == "RGBA":
+        expected = reference(data)
+    elif mode == "I;16":
+        expected = (values >> 4)[:, :, None]  # 11 bits are 12
+    else:
+        expected = ((values - values.min()) * (255 / 199)).round()[:, :, None]
+    assert np.abs(pixels.astype(int) - expected).max() <= (mode == "RGBA")
+
+
+def test_bands_that_differ_are_stretched_alike(monkeypatch):
+    monkeypatch.setattr("protoprune.decode._BAND", 10)
+    values = np.array([[np.nan, 1, 2, 3], [100, np.inf, 7, 9], [np.nan] * 4, [-100, 0, 50, 25]], np.float32)
+    got = decode(encoded(Image.fromarray(values), "TIFF"))[:, :, 0]
+    finite = np.nan_to_num((values.astype(float) + 100) * (255 / 200), nan=0, posinf=255)
+    assert np.array_equal(got, finite.round())
 
 
 def test_every_kind_of_damage_ends_in_pixels_or_a_status():

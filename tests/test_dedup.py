@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoprune.errors import UsageError
+import protoprune
+from protoprune import buckets, pruning, vectors
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.ids import hashes_of
 from protoprune.selection import dedup, duplicates, likeness
 
 
@@ -164,3 +169,104 @@ def test_the_suggested_threshold_parts_planted_copies_from_others():
     assert pairs == {frozenset((i, 600 + i)) for i in range(150)}
     assert likeness(x[:1], np.zeros(1, int)).suggested is None
     assert likeness(np.ones((9, 3)), np.zeros(9, int)).suggested is None
+
+
+# --- each row of the features is read once ---------------------------------------------------------------------------
+
+
+class Counted:
+    """Features that are read in slices, and count how often each row is."""
+
+    def __init__(self, x: np.ndarray):
+        self.x, self.shape, self.dtype = x, x.shape, x.dtype
+        self.reads = np.zeros(len(x), int)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        assert isinstance(rows, slice)
+        self.reads[rows] += 1
+        return self.x[rows]
+
+
+def one_row_at_a_time(x, cluster, distance, epsilon, ids, seed, usable, block) -> np.ndarray:
+    """What dedup did before it read features once: each block of a cluster gathered as it was needed."""
+
+    def vectors_of(rows):
+        return vectors.prepared(x[rows], rows, unit=True)
+
+    found, threshold = np.full(len(cluster), -1, np.int64), np.float32(1 - epsilon)
+    rows = np.flatnonzero(usable)
+    rows = rows[np.lexsort((hashes_of(rows, ids, seed), -distance[rows], cluster[rows]))]
+    for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
+        kept = members[:0]
+        for first in range(0, len(members), block):
+            own = members[first : first + block]
+            best, whom = np.full(len(own), -2, np.float32), np.full(len(own), -1, np.int64)
+            for start in range(0, len(kept), block):
+                part = kept[start : start + block]
+                cosine = vectors_of(own) @ vectors_of(part).T
+                nearest = cosine.argmax(axis=1)
+                value = cosine[np.arange(len(own)), nearest]
+                better = value > best
+                best[better], whom[better] = value[better], part[nearest[better]]
+            dedup._within_block(vectors_of(own) @ vectors_of(own).T, own, threshold, best, whom)
+            removed = best > threshold
+            found[own[removed]] = whom[removed]
+            kept = np.concatenate([kept, own[~removed]])
+    return found
+
+
+@pytest.fixture(params=[1, 3000, 1 << 28])
+def small_buckets(request, monkeypatch):
+    monkeypatch.setattr(buckets, "CHUNK", 31)
+    monkeypatch.setattr(buckets, "MEMORY", request.param)
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 300), st.integers(1, 9), st.sampled_from([np.float16, np.float32, np.float64]),
+    st.integers(0, 10**6),
+)  # fmt: skip
+def test_rows_read_once_through_buckets_give_the_same_bytes(small_blocks, small_buckets, tmp_path, n, k, store, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, 5)) + 2 * np.eye(5)[rng.integers(0, 5, n)]).astype(store)
+    x[: n // 5] = x[n // 2 : n // 2 + n // 5]  # exact copies
+    cluster, distance = rng.integers(-1, k, n), rng.integers(0, 20, n) / 20  # ties, too
+    usable, ids = rng.random(n) < 0.9, ids_of(n)
+    read = Counted(x)
+    found, counted = dedup.near_duplicates(
+        read,
+        cluster,
+        distance,
+        0.05,
+        ids=ids,
+        seed=3,
+        usable=usable,
+        thresholds=(0.01, 0.1),
+        folder=tmp_path,
+        workers=3,
+    )
+    assert np.array_equal(found, one_row_at_a_time(x, cluster, distance, 0.05, ids, 3, usable, 7))
+    assert (read.reads[usable] == 1).all()
+    assert read.reads.max() <= 1
+    alone = likeness(x, cluster, usable=usable, thresholds=(0.01, 0.1))
+    assert counted.pairs.tolist() == alone.pairs.tolist()
+    assert np.array_equal(counted.nearest[cluster >= 0], alone.nearest[cluster >= 0], equal_nan=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_temporary_files_is_said_in_time(monkeypatch, tmp_path):
+    x, groups = np.ones((100, 4), np.float32), np.split(np.arange(100), 10)
+    monkeypatch.setattr(buckets, "MEMORY", 200)
+    with pytest.raises(ProtopruneError, match=r"cannot write temporary files \(No such file"):
+        list(buckets.grouped(x, groups, tmp_path / "gone"))
+    monkeypatch.setattr(buckets.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(ProtopruneError, match=r"0\.0 GB are free, .* set TMPDIR to another folder"):
+        list(buckets.grouped(x, groups, tmp_path))
+
+
+def test_a_cluster_that_takes_long_is_said_with_a_larger_k(monkeypatch, feature_file, tmp_path):
+    rng = np.random.default_rng(0)
+    path = feature_file(tmp_path / "f.h5", np.concatenate([rng.normal(size=(300, 3)) * 0.01 + 1, -np.ones((60, 3))]))
+    monkeypatch.setattr(pruning, "LARGE", 100)
+    with pytest.warns(ProtopruneWarning, match=r"largest of 2 clusters has 300 images.* --k 30, --dedup takes less"):
+        protoprune.select(path, 0.5, k=2, dedup=0.01)

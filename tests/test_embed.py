@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import many_scans
 from PIL import Image
 
 from protoprune import features as feature_file
@@ -684,3 +685,24 @@ def test_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(ProtopruneError, match="Permission denied; choose an output in a folder that can be written"):
         run(images, tmp_path / "f.h5")
+
+
+# --- bounds
+
+
+def test_a_file_that_is_too_large_and_one_that_is_too_slow_are_two_failures(images, tmp_path, monkeypatch):
+    with open(images / "c0" / "sparse.jpg", "wb") as file:
+        file.truncate(100_000_000_000)
+    (images / "c1" / "slow.jpg").write_bytes(many_scans(2000, 99))
+    (images / "c1" / "scans.jpg").write_bytes(many_scans(100, 101))
+    monkeypatch.setattr("protoprune.crew.IMAGE_SECONDS", 0.15)
+    report = run(images, tmp_path / "f.h5")
+    assert (report.n, report.failures) == (24, {"too large": 1, "too slow": 2})
+    with open_features(tmp_path / "f.h5") as file:
+        assert {path: reason for path, _, reason in file.failures()} == {
+            "c0/sparse.jpg": "more than 1 GB, which is as much as is read of an image",
+            "c1/scans.jpg": "a JPEG of more than 100 scans, which takes long to decode",
+            "c1/slow.jpg": "not decoded within 0.15 seconds of CPU time",
+        }
+        assert file.usable.sum() == 21
+    assert run(images, tmp_path / "f.h5").embedded == 0  # it would be as slow again

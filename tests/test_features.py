@@ -24,7 +24,7 @@ def images_of(paths, root="/data"):
 
 def written(out, paths, features, status=None, reasons=None):
     images = images_of(paths)
-    create_partial(str(out), images, features.shape[1], PROVENANCE, [])
+    create_partial(str(out), images, features.shape[1], PROVENANCE)
     partial = PartialFile(str(out))
     status = np.full(len(paths), Status.OK, np.uint8) if status is None else status
     partial.commit(partial.todo, features.astype(partial.dtype), status, reasons or [""] * len(paths))
@@ -38,7 +38,7 @@ def test_layout_is_what_the_docstring_says_and_plain_h5py_reads_it(tmp_path):
     with h5py.File(tmp_path / "f.h5") as file:
         assert set(file) == {
             "path", "size", "mtime_ns", "label", "classes", "features", "status", "reason", "reasons", "borrowed",
-            "committed", "digest",
+            "committed", "digest", "ctime_ns", "content",
         }  # fmt: skip
         assert bytes(file["path"][:]).decode().split("\0")[:-1] == ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/é.jpg"]
         assert (file["features"].dtype, file["features"].chunks) == (np.float16, None)
@@ -58,7 +58,7 @@ def test_names_that_are_not_utf8_or_hold_line_breaks_survive(tmp_path):
 
 def test_a_root_that_is_not_utf8_survives(tmp_path):
     images = images_of(["x.jpg"], root=b"/d\xff".decode(errors="surrogateescape"))
-    create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [])
+    create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE)
     with FeatureFile(feature_file.partial_path(str(tmp_path / "f.h5"))) as file:
         assert file.provenance["root"] == images.root
 
@@ -81,12 +81,13 @@ def test_rows_in_pieces_are_written_where_they_belong(tmp_path):
     images = images_of([f"{i}.jpg" for i in range(9)])
     earlier = images_of(["1.jpg", "4.jpg"])
     earlier.size[:], earlier.mtime_ns[:] = [1, 4], [6, 9]  # as in `images`
-    create_partial(str(tmp_path / "old.h5"), earlier, 2, PROVENANCE, [])
+    create_partial(str(tmp_path / "old.h5"), earlier, 2, PROVENANCE)
     old = PartialFile(str(tmp_path / "old.h5"))
     old.commit(old.todo, np.array([[1, 1], [4, 4]], np.float16), np.array([1, 1], np.uint8), ["", ""])
     old.finish()
+    known = np.array([-1, 0, -1, -1, 1, -1, -1, -1, -1])
     with FeatureFile(tmp_path / "old.h5") as source:
-        create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [source])
+        create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [source], [known])
     partial = PartialFile(str(tmp_path / "f.h5"))
     assert partial.todo.tolist() == [0, 2, 3, 5, 6, 7, 8]
     rows = np.repeat(partial.todo[:, None], 2, 1).astype(np.float16)
@@ -113,7 +114,7 @@ def test_what_is_no_feature_file_is_one_clear_line(content, tmp_path):
 
 
 def test_finishing_early_is_a_mistake_of_ours(tmp_path):
-    create_partial(str(tmp_path / "f.h5"), images_of(["x.jpg"]), 2, PROVENANCE, [])
+    create_partial(str(tmp_path / "f.h5"), images_of(["x.jpg"]), 2, PROVENANCE)
     with pytest.raises(AssertionError):
         PartialFile(str(tmp_path / "f.h5")).finish()
     assert not (tmp_path / "f.h5").exists()

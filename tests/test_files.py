@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -224,3 +225,61 @@ def test_reader_that_stops_early_is_not_an_error(tmp_path, feature_file):
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr
     assert b"kept 2,700 of 3,000" in result.stderr
+
+
+# --- what dead processes left
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_and_nothing_else(tmp_path, monkeypatch):
+    program = (
+        "import os, sys; from protoprune import files\n"
+        "with files.replacing(sys.argv[1]) as temporary:\n"
+        "    open(temporary, 'w').write('half'); print(temporary, flush=True)\n"
+        "    sys.stdin.read() if len(sys.argv) > 2 else os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "kept.txt")]
+    alive = subprocess.Popen([*command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        busy = alive.stdout.readline().strip()
+        left = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
+        machine, _, dead = os.path.basename(left).removeprefix("kept.txt.").removesuffix(".tmp").partition("-")
+        folder = tmp_path / f"links.{machine}-{dead}.tmp"
+        (folder / "cat").mkdir(parents=True)
+        (tmp_path / "photo.jpg").write_text("mine")
+        (folder / "cat" / "photo.jpg").symlink_to(tmp_path / "photo.jpg")
+        mine = [f"notes.{dead}.tmp", f"x.{'0' * 8}-{dead}.tmp", f"{machine}-{dead}.tmp", f"x.{machine}-{dead}.tmp.txt"]
+        mine += [f"x.{machine}-.tmp", "x.tmp", "photo.jpg"]
+        for name in mine:
+            (tmp_path / name).write_text("mine")
+        assert os.path.exists(left)
+        monkeypatch.setattr(files, "_tidied", set())
+        write_file(tmp_path / "other.txt", b"x")
+        assert sorted(os.listdir(tmp_path)) == sorted([*mine, "other.txt", os.path.basename(busy)])
+        alive.communicate("")
+        assert (tmp_path / "kept.txt").read_text() == "half"
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+def test_the_names_say_the_machine():
+    name = files.temporary_name("/x/kept.txt")
+    assert re.fullmatch(rf"/x/kept\.txt\.[0-9a-f]{{8}}-{os.getpid()}\.tmp", name)
+
+
+def test_a_lock_on_a_full_disk_is_held_and_leaves_nothing(tmp_path, monkeypatch):
+    real = os.write
+
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with files.lock(str(tmp_path / "f.h5")):
+        assert os.listdir(tmp_path) == ["f.h5.lock"]
+        with (
+            pytest.raises(ProtopruneError, match="another protoprune is writing it"),
+            files.lock(str(tmp_path / "f.h5")),
+        ):
+            pass
+    monkeypatch.setattr(os, "write", real)
+    assert os.listdir(tmp_path) == []

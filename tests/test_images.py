@@ -374,7 +374,7 @@ def test_describe_counts_names_the_largest_first():
 
 
 def test_progress_is_called_while_listing(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoprune.images._walk", lambda *_: ((f"{i}.png", 1, 1) for i in range(25_000)))
+    monkeypatch.setattr("protoprune.images._walk", lambda *_: ((f"{i}.png", 1, 1, 1) for i in range(25_000)))
     seen = []
     assert len(list_folder(tmp_path, on_progress=seen.append)) == 25_000
     assert seen == [10_000, 20_000]

@@ -16,7 +16,7 @@ from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import hdf5, prototypes, pruning, selection
+from protoprune import hdf5, lists, prototypes, pruning, selection
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
 from protoprune.features import FeatureFile, open_features
@@ -53,8 +53,9 @@ def replaced_at_each_call(monkeypatch, file, other, where):
 
 OPTIONS = ["--restarts", "2", "--dedup", "0.01", "--stability", "--balance", "0.5", "--quota", "dbp"]
 HOOKS = [
-    (prototypes, "cluster"), (prototypes, "consensus"), (pruning, "add_clusters"), (selection, "duplicates"),
-    (selection, "likeness"), (selection, "ranking"), (pruning, "stability"), (pruning, "restart_overlap"),
+    (prototypes, "cluster"), (prototypes, "consensus"), (pruning, "add_clusters"), (selection, "near_duplicates"),
+    (selection, "ranking"), (pruning, "stability"), (pruning, "restart_overlap"), (lists, "list_chunks"),
+    (lists, "manifest_chunks"),
 ]  # fmt: skip
 
 
@@ -101,8 +102,8 @@ def test_pages_sheets_and_tuning_are_of_the_file_that_was_opened(two_files, tmp_
         "sheet": ["sheet", str(file), "--duplicates", "0.05", "-o", str(tmp_path / "sheet.png"), "--max-rows", "3"],
         "tune": ["tune", "--features", str(file), "--keep", "0.5", "--seeds", "2", "-o", str(tmp_path / "tune")],
     }[command]
-    hook = {"report": (selection, "duplicates"), "sheet": (selection, "duplicates"), "tune": (pruning, "select")}
-    replaced_at_each_call(monkeypatch, file, other, hook[command])
+    hook = (pruning, "select") if command == "tune" else (selection, "near_duplicates")
+    replaced_at_each_call(monkeypatch, file, other, hook)
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.stderr
     if command == "tune":
@@ -139,8 +140,7 @@ def test_a_part_of_a_set_that_is_embedded_again_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(selection, "ranking", replaced)
     dedup = run.invoke(app, ["select", str(tmp_path / "set"), "--keep", "0.5", "--k", "2", "--stability"])
     assert dedup.exit_code == 1
-    assert "not the file that" in dedup.stderr
-    assert "named when the set was opened" in dedup.stderr
+    assert "names; if it was embedded again since this began, run this again" in dedup.stderr
     assert "Traceback" not in dedup.stderr
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import pruning
 from protoprune.cli import app
+from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.prototypes import Clustering
 from protoprune.pruning import Clusters, Ranking, Rule, cover_places, prune
@@ -327,3 +328,71 @@ def test_nothing_to_keep_is_an_error(copies, tmp_path):
 def test_what_decides_a_list_explains_each_of_its_fields(one):
     for name in inspect.signature(one).parameters:
         assert name in one.__doc__
+
+
+# --- covering clusters only what it needs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("euclidean", [False, True])
+def test_covering_gives_the_list_that_clustering_first_gave_and_clusters_nothing(
+    feature_file, tmp_path, monkeypatch, classes, euclidean
+):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 5))
+    x[[4, 50]] = 0  # in no spherical cluster, so never kept
+    paths = [f"{'abc'[i % 3]}/{i:03d}.png" if classes else f"{i:03d}.png" for i in range(90)]
+    path = feature_file(tmp_path / "f.h5", x, paths=paths, failed={7: Status.TRUNCATED})
+    want = [prune(pruning.rank(path, euclidean=euclidean), keep, order="cover") for keep in (0.2, 0.8, 1.0)]
+
+    def none(*arguments, **options):
+        raise AssertionError("clustered")
+
+    with monkeypatch.context() as patch:
+        if classes:
+            patch.setattr(pruning.prototypes, "cluster", none)
+        patch.setattr(pruning, "add_clusters", none)
+        found = [protoprune.select(path, keep, order="cover", euclidean=euclidean) for keep in (0.2, 0.8, 1.0)]
+    for one, other in zip(found, want, strict=True):
+        assert one.kept_paths == other.kept_paths
+        assert np.array_equal(one.rank, other.rank)
+        assert not one.ranking.clusterings
+    assert int(found[2].keep.sum()) == (89 if euclidean else 87)
+    assert len(found[2].ranking.notes()) == (0 if euclidean else 1)
+
+
+def test_covering_clusters_where_it_is_asked_to(feature_file, tmp_path):
+    rng = np.random.default_rng(0)
+    path = feature_file(
+        tmp_path / "f.h5", rng.normal(size=(60, 4)), paths=[f"{'ab'[i % 2]}/{i}.png" for i in range(60)]
+    )
+    for options in (
+        {"dedup": 0.01},
+        {"drop_hardest": 0.1},
+        {"by": "cluster", "k": 3},
+        {"by": "cluster", "balance": 0.5},
+    ):
+        assert protoprune.select(path, 0.5, order="cover", **options).ranking.clusterings, options
+    for options in ({}, {"balance": 0.5}, {"by": "cluster"}, {"k": 3}):
+        assert not protoprune.select(path, 0.5, order="cover", **options).ranking.clusterings, options
+
+
+def test_a_covering_list_has_no_score_and_its_page_has(feature_file, tmp_path):
+    rng = np.random.default_rng(0)
+    path = feature_file(
+        tmp_path / "f.h5", rng.normal(size=(60, 4)), paths=[f"{'ab'[i % 2]}/{i:02d}.png" for i in range(60)]
+    )
+    run = CliRunner()
+    manifest = tmp_path / "all.csv"
+    result = run.invoke(
+        app, ["select", path, "--keep", "0.5", "--order", "cover", "--format", "csv", "--manifest", str(manifest)]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[1].endswith(",")
+    assert "k-means" not in result.stderr
+    head, first = manifest.read_text().splitlines()[:2]
+    row = dict(zip(head.split(","), first.split(","), strict=True))
+    assert (row["cluster"], row["distance"], row["score"], row["status"]) == ("-1", "", "", "ok")
+    page = ["report", path, "--keep", "0.5", "--order", "cover", "--no-thumbnails", "-o", str(tmp_path / "page.html")]
+    result = run.invoke(app, page)
+    assert result.exit_code == 0, result.stderr

@@ -57,6 +57,15 @@ def test_torchvision(here):
     assert sorted(f"c{label}" for _, label in given["kept"]) == sorted(path.partition("/")[0] for path in here)
 
 
+def test_reshard(here):
+    in_shell("reshard")
+    names = []
+    for path in sorted(Path("pruned").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    assert names == sorted(here)
+
+
 def test_subset(here):
     result = protoprune.select(keep=0.7)
     np.save("kept.npy", np.flatnonzero(result.keep))

@@ -1,10 +1,13 @@
 """Shards: what is found, what is in them, and what becomes of everything that is wrong with them."""
 
 import gzip
+import importlib.util
 import io
 import json
 import os
+import struct
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 
@@ -391,3 +394,65 @@ def test_a_sheet_of_images_in_shards(folder, tmp_path):
     names = [path for shard in ("0000.tar", "0001.tar") for path in contents(tmp_path / "set" / shard)]
     _, unreadable = contact_sheet([("all", names[:3], names[-3:])], str(tmp_path / "set"))
     assert unreadable == 0
+
+
+# --- bounds
+
+
+def test_an_image_in_a_shard_is_not_read_beyond_the_bound_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoprune.decode.MAX_BYTES", len(PNG))
+    files = [("c/1.png", PNG), ("c/2.png", PNG + b"x")]
+    shards = [write_tar(tmp_path / "a.tar", files), write_zip(tmp_path / "a.zip", files)]
+    if importlib.util.find_spec("pyarrow"):
+        shards.append(write_parquet(tmp_path / "a.parquet", files))
+    for shard in shards:
+        with opened(shard) as images:
+            assert images.read(0) == PNG
+            with pytest.raises(ImageError, match="which is as much as is read") as caught:
+                images.read(1)
+        assert caught.value.status == Status.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        zipfile.ZIP_DEFLATED,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+    ],
+)
+def test_a_zip_that_unpacks_to_more_than_it_says_costs_no_memory(compression, tmp_path):
+    path = write_zip(tmp_path / "a.zip", [("1.png", bytes(200_000_000)), ("2.png", PNG)], compression)
+    size = struct.pack("<I", 200_000_000)
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<I", 5000)))
+    tracemalloc.start()
+    with opened(path) as images:
+        with pytest.raises(ImageError) as caught:
+            images.read(0)
+        assert images.read(1) == PNG
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.status == Status.CORRUPT  # its checksum is that of the whole
+    assert peak < (150e6 if compression == zipfile.ZIP_BZIP2 else 80e6)
+
+
+@pytest.mark.timeout(60)
+def test_a_tar_that_claims_gigabytes_is_no_end_of_the_run(tmp_path):
+    """A sparse file: an image of 99 GB, or a header with as long a comment."""
+    info = tarfile.TarInfo("1.png")
+    info.size = 99_000_000_000
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(99_000_010_240)
+    with opened(tmp_path / "a.tar") as images, pytest.raises(ImageError, match="more than 1 GB") as caught:
+        images.read(0)
+    assert caught.value.status == Status.TOO_LARGE
+
+
+def test_want_of_memory_for_a_shard_is_the_shards_trouble(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [("1.png", PNG)])
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(tarfile, "open", full)
+    assert refused(path) == (Status.UNREADABLE, "not enough memory to read what it says of itself")

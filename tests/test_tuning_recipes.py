@@ -53,6 +53,15 @@ def test_parts_select_as_the_command_does(number, pool, tmp_path, monkeypatch, f
     ]
 
 
+def test_a_part_cuts_one_order_where_every_fraction_would_make_its_own(pool):
+    rows = np.arange(0, 150, 2)
+    part = Part(pool, rows, seed=3)
+    for one in [*candidates(2000, 3, ["t.csv"]), RANDOM, BALANCED]:
+        for keep, seed in ((0.05, None), (0.31, 7), (1.0, None)):
+            fresh = pruning.prune(Part(pool, rows, seed=3)._ranking(one), one.rule(keep, 3 if seed is None else seed))
+            np.testing.assert_array_equal(part.select(one, keep, seed), rows[fresh.keep], err_msg=f"{one} {keep}")
+
+
 def test_a_part_knows_its_own_rows_alone(pool):
     """What is outside of a part has no influence on what is kept of it."""
     rows = np.arange(0, 150, 2)

@@ -24,6 +24,7 @@ from protoprune.cli.options import spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
+from protoprune.cli.reshard import reshard
 from protoprune.cli.scaling import scaling
 from protoprune.cli.score import metrics, score
 from protoprune.cli.select import select
@@ -31,7 +32,7 @@ from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
-from protoprune.errors import ProtopruneError, ProtopruneWarning
+from protoprune.errors import ProtopruneError, ProtopruneWarning, ignore_pillow
 
 _Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
@@ -47,6 +48,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         with _in_one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
+            ignore_pillow()
             warnings.showwarning = _show_warning(warnings.showwarning)
             answer = super().invoke(ctx)
             if sys.stdout is not None:
@@ -155,6 +157,7 @@ for command in (
     report,
     encoders,
     merge,
+    reshard,
     advise,
 ):
     app.command()(spread(command))

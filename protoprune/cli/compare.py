@@ -135,7 +135,7 @@ def _load(
         from protoprune.features import open_features
 
         with open_features(features) as file:
-            paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
+            paths, labels, classes, usable = list(file.paths), file.labels, file.classes, file.usable
             root = root or file.provenance["root"]
     paths, matched = comparison.join(tables, paths, by_place=reading.by_place)
     arrays = {name: table.scores for name, table in matched.items()}

@@ -66,9 +66,15 @@ def embed(
     rank: Rank = None,
     world_size: WorldSize = None,
     no_labels: NoLabels = False,
-    errors: Annotated[Path | None, typer.Option(help="Write the images that failed to this CSV file.")] = None,
+    errors: Annotated[
+        Path | None, typer.Option(help="Write the images that failed, and what was left out, to this CSV file.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything could not be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of other features.")] = False,
+    moved: Annotated[
+        bool,
+        typer.Option("--moved", help="The images were only moved or copied: do not compare their content."),
+    ] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
     inputs = [images, weights, labels, class_names]
@@ -76,6 +82,7 @@ def embed(
     settings = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
+        "moved": moved,
     }  # fmt: skip
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
@@ -87,7 +94,7 @@ def embed(
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
         classes = label_argument(labels, label_column, class_names, class_level, no_labels)
         found = _list_images(images, entries, root, {"labels": classes, "class_level": class_level})
-        _say_found(found)
+        _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
         share = ranks(rank, world_size)
@@ -100,14 +107,13 @@ def embed(
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
-    _quiet_pillow()
     if source is None:
         _embed_images(found, model, out, errors, strict, settings)
     elif single:
         from protoprune.sharding import opened
 
         with opened(source.shards[0], source.root, options) as found:
-            _say_found(found)
+            _say_found(found, errors)
             _embed_images(found, model, out, errors, strict, settings)
     else:
         with resumable("what is embedded is kept"):
@@ -133,11 +139,17 @@ def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, se
                 say(f"{total - left:,} of {total:,} images are embedded already, {left:,} to go")
             progress.start(left)
 
+        def on_compare(count: int) -> None:
+            say(
+                f"comparing {count:,} images with what was embedded: they lie below another root, or were copied or "
+                "restored (--moved takes them for the same by name, size and time)"
+            )
+
         def on_progress(done: int, failed: int) -> None:
             state["done"] = done
             progress.update(done, failed)
 
-        report = run(found, model, out, on_start=on_start, on_progress=on_progress, **settings)
+        report = run(found, model, out, on_compare=on_compare, on_start=on_start, on_progress=on_progress, **settings)
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
 
@@ -229,7 +241,7 @@ def _say_listing(count: int) -> None:
     print(f"listing: {count:,} images", end="\r", file=sys.stderr, flush=True)
 
 
-def _say_found(found) -> None:
+def _say_found(found, errors: Path | None) -> None:
     from protoprune import formats
     from protoprune.images import describe_counts
 
@@ -237,7 +249,8 @@ def _say_found(found) -> None:
     say(f"{len(found):,} images{classes} under {found.root}")
     if found.skipped:
         count = sum(found.skipped.values())
-        say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}")
+        listed = "" if errors or not found.left_out else " (list them with --errors FILE)"
+        say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}{listed}")
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
     if found.duplicates:
@@ -248,14 +261,13 @@ def _say_found(found) -> None:
         say(f"warning: {len(found.unreadable_folders) - 5:,} more folders could not be read")
 
 
-def _quiet_pillow() -> None:
-    """Damaged files make Pillow warn by the hundred; each such file is counted and listed anyway."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module="PIL")
-
-
 def _say_report(report, model, seconds: float) -> None:
+    if report.moved_from:
+        say(f"the images were below {report.moved_from} when they were embedded")
+    if report.compared:
+        same = report.compared - report.other
+        other = f", {report.other:,} have other content and are embedded again" if report.other else ""
+        say(f"of {report.compared:,} images compared {same:,} are the same{other}")
     if report.transparent:
         say(f"{report.transparent:,} images have transparent parts; they are shown on white")
     if report.dropped:
@@ -274,7 +286,7 @@ def _finish(report, found, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
     from protoprune.features import FeatureFile
     from protoprune.files import write_file
-    from protoprune.images import describe_counts
+    from protoprune.images import describe_counts, why_left_out
     from protoprune.lists import manifest
 
     if report.failed:
@@ -284,6 +296,7 @@ def _finish(report, found, errors: Path | None, strict: bool) -> None:
         with FeatureFile(report.out) as file:
             rows = [(path, status.label, reason) for path, status, reason in file.failures()]
         rows += [(folder + "/", "unreadable folder", reason) for folder, reason in found.unreadable_folders]
+        rows += [(path, "not an image by name", reason) for path, reason in why_left_out(found)]
         columns = list(zip(*rows, strict=True)) or [(), (), ()]
         write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
     if report.failed == report.n:

@@ -94,8 +94,8 @@ def score(
     with catalogue.open_source(chosen, source, is_record) as file:
         options = {"epoch": epoch, "models": models, "window": window, "k": k, "budget": budget, "by": by, "seed": seed}
         result = catalogue.score(name, file, **options)
-        paths, identity = file.paths, file.provenance.get("uuid")
-    _write(out, paths, result, name, {"from": os.fspath(source), "uuid": identity, **result.used})
+        made_of = {"from": os.fspath(source), "uuid": file.provenance.get("uuid"), **result.used}
+        _write(out, file.paths, result, name, made_of)
     _say_summary(name, source, result, time.monotonic() - started)
 
 

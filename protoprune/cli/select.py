@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,8 @@ from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from protoprune.pruning import Ranking, Selected
 
 
@@ -53,8 +55,9 @@ def select(
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
-        features, rule, clusters, scores=scores, **vars(reading), dedup=how.dedup, dedup_prefer=how.dedup_prefer
-    )
+        features, rule, clusters, scores=scores, **vars(reading), dedup=how.dedup, dedup_prefer=how.dedup_prefer,
+        count=True,
+    )  # fmt: skip
     ranking = chosen.ranking
     say_ranking(ranking)
     if how.dedup is not None:
@@ -91,11 +94,11 @@ def _check_output(
     """Find out what cannot be written before the work is done; `outputs` are the list, the removed, the manifest."""
     import numpy as np
 
-    from protoprune.lists import format_list
+    from protoprune.lists import check_list
 
     check_outputs(*outputs, inputs=inputs, links=links)
     for path in outputs[:2]:
-        format_list([], np.empty(0), np.empty(0), _format(format, path), null=null)
+        check_list([], np.empty(0, int), _format(format, path), null=null)
     if format == "npy" and outputs[0] is None and sys.stdout.isatty():
         raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
 
@@ -113,27 +116,32 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
     from protoprune import files, lists
 
     ranking = chosen.ranking
-
-    def text(mask, path: Path | None, weights=None) -> bytes:
-        rows = np.flatnonzero(mask)
-        weights = weights[rows] if weights is not None else None
-        paths = list(itertools.compress(ranking.paths, mask))
-        if absolute:
-            paths = [os.path.join(root, path) for path in paths]
-        return lists.format_list(paths, rows, ranking.scores[rows], _format(format, path), null=null, weights=weights)
-
-    kept = text(chosen.keep, out, chosen.weights)
+    kept, gone = np.flatnonzero(chosen.keep), np.empty(0, int)
+    lists.check_list(ranking.paths, kept, _format(format, out), null=null)
     if removed is not None:  # duplicates are among them
-        files.write_file(removed, lists.packed(removed, text(ranking.readable & ~chosen.keep, removed)))
+        gone = np.flatnonzero(ranking.readable & ~chosen.keep)
+        lists.check_list(ranking.paths, gone, _format(format, removed), null=null)
+
+    def text(rows, path: Path | None, weights=None) -> Iterable[bytes]:
+        folder = root if absolute else None
+        chunks = lists.list_chunks(
+            ranking.paths, rows, ranking.scores, _format(format, path), null=null, weights=weights, folder=folder
+        )
+        return lists.packed(path, chunks) if path is not None else chunks
+
+    if removed is not None:
+        files.write_file(removed, text(gone, removed))
     if manifest is not None:
         kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
-        files.write_file(manifest, lists.packed(manifest, lists.manifest(_columns(chosen), kind)))
+        zeros = ranking.undirected
+        chunks = lists.manifest_chunks(lambda rows: _columns(chosen, zeros[rows], rows), len(chosen.keep), kind)
+        files.write_file(manifest, lists.packed(manifest, chunks))
     if links is not None:
         _write_links(links, root, chosen, hard_links)
     if out is not None:
-        files.write_file(out, lists.packed(out, kept))
+        files.write_file(out, text(kept, out, chosen.weights))
     else:
-        files.write_stdout(kept)
+        files.write_stdout(text(kept, None, chosen.weights))
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
@@ -156,32 +164,41 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 
-def _columns(chosen: Selected) -> dict:
-    """The manifest: one row an image of the feature file, unusable ones included."""
+def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict:
+    """The manifest: one row an image of the feature file, unusable ones included; some of its rows, and which of them
+    are all zeros."""
     import numpy as np
 
     from protoprune.decode import Status
 
-    ranking, n = chosen.ranking, len(chosen.keep)
-    first = ranking.clusterings[0] if ranking.clusterings else None
+    ranking, n = chosen.ranking, len(chosen.keep[rows])
+    cluster, distance = np.full(n, -1), np.full(n, np.nan)
+    for one in ranking.clusterings[:1]:
+        cluster, distance = one.cluster[rows], one.distance[rows]
+    status = zip(ranking.status[rows].tolist(), zeros.tolist(), strict=True)
     columns = {
-        "path": ranking.paths,
-        "class": [ranking.classes[label] if label >= 0 else "" for label in ranking.labels],
-        "cluster": first.cluster if first else np.full(n, -1),
-        "distance": first.distance if first else np.full(n, np.nan),
-        "score": ranking.scores,
-        "rank": chosen.rank,
-        "keep": chosen.keep.astype(int),
-        "status": [
-            "all zeros" if zero else Status(status).label
-            for status, zero in zip(ranking.status, ranking.undirected, strict=True)
-        ],
+        "path": ranking.paths[rows],
+        "class": [ranking.classes[label] if label >= 0 else "" for label in ranking.labels[rows].tolist()],
+        "cluster": cluster,
+        "distance": distance,
+        "score": ranking.scores[rows],
+        "rank": chosen.rank[rows],
+        "keep": chosen.keep[rows].astype(int),
+        "status": ["all zeros" if zero else Status(value).label for value, zero in status],
     }
     if chosen.weights is not None:
-        columns["weight"] = chosen.weights
+        columns["weight"] = chosen.weights[rows]
     if ranking.duplicate_of is not None:
-        columns["duplicate_of"] = [ranking.paths[row] if row >= 0 else "" for row in ranking.duplicate_of]
+        columns["duplicate_of"] = _originals(ranking, ranking.duplicate_of[rows])
     return columns
+
+
+def _originals(ranking: Ranking, duplicate_of: np.ndarray) -> list[str]:
+    """The paths of the images that these duplicate; '' for those that duplicate none."""
+    from protoprune.paths import picked
+
+    names = iter(picked(ranking.paths, duplicate_of[duplicate_of >= 0]))
+    return [next(names) if row >= 0 else "" for row in duplicate_of.tolist()]
 
 
 def say_ranking(ranking: Ranking) -> None:
@@ -243,9 +260,7 @@ def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
         f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
         f"{left:,} remain, of which --keep is a fraction"
     )
-    from protoprune.pruning import likeness
-
-    near = likeness(ranking, epsilon)
+    near = ranking.likeness
     say("duplicates: within clusters, --dedup E would find")
     for threshold, pairs, images in zip(near.thresholds, near.pairs, near.images, strict=True):
         mark = " (this run)" if abs(threshold - epsilon) < 1e-6 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from protoprune.errors import UsageError
 from protoprune.units import duration
 
 if TYPE_CHECKING:
+    from protoprune.training.examples import Examples
     from protoprune.tuning.recipes import Pool
     from protoprune.tuning.running import Networks, Tuned
     from protoprune.tuning.unlabelled import Unlabelled
@@ -27,7 +29,7 @@ def tune(
         str, typer.Option(help="Fraction of the images to KEEP, or auto: the least that costs less than --tolerance.")
     ],
     features: Annotated[
-        Path, typer.Option(help="Feature file of the training images that `protoprune embed` wrote.")
+        Path, typer.Option(help="Feature file or feature set of the training images, by `protoprune embed`.")
     ] = Path("features.h5"),
     tolerance: Annotated[
         float, typer.Option(min=0, help="With --keep auto: points of accuracy that leaving images out may cost.")
@@ -62,7 +64,7 @@ def tune(
     Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
     images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that
     chose nothing, against random lists and random lists with even classes. Where it does not beat both, a random list
-    is written.
+    is written. With --keep auto: the smallest list that costs less than --tolerance.
     """
     import time
 
@@ -75,7 +77,7 @@ def tune(
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
     check_results(out, source.provenance["root"], source.paths)
-    pool = _pool(source, scores or [], higher_is)
+    pool, examples = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
         _describe(pool, features, fraction, seed, out)
         return
@@ -85,7 +87,7 @@ def tune(
         tested = networks.test and _pool_of(networks.test)
     elif test is not None:
         with open_features(test) as file:
-            tested = _pool(file, [], None, like=pool)
+            tested = _tested(file, examples)
     out.mkdir(parents=True, exist_ok=True)
     with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
         result = running.tune(
@@ -120,6 +122,7 @@ def _fraction(text: str) -> float | None:
 
 def _check(model, images, higher_is, scores, features: Path) -> None:
     from protoprune.features import missing
+    from protoprune.images import is_feature_set
 
     if model == "head":
         raise UsageError("--model head: heads compare the recipes anyway; leave --model out")
@@ -129,33 +132,41 @@ def _check(model, images, higher_is, scores, features: Path) -> None:
         raise UsageError("--images goes with --model, which trains on them")
     if higher_is is not None and not scores:
         raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-    if not features.exists() or features.is_dir():
-        raise missing(features, f"feature file; make one with `protoprune embed IMAGES -o {features}`")
+    if not features.exists() or (features.is_dir() and not is_feature_set(features)):
+        raise missing(features, f"feature file or feature set; make one with `protoprune embed IMAGES -o {features}`")
 
 
-def _pool(file, scores: list[Path], higher_is: str | None, like: Pool | None = None) -> Pool:
-    """The labelled images of an open feature file (all images, without classes, where it has none)."""
+def _pool(file, scores: list[Path], higher_is: str | None) -> tuple[Pool, Examples | None]:
+    """The labelled images of an open feature file or set; all images, without classes, where it has none."""
     import numpy as np
 
     from protoprune.scores import read_scores
     from protoprune.training.examples import load_examples
     from protoprune.tuning.recipes import Pool
 
-    if len(file.classes) < 2 and like is None:
+    if len(file.classes) < 2:
         rows, paths = np.flatnonzero(file.usable), file.paths
-        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows])
-    examples = load_examples(file, classes=like and like.classes)
-    if like is not None and examples.inputs.shape[1] != like.vectors.shape[1]:
-        raise UsageError(f"{file.path}: vectors of another encoder ({examples.inputs.shape[1]} dimensions)")
+        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows]), None
+    examples = load_examples(file)
+    pool = _pool_of(examples)
     tables = {}
     for table in scores:
         read = read_scores(table, examples.paths, higher_is=higher_is)
         for note in read.notes():
             say(f"{table}: {note}")
         tables[os.fspath(table)] = read.scores
-    if like is None:
-        say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
-    return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.numpy(), tables)
+    say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
+    return replace(pool, tables=tables), examples
+
+
+def _tested(file, train: Examples) -> Pool:
+    """The test set of an open feature file, which must be of the same encoder."""
+    from protoprune.training.examples import check_same_inputs, load_examples
+
+    examples = load_examples(file, classes=train.classes)
+    for difference in check_same_inputs(train, examples):
+        say(f"warning: {file.path} differs from the training features in {difference}: in the last digits")
+    return _pool_of(examples)
 
 
 def _pool_of(examples) -> Pool:

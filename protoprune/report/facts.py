@@ -61,6 +61,8 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     """Everything but pictures. Raises ProtopruneError where features, tables or results cannot be read."""
     say = on_step or (lambda text: None)
     ranking, n = chosen.ranking, len(chosen.keep)
+    if not ranking.scored.any():  # the list needed no scores, the page does
+        pruning.add_scores(ranking, ranking.clusters)
     evaluation = results.read(options.evaluation) if options.evaluation else None
     say("fractions")
     found = stops.find(ranking, chosen.rule)

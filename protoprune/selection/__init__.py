@@ -23,7 +23,14 @@ import numpy as np
 from protoprune.errors import UsageError
 from protoprune.selection.calibration import by_score, calibrated, check_calibration
 from protoprune.selection.covering import cover
-from protoprune.selection.dedup import THRESHOLDS, Likeness, check_duplicates, duplicates, likeness
+from protoprune.selection.dedup import (
+    THRESHOLDS,
+    Likeness,
+    check_duplicates,
+    duplicates,
+    likeness,
+    near_duplicates,
+)
 from protoprune.selection.floors import check_balance, take
 from protoprune.selection.orders import COVERS, ORDERS, by_place, check_order, dropped_count, ranking
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
@@ -51,6 +58,7 @@ __all__ = [
     "duplicates",
     "kept_mask",
     "likeness",
+    "near_duplicates",
     "ranking",
 ]
 

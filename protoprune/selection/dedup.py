@@ -1,20 +1,24 @@
 """Near-duplicates within clusters: SemDeDup (Abbas et al. 2023, "SemDeDup: data-efficient learning at web-scale through
 semantic deduplication").
 
-The only part of selection that sees features. Similarities are computed in blocks, so that memory does not grow with
-the size of a cluster. Knows nothing of files: features are anything that gives rows for an array of row numbers.
+Sees features, cluster by cluster, one of which is in memory; similarities are computed in blocks, so that memory does
+not grow with the square of a cluster. Knows nothing of files: features are anything that gives rows in slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from protoprune import vectors
+from protoprune import buckets, vectors
 from protoprune.errors import UsageError
-from protoprune.ids import hashes
+from protoprune.ids import hashes_of
 
 PREFER = ("harder", "central")
 LEAST = 1e-5  # float32 cosines of equal vectors differ from 1 by up to about 1e-6
@@ -34,6 +38,14 @@ def check_duplicates(epsilon: float, prefer: str = "harder") -> None:
 
 
 def duplicates(
+    features: vectors.Rows, cluster: np.ndarray, distance: np.ndarray, epsilon: float, **options: Any
+) -> np.ndarray:
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others: the first of
+    what `near_duplicates` gives, which has the same options."""
+    return near_duplicates(features, cluster, distance, epsilon, **options)[0]
+
+
+def near_duplicates(
     features: vectors.Rows,
     cluster: np.ndarray,
     distance: np.ndarray,
@@ -43,23 +55,69 @@ def duplicates(
     prefer: str = "harder",
     seed: int = 0,
     usable: np.ndarray | None = None,
-) -> np.ndarray:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others.
+    thresholds: Sequence[float] = (),
+    folder: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+) -> tuple[np.ndarray, Likeness]:
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and what
+    `likeness` counts for `thresholds` before any is removed (nothing without them, which halves the work).
 
-    features: (n, d), indexed by arrays of rows; cluster: (n,) integers; distance: (n,) to the own centroid. Within each
-    cluster the usable images are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice)
-    or nearest first ('central'), ties by a seeded hash. An image whose cosine to one that was kept before it exceeds
-    1 - epsilon is removed, as a duplicate of the one it is most similar to; all others are kept. So no two kept images
-    of a cluster are that similar, and every removed one has a kept one that is. Duplicates in different clusters stay.
+    features: (n, d); cluster: (n,) integers; distance: (n,) to the own centroid. Within each cluster the usable images
+    are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice) or nearest first
+    ('central'), ties by a seeded hash. An image whose cosine to one that was kept before it exceeds 1 - epsilon is
+    removed, as a duplicate of the one it is most similar to; all others are kept. So no two kept images of a cluster
+    are that similar, and every removed one has a kept one that is. Duplicates in different clusters stay.
+
+    Each row of the features is read once (see `buckets.grouped`, which `folder` is for). `workers` threads have a
+    cluster each and do not change the answer.
     """
     check_duplicates(epsilon, prefer)
-    duplicate_of = np.full(len(cluster), -1, np.int64)
+    duplicate_of, found = np.full(len(cluster), -1, np.int64), _Pairs(thresholds, len(cluster))
     rows = np.arange(len(cluster)) if usable is None else np.flatnonzero(usable)
-    side = -distance[rows] if prefer == "harder" else distance[rows]
-    rows = rows[np.lexsort((hashes([ids[row] for row in rows.tolist()], seed), side, cluster[rows]))]
-    for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
-        _within(features, members, np.float32(1 - epsilon), duplicate_of)
-    return duplicate_of
+    rows = _visited(rows, cluster, -distance if prefer == "harder" else distance, ids, seed)
+
+    def one(members: np.ndarray, x: np.ndarray) -> None:
+        x = vectors.prepared(x, members, unit=True)
+        _within(x, members, np.float32(1 - epsilon), duplicate_of)
+        if len(thresholds) and cluster[members[0]] >= 0:
+            ascending = np.argsort(members)
+            found.add(members[ascending], x[ascending])
+
+    _through(features, _groups(rows, cluster), one, folder, workers)
+    return duplicate_of, found.counted()
+
+
+def _visited(rows: np.ndarray, cluster: np.ndarray, side: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
+    """The rows, ascending, by cluster, then side, then hash; only what is tied is hashed, since hashing takes long."""
+    order = np.lexsort((side[rows], cluster[rows]))
+    group, key = cluster[rows[order]], side[rows[order]]
+    same_as_next = (group[1:] == group[:-1]) & (key[1:] == key[:-1])
+    tied = np.zeros(len(rows), bool)
+    tied[1:] |= same_as_next
+    tied[:-1] |= same_as_next
+    if tied.any():
+        some = rows[order[tied]]
+        order[tied] = order[tied][np.lexsort((hashes_of(some, ids, seed), side[some], cluster[some]))]
+    return rows[order]
+
+
+def _groups(rows: np.ndarray, cluster: np.ndarray) -> list[np.ndarray]:
+    """The rows, which are in the order of clusters, cluster by cluster."""
+    return np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1) if len(rows) else []
+
+
+def _through(
+    features: vectors.Rows,
+    groups: Sequence[np.ndarray],
+    one: Callable[[np.ndarray, np.ndarray], None],
+    folder: str | os.PathLike[str] | None,
+    workers: int,
+) -> None:
+    """Call `one(rows, features)` for each group, in threads."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for some, fetch in buckets.grouped(features, groups, folder):
+            for _ in pool.map(lambda rows, fetch=fetch: one(rows, fetch(rows)), some):
+                pass
 
 
 @dataclass(frozen=True)
@@ -95,48 +153,74 @@ def likeness(
     *,
     usable: np.ndarray | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int = 1,
 ) -> Likeness:
     """The pairs within clusters, counted, and each image's nearest one; arguments as in `duplicates`.
 
     All pairs of a cluster are compared once, which costs as much as `duplicates` does when it removes little.
     """
-    marks = np.sort(np.asarray(thresholds, np.float32))
-    pairs, nearest = np.zeros(len(marks), np.int64), np.full(len(cluster), np.inf, np.float32)
     rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
-    rows = rows[np.argsort(cluster[rows], kind="stable")]
-    for members in np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1):
-        blocks = [members[first : first + BLOCK] for first in range(0, len(members), BLOCK)]
+    rows, found = rows[np.argsort(cluster[rows], kind="stable")], _Pairs(thresholds, len(cluster))
+
+    def one(members: np.ndarray, x: np.ndarray) -> None:
+        found.add(members, vectors.prepared(x, members, unit=True))
+
+    _through(features, _groups(rows, cluster), one, folder, workers)
+    return found.counted()
+
+
+class _Pairs:
+    """What `likeness` counts, cluster by cluster."""
+
+    def __init__(self, thresholds: Sequence[float], n: int):
+        self.marks = np.sort(np.asarray(thresholds, np.float32))
+        self.pairs, self.lock = np.zeros(len(self.marks), np.int64), threading.Lock()
+        self.nearest = np.full(n if len(self.marks) else 0, np.inf, np.float32)
+
+    def add(self, members: np.ndarray, x: np.ndarray) -> None:
+        """The images of one cluster, and their unit vectors."""
+        near, total = np.full(len(members), np.inf, np.float32), np.zeros(len(self.marks), np.int64)
+        blocks = [slice(first, first + BLOCK) for first in range(0, len(members), BLOCK)]
         for number, block in enumerate(blocks):
-            x = _unit(features, block)
             for other in blocks[number:]:
-                distance = 1 - x @ (x if other is block else _unit(features, other)).T
+                distance = 1 - x[block] @ x[other].T
                 if other is block:
                     np.fill_diagonal(distance, np.inf)
-                nearest[block] = np.minimum(nearest[block], distance.min(axis=1))
-                nearest[other] = np.minimum(nearest[other], distance.min(axis=0))
-                counts = np.searchsorted(np.sort(distance[distance < marks[-1]]), marks)
-                pairs += counts // 2 if other is block else counts
-    nearest[np.isinf(nearest)] = np.nan
-    return Likeness(tuple(marks.astype(float).round(6).tolist()), pairs, np.maximum(nearest, 0))
+                near[block] = np.minimum(near[block], distance.min(axis=1))
+                near[other] = np.minimum(near[other], distance.min(axis=0))
+                counts = np.searchsorted(np.sort(distance[distance < self.marks[-1]]), self.marks)
+                total += counts // 2 if other is block else counts
+        self.nearest[members] = near
+        with self.lock:
+            self.pairs += total
+
+    def counted(self) -> Likeness:
+        self.nearest[np.isinf(self.nearest)] = np.nan
+        np.maximum(self.nearest, 0, out=self.nearest)
+        return Likeness(tuple(self.marks.astype(float).round(6).tolist()), self.pairs, self.nearest)
 
 
-def _within(features: vectors.Rows, members: np.ndarray, threshold: np.float32, duplicate_of: np.ndarray) -> None:
-    """Fill in the duplicates among the members of one cluster, which are in the order they are gone through."""
-    kept = members[:0]
+def _within(x: np.ndarray, members: np.ndarray, threshold: np.float32, duplicate_of: np.ndarray) -> None:
+    """Fill in the duplicates among the members of one cluster, which are in the order they are gone through.
+
+    x: (m, d) float32 of length 1; a zero vector stays zero and resembles nothing.
+    """
+    kept = np.empty(0, np.int64)  # places in x
     for first in range(0, len(members), BLOCK):
-        block = members[first : first + BLOCK]
-        x = _unit(features, block)
+        block = np.arange(first, min(first + BLOCK, len(members)))
+        own = x[first : first + BLOCK]
         best, whom = np.full(len(block), -2, np.float32), np.full(len(block), -1, np.int64)
         for start in range(0, len(kept), BLOCK):
             part = kept[start : start + BLOCK]
-            cosine = x @ _unit(features, part).T
+            cosine = own @ x[part].T
             nearest = cosine.argmax(axis=1)
             value = cosine[np.arange(len(block)), nearest]
             better = value > best
             best[better], whom[better] = value[better], part[nearest[better]]
-        _within_block(x @ x.T, block, threshold, best, whom)
+        _within_block(own @ own.T, block, threshold, best, whom)
         removed = best > threshold
-        duplicate_of[block[removed]] = whom[removed]
+        duplicate_of[members[block[removed]]] = members[whom[removed]]
         kept = np.concatenate([kept, block[~removed]])
 
 
@@ -150,8 +234,3 @@ def _within_block(
             later = i + 1 + np.flatnonzero(close[i, i + 1 :])
             better = later[cosine[i, later] > best[later]]
             best[better], whom[better] = cosine[i, better], block[i]
-
-
-def _unit(features: vectors.Rows, rows: np.ndarray) -> np.ndarray:
-    """(len(rows), d) float32 of length 1; a zero vector stays zero and resembles nothing."""
-    return vectors.prepared(features[rows], rows, unit=True)

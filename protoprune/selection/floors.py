@@ -29,6 +29,16 @@ def take(rows: np.ndarray, n: int, count: int, groups: np.ndarray | None = None,
     return mask
 
 
+def _numbered(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the groups that there are, ascending; the place of each image's own in them): np.unique without its sorting."""
+    lowest, highest = int(groups.min()), int(groups.max())
+    if highest - lowest > 4 * len(groups):
+        return np.unique(groups, return_inverse=True)
+    present = np.bincount(groups - lowest) > 0
+    place_of = np.cumsum(present, dtype=np.int32) - 1
+    return np.flatnonzero(present) + lowest, place_of[groups - lowest].astype(np.int32, copy=False)
+
+
 def _balanced(groups: np.ndarray, count: int, balance: float) -> np.ndarray:
     """(m,) bool: which of the rows, given in keeping order, are kept when every group has a floor.
 
@@ -37,7 +47,7 @@ def _balanced(groups: np.ndarray, count: int, balance: float) -> np.ndarray:
     larger set contains the smaller ones. At the rises both agree; between them they differ by at most one image a
     group.
     """
-    names, group = np.unique(groups, return_inverse=True)
+    names, group = _numbered(groups)
     sizes = np.bincount(group)
     place = place_in_group(group, sizes)  # 0 for the first of its group
     share = Fraction(str(balance))  # the number that was written, not its binary neighbour

@@ -12,7 +12,7 @@ import numpy as np
 
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.ids import hashes, shuffled
+from protoprune.ids import hashes_of, shuffled
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
 COVERS = ("cover", "facility")  # orders that look at features, not at scores: see `covering`
@@ -46,7 +46,9 @@ def ranking(
     check_order(order, drop_hardest)
     rows = np.arange(len(scores)) if usable is None else np.flatnonzero(usable)
     count = dropped_count(len(rows), drop_hardest)
-    values = np.asarray(scores, np.float64)
+    values = np.asarray(scores)
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float64)
     if ((order in ORDERS and order != "random") or count) and np.isnan(values[rows]).any():
         row = rows[np.flatnonzero(np.isnan(values[rows]))[0]]
         raise ProtopruneError(f"{int(np.isnan(values[rows]).sum())} usable images have no score (first: row {row})")
@@ -58,7 +60,7 @@ def ranking(
         put = partial(_ordered, values, ids=ids, order=order, seed=seed)
     if not count:
         return put(rows)
-    hard = _sorted(-values, rows, ids, seed)
+    hard = _sorted(values, rows, ids, seed, largest=True)
     return np.concatenate([put(np.sort(hard[count:])), hard[:count][::-1]])
 
 
@@ -77,16 +79,24 @@ def check_order(order: str, drop_hardest: float = 0.0) -> None:
 
 
 def _ordered(values: np.ndarray, rows: np.ndarray, *, ids: Sequence[str], order: str, seed: int) -> np.ndarray:
-    """The rows in keeping order; values: (n,) float64."""
+    """The rows in keeping order; values: (n,) floats."""
     if order == "random":
         return shuffled(rows, ids, seed)
     if order == "stratified":
         return _stratified(values, shuffled(rows, ids, seed))
-    rows = _sorted(-values if order == "hard" else values, rows, ids, seed)
-    if order == "middle":
-        position = np.arange(len(rows))
-        rows = rows[np.lexsort((-position, np.abs(2 * position - (len(rows) - 1))))]
-    return rows
+    rows = _sorted(values, rows, ids, seed, largest=order == "hard")
+    return _from_the_middle(rows) if order == "middle" else rows
+
+
+def _from_the_middle(rows: np.ndarray) -> np.ndarray:
+    """Rows, easiest first, nearest to the middle first: of two equally near the harder one."""
+    upper, lower = rows[len(rows) // 2 :], rows[: len(rows) // 2][::-1]
+    found = np.empty_like(rows)
+    if len(rows) % 2:
+        found[0], found[1::2], found[2::2] = upper[0], upper[1:], lower
+    else:
+        found[0::2], found[1::2] = upper, lower
+    return found
 
 
 def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -97,7 +107,7 @@ def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     if not len(rows):
         return rows
-    own = values[rows]
+    own = values[rows].astype(np.float64)
     low, span = own.min(), own.max() - own.min()
     if not np.isfinite(span * STRATA):
         raise ProtopruneError(
@@ -115,9 +125,13 @@ def by_place(places: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int
     return _sorted(places, rows, ids, seed)
 
 
-def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
-    """The rows by their keys (n,) upwards; only the ids of tied rows are hashed, since hashing all takes seconds."""
+def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int, largest: bool = False) -> np.ndarray:
+    """The rows, given ascending, by their keys (n,) upwards, or the largest first; only the ids of tied rows are
+    hashed, since hashing all takes seconds."""
+    whole = len(rows) == len(keys)
     keys = keys[rows]
+    if largest:
+        np.negative(keys, out=keys)
     by_key = np.argsort(keys, kind="stable")
     ordered = keys[by_key]
     same_as_next = ordered[1:] == ordered[:-1]
@@ -126,14 +140,14 @@ def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int) -
     tied[:-1] |= same_as_next
     if tied.any():
         positions = by_key[tied]
-        ties = hashes([ids[rows[position]] for position in positions], seed)
+        ties = hashes_of(rows[positions], ids, seed)
         by_key[tied] = positions[np.lexsort((ties, keys[positions]))]
-    return rows[by_key]
+    return by_key if whole else rows[by_key]
 
 
 def place_in_group(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(m,) position of each row among the rows of its own group; sizes: (groups,) rows of each."""
-    by_group = np.argsort(group, kind="stable")
-    place = np.empty(len(group), np.int64)
-    place[by_group] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    small = np.int32 if len(group) < 1 << 31 else np.int64
+    by_group, place = np.argsort(group, kind="stable"), np.empty(len(group), small)
+    place[by_group] = np.arange(len(group), dtype=small) - np.repeat((np.cumsum(sizes) - sizes).astype(small), sizes)
     return place

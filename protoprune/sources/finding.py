@@ -31,6 +31,7 @@ class Shard:
     url: str  # where it is
     size: int  # bytes; -1: not there
     version: int  # changes with the content: the time of modification in ns, or a number made of the store's etag
+    ctime_ns: int = -1  # of a file on this machine: what vouches for it, see `current`
 
 
 @dataclass
@@ -222,7 +223,7 @@ def _local(root: str, paths: list[str], skipped: Counter | None = None) -> Sourc
             raise UsageError(f"{path}: outside the root {root}; give --root a folder that holds every shard")
         try:
             status = os.stat(path)
-            shards.append(Shard(name, path, status.st_size, status.st_mtime_ns))
+            shards.append(Shard(name, path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         except OSError:
             shards.append(Shard(name, path, -1, -1))
     if all(shard.size < 0 for shard in shards):

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 
-from protoprune.decode import ImageError, Status
+from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.files import leads_out
 from protoprune.sources.finding import Shard
 from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
@@ -30,8 +30,8 @@ class ImageReader:
             raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         whole = os.path.join(self.root, path)
         try:
-            with open(whole, "rb") as file:
-                return file.read()
+            with open(whole, "rb", opener=open_at_once) as file:
+                return read_bounded(file, os.fstat(file.fileno()).st_size)
         except NotADirectoryError:
             return self._from_shard(path)
         except OSError as error:

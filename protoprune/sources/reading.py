@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import io
 import itertools
+import json
 import lzma
 import os
 import posixpath
@@ -27,7 +28,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protoprune.decode import ImageError, Status
+from protoprune import formats
+from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.files import leads_out
 from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
@@ -70,6 +72,7 @@ class ShardImages(ImageList):
     """The images of one opened shard. Close it when they are read."""
 
     reader: Callable[[int], bytes] = None  # row -> bytes of the image
+    beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -101,6 +104,8 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     duplicates: int = 0
+    # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
+    beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
 
 
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
@@ -128,6 +133,9 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
     except OSError as error:
         stack.close()
         raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the file")) from None
+    except MemoryError:
+        stack.close()
+        raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
 def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
@@ -174,12 +182,14 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         paths=[f"{shard.name}/{name}" for name in names],
         size=np.array([found.sizes[i] for i in order], np.int64),
         mtime_ns=np.full(n, shard.version, np.int64),
+        ctime_ns=np.full(n, shard.ctime_ns, np.int64),
         labels=label,
         classes=classes,
         labels_from=source,
         skipped=found.skipped,
         duplicates=found.duplicates,
         reader=lambda row: reader(places[row]),
+        beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
         closing=stack,
     )
@@ -228,18 +238,21 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
         return _pread(handle, *place)
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, member in members.items():
         if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
             found.skipped[_suffix(name)] += 1
             if member.isreg():
                 labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
+                others.add(name, (member.offset_data, member.size))
             continue
         target = _target(name, member, members)
         if target is None or target.issparse():
             why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
             found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
             target = member
+        _check_bytes(found, target.size)
         _add(found, name, target.size, (target.offset_data, target.size))
     labels.apply(found)
     return found, read
@@ -292,7 +305,12 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
 
     def read(info: zipfile.ZipInfo) -> bytes:
         try:
-            return archive.read(info)
+            with archive.open(info) as member:
+                # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
+                # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
+                member.MIN_READ_SIZE = 64
+                step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
+                return b"".join(iter(lambda: member.read(step), b""))
         except RuntimeError:  # zipfile's word for a password
             raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
         except NotImplementedError as error:
@@ -310,13 +328,16 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
             return b""
 
     found = _Found(duplicates=duplicates)
-    labels = _Sidecars(options)
+    labels, others = _Sidecars(options), _Others(read)
+    found.beside = others.of
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
+            _check_bytes(found, info.file_size)
             _add(found, name, info.file_size, info)
         else:
             found.skipped[_suffix(name)] += 1
             labels.add(name, lambda i=info: read(i), info.file_size)
+            others.add(name, info)
     labels.apply(found)
     return found, read
 
@@ -340,6 +361,8 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
         if count is not None and len(found.names) != count:
             raise ShardError(Status.TRUNCATED, f"{len(found.names):,} of {count:,} rows")
         spool.flush()
+    except MemoryError:  # pyarrow's too
+        raise
     except pyarrow.ArrowException as error:
         text = _reason(error, "the table")
         cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
@@ -347,6 +370,7 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
     handle = spool.fileno()
     width = max(_WIDTH, len(str(max(len(found.names) - 1, 0))))
     found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
+    found.beside = _Columns(file, image, found.names, pyarrow).of
     return found, lambda place: _pread(handle, *place)
 
 
@@ -444,6 +468,7 @@ def _spool(batch, image: str, label: str | None, names: list[str], id_column: st
         row = len(found.names)
         plain = value.as_py()
         data = plain.get("bytes") if isinstance(plain, dict) else plain
+        _check_bytes(found, len(data or b""))
         if not data:
             path = plain.get("path") if isinstance(plain, dict) else None
             status = Status.EMPTY if data is not None else Status.MISSING
@@ -469,6 +494,49 @@ def _name(value, names: list[str]) -> str:
 
 
 # --- names and labels -------------------------------------------------------------------------------------------------
+
+
+class _Others:
+    """The members of a tar or zip that are no images, by key."""
+
+    def __init__(self, read: Callable):
+        self.read = read
+        self.places: dict[str, list] = {}
+
+    def add(self, name: str, place) -> None:
+        self.places.setdefault(_key(name), []).append((name, place))
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        return [(one, self.read(place)) for one, place in sorted(self.places.get(_key(name), []))]
+
+
+class _Columns:
+    """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
+
+    def __init__(self, file, image: str, names: list[str], pyarrow):
+        self.file, self.image, self.names, self.pyarrow = file, image, names, pyarrow
+        self.rows: dict[str, dict] | None = None
+
+    def of(self, name: str) -> list[tuple[str, bytes]]:
+        if self.rows is None:
+            schema, batches, _ = _batches(self.file, self.pyarrow)
+            plain = [
+                one for one in schema.names if one != self.image and _is_plain(schema.field(one).type, self.pyarrow)
+            ]
+            rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
+            self.rows = dict(zip(self.names, rows, strict=bool(plain)))
+        row = self.rows.get(name)
+        return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+
+
+def _is_plain(kind, pyarrow) -> bool:
+    """Whether a column can be written as JSON."""
+    types = pyarrow.types
+    if types.is_struct(kind):
+        return all(_is_plain(one.type, pyarrow) for one in kind)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_plain(kind.value_type, pyarrow)
+    return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 class _Sidecars:
@@ -531,17 +599,16 @@ def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
     suffix = posixpath.splitext(name)[1].lower()
     if suffix or head is None:
         return suffix in image_suffixes()
-    return _begins_like_an_image(head() or b"")
+    data = head() or b""
+    return formats.is_image(data[: formats.HEAD], lambda: io.BytesIO(data))
 
 
-def _begins_like_an_image(head: bytes) -> bool:
-    from PIL import Image
-
+def _check_bytes(found: _Found, size: int) -> None:
+    """Note of the next image that it is too large to be read."""
     try:
-        with Image.open(io.BytesIO(head)):
-            return True
-    except Exception:
-        return False
+        check_bytes(size)
+    except ImageError as error:
+        found.failed.setdefault(len(found.names), (error.status, error.reason))
 
 
 def _add(found: _Found, name: str, size: int, place) -> None:

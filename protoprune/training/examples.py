@@ -142,7 +142,7 @@ def subset(examples: Examples, rows: np.ndarray) -> Examples:
 
 
 def _load_features(file: Source, classes: Sequence[str] | None) -> Examples:
-    labels, usable, own, paths = file.labels, file.usable, file.classes, file.paths
+    labels, usable, own, paths = file.labels, file.usable, file.classes, list(file.paths)
     rows = np.flatnonzero(usable & (labels >= 0))
     _require_classes(file.path, own, len(rows), paths)
     vectors = torch.empty(len(rows), file.dim)

@@ -26,7 +26,10 @@ class Judgement:
     everything: float
     to_random: Difference
     to_balanced: Difference
+    balanced_to_random: Difference
     to_everything: Interval  # list less everything
+    random_to_everything: Interval
+    balanced_to_everything: Interval
     images: int  # that judged
     seeds: int
 
@@ -43,34 +46,46 @@ class Judgement:
     def worse(self) -> bool:
         return any(one.verdict == "worse" for one in (self.to_random, self.to_balanced))
 
+    @property
+    def even_better(self) -> bool:
+        """Whether random lists with even classes beat random lists, each seed drawing its own of both."""
+        return self.balanced_to_random.verdict == "better"
+
 
 def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgement:
     """right: {'list', 'random', 'balanced', 'everything'} -> (seeds, images) bool, the answers of one model a seed."""
-    ours, full = right["list"], right["everything"]
-    comparisons = []
-    for name in ("random", "balanced"):
-        comparisons.append(against_draws(ours, right[name], confidence))
-    gap = ours.mean(axis=0) - full.mean(axis=0)  # (images,)
-    half = _half(gap, confidence)
+    full = right["everything"].mean(axis=0)  # (images,)
+    means = {name: float(rows.mean()) for name, rows in right.items()}
+    seeds, images = right["list"].shape
+    even = _compared(right["balanced"], right["random"], confidence, one_draw=False)
     return Judgement(
-        float(ours.mean()), float(right["random"].mean()), float(right["balanced"].mean()), float(full.mean()),
-        *comparisons, Interval(float(gap.mean()), float(gap.mean()) - half, float(gap.mean()) + half, len(ours)),
-        ours.shape[1], len(ours),
+        means["list"], means["random"], means["balanced"], means["everything"],
+        against_draws(right["list"], right["random"], confidence),
+        against_draws(right["list"], right["balanced"], confidence), even,
+        *(_over_images(right[name].mean(axis=0) - full, seeds, confidence) for name in ("list", "random", "balanced")),
+        images, seeds,
     )  # fmt: skip
 
 
 def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Difference:
     """One list, (seeds, images) bool, against as many random ones; with its verdict."""
+    return _compared(ours, draws, confidence, one_draw=True)
+
+
+def _compared(ours: np.ndarray, others: np.ndarray, confidence: float, *, one_draw: bool) -> Difference:
     one = statistics.compare(
-        ours.mean(axis=1), draws.mean(axis=1), one_draw=True, confidence=confidence, resolution=1 / ours.shape[1]
+        ours.mean(axis=1), others.mean(axis=1), one_draw=one_draw, confidence=confidence, resolution=1 / ours.shape[1]
     )
     return statistics.judge([one], confidence=confidence)[0]
 
 
-def _half(gap: np.ndarray, confidence: float) -> float:
+def _over_images(gap: np.ndarray, seeds: int, confidence: float) -> Interval:
+    """Mean and normal interval of (images,) differences, as the luck of the images that judge has it."""
     from scipy.stats import norm
 
-    return float(norm.ppf((1 + confidence) / 2)) * math.sqrt(gap.var(ddof=1) / len(gap))
+    mean = float(gap.mean())
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(gap.var(ddof=1) / len(gap))
+    return Interval(mean, mean - half, mean + half, seeds)
 
 
 def resampled(gaps: np.ndarray, confidence: float = 0.95, held_out: float = 0.25) -> Interval:

@@ -98,17 +98,22 @@ class Pool:
 
 
 class Part:
-    """Some rows of a pool, on which recipes are applied; clusterings are made once."""
+    """Some rows of a pool, on which recipes are applied; clusterings and orders are made once for all fractions."""
 
     def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0):
         self.pool, self.rows, self.seed = pool, np.sort(rows), seed
         self._rankings: dict[tuple, pruning.Ranking] = {}
+        self._ranks: dict[tuple, np.ndarray] = {}  # (m,) place of each row in the order of a recipe and seed
 
     def select(self, candidate: Candidate, keep: float, seed: int | None = None) -> np.ndarray:
         """The rows of the pool that are kept, (m,) ascending; `seed` is that of ties and draws."""
-        ranking = self._ranking(candidate)
-        kept = pruning.prune(ranking, candidate.rule(keep, self.seed if seed is None else seed)).keep
-        return self.rows[kept]
+        ranking, seed = self._ranking(candidate), self.seed if seed is None else seed
+        if candidate.balance:  # its floors depend on the fraction
+            return self.rows[pruning.prune(ranking, candidate.rule(keep, seed)).keep]
+        if (candidate, seed) not in self._ranks:
+            self._ranks[candidate, seed] = pruning.prune(ranking, candidate.rule(1.0, seed)).rank
+        rank = self._ranks[candidate, seed]
+        return self.rows[(rank >= 0) & (rank < round(keep * int(ranking.usable.sum())))]
 
     def _ranking(self, candidate: Candidate) -> pruning.Ranking:
         key = candidate.k, candidate.scores, self._by_prototypes(candidate)

@@ -14,6 +14,7 @@ from protoprune.evaluation.report import environment
 from protoprune.evaluation.statistics import Difference, Interval
 from protoprune.files import table_csv, write_file
 from protoprune.tuning import judging
+from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import REFERENCES
 from protoprune.tuning.running import Tuned
 from protoprune.tuning.unlabelled import Unlabelled
@@ -23,29 +24,50 @@ def sentence(result: Tuned) -> str:
     """The answer: never more than the interval supports."""
     one = result.judgement
     if one is None:
-        first = result.curve[0]
+        first = min((curve[0] for curve in (result.curve, result.random_curve)), key=lambda one: one.cost.high)
         return (
             f"keep everything: at {first.keep:.0%} kept already the cost may be {_points(first.cost.high)} points "
             f"({first.candidate.name}: {_span(first.cost)}), above the tolerance of {_points(result.tolerance)}"
         )
-    cost = -one.to_everything.mean
-    below = f"{_points(abs(cost))} {'below' if cost >= 0 else 'above'} everything"
-    head = f"keep {result.keep:.0%}"
     if result.tolerance is not None:
-        head = f"you can leave out {1 - result.keep:.0%}"
-        below += f" ({_points(-one.to_everything.high)} to {_points(-one.to_everything.low)} below)"
+        return _left_out(result, one)
+    head = f"keep {result.keep:.0%}"
     if one.better:
-        return (
-            f"{head}: {result.best.name}; {_signed(one.to_random)} points over random "
-            f"({_span(one.to_random)}), {_signed(one.to_balanced)} over random by class "
-            f"({_span(one.to_balanced)}), {below}"
-        )
+        return f"{head}: {result.best.name}; {_over_random(one)}, {_below(one.to_everything)}"
     why = "worse than" if one.worse else "not shown to be better than"
+    best = f"the best recipe, {result.best.name}, is {why} it: {_over_random(one)}"
+    if one.even_better:
+        gain = f"{_signed(one.balanced_to_random)} points over random ({_span(one.balanced_to_random)})"
+        return (
+            f"{head}: nothing beats random by class here, which is {gain}; such a list is written ({best}), "
+            f"{_below(one.balanced_to_everything)}"
+        )
+    return f"{head}: nothing beats random here; a random list is written ({best}), {_below(one.random_to_everything)}"
+
+
+def _left_out(result: Tuned, one: Judgement) -> str:
+    """The answer of --keep auto: the cost, which the fraction was chosen by, and what a random list would do."""
+    gap = one.to_everything
+    cost = f"{_below(gap)} ({_points(-gap.high)} to {_points(-gap.low)} below)"
+    if -gap.mean > result.tolerance:
+        cost += f", more than the {_points(result.tolerance)} asked for: the images that judge find it harder"
+    text = f"you can leave out {1 - result.keep:.0%}: {result.best.name}; {cost}"
+    if result.best in REFERENCES:
+        return f"{text}; no recipe tried allows a smaller list"
+    text += f"; {_over_random(one)}"
+    plain = next((point.keep for point in result.random_curve[::-1] if point.cost.high < result.tolerance), 1.0)
+    return f"{text}; with random lists you could leave out {1 - plain:.0%}"
+
+
+def _over_random(one: Judgement) -> str:
     return (
-        f"{head}: nothing beats random here; a random list is written (the best recipe, {result.best.name}, is {why} "
-        f"it: {_signed(one.to_random)} points over random ({_span(one.to_random)}), {_signed(one.to_balanced)} over "
-        f"random by class ({_span(one.to_balanced)})), {below}"
+        f"{_signed(one.to_random)} points over random ({_span(one.to_random)}), {_signed(one.to_balanced)} over random "
+        f"by class ({_span(one.to_balanced)})"
     )
+
+
+def _below(gap: Interval) -> str:
+    return f"{_points(abs(gap.mean))} {'below' if gap.mean <= 0 else 'above'} everything"
 
 
 def rows(result: Tuned) -> list[dict]:
@@ -72,7 +94,8 @@ def save(folder: str | os.PathLike, result: Tuned, command: str, config: dict) -
     if result.curve:
         files["curve.csv"] = table_csv([
             {"keep": one.keep, "recipe": one.candidate.name, "accuracy": one.accuracy, "cost": one.cost.mean,
-             "low": one.cost.low, "high": one.cost.high, "splits": one.cost.n} for one in result.curve
+             "low": one.cost.low, "high": one.cost.high, "splits": one.cost.n}
+            for one in [*result.curve, *result.random_curve]
         ])  # fmt: skip
     content = {
         "answer": sentence(result), "command": command, "keep": result.keep, "best": result.best.name,
@@ -119,9 +142,10 @@ def figure(result: Tuned):
     axes[0].axvline(0, color="grey", lw=0.8)
     axes[0].set_xlabel("accuracy less random, points")
     if result.curve:
-        x, y = [100 * one.keep for one in result.curve], [100 * one.cost.mean for one in result.curve]
-        low = [100 * (one.cost.mean - one.cost.low) for one in result.curve]
-        axes[1].errorbar(x, y, low, fmt="o-", capsize=2)
+        for name, curve in (("best recipe", result.curve), ("random", result.random_curve)):
+            x, y = [100 * one.keep for one in curve], [100 * one.cost.mean for one in curve]
+            half = [100 * (one.cost.mean - one.cost.low) for one in curve]
+            axes[1].errorbar(x, y, half, fmt="o-", capsize=2, label=name)
         axes[1].axhline(100 * result.tolerance, color="C3", ls="--", label="tolerance")
         axes[1].set(xlabel="kept, %", ylabel="cost against everything, points")
         axes[1].legend()

@@ -50,13 +50,18 @@ class Judge(Protocol):
 
 
 class Heads:
-    """Linear heads on the features, trained to convergence."""
+    """Linear heads on the features, trained to convergence.
+
+    All recipes on a split share one strength of the penalty: choosing it costs most of a fit, and the same for all is
+    fair to all. It is the one that suits as many random images of the same training part. What judges has its own.
+    """
 
     def __init__(self, pool: Pool, choosers: np.ndarray, test: Pool | None = None):
         from protoprune.training import converged
 
         self.pool, self.choosers, self.test = pool, choosers, test
-        self.name = f"head {converged.VERSION}"
+        self.name = f"head {converged.VERSION}, shared strength"
+        self._strengths: dict[tuple[int, int], float] = {}  # by the number of images and the split
 
     @property
     def space(self):
@@ -68,13 +73,26 @@ class Heads:
         return self._space
 
     def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
+        if held_out is None:
+            return self._fit(rows, seed).predict(self.test.vectors) == self.test.labels
+        strength = None
+        if np.isin(held_out[:1], self.choosers).any():  # a split of the images that choose
+            strength = self._strength(len(rows), held_out, seed)
+        return self._fit(rows, seed, strength).predict(self.pool.vectors[held_out]) == self.pool.labels[held_out]
+
+    def _fit(self, rows: np.ndarray, seed: int, strength: float | None = None):
         from protoprune.training.converged import fit_head
 
-        labels, own = self.pool.labels, np.searchsorted(self.choosers, rows)
-        head = fit_head(self.space, labels[self.choosers], len(self.pool.classes), rows=own, seed=seed)
-        if held_out is None:
-            return head.predict(self.test.vectors) == self.test.labels
-        return head.predict(self.pool.vectors[held_out]) == labels[held_out]
+        own = np.searchsorted(self.choosers, rows)
+        labels, classes = self.pool.labels[self.choosers], len(self.pool.classes)
+        return fit_head(self.space, labels, classes, rows=own, strength=strength, seed=seed)
+
+    def _strength(self, count: int, held_out: np.ndarray, split: int) -> float:
+        if (count, split) not in self._strengths:
+            part = np.setdiff1d(self.choosers, held_out)
+            drawn = np.random.default_rng([split, 0x57E6]).permutation(part)[:count]
+            self._strengths[count, split] = self._fit(np.sort(drawn), split).strength
+        return self._strengths[count, split]
 
 
 class Networks:
@@ -105,22 +123,31 @@ class Point:
 
 @dataclass
 class Tuned:
-    """What was found. `winner` is what the list is made by: the best recipe, or random where none beats it."""
+    """What was found. `winner` is what the list is made by."""
 
     keep: float
     candidates: list[Candidate]  # numbered as in the standings; the first two are the references
     standings: list[Standing]
-    best: Candidate  # of the recipes, by the splits
+    best: Candidate  # of the recipes, by the splits; with --keep auto random too
     judgement: Judgement | None  # None where everything is kept
     images: int
     judges: str  # what trained
     tolerance: float | None = None  # of --keep auto
-    curve: list[Point] = field(default_factory=list)
+    curve: list[Point] = field(default_factory=list)  # of --keep auto, of the best recipes
+    random_curve: list[Point] = field(default_factory=list)  # and of random lists
     network_accuracy: dict[str, float] = field(default_factory=dict)  # finalists by name, over NETWORK_SPLITS
 
     @property
     def winner(self) -> Candidate:
-        return self.best if self.judgement is not None and self.judgement.better else RANDOM
+        """The best recipe where it beats random lists, else random, with even classes where that beats it without.
+
+        With --keep auto what allows the smallest fraction at the tolerance, which needs no such proof.
+        """
+        if self.judgement is None:
+            return RANDOM
+        if self.tolerance is not None or self.judgement.better:
+            return self.best
+        return BALANCED if self.judgement.even_better else RANDOM
 
 
 def tune(
@@ -174,15 +201,26 @@ def tune(
         keep or 1.0, everyone, standings, best, None, len(pool),
         networks.recipe.model if networks else "linear heads", tolerance if keep is None else None, curve,
     )  # fmt: skip
-    if keep is None:
-        found = _smallest(lab, ranked, tolerance, curve, say)
-        if found is None:
-            return result
-        result.keep, result.best = found.keep, found.candidate
-    elif networks is not None:
-        result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
-    say(f"judging {result.best.name} on {lab.judging_images(judges, test):,} images that chose nothing")
-    result.judgement = lab.judge(networks or lab.heads, result.best, result.keep, judges, seeds)
+
+    def judged() -> None:
+        say(f"judging {result.best.name} on {lab.judging_images(judges, test):,} images that chose nothing")
+        result.judgement = lab.judge(networks or lab.heads, result.best, result.keep, judges, seeds)
+
+    if keep is not None:
+        if networks is not None:
+            result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
+        judged()
+        return result
+    found = _smallest(lab, ranked[:FINALISTS], tolerance, curve, say)
+    plain = _smallest(lab, list(REFERENCES), tolerance, result.random_curve, say)
+    for one in (found, plain) if found and (plain is None or found.keep < plain.keep) else (plain,):
+        if one is None:
+            result.keep, result.judgement = 1.0, None
+            break
+        result.keep, result.best = one.keep, one.candidate
+        judged()
+        if not result.judgement.worse:
+            break
     return result
 
 
@@ -207,16 +245,19 @@ def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict
     return max(finalists, key=lambda one: found[one.name])
 
 
-def _smallest(lab: _Lab, ranked: list[Candidate], tolerance: float, curve: list[Point], say) -> Point | None:
-    """The smallest fraction whose cost is below the tolerance with its whole interval, as all larger ones' are."""
+def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[Point], say) -> Point | None:
+    """The smallest fraction whose cost is below the tolerance with its whole interval, as all larger ones' are.
+
+    At each the cost is that of the best of `tried` there.
+    """
     everything = np.array([lab.everything(split) for split in range(AUTO_SPLITS)])
 
     def point(keep: float) -> Point:
         rows = []
-        for one in ranked[:FINALISTS]:
+        for one in tried:
             rows.append([lab.on_split(lab.heads, one, keep, split) for split in range(AUTO_SPLITS)])
         best = int(np.argmax(np.mean(rows, axis=1)))
-        found = Point(keep, ranked[best], float(np.mean(rows[best])), judging.resampled(everything - rows[best]))
+        found = Point(keep, tried[best], float(np.mean(rows[best])), judging.resampled(everything - rows[best]))
         curve.append(found)
         curve.sort(key=lambda one: -one.keep)
         say(

@@ -1,0 +1,60 @@
+"""`protoprune reshard`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protoprune.cli.progress import Progress, resumable, say
+from protoprune.units import bytes_text
+
+
+def reshard(
+    kept: Annotated[Path, typer.Argument(metavar="LIST", help="Kept list that `protoprune select` wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the tars; a second call resumes.")],
+    root: Annotated[
+        str | None, typer.Option(help="Folder (or URL) of the images or shards [default: that of --features].")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature file or set of the list, which knows where the images are.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images a tar.")] = 10_000,
+    image_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the images.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the ids.")] = None,
+) -> None:
+    """Write new tars of the images that a list keeps, with what lies beside them. Inputs are only read."""
+    from protoprune.resharding import reshard as write
+    from protoprune.sources import ShardOptions
+
+    options = ShardOptions(image_column, None, id_column) if image_column or id_column else None
+    with resumable(f"the tars that are whole are kept in {out}"), Progress("reshard") as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            if not bar.started:
+                bar.start(total)
+            bar.update(done)
+
+        report = write(
+            kept, out, root=root, features=features, shard_size=shard_size, options=options, on_progress=on_progress
+        )
+    there = f" ({report.there:,} were there already)" if report.there else ""
+    say(f"{out}: {report.images:,} images in {report.shards:,} tars{there}, {bytes_text(report.bytes)}")
+    if report.others:
+        say(f"{report.others:,} other files went with them (.txt, .json, …)")
+    _warn(kept, out, root)
+
+
+def _warn(kept: Path, out: Path, root: str | None) -> None:
+    from protoprune.errors import ProtopruneError
+    from protoprune.lists import read_weights
+
+    try:
+        read_weights(kept)
+        say(f"note: the weights of {kept} are not in the tars; protoprune.read_weights gives them by path")
+    except ProtopruneError:
+        pass
+    if root and "://" not in root and os.path.realpath(out).startswith(os.path.join(os.path.realpath(root), "")):
+        say(f"warning: {out} lies in the folder of the images, where `protoprune embed` will find them twice")

@@ -1,0 +1,87 @@
+"""Which rows of an earlier feature file still hold an image: by name, size and times, and by content where in doubt.
+
+A tree that was copied or restored has the names, sizes and times of modification of another one, whatever its pixels.
+What no program can set is the ctime, so within one root it vouches for a file; where it is another one, and for files
+below another root, what was read of the image then (a digest of all its bytes, see `features`) is compared with what it
+holds now. Knows nothing of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from protoprune.decode import TRANSIENT
+from protoprune.features import FeatureFile
+from protoprune.images import ImageList
+
+
+@dataclass
+class Known:
+    """What earlier files have of a list of images."""
+
+    rows: list[np.ndarray]  # (n,) for each file: its row that holds image i, -1 for none
+    compared: np.ndarray  # (n,) bool: images whose content was compared
+    other: np.ndarray  # (n,) bool: those of them whose content no file has
+
+
+def content_digest(data: bytes) -> int:
+    """xxh3-64 of an encoded image; never 0, which stands for an image that was not read."""
+    return xxh3_64_intdigest(data) or 1
+
+
+def known_rows(
+    images: ImageList, files: Sequence[FeatureFile], moved: bool, read: Callable[[np.ndarray], np.ndarray]
+) -> Known:
+    """Match the images with the rows of earlier files.
+
+    read: rows of the list (m,) -> their content digests (m,) uint64, 0 where an image cannot be read; called once, for
+    the images in doubt. With `moved` there is no doubt: names, sizes and times of modification are enough.
+    """
+    rows = [_alike(images, file) for file in files]
+    was = [np.where(at >= 0, file.content[at], 0).astype(np.uint64) for file, at in zip(files, rows, strict=True)]
+    doubt = [_doubt(images, file, at, moved) for file, at in zip(files, rows, strict=True)]
+    compared = np.zeros(len(images), bool)
+    for one, digests in zip(doubt, was, strict=True):
+        compared |= one & (digests != 0)
+    now = np.zeros(len(images), np.uint64)
+    if compared.any():
+        now[compared] = read(np.flatnonzero(compared))
+    for file, at, one, digests in zip(files, rows, doubt, was, strict=True):
+        if file.provenance["root"] == images.root:  # without a digest, or unreadable now: nothing speaks against it
+            at[one & (digests != 0) & (now != 0) & (now != digests)] = -1
+        else:
+            at[one & ((digests == 0) | (now != digests))] = -1
+    found = np.zeros(len(images), bool)
+    for at in rows:
+        found |= at >= 0
+    return Known(rows, compared, compared & ~found)
+
+
+def _alike(images: ImageList, file: FeatureFile) -> np.ndarray:
+    """(n,) the finished row of each image with the same name, size and time of modification, -1 for none."""
+    paths = file.paths
+    if paths == images.paths:
+        rows = np.arange(len(paths))
+    else:
+        row_of = {path: row for row, path in enumerate(paths)}
+        rows = np.array([row_of.get(path, -1) for path in images.paths], np.int64)
+    good = file.finished() & ~np.isin(file.status, TRANSIENT)
+    same = (rows >= 0) & good[rows] & (images.mtime_ns >= 0)
+    same &= (file.size[rows] == images.size) & (file.mtime_ns[rows] == images.mtime_ns)
+    return np.where(same, rows, -1)
+
+
+def _doubt(images: ImageList, file: FeatureFile, rows: np.ndarray, moved: bool) -> np.ndarray:
+    """(n,) bool: rows that are an image's by name, size and time of modification only."""
+    if moved:
+        return np.zeros(len(rows), bool)
+    if file.provenance["root"] != images.root:
+        return rows >= 0
+    if images.ctime_ns is None:
+        return np.zeros(len(rows), bool)
+    before = file.ctime_ns[rows]
+    return (rows >= 0) & (before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)

@@ -1,0 +1,114 @@
+"""Names of many images without a Python object for each: they stay where they are, and are decoded as they are needed.
+
+A string costs some 80 bytes, and its place in a list 8 more, which at 100 million images is the memory of a large
+machine. What is needed of names is little at a time: one for a message, a batch to hash or to write. Where a function
+takes a sequence of names, lists do too. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+BATCH = 65_536  # names that are in memory at once
+_NEAR = 512  # names that are read along with one, for its neighbours are mostly next
+_GAP = 2048  # names that are rather read than jumped over
+
+
+class Paths(Sequence[str]):
+    """n names, which `read(first, last)` gives as bytes, those of the rows first to last - 1; a sequence of str.
+
+    Names that are not UTF-8 have surrogates, as `os.fsdecode` makes them.
+    """
+
+    def __init__(self, n: int, read: Callable[[int, int], list[bytes]]):
+        self._n, self.read = n, read
+        self._recent: tuple[int, list[bytes]] = (0, [])
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            rows = range(self._n)[row]
+            if rows.step == 1:
+                return [os.fsdecode(name) for part in self._batches(rows.start, rows.stop) for name in part]
+            return [self[one] for one in rows]
+        row = int(row)
+        if not -self._n <= row < self._n:
+            raise IndexError(f"row {row} of {self._n:,} names")
+        row %= self._n
+        first, names = self._recent
+        if not first <= row < first + len(names):
+            first = row - row % _NEAR
+            names = self.read(first, min(first + _NEAR, self._n))
+            self._recent = first, names  # one assignment: threads may look at the same time
+        return os.fsdecode(names[row - first])
+
+    def __iter__(self) -> Iterator[str]:
+        return (os.fsdecode(name) for part in self._batches(0, self._n) for name in part)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment] # as of a list
+
+    def __repr__(self) -> str:
+        return f"<{self._n:,} names{f', {self[0]!r} to {self[-1]!r}' if self._n else ''}>"
+
+    def _batches(self, first: int, last: int) -> Iterator[list[bytes]]:
+        return (self.read(start, min(start + BATCH, last)) for start in range(first, last, BATCH))
+
+
+def encoded(names: Sequence[str], rows: np.ndarray) -> Iterator[list[bytes]]:
+    """The names of these rows as the bytes that the file system has, in the order of `rows`, up to BATCH at once.
+
+    Fast where the rows ascend; else sort them first, where there are many.
+    """
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        if not isinstance(names, Paths):
+            yield [os.fsencode(names[row]) for row in some.tolist()]
+        elif _ascend(some):
+            yield list(itertools.chain.from_iterable(_picked(names, part) for part in _near(some)))
+        else:
+            order = np.argsort(some, kind="stable")
+            found = [name for part in _near(some[order]) for name in _picked(names, part)]
+            back = np.empty(len(some), np.int64)
+            back[order] = np.arange(len(some))
+            yield [found[place] for place in back.tolist()]
+
+
+def picked(names: Sequence[str], rows: np.ndarray) -> list[str]:
+    """The names of these rows, in their order."""
+    return [os.fsdecode(name) for part in encoded(names, rows) for name in part]
+
+
+def _ascend(rows: np.ndarray) -> bool:
+    return bool((np.diff(rows) >= 0).all())
+
+
+def _near(rows: np.ndarray) -> list[np.ndarray]:
+    """Ascending rows in parts that are read at once each."""
+    far = (np.diff(rows) > _GAP) | (np.diff(rows // BATCH) > 0)
+    return np.split(rows, np.flatnonzero(far) + 1) if len(rows) else []
+
+
+def _picked(names: Paths, rows: np.ndarray) -> Iterable[bytes]:
+    first = int(rows[0])
+    read = names.read(first, int(rows[-1]) + 1)
+    return read if (np.diff(rows) == 1).all() else [read[row] for row in (rows - first).tolist()]

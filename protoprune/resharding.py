@@ -1,0 +1,353 @@
+"""A kept list -> new tars of what it keeps, one after the other, each whole or not there at all.
+
+Images come from a folder, or from shards of any kind, by the ids of the list. What has an image's key goes with it (in
+tars and zips all that is no image, in folders .cls, .json and .txt, of tables the other columns as .json). Inputs are
+only read. The tar that is there is the checkpoint: a second run of the same list does only the rest, and the bytes do
+not depend on interruptions. What this module does not know: how a shard is read (`sources`), and who trains on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from protoprune import files
+from protoprune.decode import ImageError
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.lists import read_list
+from protoprune.sources.finding import SUFFIXES, Shard
+from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.text import with_slashes
+
+PLAN = "reshard.json"
+SIZE = 10_000  # images a tar
+_FORMAT, _VERSION = "protoprune-reshard", 1
+_BESIDE = (".cls", ".json", ".txt")  # files that go with an image of a folder
+_WORD = re.compile(r"[A-Za-z_]+")
+_SUFFIX = {"JPEG": "jpg", "TIFF": "tif"}  # of Pillow's names; others as they are
+
+
+@dataclass
+class ReshardReport:
+    """What a run did."""
+
+    out: str
+    images: int = 0  # of the list
+    shards: int = 0
+    there: int = 0  # shards that an earlier run had made
+    others: int = 0  # files that went with images, in the shards of this run
+    bytes: int = 0  # of all shards
+
+
+def reshard(
+    kept: str | os.PathLike | Sequence[str],
+    out: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    features: str | os.PathLike | None = None,
+    shard_size: int = SIZE,
+    options: ShardOptions | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ReshardReport:
+    """Write the images of a kept list to tars `00000.tar`, … in the folder `out`, which is new or of the same list.
+
+    `root` is the folder (or the URL) that the listed paths are relative to, that of `features` (a feature file or set,
+    which also knows how its shards are read, and what row indices count), or none where the paths are absolute. A tar
+    holds `shard_size` images, more where images of one key would be parted. Names are those in the folder or shard;
+    in front of the file's name goes the shard's, so that keys which shards share stay apart. `on_progress(done, total)`
+    is called as images are written.
+
+    Raises UsageError for a list or a folder that will not do, ProtopruneError for an image that cannot be read now.
+    """
+    if shard_size < 1:
+        raise UsageError(f"--shard-size {shard_size}: expected at least 1 image")
+    out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
+    root, entries, options = _entries(kept, name, root, features, options)
+    shards = _cut(entries, shard_size)
+    inputs = _Inputs(root, options, entries)
+    report = ReshardReport(out, len(entries), len(shards))
+    _prepare(out, {
+        "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
+        "shard_size": shard_size, "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
+    })  # fmt: skip
+    done = 0
+    with files.lock(os.path.join(out, PLAN)), contextlib.closing(inputs):
+        for number, (first, last) in enumerate(shards):
+            path = os.path.join(out, f"{number:05d}.tar")
+            if os.path.exists(path):
+                report.there, done = report.there + 1, last
+            else:
+                with files.told(path), files.replacing(path, f"{path}.partial") as temporary:
+                    for count in _write(temporary, entries[first:last], inputs):
+                        report.others, done = report.others + count, done + 1
+                        if on_progress:
+                            on_progress(done, len(entries))
+            report.bytes += os.path.getsize(path)
+    return report
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+
+def _entries(kept, name: str, root, features, options) -> tuple[str, list[str], ShardOptions]:
+    """(root, paths below it, sorted, and how shards are read)."""
+    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
+    if features is not None:
+        from protoprune.features import open_features
+
+        with open_features(features) as file:
+            root = file.provenance["root"] if root is None else root
+            options = options or _options_of(file.provenance)
+            if isinstance(listed, np.ndarray):
+                listed = _by_number(listed, file.paths, name)
+    if isinstance(listed, np.ndarray):
+        raise UsageError(f"{name}: row indices do not name images; give --features, whose rows they count")
+    if not listed:
+        raise UsageError(f"{name}: lists no image, so that nothing would be left")
+    if root is None:
+        if not all(os.path.isabs(path) for path in listed):
+            raise UsageError(f"{name}: give --root, the folder that its paths are relative to, or --features")
+        root = os.path.commonpath([os.path.dirname(path) for path in listed])
+    root = os.fspath(root)
+    entries = sorted(_below(listed, root, name), key=os.fsencode)
+    for one, other in itertools.pairwise(entries):
+        if one == other:
+            raise UsageError(f"{name}: {one} is listed more than once; list each image once")
+    return root, entries, options or ShardOptions()
+
+
+def _options_of(provenance: dict) -> ShardOptions:
+    try:
+        return ShardOptions(**json.loads(provenance.get("shard_options", "{}")))
+    except (TypeError, ValueError):
+        return ShardOptions()
+
+
+def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
+    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+        raise ProtopruneError(f"{name}: {rows.dtype} of shape {rows.shape}, expected one row index an image")
+    wrong = rows[(rows < 0) | (rows >= len(paths))]
+    if len(wrong):
+        raise ProtopruneError(f"{name}: row {wrong[0]} of {len(paths):,} images; it was made for another feature file")
+    return [paths[row] for row in np.sort(rows).tolist()]
+
+
+def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
+    """The paths relative to the root, as they are in feature files."""
+    base = root.rstrip("/") + "/" if "://" in root else os.path.join(os.path.abspath(root), "")
+    found = []
+    for path in with_slashes(listed, lambda path: os.path.exists(os.path.join(base, path))):
+        whole = path if path.startswith(base) or os.path.isabs(path) else base + path
+        inside = os.path.normpath(whole.removeprefix(base)) if whole.startswith(base) else ".."
+        if inside.startswith(("..", "/")):
+            raise UsageError(f"{name}: {path} is not below {root}; give the --root that the list was made for")
+        found.append(inside)
+    return found
+
+
+def _cut(entries: Sequence[str], size: int) -> list[tuple[int, int]]:
+    """[first, last) of each tar: `size` images, and those that share the key of its last one."""
+    shards, first = [], 0
+    while first < len(entries):
+        last = min(first + size, len(entries))
+        while last < len(entries) and _key(entries[last]) == _key(entries[last - 1]):
+            last += 1
+        shards.append((first, last))
+        first = last
+    return shards
+
+
+def _prepare(out: str, plan: dict) -> None:
+    """Make the folder, or see that it is of the same list."""
+    path = os.path.join(out, PLAN)
+    try:
+        os.makedirs(out, exist_ok=True)
+        there = sorted(os.listdir(out))
+    except OSError as error:
+        raise UsageError(f"{out}: cannot make the folder ({error.strerror}); choose another one") from None
+    if PLAN not in there:
+        if others := [one for one in there if not one.startswith(PLAN)]:
+            raise UsageError(f"{out}: a folder that holds other things ({others[0]}); name a new one for the shards")
+        files.write_file(path, (json.dumps(plan, indent=1) + "\n").encode())
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+    except (OSError, ValueError):
+        before = {}
+    if before != plan:
+        other = next((key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]), "plan")
+        raise UsageError(
+            f"{out}: holds the shards of another list (another {other.replace('_', ' ')}); name a new folder"
+        )
+
+
+# --- the images -------------------------------------------------------------------------------------------------------
+
+
+class _Inputs:
+    """The images of the list, from the folder or the shards below a root; one shard is open at a time."""
+
+    def __init__(self, root: str, options: ShardOptions, entries: Sequence[str]):
+        self.root, self.options = root, options
+        self.shard_of = {folder: self._find(folder) for folder in dict.fromkeys(map(os.path.dirname, entries))}
+        self.label_of = _labels([shard for shard in self.shard_of.values() if shard])
+        self._stack = contextlib.ExitStack()
+        self._open: tuple[str, ShardImages, dict[str, int], dict[str, list[str]]] | None = None
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _find(self, folder: str) -> str | None:
+        """The shard that a folder of an id lies in: the first part of it that is a file, by URL one called so."""
+        parts = folder.split("/") if folder else []
+        for count in range(1, len(parts) + 1):
+            some = "/".join(parts[:count])
+            if some.lower().endswith(SUFFIXES) if "://" in self.root else os.path.isfile(os.path.join(self.root, some)):
+                return some
+        return None
+
+    def samples(self, entries: Sequence[str]) -> Iterator[list[tuple[str, bytes, bool]]]:
+        """For each key of the entries, which are sorted, its files: (name in the tar, content, whether listed)."""
+        for (shard, key), group in itertools.groupby(entries, self._sample_of):
+            own = list(group)
+            yield self._in_shard(shard, key, own) if shard else self._in_folder(key, own)
+
+    def _sample_of(self, path: str) -> tuple[str | None, str]:
+        return self.shard_of[os.path.dirname(path)], _key(path)
+
+    def _in_folder(self, key: str, own: list[str]) -> list[tuple[str, bytes, bool]]:
+        found = [(path, _read(os.path.join(self.root, path)), True) for path in own]
+        for suffix in _BESIDE:
+            if os.path.isfile(os.path.join(self.root, key + suffix)):
+                found.append((key + suffix, _read(os.path.join(self.root, key + suffix)), False))
+        return [(_with_suffix(name, data) if listed else name, data, listed) for name, data, listed in found]
+
+    def _in_shard(self, shard: str, key: str, own: list[str]) -> list[tuple[str, bytes, bool]]:
+        images, rows, of_key = self._opened(shard)
+        missing = [path for path in own if path not in rows]
+        if missing:
+            raise ProtopruneError(f"{missing[0]}: not in its shard any more; embed and select again")
+        also = [path for path in of_key[key] if path not in own and _belongs(path, own)]
+        found = []
+        for path in [*own, *also]:
+            try:
+                data = images.read(rows[path])
+            except ImageError as error:
+                raise ProtopruneError(
+                    f"{path}: {error.status.label} ({error.reason}); embed and select again"
+                ) from None
+            inside = path[len(shard) + 1 :]
+            found.append((self._name(shard, _with_suffix(inside, data)), data, path in own))
+        try:
+            beside = images.beside(own[0][len(shard) + 1 :])
+        except ImageError as error:
+            raise ProtopruneError(f"{own[0]}: {error.status.label} beside it ({error.reason})") from None
+        return found + [(self._name(shard, name), data, False) for name, data in beside]
+
+    def _opened(self, shard: str) -> tuple[ShardImages, dict[str, int], dict[str, list[str]]]:
+        if self._open is None or self._open[0] != shard:
+            self._stack.close()
+            try:
+                where = os.path.join(self.root, shard)
+                if "://" in self.root:
+                    from protoprune.sources.remote import fetched, find_remote
+
+                    where = self._stack.enter_context(fetched(find_remote(where).shards[0]))
+                images = self._stack.enter_context(
+                    open_shard(Shard(shard, where, 0, 0), where, self.options, self.root)
+                )
+            except ShardError as error:
+                raise ProtopruneError(f"{shard}: {error.status.label}: {error.reason}") from None
+            of_key: dict[str, list[str]] = {}
+            for path in images.paths:
+                of_key.setdefault(_key(path), []).append(path)
+            self._open = shard, images, {path: row for row, path in enumerate(images.paths)}, of_key
+        return self._open[1:]
+
+    def _name(self, shard: str, inside: str) -> str:
+        folder, _, last = inside.rpartition("/")
+        return f"{folder}/{self.label_of[shard]}_{last}" if folder else f"{self.label_of[shard]}_{last}"
+
+
+def _labels(shards: Sequence[str]) -> dict[str, str]:
+    """shard -> what goes in front of its images' names: its own name without dots and slashes, no two alike."""
+    found: dict[str, str] = {}
+    for shard in sorted(set(shards), key=os.fsencode):
+        stem = next((shard[: -len(suffix)] for suffix in SUFFIXES if shard.lower().endswith(suffix)), shard)
+        label = plain = re.sub(r"[./]+", "-", stem)
+        taken, count = set(found.values()), 1
+        while label in taken:
+            count += 1
+            label = f"{plain}-{count}"
+        found[shard] = label
+    return found
+
+
+def _key(path: str) -> str:
+    """WebDataset's key: the path up to the first dot of the file's name."""
+    folder, _, last = path.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}" if folder else last.partition(".")[0]
+
+
+def _belongs(path: str, own: Sequence[str]) -> bool:
+    """Whether an image that is not listed belongs to one that is: `7.mask.png` to `7.jpg`, but not to `7.left.jpg`."""
+    middle = path[len(_key(path)) + 1 :].rpartition(".")[0]
+    return bool(_WORD.fullmatch(middle)) and not any(one[len(_key(one)) + 1 :].rpartition(".")[0] for one in own)
+
+
+def _with_suffix(name: str, data: bytes) -> str:
+    """The name, with a suffix for what the image is where it has none."""
+    if "." in name.rpartition("/")[2]:
+        return name
+    from PIL import Image
+
+    from protoprune import formats
+
+    formats.register()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format or "bin"
+    except Exception:
+        kind = "bin"
+    return f"{name}.{_SUFFIX.get(kind, kind.lower())}"
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ProtopruneError(f"{path}: {error.strerror}; give the --root that the list was made for") from None
+
+
+# --- a tar ------------------------------------------------------------------------------------------------------------
+
+
+def _write(path: str, entries: Sequence[str], inputs: _Inputs) -> Iterator[int]:
+    """Write a tar, whose bytes depend on names and contents alone; yields of each listed image how many other files
+    went with it."""
+    names: set[str] = set()
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+        for sample in inputs.samples(entries):
+            others = sum(not listed for _, _, listed in sample)
+            for name, data, listed in sample:
+                if name in names:
+                    raise ProtopruneError(f"{name}: two files of the list would have this name; reshard them apart")
+                names.add(name)
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                if listed:
+                    yield others
+                    others = 0

@@ -1,0 +1,335 @@
+"""New tars of what a list keeps: the right images with what lies beside them, whole or not there, from every source."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from helpers import encoded, picture
+from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
+from typer.testing import CliRunner
+
+import protoprune
+from protoprune.cli import app
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.resharding import PLAN, reshard
+
+
+def tars(folder) -> list[Path]:
+    return sorted(Path(folder).glob("*.tar"))
+
+
+def content(folder) -> dict[str, bytes]:
+    """name -> bytes of all members of all tars."""
+    found = {}
+    for path in tars(folder):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()
+    return found
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    """Content and time of every file: what must not be touched."""
+    return {
+        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*") if path.is_file()
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return image_folder(tmp_path / "images", {"ant": 4, "bee": 3}, side=12)
+
+
+def test_from_a_folder_with_what_lies_beside(folder, tmp_path):
+    (folder / "ant/001.txt").write_text("an ant")
+    (folder / "ant/002.json").write_text("{}")
+    (folder / "ant/001.npy").write_bytes(b"not ours")
+    (folder / "ant/003.cls").write_text("7")  # of an image that is not kept
+    before = snapshot(folder)
+    kept = ["ant/001.png", "ant/002.png", "bee/000.png"]
+    (tmp_path / "kept.txt").write_text("".join(f"{path}\n" for path in kept))
+    report = reshard(tmp_path / "kept.txt", tmp_path / "out", root=folder, shard_size=2)
+    assert (report.images, report.shards, report.there, report.others) == (3, 2, 0, 2)
+    assert [path.name for path in tars(tmp_path / "out")] == ["00000.tar", "00001.tar"]
+    assert content(tmp_path / "out") == {
+        **{path: (folder / path).read_bytes() for path in kept}, "ant/001.txt": b"an ant", "ant/002.json": b"{}",
+    }  # fmt: skip
+    assert snapshot(folder) == before
+
+
+def test_from_tars_whose_keys_repeat(tmp_path):
+    """Each shard has 000000.jpg with a caption, as img2dataset writes them; and one image has a mask."""
+    for number in range(3):
+        files = []
+        for i in range(4):
+            color = encoded(picture(8, 8, 10 * number + i), "PNG")
+            files += [(f"{i:06d}.png", color), (f"{i:06d}.txt", f"{number} {i}".encode())]
+            files += [(f"{i:06d}.json", json.dumps({"label": f"l{number}", "uid": i}).encode())]
+        files += [("000001.mask.png", b"mask"), ("000003.left.png", b"left"), ("000003.right.png", b"right")]
+        write_tar(tmp_path / "in" / f"{number:05d}.tar", files)
+    before = snapshot(tmp_path / "in")
+    kept = ["00000.tar/000001.png", "00001.tar/000001.png", "00001.tar/000003.left.png", "00002.tar/000000.png"]
+    reshard(kept, tmp_path / "out", root=tmp_path / "in")
+    found = content(tmp_path / "out")
+    assert set(found) == {
+        "00000_000001.png", "00000_000001.mask.png", "00000_000001.txt", "00000_000001.json",
+        "00001_000001.png", "00001_000001.mask.png", "00001_000001.txt", "00001_000001.json",
+        "00001_000003.left.png", "00001_000003.txt", "00001_000003.json",
+        "00002_000000.png", "00002_000000.txt", "00002_000000.json",
+    }  # fmt: skip
+    assert found["00001_000001.txt"] == b"1 1"
+    assert found["00001_000001.png"] == encoded(picture(8, 8, 11), "PNG")
+    assert snapshot(tmp_path / "in") == before
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "zip", "hf parquet"])
+def test_every_kind_of_shard_gives_the_same_images_and_classes(folder, tmp_path, kind):
+    files = members(folder)
+    source = tmp_path / "in"
+    source.mkdir()
+    if kind in ("tar", "tar.gz"):
+        write_tars(source, files, 2, f".{kind}")
+        spec = source
+    elif kind == "zip":
+        spec = write_zip(source / "all.zip", files)
+    else:
+        pytest.importorskip("pyarrow")
+        spec = write_parquet(source / "part-0.parquet", files, "hf" if kind == "hf parquet" else "binary")
+    run = CliRunner()
+    assert run.invoke(app, ["embed", str(spec), "--encoder", "mini", "-o", str(tmp_path / "set")]).exit_code == 0
+    command = ["select", str(tmp_path / "set"), "--keep", "0.5", "--k", "2", "-o", str(tmp_path / "kept.txt")]
+    result = run.invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    command = [
+        "reshard",
+        str(tmp_path / "kept.txt"),
+        str(out),
+        "--features",
+        str(tmp_path / "set"),
+        "--shard-size",
+        "3",
+    ]
+    result = run.invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    kept = protoprune.read_list(tmp_path / "kept.txt")
+    assert f"{out}: {len(kept)} images in 2 tars" in result.stderr
+    by_name = dict(files)
+    if "parquet" in kind:
+        want = [files[int(path.rpartition("/")[2])][1] for path in kept]
+    else:
+        want = [by_name[path.partition("/")[2]] for path in kept]
+    found = content(out)
+    assert sorted(data for name, data in found.items() if name.endswith(".png")) == sorted(want)
+    assert run.invoke(app, ["embed", str(out), "--encoder", "mini", "-o", str(tmp_path / "again")]).exit_code == 0
+    with protoprune.FeatureSet(tmp_path / "again") as again, protoprune.FeatureSet(tmp_path / "set") as before:
+        rows = [list(before.paths).index(path) for path in kept]
+        assert again.classes == before.classes == ["ant", "bee"]
+        assert sorted(map(tuple, again.features[:].tolist())) == sorted(map(tuple, before.features[:][rows].tolist()))
+        labels = {tuple(x): label for x, label in zip(before.features[:].tolist(), before.labels.tolist(), strict=True)}
+        for x, label in zip(again.features[:].tolist(), again.labels.tolist(), strict=True):
+            assert labels[tuple(x)] == label
+
+
+def test_the_loaders_of_others_read_them(folder, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    classes = [(f"{name[:-4]}.cls", str(int(name.startswith("bee"))).encode()) for name, _ in members(folder)]
+    write_tars(tmp_path / "in", [*members(folder), *classes], 1)
+    kept = ["0000.tar/ant/001.png", "0000.tar/ant/003.png", "0000.tar/bee/001.png"]
+    reshard(kept, tmp_path / "out", root=tmp_path / "in", shard_size=2)
+    pattern = str(tmp_path / "out" / "{00000..00001}.tar")
+    samples = list(wds.WebDataset(pattern, shardshuffle=False).decode("rgb8"))
+    assert [one["__key__"] for one in samples] == ["ant/0000_001", "ant/0000_003", "bee/0000_001"]
+    assert [one.get("cls") for one in samples] == [0, 0, 1]
+    assert samples[0]["png"].shape == (8, 12, 3)
+    datasets = pytest.importorskip("datasets")
+    read = datasets.load_dataset(
+        "webdataset", data_files=[str(tmp_path / "out/00000.tar")], split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert [one["__key__"] for one in read] == ["ant/0000_001", "ant/0000_003"]
+
+
+def test_a_second_run_does_only_the_rest_and_gives_the_same_bytes(folder, tmp_path):
+    kept = [f"{name}/{i:03d}.png" for name, count in (("ant", 4), ("bee", 3)) for i in range(count)]
+    reshard(kept, tmp_path / "whole", root=folder, shard_size=2)
+    reshard(kept, tmp_path / "out", root=folder, shard_size=2)
+    (tmp_path / "out/00001.tar").unlink()
+    (tmp_path / "out/00003.tar").unlink()
+    (tmp_path / "out/00001.tar.partial").write_bytes(b"left by a killed run")
+    report = reshard(kept[::-1], tmp_path / "out", root=folder, shard_size=2)
+    assert (report.shards, report.there) == (4, 2)
+    for one in tars(tmp_path / "whole"):
+        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*(one.name for one in tars(tmp_path / "whole")), PLAN])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
+    folder = image_folder(tmp_path / "images", {"ant": 60, "bee": 60}, side=40)
+    kept = [name for name, _ in members(folder)]
+    (tmp_path / "kept.txt").write_text("".join(f"{path}\n" for path in kept))
+    command = [
+        sys.executable,
+        "-m",
+        "protoprune",
+        "reshard",
+        "kept.txt",
+        "out",
+        "--root",
+        "images",
+        "--shard-size",
+        "4",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    reshard(kept, tmp_path / "whole", root=folder, shard_size=4)
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(60):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        started = time.monotonic()
+        while (
+            process.poll() is None
+            and not list((tmp_path / "out").glob("*.partial"))
+            and time.monotonic() < started + 60
+        ):
+            time.sleep(0.001)
+        time.sleep(float(rng.uniform(0, 0.02)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            break
+        kills += 1
+        for one in tars(tmp_path / "out"):
+            assert one.read_bytes() == (tmp_path / "whole" / one.name).read_bytes()
+    assert kills
+    assert subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE).returncode == 0
+    for one in tars(tmp_path / "whole"):
+        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_keys_are_not_parted_and_names_without_a_suffix_get_one(tmp_path):
+    png, jpeg = encoded(picture(8, 8, 1), "PNG"), encoded(picture(8, 8, 2), "JPEG")
+    files = [("a.1.png", png), ("a.2.png", png), ("a.3.png", png), ("b", jpeg), ("ünï.png", png)]
+    odd = os.fsdecode(b"caf\xe9.png")
+    write_tar(tmp_path / "in/x.y.tar", files)
+    kept = [f"x.y.tar/{name}" for name, _ in files]
+    reshard(kept, tmp_path / "out", root=tmp_path / "in", shard_size=2)
+    names = [list(content_of(path)) for path in tars(tmp_path / "out")]
+    assert names == [["x-y_a.1.png", "x-y_a.2.png", "x-y_a.3.png"], ["x-y_b.jpg", "x-y_ünï.png"]]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / odd).write_bytes(png)
+    reshard([odd], tmp_path / "odd", root=tmp_path / "plain")
+    with tarfile.open(tmp_path / "odd/00000.tar", encoding="utf-8", errors="surrogateescape") as tar:
+        assert tar.getnames() == [odd]
+
+
+def content_of(path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_two_shards_whose_names_are_alike_stay_apart(tmp_path):
+    png = [encoded(picture(8, 8, seed), "PNG") for seed in range(3)]
+    for number, name in enumerate(("a/b.tar", "a-b.tar", "a.b.zip")):
+        (write_zip if name.endswith("zip") else write_tar)(tmp_path / "in" / name, [("0.png", png[number])])
+    reshard(["a/b.tar/0.png", "a-b.tar/0.png", "a.b.zip/0.png"], tmp_path / "out", root=tmp_path / "in")
+    assert content(tmp_path / "out") == {"a-b_0.png": png[1], "a-b-2_0.png": png[2], "a-b-3_0.png": png[0]}
+
+
+def test_lists_in_other_forms(folder, feature_file, tmp_path):
+    paths = ["ant/000.png", "ant/001.png", "bee/002.png"]
+    feature_file(tmp_path / "f.h5", np.eye(3), paths=paths, root=folder)
+    np.save(tmp_path / "kept.npy", np.array([2, 0]))
+    reshard(tmp_path / "kept.npy", tmp_path / "a", features=tmp_path / "f.h5")
+    assert list(content(tmp_path / "a")) == ["ant/000.png", "bee/002.png"]
+    reshard([str(folder / path) for path in paths[:2]], tmp_path / "b")  # absolute: below their common folder
+    assert list(content(tmp_path / "b")) == ["000.png", "001.png"]
+    reshard(["./ant//000.png", str(folder / paths[2])], tmp_path / "c", root=folder)
+    assert list(content(tmp_path / "c")) == ["ant/000.png", "bee/002.png"]
+    (tmp_path / "all.csv").write_text("path,keep\nant/000.png,1\nant/001.png,0\nbee/002.png,1\n")
+    reshard(tmp_path / "all.csv", tmp_path / "d", root=folder)
+    assert list(content(tmp_path / "d")) == ["ant/000.png", "bee/002.png"]
+
+
+def test_what_is_refused(folder, tmp_path):
+    kept, out = ["ant/000.png"], tmp_path / "out"
+    for error, message, arguments in (
+        (UsageError, "give --root, the folder", {"kept": kept}),
+        (UsageError, "lists no image", {"kept": [], "root": folder}),
+        (UsageError, "ant/000.png is listed more than once", {"kept": [*kept, "./ant/000.png"], "root": folder}),
+        (UsageError, r"\.\./x\.png is not below", {"kept": ["../x.png"], "root": folder}),
+        (UsageError, "/etc/passwd is not below", {"kept": ["/etc/passwd"], "root": folder}),
+        (UsageError, "expected at least 1 image", {"kept": kept, "root": folder, "shard_size": 0}),
+        (ProtopruneError, "gone.png: No such file", {"kept": ["ant/gone.png"], "root": folder}),
+    ):
+        with pytest.raises(error, match=message):
+            reshard(out=out, **arguments)
+    assert not tars(out)
+    np.save(tmp_path / "kept.npy", np.array([0]))
+    with pytest.raises(UsageError, match="give --features, whose rows they count"):
+        reshard(tmp_path / "kept.npy", tmp_path / "n", root=folder)
+    reshard(kept, tmp_path / "one", root=folder)
+    with pytest.raises(UsageError, match=r"holds the shards of another list \(another list\)"):
+        reshard(["ant/001.png"], tmp_path / "one", root=folder)
+    with pytest.raises(UsageError, match="another shard size"):
+        reshard(kept, tmp_path / "one", root=folder, shard_size=3)
+    with pytest.raises(UsageError, match=r"holds other things \(ant\)"):
+        reshard(kept, folder, root=folder)
+
+
+def test_a_shard_that_changed_is_said_and_leaves_no_half_tar(folder, tmp_path):
+    write_tars(tmp_path / "in", members(folder), 1)
+    with pytest.raises(ProtopruneError, match=r"0000.tar/ant/9.png: not in its shard any more"):
+        reshard(["0000.tar/ant/000.png", "0000.tar/ant/9.png"], tmp_path / "out", root=tmp_path / "in")
+    assert sorted(os.listdir(tmp_path / "out")) == [PLAN]
+    data = (tmp_path / "in/0000.tar").read_bytes()
+    (tmp_path / "in/0000.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ProtopruneError, match=r"0000.tar: truncated: cut off"):
+        reshard(["0000.tar/ant/000.png"], tmp_path / "other", root=tmp_path / "in")
+
+
+def test_weights_that_stay_behind_are_said(folder, tmp_path):
+    (tmp_path / "kept.csv").write_text("path,weight\nant/000.png,1.5\n")
+    result = CliRunner().invoke(
+        app, ["reshard", str(tmp_path / "kept.csv"), str(tmp_path / "out"), "--root", str(folder)]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "the weights of" in result.stderr
+    inside = ["reshard", str(tmp_path / "kept.csv"), str(folder / "new"), "--root", str(folder)]
+    assert "lies in the folder of the images" in CliRunner().invoke(app, inside).stderr
+
+
+def test_columns_of_a_table_go_along_as_json(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    png = [encoded(picture(8, 8, seed), "PNG") for seed in range(3)]
+    table = pyarrow.table({
+        "jpg": png, "text": ["a", "b", None], "score": [0.5, 1.5, 2.5], "thumb": [b"x"] * 3, "tags": [["q"], [], None],
+        "id": ["one", "two", "three"],
+    })  # fmt: skip
+    (tmp_path / "in").mkdir()
+    parquet.write_table(table, tmp_path / "in/p.parquet", row_group_size=2)
+    reshard(["p.parquet/000002", "p.parquet/000000"], tmp_path / "out", root=tmp_path / "in")
+    found = content(tmp_path / "out")
+    assert found["p_000000.png"] == png[0]
+    assert json.loads(found["p_000002.json"]) == {"text": None, "score": 2.5, "tags": None, "id": "three"}
+    options = protoprune.sources.ShardOptions(id_column="id")
+    reshard(["p.parquet/two"], tmp_path / "ids", root=tmp_path / "in", options=options)
+    found = content(tmp_path / "ids")
+    assert found["p_two.png"] == png[1]
+    assert json.loads(found["p_two.json"])["text"] == "b"
+    assert io.BytesIO(found["p_two.png"]).read(4) == b"\x89PNG"
