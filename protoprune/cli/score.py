@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
@@ -117,6 +117,7 @@ def _check_out(out: Path, source: Path) -> None:
     from protoprune.scores.table import check_name
 
     check_name(out)
+    check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
     check_outputs(out, inputs=[source])
 
 

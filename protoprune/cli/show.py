@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, table_file
-from protoprune.cli.outputs import check_outputs, check_picture
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, table_file
+from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.tables import echo
@@ -202,7 +203,10 @@ def sheet(
         raise UsageError(f"--by {by}: expected none, class or cluster")
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
+    check_suffix(out, (".png",), only=True)
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
+    if scores is not None and (given := given_words(replace(clustering, seed=0))):
+        raise UsageError(f"{given}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))
     clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
@@ -236,7 +240,7 @@ def _ranked(
     if scores is not None:
         return pruning.rank_by_table(features, scores, **vars(reading))
     if duplicates is not None:
-        check_duplicates(duplicates)
+        check_duplicates(duplicates, option="--duplicates")
     ranking = pruning.rank(features, clusters)
     if duplicates is not None:
         pruning.deduplicate(ranking, duplicates, seed=clusters.seed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoprune.bounds import SEEDS, check_whole
+from protoprune.bounds import SEEDS, check_number, check_whole
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
@@ -37,6 +37,10 @@ class Kept:
     rows: np.ndarray  # (m,) int64
     weights: np.ndarray | None = None  # (m,) loss weights of those rows, in any scale
     selection_seconds: float | None = None  # what it cost to choose them
+
+    def __post_init__(self) -> None:
+        if self.selection_seconds is not None:
+            check_number("--selection-seconds", self.selection_seconds, 0, 1e9)
 
 
 @dataclass(frozen=True)
