@@ -119,10 +119,10 @@ def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: P
     figure = outputs[1]
     if figure is not None and figure.suffix.lower() not in _FIGURES:
         raise UsageError(f"--figure {figure}: expected a name that ends in {', '.join(_FIGURES)}")
+    check_outputs(*outputs, inputs=[*tables, features])
     for option, path in (("-o", outputs[0]), ("--classes", outputs[2])):
         check_suffix(path, (".csv",), option)
     check_suffix(outputs[3], (".png",), "--sheet", only=True)
-    check_outputs(*outputs, inputs=[*tables, features])
 
 
 def _load(

@@ -55,10 +55,10 @@ def report(
 
     if out == Path("-"):
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
-    check_suffix(out, (".html", ".htm"))
     if duplicates is not None and how.dedup is not None:
         raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
+    check_suffix(out, (".html", ".htm"))
     options = Options(
         root=root and str(root),
         duplicates=Options.duplicates if duplicates is None else duplicates,

@@ -117,8 +117,8 @@ def _check_out(out: Path, source: Path) -> None:
     from protoprune.scores.table import check_name
 
     check_name(out)
-    check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
     check_outputs(out, inputs=[source])
+    check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
 
 
 def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:

@@ -203,8 +203,8 @@ def sheet(
         raise UsageError(f"--by {by}: expected none, class or cluster")
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
-    check_suffix(out, (".png",), only=True)
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
+    check_suffix(out, (".png",), only=True)
     if scores is not None and (given := given_words(replace(clustering, seed=0))):
         raise UsageError(f"{given}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))

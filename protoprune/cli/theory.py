@@ -303,8 +303,8 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
 def _check_outputs(csv: str | None, plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
-    check_suffix(csv, (".csv",), "--csv")
     check_outputs(csv, plot)
+    check_suffix(csv, (".csv",), "--csv")
 
 
 def _count(path: Path) -> tuple[int, list[int], float | None, str]:
