@@ -6,7 +6,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     embed_shards, find_shards, merge                shards -> feature set -> feature file
     import_features                                 vectors from elsewhere -> feature file
     select, rank, prune, Rule, Clusters             feature file -> kept set
-    read_list, keep_only, reshard                   kept list -> data loader, new tars
+    read_list, keep_only, table_rows, reshard       kept list -> data loader, rows of tables, new tars
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
     read_scores, write_scores                       score tables
@@ -17,6 +17,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOME = {
     "read_list": "lists",
     "keep_only": "loaders",
     "reshard": "resharding",
+    "table_rows": "loaders",
     "read_weights": "lists",
     "weights_of": "loaders",
     "Record": "records",
@@ -53,7 +55,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
     return getattr(import_module(f"protoprune.{_HOME[name]}"), name)

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def compare(
     if len(common) < 2:
         raise ProtopruneError(f"{len(common)} images have a score in every table; comparing takes two or more")
     values, names = values[:, common], list(tables)
-    paths = [paths[row] for row in common]
+    paths = [paths[row] for row in common.tolist()]
     ranks = _ranks(values)
     matrix = correlations(ranks)
     low = high = None
@@ -141,7 +142,9 @@ def similar_order(matrix: np.ndarray) -> np.ndarray:
     return leaves_list(linkage(np.maximum(distances, 0), "average", optimal_ordering=True))
 
 
-def _compare_kept(result: Comparison, values: np.ndarray, keeps, labels: np.ndarray, seed: int) -> None:
+def _compare_kept(
+    result: Comparison, values: np.ndarray, keeps: Sequence[float], labels: np.ndarray, seed: int
+) -> None:
     """Fill in overlap, tied and class_shares."""
     if not keeps:
         return
@@ -152,7 +155,7 @@ def _compare_kept(result: Comparison, values: np.ndarray, keeps, labels: np.ndar
         kept = masks.astype(np.float32)
         result.overlap[keep] = (kept @ kept.T) / max(1, masks[0].sum())
         result.tied[keep] = np.array([_tied(row, mask) for row, mask in zip(values, masks, strict=True)])
-        if result.classes:
+        if result.classes and result.class_sizes is not None:
             counts = [np.bincount(labels[mask & (labels >= 0)], minlength=len(result.classes)) for mask in masks]
             with np.errstate(invalid="ignore"):  # a class without images has no share
                 result.class_shares[keep] = np.stack(counts) / result.class_sizes
@@ -170,12 +173,8 @@ def disagreements(result: Comparison, a: int, b: int, count: int = 8) -> tuple[l
     """The images on which rankings a and b differ most, by percentile: (hard for a but easy for b, the reverse)."""
     difference = result.percentiles[a] - result.percentiles[b]
     order = np.argsort(difference, kind="stable")
-    ends = order[::-1][:count], order[:count]
-    signs = 1, -1
-    return tuple(
-        [result.paths[row] for row in rows if sign * difference[row] > 0]
-        for rows, sign in zip(ends, signs, strict=True)
-    )
+    first = [result.paths[row] for row in order[::-1][:count] if difference[row] > 0]
+    return first, [result.paths[row] for row in order[:count] if difference[row] < 0]
 
 
 def pairs(result: Comparison) -> list[tuple[int, int]]:
@@ -184,25 +183,26 @@ def pairs(result: Comparison) -> list[tuple[int, int]]:
     return sorted(((a, b) for a in range(m) for b in range(a + 1, m)), key=lambda pair: (result.spearman[pair], pair))
 
 
-def pair_rows(result: Comparison) -> list[dict]:
+def pair_rows(result: Comparison) -> list[dict[str, Any]]:
     """One record a pair, in the order of the names: spearman, its interval, images, overlap at each fraction."""
     rows = []
     for a, b in sorted(pairs(result)):
-        row = {"a": result.names[a], "b": result.names[b], "spearman": float(result.spearman[a, b])}
-        if result.low is not None:
+        row: dict[str, Any] = {"a": result.names[a], "b": result.names[b], "spearman": float(result.spearman[a, b])}
+        if result.low is not None and result.high is not None:
             row |= {"low": float(result.low[a, b]), "high": float(result.high[a, b])}
         row["images"] = len(result.paths)
         rows.append(row | {f"overlap_{keep:g}": float(matrix[a, b]) for keep, matrix in result.overlap.items()})
     return rows
 
 
-def class_rows(result: Comparison) -> list[dict]:
+def class_rows(result: Comparison) -> list[dict[str, Any]]:
     """One record a fraction, metric and class: the class's images and the share of them that is kept."""
+    sizes = np.empty(0, np.int64) if result.class_sizes is None else result.class_sizes
     return [
         {"keep": keep, "table": table, "class": name, "images": int(images), "share": float(share)}
         for keep, shares in result.class_shares.items()
         for table, row in zip(result.names, shares, strict=True)
-        for name, images, share in zip(result.classes, result.class_sizes, row, strict=True)
+        for name, images, share in zip(result.classes, sizes, row, strict=True)
     ]
 
 
@@ -259,7 +259,7 @@ def join(
             numbers = [str(row) for row in range(n)]
             joined = {name: match(table, numbers, by_place=True) for name, table in tables.items()}
             return numbers, {name: replace(table, ends=[]) for name, table in joined.items()}
-        paths, row_numbers = sorted(named[0].keys), False
+        paths, row_numbers = sorted(named[0].keys or ()), False
     else:
         row_numbers = True
     matched = {name: match(table, paths, row_numbers=row_numbers, by_place=by_place) for name, table in tables.items()}
@@ -274,11 +274,11 @@ def _rows(table: Table) -> int:
     return len(table.scores) if table.keys is None else 1 + max(map(int, table.keys))
 
 
-def short_names(sources: Sequence[str | os.PathLike]) -> list[str]:
+def short_names(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
     """A name for each file: without folder and suffixes where these differ, else as given."""
     plain = []
-    for source in map(os.fspath, sources):
-        name = os.path.basename(source)
+    for source in sources:
+        name = os.path.basename(os.fspath(source))
         name = name.removesuffix(".gz") if name != ".gz" else name
         plain.append((os.path.splitext(name)[0] or name).removeprefix("ImageNet-1K_"))
     return [name if plain.count(name) == 1 else os.fspath(source) for name, source in zip(plain, sources, strict=True)]

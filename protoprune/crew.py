@@ -18,8 +18,10 @@ import numpy as np
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError
 
-IMAGE_SECONDS = 60  # CPU time of one image: an ordinary one takes milliseconds, one of MAX_PIXELS up to some 10 s
-_SILENCE = 10 * IMAGE_SECONDS  # wall time of an image that takes no CPU time: a file system that does not answer
+# CPU time of one image: an ordinary one takes milliseconds, one of MAX_PIXELS of noise 1 s in JPEG, 4 s in PNG, 26 s in
+# JPEG XL and 56 s in JPEG 2000 (lossless).
+IMAGE_SECONDS = 120
+_SILENCE = 600  # wall time of an image that takes no CPU time: a file system that does not answer
 _TICK = 0.25  # seconds between two looks at the clock
 _MOST_LOST = 16  # threads that are given up and still busy
 
@@ -52,11 +54,15 @@ class _Thread(threading.Thread):
 
     def __init__(self, crew: Crew, first: Part | None = None):
         super().__init__(daemon=True, name="decode")
-        self.crew, self.first, self.clock = crew, first, None
+        self.crew, self.first, self.clock, self.relieved = crew, first, None, False
         self.start()
 
     def run(self) -> None:
-        self.crew.set_up()
+        try:
+            self.crew.set_up()
+        except BaseException as error:
+            self.crew.broken = error
+            return
         with contextlib.suppress(AttributeError, OSError):  # macOS has no clock for each thread
             self.clock = time.pthread_getcpuclockid(threading.get_ident())
         part = self.first or self.crew.queue.get()
@@ -64,12 +70,14 @@ class _Thread(threading.Thread):
             part = self.crew.queue.get()
 
     def _do(self, part: Part) -> bool:
-        """Do the rest of a part; False when it was given up, and with it this thread."""
+        """Do the rest of a part; False when it was given up, and with it this thread, or left to another one."""
         part.thread = self
         self.crew.busy.add(part)
         try:
             for place in range(len(part.outcome), len(part.items)):
-                if self.crew.closed:
+                if self.crew.closed or self.relieved:
+                    self.crew.busy.discard(part)
+                    self.crew.queue.put(part)
                     return False
                 part.since = time.monotonic(), self.used()
                 pixels, outcome = self._one(part.items[place])
@@ -110,7 +118,9 @@ class Crew:
         self.work, self.set_up, self.closed = work, set_up, False
         self.queue: SimpleQueue = SimpleQueue()
         self.busy: set[Part] = set()
+        self.broken: BaseException | None = None
         self.lost: list[_Thread] = []
+        self.relieved: list[_Thread] = []
         self.threads = [_Thread(self) for _ in range(count)]
 
     def __enter__(self) -> Crew:
@@ -118,7 +128,7 @@ class Crew:
 
     def __exit__(self, *_) -> None:
         self.closed = True
-        for _ in self.threads:
+        for _ in self.threads + self.relieved:
             self.queue.put(None)
         until = time.monotonic() + 2 * _TICK
         for thread in self.threads:
@@ -131,9 +141,19 @@ class Crew:
         self.queue.put(part)
         return part
 
+    def relieve(self, set_up: Callable[[], None]) -> None:
+        """Have new threads, with another set-up, go on after the image that each of these is at."""
+        self.set_up = set_up
+        for thread in self.threads:
+            thread.relieved = True
+        self.relieved += self.threads
+        self.threads = [_Thread(self) for _ in self.threads]
+
     def results(self, part: Part) -> list[tuple[Status, str]]:
         """Status and note or reason of each item of a part, when all are done or given up."""
         while not part.finished.wait(_TICK):  # and not for ever: an interrupt is answered in between
+            if self.broken is not None:
+                raise self.broken
             for one in list(self.busy):
                 self._judge(one)
         if part.error is not None:
@@ -157,7 +177,8 @@ class Crew:
             part.outcome.append(outcome)
             part.since = None
             self.lost = [thread for thread in self.lost if thread.is_alive()] + [part.thread]
-            self.threads.remove(part.thread)
+            if part.thread in self.threads:
+                self.threads.remove(part.thread)
             part.thread = None
             self.busy.discard(part)
         if len(self.lost) > _MOST_LOST:

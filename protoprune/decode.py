@@ -345,8 +345,12 @@ def _upright(image):
     """A loaded PIL image, turned as its EXIF says; without that it is no copy."""
     from PIL import ImageOps
 
-    with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose an image
+    try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF is no reason to lose an image
+        pass
     return image
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,15 +25,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import features as feature_file
-from protoprune import files, hdf5
+from protoprune import earlier, files
 from protoprune.crew import Crew, Part
-from protoprune.current import Known, content_digest, known_rows
-from protoprune.decode import TRANSIENT, Status, crop, silence_libtiff
+from protoprune.current import content_digest
+from protoprune.decode import Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile, PartialFile, partial_path
+from protoprune.features import FeatureFile, PartialFile
 from protoprune.images import ImageList
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ _BATCH = {"cuda": 256, "mps": 64}
 _PIECE = 8
 MOST = {"--batch-size": 65_536, "--workers": 1024}
 _LARGEST_SIDE = 8192  # pixels of an encoder's input
+# The nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it. At 19 a thread of a
+# busy machine does not even get to its own end: after Ctrl-C the process went on for 6 to 13 s.
+_STEP_BACK = 10
+_LOOK = 5.0  # seconds after which that is judged anew
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-class LossError(ProtopruneError):
-    """The features that are there would be lost, in whole or for the most part."""
 
 
 @dataclass
@@ -166,7 +166,7 @@ def embed_with(
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
-        if not _prepare(images, engine, out, overwrite, moved, report, on_compare):
+        if not earlier.prepare(images, engine, out, overwrite, moved, report, on_compare):
             return report
         partial = PartialFile(out)
         try:
@@ -175,7 +175,7 @@ def embed_with(
                 on_start(partial.n, len(partial.todo))
             if len(partial.todo):
                 _run(images, engine, partial, on_progress)
-            _check_result(out, partial)
+            earlier.check_result(out, partial)
             partial.finish()
         except _out_of_memory() as error:
             raise ProtopruneError(
@@ -202,229 +202,6 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
     if device.type == "cuda" and not native_bf16(device):
         return "fp16"
     return "bf16" if native_bf16(device) else "fp32"
-
-
-def _prepare(
-    images: ImageList, engine: Engine, out: str, overwrite: bool, moved: bool, report: EmbedReport, on_compare
-) -> bool:
-    """Leave a partial file for this run's rows; False when the finished file needs nothing.
-
-    An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
-    which it will replace; without that, a file of other features is never touched.
-    """
-    started, finished, provenance = partial_path(out), out, engine.provenance
-    if overwrite and os.path.exists(out):
-        hdf5.check_replaceable(out, feature_file.KIND)
-    with contextlib.ExitStack() as stack:
-        files = {
-            path: stack.enter_context(FeatureFile(path)) for path in (started, finished) if _readable(path, overwrite)
-        }
-        other = {path: feature_file.key_differences(file.provenance, provenance) for path, file in files.items()}
-        replacing = started in files and not other[started] and bool(files[started].provenance.get("overwrite"))
-        if overwrite or replacing:
-            files.pop(finished, None)
-            if not replacing:
-                files.pop(started, None)
-        elif other.get(finished):
-            raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
-        if os.path.exists(out):
-            _check_findable(out, images)
-        known = _known(
-            images, engine, {path: file for path, file in files.items() if not other[path]}, moved, on_compare
-        )
-        report.compared, report.other = int(known.compared.sum()), int(known.other.sum())
-        rows = dict(zip((path for path in files if not other[path]), known.rows, strict=True))
-        if finished in files:
-            report.moved_from = _moved_from(files[finished], images)
-            _check_losses(files[finished], images, rows[finished])
-            report.dropped = len(set(files[finished].paths).difference(images.paths))
-            if (started not in files or other[started]) and _up_to_date(files[finished], images, engine.encoder):
-                report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
-                report.transparent = int(files[finished].transparent.sum())
-                return False
-        if other.get(started) and started in files:
-            raise ProtopruneError(
-                f"{started} is an unfinished run with other features ({'; '.join(other[started])}); finish that one "
-                f"first, write to another file with -o, or delete {started} to give it up"
-            )
-        refused = started in files and files[started].finished().all()  # all done, and yet not in its place
-        if started not in files or refused or not feature_file.covers(files[started], images):
-            replaces = {**provenance, "overwrite": int(overwrite or replacing)}
-            if finished in files and _same_features(files[finished], images, rows[finished]):
-                replaces["uuid"] = files[finished].provenance["uuid"]
-            sources = [files[path] for path in rows]
-            feature_file.create_partial(out, images, engine.encoder.dim, replaces, sources, list(rows.values()))
-    return True
-
-
-def _known(images: ImageList, engine: Engine, files: dict, moved: bool, on_compare) -> Known:
-    """What earlier files with the same key have of the images, see `current`."""
-
-    def read(rows: np.ndarray) -> np.ndarray:
-        if on_compare:
-            on_compare(len(rows))
-        now = np.zeros(len(images), np.uint64)
-
-        def work(row: int) -> tuple[None, str]:
-            now[row] = content_digest(images.read(row))
-            return None, ""
-
-        step = max(1, min(256, len(rows) // (4 * engine.workers)))
-        with Crew(engine.workers, work) as readers:
-            parts = [
-                readers.start(rows[first : first + step].tolist(), lambda *_: None)
-                for first in range(0, len(rows), step)
-            ]
-            for part in parts:
-                readers.results(part)
-        return now[rows]
-
-    return known_rows(images, list(files.values()), moved, read)
-
-
-def _moved_from(file: FeatureFile, images: ImageList) -> str:
-    return "" if file.provenance["root"] == images.root else file.provenance["root"]
-
-
-def _same_features(file: FeatureFile, images: ImageList, rows: np.ndarray) -> bool:
-    """Whether a finished file is rewritten only for where its images lie, or when they were touched: it keeps its id,
-    and with it clusterings that are kept by it."""
-    return (
-        file.n == len(images)
-        and np.array_equal(rows, np.arange(file.n))
-        and np.array_equal(file.labels, images.labels)
-        and file.classes == images.classes
-        and bool(file.intact().all())
-    )
-
-
-def _check_findable(out: str, images: ImageList) -> None:
-    """Refuse early to replace features by none: not one of the images is there (a disk away, a wrong --root)."""
-    if (images.mtime_ns < 0).all() and _usable_rows(out):
-        raise LossError(
-            f"none of the {len(images):,} images can be found below {images.root}, so {out} stays as it is; "
-            "check the list, --root and that the disk is mounted"
-        )
-
-
-def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> None:
-    """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would, and
-    any for want of a permission. `known` are its rows that hold an image of the list."""
-    usable = np.flatnonzero(file.usable)
-    if not len(usable):
-        return
-    row_of = {path: row for row, path in enumerate(images.paths)}
-    paths = file.paths
-    rows = np.array([row_of.get(paths[row], -1) for row in usable])
-    stays = (rows >= 0) & (images.mtime_ns[rows] >= 0)
-    ways = "write to another file with -o, or replace it with --overwrite"
-    _check_denied(file, images, [paths[row] for row in usable[~stays]], ways)
-    moved_from = _moved_from(file, images)
-    if moved_from:  # there the same name may well be another image
-        stays &= np.isin(usable, known)
-    if 2 * stays.sum() >= len(usable):
-        return
-    what = f"is for images below {moved_from}, not {images.root}" if moved_from else "is for other images"
-    if moved_from and not file.content[usable].any():
-        ways = (
-            "and it has no digests of their content, to compare them by (an earlier version wrote it); if they were "
-            f"only moved or copied, say so with --moved, else {ways}"
-        )
-    raise LossError(
-        f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
-    )
-
-
-def _check_denied(file: FeatureFile, images: ImageList, lost: list[str], ways: str) -> None:
-    """Refuse to take images for gone that may not be looked at: of a folder, or of files, without permission."""
-    if _moved_from(file, images):
-        return
-    for folder, reason in images.unreadable_folders:
-        below = sum(path.startswith(f"{folder}/") or folder == "." for path in lost)
-        if below:
-            raise LossError(
-                f"{file.path}: folder {folder}: {reason}: its {below:,} features would be lost; make it readable, "
-                f"{ways}"
-            )
-    listed = set(images.paths) if lost else set()
-    denied = [path for path in lost if path in listed and _denied(os.path.join(images.root, path))]
-    if denied:
-        raise LossError(
-            f"{file.path}: {len(denied):,} of its features would be lost, as their images may not be read (permission "
-            f"denied, first: {denied[0]}); make them readable, {ways}"
-        )
-
-
-def _denied(path: str) -> bool:
-    try:
-        os.stat(path)
-    except PermissionError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-def _check_result(out: str, partial: PartialFile) -> None:
-    """Refuse to put a run's result in the place of a file that has features, when it has none or lost most of them.
-
-    What was computed stays in the unfinished file, for the next run, when there is any.
-    """
-    counts = partial.status_counts()
-    before, now = _usable_rows(out), counts.pop(Status.OK.label, 0)
-    if not before or (now and (2 * now >= before or partial.overwrite)):
-        return
-    if not now:
-        partial.discard()
-    why = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(3))
-    raise LossError(
-        f"{f'only {now:,}' if now else 'none'} of the {partial.n:,} images could be used ({why}), so {out} with its "
-        f"{before:,} features stays as it is; check the list and that the disk is mounted"
-        + (", or replace it with --overwrite" if now else "")
-    )
-
-
-def _usable_rows(path: str) -> int:
-    """How many features a file has; 0 when it is missing or damaged."""
-    try:
-        with FeatureFile(path) as file:
-            return int(file.usable.sum())
-    except ProtopruneError:
-        return 0
-
-
-def _readable(path: str, overwrite: bool) -> bool:
-    """Whether there is a feature file; with --overwrite a damaged one counts as none."""
-    if not os.path.exists(path):
-        return False
-    try:
-        FeatureFile(path).close()
-    except ProtopruneError:
-        if overwrite:
-            return False
-        raise
-    return True
-
-
-def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict) -> str:
-    ways = "write to another file with -o, or replace it with --overwrite"
-    if len(differences) == 1 and file.provenance["precision"] != wanted["precision"]:
-        ways = f"go on with --precision {file.provenance['precision']}, {ways}"
-    return f"{path} holds other features ({'; '.join(differences)}); {ways}"
-
-
-def _up_to_date(file: FeatureFile, images: ImageList, encoder: Encoder) -> bool:
-    """Whether the finished file is what a run would make: the same images, no row damaged, and what failed for want of
-    something (a permission, memory, another program) still fails."""
-    if not feature_file.covers(file, images) or not file.intact().all():
-        return False
-    again = np.flatnonzero(np.isin(file.status, TRANSIENT))
-    if not len(again):
-        return True
-    with _decoders(images, encoder, min(len(again), cores())) as decoders:
-        parts = [decoders.start([row], lambda *_: None) for row in again.tolist()]
-        now = [decoders.results(part)[0][0] for part in parts]
-    return now == file.status[again].tolist()
 
 
 def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
@@ -488,6 +265,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
+    hunger = _Hunger() if on_cpu else None
     with (
         _decoders(images, encoder, workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
@@ -508,7 +286,11 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
         while ahead:
             decode_next()
             rows, buffer, parts = ahead.popleft()
-            outcome = [one for part in parts for one in decoders.results(part)]
+            with hunger or contextlib.nullcontext():
+                outcome = [one for part in parts for one in decoders.results(part)]
+            if hunger and hunger.starved():
+                decoders.relieve(_alone)
+                hunger = None
             if on_cpu and not compiled:
                 features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
             else:
@@ -526,16 +308,13 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
 
 
 @contextlib.contextmanager
-def _decoders(
-    images: ImageList, encoder: Encoder, count: int, step_back: bool = False, content: np.ndarray | None = None
-) -> Iterator[Crew]:
+def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool, content: np.ndarray) -> Iterator[Crew]:
     """Threads that make the crop of a row, and note the digest of its image in `content`, (n,)."""
     import torch
 
     def work(row: int) -> tuple[np.ndarray, str]:
         data = images.read(row)
-        if content is not None:
-            content[row] = content_digest(data)
+        content[row] = content_digest(data)
         return crop(data, encoder.preprocess)
 
     threads = torch.get_num_threads()
@@ -544,6 +323,35 @@ def _decoders(
             yield crew
     finally:
         torch.set_num_threads(threads)  # what a thread sets is set for the others too
+
+
+class _Hunger:
+    """Whether a run waits for its decoding threads while other programs have the cores.
+
+    Threads that step back get next to nothing on a busy machine, and on an idle one they cost nothing: there all cores
+    are at work, with images or with the model. No process may take back what it has stepped, so it needs new threads.
+    """
+
+    def __init__(self):
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._began, self._waited = (time.monotonic(), time.process_time()), 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        self._waited += time.monotonic() - self._since
+
+    def starved(self) -> bool:
+        """Judged every few seconds: it waited most of them, and had less than half of the cores."""
+        wall, used = time.monotonic() - self._began[0], time.process_time() - self._began[1]
+        if wall < _LOOK:
+            return False
+        starved = self._waited > wall / 2 and used < cores() * wall / 2
+        self._start_over()
+        return starved
 
 
 def _alone(step_back: bool = False) -> None:
@@ -556,7 +364,7 @@ def _alone(step_back: bool = False) -> None:
 
     torch.set_num_threads(1)
     if step_back and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
 
 
 def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:

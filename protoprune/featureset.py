@@ -14,10 +14,12 @@ import bisect
 import hashlib
 import json
 import os
+import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
 from protoprune.images import SET_FILE, ImageList
-from protoprune.paths import Paths
+from protoprune.paths import STEP, Block, Paths
 from protoprune.sources.reading import FOLDERS
 from protoprune.text import native, parse_json
 
@@ -174,9 +176,9 @@ class FeatureSet:
         """(name, status, reason) of the shards that have no rows."""
         return [(part.name, *part.failed) for part in self.parts if part.failed]
 
-    @property
+    @cached_property
     def paths(self) -> Paths:
-        return Paths(self.n, self._read_names)
+        return Paths(self.n, self._read_names if len(self._done) <= _OPEN_FILES else self._spooled().read)
 
     def _read_names(self, first: int, last: int) -> list[bytes]:
         names: list[bytes] = []
@@ -184,6 +186,20 @@ class FeatureSet:
             with self._lock:
                 names += self._file(number).paths.read(low, high)
         return names
+
+    def _spooled(self) -> Block:
+        """All names in an unnamed temporary file: parts that cannot all be open take longer to open than to read."""
+        places, seen, at = [np.zeros(1, np.int64)], 0, 0
+        with tempfile.TemporaryFile() as file:
+            for part in self._files():
+                names = part.paths.read(0, part.n)
+                begins = at + np.cumsum([len(name) + 1 for name in names], dtype=np.int64)  # of the rows after them
+                places.append(begins[-(seen + 1) % STEP :: STEP])
+                at += file.write(b"\0".join([*names, b""]))
+                seen += len(names)
+            file.flush()
+            every = np.concatenate([*places, [at]])
+            return Block(os.dup(file.fileno()), 0, every, partial(self.damaged, "its names were cut short"))
 
     def _within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(part, its first row, its last row + 1) of the parts that the rows first to last - 1 are of."""

@@ -66,7 +66,7 @@ def begins_like(head: bytes) -> tuple[str, bool] | None:
     return likely
 
 
-def _accepts(accept, head: bytes) -> bool:
+def _accepts(accept: Callable[[bytes], bool | str], head: bytes) -> bool:
     try:
         return bool(accept(head[:16]))
     except Exception:  # of fewer bytes than it wants
@@ -98,7 +98,7 @@ def complaint(data: bytes) -> tuple[str, str] | None:
     if found is None or not found[1]:
         return None
     factory, accept = Image.OPEN[found[0]]
-    said = accept(data[:16])
+    said = accept(data[:16]) if accept else True
     if isinstance(said, str):
         return found[0], said
     try:

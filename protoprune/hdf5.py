@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -25,12 +25,11 @@ import protoprune
 from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import leads_out
-from protoprune.paths import Paths, encoded
+from protoprune.paths import STEP, Block, Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 _PIECE = 1 << 22  # bytes of names that are read at once
-_STEP = 64  # names between two whose places are known
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
 
@@ -70,7 +69,7 @@ class Reader:
     ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
     """
 
-    def __init__(self, path: str, kind: Kind, mode: str = "r"):
+    def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
         self.path, self.kind = path, kind
         self.raw, self.seal, self.file = self._open(mode)
         self._close_raw = weakref.finalize(self, self.raw.close)  # some callers leave closing to garbage collection
@@ -147,14 +146,16 @@ class Reader:
             text = last + piece.tobytes()
             odd = odd or any(mark in text for mark in (b"\0\0", b"\0/", b".."))
             ends, last = np.flatnonzero(piece == 0), text[-1:]
-            places.append(start + 1 + ends[-(seen + 1) % _STEP :: _STEP])
+            places.append(start + 1 + ends[-(seen + 1) % STEP :: STEP])
             seen += len(ends)
         was = self.seal.digest(name) if self.seal else None
         if was is not None and digest.hexdigest() != was:
             raise self.damaged(f"its {name} is not what was written")
         if last != b"\0" or seen != count:
             raise self.damaged(f"its {name} is no list of {count:,} names")
-        paths = Paths(count, _Names(self, name, np.concatenate([*places, [len(data)]])).read)
+        every, start = np.concatenate([*places, [len(data)]]), data.id.get_offset() or 0
+        damaged = partial(_damaged, self.path, self.kind, f"its {name}")
+        paths = Paths(count, Block(os.dup(self.raw.fileno()), start, every, damaged).read)
         if odd:
             self._refuse_outside(name, paths)
         return paths
@@ -217,12 +218,13 @@ class Reader:
 
     def _check_layout(self) -> dict[str, int]:
         """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
-        size, dims = self.size, {}
+        size = self.size
+        dims: dict[str, int] = {}
         self._names = set(self.file)
         for name in sorted({*self.kind.layout, *self._names}):
             column = self.kind.layout.get(name)
             if name not in self._names:
-                if not column.optional:
+                if column is not None and not column.optional:
                     raise self.damaged(f"it has no {name}")
                 continue
             dataset = self.file[name]
@@ -232,26 +234,6 @@ class Reader:
             if column is not None and not _fits(dataset, column, dims):
                 raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
         return dims
-
-
-class _Names:
-    """A block of names in an open file, which can be read from any thread, and after the file is closed."""
-
-    def __init__(self, reader: Reader, name: str, places: np.ndarray):
-        self.places, self.damaged = places, partial(_damaged, reader.path, reader.kind, f"its {name}")
-        self.offset = reader.file[name].id.get_offset() or 0
-        self.handle = os.dup(reader.raw.fileno())
-        weakref.finalize(self, os.close, self.handle)
-
-    def read(self, first: int, last: int) -> list[bytes]:
-        """Those of the rows first to last - 1."""
-        if last <= first:
-            return []
-        low, high = self.places[first // _STEP], self.places[min(-(-last // _STEP), len(self.places) - 1)]
-        block = os.pread(self.handle, high - low, self.offset + low)
-        if len(block) < high - low:
-            raise self.damaged()
-        return block.split(b"\0")[first % _STEP :][: last - first]
 
 
 # What h5py raises over damaged files, by where it stumbles.
@@ -268,7 +250,7 @@ def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneEr
     return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
 
 
-def _attribute(file: h5py.File, name: str):
+def _attribute(file: h5py.File, name: str) -> Any:
     identity = h5py.h5a.open(file.id, name.encode())
     if identity.shape not in ((), None) or identity.get_storage_size() > _LARGEST_ATTRIBUTE:
         raise ValueError("an attribute of this size is none of ours")
@@ -366,9 +348,15 @@ def check_replaceable(path: str, kind: Kind) -> None:
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 
-def dataset(file: h5py.File, name: str, data: np.ndarray | None = None, shape=None, dtype=None) -> None:
+def dataset(
+    file: h5py.File,
+    name: str,
+    data: np.ndarray | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtype: np.dtype | type | str | None = None,
+) -> None:
     """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
-    shape, dtype = (data.shape, data.dtype) if data is not None else (shape, dtype)
+    shape, dtype = (data.shape, data.dtype) if data is not None else (shape or (), dtype)
     if 0 in shape:  # h5py stores an empty array without space
         file.create_dataset(name, shape, dtype)
         return
@@ -396,7 +384,7 @@ def text(value: str) -> str | np.void:
         return np.void(os.fsencode(value))
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """An attribute as a plain Python value."""
     if isinstance(value, np.void):
         return os.fsdecode(value.tobytes())

@@ -270,7 +270,7 @@ def _doubt_common_root(images: ImageList) -> None:
         )
 
 
-def folder_labels(paths: list[str], level: int | None = None) -> tuple[np.ndarray, list[str]]:
+def folder_labels(paths: Sequence[str], level: int | None = None) -> tuple[np.ndarray, list[str]]:
     """Class labels from folders: (n,) int32 and the class names, sorted as torchvision's ImageFolder does.
 
     Without `level` classes are the first-level folders of a tree of that shape: every image lies in a folder and there

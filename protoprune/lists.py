@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
 from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
 
-FORMATS = ("txt", "csv", "jsonl", "npy")
+FORMATS = ("txt", "csv", "jsonl", "npy", "datacomp")
+_UID = re.compile(rb"[0-9a-fA-F]{32}")
 _TABLES = (".csv", ".tsv")
 _OURS = ("index", "score", "keep", "weight")  # columns of our lists and manifests
 _TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
@@ -82,6 +84,9 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
         raise UsageError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     if null and format != "txt":
         raise UsageError(f"-0 goes with --format txt, not {format}")
+    if format == "datacomp":
+        for names in encoded(ids, rows):
+            _uids(names)
     if null or format != "txt":
         return
     broken: list[bytes] = []
@@ -100,8 +105,8 @@ def _chunks(
     names: Iterable[list[bytes]], rows: np.ndarray, scores, format: str, null: bool, weights
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
-    if format == "npy":
-        yield from _npy_chunks(rows)
+    if format in ("npy", "datacomp"):
+        yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
         return
     if format == "txt":
         end = b"\0" if null else b"\n"
@@ -127,14 +132,35 @@ def _cells(column: Sequence) -> Sequence:
     return [plain_cell(value) for value in column]
 
 
-def _npy_chunks(rows: np.ndarray) -> Iterator[bytes]:
-    """What np.save makes of (m,) int64."""
-    head = io.BytesIO()
-    form = {"descr": "<i8", "fortran_order": False, "shape": (len(rows),)}
-    np.lib.format.write_array_header_1_0(head, form)
+def _npy_chunks(values: np.ndarray) -> Iterator[bytes]:
+    """What np.save makes of (m,) values."""
+    head, descr = io.BytesIO(), np.lib.format.dtype_to_descr(values.dtype)
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": values.shape})
     yield head.getvalue()
-    for first in range(0, len(rows), BATCH):
-        yield rows[first : first + BATCH].astype("<i8").tobytes()
+    for first in range(0, len(values), BATCH):
+        yield values[first : first + BATCH].tobytes()
+
+
+def _datacomp(names: Iterable[list[bytes]]) -> np.ndarray:
+    """(m,) "u8,u8", sorted: the uids of these images, as DataComp's resharder takes them."""
+    uids = np.concatenate([np.empty((0, 2), "<u8"), *map(_uids, names)])
+    found = np.sort(np.ascontiguousarray(uids).view("<u8,<u8").reshape(-1))
+    if len(twice := np.flatnonzero(found[1:] == found[:-1])):
+        first, last = found[twice[0]].tolist()
+        raise UsageError(f"--format datacomp: two images have the uid {first:016x}{last:016x}; use another format")
+    return found
+
+
+def _uids(names: list[bytes]) -> np.ndarray:
+    """(b, 2) uint64: the two halves of the uid that each file is called by."""
+    stems = [name.rpartition(b"/")[2].partition(b".")[0] for name in names]
+    odd = next((name for name, stem in zip(names, stems, strict=True) if not _UID.fullmatch(stem)), None)
+    if odd is not None:
+        raise UsageError(
+            f"--format datacomp: {os.fsdecode(odd)!r} is not called by a uid of 32 hexadecimal digits; embed with "
+            "--id-column uid, or import with --path-column uid"
+        )
+    return np.frombuffer(bytes.fromhex(b"".join(stems).decode()), ">u8").reshape(-1, 2).astype("<u8")
 
 
 def _records(header: list[str], records: Iterable[Iterable], format: str, blank: dict | None = None) -> bytes:

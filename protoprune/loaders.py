@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -65,6 +65,49 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
         )
     samples = _KeptSamples(dataset, kept)
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
+
+
+def table_rows(
+    kept: Iterable[str] | str | os.PathLike,
+    files: Sequence[str | os.PathLike],
+    *,
+    root: str | os.PathLike | None = None,
+    id_column: str | None = None,
+) -> np.ndarray:
+    """(m,) int64, ascending: the rows that a list keeps of Parquet or Arrow files, counted through all of `files`.
+
+    For what was loaded from these files in this order: `load_dataset("parquet", data_files=files, split="train")
+    .select(rows)` of Hugging Face, `pyarrow.dataset.dataset(files).take(rows)`. The list names shards and rows, as
+    lists of shards do (`part-0.parquet/000123`); `root` is the folder that it is relative to (default: the common
+    folder of the files), and `id_column` the one that the shards were embedded with. Raises ProtopruneError where an
+    entry is in no file.
+    """
+    from protoprune.sources.reading import ShardError, table_ids
+
+    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
+    if isinstance(listed, np.ndarray):
+        raise UsageError("table_rows takes paths; row indices count the rows of the feature file")
+    places = [os.path.abspath(file) for file in files]
+    base = os.path.abspath(root) if root is not None else os.path.commonpath([os.path.dirname(one) for one in places])
+    left, rows, start = set(listed), [], 0
+    for place in places:
+        name = os.path.relpath(place, base)
+        try:
+            ids = table_ids(place, id_column)
+        except ShardError as error:
+            raise ProtopruneError(f"{place}: {error.status.label}: {error.reason}") from None
+        here = np.array([row for row, one in enumerate(ids) if f"{name}/{one}" in left], np.int64)
+        rows.append(start + here)
+        left.difference_update(f"{name}/{ids[row]}" for row in here.tolist())
+        start += len(ids)
+    if not listed:
+        raise ProtopruneError("the list keeps no image; select some")
+    if left:
+        raise ProtopruneError(
+            f"{len(left):,} of {len(listed):,} listed images are in none of the files (first: {min(left)}); give the "
+            "files, and the root, that the list was made for"
+        )
+    return np.concatenate(rows)
 
 
 def weights_of(

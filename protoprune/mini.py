@@ -49,6 +49,9 @@ class PatchDictionary(nn.Module):
     uniform area from drowning the rest.
     """
 
+    quadrants: Tensor
+    offset: Tensor
+
     def __init__(self, scale: Scale, size: int = MINI_INPUT_SIZE):
         super().__init__()
         self.shrink = scale.shrink
@@ -95,7 +98,7 @@ class MiniEncoder(nn.Module):
         return self.project(self.pooled(full))[: len(images)]
 
 
-def patch_deviation(images: Tensor, stride: tuple[int, int]) -> Tensor:
+def patch_deviation(images: Tensor, stride: tuple[int, ...]) -> Tensor:
     """(B, 3, h, w) -> (B, 1, h', w'): standard deviation of each patch over its pixels and colours.
 
     The variance has 10 (of 255 squared) added, as Coates & Ng do, so that noise in a flat area stays small.

@@ -10,13 +10,14 @@ import math
 import os
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 _DEFLATE = 1100  # what deflate makes of a byte at most is 1032 bytes
 
 
-def load_npy(source: bytes | str | os.PathLike) -> np.ndarray:
+def load_npy(source: bytes | str | os.PathLike[str]) -> np.ndarray:
     """The array of a .npy file or of its bytes. Raises ValueError for anything but a whole array of plain values."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     file = io.BytesIO(data)
@@ -31,7 +32,7 @@ def load_npy(source: bytes | str | os.PathLike) -> np.ndarray:
         raise ValueError(reason(error)) from None
 
 
-def load_npz(source: bytes | str | os.PathLike) -> dict[str, np.ndarray]:
+def load_npz(source: bytes | str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a .npz file or of its bytes, whose checksums agree. Raises ValueError for anything else."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
@@ -46,7 +47,7 @@ def load_npz(source: bytes | str | os.PathLike) -> dict[str, np.ndarray]:
     }
 
 
-def map_npy(path: str | os.PathLike) -> np.ndarray:
+def map_npy(path: str | os.PathLike[str]) -> np.ndarray:
     """The array of a .npy file as a memory map. Raises ValueError as `load_npy` does."""
     try:
         with open(path, "rb") as file:
@@ -56,7 +57,7 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(reason(error)) from None
 
 
-def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, type) of an array, from its header; the file is then at the array. Raises whatever numpy does."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protoprune import prototypes
+from protoprune import prototypes, vectors
 from protoprune.ids import hashes_of
 
 CLASS_SIZE = 2000  # images above which a class is split
@@ -22,7 +22,7 @@ _TRAIN = 100_000  # points that one k-means sees at least, where there are as ma
 
 
 def split(
-    features,
+    features: vectors.Rows,
     groups: np.ndarray,
     size: int,
     *,
@@ -53,7 +53,9 @@ def split(
     return numbers
 
 
-def _parts(features, rows: np.ndarray, size: int, ids, seed: int, iterations: int, backend: str) -> list[np.ndarray]:
+def _parts(
+    features: vectors.Rows, rows: np.ndarray, size: int, ids: Sequence[str], seed: int, iterations: int, backend: str
+) -> list[np.ndarray]:
     """The rows, ascending, in at most FAN parts."""
     k = min(math.ceil(len(rows) / size), FAN)
     every = len(rows) == features.shape[0]

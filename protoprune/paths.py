@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
 
 BATCH = 65_536  # names that are in memory at once
+STEP = 64  # names between two whose places are known
 _NEAR = 512  # names that are read along with one, for its neighbours are mostly next
 _GAP = 2048  # names that are rather read than jumped over
 
@@ -72,6 +74,28 @@ class Paths(Sequence[str]):
 
     def _batches(self, first: int, last: int) -> Iterator[list[bytes]]:
         return (self.read(start, min(start + BATCH, last)) for start in range(first, last, BATCH))
+
+
+class Block:
+    """Names in a file, each followed by a NUL byte, which can be read from any thread.
+
+    handle: a descriptor of the file, which is closed with the block; start: the first byte; places: where the rows 0,
+    STEP, 2 * STEP, … begin after it, and the end; damaged: makes the error for a file that is too short.
+    """
+
+    def __init__(self, handle: int, start: int, places: np.ndarray, damaged: Callable[[], Exception]):
+        self.handle, self.start, self.places, self.damaged = handle, start, places, damaged
+        weakref.finalize(self, os.close, handle)
+
+    def read(self, first: int, last: int) -> list[bytes]:
+        """Those of the rows first to last - 1."""
+        if last <= first:
+            return []
+        low, high = self.places[first // STEP], self.places[min(-(-last // STEP), len(self.places) - 1)]
+        block = os.pread(self.handle, high - low, self.start + low)
+        if len(block) < high - low:
+            raise self.damaged()
+        return block.split(b"\0")[first % STEP :][: last - first]
 
 
 def encoded(names: Sequence[str], rows: np.ndarray) -> Iterator[list[bytes]]:

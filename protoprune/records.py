@@ -272,7 +272,7 @@ def names_with_digests(file) -> list[str]:
 
 
 def digest(values: np.ndarray) -> int:
-    return xxh3_64_intdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return xxh3_64_intdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 class PartialRecord:

@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -49,33 +50,44 @@ from torch.utils.data import Dataset, Sampler
 
 from protoprune.errors import ProtopruneError, UsageError
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 _ORDER, _SELECT, _CYCLE = range(3)  # what a generator is for: the third number beside seed and epoch
 _BATCHES_ON_DEVICE = 64  # losses on a GPU are fetched together, so that no batch waits for one
 
 
-class WithIndex(Dataset):
+class Indexed(Protocol):
+    """A map-style data set: a length, and samples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class WithIndex(Dataset[Any]):
     """The data set with each sample's index added: (image, label) -> (image, label, index).
 
     A dict gets the key "index", any other sample becomes (sample, index).
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Indexed) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return _with_index(self.dataset[index], int(index))
 
-    def __getitems__(self, indices: list[int]) -> list:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         """A batch at once, the way torch's loader asks for it; uses the data set's own where it has one."""
         many = getattr(self.dataset, "__getitems__", None)
         samples = many(indices) if many else [self.dataset[index] for index in indices]
         return [_with_index(sample, int(index)) for sample, index in zip(samples, indices, strict=True)]
 
 
-def _with_index(sample, index: int):
+def _with_index(sample: Any, index: int) -> Any:
     if isinstance(sample, dict):
         return {**sample, "index": index}
     return (*sample, index) if isinstance(sample, (tuple, list)) else (sample, index)
@@ -93,6 +105,13 @@ class PruningSampler(Sampler[int]):
     needs_losses = False
     _exact = True  # round(keep * n) are kept at every selection
     _learned: tuple[str, ...] = ()  # names of the (n,) arrays that losses change, part of the state
+    _mask: np.ndarray  # (n,) bool: the kept set of the epoch, of _size rows
+    _size: int
+    _block: int | None
+    _trained: int  # of the epoch under way: how many indices the model was trained on
+    _exhausted: bool  # its last index was handed out
+    _resumed: bool  # it was begun before a restart
+    _counted: bool  # its kept set is in the counts
 
     def __init__(
         self,
@@ -106,14 +125,14 @@ class PruningSampler(Sampler[int]):
         seed: int = 0,
         rank: int | None = None,
         num_replicas: int | None = None,
-    ):
+    ) -> None:
         self.n, self.every = _whole("n", n, 1, "the number of examples, len(dataset)"), _whole("every", every, 1)
         self.warm_up, self.seed = _whole("warm_up", warm_up, 0), _whole("seed", seed, 0)
         self.keep = _fraction("keep", keep, "the fraction to keep, above 0 and at most 1", above=True)
         if self._exact and round(self.keep * n) == 0:
             raise UsageError(f"keep={keep:g}: keeps none of {n} examples; expected at least {1 / n:.2g}")
         self._final = _first_final_epoch(final_full, epochs)
-        self._rank, self._replicas = _check_rank(rank, num_replicas)
+        self._share_of = _check_rank(rank, num_replicas)
         self._settings = {name: getattr(self, name) for name in ("n", "keep", "every", "warm_up", "seed")}
         self.epoch = 0
         self._counts = np.zeros(n, np.int32)
@@ -150,7 +169,7 @@ class PruningSampler(Sampler[int]):
             self._counted = True
         return self._pass(self._share()[self._trained :])
 
-    def update(self, indices, losses) -> None:
+    def update(self, indices: ArrayLike | torch.Tensor, losses: ArrayLike | torch.Tensor) -> None:
         """Tell the losses of a batch, one each (reduction="none"), once per batch and before or after the step.
 
         indices, losses: (b,) tensors on any device, arrays or lists. Values on a GPU are fetched every 64 batches
@@ -177,7 +196,7 @@ class PruningSampler(Sampler[int]):
         self._trained += len(index) * max(1, processes // self._world()[1])  # more where another library deals out
         self._resumed = False
 
-    def weights(self, indices) -> torch.Tensor:
+    def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
         """What to multiply each loss by before the mean, (b,) float32 on the indices' device: ones but in InfoBatch."""
         index = torch.as_tensor(indices)
         return torch.ones(index.shape, dtype=torch.float32, device=index.device)
@@ -199,16 +218,16 @@ class PruningSampler(Sampler[int]):
         if not self.needs_losses:
             return
         self._fetch()
-        parts = [self._own.take()]
+        own = self._own.take()
+        parts = [own]
         if _distributed():
-            gathered = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, parts[0])
-            parts = gathered  # in the order of the ranks everywhere, so that the sums are the same to the last bit
-        for index, total, seen in parts:
+            parts = [own] * torch.distributed.get_world_size()  # each process's takes its place
+            torch.distributed.all_gather_object(parts, own)
+        for index, total, seen in parts:  # in the order of the ranks, so that the sums are the same to the last bit
             self._shared.sum[index] += total
             self._shared.seen[index] += seen
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs, O(n). With several processes first `synchronize` on every one."""
         if not _distributed():
             self.synchronize()
@@ -224,7 +243,7 @@ class PruningSampler(Sampler[int]):
         share = {"length": len(self), "num_replicas": self._world()[1]}
         return {"sampler": type(self).__name__, "settings": dict(self._settings), **place, **share, **state}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a sampler made with the same arguments (`epochs` and the final
         phase may differ, and at the end of an epoch the number of processes).
 
@@ -305,18 +324,18 @@ class PruningSampler(Sampler[int]):
             raise ProtopruneError(f"{type(self).__name__}: epoch {self.epoch} ended without a single loss; {hint}")
 
     def _record(self, index: torch.Tensor, loss: torch.Tensor) -> None:
-        index, loss = index.numpy(), loss.double().numpy()
-        outside = (index < 0) | (index >= self.n)
+        rows, values = index.numpy(), loss.double().numpy()
+        outside = (rows < 0) | (rows >= self.n)
         if outside.any():
-            raise ProtopruneError(f"update: index {index[outside][0]} is out of range; expected 0 to {self.n - 1}")
-        if not np.isfinite(loss).all():
-            bad = np.flatnonzero(~np.isfinite(loss))[0]
+            raise ProtopruneError(f"update: index {rows[outside][0]} is out of range; expected 0 to {self.n - 1}")
+        if not np.isfinite(values).all():
+            bad = np.flatnonzero(~np.isfinite(values))[0]
             hint = "skip such batches, or lower the learning rate if they are many"
             raise ProtopruneError(
-                f"update: the loss of example {index[bad]} is {loss[bad]}, not a finite number; {hint}"
+                f"update: the loss of example {rows[bad]} is {values[bad]}, not a finite number; {hint}"
             )
-        np.add.at(self._own.sum, index, loss)
-        np.add.at(self._own.seen, index, 1)
+        np.add.at(self._own.sum, rows, values)
+        np.add.at(self._own.seen, rows, 1)
 
     def _fetch(self) -> None:
         """Bring the losses that wait on a device."""
@@ -346,8 +365,8 @@ class PruningSampler(Sampler[int]):
 
     def _world(self) -> tuple[int, int]:
         """(rank, num_replicas), asked when needed: process groups are often made after the sampler."""
-        if self._replicas is not None:
-            return self._rank, self._replicas
+        if self._share_of is not None:
+            return self._share_of
         if _distributed():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
@@ -370,8 +389,8 @@ class RS2Sampler(PruningSampler):
     avoiding what it has already. After any number of epochs no example was selected more than once more than another.
     """
 
-    def __init__(self, n: int, keep: float, *, every: int = 1, **options):
-        self._cycle, self._permutation = -1, None
+    def __init__(self, n: int, keep: float, *, every: int = 1, **options: Any) -> None:
+        self._cycle, self._permutation = -1, np.empty(0, np.int64)
         super().__init__(n, keep, every=every, **options)
 
     def _choose(self, block: int, rng: np.random.Generator) -> np.ndarray:
@@ -410,8 +429,9 @@ class EpsilonGreedySampler(PruningSampler):
 
     needs_losses = True
     _learned = ("_mean",)
+    _mean: np.ndarray  # (n,) float32
 
-    def __init__(self, n: int, keep: float, *, epsilon: float = 0.1, decay: float = 0.8, **options):
+    def __init__(self, n: int, keep: float, *, epsilon: float = 0.1, decay: float = 0.8, **options: Any) -> None:
         self.epsilon, self.decay = _fraction("epsilon", epsilon), _decay(decay)
         super().__init__(n, keep, **options)
         self._settings |= {"epsilon": self.epsilon, "decay": self.decay}
@@ -439,8 +459,10 @@ class UCBSampler(PruningSampler):
 
     needs_losses = True
     _learned = ("_mean", "_variance")
+    _mean: np.ndarray  # (n,) float32, and
+    _variance: np.ndarray
 
-    def __init__(self, n: int, keep: float, *, c: float = 1.0, decay: float = 0.8, **options):
+    def __init__(self, n: int, keep: float, *, c: float = 1.0, decay: float = 0.8, **options: Any) -> None:
         if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 <= c < math.inf:
             raise UsageError(f"c={c}: expected a number of deviations, 0 or more")
         self.c, self.decay = float(c), _decay(decay)
@@ -471,11 +493,15 @@ class InfoBatchSampler(PruningSampler):
     needs_losses = True
     _exact = False
     _learned = ("_last", "_weight")
+    _last: np.ndarray  # (n,) float32, and
+    _weight: np.ndarray
 
-    def __init__(self, n: int, keep: float = 0.5, *, every: int = 1, final_full: int | float = 0.125, **options):
+    def __init__(
+        self, n: int, keep: float = 0.5, *, every: int = 1, final_full: int | float = 0.125, **options: Any
+    ) -> None:
         super().__init__(n, keep, every=every, final_full=final_full, **options)
 
-    def weights(self, indices) -> torch.Tensor:
+    def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
         index = torch.as_tensor(indices)
         if index.device not in self._tables:  # one copy a device and selection, so that no batch waits for its weights
             self._tables[index.device] = torch.from_numpy(self._weight.copy()).to(index.device)
@@ -502,7 +528,7 @@ class InfoBatchSampler(PruningSampler):
 class _Losses:
     """The losses of one epoch: their sum (n,) float64 and number (n,) int32, by example."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int) -> None:
         self.sum, self.seen = np.zeros(n), np.zeros(n, np.int32)
 
     def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -588,9 +614,11 @@ def _first_final_epoch(final_full: int | float, epochs: int | None) -> float:
     return epochs - last
 
 
-def _check_rank(rank: int | None, num_replicas: int | None) -> tuple[int | None, int | None]:
-    if (rank is None) != (num_replicas is None):
+def _check_rank(rank: int | None, num_replicas: int | None) -> tuple[int, int] | None:
+    if rank is None and num_replicas is None:
+        return None
+    if rank is None or num_replicas is None:
         raise UsageError(f"rank={rank}, num_replicas={num_replicas}: expected both or neither")
-    if rank is not None and _whole("rank", rank, 0) >= _whole("num_replicas", num_replicas, 1):
+    if _whole("rank", rank, 0) >= _whole("num_replicas", num_replicas, 1):
         raise UsageError(f"rank={rank}: expected less than num_replicas={num_replicas}")
     return rank, num_replicas

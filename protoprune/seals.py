@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -42,15 +42,15 @@ class Seal:
     format: str
     size: int  # bytes of the file
     structure: str
-    datasets: dict[str, list]  # name -> [offset, bytes, digest or None]
+    datasets: dict[str, list[Any]]  # name -> [offset, bytes, digest or None]
 
     def digest(self, name: str) -> str | None:
         return self.datasets[name][2] if name in self.datasets else None
 
 
-def digest(data) -> str:
+def digest(data: np.ndarray) -> str:
     """The digest of an array's bytes."""
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 def read(file: BinaryIO) -> Seal | None:
@@ -112,7 +112,7 @@ def damaged_datasets(file: BinaryIO, seal: Seal, only: Iterable[str] | None = No
             if was is not None and _digest(file, [(offset, size)]) != was]  # fmt: skip
 
 
-def _fill(file, seal: Seal, names: Iterable[str]) -> None:
+def _fill(file: BinaryIO, seal: Seal, names: Iterable[str]) -> None:
     for name in names:
         offset, size, _ = seal.datasets[name]
         seal.datasets[name][2] = _digest(file, [(offset, size)])
@@ -136,7 +136,7 @@ def _parse(head: bytes) -> Seal | None:
     return seal if inside else None
 
 
-def _structure(file, seal: Seal) -> str:
+def _structure(file: BinaryIO, seal: Seal) -> str:
     """The digest of all bytes between the block and the end that belong to no dataset."""
     gaps, end = [], BLOCK
     for offset, size in sorted([_OPEN_FLAGS, *((offset, size) for offset, size, _ in seal.datasets.values())]):
@@ -146,7 +146,7 @@ def _structure(file, seal: Seal) -> str:
     return _digest(file, [*gaps, (end, seal.size - end)])
 
 
-def _digest(file, parts: Iterable[tuple[int, int]]) -> str:
+def _digest(file: BinaryIO, parts: Iterable[tuple[int, int]]) -> str:
     state = xxhash.xxh3_64()
     for offset, size in parts:
         file.seek(offset)

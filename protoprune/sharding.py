@@ -22,7 +22,8 @@ from protoprune import features as feature_file
 from protoprune import files, launch
 from protoprune.current import content_digest
 from protoprune.decode import TRANSIENT, ImageError, Status
-from protoprune.embedding import Engine, LossError, embed_with
+from protoprune.earlier import LossError
+from protoprune.embedding import Engine, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import FeatureFile

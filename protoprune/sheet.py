@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protoprune.decode import ImageError, decode
 from protoprune.sources.reader import ImageReader
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _GAP, _LABEL = 4, 14
 
@@ -53,14 +57,14 @@ def contact_sheet(
     return buffer.getvalue(), unreadable
 
 
-def _thumbnail(read: ImageReader, path: str, side: int):
+def _thumbnail(read: ImageReader, path: str, side: int) -> Image.Image | None:
     try:
         return thumbnail(read(path), side)
     except ImageError:
         return None
 
 
-def thumbnail(data: bytes, side: int):
+def thumbnail(data: bytes, side: int) -> Image.Image | None:
     """A PIL image of `side` pixels squared, the middle of the picture; None for data that are no image."""
     from PIL import Image, ImageOps
 

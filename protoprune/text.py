@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from protoprune.errors import ProtopruneError
 
@@ -26,7 +27,10 @@ def plain_name(name: str) -> str:
 def native(name: str) -> str:
     """A name that was kept as text, as this process reads it from the file system: under a locale that is not UTF-8 the
     same bytes are other text."""
-    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    try:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a character, as JSON may hold it
+        return os.fsdecode(name.encode("utf-8", "surrogatepass"))
 
 
 def unpacked(data: bytes, source: str) -> bytes:
@@ -52,7 +56,7 @@ def plain_bytes(data: bytes) -> bytes:
     return data if b"\0" in data else data.removeprefix(codecs.BOM_UTF8)
 
 
-def parse_json(text: str | bytes):
+def parse_json(text: str | bytes) -> Any:
     """`json.loads` of text that may come from anywhere: whatever is wrong is a ValueError, too deep a nesting too."""
     try:
         return json.loads(text)

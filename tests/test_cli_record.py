@@ -140,7 +140,7 @@ def test_what_is_left_out_is_said(images, record):
         (["images", "--model", "lenet"], 2, "--model lenet: expected one of head, cnn, resnet18 or timm:NAME"),
         (["images", "--test", "f.h5"], 2, "give the test set in the form of the training set"),
         (["images", "--models", "0"], 2, "--models 0: expected at least 1"),
-        (["images", "--subset", "1.2"], 2, "--subset 1.2: expected a fraction"),
+        (["images", "--subset", "1.2"], 2, "--subset 1.2: expected a number above 0 to 1"),
         (["images", "--lr", "0"], 2, "--lr 0: expected a number above 0"),
         (["images", "--schedule", "x"], 2, "--schedule x: expected one of linear, cosine, steps"),
         (["images", "--device", "tpu"], 2, "--device tpu: "),

@@ -113,3 +113,42 @@ def test_too_many_that_never_end_are_an_error_that_says_the_way_on(monkeypatch):
     with pytest.raises(ProtopruneError, match=r"3 images were given up .* run it again"):
         collect(lambda item: burn(let_go), list(range(6)), count=2)
     let_go.set()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_can_be_relieved_by_others_with_another_set_up(count):
+    """Each finishes the image that it is at; nothing is done twice, and all of it is done."""
+    at, go_on, done, names = threading.Event(), threading.Event(), [], {}
+
+    def work(item):
+        done.append(item)
+        names[item] = threading.current_thread()
+        if item == 1:
+            at.set()
+            go_on.wait(30)
+        return np.array([item]), ""
+
+    set_ups = []
+    with Crew(count, work, lambda: set_ups.append("first")) as crew:
+        parts = [crew.start([first, first + 1, first + 2], lambda *_: None) for first in (0, 3, 6)]
+        assert at.wait(30)
+        old = list(crew.threads)
+        crew.relieve(lambda: set_ups.append("second"))
+        go_on.set()
+        outcome = [one for part in parts for one in crew.results(part)]
+        for thread in old:
+            thread.join(30)
+    assert outcome == [(Status.OK, "")] * 9
+    assert sorted(done) == list(range(9))
+    assert set_ups == ["first"] * count + ["second"] * count
+    assert names[1] in old
+    assert names[2] not in old
+    assert not any(thread.is_alive() for thread in old)
+
+
+def test_a_set_up_that_fails_ends_the_run():
+    def set_up():
+        raise OSError("no such thing")
+
+    with Crew(2, twice, set_up) as crew, pytest.raises(OSError, match="no such thing"):
+        crew.results(crew.start([1], lambda *_: None))

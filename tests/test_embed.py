@@ -17,8 +17,8 @@ import torch
 from helpers import many_scans
 from PIL import Image
 
+from protoprune import embedding, files
 from protoprune import features as feature_file
-from protoprune import files
 from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
@@ -706,3 +706,35 @@ def test_a_file_that_is_too_large_and_one_that_is_too_slow_are_two_failures(imag
         }
         assert file.usable.sum() == 21
     assert run(images, tmp_path / "f.h5").embedded == 0  # it would be as slow again
+
+
+@pytest.mark.parametrize(
+    ("waited", "used", "starved"), [(4, 1, True), (4, 7, False), (1, 1, False), (1, 7, False), (2, 0, False)]
+)
+def test_threads_that_stepped_back_are_relieved_where_others_have_the_cores(waited, used, starved, monkeypatch):
+    """Of 5 seconds on 2 cores: waiting most of them and having few of the cores."""
+    clock = {"monotonic": 0.0, "process_time": 0.0}
+    for name in clock:
+        monkeypatch.setattr(embedding.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(embedding, "cores", lambda: 2)
+    hunger = embedding._Hunger()
+    with hunger:
+        clock["monotonic"] += waited
+    assert not hunger.starved()  # too early to say
+    clock["monotonic"], clock["process_time"] = 5.0, used
+    assert hunger.starved() is starved
+    clock["monotonic"], clock["process_time"] = 10.0, used + 9  # the next seconds are judged by themselves
+    assert not hunger.starved()
+
+
+def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monkeypatch):
+    run(images, tmp_path / "a.h5")
+    relieved = []
+    monkeypatch.setattr(embedding._Hunger, "starved", lambda self: True)
+    relieve = embedding.Crew.relieve
+    monkeypatch.setattr(embedding.Crew, "relieve", lambda *given: relieved.append(1) or relieve(*given))
+    run(images, tmp_path / "b.h5")
+    assert relieved == [1]
+    assert stored(tmp_path / "a.h5").keys() == stored(tmp_path / "b.h5").keys()
+    for path, row in stored(tmp_path / "a.h5").items():
+        assert np.array_equal(row, stored(tmp_path / "b.h5")[path])

@@ -14,6 +14,7 @@ from training_helpers import write_folder
 from protoprune import files
 from protoprune.decode import Preprocess, Status, load
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import list_folder
 from protoprune.training import examples
 from protoprune.training.examples import load_examples
 
@@ -248,3 +249,19 @@ def test_pixels_that_do_not_fit_into_memory_are_refused(monkeypatch):
         ProtopruneError, match=r"1,000 images of 224 x 224 pixels take 150.5 MB and .* give --pixels FILE"
     ):
         examples._check_memory((1000, 3, 224, 224))
+
+
+def test_another_folder_with_the_same_names_sizes_and_times_has_pixels_of_its_own(tmp_path):
+    """The cache of pixels is that of one folder."""
+    for name, colours in (("a", (0, 9)), ("b", (255, 99))):
+        for number, colour in enumerate(colours):
+            path = tmp_path / name / f"c{number}" / "1.ppm"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"P6\n8 8\n255\n" + bytes([colour]) * 192)
+            os.utime(path, ns=(10**18, 10**18))
+    values = []
+    for name in "abab":
+        pixels, failed = examples._pixels(list_folder(tmp_path / name), np.arange(2), 8, tmp_path / "cache", None)
+        assert failed == {}
+        values.append(pixels[:, 0, 0, 0].tolist())
+    assert values == [[0, 9], [255, 99]] * 2

@@ -9,9 +9,13 @@ import tarfile
 import numpy as np
 import pytest
 from helpers import encoded, picture
+from typer.testing import CliRunner
 
+import protoprune
+from protoprune import lists
+from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.loaders import keep_only, weights_of
+from protoprune.loaders import keep_only, table_rows, weights_of
 
 KEPT = ["cat/001.png", "dog/000.png", "dog/003.png"]
 
@@ -346,3 +350,68 @@ def test_webdataset_by_the_list_of_a_feature_set(image_tree, tmp_path):
     assert [one["__key__"] for one in keep_only(dataset, kept)] == ["cat/000", "cat/001"]
     with pytest.raises(ProtopruneError, match="1 of 1 listed images are not in the data set"):
         list(keep_only(webdataset.WebDataset(urls, shardshuffle=False), ["shard-1.tar/cat/000.png"]))
+
+
+# --- rows of tables, uids --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("id_column", [None, "name"])
+def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column):
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow.dataset")
+    files, number = [], 0
+    for name, count in (("a/part-0", 5), ("a/part-1", 3), ("b/part-0", 4)):
+        rows = range(number, number + count)
+        table = pyarrow.table({"image": [f"{row}".encode() for row in rows], "name": [f"n{row}" for row in rows]})
+        files.append(str(tmp_path / f"{name}.parquet"))
+        os.makedirs(os.path.dirname(files[-1]), exist_ok=True)
+        parquet.write_table(table, files[-1], row_group_size=2)
+        number += count
+    kept = {
+        None: ["b/part-0.parquet/000003", "a/part-0.parquet/000000", "a/part-1.parquet/000002"],
+        "name": ["b/part-0.parquet/n11", "a/part-0.parquet/n0", "a/part-1.parquet/n7"],
+    }[id_column]
+    rows = table_rows(kept, files, root=tmp_path, id_column=id_column)
+    assert rows.tolist() == [0, 7, 11]
+    assert table_rows(kept, files, id_column=id_column).tolist() == [0, 7, 11]  # their common folder
+    whole = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert whole.select(rows)["image"][:] == [b"0", b"7", b"11"]
+    taken = arrow.dataset(files, format="parquet").take(rows)
+    assert taken.column("image").to_pylist() == [b"0", b"7", b"11"]
+    whole.save_to_disk(tmp_path / "saved")
+    saved = sorted(str(path) for path in (tmp_path / "saved").glob("*.arrow"))
+    listed = [f"{os.path.basename(saved[0])}/{row:06d}" for row in (3, 9)]
+    rows = table_rows(listed, saved)
+    assert datasets.load_from_disk(tmp_path / "saved").select(rows)["image"][:] == [b"3", b"9"]
+    with pytest.raises(ProtopruneError, match=r"1 of 3 listed images are in none of the files \(first: b/part-0"):
+        table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
+    with pytest.raises(ProtopruneError, match="the list keeps no image"):
+        table_rows([], files)
+    with pytest.raises(ProtopruneError, match="has no column x, only image, name"):
+        table_rows(kept, files, id_column="x")
+
+
+def test_datacomp_takes_the_uids_sorted(feature_file, tmp_path):
+    """What DataComp's resharder reads: (m,) "u8,u8" in lexicographic order, the halves of the hexadecimal uids."""
+    rng = np.random.default_rng(0)
+    uids = [rng.bytes(16).hex() for _ in range(40)]
+    path = feature_file(tmp_path / "f.h5", rng.normal(size=(40, 3)), paths=[f"{uid[:2]}.tar/{uid}.jpg" for uid in uids])
+    out = tmp_path / "subset.npy"
+    command = ["select", path, "--keep", "0.5", "--k", "3", "--format", "datacomp", "-o", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    kept = protoprune.select(path, 0.5, k=3).kept_paths
+    want = sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in (path[7:39] for path in kept))
+    found = np.load(out)
+    assert found.dtype == np.dtype("u8,u8")
+    assert found.tolist() == want
+    assert np.array_equal(found, np.sort(found))
+    named = feature_file(tmp_path / "n.h5", rng.normal(size=(2, 3)), paths=["a.jpg", f"{uids[0]}.jpg"])
+    command = ["select", named, "--keep", "1", "--k", "1", "--format", "datacomp", "-o", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "'a.jpg' is not called by a uid of 32 hexadecimal digits" in result.stderr
+    twice = feature_file(tmp_path / "t.h5", rng.normal(size=(2, 3)), paths=[f"{name}/{uids[0]}.jpg" for name in "ab"])
+    with pytest.raises(UsageError, match=f"two images have the uid {uids[0]}"):
+        lists.format_list(protoprune.select(twice, 1.0, k=1).kept_paths, np.arange(2), np.zeros(2), "datacomp")
+    assert np.load(out).tolist() == want  # the refused ones left the file

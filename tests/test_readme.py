@@ -66,6 +66,17 @@ def test_reshard(here):
     assert names == sorted(here)
 
 
+def test_rows_of_tables(here):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    Path("data").mkdir()
+    for part in range(2):
+        table = pyarrow.table({"value": [10 * part + row for row in range(4)]})
+        parquet.write_table(table, f"data/train-{part}.parquet")
+    Path("kept-rows.txt").write_text("train-0.parquet/000003\ntrain-1.parquet/000000\n")
+    assert list(run_block("tables")["kept"]["value"]) == [3, 10]
+
+
 def test_subset(here):
     result = protoprune.select(keep=0.7)
     np.save("kept.npy", np.flatnonzero(result.keep))

@@ -456,3 +456,11 @@ def test_want_of_memory_for_a_shard_is_the_shards_trouble(tmp_path, monkeypatch)
 
     monkeypatch.setattr(tarfile, "open", full)
     assert refused(path) == (Status.UNREADABLE, "not enough memory to read what it says of itself")
+
+
+def test_half_characters_in_json_do_not_end_a_run(tmp_path):
+    """A file cannot be called so, and a class can hardly, but a .json may say it."""
+    files = [("1.png", PNG), ("1.json", b'{"label": "\\ud800"}'), ("2.png", PNG), ("2.json", '{"label": "é"}'.encode())]
+    with opened(write_tar(tmp_path / "a.tar", files)) as images:
+        assert images.classes == ["é", os.fsdecode(b"\xed\xa0\x80")]
+        assert [os.fsencode(name) for name in images.classes] == ["é".encode(), b"\xed\xa0\x80"]

@@ -536,6 +536,14 @@ def test_advice_depends_on_the_images_a_class(images, first):
     assert first in advice_for(images, 1000)[0].text
 
 
+def test_hard_is_no_promise_where_it_was_measured_not_to_win():
+    """CIFAR-10, 5,000 images a class: at 80 and 60 % kept hard was no better than random, at 40 % worse."""
+    first = advice_for(50_000, 10)[0]
+    assert first.text.startswith("At 70 to 80 % kept compare HARD with RANDOM: 5,000 images a class")
+    assert "CIFAR-10" in first.text
+    assert "lost 3" in first.support
+
+
 def test_a_safe_fraction_is_named_only_where_it_was_measured():
     assert any("80 %" in piece.text for piece in advice_for(1_281_167, 1000))
     assert not any("80 %" in piece.text for piece in advice_for(100_000, 1000))

@@ -9,7 +9,8 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -34,18 +35,20 @@ from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning, ignore_pillow
 
-_Misspelt = typer.BadParameter.__bases__[0]  # Typer's own usage errors; it brings its click along, without a name
+_Misspelt: type[Exception] = typer.BadParameter.__bases__[
+    0
+]  # Typer's own usage errors; it brings its click along, without a name
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
 
 
 class _Group(TyperGroup):
     """Shows what the user can act on in one line, with the exit code that it carries."""
 
-    def make_context(self, *args, **extra):
+    def make_context(self, *args: Any, **extra: Any) -> Any:
         with _in_one_line():
             return super().make_context(*args, **extra)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         with _in_one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
             ignore_pillow()
@@ -84,7 +87,7 @@ def _in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _explain(error) -> None:
+def _explain(error: Any) -> None:
     """Say in one line what is wrong with the words of the command line, and exit with 2."""
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error  # the help itself
@@ -92,9 +95,10 @@ def _explain(error) -> None:
     raise typer.Exit(error.exit_code) from None
 
 
-def _command(error) -> str:
+def _command(error: Any) -> str:
     """The command that was misspelt, as a user calls it."""
-    names, context = [], error.ctx
+    names: list[str] = []
+    context = error.ctx
     while context is not None and context.parent is not None:
         names.insert(0, context.info_name)
         context = context.parent
@@ -105,10 +109,17 @@ def _complain(text: str) -> None:
     say(f"error: {text}".replace("\r", "\\r").replace("\n", "\\n"))  # file names may hold line breaks
 
 
-def _show_warning(otherwise):
+def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
     """Our own warnings as one line on stderr, those of others as Python shows them."""
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, ProtopruneWarning):
             say("warning: " + str(message).replace("\r", "\\r").replace("\n", "\\n"))
         else:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from protoprune.comparison import Comparison
+    from protoprune.scores import ScoreTable
+    from protoprune.scores.table import Table
 
 _FIGURES = (".png", ".svg", ".pdf")
 _SHEET_ROWS = 10
@@ -75,11 +77,11 @@ def compare(
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
-    result, root = _load(tables, features, reading, root, keeps, bootstrap, seed)
+    result, place = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
     for picture in (sheet, figure):
-        check_picture(picture, root, result.paths)
+        check_picture(picture, place, result.paths)
     if out is not None:
         files.write_file(out, files.table_csv(comparison.pair_rows(result)))
     if classes is not None:
@@ -87,7 +89,7 @@ def compare(
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
-        _write_sheet(result, sheet, root, count or 8)
+        _write_sheet(result, sheet, place, count or 8)
     _say_result(result, bootstrap)
     _show(result)
 
@@ -126,7 +128,13 @@ def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: P
 
 
 def _load(
-    files: list[Path], features: Path | None, reading: TableOptions, root: Path | None, keeps, bootstrap: int, seed: int
+    files: list[Path],
+    features: Path | None,
+    reading: TableOptions,
+    root: Path | None,
+    keeps: list[float],
+    bootstrap: int,
+    seed: int,
 ) -> tuple[Comparison, str]:
     """Read, join and compare, saying what did not match; also the folder in which the images are."""
     import numpy as np
@@ -156,7 +164,7 @@ def _load(
     return result, os.fspath(root or "")
 
 
-def _table(source: Path, reading: TableOptions):
+def _table(source: Path, reading: TableOptions) -> Table:
     """A table with its direction, and its names where --rows gives them."""
     from protoprune.scores import named, read_table, turned
 
@@ -164,7 +172,7 @@ def _table(source: Path, reading: TableOptions):
     return table if reading.rows is None or table.kind != "index" else named(table, reading.rows)
 
 
-def _say_tables(matched, images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:
+def _say_tables(matched: dict[str, ScoreTable], images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:
     import numpy as np
 
     for name, table in matched.items():
@@ -183,7 +191,7 @@ def _say_tables(matched, images: int, arrays: dict[str, np.ndarray], result: Com
 def _say_result(result: Comparison, bootstrap: int) -> None:
     import numpy as np
 
-    if result.low is not None:
+    if result.low is not None and result.high is not None:
         width = result.high - result.low
         a, b = np.unravel_index(np.argmax(width), width.shape)
         say(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,14 @@ from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSiz
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import duration
+
+if TYPE_CHECKING:
+    from protoprune.embedding import EmbedReport
+    from protoprune.encoders import Encoder
+    from protoprune.images import ImageList
+    from protoprune.labels import LabelFile
+    from protoprune.sources import ShardOptions
+    from protoprune.sources.finding import Source
 
 
 def embed(
@@ -79,7 +88,7 @@ def embed(
     """Turn a folder of images into a feature file; a second run does only what is new."""
     inputs = [images, weights, labels, class_names]
     check_outputs(errors, inputs=inputs)
-    settings = {
+    settings: dict[str, Any] = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
         "moved": moved,
@@ -87,8 +96,8 @@ def embed(
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
     if source is None or single:
-        out = out or Path("features.h5")
-        check_outputs(errors, hdf5=out, inputs=inputs)
+        file = out or Path("features.h5")
+        check_outputs(errors, hdf5=file, inputs=inputs)
         _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size})
     if source is None:
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
@@ -108,19 +117,21 @@ def embed(
     if model.loaded:
         say(f"weights: {model.loaded}")
     if source is None:
-        _embed_images(found, model, out, errors, strict, settings)
+        _embed_images(found, model, file, errors, strict, settings)
     elif single:
         from protoprune.sharding import opened
 
         with opened(source.shards[0], source.root, options) as found:
             _say_found(found, errors)
-            _embed_images(found, model, out, errors, strict, settings)
+            _embed_images(found, model, file, errors, strict, settings)
     else:
         with resumable("what is embedded is kept"):
             embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
 
 
-def _embed_images(found, model, out: Path, errors: Path | None, strict: bool, settings: dict) -> None:
+def _embed_images(
+    found: ImageList, model: Encoder, out: Path, errors: Path | None, strict: bool, settings: dict[str, Any]
+) -> None:
     """Embed a list of images into one file, with progress, and say what became of it."""
     from protoprune.embedding import embed as run
 
@@ -164,7 +175,9 @@ def _number(option: str, text: str) -> int | None:
     return int(text)
 
 
-def label_argument(labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool):
+def label_argument(
+    labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool
+) -> bool | str | os.PathLike[str] | LabelFile:
     """The `labels` argument of `list_folder`."""
     from protoprune.labels import label_file
 
@@ -174,13 +187,21 @@ def label_argument(labels: Path | None, column: str | None, names: Path | None, 
     return False if none else label_file(labels, column, names, level)
 
 
-def _refuse_shard_options(given: dict) -> None:
+def _refuse_shard_options(given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None:
             raise UsageError(f"{option} goes with shards (tar, zip, Parquet or Arrow files) that become a feature set")
 
 
-def _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column):
+def _shard_options(
+    labels: Path | None,
+    class_names: Path | None,
+    class_level: int | None,
+    no_labels: bool,
+    image_column: str | None,
+    label_column: str | None,
+    id_column: str | None,
+) -> ShardOptions:
     from protoprune.sources import ShardOptions
 
     if labels is not None or class_names is not None:
@@ -192,7 +213,7 @@ def _shard_options(labels, class_names, class_level, no_labels, image_column, la
     return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
 
 
-def _find(images: str, root: Path | None):
+def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | None]:
     """(source of shards or None, entries of a list or None)."""
     from protoprune.images import archive_kind, image_suffixes, split_list
     from protoprune.sources.finding import find_shards, list_shards, looks_like_shards
@@ -213,23 +234,24 @@ def _find(images: str, root: Path | None):
             raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
         from protoprune.lists import read_list
 
-        entries = read_list(images)
-        if not isinstance(entries, list):
+        listed = read_list(images)
+        if not isinstance(listed, list):
             raise UsageError(f"{images}: row indices do not name images; give a list of paths")
+        entries = listed
     if looks_like_shards(entries):
         return list_shards(entries, root), None
     return None, entries
 
 
-def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict):
+def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict[str, Any]) -> ImageList:
     from protoprune.images import list_folder, list_paths
 
     if entries is not None:
         return list_paths(entries, root, **classes)
-    return list_folder(images, **classes, on_progress=_say_listing if sys.stderr.isatty() else None)
+    return list_folder(images, **classes, on_progress=_say_listing if sys.stderr and sys.stderr.isatty() else None)
 
 
-def _begins_like(path: str, kind):
+def _begins_like(path: str, kind: Callable[[bytes], str | None]) -> str | None:
     try:
         with open(path, "rb") as file:
             return kind(file.read(512))
@@ -241,7 +263,7 @@ def _say_listing(count: int) -> None:
     print(f"listing: {count:,} images", end="\r", file=sys.stderr, flush=True)
 
 
-def _say_found(found, errors: Path | None) -> None:
+def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
     from protoprune.images import describe_counts
 
@@ -261,7 +283,7 @@ def _say_found(found, errors: Path | None) -> None:
         say(f"warning: {len(found.unreadable_folders) - 5:,} more folders could not be read")
 
 
-def _say_report(report, model, seconds: float) -> None:
+def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
     if report.moved_from:
         say(f"the images were below {report.moved_from} when they were embedded")
     if report.compared:
@@ -282,7 +304,7 @@ def _say_report(report, model, seconds: float) -> None:
     )
 
 
-def _finish(report, found, errors: Path | None, strict: bool) -> None:
+def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
     from protoprune.features import FeatureFile
     from protoprune.files import write_file

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,7 +34,8 @@ from protoprune.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from protoprune.evaluation.comparing import Evaluation, Method
+    from protoprune.evaluation.comparing import Evaluation, Kept, Method
+    from protoprune.training.examples import Examples
 
 TrainingFeatures = Annotated[Path | None, typer.Option(help="Feature file of the training images, for --model head.")]
 
@@ -120,10 +121,11 @@ def evaluate(
     for path in lists:
         read_list(path)
     train, tested = load_sets(source, test, model, training, labels)
+    assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)
     kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
-    with resumable(out and f"the runs done are kept in {out / 'runs'}"):
+    with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,
             everything=everything, class_counts=class_counts, target_accuracy=target_accuracy,
@@ -142,7 +144,7 @@ def evaluate(
         say(f"wrote {', '.join(report.save_evaluation(out, result, config, train.classes))}")
 
 
-def _kept(path: Path, train, cost: float | None):
+def _kept(path: Path, train: Examples, cost: float | None) -> Kept:
     from protoprune import lists
     from protoprune.evaluation.comparing import Kept
     from protoprune.evaluation.runs import list_rows
@@ -151,7 +153,7 @@ def _kept(path: Path, train, cost: float | None):
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
 
 
-def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
+def _weights(path: Path, rows: np.ndarray, train: Examples) -> np.ndarray | None:
     """(m,) loss weights where the list has a weight column."""
     from protoprune import lists
     from protoprune.evaluation.runs import list_weights
@@ -163,7 +165,7 @@ def _weights(path: Path, rows: np.ndarray, train) -> np.ndarray | None:
     return list_weights(weights, rows, train, os.fspath(path))
 
 
-def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict]:
+def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[dict[str, Any]]:
     if bool(dynamic) != bool(keep) or (every and not dynamic):
         raise UsageError(
             "--dynamic NAME and --keep FRACTION go together, and --every with them (a list has its own size)"
@@ -175,7 +177,7 @@ def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[
 def _costs(seconds: list[float], lists: int) -> list[float | None]:
     if len(seconds) not in (0, 1, lists):
         raise UsageError(f"--selection-seconds: {len(seconds)} numbers for {lists} lists; give one, or one for each")
-    return seconds if len(seconds) == lists else [seconds[0] if seconds else None] * lists
+    return [*seconds] if len(seconds) == lists else [seconds[0] if seconds else None] * lists
 
 
 def _print_evaluation(result: Evaluation) -> None:
@@ -232,4 +234,8 @@ def _cells(one: Method, result: Evaluation) -> list[str]:
 def _span(value: float, low: float | None, high: float | None, *, sign: str = "", digits: int = 1) -> str:
     """'92.31 (92.02 to 92.60)' of fractions."""
     text = f"{100 * value:{sign}.{digits}f}"
-    return text if low is None else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
+    return (
+        text
+        if low is None or high is None
+        else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
+    )

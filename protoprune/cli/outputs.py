@@ -30,23 +30,18 @@ def check_outputs(
     Files are compared as files: through links, by another name, and by names that differ in case only.
     """
     given = [Path(one) for one in outputs if one is not None and str(one) != "-"]
-    inputs = [Path(one) for one in inputs if one is not None and os.path.exists(one)]
+    sources = [Path(one) for one in inputs if one is not None and os.path.exists(one)]
     written: list[Path] = [] if links is None else [links]
     if hdf5 is not None:
         given.insert(0, hdf5)
         written = [Path(f"{hdf5}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
-        if any(same_file(one, source) for one in written for source in inputs):
+        if any(same_file(one, source) for one in written for source in sources):
             raise UsageError(f"{hdf5}: its partial file or lock is one of the inputs; choose another name")
     for path in given:
         _check_place(path)
         if path.exists() and not path.is_file():
             continue  # a pipe or a device: nothing is replaced
-        if any(_lies_in_set(path, one) for one in inputs):
-            raise UsageError(f"{path}: lies in a feature set, which holds nothing else; choose another place")
-        if any(same_file(path, one) for one in inputs):
-            raise UsageError(f"{path}: is one of the inputs; choose another name")
-        if any(same_file(path, one) for one in written) or _is_stdout(path):
-            raise UsageError(f"{path}: is named for two outputs; choose another name")
+        _check_replaced(path, sources, written)
         if links is not None and path.resolve().is_relative_to(links.resolve()):
             raise UsageError(f"{path}: lies in the folder that --links makes; choose another place")
         if path != hdf5 and (what := holds(path)) and not _redrawn(path, what):
@@ -70,6 +65,16 @@ def check_suffix(path: str | Path | None, right: Sequence[str], option: str = "-
     suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
     if suffix not in right and (only or suffix in _TELLING):
         raise UsageError(f"{option} {path}: is written as {' or '.join(right)}; give it a name that ends so")
+
+
+def _check_replaced(path: Path, sources: list[Path], written: list[Path]) -> None:
+    """UsageError where a file that is written would take the place of an input, or of another output."""
+    if any(_lies_in_set(path, one) for one in sources):
+        raise UsageError(f"{path}: lies in a feature set, which holds nothing else; choose another place")
+    if any(same_file(path, one) for one in sources):
+        raise UsageError(f"{path}: is one of the inputs; choose another name")
+    if any(same_file(path, one) for one in written) or _is_stdout(path):
+        raise UsageError(f"{path}: is named for two outputs; choose another name")
 
 
 def check_picture(path: Path | None, root: str | Path, paths: Sequence[str]) -> None:
@@ -116,14 +121,14 @@ def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
     """As `check_outputs`, for the folder of results of `evaluate`, `scaling` and `tune`. It need not exist."""
     if out is None:
         return
-    inputs = [one for one in inputs if one is not None and one.exists()]
+    sources = [one for one in inputs if one is not None and one.exists()]
     if out.exists() and not out.is_dir():
         raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
-    for one in inputs:
+    for one in sources:
         if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
     if out.is_dir():
-        check_outputs(*(out / name for name in _RESULTS), inputs=inputs)
+        check_outputs(*(out / name for name in _RESULTS), inputs=sources)
 
 
 def _lies_in_set(path: Path, source: str | Path) -> bool:

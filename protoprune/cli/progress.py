@@ -8,10 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import typer
 
 from protoprune.units import duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _PLAIN_SECONDS = 10.0
 
@@ -45,13 +49,14 @@ def resumable(kept: str | Callable[[], str] | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-class Progress(AbstractContextManager):
+class Progress(AbstractContextManager["Progress"]):
     """Call `start(total)` once and `update(done, failed)` as often as you like; rate and time left are its own."""
 
-    def __init__(self, what: str, unit: str = "img"):
+    def __init__(self, what: str, unit: str = "img") -> None:
         self.what, self.unit = what, unit
-        self._bar = None
-        self._total = self._started = self._shown = 0
+        self._bar: Bar | None = None
+        self._total = 0
+        self._started = self._shown = 0.0
 
     @property
     def started(self) -> bool:
@@ -64,7 +69,7 @@ class Progress(AbstractContextManager):
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn(self.what),
@@ -74,7 +79,7 @@ class Progress(AbstractContextManager):
             TimeRemainingColumn(),
             TextColumn("{task.fields[failed]}"),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True))
+        self._bar = RichProgress(*columns, console=Console(stderr=True))
         self._bar.start()
         self._task = self._bar.add_task(self.what, total=total, rate="0", failed="")
 
@@ -92,7 +97,7 @@ class Progress(AbstractContextManager):
             trouble = (f", {note}" if note else "") + (f", {failed} failed" if failed or self.unit == "img" else "")
             say(f"{self.what} {done:,}/{self._total:,} ({share:.0f} %), {speed}, {left} left{trouble}")
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
 

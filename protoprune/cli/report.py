@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,12 +60,12 @@ def report(
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
     check_suffix(out, (".html", ".htm"))
     options = Options(
-        root=root and str(root),
+        root=None if root is None else str(root),
         duplicates=Options.duplicates if duplicates is None else duplicates,
         map=map,
         thumbnails=thumbnails,
         tables=[str(path) for path in compare or []],
-        evaluation=evaluation and str(evaluation),
+        evaluation=None if evaluation is None else str(evaluation),
         command=_command(features, scores, how, reading, clustering),
         seed=clustering.seed,
     )
@@ -95,7 +95,7 @@ def _command(
     return f"protoprune select {shlex.quote(str(features))} --keep ", f"{rest} > kept.txt"
 
 
-def _say_told(out: Path, told: dict) -> None:
+def _say_told(out: Path, told: dict[str, Any]) -> None:
     say(f"{out}: {bytes_text(told['bytes'])}, {told['thumbnails']:,} thumbnails; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,10 +49,10 @@ def scaling(
         Path | None, typer.Option(help="Feature file of the training images: ranks them, and trains --model head.")
     ] = None,
     size: Annotated[list[str], typer.Option(metavar="NUMBERS", help="Initial numbers of images: 1000,2000,5000.")],
-    keep: Annotated[list[str], typer.Option(metavar="NUMBERS", help="Fractions KEPT of each.")] = ("1,0.8,0.5,0.2",),
+    keep: Annotated[list[str], typer.Option(metavar="NUMBERS", help="Fractions KEPT of each.")] = ["1,0.8,0.5,0.2"],
     order: Annotated[
         list[str], typer.Option(metavar="NAMES", help="Which are kept first: hard, easy, middle, random.")
-    ] = ("hard,easy,random",),
+    ] = ["hard,easy,random"],
     scores: Annotated[
         Path | None,
         typer.Option(help="Rank by this score table (larger = harder) instead of by clustering each initial set."),
@@ -84,10 +84,10 @@ def scaling(
     from protoprune.scores import check_reading
 
     source, model = training_source(images, features, model, ranking=True)
-    wanted = {"sizes": whole_numbers(size, "--size", example="1000,2000"), "keeps": numbers(keep, "--keep")}
+    sizes, keeps = whole_numbers(size, "--size", example="1000,2000"), numbers(keep, "--keep")
     orders, clusters = several(order), number_of_clusters(k)
     recipe = training.recipe(model, hidden)
-    check_options(wanted["keeps"], orders, clusters, balance, recipe, budget, min_steps, training.device)
+    check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
     if scores is not None and clusters is not None:
         raise UsageError(f"--k {k}: --scores ranks without clustering; leave one of them out")
@@ -99,15 +99,15 @@ def scaling(
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
     check_folder(out, inputs)
     train, tested = load_sets(source, test, model, training, labels)
+    assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)
-    ranked = {
-        "scores": _scores(scores, train, reading),
-        "features": _vectors(features, train) if scores is None else None,
-    }
-    with resumable(out and f"the runs done are kept in {out / 'runs'}"):
+    known = _scores(scores, train, reading)
+    vectors = _vectors(features, train) if scores is None else None
+    with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = sweep(
-            train, tested, recipe, **wanted, **ranked, orders=orders, seeds=seeds, k=clusters, balance=balance,
+            train, tested, recipe, sizes=sizes, keeps=keeps, orders=orders, scores=known, features=vectors, seeds=seeds,
+            k=clusters, balance=balance,
             budget=budget, min_steps=min_steps, bootstrap=bootstrap, folder=out and out / "runs",
             device=training.device, on_run=show_run(out),
         )  # fmt: skip
@@ -117,7 +117,8 @@ def scaling(
         from protoprune.evaluation.runs import settings_of
 
         config = {
-            "command": "scaling", "train": os.fspath(source), "test": os.fspath(test), **wanted, "orders": orders,
+            "command": "scaling", "train": os.fspath(source), "test": os.fspath(test), "sizes": sizes, "keeps": keeps,
+            "orders": orders,
             "scores": scores and os.fspath(scores), "features": features and os.fspath(features), "k": k,
             "balance": balance, "bootstrap": bootstrap, "recipe": settings_of(recipe), "min_steps": min_steps,
             "device": training.device,
@@ -136,7 +137,7 @@ def _scores(path: Path | None, train: Examples, reading: TableOptions) -> np.nda
     return table.scores
 
 
-def _vectors(features: Path | None, train) -> np.ndarray | None:
+def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:
     """(n, d) features of the training images, found by path."""
     if train.inputs.ndim == 2:
         return train.inputs.numpy()
@@ -176,13 +177,13 @@ def _print_scaling(result: Scaling) -> None:
         echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
 
 
-def _parameter(row: dict, key: str) -> str:
+def _parameter(row: dict[str, Any], key: str) -> str:
     if row[key] is None:
         return ""
     interval = "" if row[f"{key}_low"] is None else f" ({row[f'{key}_low']:.3g} to {row[f'{key}_high']:.3g})"
     return f"{row[key]:.3g}{interval}"
 
 
-def _quality(row: dict) -> list[str]:
+def _quality(row: dict[str, Any]) -> list[str]:
     delta = "" if row["delta_aicc"] is None else f"{row['delta_aicc']:.1f}"
     return [delta, "" if row["wins"] is None else f"{100 * row['wins']:.0f} %"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -121,7 +122,7 @@ def _check_out(out: Path, source: Path) -> None:
     check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
 
 
-def _write(out: Path | None, paths: list[str], result: Scored, name: str, provenance: dict) -> None:
+def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
     from protoprune import scores
     from protoprune.files import write_stdout
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,8 @@ from protoprune.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from protoprune.pruning import Ranking, Selected
+    from protoprune.pruning import Ranking, Selected, StabilityRow
+    from protoprune.scores import ScoreTable
 
 
 def select(
@@ -33,7 +34,10 @@ def select(
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="txt, csv, jsonl (paths) or npy (row indices) [default: by suffix, else txt].")
+        str | None,
+        typer.Option(
+            help="txt, csv, jsonl (paths), npy (row indices) or datacomp (uids) [default: by suffix, else txt]."
+        ),
     ] = None,
     null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
     absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
@@ -104,8 +108,8 @@ def _check_output(
         check_suffix(path, tables, option)
     for path in outputs[:2]:
         check_list([], np.empty(0, int), _format(format, path), null=null)
-    if format == "npy" and outputs[0] is None and sys.stdout.isatty():
-        raise UsageError("--format npy is binary; give -o FILE or redirect stdout")
+    if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():
+        raise UsageError(f"--format {format} is binary; give -o FILE or redirect stdout")
 
 
 def _format(asked: str | None, path: Path | None) -> str:
@@ -115,7 +119,18 @@ def _format(asked: str | None, path: Path | None) -> str:
     return asked or (path and list_format(path)) or "txt"
 
 
-def _write(chosen: Selected, out, format, null, root, absolute, removed, links, hard_links, manifest) -> None:
+def _write(
+    chosen: Selected,
+    out: Path | None,
+    format: str | None,
+    null: bool,
+    root: str,
+    absolute: bool,
+    removed: Path | None,
+    links: Path | None,
+    hard_links: bool,
+    manifest: Path | None,
+) -> None:
     import numpy as np
 
     from protoprune import files, lists
@@ -127,7 +142,7 @@ def _write(chosen: Selected, out, format, null, root, absolute, removed, links, 
         gone = np.flatnonzero(ranking.readable & ~chosen.keep)
         lists.check_list(ranking.paths, gone, _format(format, removed), null=null)
 
-    def text(rows, path: Path | None, weights=None) -> Iterable[bytes]:
+    def text(rows: np.ndarray, path: Path | None, weights: np.ndarray | None = None) -> Iterable[bytes]:
         folder = root if absolute else None
         chunks = lists.list_chunks(
             ranking.paths, rows, ranking.scores, _format(format, path), null=null, weights=weights, folder=folder
@@ -169,7 +184,7 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
 
 
-def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict:
+def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict[str, Any]:
     """The manifest: one row an image of the feature file, unusable ones included; some of its rows, and which of them
     are all zeros."""
     import numpy as np
@@ -220,7 +235,7 @@ def say_ranking(ranking: Ranking) -> None:
         why = Counter(Status(status).label for status in ranking.status[excluded])
         say(f"excluded: {int(excluded.sum()):,} that could not be read ({describe_counts(why, 10)})")
     if ranking.table is not None:
-        say_table(ranking)
+        say_table(ranking, ranking.table)
     for one in ranking.clusterings[:1]:
         points = int((one.cluster >= 0).sum())
         seen = "all" if one.train_points == points else f"a sample of {one.train_points:,} of"
@@ -247,9 +262,8 @@ def say_notes(ranking: Ranking) -> None:
         say(f"warning: {note}")
 
 
-def say_table(ranking: Ranking) -> None:
+def say_table(ranking: Ranking, table: ScoreTable) -> None:
     """How the score table of a ranking was read, and what did not match, on either side."""
-    table = ranking.table
     say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
     for note in table.notes():
         say(f"scores: {note}")
@@ -260,12 +274,13 @@ def say_table(ranking: Ranking) -> None:
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
     import numpy as np
 
-    gone, left = int((ranking.duplicate_of >= 0).sum()), int(ranking.usable.sum())
+    gone, left = int((ranking.scored & ~ranking.usable).sum()), int(ranking.usable.sum())
     say(
         f"duplicates: {gone:,} of {gone + left:,} images removed (cosine to a kept one above {1 - epsilon:g}); "
         f"{left:,} remain, of which --keep is a fraction"
     )
     near = ranking.likeness
+    assert near is not None  # it was counted
     say("duplicates: within clusters, --dedup E would find")
     for threshold, pairs, images in zip(near.thresholds, near.pairs, near.images, strict=True):
         mark = " (this run)" if abs(threshold - epsilon) < 1e-6 else ""
@@ -292,7 +307,7 @@ def _say_selected(chosen: Selected) -> None:
     }.get(rule.order, f"{rule.order} first")
     how += ", cluster quotas" if rule.quota else ""
     say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
-    if chosen.weights is not None:
+    if chosen.weights is not None and rule.calibrate is not None:
         from protoprune.selection import by_score
 
         drawn, first = float(np.nanmax(chosen.weights)), by_score(kept, rule.calibrate)
@@ -318,7 +333,7 @@ def _say_selected(chosen: Selected) -> None:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
 
 
-def _to_keep_each(chosen: Selected, sizes) -> str:
+def _to_keep_each(chosen: Selected, sizes: np.ndarray) -> str:
     """What gives every class at least one image; sizes: (classes,) usable images of each."""
     from protoprune.selection import by_score
 
@@ -331,7 +346,7 @@ def _to_keep_each(chosen: Selected, sizes) -> str:
     return f"--balance {least:g} --by class keeps some of each"
 
 
-def _say_stability(rows) -> None:
+def _say_stability(rows: list[StabilityRow]) -> None:
     say("stability against this ranking:")
     for row in rows:
         say(f"  k {row.k:,}, seed {row.seed}: Spearman {row.spearman:.3f}, kept sets overlap {100 * row.overlap:.1f} %")

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,13 @@ from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import duration
+
+if TYPE_CHECKING:
+    from protoprune.encoders import Encoder
+    from protoprune.featureset import Part
+    from protoprune.sharding import SetReport, ShardReport
+    from protoprune.sources import ShardOptions
+    from protoprune.sources.finding import Source
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]
@@ -30,7 +37,16 @@ WorldSize = Annotated[
 ]
 
 
-def embed_source(source, model, out: Path, errors: Path | None, strict: bool, options, share, settings) -> None:
+def embed_source(
+    source: Source,
+    model: Encoder,
+    out: Path,
+    errors: Path | None,
+    strict: bool,
+    options: ShardOptions,
+    share: tuple[int, int],
+    settings: dict[str, Any],
+) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
     from protoprune.sharding import embed_shards
     from protoprune.sources.finding import describe_source
@@ -38,13 +54,13 @@ def embed_source(source, model, out: Path, errors: Path | None, strict: bool, op
     started = time.monotonic()
     rank, world = share
     mine = len(source.shards[rank::world])
-    share = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
-    say(f"{describe_source(source)}{share}")
+    ours = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
+    say(f"{describe_source(source)}{ours}")
     with Progress("embed", "shards") as progress:
         progress.start(mine)
-        done = Counter()
+        done: Counter[str] = Counter()
 
-        def on_shard(one) -> None:
+        def on_shard(one: ShardReport) -> None:
             done.update(shards=1, images=one.embedded, failed=one.state == "failed")
             if one.state == "failed":
                 say(f"warning: {one.name}: {one.status}: {one.reason}")
@@ -63,7 +79,7 @@ def embed_source(source, model, out: Path, errors: Path | None, strict: bool, op
         raise ProtopruneError("--strict: not everything could be read")
 
 
-def _say_set(report, model, seconds: float) -> None:
+def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     from protoprune.images import describe_counts
 
     _say_left_out(report.skipped, report.duplicates)
@@ -84,7 +100,7 @@ def _say_set(report, model, seconds: float) -> None:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
 
 
-def _say_left_out(skipped: Counter, duplicates: int) -> None:
+def _say_left_out(skipped: Counter[str], duplicates: int) -> None:
     from protoprune.images import describe_counts
 
     if skipped:
@@ -93,7 +109,7 @@ def _say_left_out(skipped: Counter, duplicates: int) -> None:
         say(f"{duplicates:,} images came twice under one name in a shard; the last one counts, as in unpacking")
 
 
-def _write_errors(errors: Path, report) -> None:
+def _write_errors(errors: Path, report: SetReport) -> None:
     """Shards that failed, and images, as one list."""
     from protoprune.featureset import FeatureSet
     from protoprune.files import write_file
@@ -111,7 +127,7 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world size) as given, else from the environment of SLURM or torchrun, else alone."""
     if (rank is None) != (world_size is None):
         raise UsageError("--rank and --world-size go together")
-    if rank is None:
+    if rank is None or world_size is None:
         for one, all_of_them in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
             if one in os.environ and all_of_them in os.environ:
                 try:
@@ -146,30 +162,30 @@ def show_set(folder: Path, errors: bool) -> bool:
     from protoprune.featureset import read_plan
 
     _, parts = read_plan(folder)
-    failed = [part for part in parts if part.failed]
+    failed = [(part.name, *part.failed) for part in parts if part.failed]  # (name, status, reason)
     done = sum(part.done for part in parts)
     pending = sum(part.pending for part in parts)
     if errors:
-        for part in failed:
-            echo(f"{part.name}\t{part.failed[0]}\t{part.failed[1]}")
+        for one in failed:
+            echo("\t".join(one))
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
     echo(f"{folder}: feature set of {len(parts):,} shards: {done:,} done ({rows:,} images), {len(failed):,} failed, "
            f"{pending:,} not yet embedded")  # fmt: skip
-    for status, count in Counter(part.failed[0] for part in failed).most_common():
-        first = next(part for part in failed if part.failed[0] == status)
-        echo(f"failed      {count:,} {status} (first: {first.name}: {first.failed[1]})")
+    for status, count in Counter(status for _, status, _ in failed).most_common():
+        name, reason = next((name, reason) for name, of, reason in failed if of == status)
+        echo(f"failed      {count:,} {status} (first: {name}: {reason})")
     for who, count in _makers(folder, parts).most_common(8):
         echo(f"made by     {who}: {count:,} shards")
     return bool(done) and not pending
 
 
-def _makers(folder: Path, parts) -> Counter:
+def _makers(folder: Path, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
     from protoprune.features import FeatureFile
     from protoprune.featureset import shard_file
 
-    makers: Counter = Counter()
+    makers: Counter[str] = Counter()
     for part in parts[:1000]:
         path = shard_file(os.fspath(folder), part.name)
         if os.path.exists(path):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +21,7 @@ from protoprune.units import bytes_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from protoprune.features import FeatureFile
-    from protoprune.pruning import Clusters, Ranking
+    from protoprune.pruning import Clusters, Ranking, Source
     from protoprune.records import Record
 
 
@@ -65,7 +64,7 @@ def info(
             _describe_features(features)
 
 
-def _describe_features(file: FeatureFile) -> None:
+def _describe_features(file: Source) -> None:
     from protoprune.images import describe_counts
 
     facts = file.provenance
@@ -115,7 +114,7 @@ def _describe_record(record: Record) -> None:
     echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
 
 
-def _recipe(facts: dict) -> str:
+def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
     import json
 
@@ -136,20 +135,20 @@ def _ranges(numbers: list[int]) -> list[str]:
     return [f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts]
 
 
-def _subsets(share) -> str:
+def _subsets(share: np.ndarray) -> str:
     low, high = 100 * share.min(), 100 * share.max()
     if low == 100:
         return "every model was trained on all images"
     return f"every model was trained on {low:.3g}{'' if low == high else f' to {high:.3g}'} % of the images"
 
 
-def _accuracies(record: Record, subset, committed) -> Iterator[str]:
+def _accuracies(record: Record, subset: np.ndarray, committed: np.ndarray) -> Iterator[str]:
     """Mean accuracies of the models at the last recorded epoch of each, which are computed from the record."""
     import numpy as np
 
     labels, test = record.labels, record.test_labels
     parts: dict[str, list[float]] = {}
-    for model in np.flatnonzero(committed):
+    for model in np.flatnonzero(committed).tolist():
         last = int(committed[model]) - 1
         right = record.read("prediction", model, epochs=slice(last, last + 1))[0] == labels
         for what, rows in (("the images trained on", subset[model]), ("the others", ~subset[model])):
@@ -163,13 +162,13 @@ def _accuracies(record: Record, subset, committed) -> Iterator[str]:
         yield f"{100 * np.mean(values):.1f} %{spread} on {what}"
 
 
-def _verify(file: FeatureFile | Record) -> None:
+def _verify(file: Source | Record) -> None:
     """Say that all of a file is what was written, or raise the error that says what is not."""
     damage = file.damage()
     if damage:
         more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:4])}" if len(damage) > 1 else ""
         raise file.damaged(f"{damage[0]} is not what was written{more}")
-    size = bytes_text(os.path.getsize(file.path) if os.path.isfile(file.path) else file.bytes)
+    size = bytes_text(os.path.getsize(file.path) if os.path.isfile(file.path) else getattr(file, "bytes", 0))
     if file.sealed:
         echo(f"{file.path}: whole: all of its {size} are what was written")
     else:
@@ -211,8 +210,8 @@ def sheet(
     clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
     say_ranking(ranking)
-    root = os.fspath(root or ranking.root)
-    check_picture(out, root, ranking.paths)
+    place = os.fspath(root or ranking.root)
+    check_picture(out, place, ranking.paths)
     if duplicates is not None:
         lines, heads = _duplicates(ranking, duplicates, count), ("stays", "removed as its duplicates")
         what = f"images that stay, with up to {count} of their duplicates each"
@@ -224,7 +223,7 @@ def sheet(
         what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
-    picture, unreadable = contact_sheet(lines[:max_rows], root, heads=heads)
+    picture, unreadable = contact_sheet(lines[:max_rows], place, heads=heads)
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
@@ -247,16 +246,18 @@ def _ranked(
     return ranking
 
 
-def _duplicates(ranking, epsilon: float, count: int) -> list[tuple[str, list[str], list[str]]]:
+def _duplicates(ranking: Ranking, epsilon: float, count: int) -> list[tuple[str, list[str], list[str]]]:
     """(title, the image that stays, its duplicates) of each group, those with the most alike first."""
     import numpy as np
 
-    gone = np.flatnonzero(ranking.duplicate_of >= 0)
+    duplicate_of = ranking.duplicate_of
+    assert duplicate_of is not None  # `deduplicate` has set it
+    gone = np.flatnonzero(duplicate_of >= 0)
     say(f"duplicates: {len(gone):,} images would be removed by `select --dedup {epsilon:g}`")
     likeness = dict(zip(gone.tolist(), _cosines(ranking, gone).tolist(), strict=True))
     groups: dict[int, list[int]] = {}
     for row in sorted(likeness, key=lambda row: (-likeness[row], row)):
-        groups.setdefault(int(ranking.duplicate_of[row]), []).append(row)
+        groups.setdefault(int(duplicate_of[row]), []).append(row)
     lines = []
     for stays, removed in groups.items():
         shown = removed[:count]
@@ -266,7 +267,7 @@ def _duplicates(ranking, epsilon: float, count: int) -> list[tuple[str, list[str
     return lines
 
 
-def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
+def _cosines(ranking: Ranking, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) cosine of each removed image to the one that it duplicates."""
     import numpy as np
 
@@ -275,12 +276,13 @@ def _cosines(ranking, rows: np.ndarray) -> np.ndarray:
         x = ranking.features[places].astype(np.float64)[back]
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
+    kept = np.full(len(rows), -1) if ranking.duplicate_of is None else ranking.duplicate_of
     parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
-    cosines = [(unit(part) * unit(ranking.duplicate_of[part])).sum(axis=1) for part in parts]
+    cosines = [(unit(part) * unit(kept[part])).sum(axis=1) for part in parts]
     return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 
-def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str], list[str]]]:
+def _rows(ranking: Ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str], list[str]]]:
     """(title, easiest, hardest) of each group that has images; the two ends never share an image."""
     import numpy as np
 
@@ -296,6 +298,6 @@ def _rows(ranking, by: str, count: int, seed: int) -> list[tuple[str, list[str],
         ends = min(count, (len(rows) + 1) // 2)
         easiest, hardest = rows[:ends], rows[len(rows) - min(ends, len(rows) - ends) :][::-1]
         name = "all images" if by == "none" else titles[group] if titles else f"cluster {group}"
-        paths = [[ranking.paths[row] for row in part] for part in (easiest, hardest)]
-        lines.append((f"{name} ({len(rows):,})", *paths))
+        easy, hard = ([ranking.paths[row] for row in part] for part in (easiest, hardest))
+        lines.append((f"{name} ({len(rows):,})", easy, hard))
     return lines

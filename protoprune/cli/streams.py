@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import sys
+from typing import IO
 
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
 
@@ -38,7 +39,7 @@ def stdout_failed(error: OSError) -> bool:
     return True
 
 
-def silence(stream) -> None:
+def silence(stream: IO[str]) -> None:
     """Let what is still to be written to a stream lead nowhere."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # one without a number: of a test
         null = os.open(os.devnull, os.O_WRONLY)

@@ -42,7 +42,7 @@ def print_table(
         typer.echo("  ".join(cells).rstrip())
 
 
-def _drawn(heads, rows, right: Collection[int], fold: bool) -> bool:
+def _drawn(heads: Sequence[str] | None, rows: Sequence[Sequence[str]], right: Collection[int], fold: bool) -> bool:
     """Draw the table, if the terminal is wide enough."""
     from rich.console import Console
     from rich.table import Table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,8 @@ from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from protoprune.theory.solver import Solution
 
 theory_app = typer.Typer(
     help="Test error of pruned data in the teacher-student perceptron, where it can be computed exactly.",
@@ -84,7 +86,7 @@ _MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy c
 def error(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    keep: Keeps = ("1,0.5,0.2",),
+    keep: Keeps = ["1,0.5,0.2"],
     theta: Theta = 0.0,
     order: Annotated[
         Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
@@ -112,7 +114,7 @@ def error(
 
 @theory_app.command()
 def curve(
-    keep: Keeps = ("1,0.5,0.2,0.1",),
+    keep: Keeps = ["1,0.5,0.2,0.1"],
     theta: Theta = 0.0,
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
@@ -142,7 +144,7 @@ def curve(
 
 @theory_app.command()
 def pareto(
-    theta: Thetas = ("0,10,20,40",),
+    theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     start: Start = 0.5,
@@ -165,7 +167,7 @@ def pareto(
 def best_keep(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
-    theta: Thetas = ("0,10,20,40",),
+    theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
@@ -177,15 +179,15 @@ def best_keep(
     _check_outputs(csv, plot)
     from protoprune.theory import solver as theory
 
-    options = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
-    rows = [_row(theory.best_keep(**{name: a}, theta=t, **options)) for t in thetas for a in sizes]
+    options: dict[str, Any] = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
+    rows = [_row(theory.best_keep(theta=t, **{**options, name: a})) for t in thetas for a in sizes]
     _answer(rows, csv, plot, x=name, y="keep", by=("theta",), title=f"best fraction kept, {order.value}")
 
 
 @theory_app.command()
 def crossover(
-    keep: Keeps = ("0.8,0.5,0.2",),
-    theta: Thetas = ("0,10,20",),
+    keep: Keeps = ["0.8,0.5,0.2"],
+    theta: Thetas = ["0,10,20"],
     margin: OneMargin = Margin.absolute,
     csv: Csv = None,
     plot: Plot = None,
@@ -195,7 +197,7 @@ def crossover(
     _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"keep": f, "theta": t, "margin": margin.value}
         | {f"alpha_tot_{rival}": cross(f, t, rival, margin.value) for rival in ("easy", "random")}
         for t in thetas
@@ -206,7 +208,7 @@ def crossover(
 
 @theory_app.command()
 def information(
-    keep: Keeps = ("1,0.5,0.2,0.05",),
+    keep: Keeps = ["1,0.5,0.2,0.05"],
     start: Start = 0.1,
     stop: Stop = 20.0,
     points: Points = 12,
@@ -326,7 +328,7 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 
 def _solve_rows(
     points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int | None, seed: int | None
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """A row a point, with the simulation's mean and standard error when asked for."""
     from protoprune.theory.solver import solve
 
@@ -344,7 +346,7 @@ def _solve_rows(
     return rows
 
 
-def _row(solution) -> dict:
+def _row(solution: Solution) -> dict[str, Any]:
     names = (
         "alpha_tot",
         "keep",
@@ -360,7 +362,7 @@ def _row(solution) -> dict:
 
 
 def _answer(
-    rows: list[dict], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
+    rows: list[dict[str, Any]], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
 ) -> None:
     """The rows as a table, or as CSV on stdout; besides, to files."""
     from protoprune.files import table_csv, write_file, write_stdout
@@ -375,7 +377,7 @@ def _answer(
     _print_rows(rows, title)
 
 
-def _print_rows(rows: list[dict], title: str) -> None:
+def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
     if len(rows) == 1:
         print_table(None, [[name, _cell(value)] for name, value in rows[0].items()], title=title)
         return
@@ -393,11 +395,11 @@ def _cell(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _label(row: dict, by: tuple[str, ...]) -> str:
+def _label(row: dict[str, Any], by: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {_cell(row[name])}" for name in by)
 
 
-def _draw(rows: list[dict], format: str, x: str, y: str, by: tuple[str, ...], title: str) -> bytes:
+def _draw(rows: list[dict[str, Any]], format: str, x: str, y: str, by: tuple[str, ...], title: str) -> bytes:
     """One line for each combination of the columns `by`; simulated values as points with error bars."""
     import matplotlib
 

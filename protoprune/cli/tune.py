@@ -18,6 +18,7 @@ from protoprune.errors import UsageError
 from protoprune.units import duration
 
 if TYPE_CHECKING:
+    from protoprune.pruning import Source
     from protoprune.training.examples import Examples
     from protoprune.tuning.recipes import Pool
     from protoprune.tuning.running import Networks, Tuned
@@ -91,10 +92,10 @@ def tune(
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
-    if model is not None:
+    if model is not None and images is not None:
         networks = _networks(pool, model, images, test, training)
         tested = networks.test and _pool_of(networks.test)
-    elif test is not None:
+    elif test is not None and examples is not None:
         with open_features(test) as file:
             tested = _tested(file, examples)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,9 @@ def _fraction(text: str) -> float | None:
     return value
 
 
-def _check(model, images, higher_is, scores, features: Path) -> None:
+def _check(
+    model: str | None, images: Path | None, higher_is: str | None, scores: list[Path] | None, features: Path
+) -> None:
     from protoprune.features import missing
     from protoprune.images import is_feature_set
 
@@ -145,7 +148,7 @@ def _check(model, images, higher_is, scores, features: Path) -> None:
         raise missing(features, f"feature file or feature set; make one with `protoprune embed IMAGES -o {features}`")
 
 
-def _pool(file, scores: list[Path], higher_is: str | None) -> tuple[Pool, Examples | None]:
+def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool, Examples | None]:
     """The labelled images of an open feature file or set; all images, without classes, where it has none."""
     import numpy as np
 
@@ -155,7 +158,7 @@ def _pool(file, scores: list[Path], higher_is: str | None) -> tuple[Pool, Exampl
 
     if len(file.classes) < 2:
         rows, paths = np.flatnonzero(file.usable), file.paths
-        return Pool([paths[row] for row in rows], np.full(len(rows), -1), [], file.features[:][rows]), None
+        return Pool([paths[row] for row in rows.tolist()], np.full(len(rows), -1), [], file.features[:][rows]), None
     examples = load_examples(file)
     pool = _pool_of(examples)
     tables = {}
@@ -168,7 +171,7 @@ def _pool(file, scores: list[Path], higher_is: str | None) -> tuple[Pool, Exampl
     return replace(pool, tables=tables), examples
 
 
-def _tested(file, train: Examples) -> Pool:
+def _tested(file: Source, train: Examples) -> Pool:
     """The test set of an open feature file, which must be of the same encoder."""
     from protoprune.training.examples import check_same_inputs, load_examples
 
@@ -178,7 +181,7 @@ def _tested(file, train: Examples) -> Pool:
     return _pool_of(examples)
 
 
-def _pool_of(examples) -> Pool:
+def _pool_of(examples: Examples) -> Pool:
     from protoprune.tuning.recipes import Pool
 
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
@@ -195,7 +198,7 @@ def _networks(pool: Pool, model: str, images: Path, test: Path | None, training:
     return Networks(subset(train, rows), tested, recipe, training.device)
 
 
-def _write_list(result: Tuned, source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
+def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
     """Write the winner's list, by what its command does; returns the command."""
     import numpy as np
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from protoprune.decode import Preprocess
 
@@ -10,7 +11,7 @@ SELF_SUPERVISED = "self-supervised"
 SUPERVISED = "supervised (ImageNet labels)"
 
 _DINOV3 = "timm, Siméoni et al. 2025"
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)

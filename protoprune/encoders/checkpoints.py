@@ -12,6 +12,7 @@ import re
 import types
 import warnings
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ _WRAPPERS = ("teacher", "student", "state_dict", "model", "model_state_dict", "t
 _PICKLE = 1 << 20  # bytes of a pickle that are looked at for what it would call
 
 
-def read_state(path: str | os.PathLike) -> dict:
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The state dict of a .pth, .pt or .safetensors file, taken out of the training checkpoint around it.
 
     Raises UsageError when there is no such file, ProtopruneError when it is not of that kind, or holds objects whose
@@ -55,7 +56,7 @@ def read_state(path: str | os.PathLike) -> dict:
     return tensors
 
 
-def _load(path: str):
+def _load(path: str) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"--weights {path}: no such file")
     import torch
@@ -72,7 +73,7 @@ def _load(path: str):
         raise ProtopruneError(f"--weights {path}: {_why(path, str(error) or type(error).__name__)}") from None
 
 
-def _harmless() -> list:
+def _harmless() -> list[Any]:
     """What ordinary training scripts save beside the tensors: options, numbers of numpy, paths, dates.
 
     Building one of these sets attributes or values and calls nothing that the file could choose. Names are given where
@@ -148,12 +149,13 @@ def _other_kind(path: str) -> str:
 
 def _pickled_globals(path: str) -> set[str]:
     """What a pickle would call that is neither torch's nor harmless, found without reading it as one."""
-    found, strings = set(), []
+    found: set[str] = set()
+    strings: list[str] = []
     try:
         with open(path, "rb") as file:
             for operation, value, _ in pickletools.genops(file.read(_PICKLE)):
                 if operation.name in ("GLOBAL", "INST"):
-                    found.add(value.replace(" ", "."))
+                    found.add(str(value).replace(" ", "."))
                 elif operation.name == "STACK_GLOBAL":
                     found.add(".".join(strings[-2:]))
                 elif isinstance(value, str):

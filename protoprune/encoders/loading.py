@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protoprune.decode import DECODERS, Preprocess
 from protoprune.encoders import sources
@@ -42,7 +42,7 @@ class Encoder:
 def load_encoder(
     name: str,
     *,
-    weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     pool: str | None = None,
     decode: str = "exact",
@@ -70,7 +70,9 @@ def load_encoder(
     return encoder
 
 
-def _timm_encoder(name: str, weights, image_size: int | None, pool: str | None) -> Encoder:
+def _timm_encoder(
+    name: str, weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None
+) -> Encoder:
     info = CATALOGUE.get(name)
     if pool not in (None, *POOLS):
         raise UsageError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
@@ -84,7 +86,7 @@ def _timm_encoder(name: str, weights, image_size: int | None, pool: str | None) 
     if published:
         model = _published_timm_model(name, architecture, size, overlay)
     else:
-        path = os.fspath(weights) if weights is not None else _published_file(info)
+        path = _published_file(info) if weights is None and info is not None else os.fspath(weights or "")
         model = _timm_model(architecture, size)
         loaded = load_weights(model, path)
     model.eval().requires_grad_(False)
@@ -110,11 +112,11 @@ def _set_pool(model: torch.nn.Module, pool: str | None, name: str) -> str:
     tokens = isinstance(getattr(model, "global_pool", None), str) and own in POOLS
     if not tokens or (pool == "token" and not getattr(model, "num_prefix_tokens", 0)):
         raise UsageError(f"--pool {pool}: the encoder {name} pools its own way ({own or 'unnamed'}); leave --pool out")
-    model.global_pool = pool
-    return pool
+    model.global_pool = pool  # type: ignore[assignment]  # a word in timm, and torch expects tensors or modules
+    return str(pool)
 
 
-def _bundled(weights, image_size: int | None, pool: str | None) -> Encoder:
+def _bundled(weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None) -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
     _require_torch(timm=False)
     from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
@@ -152,7 +154,7 @@ def _require_torch(*, timm: bool = True) -> None:
         ) from None
 
 
-def _timm_model(architecture: str, image_size: int | None, **options) -> torch.nn.Module:
+def _timm_model(architecture: str, image_size: int | None, **options: Any) -> torch.nn.Module:
     """A timm model without its head. Fixed-size transformers must be told another size; others do not take one."""
     import timm
 
@@ -169,14 +171,17 @@ def _timm_model(architecture: str, image_size: int | None, **options) -> torch.n
         raise UsageError(f"--encoder timm:{architecture}: {str(error).splitlines()[0]}") from None
 
 
-def _published_timm_model(name: str, architecture: str, image_size: int | None, overlay) -> torch.nn.Module:
+def _published_timm_model(
+    name: str, architecture: str, image_size: int | None, overlay: dict[str, Any] | None
+) -> torch.nn.Module:
     import timm
 
     if not timm.is_model_pretrained(architecture):
         known = timm.is_model(architecture)
         why = "no published weights for it; give --weights FILE" if known else "no such model"
         raise UsageError(f"--encoder {name}: timm has {why}")
-    hub_id = timm.get_pretrained_cfg(architecture).hf_hub_id
+    published = timm.get_pretrained_cfg(architecture)
+    hub_id = published.hf_hub_id if published else None
     if name not in CATALOGUE and hub_id:
         overlay = sources.hub_overlay(name, hub_id)
     try:
@@ -192,13 +197,13 @@ def _published_file(info: EncoderInfo) -> str:
 
 
 def _preprocess(model: torch.nn.Module, info: EncoderInfo | None, image_size: int | None) -> Preprocess:
-    import timm.data
+    from timm.data.config import resolve_model_data_config
 
     if info and info.preprocess:
         own = info.preprocess
         size = image_size or own.size
         return Preprocess(size, size * own.resize // own.size, own.interpolation, own.crop_mode, own.mean, own.std)
-    return Preprocess.from_timm(timm.data.resolve_model_data_config(model), image_size)
+    return Preprocess.from_timm(resolve_model_data_config(model), image_size)
 
 
 def _output_dim(model: torch.nn.Module, size: int, name: str) -> int:

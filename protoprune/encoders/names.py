@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
 
-def familiar(state: dict, model: torch.nn.Module) -> dict:
+def familiar(state: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """`state` under names that timm knows, as far as its library is one of those below; else as it is."""
     if "_conv_stem.weight" in state and hasattr(model, "blocks"):
         return _efficientnet(state, model)
@@ -30,12 +31,13 @@ _PARTS = {  # of a block: lukemelas's EfficientNet -> timm's, after an expansion
 _ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
-def _efficientnet(state: dict, model: torch.nn.Module) -> dict:
+def _efficientnet(state: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """An EfficientNet of lukemelas's port (and what was made from it, Lite included).
 
     There the blocks are numbered through; in timm by stage, which the model knows.
     """
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    stages = model.get_submodule("blocks").children()
+    places = [f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j, _ in enumerate(stage.children())]
     inner = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 
     def renamed(key: str) -> str:
@@ -72,11 +74,11 @@ _INNER = {
 _QKV = re.compile(r"attention\.(?:attention\.)?(?:(query|key|value)|([qkv])_(?:proj))")
 
 
-def _hugging_face(state: dict) -> dict:
+def _hugging_face(state: dict[str, Any]) -> dict[str, Any]:
     """ViT, DINOv2, DINOv3 of `transformers` (4 and 5) -> the authors' names; queries, keys and values in one tensor."""
     prefix, old = next((m.group(1), bool(m.group(2))) for m in map(_PATCHES.fullmatch, state) if m)
     registers = "register_tokens" if old else "storage_tokens"  # DINOv2's and DINOv3's name
-    new: dict = {}
+    new: dict[str, Any] = {}
     attention: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         name, _, tensor = key.removeprefix(prefix).rpartition(".")

@@ -10,12 +10,13 @@ import hashlib
 import os
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 from protoprune.encoders.catalogue import EncoderInfo
 from protoprune.errors import ProtopruneError
 
 
-def hub_overlay(name: str, hub_id: str) -> dict | None:
+def hub_overlay(name: str, hub_id: str) -> dict[str, Any] | None:
     """How timm shall find its weights: None for its own download, a cached file when the hub is out of reach.
 
     The hub's client retries for most of a minute without a network; one quick look first keeps the answer short.
@@ -56,19 +57,20 @@ def download(info: EncoderInfo) -> str:
     """
     import torch
 
+    url = info.url or ""  # who has none has a package
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, os.path.basename(info.url))
+    path = os.path.join(folder, os.path.basename(url))
     record = path + ".sha256"
     if not os.path.exists(path):
-        error = _unreachable(info.url)
+        error = _unreachable(url)
         if error is None:
             try:
                 os.makedirs(folder, exist_ok=True)
-                torch.hub.download_url_to_file(info.url, path, progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
             except OSError as failure:
                 error = str(failure)
         if error is not None:
-            raise ProtopruneError(cannot_download(info.name, os.path.basename(path), info.url, error))
+            raise ProtopruneError(cannot_download(info.name, os.path.basename(path), url, error))
     actual = _file_digest(path)
     try:
         with open(record) as file:
@@ -85,6 +87,7 @@ def download(info: EncoderInfo) -> str:
 def packaged(info: EncoderInfo) -> str:
     """The weight file inside an installed package, its digest checked. The package is found, not imported."""
     file = info.package
+    assert file is not None, info.name
     folder, _, inner = file.path.partition("/")
     spec = find_spec(folder)
     if spec is None:
@@ -92,7 +95,7 @@ def packaged(info: EncoderInfo) -> str:
             f"{info.name}: its weights come with the package {file.distribution}, which is not installed; "
             f"run: {file.install}"
         )
-    path = os.path.join(*spec.submodule_search_locations[:1], *inner.split("/"))
+    path = os.path.join(*(spec.submodule_search_locations or [folder])[:1], *inner.split("/"))
     try:
         actual = _file_digest(path)
     except OSError as error:

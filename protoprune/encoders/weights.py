@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protoprune.encoders.checkpoints import read_state
 from protoprune.encoders.names import familiar
@@ -61,7 +61,7 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     return text
 
 
-def _same_patches(path: str, state: dict, wanted: dict) -> None:
+def _same_patches(path: str, state: dict[str, Any], wanted: dict[str, Any]) -> None:
     """timm would resample the patches of another model to this one's size, which gives features, but not good ones."""
     for key in ("patch_embed.proj.weight",):
         if key in state and key in wanted and state[key].shape[2:] != wanted[key].shape[2:]:
@@ -69,7 +69,7 @@ def _same_patches(path: str, state: dict, wanted: dict) -> None:
             raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
 
 
-def _nothing_dropped(path: str, before: dict, after: dict, model: torch.nn.Module) -> None:
+def _nothing_dropped(path: str, before: dict[str, Any], after: dict[str, Any], model: torch.nn.Module) -> None:
     """timm's conversion leaves out what the model has no place for. Inside the backbone that changes every feature."""
     places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
     gone = [k for k, v in before.items() if k not in after and v.untyped_storage().data_ptr() not in places]
@@ -92,7 +92,7 @@ def _nothing_dropped(path: str, before: dict, after: dict, model: torch.nn.Modul
     )
 
 
-def _nothing_left_over(path: str, state: dict, wanted: dict) -> None:
+def _nothing_left_over(path: str, state: dict[str, Any], wanted: dict[str, Any]) -> None:
     """A larger backbone of the same family covers a smaller one's names: what it has besides gives it away."""
     parts = {key.split(".")[0] for key in wanted if "." in key} - {"head", "fc", "classifier"}
     more = [key for key in state if key not in wanted and key.split(".")[0] in parts]
@@ -105,13 +105,13 @@ def _nothing_left_over(path: str, state: dict, wanted: dict) -> None:
         )
 
 
-def unprefixed(state: dict, wanted: dict) -> dict:
+def unprefixed(state: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The tensors of the network that covers most of the names in `wanted`, without what stands before them."""
     prefix = _prefix(state, wanted)
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _prefix(state: dict, wanted: dict) -> str:
+def _prefix(state: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What stands before the backbone's names (`module.`, `backbone.`, `encoder_q.`, …): what matches most tensors.
 
     Two equally good prefixes are two networks; the trained or averaged one is preferred to MoCo's key encoder.
@@ -120,7 +120,7 @@ def _prefix(state: dict, wanted: dict) -> str:
     candidates = {key.removesuffix(anchor) for anchor in anchors for key in state if key.endswith(anchor)} | {""}
     usable = [prefix for prefix in candidates if prefix == "" or prefix.endswith(".")]
 
-    def merit(prefix: str) -> tuple:
+    def merit(prefix: str) -> tuple[int, bool, bool, bool, int, str]:
         matched = sum(prefix + key in state for key in wanted)
         return matched, "teacher" in prefix, "encoder_q" in prefix, "encoder_k" not in prefix, -len(prefix), prefix
 

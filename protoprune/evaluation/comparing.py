@@ -13,8 +13,10 @@ tables, figures.
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +24,14 @@ from protoprune.bounds import SEEDS, check_number, check_whole
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
-from protoprune.evaluation.runs import Outcome, Run, Step
+from protoprune.evaluation.runs import Fit, Outcome, Run, Step
 from protoprune.evaluation.statistics import Difference, Interval
 
+if TYPE_CHECKING:
+    from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
+
 EVERYTHING = "everything"
-_NONE = {"to_random": None, "to_classes": None, "class_counts": None}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Method:
     @property
     def class_verdict(self) -> str | None:
         """The verdict against random images of the same class counts, and what these counts make; None for no list."""
-        if self.to_classes is None:
+        if self.to_classes is None or self.class_counts is None:
             return None
         against = statistics.sentence(self.to_classes, against="random images of the same class counts")
         return f"{against}; the class counts alone make {100 * self.class_counts.mean:+.1f} points"
@@ -91,7 +96,7 @@ class Evaluation:
     budget: str  # epochs, steps; convergence for linear heads
     target_accuracy: float | None
     confidence: float
-    runs: list[dict]  # method, kind, kept, seed, accuracy, ..., in the order in which they were planned
+    runs: list[dict[str, Any]]  # method, kind, kept, seed, accuracy, ..., in the order in which they were planned
     warnings: list[str]  # of runs that ended too early
 
     def method(self, name: str) -> Method:
@@ -99,22 +104,22 @@ class Evaluation:
 
 
 def evaluate(
-    train,
-    test,
+    train: Examples,
+    test: Examples,
     lists: Sequence[Kept],
-    recipe,
+    recipe: Recipe,
     *,
     seeds: int | Sequence[int] = 5,
     budget: str | None = None,
     min_steps: int | None = None,
-    dynamic: Sequence[dict] = (),
+    dynamic: Sequence[dict[str, Any]] = (),
     everything: bool = True,
     class_counts: bool = True,
     target_accuracy: float | None = None,
     confidence: float = 0.95,
-    folder=None,
+    folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
-    fit: Callable | None = None,
+    fit: Fit | None = None,
     on_run: Callable[[Step], None] | None = None,
 ) -> Evaluation:
     """Train and compare.
@@ -146,13 +151,22 @@ def evaluate(
         found[plan.name].append(outcome)
     comparisons = _compare(plans, found, len(seeds), len(test.labels), confidence)
     methods = [
-        _summary(plan, found, comparisons.get(plan.name, _NONE), n, train.classes, target_accuracy, confidence)
+        _summary(plan, found, comparisons.get(plan.name, _Compared()), n, train.classes, target_accuracy, confidence)
         for plan in plans
     ]
     rows = [_row(plan, seed, outcome) for (plan, seed), outcome in zip(order, outcomes, strict=True)]
     notes = running.warnings_of([(plan.name, outcome) for (plan, _), outcome in zip(order, outcomes, strict=True)])
     budget = running.CONVERGENCE if running.to_convergence(recipe) else budget or "epochs"
     return Evaluation(methods, seeds, budget, target_accuracy, confidence, rows, notes)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What a method was found to be against its random subsets; see `Method`."""
+
+    to_random: Difference | None = None
+    to_classes: Difference | None = None
+    class_counts: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -166,48 +180,57 @@ class _Plan:
     once: bool = False  # whether one run stands for all seeds
     rows: np.ndarray | None = None
     weights: np.ndarray | None = None  # (n,)
-    sampler: dict | None = None
+    sampler: dict[str, Any] | None = None
     counts: tuple[int, ...] | None = None  # images of each class: of a list its own, of random ones what they are given
     selection_seconds: float | None = None
 
-    def run(self, train, seed: int) -> Run:
+    def run(self, train: Examples, seed: int) -> Run:
         rows = self.rows
         if self.kind == "random":
             rows = running.random_rows(len(train.paths), self.kept, seed)
-        elif self.kind == "classes":
+        elif self.counts is not None and self.kind == "classes":
             rows = running.matched_rows(train.labels, self.counts, seed)
         return Run(self.name, seed, rows, self.weights, self.fixed_steps, self.sampler)
 
 
-def _plan(train, lists, dynamic, everything: bool, class_counts: bool, budget, min_steps, recipe) -> list[_Plan]:
+def _plan(
+    train: Examples,
+    lists: Sequence[Kept],
+    dynamic: Sequence[dict[str, Any]],
+    everything: bool,
+    class_counts: bool,
+    budget: str | None,
+    min_steps: int | None,
+    recipe: Recipe,
+) -> list[_Plan]:
     n = len(train.paths)
     full = running.steps_for(n, recipe, min_steps)
 
-    def plan(name: str, kind: str, kept: int, **more) -> _Plan:
+    def plan(name: str, kind: str, kept: int, **more: Any) -> _Plan:
         steps = full if budget == "steps" else running.steps_for(kept, recipe, min_steps)
         fixed = steps if kind == "dynamic" or steps != running.steps_for(kept, recipe) else None
         once = kind in ("list", EVERYTHING) and running.to_convergence(recipe)
         return _Plan(name, kind, kept, fixed, once, **more)
 
-    plans = []
+    plans: list[_Plan] = []
     for one in lists:
         rows = np.sort(np.asarray(one.rows, np.int64))
         counts = tuple(np.bincount(np.asarray(train.labels)[rows], minlength=len(train.classes)).tolist())
         more = {"weights": _spread(one, n), "counts": counts, "selection_seconds": one.selection_seconds}
         plans.append(plan(one.name, "list", len(rows), rows=rows, **more))
-    for one in dynamic:
-        more = {"sampler": dict(one), "selection_seconds": 0.0}
-        plans.append(plan(dynamic_name(one), "dynamic", running.kept_count(one["keep"], n), **more))
-    for kept in sorted({one.kept for one in plans}):
+    for sampler in dynamic:
+        kept = running.kept_count(sampler["keep"], n)
+        plans.append(plan(dynamic_name(sampler), "dynamic", kept, sampler=dict(sampler), selection_seconds=0.0))
+    for kept in sorted({planned.kept for planned in plans}):
         plans.append(plan(random_name(kept), "random", kept, selection_seconds=0.0))
     if class_counts:
-        first = {one.counts: one for one in reversed(plans) if one.kind == "list"}  # lists may share their counts
-        for one in sorted(first.values(), key=plans.index):
-            name = classes_name(one.name)
-            plans.append(plan(name, "classes", one.kept, counts=one.counts, selection_seconds=0.0))
+        first = {each.counts: each for each in reversed(plans) if each.kind == "list"}  # lists may share their counts
+        for like in sorted(first.values(), key=plans.index):
+            name = classes_name(like.name)
+            plans.append(plan(name, "classes", like.kept, counts=like.counts, selection_seconds=0.0))
     if everything:
         plans.append(plan(EVERYTHING, EVERYTHING, n))
-    names = [one.name for one in plans]
+    names = [planned.name for planned in plans]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)}: a name that the comparison needs; rename the list")
     return plans
@@ -223,7 +246,7 @@ def classes_name(name: str) -> str:
     return f"random, classes as {name}"
 
 
-def dynamic_name(sampler: dict) -> str:
+def dynamic_name(sampler: dict[str, Any]) -> str:
     """What a sampler is called: 'dynamic random 0.3 every=1'."""
     options = "".join(f" {key}={value}" for key, value in sampler.items() if key not in ("name", "keep"))
     return f"dynamic {sampler['name']} {sampler['keep']:g}{options}"
@@ -245,8 +268,10 @@ def _spread(one: Kept, n: int) -> np.ndarray | None:
     return weights
 
 
-def _compare(plans, found, seeds: int, test_images: int, confidence: float) -> dict[str, dict]:
-    """{method: its to_random, to_classes and class_counts}; the verdicts are for all comparisons together."""
+def _compare(
+    plans: list[_Plan], found: dict[str, list[Outcome]], seeds: int, test_images: int, confidence: float
+) -> dict[str, _Compared]:
+    """What each list and sampler was found to be; the verdicts are for all comparisons together."""
     matched = {plan.counts: plan.name for plan in plans if plan.kind == "classes"}
     pairs = []  # (method, what it is compared with)
     for plan in plans:
@@ -261,26 +286,35 @@ def _compare(plans, found, seeds: int, test_images: int, confidence: float) -> d
         )
         for plan, other in pairs
     ]  # fmt: skip
-    results = {}
+    results: dict[str, _Compared] = {}
     for (plan, other), one in zip(pairs, statistics.judge(raw, confidence=confidence), strict=True):
         random = random_name(plan.kept)
         if other == random:
-            results[plan.name] = {"to_random": one, "to_classes": None, "class_counts": None}
+            results[plan.name] = _Compared(one)
         else:
             part = statistics.mean_interval(_gaps(found[other], found[random]), confidence=confidence)
-            results[plan.name] |= {"to_classes": one, "class_counts": part}
+            results[plan.name] = replace(results[plan.name], to_classes=one, class_counts=part)
     return results
 
 
-def _summary(plan: _Plan, found, compared, n: int, classes, target: float | None, confidence: float) -> Method:
+def _summary(
+    plan: _Plan,
+    found: dict[str, list[Outcome]],
+    compared: _Compared,
+    n: int,
+    classes: Sequence[str],
+    target: float | None,
+    confidence: float,
+) -> Method:
     outcomes, full = found[plan.name], found.get(EVERYTHING)
     by_class = _class_means(outcomes, classes)
     worst = min(by_class, key=by_class.__getitem__)
     seconds = float(np.median([one.seconds for one in outcomes]))
-    others = plan.name != EVERYTHING and full
-    saved = float(np.median([one.seconds for one in full])) - seconds if others else None
-    known = saved is not None and plan.selection_seconds is not None
-    reached = [time_to(one, target) for one in outcomes] if target is not None else None
+    full = None if plan.name == EVERYTHING else full
+    saved = float(np.median([one.seconds for one in full])) - seconds if full else None
+    net = saved - plan.selection_seconds if saved is not None and plan.selection_seconds is not None else None
+    times = [time_to(one, target) for one in outcomes] if target is not None else None
+    reached = [seconds for seconds in times or () if seconds is not None]
     return Method(
         name=plan.name,
         kind=plan.kind,
@@ -289,17 +323,19 @@ def _summary(plan: _Plan, found, compared, n: int, classes, target: float | None
         steps=int(np.median([one.steps for one in outcomes])),
         accuracies=_accuracies(outcomes),
         accuracy=_accuracy(plan, outcomes, confidence),
-        **compared,
-        to_everything=_to_everything(plan, outcomes, full, confidence) if others else None,
+        to_random=compared.to_random,
+        to_classes=compared.to_classes,
+        class_counts=compared.class_counts,
+        to_everything=_to_everything(plan, outcomes, full, confidence) if full else None,
         class_accuracy=by_class,
         worst_class=worst,
         worst_class_accuracy=by_class[worst],
         seconds=seconds,
         seconds_saved=saved,
         selection_seconds=plan.selection_seconds,
-        net_saved=saved - plan.selection_seconds if known else None,
-        seconds_to_target=float(np.median(reached)) if reached and None not in reached else None,
-        reached_target=sum(one is not None for one in reached) if reached else None,
+        net_saved=net,
+        seconds_to_target=float(np.median(reached)) if times and len(reached) == len(times) else None,
+        reached_target=len(reached) if times else None,
     )
 
 
@@ -340,7 +376,7 @@ def _class_means(outcomes: list[Outcome], classes: Sequence[str]) -> dict[str, f
     return {classes[number]: float(np.mean([row[number] for row in table])) for number in present}
 
 
-def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict:
+def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
     return {
         "method": plan.name, "kind": plan.kind, "kept": plan.kept, "seed": seed, "steps": outcome.steps,
         "accuracy": outcome.accuracy, "worst_class_accuracy": min(v for v in outcome.class_accuracy() if v is not None),
@@ -362,9 +398,9 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
 
 
 def check_options(
-    lists: Sequence,
-    dynamic: Sequence[dict],
-    recipe,
+    lists: Sequence[Any],
+    dynamic: Sequence[dict[str, Any]],
+    recipe: Recipe,
     budget: str | None,
     min_steps: int | None,
     target: float | None,
@@ -388,7 +424,7 @@ def check_options(
         )
 
 
-def _check(train, test, lists) -> None:
+def _check(train: Examples, test: Examples, lists: Sequence[Kept]) -> None:
     running.check_sets(train, test)
     names = [one.name for one in lists]
     if len(set(names)) < len(names):

@@ -7,9 +7,11 @@ could do), or by scores given from outside. What this module does not know: file
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +21,17 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import fits, statistics
 from protoprune.evaluation import runs as running
 from protoprune.evaluation.comparing import _seeds
-from protoprune.evaluation.runs import Run, Step
+from protoprune.evaluation.runs import Fit, Outcome, Run, Step
 from protoprune.evaluation.statistics import Interval
+
+if TYPE_CHECKING:
+    from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
 
 ORDERS = ("hard", "easy", "middle", "random")
 ALL = "all"  # the order of keep = 1, where orders do not differ
+_Key = tuple[str, float, int]  # order, keep, size
+_Planned = tuple[str, float, int, Run]
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Scaling:
     curves: list[Curve]
     seeds: list[int]
     budget: str  # epochs, steps; convergence for linear heads
-    runs: list[dict]
+    runs: list[dict[str, Any]]
     warnings: list[str]  # of runs that ended too early
 
     def curve(self, name: str) -> Curve:
@@ -69,9 +77,9 @@ class Scaling:
 
 
 def scaling(
-    train,
-    test,
-    recipe,
+    train: Examples,
+    test: Examples,
+    recipe: Recipe,
     *,
     sizes: Sequence[int],
     keeps: Sequence[float] = (1.0, 0.8, 0.5, 0.2),
@@ -84,9 +92,9 @@ def scaling(
     budget: str | None = None,
     min_steps: int | None = None,
     bootstrap: int = 200,
-    folder=None,
+    folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
-    fit: Callable | None = None,
+    fit: Fit | None = None,
     on_run: Callable[[Step], None] | None = None,
 ) -> Scaling:
     """Sweep initial size x keep x order and fit scaling laws to the errors.
@@ -137,20 +145,23 @@ def scaling(
     return Scaling(points, _curves(points, bootstrap), seeds, budget, _rows(planned, outcomes), notes)
 
 
-def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int], np.ndarray]:
+def _ranker(
+    train: Examples, scores: np.ndarray | None, features: np.ndarray | None, k: int | None
+) -> Callable[[np.ndarray, int], np.ndarray]:
     """(rows, seed) -> the score of each row, larger = harder."""
     if scores is not None:
-        scores = np.asarray(scores, np.float64)
-        missing = np.flatnonzero(np.isnan(scores))
+        known = np.asarray(scores, np.float64)
+        missing = np.flatnonzero(np.isnan(known))
         if len(missing):
             raise ProtopruneError(
                 f"{len(missing):,} training images have no score (first: {train.paths[missing[0]]}); give a full table"
             )
-        return lambda rows, seed: scores[rows]
+        return lambda rows, seed: known[rows]
 
     def by_prototype(rows: np.ndarray, seed: int) -> np.ndarray:
         from protoprune import prototypes
 
+        assert features is not None  # `_check` has seen to it
         subset = np.asarray(features[rows], np.float32)
         clusters = prototypes.auto_k(len(rows), len(train.classes)) if k is None else k
         return prototypes.cluster(subset, min(clusters, len(rows)), seed=seed).distance
@@ -158,7 +169,9 @@ def _ranker(train, scores, features, k: int | None) -> Callable[[np.ndarray, int
     return by_prototype
 
 
-def _cut(train, initial, hardness, order: str, keep: float, seed: int, balance: float) -> np.ndarray:
+def _cut(
+    train: Examples, initial: np.ndarray, hardness: np.ndarray, order: str, keep: float, seed: int, balance: float
+) -> np.ndarray:
     if keep == 1:
         return initial
     # Images whose features are all zeros have no distance and cannot be ranked, as in `protoprune select`.
@@ -170,12 +183,12 @@ def _cut(train, initial, hardness, order: str, keep: float, seed: int, balance: 
     return initial[mask]
 
 
-def _points(planned, outcomes, wanted) -> list[Point]:
-    found: dict[tuple, list] = {key: [] for key in wanted}
+def _points(planned: list[_Planned], outcomes: list[Outcome], wanted: list[_Key]) -> list[Point]:
+    found: dict[_Key, list[Outcome]] = {key: [] for key in wanted}
     kept = {}
     for (order, keep, size, run), outcome in zip(planned, outcomes, strict=True):
         found[order, keep, size].append(outcome)
-        kept[order, keep, size] = len(run.rows)
+        kept[order, keep, size] = _kept(run)
     points = []
     for (order, keep, size), some in found.items():
         errors = [1 - one.accuracy for one in some]
@@ -184,6 +197,10 @@ def _points(planned, outcomes, wanted) -> list[Point]:
         interval = statistics.mean_interval(errors, share=True)
         points.append(Point(order, keep, size, number, some[0].steps, errors, interval, seconds))
     return points
+
+
+def _kept(run: Run) -> int:
+    return 0 if run.rows is None else len(run.rows)
 
 
 def _curves(points: list[Point], bootstrap: int) -> list[Curve]:
@@ -225,16 +242,23 @@ def _curve(name: str, order: str, keep: float | None, points: list[Point], boots
     return Curve(name, order, keep, kept, errors, found, fits.verdict(found))
 
 
-def _rows(planned, outcomes) -> list[dict]:
+def _rows(planned: list[_Planned], outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return [
-        {"order": order, "keep": keep, "size": size, "kept": len(run.rows), "seed": run.seed, "steps": outcome.steps,
+        {"order": order, "keep": keep, "size": size, "kept": _kept(run), "seed": run.seed, "steps": outcome.steps,
          "accuracy": outcome.accuracy, "error": 1 - outcome.accuracy, "correct": outcome.correct,
          "seconds": outcome.seconds, "fall": outcome.fall, "strength": outcome.strength}
         for (order, keep, size, run), outcome in zip(planned, outcomes, strict=True)
     ]  # fmt: skip
 
 
-def _check(n: int, sizes, keeps, orders, scores, features) -> tuple[list[int], list[float]]:
+def _check(
+    n: int,
+    sizes: Sequence[int],
+    keeps: Sequence[float],
+    orders: Sequence[str],
+    scores: np.ndarray | None,
+    features: np.ndarray | None,
+) -> tuple[list[int], list[float]]:
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
         raise UsageError(f"--size {sizes}: expected from 2 to {n:,}, the number of training images")
@@ -254,7 +278,7 @@ def check_options(
     orders: Sequence[str],
     k: int | None,
     balance: float,
-    recipe,
+    recipe: Recipe,
     budget: str | None,
     min_steps: int | None,
     device: str = "auto",

@@ -57,37 +57,41 @@ class Fits:
         return next(law for law in self.laws if law.name == name)
 
 
-def predict(name: str, parameters: dict[str, float], sizes: Sequence[float]) -> np.ndarray:
+def predict(name: str, parameters: dict[str, float], sizes: Sequence[float] | np.ndarray) -> np.ndarray:
     """The law's error at (m,) sizes."""
     n = np.asarray(sizes, np.float64)
     a, b = parameters["a"], parameters["b"]
     return a * np.exp(-b * n) if name == "exponential" else a * n**-b + parameters.get("c", 0.0)
 
 
-def fit_laws(sizes: Sequence[float], errors, *, bootstrap: int = 200, seed: int = 0, confidence: float = 0.95) -> Fits:
+def fit_laws(
+    sizes: Sequence[float],
+    errors: np.ndarray | Sequence[float],
+    *,
+    bootstrap: int = 200,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Fits:
     """Fit every law to the errors, (m,) or (seeds, m), at (m,) different sizes, m >= 3.
 
     Each mean is weighted by its standard error over seeds, drawn towards the one that all sizes share (as a fraction of
     the error). AICc has the scale of the residuals as one more parameter, so a law that misses by more than the seeds'
     spread is not believed more than it should be. Raises UsageError for fewer than 3 sizes, or errors not above 0.
     """
-    sizes, errors = _check(sizes, errors)
-    mean, sigma = errors.mean(0), _standard_errors(errors)
-    found = {name: _fit(name, sizes, mean, sigma, _starts(name, sizes, mean)) for name in LAWS}
-    aicc = {name: _aicc(found[name][1], len(sizes), len(LAWS[name])) for name in LAWS}
-    samples = (
-        _bootstrap(sizes, errors, found, bootstrap, np.random.default_rng(seed))
-        if len(errors) > 1 and bootstrap
-        else None
-    )
+    at, table = _check(sizes, errors)
+    mean, sigma = table.mean(0), _standard_errors(table)
+    found = {name: _fit(name, at, mean, sigma, _starts(name, at, mean)) for name in LAWS}
+    aicc = {name: _aicc(found[name][1], len(at), len(LAWS[name])) for name in LAWS}
+    rng = np.random.default_rng(seed)
+    samples, won = _bootstrap(at, table, found, bootstrap, rng) if len(table) > 1 and bootstrap else (None, None)
     laws = []
     for name in LAWS:
-        parameters = _natural(name, found[name][0], sizes, mean)
-        gap = np.log(mean / np.maximum(predict(name, parameters, sizes), 1e-300))
-        intervals = _intervals(parameters, samples[name], len(errors), confidence) if samples else None
-        wins = samples["wins"].get(name, 0.0) if samples else None
+        parameters = _natural(name, found[name][0], at, mean)
+        gap = np.log(mean / np.maximum(predict(name, parameters, at), 1e-300))
+        intervals = _intervals(parameters, samples[name], len(table), confidence) if samples else None
+        wins = won[name] if won else None
         laws.append(Law(name, parameters, intervals, aicc[name], wins, float(np.sqrt(np.mean(gap**2)))))
-    return _choose(laws, len(sizes), len(errors))
+    return _choose(laws, len(at), len(table))
 
 
 def verdict(fits: Fits) -> str:
@@ -102,7 +106,7 @@ def verdict(fits: Fits) -> str:
     others = [
         f"{law.name} is behind by {law.aicc - best.aicc:.1f}"
         for law in fits.laws
-        if law.aicc is not None and law.name not in (fits.best, *fits.rivals)
+        if law.aicc is not None and best.aicc is not None and law.name not in (fits.best, *fits.rivals)
     ]
     if fits.decided:
         return f"{_title(fits.best)} wins by {fits.delta:.1f} in AICc over the next law; {exponent}"
@@ -117,27 +121,27 @@ def _title(name: str) -> str:
 
 
 def _choose(laws: list[Law], sizes: int, seeds: int) -> Fits:
-    ranked = sorted((law for law in laws if law.aicc is not None), key=lambda law: law.aicc)
+    ranked = sorted((law.aicc, place) for place, law in enumerate(laws) if law.aicc is not None)
     if len(ranked) < 2:
         return Fits(laws, None, None, [], sizes, seeds)
-    best, second = ranked[:2]
-    gaps = {law.name: law.aicc - best.aicc for law in ranked[1:]}
-    rivals = [name for name, gap in gaps.items() if gap < DECISIVE]
+    (lowest, place), *behind = ranked
+    best, others = laws[place], [laws[place] for _, place in behind]
+    rivals = [law.name for law, (aicc, _) in zip(others, behind, strict=True) if aicc - lowest < DECISIVE]
     if not rivals and best.wins is not None and best.wins < AGREEMENT:
-        rivals = [max(ranked[1:], key=lambda law: law.wins).name]
-    return Fits(laws, best.name, second.aicc - best.aicc, rivals, sizes, seeds)
+        rivals = [max(others, key=lambda law: law.wins or 0.0).name]
+    return Fits(laws, best.name, behind[0][0] - lowest, rivals, sizes, seeds)
 
 
-def _check(sizes, errors) -> tuple[np.ndarray, np.ndarray]:
-    sizes, errors = np.asarray(sizes, np.float64), np.atleast_2d(np.asarray(errors, np.float64))
-    if sizes.ndim != 1 or errors.ndim != 2 or errors.shape[1] != len(sizes):
-        raise UsageError(f"errors of shape {errors.shape} at {sizes.size} sizes: expected (seeds, sizes)")
-    if len(np.unique(sizes)) < max(3, len(sizes)):
-        raise UsageError(f"sizes {sizes.tolist()}: a law needs at least 3 sizes, each once")
-    if not (np.isfinite(errors).all() and (errors >= 0).all() and (errors.mean(0) > 0).all() and (sizes > 0).all()):
+def _check(sizes: Sequence[float], errors: np.ndarray | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    at, table = np.asarray(sizes, np.float64), np.atleast_2d(np.asarray(errors, np.float64))
+    if at.ndim != 1 or table.ndim != 2 or table.shape[1] != len(at):
+        raise UsageError(f"errors of shape {table.shape} at {at.size} sizes: expected (seeds, sizes)")
+    if len(np.unique(at)) < max(3, len(at)):
+        raise UsageError(f"sizes {at.tolist()}: a law needs at least 3 sizes, each once")
+    if not (np.isfinite(table).all() and (table >= 0).all() and (table.mean(0) > 0).all() and (at > 0).all()):
         raise UsageError("errors and sizes must be above 0; leave out sizes at which no test image is misclassified")
-    order = np.argsort(sizes)
-    return sizes[order], errors[:, order]
+    order = np.argsort(at)
+    return at[order], table[:, order]
 
 
 def _standard_errors(errors: np.ndarray) -> np.ndarray:
@@ -196,22 +200,24 @@ def _bounded_exp(value: float) -> float:
     return math.exp(max(min(float(value), _LARGEST), -_LARGEST))
 
 
-def _fit(name, sizes, mean, sigma, starts) -> tuple[np.ndarray, float]:
+def _fit(
+    name: str, sizes: np.ndarray, mean: np.ndarray, sigma: np.ndarray, starts: list[np.ndarray]
+) -> tuple[np.ndarray, float]:
     """(free parameters, weighted mean square) of the best of the starts."""
     from scipy.optimize import least_squares
 
     ceiling = 1.05 * float(mean.min())
-    best = None
-    for start in starts:
-        result = least_squares(
+    results = [
+        least_squares(
             lambda free: np.clip((_curve(name, free, sizes, ceiling) - mean) / sigma, -1e100, 1e100),
             start,
             method="lm" if len(sizes) >= len(start) else "trf",
             max_nfev=400,
         )
-        if best is None or result.cost < best.cost:
-            best = result
-    return best.x, 2 * best.cost / len(sizes)
+        for start in starts
+    ]
+    best = min(results, key=lambda result: float(result.cost))
+    return best.x, float(2 * best.cost / len(sizes))
 
 
 def _aicc(mean_square: float, m: int, parameters: int) -> float | None:
@@ -221,9 +227,16 @@ def _aicc(mean_square: float, m: int, parameters: int) -> float | None:
     return float(m * math.log(max(mean_square, 1e-20)) + 2 * k + 2 * k * (k + 1) / (m - k - 1))
 
 
-def _bootstrap(sizes, errors, found, samples: int, rng: np.random.Generator) -> dict:
+def _bootstrap(
+    sizes: np.ndarray,
+    errors: np.ndarray,
+    found: dict[str, tuple[np.ndarray, float]],
+    samples: int,
+    rng: np.random.Generator,
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
     """Parameters of each law, and how often each has the lowest AICc, when whole seeds are drawn with replacement."""
-    parameters, wins = {name: [] for name in LAWS}, dict.fromkeys(LAWS, 0)
+    parameters: dict[str, list[dict[str, float]]] = {name: [] for name in LAWS}
+    wins = dict.fromkeys(LAWS, 0)
     sigma = _standard_errors(errors)  # that of the data: a sample of few seeds can hold one seed three times
     drawn = [rng.integers(0, len(errors), len(errors)) for _ in range(samples)]
     for rows in drawn:
@@ -236,7 +249,7 @@ def _bootstrap(sizes, errors, found, samples: int, rng: np.random.Generator) -> 
         possible = {name: score for name, score in scores.items() if score is not None}
         if possible:
             wins[min(possible, key=possible.__getitem__)] += 1
-    return parameters | {"wins": {name: count / samples for name, count in wins.items()}}
+    return parameters, {name: count / samples for name, count in wins.items()}
 
 
 def _intervals(

@@ -16,6 +16,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,10 +29,14 @@ from protoprune.evaluation.runs import device_kind
 from protoprune.evaluation.statistics import Interval
 from protoprune.files import table_csv, write_file
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _PACKAGES = ("numpy", "scipy", "torch", "timm", "faiss-cpu", "faiss-gpu")
 
 
-def environment(device: str = "auto") -> dict:
+def environment(device: str = "auto") -> dict[str, Any]:
     """Versions and machine, for the record: plain values only."""
     return {
         "protoprune": protoprune.__version__,
@@ -66,7 +71,9 @@ def _git_revision() -> str | None:
     return revision.stdout.strip() + ("+" if changed.stdout else "")
 
 
-def save_evaluation(folder: str | os.PathLike, result: Evaluation, config: dict, classes: list[str]) -> list[str]:
+def save_evaluation(
+    folder: str | os.PathLike[str], result: Evaluation, config: dict[str, Any], classes: list[str]
+) -> list[str]:
     """Write results.csv, summary.csv, classes.csv, results.json and figure.png; returns their paths."""
     runs = [{key: row[key] for key in ("method", "kind", "kept", "seed", "steps", "accuracy")} for row in result.runs]
     for row, whole in zip(runs, result.runs, strict=True):
@@ -80,7 +87,7 @@ def save_evaluation(folder: str | os.PathLike, result: Evaluation, config: dict,
     return _save(folder, tables, result, {**config, "classes": classes}, figure_evaluation(result))
 
 
-def summary_row(one: Method) -> dict:
+def summary_row(one: Method) -> dict[str, Any]:
     """A method as one flat row."""
     random, matched, full = one.to_random, one.to_classes, one.to_everything
     return {
@@ -122,7 +129,7 @@ def summary_row(one: Method) -> dict:
     }
 
 
-def save_scaling(folder: str | os.PathLike, result: Scaling, config: dict) -> list[str]:
+def save_scaling(folder: str | os.PathLike[str], result: Scaling, config: dict[str, Any]) -> list[str]:
     """Write results.csv, points.csv, fits.csv, results.json and figure.png; returns their paths."""
     columns = ("order", "keep", "size", "kept", "seed", "steps", "accuracy", "error")
     tables = {
@@ -133,30 +140,36 @@ def save_scaling(folder: str | os.PathLike, result: Scaling, config: dict) -> li
     return _save(folder, tables, result, config, figure_scaling(result))
 
 
-def _point_row(one: Point) -> dict:
+def _point_row(one: Point) -> dict[str, Any]:
     return {
         "order": one.order, "keep": one.keep, "size": one.size, "kept": one.kept, "seeds": one.error.n,
         "error": one.error.mean, "error_low": one.error.low, "error_high": one.error.high, "seconds": one.seconds,
     }  # fmt: skip
 
 
-def fit_rows(result: Scaling) -> list[dict]:
+def fit_rows(result: Scaling) -> list[dict[str, Any]]:
     """One row a curve and law; a, b, c with their intervals, AICc less the lowest of the curve."""
     rows = []
     for curve in result.curves:
         laws = curve.fits.laws if curve.fits else []
         lowest = min((law.aicc for law in laws if law.aicc is not None), default=None)
         for law in laws:
-            row = {"curve": curve.name, "law": law.name}
+            row: dict[str, Any] = {"curve": curve.name, "law": law.name}
             for key in ("a", "b", "c"):
                 low, high = (law.intervals or {}).get(key, (None, None))
                 row |= {key: law.parameters.get(key), f"{key}_low": low, f"{key}_high": high}
-            row |= {"delta_aicc": None if law.aicc is None else law.aicc - lowest, "wins": law.wins}
-            rows.append(row | {"rms_log": law.rms_log, "best": law.name == curve.fits.best})
+            row |= {"delta_aicc": None if law.aicc is None or lowest is None else law.aicc - lowest, "wins": law.wins}
+            rows.append(row | {"rms_log": law.rms_log, "best": curve.fits is not None and law.name == curve.fits.best})
     return rows
 
 
-def _save(folder, tables: dict[str, list[dict]], result, config: dict, figure: bytes) -> list[str]:
+def _save(
+    folder: str | os.PathLike[str],
+    tables: dict[str, list[dict[str, Any]]],
+    result: Evaluation | Scaling,
+    config: dict[str, Any],
+    figure: bytes,
+) -> list[str]:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -179,18 +192,19 @@ def figure_evaluation(result: Evaluation) -> bytes:
     figure, axes = _figure(7, 1.4 + 0.4 * len(result.methods))
     sizes = {one.kept for one in result.methods if one.kind in ("list", "dynamic")}
     if sizes and max(sizes) > 1.1 * min(sizes):
+        figure.set_size_inches(7, 5)
         _draw_by_size(axes, result)
     else:
         _draw_dots(axes, result)
     return _png(figure)
 
 
-def _draw_dots(axes, result: Evaluation) -> None:
+def _draw_dots(axes: Axes, result: Evaluation) -> None:
     for place, one in enumerate(result.methods):
         colour = {"random": "0.5", "classes": "0.5", EVERYTHING: "black"}.get(one.kind, f"C{place % 10}")
         axes.plot([100 * v for v in one.accuracies], [place] * len(one.accuracies), ".", color=colour, alpha=0.4)
         low, high = one.accuracy.low, one.accuracy.high
-        if low is not None:
+        if low is not None and high is not None:
             axes.plot([100 * low, 100 * high], [place, place], "-", color=colour, linewidth=2)
         axes.plot(100 * one.accuracy.mean, place, "o", color=colour)
     axes.set_yticks(range(len(result.methods)), [_shown(one.name) for one in result.methods])
@@ -198,8 +212,7 @@ def _draw_dots(axes, result: Evaluation) -> None:
     axes.set_xlabel(f"test accuracy (%), mean and {100 * result.confidence:g} % interval, {len(result.seeds)} seeds")
 
 
-def _draw_by_size(axes, result: Evaluation) -> None:
-    axes.figure.set_size_inches(7, 5)
+def _draw_by_size(axes: Axes, result: Evaluation) -> None:
     random = [one for one in result.methods if one.kind == "random"]
     _bars(axes, random, "0.5", "random subsets", "-o")
     for place, one in enumerate(one for one in result.methods if one.kind in ("list", "dynamic")):
@@ -214,7 +227,7 @@ def _draw_by_size(axes, result: Evaluation) -> None:
     axes.legend(fontsize="small")
 
 
-def _bars(axes, methods: list[Method], colour: str, label: str, style: str) -> None:
+def _bars(axes: Axes, methods: list[Method], colour: str, label: str, style: str) -> None:
     middle = [100 * one.accuracy.mean for one in methods]
     half = 100 * _reach([one.accuracy for one in methods])
     axes.errorbar([one.kept for one in methods], middle, half, fmt=style, color=colour, label=label, capsize=2)
@@ -238,11 +251,12 @@ def figure_scaling(result: Scaling) -> bytes:
     return _png(figure)
 
 
-def _even_ticks(axes) -> None:
+def _even_ticks(axes: Axes) -> None:
     """Labels at 1, 2 and 5 of each power of ten, from the lowest mean: error bars on a log axis may reach down to 0."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    means = [value for line in axes.lines for value in line.get_ydata() if line.get_marker() == "." and value > 0]
+    drawn = [np.asarray(line.get_ydata(), np.float64) for line in axes.lines if line.get_marker() == "."]
+    means = [float(value) for one in drawn for value in one if value > 0]
     if means:
         axes.set_ylim(max(axes.get_ylim()[0], 0.4 * min(means)), min(axes.get_ylim()[1], 1.1))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -258,7 +272,7 @@ def _few(sizes: list[int]) -> list[int]:
     return chosen
 
 
-def _draw_panel(axes, result: Scaling, order: str) -> None:
+def _draw_panel(axes: Axes, result: Scaling, order: str) -> None:
     for number, curve in enumerate(one for one in result.curves if one.order in (order, ALL) and one.keep is not None):
         points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
         half = _reach([one.error for one in points])
@@ -276,10 +290,11 @@ def _draw_panel(axes, result: Scaling, order: str) -> None:
 
 def _reach(intervals: list[Interval]) -> np.ndarray:
     """(2, m) how far each interval reaches below and above its mean, 0 without one."""
-    return np.array([(0, 0) if one.low is None else (one.mean - one.low, one.high - one.mean) for one in intervals]).T
+    ends = [(one.mean, one.mean) if one.low is None or one.high is None else (one.low, one.high) for one in intervals]
+    return np.array([(one.mean - low, high - one.mean) for one, (low, high) in zip(intervals, ends, strict=True)]).T
 
 
-def _figure(width: float, height: float, panels: int = 1):
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
     """A figure without pyplot, whose global state is not ours to change."""
     from matplotlib.figure import Figure
 
@@ -287,7 +302,7 @@ def _figure(width: float, height: float, panels: int = 1):
     return figure, figure.subplots(1, panels, sharey=panels > 1)
 
 
-def _png(figure) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

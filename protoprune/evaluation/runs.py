@@ -16,9 +16,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -27,6 +28,11 @@ from protoprune.bounds import check_number, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.text import parse_json, with_slashes
+
+if TYPE_CHECKING:
+    from protoprune.samplers import PruningSampler
+    from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
 
 FORMAT = 3  # one more whenever the training itself changes
 MIN_STEPS = 500  # optimizer steps that every network takes at least: fewer would judge the length of training
@@ -53,7 +59,7 @@ class Run:
     rows: np.ndarray | None = None  # (m,) int64 ascending; None: all
     weights: np.ndarray | None = None  # (n,) float32 loss weights
     steps: int | None = None  # None: the recipe's epochs
-    sampler: dict | None = None  # {"name": one of DYNAMIC, "keep": fraction, options of its class} in place of rows
+    sampler: dict[str, Any] | None = None  # in place of rows: {"name": one of DYNAMIC, "keep": fraction, its options}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,25 @@ class Outcome:
         return [right / of if of else None for right, of in zip(self.correct, self.total, strict=True)]
 
 
+class Fitted(Protocol):
+    """What is asked of a finished training: `training.loop.Fit` has it."""
+
+    @property
+    def predictions(self) -> np.ndarray: ...  # (n_test,) int64
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def losses(self) -> Sequence[float] | np.ndarray: ...  # one a step
+
+
+Fit = Callable[..., Fitted]  # (train, test, recipe, rows, weights, seed, steps, device, ...), as `training.loop.fit`
+
+
 @dataclass(frozen=True)
 class Step:
     """Where a series of runs stands, after one of them."""
@@ -105,7 +130,7 @@ def matched_rows(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.nda
     return np.sort(np.concatenate([order[own == label][:count] for label, count in enumerate(counts)]))
 
 
-def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str):
+def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str) -> np.ndarray:
     """The rows, (m,) int64 ascending, of a list's paths, or of row indices into the examples' `every_path`.
 
     Raises ProtopruneError when the list names what is not among the examples, names it twice, or names nothing.
@@ -130,7 +155,7 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples, name: str):
     return rows
 
 
-def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: str) -> np.ndarray:
+def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples, name: str) -> np.ndarray:
     """(m,) loss weights of the rows of a list, from a weight a path. Raises ProtopruneError where one is missing."""
     known = set(examples.paths)
     by_path = dict(zip(_relative(list(weights), examples, known), weights.values(), strict=True))
@@ -142,7 +167,7 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples, name: st
     return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
 
 
-def _relative(listed: Sequence[str], examples, known) -> list[str]:
+def _relative(listed: Sequence[str], examples: Examples, known: Collection[str]) -> list[str]:
     """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
     base = os.path.join(os.path.abspath(examples.root), "")
     listed = with_slashes(listed, known.__contains__)
@@ -163,12 +188,12 @@ def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> l
 
 def run_all(
     runs: Sequence[Run],
-    train,
-    test,
-    recipe,
+    train: Examples,
+    test: Examples,
+    recipe: Recipe,
     *,
-    folder: str | os.PathLike | None = None,
-    fit: Callable | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    fit: Fit | None = None,
     device: str = "auto",
     curves: bool = False,
     on_run: Callable[[Step], None] | None = None,
@@ -205,16 +230,22 @@ def run_all(
     return outcomes
 
 
-def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Outcome:
+def _train(run: Run, train: Examples, test: Examples, recipe: Recipe, fit: Fit, device: str, curves: bool) -> Outcome:
     labels, classes = np.asarray(test.labels), len(train.classes)
     curve: list[list[float]] = []
 
-    def note(epoch: int, seconds: float, predictions) -> None:
+    def note(epoch: int, seconds: float, predictions: np.ndarray) -> None:
         curve.append([int(epoch), float(seconds), float(np.mean(np.asarray(predictions) == labels))])
 
-    how = {"rows": run.rows, "weights": run.weights, "seed": run.seed, "steps": run.steps, "device": device}
+    how: dict[str, Any] = {
+        "rows": run.rows,
+        "weights": run.weights,
+        "seed": run.seed,
+        "steps": run.steps,
+        "device": device,
+    }
     if run.sampler is not None:
-        sizes = {"n": len(train.paths), "steps": run.steps, "batch_size": recipe.batch_size}
+        sizes: dict[str, Any] = {"n": len(train.paths), "steps": run.steps, "batch_size": recipe.batch_size}
         how["sampler"] = make_sampler(**run.sampler, **sizes, seed=run.seed)
     if curves:
         how["on_epoch"] = note
@@ -234,16 +265,16 @@ def _train(run: Run, train, test, recipe, fit, device: str, curves: bool) -> Out
     )
 
 
-def loss_fall(losses: Sequence[float]) -> float:
+def loss_fall(losses: Sequence[float] | np.ndarray) -> float:
     """Share by which the training loss, one a step, was lower in the last tenth of the steps than in the tenth before.
 
     0 where that is less than a twentieth, within its noise (two standard errors), or of a loss that is next to nothing.
     """
-    losses = np.asarray(losses, np.float64)
-    tenth = len(losses) // 10
+    each = np.asarray(losses, np.float64)
+    tenth = len(each) // 10
     if tenth < 2:
         return 0.0
-    before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
+    before, last = each[-2 * tenth : -tenth], each[-tenth:]
     gap, noise = before.mean() - last.mean(), np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / tenth)
     share = gap / max(before.mean(), 1e-9)
     return float(share) if share > _FALL and gap > 2 * noise and gap > 0.01 else 0.0
@@ -274,7 +305,9 @@ def _which(some: Sequence[tuple[str, Outcome]], outcomes: Sequence[tuple[str, Ou
     return f"{len(some):,} of {len(outcomes):,} runs ({', '.join(shown[:8])}{more})"
 
 
-def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch_size: int, **options):
+def make_sampler(
+    name: str, keep: float, *, n: int, seed: int, steps: int, batch_size: int, **options: Any
+) -> PruningSampler:
     """A sampler of `protoprune.samplers` over n rows; `options` are those of its class.
 
     InfoBatch ends with full data and so has to know its number of epochs, which depends on the losses: it is foreseen
@@ -291,7 +324,7 @@ def make_sampler(name: str, keep: float, *, n: int, seed: int, steps: int, batch
     return getattr(samplers, DYNAMIC[name])(n, keep, seed=seed, **options)
 
 
-def check_dynamic(sampler: dict) -> None:
+def check_dynamic(sampler: dict[str, Any]) -> None:
     """Raise UsageError for a dynamic method that is not known, or a fraction out of range."""
     if sampler.get("name") not in DYNAMIC:
         raise UsageError(f"--dynamic {sampler.get('name')}: expected one of {', '.join(DYNAMIC)}")
@@ -305,12 +338,12 @@ def kept_count(keep: float, n: int) -> int:
     return max(1, round(keep * n))
 
 
-def to_convergence(recipe) -> bool:
+def to_convergence(recipe: Recipe) -> bool:
     """Whether a recipe's model is a linear head, which is trained until its loss falls no further."""
     return recipe.model == "head" and not recipe.hidden
 
 
-def settings_of(recipe) -> dict:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """All of a recipe that changes a run, as plain values."""
     if to_convergence(recipe):
         from protoprune.training import converged
@@ -322,7 +355,7 @@ def settings_of(recipe) -> dict:
     return {**settings, "weights": file_digest(settings["weights"])} if settings.get("weights") else settings
 
 
-def check_recipe(recipe, budget: str | None, min_steps: int | None, device: str = "auto") -> None:
+def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, device: str = "auto") -> None:
     """UsageError for a budget, device or file of weights that there is not, and for settings of a training's length
     where it has none."""
     from protoprune.device import resolve_device
@@ -339,15 +372,15 @@ def check_recipe(recipe, budget: str | None, min_steps: int | None, device: str 
         return
     own, usual = vars(recipe), vars(Recipe.for_model("head"))
     given = {name: own[name] for name in own if own[name] != usual[name]} | {"budget": budget, "min_steps": min_steps}
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
-    if given:
+    idle = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
+    if idle:
         raise UsageError(
-            f"{', '.join(given)}: a linear head is trained to convergence, and this changes nothing; leave it out, or "
+            f"{', '.join(idle)}: a linear head is trained to convergence, and this changes nothing; leave it out, or "
             "train a small network on the features with --hidden 256"
         )
 
 
-def check_sets(train, test) -> None:
+def check_sets(train: Examples, test: Examples) -> None:
     """UsageError unless a model trained on the one set can be tested on the other."""
     from protoprune.training.examples import check_same_inputs
 
@@ -358,7 +391,7 @@ def check_sets(train, test) -> None:
     check_same_inputs(train, test)
 
 
-def steps_for(rows: int, recipe, min_steps: int | None = 1) -> int | None:
+def steps_for(rows: int, recipe: Recipe, min_steps: int | None = 1) -> int | None:
     """Optimizer steps of the recipe's epochs over so many rows, at least `min_steps` (None: MIN_STEPS); None for a
     linear head, whose training has no length."""
     from protoprune.training.loop import steps_per_epoch
@@ -369,7 +402,7 @@ def steps_for(rows: int, recipe, min_steps: int | None = 1) -> int | None:
     return max(own, MIN_STEPS if min_steps is None else min_steps)
 
 
-def _planned_steps(run: Run, n: int, recipe) -> int:
+def _planned_steps(run: Run, n: int, recipe: Recipe) -> int:
     rows = n if run.rows is None else len(run.rows)
     return run.steps or steps_for(rows, recipe) or rows
 
@@ -377,7 +410,7 @@ def _planned_steps(run: Run, n: int, recipe) -> int:
 class _Clock:
     """Time left, from the seconds a step of the runs done here."""
 
-    def __init__(self, steps: dict[str, int]):
+    def __init__(self, steps: dict[str, int]) -> None:
         self.waiting = dict(steps)  # name of a run to do -> its steps
         self.seconds = self.stepped = 0.0
 
@@ -389,7 +422,7 @@ class _Clock:
         return self.seconds / self.stepped * sum(self.waiting.values()) if self.stepped else None
 
 
-def _real_fit(recipe) -> Callable:
+def _real_fit(recipe: Recipe) -> Fit:
     from protoprune.training import loop
 
     return _head_fit() if to_convergence(recipe) else loop.fit
@@ -404,17 +437,27 @@ class _HeadFit:
     steps: int  # evaluations of the loss
     converged: bool
     strength: float
-    losses: tuple = ()
+    losses: Sequence[float] = ()
 
 
-def _head_fit() -> Callable:
+def _head_fit() -> Fit:
     """A function like `training.loop.fit`, which prepares the training vectors once, at its first call."""
     from protoprune.device import resolve_device
     from protoprune.training import converged
 
     space = None
 
-    def fit(train, test, recipe, *, rows, weights, seed, steps, device) -> _HeadFit:
+    def fit(
+        train: Examples,
+        test: Examples,
+        recipe: Recipe,
+        *,
+        rows: np.ndarray | None,
+        weights: np.ndarray | None,
+        seed: int,
+        steps: int | None,
+        device: str,
+    ) -> _HeadFit:
         nonlocal space
         if space is None:
             where = resolve_device(device)
@@ -430,7 +473,7 @@ def _head_fit() -> Callable:
 # --- keys and kept results -------------------------------------------------------------------------------------------
 
 
-def _shared_key(train, test, recipe, device: str) -> dict:
+def _shared_key(train: Examples, test: Examples, recipe: Recipe, device: str) -> dict[str, Any]:
     import torch
 
     from protoprune.device import resolve_device
@@ -448,7 +491,7 @@ def _shared_key(train, test, recipe, device: str) -> dict:
     }
 
 
-def _own_key(run: Run) -> dict:
+def _own_key(run: Run) -> dict[str, Any]:
     return {
         "rows": _digest(run.rows, np.int64),
         "weights": _digest(run.weights, np.float64),
@@ -458,7 +501,7 @@ def _own_key(run: Run) -> dict:
     }
 
 
-def _digest(array: np.ndarray | None, kind) -> str | None:
+def _digest(array: np.ndarray | None, kind: type[np.generic]) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array, kind).tobytes()).hexdigest()
 
 
@@ -472,14 +515,14 @@ def device_kind(device: str) -> str:
     return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
 
 
-def _make_folder(folder: str | os.PathLike) -> None:
+def _make_folder(folder: str | os.PathLike[str]) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
 
 
-def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) -> Outcome | None:
+def _read(folder: str | os.PathLike[str] | None, name: str, key: dict[str, Any], curves: bool) -> Outcome | None:
     """The kept result; none, a damaged one or one without the curve asked for costs a run, never the answer."""
     if folder is None:
         return None
@@ -491,7 +534,7 @@ def _read(folder: str | os.PathLike | None, name: str, key: dict, curves: bool) 
     return None
 
 
-def _write(folder: str | os.PathLike | None, name: str, key: dict, outcome: Outcome, run: Run) -> None:
+def _write(folder: str | os.PathLike[str] | None, name: str, key: dict[str, Any], outcome: Outcome, run: Run) -> None:
     if folder is None:
         return
     result = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "cached"}
@@ -500,5 +543,5 @@ def _write(folder: str | os.PathLike | None, name: str, key: dict, outcome: Outc
     write_file(os.path.join(folder, f"{name}.json"), text.encode())
 
 
-def _result_digest(key: dict, outcome: dict) -> str:
+def _result_digest(key: dict[str, Any], outcome: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([key, outcome], sort_keys=True).encode()).hexdigest()

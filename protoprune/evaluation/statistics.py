@@ -51,20 +51,20 @@ class Difference:
     verdict: str = "undecided"  # better, worse or undecided
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95, share: bool = False) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, share: bool = False) -> Interval:
     """Mean and t interval of (n,) values, n >= 1; of a `share` the part of it from 0 to 1, which covers as often."""
-    values = _values(values)
-    n, mean = len(values), float(np.mean(values))
+    own = _values(values)
+    n, mean = len(own), float(np.mean(own))
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = _quantile(confidence, n) * math.sqrt(values.var(ddof=1) / n)
+    half = _quantile(confidence, n) * math.sqrt(own.var(ddof=1) / n)
     low, high = mean - half, mean + half
     return Interval(mean, max(low, 0.0), min(high, 1.0), n) if share else Interval(mean, low, high, n)
 
 
 def compare(
-    values: Sequence[float],
-    reference: Sequence[float],
+    values: Sequence[float] | np.ndarray,
+    reference: Sequence[float] | np.ndarray,
     *,
     one_draw: bool,
     confidence: float = 0.95,
@@ -76,17 +76,17 @@ def compare(
     resolution: the smallest step of the values (1 / test images), below which a standard deviation is not believed: two
     seeds that happen to agree would otherwise prove anything.
     """
-    values, reference = _values(values), _values(reference)
-    if values.shape != reference.shape:
-        raise UsageError(f"{len(values)} values against {len(reference)}: a paired difference needs the same seeds")
-    gap = values - reference
+    ours, theirs = _values(values), _values(reference)
+    if ours.shape != theirs.shape:
+        raise UsageError(f"{len(ours)} values against {len(theirs)}: a paired difference needs the same seeds")
+    gap = ours - theirs
     n, mean = len(gap), float(gap.mean())
     if n == 1:
         return Difference(mean, None, None, None, None, None, 1)
     from scipy.stats import t
 
     seeds = math.sqrt(max(gap.var(ddof=1), resolution**2) / n)
-    luck = max(reference.var(ddof=1), resolution**2) if one_draw else 0.0
+    luck = max(theirs.var(ddof=1), resolution**2) if one_draw else 0.0
     error = math.sqrt(seeds**2 + luck)
     quantile = _quantile(confidence, n)
     p = 1.0 if mean == 0 else 0.0 if error == 0 else float(2 * t.sf(abs(mean) / error, n - 1))
@@ -97,11 +97,11 @@ def compare(
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm's adjusted p values, (m,): rejecting where they are <= a errs anywhere at most at the rate a."""
-    p_values = np.asarray(p_values, np.float64)
-    m = len(p_values)
-    order = np.argsort(p_values, kind="stable")
+    p = np.asarray(p_values, np.float64)
+    m = len(p)
+    order = np.argsort(p, kind="stable")
     adjusted = np.empty(m)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * (m - np.arange(m))))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * (m - np.arange(m))))
     return adjusted
 
 
@@ -122,7 +122,7 @@ def judge(comparisons: Sequence[Difference], *, confidence: float = 0.95) -> lis
 
 def sentence(one: Difference, *, against: str = "random", confidence: float = 0.95) -> str:
     """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
-    if one.low is None:
+    if one.low is None or one.high is None or one.seeds_low is None or one.seeds_high is None:
         return f"{_points(one.difference)} points against {against}, but one seed gives no interval and so no verdict"
     if one.verdict != "undecided":
         size, near, far = abs(one.difference), *sorted((abs(one.low), abs(one.high)))
@@ -150,8 +150,8 @@ def _quantile(confidence: float, n: int) -> float:
     return float(t.ppf((1 + confidence) / 2, n - 1))
 
 
-def _values(values: Sequence[float]) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise UsageError(f"values {values.tolist()}: expected one finite number a seed")
-    return values
+def _values(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    found = np.asarray(values, np.float64)
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+        raise UsageError(f"values {found.tolist()}: expected one finite number a seed")
+    return found

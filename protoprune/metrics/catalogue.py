@@ -17,7 +17,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +25,15 @@ from protoprune.bounds import check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.metrics import dynamics, ensembles, geometry
 
+if TYPE_CHECKING:
+    from protoprune.pruning import Source
+    from protoprune.records import Record
+
 # EL2N and GraNd are early scores: Data Diet (Paul et al. 2021) takes them from epoch 10 to 20 of 200. A shorter
 # training is scored at its end: networks of 10 epochs find planted label noise better there than in their middle, by 3
 # to 6 points of AUC on three data sets, and heads find it no better after epoch 10 (docs/metrics.md).
 EARLY_EPOCH = 10
+Reduce = Callable[[np.ndarray, np.ndarray], np.ndarray]  # values (epochs, b), labels (b,) -> (b,)
 MODELS = ("trained", "held-out", "all")
 BLOCK_BYTES = 64 << 20  # of a record, or of vote counts, held at a time
 
@@ -37,7 +42,7 @@ class Scored(NamedTuple):
     """Scores and what they were computed from."""
 
     values: np.ndarray  # (n,) float32, larger = harder, NaN where there is none
-    used: dict  # plain values: models, epochs, options; goes into the score table's header
+    used: dict[str, Any]  # plain values: models, epochs, options; goes into the score table's header
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Metric:
         return {one.name: one.default for one in found if one.kind is one.KEYWORD_ONLY}
 
 
-def score(name: str, source, **options) -> Scored:
+def score(name: str, source: str | os.PathLike[str] | Record | Source, **options: Any) -> Scored:
     """Scores of metric `name` from an open Record or FeatureFile, whichever it needs, or the path of one; None options
     mean the default.
 
@@ -82,7 +87,7 @@ def score(name: str, source, **options) -> Scored:
     for key in ("k", "window"):
         check_whole(f"--{key}", given.get(key, 1))
     check_whole("--epoch", given.get("epoch", 0), 0)
-    missing = [one for one in metric.statistics if one not in source.statistics] if metric.needs == "record" else []
+    missing = [one for one in metric.statistics if one not in getattr(source, "statistics", ())]
     if missing:
         raise UsageError(
             f"{name} needs {', '.join(missing)}, which {source.path} does not hold; record again"
@@ -95,7 +100,7 @@ def score(name: str, source, **options) -> Scored:
     return scored
 
 
-def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None = None):
+def open_source(metric: Metric, path: str | os.PathLike[str], is_record: bool | None = None) -> Record | Source:
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
     from protoprune import hdf5
@@ -105,17 +110,18 @@ def open_source(metric: Metric, path: str | os.PathLike, is_record: bool | None 
     if metric.needs != "nothing":
         is_record = metric.needs == "record"
     if is_record is None:
-        is_record = KIND.format in (hdf5.format_of(path), hdf5.format_of(f"{os.fspath(path)}.partial"))
+        name = os.fspath(path)
+        is_record = KIND.format in (hdf5.format_of(name), hdf5.format_of(f"{name}.partial"))
     return Record(path) if is_record else open_features(path)
 
 
-def _check_kind(name: str, metric: Metric, source) -> None:
+def _check_kind(name: str, metric: Metric, source: object) -> None:
     """UsageError for what the metric cannot read, told by what it offers: anything that reads like a record will do."""
     kinds = {"record": ("a training record", "epoch_numbers"), "features": ("a feature file", "usable")}
     is_a = next((what for what, sign in kinds.values() if hasattr(source, sign)), None)
     if is_a is None or (metric.needs in kinds and is_a != kinds[metric.needs][0]):
         wanted = kinds[metric.needs][0] if metric.needs in kinds else "a training record or a feature file"
-        got = f"{source.path} is {is_a}" if is_a else f"got a {type(source).__name__}"
+        got = f"{getattr(source, 'path', 'it')} is {is_a}" if is_a else f"got a {type(source).__name__}"
         maker = "record" if metric.needs == "record" else "embed"
         raise UsageError(f"{name} needs {wanted}, and {got}; give the file that `protoprune {maker}` wrote")
 
@@ -147,13 +153,13 @@ def _blocks(n: int, row_bytes: int) -> Iterator[slice]:
         yield slice(first, min(n, first + rows))
 
 
-def _read(record, statistic: str, model: int, epochs: slice) -> Iterator[tuple[slice, np.ndarray]]:
+def _read(record: Record, statistic: str, model: int, epochs: slice) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, values (epochs, b)) of one model, in blocks of rows."""
     for rows in _blocks(record.n, 8 * record.epochs):
         yield rows, record.read(statistic, model, rows, epochs)
 
 
-def _members(record, models: str) -> Iterator[tuple[int, np.ndarray]]:
+def _members(record: Record, models: str) -> Iterator[tuple[int, np.ndarray]]:
     """(model, (n,) bool: the examples it counts for), without models that count for none."""
     if models not in MODELS:
         raise UsageError(f"--models {models}: expected one of {', '.join(MODELS)}")
@@ -163,7 +169,7 @@ def _members(record, models: str) -> Iterator[tuple[int, np.ndarray]]:
             yield model, counts
 
 
-def _at(record, epoch: int | None, default: int) -> slice:
+def _at(record: Record, epoch: int | None, default: int) -> slice:
     """The recorded epoch as a slice of one row: `epoch`, which must be there, or the one nearest to `default`."""
     numbers = np.asarray(record.epoch_numbers)
     if epoch is None:
@@ -174,7 +180,7 @@ def _at(record, epoch: int | None, default: int) -> slice:
     return slice(row, row + 1)
 
 
-def _until(record, epoch: int | None) -> slice:
+def _until(record: Record, epoch: int | None) -> slice:
     """The trajectory: recorded epochs after the start of training, up to `epoch` where it is given."""
     numbers = np.asarray(record.epoch_numbers)
     first = int((numbers < 1).sum())  # what an untrained network gets right is chance
@@ -184,7 +190,7 @@ def _until(record, epoch: int | None) -> slice:
     return slice(first, last)
 
 
-def _row_of(record, epoch: int) -> int:
+def _row_of(record: Record, epoch: int) -> int:
     numbers = [int(one) for one in record.epoch_numbers]
     if epoch not in numbers:
         shown = ", ".join(map(str, numbers[:12])) + (", …" if len(numbers) > 12 else "")
@@ -192,24 +198,26 @@ def _row_of(record, epoch: int) -> int:
     return numbers.index(epoch)
 
 
-def _early(record) -> int:
+def _early(record: Record) -> int:
     return min(EARLY_EPOCH, _last(record))
 
 
-def _last(record) -> int:
+def _last(record: Record) -> int:
     return int(record.epoch_numbers[-1])
 
 
-def _used(record, epochs: slice, models: int, **others) -> dict:
+def _used(record: Record, epochs: slice, models: int, **others: Any) -> dict[str, Any]:
     numbers = [int(one) for one in record.epoch_numbers[epochs]]
     return {"models": models, "epochs": numbers[0] if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", **others}
 
 
-def _mean_over_models(record, statistic: str, epochs: slice, models: str, reduce, **others) -> Scored:
+def _mean_over_models(
+    record: Record, statistic: str, epochs: slice, models: str, reduce: Reduce, **others: Any
+) -> Scored:
     """Mean over models of reduce(values (epochs, b), labels (b,)) -> (b,)."""
     number, labels = 0, record.labels
 
-    def each():
+    def each() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal number
         for model, counts in _members(record, models):
             number += 1
@@ -225,52 +233,56 @@ def _mean_over_models(record, statistic: str, epochs: slice, models: str, reduce
 # --- metrics of a record ---------------------------------------------------------------------------------------------
 
 
-def _el2n(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _el2n(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "error_norm", _at(record, epoch, _early(record)), models, lambda x, _: x[0])
 
 
-def _grand(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _grand(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "gradient_norm", _at(record, epoch, _early(record)), models, lambda x, _: x[0])
 
 
-def _loss(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _loss(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "loss", _at(record, epoch, _last(record)), models, lambda x, _: x[0])
 
 
-def _entropy(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _entropy(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "entropy", _at(record, epoch, _last(record)), models, lambda x, _: x[0])
 
 
-def _margin(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _margin(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "margin", _at(record, epoch, _last(record)), models, lambda x, _: -x[0])
 
 
-def _forgetting(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    def reduce(prediction, labels):
+def _forgetting(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+    def reduce(prediction: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return dynamics.forgetting(prediction == labels)
 
     return _mean_over_models(record, "prediction", _until(record, epoch), models, reduce)
 
 
-def _aum(record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+def _aum(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
     return _mean_over_models(record, "margin", _until(record, epoch), models, lambda x, _: dynamics.aum(x))
 
 
-def _dyn_unc(record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW) -> Scored:
-    def reduce(true_probability, _):
+def _dyn_unc(
+    record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
+) -> Scored:
+    def reduce(true_probability: np.ndarray, _: np.ndarray) -> np.ndarray:
         return dynamics.dyn_unc(true_probability, window)
 
     return _mean_over_models(record, "true_probability", _until(record, epoch), models, reduce, window=window)
 
 
-def _tdds(record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW) -> Scored:
-    def reduce(change, _):
+def _tdds(
+    record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
+) -> Scored:
+    def reduce(change: np.ndarray, _: np.ndarray) -> np.ndarray:
         return dynamics.tdds(change, window)
 
     return _mean_over_models(record, "change", _until(record, epoch), models, reduce, window=window)
 
 
-def _memorization(record, *, epoch: int | None = None) -> Scored:
+def _memorization(record: Record, *, epoch: int | None = None) -> Scored:
     subset, labels = _subsets(record, "memorization"), record.labels
     epochs = _at(record, epoch, _last(record))
     right_in, models_in, right_out, models_out = np.zeros((4, record.n), np.int32)
@@ -290,7 +302,7 @@ def _memorization(record, *, epoch: int | None = None) -> Scored:
     )
 
 
-def _influence(record, reduce: str) -> Scored:
+def _influence(record: Record, reduce: str) -> Scored:
     if record.test_labels is None or not len(record.test_labels):
         raise UsageError(f"{record.path}: influence needs test images, and it has none; record with --test IMAGES")
     subset = _subsets(record, "influence")
@@ -300,15 +312,15 @@ def _influence(record, reduce: str) -> Scored:
     return Scored(values, _used(record, epochs, record.models, test_images=len(record.test_labels)))
 
 
-def _influence_max(record) -> Scored:
+def _influence_max(record: Record) -> Scored:
     return _influence(record, "max")
 
 
-def _influence_sum_abs(record) -> Scored:
+def _influence_sum_abs(record: Record) -> Scored:
     return _influence(record, "sum_abs")
 
 
-def _subsets(record, what: str, otherwise: str = "") -> np.ndarray:
+def _subsets(record: Record, what: str, otherwise: str = "") -> np.ndarray:
     """(models, n) bool, of models that were not all trained on everything."""
     subset = record.subset
     if subset.all():
@@ -319,19 +331,19 @@ def _subsets(record, what: str, otherwise: str = "") -> np.ndarray:
     return subset
 
 
-def _ddd(record, *, epoch: int | None = None, models: str | None = None) -> Scored:
+def _ddd(record: Record, *, epoch: int | None = None, models: str | None = None) -> Scored:
     if models is None:
         models = "held-out"
         _subsets(record, "ddd", "; or ask models about their own training images with --models trained")
     epochs = _at(record, epoch, _last(record))
 
-    def reduce(prediction, labels):
+    def reduce(prediction: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return ensembles.ddd(prediction == labels)
 
     return _mean_over_models(record, "prediction", epochs, models, reduce)
 
 
-def _ensemble_active_learning(record, *, epoch: int | None = None, models: str = "all") -> Scored:
+def _ensemble_active_learning(record: Record, *, epoch: int | None = None, models: str = "all") -> Scored:
     epochs, classes, members = _until(record, epoch), len(record.classes), list(_members(record, models))
     values = np.empty(record.n, np.float32)
     for rows in _blocks(record.n, 8 * (classes + record.epochs)):
@@ -344,7 +356,7 @@ def _ensemble_active_learning(record, *, epoch: int | None = None, models: str =
     return Scored(values, _used(record, epochs, len(members), averaged_over=models))
 
 
-def _label_issues(record, *, models: str | None = None) -> Scored:
+def _label_issues(record: Record, *, models: str | None = None) -> Scored:
     if models is None:
         models = "held-out"
         _subsets(record, "label_issues", "; or ask models about their own training images with --models trained")
@@ -365,24 +377,24 @@ def _label_issues(record, *, models: str | None = None) -> Scored:
 # --- metrics of a feature file ---------------------------------------------------------------------------------------
 
 
-def _self_supervised_prototypes(file, *, k: int | None = None, seed: int = 0) -> Scored:
+def _self_supervised_prototypes(file: Source, *, k: int | None = None, seed: int = 0) -> Scored:
     from protoprune import pruning
 
     ranking = pruning.rank(file, k=k, seed=seed)
     return Scored(ranking.scores.astype(np.float32), {"k": ranking.clusterings[0].k, "seed": seed})
 
 
-def _supervised_prototypes(file) -> Scored:
+def _supervised_prototypes(file: Source) -> Scored:
     labels = _labels_of(file)
     return Scored(geometry.supervised_prototypes(file.features, labels, file.usable), {"classes": len(file.classes)})
 
 
-def _moderate(file) -> Scored:
+def _moderate(file: Source) -> Scored:
     labels = _labels_of(file)
     return Scored(geometry.moderate(file.features, labels, file.usable), {"classes": len(file.classes)})
 
 
-def _labels_of(file) -> np.ndarray:
+def _labels_of(file: Source) -> np.ndarray:
     if not file.classes:
         raise UsageError(
             f"{file.path}: its images have no classes (no first-level folders), and this metric needs them; "
@@ -391,20 +403,20 @@ def _labels_of(file) -> np.ndarray:
     return file.labels
 
 
-def _k_center(file, *, budget: float | None = None, seed: int = 0) -> Scored:
+def _k_center(file: Source, *, budget: float | None = None, seed: int = 0) -> Scored:
     values = geometry.k_center(file.features, file.paths, budget, seed, file.usable)
     return Scored(values, {"budget": "default" if budget is None else budget, "seed": seed})
 
 
-def _cover(file, *, by: str | None = None, seed: int = 0) -> Scored:
+def _cover(file: Source, *, by: str | None = None, seed: int = 0) -> Scored:
     return _covering(file, "cover", by, seed)
 
 
-def _facility(file, *, by: str | None = None, seed: int = 0) -> Scored:
+def _facility(file: Source, *, by: str | None = None, seed: int = 0) -> Scored:
     return _covering(file, "facility", by, seed)
 
 
-def _covering(file, order: str, by: str | None, seed: int) -> Scored:
+def _covering(file: Source, order: str, by: str | None, seed: int) -> Scored:
     """1 - the place in the order, so that keeping the largest first is keeping in this order."""
     from protoprune import pruning
 
@@ -414,7 +426,7 @@ def _covering(file, order: str, by: str | None, seed: int) -> Scored:
     return Scored((1 - places).astype(np.float32), {"by": by, "seed": seed})
 
 
-def _random(source, *, seed: int = 0) -> Scored:
+def _random(source: Record | Source, *, seed: int = 0) -> Scored:
     values = geometry.random(source.paths, seed)
     if hasattr(source, "usable"):  # a feature file; a record holds readable images only
         values[~source.usable] = np.nan
@@ -424,7 +436,7 @@ def _random(source, *, seed: int = 0) -> Scored:
 # --- the catalogue ---------------------------------------------------------------------------------------------------
 
 
-def _record_metric(function, cost: str, source: str, summary: str, *statistics: str) -> Metric:
+def _record_metric(function: Callable[..., Scored], cost: str, source: str, summary: str, *statistics: str) -> Metric:
     return Metric(function, "record", True, True, cost, source, summary, statistics)
 
 

@@ -8,8 +8,9 @@ know: HTML.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class Facts:
     """What goes into the page: `text` for the template, `data` and `blocks` for the script, `thumbs` by importance."""
 
     n: int
-    text: dict
-    data: dict
+    text: dict[str, Any]
+    data: dict[str, Any]
     blocks: dict[str, np.ndarray]  # of uint8, uint16, int32, uint32 or float32
     sample: np.ndarray  # (s,) rows that the page knows
     first: np.ndarray  # (n,) uint8, see `stops.Stops`
@@ -76,37 +77,66 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     groups = {name: one for name in ("class", "cluster") if (one := _group(chosen, name, found, order)) is not None}
     ends = {"easiest": order[:ENDS].tolist(), "hardest": order[len(order) - min(ENDS, len(order)) :][::-1].tolist()}
     border = _border(found, options.seed)
-    wanted = [*ends["easiest"], *ends["hardest"], *(row for one in duplicates["groups"] for row in one["rows"])]
-    wanted += [row for rows in border.values() for row in rows] + [
-        row for one in tables["pairs"] for row in one["rows"]
-    ]
-    wanted += [row for one in groups.values() for rows in one["ends"].values() for row in rows]
+    shown_rows = [*ends.values(), *(one["rows"] for one in duplicates["groups"]), *border.values()]
+    shown_rows += [one["rows"] for one in tables["pairs"]]
+    shown_rows += [rows for one in groups.values() for rows in one["ends"].values()]
+    wanted = [row for rows in shown_rows for row in rows]
     spread = _spread(ranking, order, options.seed)
     thumbs = list(dict.fromkeys([*wanted, *_shuffled(spread, options.seed).tolist()]))
     sample = np.unique(np.concatenate([spread, np.asarray(wanted, np.int64)]).astype(np.int64))
     say("map")
     xy, how = _map(chosen, sample, options)
-    place = {int(row): at for at, row in enumerate(sample)}
+    data = _data(chosen, options, found, sample, {"ends": ends, "border": border, "groups": groups}, duplicates, tables)
+    blocks = _blocks(chosen, found, sample, xy)
+    for name, one in groups.items():
+        blocks[f"{name}_table"] = one["table"]
+    text = {
+        **_summary(chosen, found, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
+        "spearman": tables["spearman"], "evaluation": evaluation, "groups": list(groups),
+    }  # fmt: skip
+    return Facts(n, text, data, blocks, sample, found.first, thumbs)
 
-    def at(rows) -> list[int]:
+
+def _data(
+    chosen: Selected,
+    options: Options,
+    found: Stops,
+    sample: np.ndarray,
+    rows: dict[str, Any],
+    duplicates: dict[str, Any],
+    tables: dict[str, Any],
+) -> dict[str, Any]:
+    """What the script reads as JSON; images are numbered by their place in the sample."""
+    ranking, place = chosen.ranking, {int(row): at for at, row in enumerate(sample)}
+
+    def at(rows: Iterable[int]) -> list[int]:
         return [place[int(row)] for row in rows]
 
-    data = {
+    def ends(found: dict[str, Sequence[int]]) -> dict[str, list[int]]:
+        return {name: at(some) for name, some in found.items()}
+
+    return {
         "stops": [repr(fraction) for fraction in found.fractions],  # as they are typed after --keep
         "counts": found.counts,
         "initial": found.initial,
         "usable": int(ranking.usable.sum()),
         "bins": _histogram(ranking, found)[1],
-        "ends": {name: at(rows) for name, rows in ends.items()},
-        "border": {str(stop): at(rows) for stop, rows in border.items()},
+        "ends": ends(rows["ends"]),
+        "border": {str(stop): at(some) for stop, some in rows["border"].items()},
         "groups": {
-            name: {**one, "ends": {key: at(rows) for key, rows in one["ends"].items()}} for name, one in groups.items()
+            name: {**{key: value for key, value in one.items() if key != "table"}, "ends": ends(one["ends"])}
+            for name, one in rows["groups"].items()
         },
         "duplicates": [{**one, "rows": at(one["rows"])} for one in duplicates["groups"]],
         "disagreements": [{**one, "rows": at(one["rows"])} for one in tables["pairs"]],
         "classes": [shown(name) for name in ranking.classes],
         "command": list(options.command),
     }
+
+
+def _blocks(chosen: Selected, found: Stops, sample: np.ndarray, xy: np.ndarray) -> dict[str, np.ndarray]:
+    """What the script reads as arrays of the sample."""
+    ranking = chosen.ranking
     blocks = {
         "histogram": _histogram(ranking, found)[0],
         "bytes": _bytes_by_stop(chosen, found),
@@ -117,19 +147,13 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     }
     if ranking.clusterings:
         blocks["cluster"] = ranking.clusterings[0].cluster[sample].astype(np.int32)
-    for name in groups:
-        blocks[f"{name}_table"] = groups[name].pop("table")
-        data["groups"][name].pop("table", None)
-    text = {
-        **_summary(chosen, found, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
-        "spearman": tables["spearman"], "evaluation": evaluation, "groups": list(groups),
-    }  # fmt: skip
-    return Facts(n, text, data, blocks, sample, found.first, thumbs)
+    return blocks
 
 
-def _summary(chosen: Selected, found: Stops, n: int) -> dict:
+def _summary(chosen: Selected, found: Stops, n: int) -> dict[str, Any]:
     ranking = chosen.ranking
     file = ranking.source
+    assert file is not None  # a page is made of a file
     facts, failures, size, dim, counts = file.provenance, file.failures(), file.size, file.dim, file.failure_counts()
     one = ranking.clusterings[0] if ranking.clusterings else None
     return {
@@ -175,13 +199,14 @@ def describe(chosen: Selected) -> str:
 
 def _bytes_by_stop(chosen: Selected, found: Stops) -> np.ndarray:
     """(stops,) float32 megabytes of the images kept at each stop."""
+    assert chosen.ranking.source is not None
     size = chosen.ranking.source.size
     kept = found.first != NEVER
     entering = np.bincount(found.first[kept], weights=size[kept], minlength=len(found.fractions))
     return (entering.cumsum() / 1e6).astype(np.float32)
 
 
-def _histogram(ranking, found: Stops) -> tuple[np.ndarray, dict]:
+def _histogram(ranking: pruning.Ranking, found: Stops) -> tuple[np.ndarray, dict[str, Any]]:
     """(stops, bins) kept images a bin of the scores, and what the bins are; the last row may be less than all."""
     scores = ranking.scores[ranking.scored]
     low, high = float(scores.min()), float(scores.max())
@@ -193,7 +218,7 @@ def _histogram(ranking, found: Stops) -> tuple[np.ndarray, dict]:
     return stops.table(found.first, bins, BINS, len(found.fractions)), {"low": low, "high": high, "all": whole.tolist()}
 
 
-def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict | None:
+def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict[str, Any] | None:
     """Classes or clusters: names, sizes, spread, table of kept counts, both ends, nearest clusters."""
     ranking = chosen.ranking
     if by == "class":
@@ -259,7 +284,7 @@ def _border(found: Stops, seed: int, most: int = 6) -> dict[int, list[int]]:
     }
 
 
-def _duplicates(chosen: Selected, epsilon: float) -> dict:
+def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
     """Groups of near-duplicates, mixed classes first: those removed, or those that --dedup would remove."""
     ranking = chosen.ranking
     duplicate_of, text = ranking.duplicate_of, "removed by this list"
@@ -272,12 +297,13 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict:
         probe = pruning.Ranking(**{**vars(ranking)})
         pruning.deduplicate(probe, epsilon, seed=chosen.rule.seed)
         duplicate_of, text = probe.duplicate_of, f"that --dedup {epsilon:g} would remove; this list keeps them"
+    assert duplicate_of is not None  # `deduplicate` has set it
     gone = np.flatnonzero(duplicate_of >= 0)
     stays = duplicate_of[gone]
     by_kept = np.argsort(stays, kind="stable")
     names, starts = np.unique(stays[by_kept], return_index=True)
     members = np.split(gone[by_kept], starts[1:]) if len(names) else []
-    groups = []
+    groups: list[dict[str, Any]] = []
     for kept, others in zip(names.tolist(), members, strict=True):
         rows = [kept, *others.tolist()]
         labels = {int(ranking.labels[row]) for row in rows} if ranking.classes else {0}
@@ -288,7 +314,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict:
     return {"groups": groups[:DUPLICATE_GROUPS], "text": counts}
 
 
-def _tables(chosen: Selected, options: Options) -> dict:
+def _tables(chosen: Selected, options: Options) -> dict[str, Any]:
     """Spearman matrix of the ranking and the score tables, and the images on which each differs most from it."""
     if not options.tables:
         return {"spearman": None, "pairs": []}
@@ -313,7 +339,7 @@ def _tables(chosen: Selected, options: Options) -> dict:
     return {"spearman": {"names": result.names, "rows": matrix, "images": len(result.paths)}, "pairs": pairs}
 
 
-def _spread(ranking, order: np.ndarray, seed: int) -> np.ndarray:
+def _spread(ranking: pruning.Ranking, order: np.ndarray, seed: int) -> np.ndarray:
     """At most POINTS rows, in proportion from every cluster (or along the scores, where there are none)."""
     if len(order) <= POINTS:
         return order

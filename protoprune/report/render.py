@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import resources
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from protoprune.report.facts import Facts, Options, gather, shown
 from protoprune.report.stops import NEVER
 from protoprune.selection import check_duplicates
 from protoprune.sources.reader import ImageReader
+
+if TYPE_CHECKING:
+    from protoprune.report.thumbnails import Sprites
 
 SMALL = 10_000  # images up to which a page is held to the first limit
 LIMITS = (5_000_000, 15_000_000)  # bytes
@@ -38,7 +42,7 @@ def page(
     *,
     on_step: Callable[[str], None] | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[bytes, dict]:
+) -> tuple[bytes, dict[str, Any]]:
     """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists.
 
     Raises UsageError for options out of range; reads images only for thumbnails, under `options.root` or the root of
@@ -84,11 +88,13 @@ def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | No
 def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
     """What saving a list takes: the stop and the name of every image that can be kept."""
     can = np.flatnonzero(facts.first != NEVER)
-    names = [chosen.ranking.paths[row] for row in can]
+    names = [chosen.ranking.paths[row] for row in can.tolist()]
     return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
 
 
-def _pictures(chosen: Selected, facts: Facts, options: Options, room: int, on_image):
+def _pictures(
+    chosen: Selected, facts: Facts, options: Options, room: int, on_image: Callable[[int, int], None] | None
+) -> Sprites:
     """Sprites that fit into `room` bytes of the page, less what the page itself takes."""
     root = os.path.abspath(options.root or chosen.ranking.root)
     paths = chosen.ranking.paths
@@ -114,7 +120,7 @@ def _block(array: np.ndarray) -> tuple[str, str]:
     return kind, base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def _render(facts: Facts, blocks: dict, sprites: list[bytes]) -> bytes:
+def _render(facts: Facts, blocks: dict[str, Any], sprites: list[bytes]) -> bytes:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -136,7 +142,7 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _json(data: dict) -> str:
+def _json(data: dict[str, Any]) -> str:
     """JSON that stands in a script element: no sequence in it can end the element or open a comment."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -7,13 +7,14 @@ import contextlib
 import os
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from protoprune.errors import ProtopruneError
 from protoprune.evaluation.statistics import Difference, sentence
 from protoprune.text import parse_json
 
 
-def read(folder: str | os.PathLike) -> dict:
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """{'header', 'rows', 'verdicts', 'figure'} of a folder of results; ProtopruneError where there are none."""
     path = os.path.join(folder, "results.json")
     try:
@@ -31,7 +32,7 @@ def read(folder: str | os.PathLike) -> dict:
     return {"header": header, "rows": rows, "verdicts": verdicts, "figure": figure}
 
 
-def _verdicts(one: dict) -> str:
+def _verdicts(one: dict[str, Any]) -> str:
     """Against random, and against random images of the same class counts where there were any."""
     found = [_verdict(one["to_random"], "random")]
     if one.get("to_classes"):
@@ -39,13 +40,13 @@ def _verdicts(one: dict) -> str:
     return "; ".join(found)
 
 
-def _verdict(comparison: dict, against: str) -> str:
+def _verdict(comparison: dict[str, Any], against: str) -> str:
     names = {one.name for one in fields(Difference)}
     known = {name: value for name, value in comparison.items() if name in names}
     return sentence(Difference(**known), against=against)
 
 
-def _row(one: dict) -> list[str]:
+def _row(one: dict[str, Any]) -> list[str]:
     random, full = one.get("to_random"), one.get("to_everything")
     return [
         str(one["name"]),
@@ -57,8 +58,8 @@ def _row(one: dict) -> list[str]:
     ]
 
 
-def _span(value: float, ends: dict, sign: str) -> str:
+def _span(value: float, ends: dict[str, Any], sign: str) -> str:
     """'92.3 (92.0 to 92.6)' of fractions."""
     text = f"{100 * value:{sign}.1f}"
     low, high = ends.get("low"), ends.get("high")
-    return text if low is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+    return text if low is None or high is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"

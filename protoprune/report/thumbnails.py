@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protoprune.decode import ImageError
 from protoprune.sheet import thumbnail
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE = 72  # pixels of a thumbnail
 ACROSS = 12  # thumbnails of a line of a sprite, and lines
@@ -70,7 +74,7 @@ def make(
     return result
 
 
-def _picture(read: Callable[[int], bytes], row: int):
+def _picture(read: Callable[[int], bytes], row: int) -> Image | None:
     try:
         return thumbnail(read(row), SIDE)
     except (OSError, ImageError):

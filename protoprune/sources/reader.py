@@ -20,7 +20,7 @@ class ImageReader:
     Shards on an object store are not fetched for single images.
     """
 
-    def __init__(self, root: str | os.PathLike, options: ShardOptions | None = None):
+    def __init__(self, root: str | os.PathLike[str], options: ShardOptions | None = None):
         self.root, self.options = os.fspath(root), options or ShardOptions()
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, tuple[ShardImages, dict[str, int]]] = OrderedDict()

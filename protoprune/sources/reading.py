@@ -368,10 +368,35 @@ def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Calla
         cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
         raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
     handle = spool.fileno()
-    width = max(_WIDTH, len(str(max(len(found.names) - 1, 0))))
+    width = _width(len(found.names))
     found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
     found.beside = _Columns(file, image, found.names, pyarrow).of
     return found, lambda place: _pread(handle, *place)
+
+
+def table_ids(path: str, id_column: str | None = None) -> list[str]:
+    """The ids inside a Parquet or Arrow file, in the order of its rows. Raises ShardError."""
+    pyarrow = _pyarrow()
+    try:
+        with open(path, "rb") as file:
+            schema, batches, count = _batches(file, pyarrow)
+            if id_column is not None and id_column not in schema.names:
+                raise ShardError(Status.CORRUPT, f"has no column {id_column}, only {', '.join(schema.names)}")
+            if id_column is None and count is None:
+                count = sum(len(batch) for batch in batches(schema.names[:1]))
+            if id_column is None:
+                return [f"{row:0{_width(count)}d}" for row in range(count)]
+            values = (one for batch in batches([id_column]) for one in batch.column(id_column).to_pylist())
+            return [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in values]
+    except OSError as error:
+        raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the table")) from None
+    except pyarrow.ArrowException as error:
+        raise ShardError(Status.CORRUPT, _reason(error, "the table")) from None
+
+
+def _width(count: int) -> int:
+    """Digits of the row numbers in ids."""
+    return max(_WIDTH, len(str(max(count - 1, 0))))
 
 
 def _pyarrow():

@@ -61,7 +61,7 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     edge = _edge(keep)
     first = min(1e-3, alpha_prune)
     path = np.geomspace(first, alpha_prune, 1 + int(np.ceil(5 * np.log(alpha_prune / first))))
-    mean_y = 2 * (density(0.0) - density(edge)) / keep
+    mean_y = 2 * (density(np.array(0.0)) - density(np.array(edge))) / keep
     with np.errstate(all="ignore"):  # a step that overflows is rejected by `root`, and the residual is checked
         x = np.log([first * mean_y * np.sqrt(2 / np.pi), first * 2 / np.pi])
         for alpha in path:

@@ -22,6 +22,7 @@ alpha is a number of examples for each dimension, and no formula here turns a nu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,7 +226,7 @@ def _newton(x: np.ndarray, alpha: float, region: KeptRegion, iterations: int) ->
         if np.abs(residual).max() < 1e-12:
             return x
         step = -np.linalg.solve(jacobian, residual)
-        length = np.linalg.norm(step)
+        length = float(np.linalg.norm(step))
         damping = min(1.0, 2 / length)
         while damping > 1e-4:
             trial = x + damping * step
@@ -307,7 +308,7 @@ def solve(
         if x is None:
             x = _continue(alpha, region, iterations)
         residual = _residual(x, alpha, region)
-    if not residual < TOLERANCE:
+    if x is None or not residual < TOLERANCE:
         raise ProtopruneError(
             f"the theory did not converge at alpha_tot {alpha_tot:g}, keep {keep:g}, theta {theta:g}, {order}, "
             f"{margin} margin: residual {residual:.1e}, expected below {TOLERANCE:g}; try a neighbouring point or the "
@@ -361,7 +362,7 @@ def best_keep(
 
     def at(log_keep: float) -> Solution:
         keep = min(float(np.exp(log_keep)), 1.0)
-        return solve(alpha_prune / keep if alpha_tot is None else alpha_tot, keep, theta, order, margin)
+        return solve(alpha_tot or (alpha_prune or 0.0) / keep, keep, theta, order, margin)
 
     grid = np.linspace(np.log(min_keep), 0.0, 25)
     solutions = [at(g) for g in grid]
@@ -373,7 +374,7 @@ def best_keep(
 
 def pareto(
     alpha_prunes: np.ndarray, theta: float = 0.0, order: str = "hard", margin: str = "absolute", min_keep: float = 0.01
-):
+) -> list[Solution]:
     """The best solution at each number of kept examples a dimension, over all fractions from min_keep to 1."""
     return [
         best_keep(alpha_prune=float(a), theta=theta, order=order, margin=margin, min_keep=min_keep)
@@ -399,7 +400,7 @@ def crossover(
         alpha = float(np.exp(log_alpha))
         return solve(alpha, keep, theta, rival, margin).error - solve(alpha, keep, theta, "hard", margin).error
 
-    grid = np.linspace(*np.log(span), 30)
+    grid = np.linspace(math.log(span[0]), math.log(span[1]), 30)
     gains = np.array([gain(g) for g in grid])
     if gains[-1] <= 0:
         return None

@@ -14,6 +14,7 @@ of steps rather than hundreds. What this module does not know: files, lists, tes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +70,7 @@ class Space:
     The scale is that of all of them, whatever part is trained on, as it is for the heads of `training.loop`.
     """
 
-    def __init__(self, vectors: np.ndarray | torch.Tensor, *, device: str | torch.device = "cpu"):
+    def __init__(self, vectors: np.ndarray | torch.Tensor, *, device: str | torch.device = "cpu") -> None:
         vectors = torch.as_tensor(vectors)
         if vectors.ndim != 2 or not len(vectors):
             raise UsageError(f"vectors of shape {tuple(vectors.shape)}: expected (images, dimensions)")
@@ -148,7 +149,9 @@ def fit_head(
 class _Problem:
     """The loss of one subset, as a function of float64 parameters (c * (d + 1),) in well-conditioned coordinates."""
 
-    def __init__(self, space: Space, rows: np.ndarray, labels: np.ndarray, classes: int, weights: np.ndarray | None):
+    def __init__(
+        self, space: Space, rows: np.ndarray, labels: np.ndarray, classes: int, weights: np.ndarray | None
+    ) -> None:
         self.space, self.classes = space, classes
         device = space.turned.device
         self.inputs = space.turned[torch.from_numpy(np.ascontiguousarray(rows)).to(device)]
@@ -159,11 +162,11 @@ class _Problem:
 
     def part(self, keep: np.ndarray) -> _Problem:
         """The same loss on some of the images, with their weights."""
-        keep = torch.from_numpy(keep).to(self.labels.device)
+        rows = torch.from_numpy(keep).to(self.labels.device)
         same = object.__new__(_Problem)
         same.space, same.classes, same.evaluations, same.converged = self.space, self.classes, 0, True
-        same.inputs, same.labels = self.inputs[keep], self.labels[keep]
-        same.share = self.share[keep] / self.share[keep].sum()
+        same.inputs, same.labels = self.inputs[rows], self.labels[rows]
+        same.share = self.share[rows] / self.share[rows].sum()
         return same
 
     def solve(self, strength: float, start: np.ndarray | None = None, gradient: float = _GRADIENT) -> np.ndarray:
@@ -223,7 +226,7 @@ class _Problem:
         both = torch.from_numpy(parameters).to(self.inputs.device, torch.float32)
         return both[:, :-1].contiguous(), both[:, -1].contiguous()
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         size = max(1, _BLOCK // self.classes)
         return zip(self.inputs.split(size), self.labels.split(size), self.share.split(size), strict=True)
 
@@ -235,11 +238,13 @@ def _choose(problem: _Problem, seed: int) -> tuple[float, np.ndarray | None, dic
     if covered < max(2, problem.classes / 2):  # a few classes would speak for all: for predicting none but them
         return UNCHECKED, None, {}
     parts = [(problem.part(~held), problem.part(held)) for held in folds]
-    solutions: list[np.ndarray | None] = [None] * len(parts)
+    starts: list[np.ndarray | None] = [None] * len(parts)
     found: dict[float, float] = {}
-    best, kept, worse = np.inf, None, 0
+    best, worse = np.inf, 0
+    kept: tuple[float, np.ndarray | None] = UNCHECKED, None
     for strength in STRENGTHS:
-        solutions = [inside.solve(strength, start, _ROUGH) for (inside, _), start in zip(parts, solutions, strict=True)]
+        solutions = [inside.solve(strength, start, _ROUGH) for (inside, _), start in zip(parts, starts, strict=True)]
+        starts = [*solutions]
         losses = [outside.rank_loss(one) for (_, outside), one in zip(parts, solutions, strict=True)]
         found[strength] = float(np.mean(losses))
         if found[strength] < best:

@@ -12,16 +12,16 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from protoprune import files
-from protoprune.decode import ImageError, Preprocess, Status, load, silence_libtiff
+from protoprune.crew import Crew
+from protoprune.decode import Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import KEY, key_differences, missing, open_features
@@ -33,6 +33,7 @@ from protoprune.units import bytes_text
 if TYPE_CHECKING:
     from protoprune.pruning import Source
 
+Progress = Callable[[int, int], None]  # (done, total)
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file
 _READ_ROWS = 65_536  # features that are read at once
 _BLOCK = 512  # images that one decoding task takes
@@ -50,7 +51,9 @@ class Examples:
     inputs: torch.Tensor  # uint8 (n, 3, s, s) pixels or float32 (n, d) vectors
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of images left out
     unlabelled: int = 0  # images left out because no class folder holds them
-    made_by: dict = field(default_factory=dict)  # of vectors: encoder, weights, preprocessing, ... (`features.KEY`)
+    made_by: dict[str, Any] = field(
+        default_factory=dict[str, Any]
+    )  # of vectors: encoder, weights, preprocessing, ... (`features.KEY`)
     every_path: Sequence[str] = ()  # of the source, left out ones too, in its order: what row indices of a list count
 
     def __len__(self) -> int:
@@ -71,15 +74,15 @@ class Examples:
 
 
 def load_examples(
-    source: str | os.PathLike | Source,
+    source: str | os.PathLike[str] | Source,
     image_size: int = 32,
     *,
     classes: Sequence[str] | None = None,
-    cache: str | os.PathLike | None = None,
+    cache: str | os.PathLike[str] | None = None,
     decode: bool = True,
-    labels: bool | str | os.PathLike | LabelFile = True,
+    labels: bool | str | os.PathLike[str] | LabelFile = True,
     class_level: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Examples:
     """The labelled examples of an image folder (pixels) or of a feature file (vectors), by its name or open.
 
@@ -158,7 +161,15 @@ def _load_features(file: Source, classes: Sequence[str] | None) -> Examples:
     )  # fmt: skip
 
 
-def _load_images(images: ImageList, root: str, size: int, classes, cache, decode: bool, on_progress) -> Examples:
+def _load_images(
+    images: ImageList,
+    root: str,
+    size: int,
+    classes: Sequence[str] | None,
+    cache: str | os.PathLike[str] | None,
+    decode: bool,
+    on_progress: Progress | None,
+) -> Examples:
     if size < 8:
         raise UsageError(f"--image-size {size}: expected at least 8")
     labelled = np.flatnonzero(images.labels >= 0)
@@ -171,7 +182,7 @@ def _load_images(images: ImageList, root: str, size: int, classes, cache, decode
     kept = np.array([row not in failed for row in range(len(labelled))], bool)
     if not kept.any():
         raise ProtopruneError(f"{root}: none of its {len(labelled):,} labelled images can be read")
-    paths = [images.paths[row] for row in labelled]
+    paths = [images.paths[row] for row in labelled.tolist()]
     return Examples(
         images.root, [path for path, good in zip(paths, kept, strict=True) if good], labels[kept],
         list(classes or images.classes), pixels, [(paths[row], reason) for row, reason in sorted(failed.items())],
@@ -202,7 +213,9 @@ def _renumber(source: str, labels: np.ndarray, own: Sequence[str], classes: Sequ
     return np.array([index[name] for name in own], np.int64)[labels]
 
 
-def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
+def _pixels(
+    images: ImageList, rows: np.ndarray, size: int, cache: str | os.PathLike[str] | None, on_progress: Progress | None
+) -> tuple[torch.Tensor, dict[int, str]]:
     """uint8 (n - failed, 3, s, s) of the listed rows that can be read, and position -> reason of the others."""
     preprocess = Preprocess(size, size if size <= 64 else round(size / 0.875), "bicubic")
     shape = (len(rows), 3, size, size)
@@ -223,7 +236,13 @@ def _pixels(images: ImageList, rows: np.ndarray, size: int, cache, on_progress) 
     return found
 
 
-def _fill_cache(cache: str, key: str, shape, decode, on_progress) -> tuple[torch.Tensor, dict[int, str]]:
+def _fill_cache(
+    cache: str,
+    key: str,
+    shape: tuple[int, ...],
+    decode: Callable[[np.ndarray, Progress | None], dict[int, str]],
+    on_progress: Progress | None,
+) -> tuple[torch.Tensor, dict[int, str]]:
     """Decode into the cache file. Its side file, which says what it holds, goes first and comes back last."""
     partial_path, side = f"{cache}.partial", f"{cache}.failed.npz"
     try:  # on a full disk a memory-mapped file ends the process, so ask for the space now
@@ -254,30 +273,31 @@ def _compact(array: np.ndarray, failed: dict[int, str]) -> np.ndarray:
     return array[: len(good)]
 
 
-def _decode_all(images: ImageList, rows: np.ndarray, preprocess: Preprocess, array, on_progress) -> dict[int, str]:
+def _decode_all(
+    images: ImageList, rows: np.ndarray, preprocess: Preprocess, array: np.ndarray, on_progress: Progress | None
+) -> dict[int, str]:
     silence_libtiff()
     failed: dict[int, str] = {}
     block = max(1, min(_BLOCK, len(rows) // (4 * cores())))  # small sets too keep all cores busy
 
-    def decode_block(start: int) -> int:
-        torch.set_num_threads(1)
-        for position in range(start, min(start + block, len(rows))):
-            row = rows[position]
-            path = os.path.join(images.root, images.paths[row])
-            try:
-                pixels = load(path, int(images.size[row]), int(images.mtime_ns[row]), preprocess)
-                array[position] = pixels.transpose(2, 0, 1)
-            except ImageError as error:
-                failed[position] = f"{Status(error.status).label}: {error.reason}"
-        return min(block, len(rows) - start)
+    def work(row: int) -> tuple[np.ndarray, str]:
+        path = os.path.join(images.root, images.paths[row])
+        return load(path, int(images.size[row]), int(images.mtime_ns[row]), preprocess), ""
 
-    done, threads = 0, torch.get_num_threads()
+    def take(first: int, place: int, pixels: np.ndarray | None) -> None:
+        if pixels is not None:
+            array[first + place] = pixels.transpose(2, 0, 1)
+
+    threads, starts = torch.get_num_threads(), range(0, len(rows), block)
     try:
-        with ThreadPoolExecutor(cores()) as pool:
-            for count in pool.map(decode_block, range(0, len(rows), block)):
-                done += count
+        with Crew(cores(), work, partial(torch.set_num_threads, 1)) as crew:
+            parts = [crew.start(rows[first : first + block].tolist(), partial(take, first)) for first in starts]
+            for first, part in zip(starts, parts, strict=True):
+                for position, (status, reason) in enumerate(crew.results(part), first):
+                    if status != Status.OK:
+                        failed[position] = f"{status.label}: {reason}"
                 if on_progress:
-                    on_progress(done, len(rows))
+                    on_progress(min(first + block, len(rows)), len(rows))
     finally:
         torch.set_num_threads(threads)  # what a thread sets is set for the training too
     return failed
@@ -300,7 +320,8 @@ def _check_memory(shape: tuple[int, ...]) -> None:
 def _cache_key(images: ImageList, rows: np.ndarray, preprocess: Preprocess) -> str:
     digest = hashlib.sha256(repr(preprocess.describe()).encode())
     digest.update("\0".join(images.paths).encode("utf-8", "surrogateescape"))
-    for array in (images.size, images.mtime_ns, rows):
+    digest.update(os.fsencode(images.root))  # another tree may have the same names, sizes and times
+    for array in (images.size, images.mtime_ns, *([] if images.ctime_ns is None else [images.ctime_ns]), rows):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

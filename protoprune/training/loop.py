@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ from protoprune.device import native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import models
 from protoprune.training.examples import Examples
+
+if TYPE_CHECKING:
+    from protoprune.samplers import PruningSampler
 
 AUGMENT = ("none", "crop-flip", "resized-crop")
 SCHEDULES = ("linear", "cosine", "steps")
@@ -55,14 +60,15 @@ class Recipe:
     compile: bool = False
 
     @classmethod
-    def for_model(cls, model: str, **given) -> Recipe:
+    def for_model(cls, model: str, **given: Any) -> Recipe:
         """The defaults of a model with the given values in their place; None counts as not given."""
-        known = {
+        usual: dict[str, Any] = {"lr": 0.02, "weight_decay": 5e-4} if model.startswith("timm:") else {}
+        known: dict[str, dict[str, Any]] = {
             "head": {"epochs": 20, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "augment": "none"},
             "resnet18": {"epochs": 20},
             "cnn": {"lr": 0.2, "momentum": 0.85, "weight_decay": 1.3e-3, "bias_lr": 64.0},
-        }.get(model, {"lr": 0.02, "weight_decay": 5e-4} if model.startswith("timm:") else {})
-        chosen = {**known, **{name: value for name, value in given.items() if value is not None}}
+        }
+        chosen = {**known.get(model, usual), **{name: value for name, value in given.items() if value is not None}}
         unknown = set(chosen) - set(cls.__dataclass_fields__)
         if unknown:
             raise UsageError(f"{', '.join(sorted(unknown))}: no setting of a training recipe")
@@ -73,8 +79,8 @@ class Recipe:
         models.check_name(self.model)
         check_whole("--epochs", self.epochs, 1, 1_000_000)
         check_whole("--batch-size", self.batch_size, 1, 100_000_000)
-        check_number("--lr", self.lr, 0, 1e6, above=True)
-        check_number("--weight-decay", self.weight_decay, 0, 1e6)
+        check_number("--lr", self.lr, 0, 1e38, above=True)  # of float32
+        check_number("--weight-decay", self.weight_decay, 0, 1e38)
         check_whole("--width", self.width, 1, 8192)
         check_whole("--hidden", self.hidden, 0, 1_000_000)
         check_whole("--image-size", self.image_size, 8, 16_384)
@@ -102,7 +108,7 @@ class State:
     optimizer: torch.optim.Optimizer
     losses: np.ndarray  # (steps of this epoch,) float32 training loss of each step
 
-    def checkpoint(self) -> dict:
+    def checkpoint(self) -> dict[str, Any]:
         """Everything that a later `epochs(..., resume=)` needs, for torch.save."""
         return {
             "epoch": self.epoch, "step": self.step, "seconds": self.seconds,
@@ -118,10 +124,10 @@ def epochs(
     weights: np.ndarray | None = None,
     seed: int = 0,
     steps: int | None = None,
-    sampler=None,
+    sampler: PruningSampler | None = None,
     device: str | torch.device = "auto",
     start: dict[str, torch.Tensor] | None = None,
-    resume: dict | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> Iterator[State]:
     """Train, and hand out the state after each epoch.
 
@@ -196,7 +202,7 @@ def epochs(
         yield State(epoch, step, seconds, model, optimizer, torch.stack(losses_seen).cpu().numpy())
 
 
-def make_model(data: Examples, recipe: Recipe, seed: int, start: dict | None = None) -> nn.Module:
+def make_model(data: Examples, recipe: Recipe, seed: int, start: dict[str, Any] | None = None) -> models.Normalised:
     """The untrained model of a run; its normalisation is that of the whole set, whatever the subset."""
     spread = np.linspace(0, len(data) - 1, min(len(data), _SAMPLE)).astype(np.int64)
     with _seeded([seed, 0]):
@@ -226,7 +232,7 @@ def fit(
     recipe: Recipe,
     *,
     on_epoch: Callable[[int, float, np.ndarray], None] | None = None,
-    **how,
+    **how: Any,
 ) -> Fit:
     """Train to the end (`how` as for `epochs`) and predict the test set.
 
@@ -235,7 +241,7 @@ def fit(
     losses = []
     for state in epochs(train, recipe, **how):
         losses.append(state.losses)
-        if on_epoch:
+        if on_epoch and test is not None:
             on_epoch(state.epoch, state.seconds, predict(state.model, test, recipe.precision))
     predictions = np.empty(0, np.int64) if test is None else predict(state.model, test, recipe.precision)
     return Fit(predictions, state.seconds, state.step, state.model, np.concatenate(losses))
@@ -274,7 +280,9 @@ def rate(recipe: Recipe, step: int, total: int) -> float:
     return left if recipe.schedule == "linear" else 0.5 - 0.5 * float(np.cos(np.pi * left))
 
 
-def autocast(precision: str, device: torch.device, model: str):
+def autocast(
+    precision: str, device: torch.device, model: str
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """A maker of autocast contexts: bf16 for networks where the hardware computes in it, else nothing."""
     if computes_in(precision, device, model) == "fp32":
         return contextlib.nullcontext
@@ -296,7 +304,7 @@ def _mask(rows: np.ndarray, n: int) -> np.ndarray:
     return mask
 
 
-def _total_steps(mask: np.ndarray, sampler, recipe: Recipe) -> int:
+def _total_steps(mask: np.ndarray, sampler: PruningSampler | None, recipe: Recipe) -> int:
     if sampler is None:
         return recipe.epochs * steps_per_epoch(int(mask.sum()), recipe.batch_size)
     raise UsageError("a run with a sampler needs the number of steps: its epochs differ in length")
@@ -313,7 +321,9 @@ def split(order: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
     return list(order.tensor_split(steps_per_epoch(len(order), batch_size)))
 
 
-def _weighted(losses: torch.Tensor, picked: torch.Tensor, weight, sampler) -> torch.Tensor:
+def _weighted(
+    losses: torch.Tensor, picked: torch.Tensor, weight: torch.Tensor | None, sampler: PruningSampler | None
+) -> torch.Tensor:
     if weight is not None:
         losses = losses * weight[picked.to(losses.device)]
     if sampler is not None and hasattr(sampler, "weights"):
@@ -334,7 +344,7 @@ def _seeded(entropy: Sequence[int]) -> Iterator[None]:
 class _Batches:
     """Inputs by rows: from the device where all of them fit there, else from the host one batch ahead."""
 
-    def __init__(self, data: Examples, device: torch.device):
+    def __init__(self, data: Examples, device: torch.device) -> None:
         self.inputs, self.device = data.inputs, device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -343,7 +353,7 @@ class _Batches:
         self.resident = self.inputs.device.type == device.type  # "cuda" and "cuda:0" are one, and not equal
 
     @contextlib.contextmanager
-    def stream(self, batches: list[torch.Tensor]):
+    def stream(self, batches: list[torch.Tensor]) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
         """(rows, inputs) of each batch in turn."""
         if self.resident:
             yield ((rows, self.inputs[rows.to(self.device)]) for rows in batches)
@@ -351,25 +361,26 @@ class _Batches:
         with ThreadPoolExecutor(1) as pool:
             yield self._ahead(batches, pool)
 
-    def _ahead(self, batches: list[torch.Tensor], pool: ThreadPoolExecutor):
+    def _ahead(
+        self, batches: list[torch.Tensor], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         def fetch(rows: torch.Tensor) -> torch.Tensor:
             inputs = self.inputs[rows]
             if self.device.type != "cuda":  # pinned memory is CUDA's
                 return inputs.to(self.device)
             return inputs.pin_memory().to(self.device, non_blocking=True)
 
-        waiting = pool.submit(fetch, batches[0]) if batches else None
+        waiting = deque(pool.submit(fetch, rows) for rows in batches[:1])
         for number, rows in enumerate(batches):
-            inputs = waiting.result()
-            if number + 1 < len(batches):
-                waiting = pool.submit(fetch, batches[number + 1])
+            inputs = waiting.popleft().result()
+            waiting.extend(pool.submit(fetch, later) for later in batches[number + 1 : number + 2])
             yield rows, inputs
 
 
 class _Augmentation:
     """The crops and flips of one epoch, drawn for every example, so that they do not depend on the subset."""
 
-    def __init__(self, kind: str, shape: Sequence[int], seed: int, epoch: int):
+    def __init__(self, kind: str, shape: Sequence[int], seed: int, epoch: int) -> None:
         self.kind, n = (kind, shape[0]) if len(shape) == 4 else ("none", 0)  # vectors stay as they are
         self.pad = max(1, shape[-1] // 8)
         generator = np.random.default_rng([seed, 3, epoch])

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class Normalised(nn.Module):
     """(x - mean) / std, then the network. Pixels in, logits out."""
+
+    network: nn.Module
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, network: nn.Module, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
@@ -48,7 +53,7 @@ def check_name(name: str) -> None:
 
 def build(
     name: str, classes: int, sample: torch.Tensor, *, width: int = 32, hidden: int = 0, weights: str | None = None
-) -> nn.Module:
+) -> Normalised:
     """An untrained model for inputs like `sample`, whose mean and deviation it normalises by.
 
     name: head, cnn, resnet18 or timm:NAME; width: channels of the first layer (cnn) ; hidden: units of a head's hidden
@@ -169,13 +174,14 @@ def _timm(name: str, classes: int, size: int, weights: str | None) -> nn.Module:
     return network
 
 
-def _timm_for_size(name: str, size: int) -> nn.Module:
+def _timm_for_size(name: str, size: int) -> Any:
     """A timm model that takes images of this size. Some must be told it, some know no such option, and some of those
     that can be told it run at their own size only; so it is tried."""
     import timm
 
-    trouble = None
-    for options in ({"img_size": size}, {}):
+    trouble: Exception | None = None
+    tried: list[dict[str, Any]] = [{"img_size": size}, {}]
+    for options in tried:
         try:
             network = timm.create_model(name, pretrained=False, num_classes=0, **options)
             with torch.no_grad():
@@ -189,11 +195,11 @@ def _timm_for_size(name: str, size: int) -> nn.Module:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | None) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
-def _state(path: str | os.PathLike, model: nn.Module) -> dict[str, torch.Tensor]:
+def _state(path: str | os.PathLike[str], model: Normalised) -> dict[str, torch.Tensor]:
     """The network's tensors in a file, under our names: out of a training checkpoint, whatever stands before them."""
     from protoprune.encoders import read_state, unprefixed
 
@@ -201,7 +207,7 @@ def _state(path: str | os.PathLike, model: nn.Module) -> dict[str, torch.Tensor]
     return {f"network.{key}": value for key, value in unprefixed(read_state(path), wanted).items()}
 
 
-def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "weights") -> None:
+def start_from(model: Normalised, state: dict[str, torch.Tensor], what: str = "weights") -> None:
     """Copy all weights but the classifier's (and the normalisation of the inputs, which stays that of the new data).
 
     Raises ProtopruneError when anything else does not fit.
@@ -220,16 +226,17 @@ def start_from(model: nn.Module, state: dict[str, torch.Tensor], what: str = "we
     model.load_state_dict({**own, **{name: state[name] for name in wanted}})
 
 
-def _classifier(model: nn.Module) -> tuple[str, ...]:
+def _classifier(model: Normalised) -> tuple[str, ...]:
     """Prefixes of the tensors that depend on the classes: of timm's classifier, else of the last linear layer."""
-    if hasattr(model.network, "get_classifier"):
-        found = model.network.get_classifier()
+    get_classifier = getattr(model.network, "get_classifier", None)
+    if get_classifier is not None:
+        found = get_classifier()
         own = {id(one) for one in (found if isinstance(found, tuple) else (found,))}
         return tuple(name + "." for name, module in model.named_modules() if id(module) in own)
     return ([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + ".",)
 
 
-def file_digest(path: str | os.PathLike) -> str:
+def file_digest(path: str | os.PathLike[str]) -> str:
     """sha256 of a file of weights, for keys."""
     try:
         with open(path, "rb") as file:
@@ -238,7 +245,7 @@ def file_digest(path: str | os.PathLike) -> str:
         raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
 
 
-def parameter_groups(model: nn.Module, decay: float, bias_lr: float = 1.0) -> Sequence[dict]:
+def parameter_groups(model: nn.Module, decay: float, bias_lr: float = 1.0) -> Sequence[dict[str, Any]]:
     """Optimizer groups of what is trained: matrices and kernels with weight decay; biases and batch norm without it,
     and with `bias_lr` times the learning rate."""
     trained = [p for p in model.parameters() if p.requires_grad]

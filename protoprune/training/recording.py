@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def record(
     train: Examples,
     test: Examples | None,
     recipe: Recipe,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     laid_out: Plan,
     *,
     gradients: bool = False,
@@ -144,7 +145,15 @@ def record(
         shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
 
 
-def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, seed: int, device) -> dict:
+def _provenance(
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    laid_out: Plan,
+    gradients: bool,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
     """What determines the record: the cache key."""
     return {
         "recipe": json.dumps(asdict(recipe), sort_keys=True),
@@ -161,7 +170,15 @@ def _provenance(train, test, recipe: Recipe, laid_out: Plan, gradients: bool, se
     }
 
 
-def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients: bool, overwrite: bool) -> bool:
+def _prepare(
+    out: str,
+    provenance: dict[str, Any],
+    train: Examples,
+    test: Examples | None,
+    laid_out: Plan,
+    gradients: bool,
+    overwrite: bool,
+) -> bool:
     """Leave a partial record of exactly this run; False when the finished one is it already.
 
     An unfinished run that was started by --overwrite stands in for the finished record, which it will replace.
@@ -188,7 +205,7 @@ def _prepare(out: str, provenance: dict, train, test, laid_out: Plan, gradients:
     return True
 
 
-def _compare(path: str, provenance: dict, overwrite: bool) -> tuple[dict, list[str]]:
+def _compare(path: str, provenance: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any], list[str]]:
     """What a record says of its run, and in what it differs from this one; with --overwrite a damaged one counts as
     another run's."""
     try:
@@ -226,7 +243,17 @@ def _refuse(path: str, differences: list[str]) -> None:
 
 
 def _record_heads(
-    train, test, recipe, partial, laid_out: Plan, gradients, probabilities, seed, device, on_start, on_progress
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    partial: records.PartialRecord,
+    laid_out: Plan,
+    gradients: bool,
+    probabilities: bool,
+    seed: int,
+    device: torch.device,
+    on_start: Callable[[int, int], None] | None,
+    on_progress: Callable[[int], None] | None,
 ) -> None:
     numbers, size = laid_out.epoch_numbers, heads.group_size(recipe, len(train.classes), laid_out.subset)
     groups = [range(first, min(first + size, laid_out.models)) for first in range(0, laid_out.models, size)]
@@ -237,7 +264,7 @@ def _record_heads(
     for group in todo:
         models = slice(group[0], group[-1] + 1)
         seeds = [model_seed(seed, number) for number in group]
-        previous = None
+        previous: heads.Ensemble | None = None
 
         def write(epoch: int, ensemble: heads.Ensemble, models: slice = models) -> None:
             nonlocal previous
@@ -250,8 +277,8 @@ def _record_heads(
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(models, at, values)
             if probabilities and epoch == numbers[-1]:
-                for rows, seen in heads.probabilities(ensemble, train):
-                    partial.write_probabilities(models, rows, seen)
+                for rows, shares in heads.probabilities(ensemble, train):
+                    partial.write_probabilities(models, rows, shares)
             previous = ensemble.copy()
 
         if 0 in numbers:
@@ -265,7 +292,17 @@ def _record_heads(
 
 
 def _record_networks(
-    train, test, recipe, partial, laid_out: Plan, gradients, probabilities, seed, device, on_start, on_progress
+    train: Examples,
+    test: Examples | None,
+    recipe: Recipe,
+    partial: records.PartialRecord,
+    laid_out: Plan,
+    gradients: bool,
+    probabilities: bool,
+    seed: int,
+    device: torch.device,
+    on_start: Callable[[int, int], None] | None,
+    on_progress: Callable[[int], None] | None,
 ) -> None:
     numbers = laid_out.epoch_numbers
     folder = _state_folder(partial.out)
@@ -275,8 +312,8 @@ def _record_networks(
         raise ProtopruneError(f"{folder}: {error.strerror}; checkpoints go there, move what is in the way") from None
     states = {number: _load_state(folder, number) for number in range(laid_out.models)}
     before = sum(
-        recipe.epochs if partial.committed[number] == len(numbers) else states[number]["epoch"] if states[number] else 0
-        for number in states
+        recipe.epochs if partial.committed[number] == len(numbers) else state["epoch"] if state else 0
+        for number, state in states.items()
     )
     if on_start:
         on_start(laid_out.models * recipe.epochs, before)
@@ -286,7 +323,7 @@ def _record_networks(
             continue
         one, own = slice(number, number + 1), model_seed(seed, number)
         state = states.pop(number)
-        previous = None
+        previous: torch.Tensor | None = None
 
         def write(epoch: int, model: torch.nn.Module, one: slice = one) -> None:
             nonlocal previous
@@ -328,7 +365,9 @@ def model_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, 5, number]).generate_state(1)[0])
 
 
-def _measure(model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: bool, previous):
+def _measure(
+    model: torch.nn.Module, data: Examples, recipe: Recipe, gradients: bool, previous: torch.Tensor | None
+) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     """({statistic: (n,)}, log softmax (n, c) in float16, which is what the next call wants as `previous`)."""
     labels = torch.from_numpy(data.labels)
     parts: dict[str, list[torch.Tensor]] = {}
@@ -359,11 +398,11 @@ def gradient_norms(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.T
     parameters = {name: value.detach() for name, value in model.named_parameters() if name in trained}
     buffers = {name: value for name, value in model.state_dict().items() if name not in trained}
 
-    def loss(parameters, one, label):
+    def loss(parameters: dict[str, torch.Tensor], one: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         logits = torch.func.functional_call(model, (parameters, buffers), (one[None],))
         return torch.nn.functional.cross_entropy(logits, label[None])
 
-    def norm(one, label):
+    def norm(one: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         gradients = torch.func.grad(loss)(parameters, one, label)
         return sum(g.square().sum() for g in gradients.values()).sqrt()
 
@@ -387,7 +426,7 @@ def _state_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"model-{number:04d}.pt")
 
 
-def _save_state(folder: str, number: int, state: dict) -> None:
+def _save_state(folder: str, number: int, state: dict[str, Any]) -> None:
     path = _state_path(folder, number)
     try:
         with files.replacing(path, path + ".tmp") as temporary:
@@ -396,7 +435,7 @@ def _save_state(folder: str, number: int, state: dict) -> None:
         raise ProtopruneError(f"{path}: cannot write ({str(error).splitlines()[0]}); make room and run again") from None
 
 
-def _load_state(folder: str, number: int) -> dict | None:
+def _load_state(folder: str, number: int) -> dict[str, Any] | None:
     """The checkpoint of a model; None where there is none or it is damaged, and the model is trained again."""
     path = _state_path(folder, number)
     try:

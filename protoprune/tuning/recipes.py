@@ -49,7 +49,9 @@ class Candidate:
             keep, order=self.order, drop_hardest=self.drop_hardest, balance=self.balance, by=self.by, seed=seed
         )
 
-    def command(self, features: str | os.PathLike, keep: float, out: str | os.PathLike, higher_is=None) -> str:
+    def command(
+        self, features: str | os.PathLike[str], keep: float, out: str | os.PathLike[str], higher_is=None
+    ) -> str:
         """The command line that writes this list."""
         words = ["protoprune", "select", os.fspath(features), "--keep", f"{keep:g}", "--order", self.order]
         options = {"--by": self.by, "--balance": self.balance, "--drop-hardest": self.drop_hardest, "--k": self.k}

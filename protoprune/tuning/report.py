@@ -7,6 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def _below(gap: Interval) -> str:
     return f"{_points(abs(gap.mean))} {'below' if gap.mean <= 0 else 'above'} everything"
 
 
-def rows(result: Tuned) -> list[dict]:
+def rows(result: Tuned) -> list[dict[str, Any]]:
     """One row a candidate, the best first; differences are to random on the same splits."""
     reference = next(one for one in result.standings if one.number == 0)
     table = []
@@ -87,7 +88,7 @@ def rows(result: Tuned) -> list[dict]:
     return table
 
 
-def save(folder: str | os.PathLike, result: Tuned, command: str, config: dict) -> list[str]:
+def save(folder: str | os.PathLike[str], result: Tuned, command: str, config: dict[str, Any]) -> list[str]:
     """Write table.csv, results.json, figure.png and, for --keep auto, curve.csv; returns their paths."""
     folder = Path(folder)
     files = {"table.csv": table_csv(rows(result))}
@@ -111,7 +112,7 @@ def save(folder: str | os.PathLike, result: Tuned, command: str, config: dict) -
     return [os.fspath(folder / name) for name in files]
 
 
-def save_unlabelled(folder: str | os.PathLike, result: Unlabelled) -> list[str]:
+def save_unlabelled(folder: str | os.PathLike[str], result: Unlabelled) -> list[str]:
     """Write table.csv; returns its path."""
     path = os.path.join(folder, "table.csv")
     table = [{"recipe": one.name, "farness": one.farness, "farthest": one.farthest, "duplicates": one.duplicates,

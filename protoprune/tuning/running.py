@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -162,7 +162,7 @@ def tune(
     tolerance: float = 0.005,
     networks: Networks | None = None,
     heads: Judge | None = None,
-    folder: str | os.PathLike | None = None,
+    folder: str | os.PathLike[str] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Tuned:
     """The best recipe for the fraction `keep` (None: the smallest that costs less than `tolerance`), and its judgement.
@@ -237,7 +237,7 @@ def _check(pool: Pool, choosers: int, keep: float) -> None:
         raise ProtopruneError("comparing recipes needs two classes with two images or more")
 
 
-def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict, say) -> Candidate:
+def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict[str, Any], say) -> Candidate:
     """The best of the finalists by networks, on further splits of the images that choose."""
     for one in finalists:
         found[one.name] = float(np.mean([lab.on_split(networks, one, keep, split) for split in range(NETWORK_SPLITS)]))
@@ -333,7 +333,7 @@ class _Lab:
 class Log:
     """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
 
-    def __init__(self, folder: str | os.PathLike | None, pool: Pool, test: Pool | None = None):
+    def __init__(self, folder: str | os.PathLike[str] | None, pool: Pool, test: Pool | None = None):
         self.path = None if folder is None else Path(folder, "runs.jsonl")
         self._found: dict[str, str] = {}
         if self.path is None:

@@ -167,12 +167,12 @@ class Kept:
 
 
 def networks(
-    lab: Lab, data: str, encoder: str, images: int, first_seed: int, seeds: int, keeps, methods, epochs
+    lab: Lab, data: str, encoder: str, images: int, first_seed: int, seeds: int, keeps, methods, epochs, image_size: int
 ) -> list[dict]:
     """The same judged by a network from pixels, for each length of training; lists come from the features."""
     lab.settings["encoder"] = encoder
     features, _ = lab.features(data)
-    train, test = lab.images(data)
+    train, test = lab.images(data, image_size=image_size)
     row_of = {path: row for row, path in enumerate(features.paths)}
     vectors = features.inputs.numpy()[[row_of[path] for path in train.paths]]
     pool = Pool(train.paths, train.labels, train.classes, vectors)
