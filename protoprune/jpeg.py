@@ -11,6 +11,8 @@ from collections.abc import Iterator
 # In the pixels 0xFF is followed by a stuffed zero, by one of the restart markers D0 to D7 or by padding: all else is a
 # marker. So is FF 01, which libjpeg skips there.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+_NO_PADDING = re.compile(rb"[^\xff]")
+_MOST_SEGMENTS = 100_000
 _APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
 _NO_FRAME, _PROGRESSIVE = (0xC4, 0xC8, 0xCC), (0xC2, 0xC6, 0xCA, 0xCE)
 
@@ -21,10 +23,13 @@ def segments(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
     The last one is that of the pixels (SOS) or the end (EOI), with an empty content; without it the data is no sequence
     of segments from there on.
     """
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    for _ in range(_MOST_SEGMENTS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            return
         marker = data[at + 1]
         if marker == 0xFF:  # padding
-            at += 1
+            found = _NO_PADDING.search(data, at)
+            at = found.start() - 1 if found else len(data)
         elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # these stand alone
             at += 2
         else:

@@ -402,9 +402,6 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
     if rule.quota and stay:
         one = _first_clustering(ranking, "--quota")
         rows[:stay] = _by_quota(rows[:stay], one, usable & (one.cluster >= 0))
-    rank_of, dropped = np.full(n, -1, np.int64), np.zeros(n, bool)
-    rank_of[rows] = np.arange(len(rows))
-    dropped[rows[stay:]] = True
     if rule.calibrate is None:
         kept, weights = selection.cut(rows, n, rule.keep, groups, rule.balance), None
     else:
@@ -412,6 +409,9 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
             rows, n, round(rule.keep * len(rows)), rule.calibrate,
             ids=ranking.paths, seed=rule.seed, groups=groups, balance=rule.balance,
         )  # fmt: skip
+    rank_of, dropped = np.full(n, -1, np.int64), np.zeros(n, bool)
+    rank_of[rows] = np.arange(len(rows))
+    dropped[rows[stay:]] = True
     drawn = rule.calibrate is not None and rule.calibrate < 1
     return Selected(ranking, kept, rank_of, rule, weights if drawn else None, dropped if rule.drop_hardest else None)
 

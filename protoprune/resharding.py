@@ -18,6 +18,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,11 +52,11 @@ class ReshardReport:
 
 
 def reshard(
-    kept: str | os.PathLike | Sequence[str],
-    out: str | os.PathLike,
+    kept: str | os.PathLike[str] | Sequence[str],
+    out: str | os.PathLike[str],
     *,
-    root: str | os.PathLike | None = None,
-    features: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
+    features: str | os.PathLike[str] | None = None,
     shard_size: int = SIZE,
     options: ShardOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -99,7 +100,13 @@ def reshard(
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 
-def _entries(kept, name: str, root, features, options) -> tuple[str, list[str], ShardOptions]:
+def _entries(
+    kept: str | os.PathLike[str] | Sequence[str],
+    name: str,
+    root: str | os.PathLike[str] | None,
+    features: str | os.PathLike[str] | None,
+    options: ShardOptions | None,
+) -> tuple[str, list[str], ShardOptions]:
     """(root, paths below it, sorted, and how shards are read)."""
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
     if features is not None:
@@ -126,7 +133,7 @@ def _entries(kept, name: str, root, features, options) -> tuple[str, list[str], 
     return root, entries, options or ShardOptions()
 
 
-def _options_of(provenance: dict) -> ShardOptions:
+def _options_of(provenance: dict[str, Any]) -> ShardOptions:
     try:
         return ShardOptions(**json.loads(provenance.get("shard_options", "{}")))
     except (TypeError, ValueError):
@@ -167,7 +174,7 @@ def _cut(entries: Sequence[str], size: int) -> list[tuple[int, int]]:
     return shards
 
 
-def _prepare(out: str, plan: dict) -> None:
+def _prepare(out: str, plan: dict[str, Any]) -> None:
     """Make the folder, or see that it is of the same list."""
     path = os.path.join(out, PLAN)
     try:

@@ -143,3 +143,11 @@ def test_damaged_exif_is_no_reason_to_lose_an_image(damage):
         encoded(RGB, "WEBP", exif=block),
     ):
         assert sorted(decode(data).shape) == [3, 17, 31]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("filler", [b"\xff" * 100_000_000, b"\xff\xe5\0\2" * 10_000_000])
+def test_segments_without_end_are_walked_quickly_or_not_at_all(filler):
+    data = PLAIN[:2] + filler + MARKED + PLAIN[2:]
+    assert jpeg.orientation(data) == (6 if filler[1] == 0xFF else 0)
+    assert jpeg.scans(data, 100) <= 1

@@ -66,7 +66,7 @@ def test_reshard(here):
     assert names == sorted(here)
 
 
-def test_rows_of_tables(here):
+def test_tables(here):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")
     Path("data").mkdir()

@@ -243,6 +243,20 @@ def content_of(path) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
+def test_from_an_object_store(folder, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    write_tars(tmp_path / "in", members(folder), 2)
+    store = fsspec.filesystem("memory")
+    for path in (tmp_path / "in").iterdir():
+        store.pipe_file(f"/reshard/in/{path.name}", path.read_bytes())
+    kept = ["0000.tar/ant/001.png", "memory://reshard/in/0001.tar/bee/002.png"]
+    reshard(kept, tmp_path / "out", root="memory://reshard/in")
+    want = {"ant/0000_001.png": folder / "ant/001.png", "bee/0001_002.png": folder / "bee/002.png"}
+    assert content(tmp_path / "out") == {name: path.read_bytes() for name, path in want.items()}
+    with pytest.raises(ProtopruneError, match=r"0007\.tar"):
+        reshard(["0007.tar/a.png"], tmp_path / "gone", root="memory://reshard/in")
+
+
 def test_two_shards_whose_names_are_alike_stay_apart(tmp_path):
     png = [encoded(picture(8, 8, seed), "PNG") for seed in range(3)]
     for number, name in enumerate(("a/b.tar", "a-b.tar", "a.b.zip")):

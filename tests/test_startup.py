@@ -77,10 +77,11 @@ def test_a_sheet_needs_neither_torch_nor_simplejpeg(run_program, feature_file, t
     from PIL import Image
 
     paths = [f"{i:02d}.jpg" for i in range(12)]
+    (tmp_path / "images").mkdir()
     for number, path in enumerate(paths):
-        Image.new("RGB", (20, 16), (number * 20, 0, 0)).save(tmp_path / path)
+        Image.new("RGB", (20, 16), (number * 20, 0, 0)).save(tmp_path / "images" / path)
     features = feature_file(tmp_path / "features.h5", np.random.default_rng(0).normal(size=(12, 4)), paths=paths)
-    result = run_program("sheet", features, "--root", tmp_path, python=("-c", WITHOUT_TORCH))
+    result = run_program("sheet", features, "--root", tmp_path / "images", python=("-c", WITHOUT_TORCH))
     assert result.returncode == 0, result.stderr
     assert b"could not be read" not in result.stderr
     assert Image.open(tmp_path / "sheet.png").format == "PNG"

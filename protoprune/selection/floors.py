@@ -34,9 +34,11 @@ def _numbered(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lowest, highest = int(groups.min()), int(groups.max())
     if highest - lowest > 4 * len(groups):
         return np.unique(groups, return_inverse=True)
-    present = np.bincount(groups - lowest) > 0
-    place_of = np.cumsum(present, dtype=np.int32) - 1
-    return np.flatnonzero(present) + lowest, place_of[groups - lowest].astype(np.int32, copy=False)
+    number = groups - lowest
+    present = np.zeros(highest - lowest + 1, bool)
+    present[number] = True
+    place_of = np.cumsum(present, dtype=np.int32) - np.int32(1)
+    return np.flatnonzero(present) + lowest, place_of[number]
 
 
 def _balanced(groups: np.ndarray, count: int, balance: float) -> np.ndarray:
