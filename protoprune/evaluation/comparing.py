@@ -12,7 +12,6 @@ tables, figures.
 
 from __future__ import annotations
 
-import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -386,7 +385,7 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, numbers.Number):
+    if isinstance(seeds, int | float):
         check_whole("--seeds", seeds, 1, 10_000)
         return list(range(int(seeds)))
     found = list(seeds)
