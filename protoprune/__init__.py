@@ -10,6 +10,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
     read_scores, write_scores                       score tables
+    load_examples, list_rows, Kept, Recipe          what is trained on, lists as its rows, how it is trained
     evaluate, scaling                               kept lists -> does it pay?
     FeatureFile, FeatureSet, ProtopruneError
 
@@ -48,6 +49,10 @@ _HOME = {
     "compare": "comparison",
     "read_scores": "scores",
     "write_scores": "scores",
+    "load_examples": "training.examples",
+    "Recipe": "training.loop",
+    "Kept": "evaluation",
+    "list_rows": "evaluation.runs",
     "evaluate": "evaluation",
     "scaling": "evaluation",
     "ProtopruneError": "errors",

@@ -153,6 +153,7 @@ def test_links_into_an_empty_folder_but_never_into_a_full_one(tmp_path, image_tr
         write_links(root / "cat/000.png", root, ["cat/001.png"])
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm's reader leaves its images open
 def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
     """A class that has lost all its images has no folder, so loaders that count folders shift the others."""
     timm = pytest.importorskip("timm.data")

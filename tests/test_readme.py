@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,6 +56,15 @@ def in_shell(name, replace=()):
 def test_torchvision(here):
     given = run_block("torchvision")
     assert sorted(f"c{label}" for _, label in given["kept"]) == sorted(path.partition("/")[0] for path in here)
+
+
+def test_evaluate_python(here, capsys):
+    shutil.copy("features.h5", "test.h5")
+    given = run_block("evaluate_python")
+    method = given["result"].method("kept.txt")
+    assert (method.kept, len(given["result"].seeds)) == (len(here), 5)
+    assert capsys.readouterr().out == method.verdict + "\n"
+    assert "random" in method.verdict
 
 
 def test_reshard(here):
