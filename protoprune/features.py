@@ -36,7 +36,7 @@ import h5py
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from protoprune import files, hdf5, seals
+from protoprune import files, hdf5, seals, stores
 from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
@@ -299,8 +299,11 @@ def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, re
 
 
 def open_features(path: str | os.PathLike) -> FeatureFile | FeatureSet:
-    """The finished feature file or feature set; a run that was cut short gets an error that says how to finish it."""
-    path = os.fspath(path)
+    """The finished feature file or feature set; a run that was cut short gets an error that says how to finish it.
+
+    A feature set by URL is copied to this machine first, see `remoteset`.
+    """
+    path = local_path(path)
     folder = os.path.splitext(path)[0]
     if os.path.isdir(path):
         from protoprune.featureset import open_set
@@ -321,6 +324,16 @@ def open_features(path: str | os.PathLike) -> FeatureFile | FeatureSet:
         file.close()
         raise
     return file
+
+
+def local_path(path: str | os.PathLike) -> str:
+    """Where a feature file or set is on this machine: of a set on a store its copy."""
+    path = stores.given(path)
+    if not stores.is_url(path):
+        return path
+    from protoprune.remoteset import local_copy
+
+    return local_copy(path)
 
 
 def missing(path: str | os.PathLike, what: str = "image folder or feature file") -> ProtopruneError:

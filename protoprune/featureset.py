@@ -23,10 +23,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from protoprune import files
+from protoprune import files, stores
 from protoprune.decode import ON_WHITE, Status
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial
+from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial, local_path
 from protoprune.images import SET_FILE, ImageList
 from protoprune.paths import STEP, Block, Paths
 from protoprune.sources.reading import FOLDERS
@@ -77,35 +77,61 @@ def shard_file(folder: str, name: str) -> str:
 def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
     """(what set.json says of the set, its parts). Raises ProtopruneError when it is none."""
     path = os.path.join(folder, SET_FILE)
+    shown = stores.public(path)
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            plan = parse_json(file.read())
+        plan = parse_json(_read(path).decode("utf-8", "surrogateescape"))
         if plan["format"] != _FORMAT:
             raise ValueError("another format")
         if plan["format_version"] != _VERSION:
             raise ProtopruneError(
-                f"{path}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
+                f"{shown}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
         if any(files.leads_out(part.name) for part in parts):
             raise ValueError("a shard's name leads out of the set")
         plan["root"] = native(plan["root"])
     except FileNotFoundError:
-        raise ProtopruneError(f"{folder}: a folder without {SET_FILE}; give a feature file or a feature set") from None
+        where = stores.public(os.fspath(folder))
+        raise ProtopruneError(f"{where}: a folder without {SET_FILE}; give a feature file or a feature set") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
-            f"{path}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
+            f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
         ) from None
     return plan, parts
 
 
-def write_plan(folder: str, plan: dict, parts: list[Part]) -> None:
-    """Write set.json; the set is finished when no part is pending."""
+def _read(path: str) -> bytes:
+    if not stores.is_url(path):
+        with open(path, "rb") as file:
+            return file.read()
+    data = stores.read(path)
+    if data is None:
+        raise FileNotFoundError(path)
+    return data
+
+
+def write_plan(folder: str, plan: dict, parts: list[Part], *, new: bool = False) -> None:
+    """Write set.json; the set is finished when no part is pending.
+
+    On a store, `new` raises FileExistsError when there is one already.
+    """
     state = "unfinished" if any(part.pending for part in parts) else "finished"
     head = {**plan, "format": _FORMAT, "format_version": _VERSION, "state": state}
     lines = ",\n".join("  " + json.dumps(part.as_json()) for part in parts)
     text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
-    files.write_file(os.path.join(folder, SET_FILE), text.encode("utf-8", "surrogateescape"))
+    data = text.encode("utf-8", "surrogateescape")
+    if stores.is_url(folder):
+        stores.write(f"{folder}/{SET_FILE}", data, new=new)
+    else:
+        files.write_file(os.path.join(folder, SET_FILE), data)
+
+
+def not_finished(path: str, done: int, shards: int) -> ProtopruneError:
+    """The error for a set of which some shards are pending."""
+    return ProtopruneError(
+        f"{stores.public(path)}: not finished, {done:,} of {shards:,} shards are done; run the same `protoprune embed` "
+        "again, it does the rest"
+    )
 
 
 def open_set(folder: str) -> FeatureSet:
@@ -132,10 +158,7 @@ class FeatureSet:
         self.plan, self.parts = read_plan(self.path)
         pending = sum(part.pending for part in self.parts)
         if pending:
-            raise ProtopruneError(
-                f"{self.path}: not finished, {len(self.parts) - pending:,} of {len(self.parts):,} shards are done; "
-                "run the same `protoprune embed` again, it does the rest"
-            )
+            raise not_finished(self.path, len(self.parts) - pending, len(self.parts))
         self._done = [part for part in self.parts if part.done]
         if not self._done:
             name, status, reason = self.failed_shards[0]
@@ -388,13 +411,13 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool 
         from protoprune import hdf5
 
         hdf5.check_replaceable(out, KIND)
-    with FeatureSet(folder) as whole, files.lock(out):
+    with FeatureSet(local_path(folder)) as whole, files.lock(out):
         labels, classes, labels_from = whole._classes()
         images = ImageList(
             root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
             classes=classes, labels_from=labels_from, ctime_ns=whole.ctime_ns,
         )  # fmt: skip
-        key = {name: whole.provenance[name] for name in KEY if name in whole.provenance}
+        key = {name: whole.provenance[name] for name in (*KEY, "shard_options") if name in whole.provenance}
         create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]})
         partial = PartialFile(out)
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import formats
+from protoprune import formats, stores
 from protoprune.decode import open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import plain_bytes, unpacked, with_slashes
@@ -166,7 +166,10 @@ def list_paths(
 
 
 def is_feature_set(path: str | os.PathLike) -> bool:
-    """Whether a folder holds features (see `featureset`) and not images."""
+    """Whether a folder, or what is at a URL, holds features (see `featureset`) and not images."""
+    path = stores.given(path)
+    if stores.is_url(path):
+        return stores.size(f"{path}/{SET_FILE}") is not None
     return os.path.isfile(os.path.join(path, SET_FILE))
 
 

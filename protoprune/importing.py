@@ -220,7 +220,13 @@ def _read_names(path: str, column: str | None) -> list[str]:
         return [name for one in _natural(path, ".parquet") for name in _read_names(one, column)]
     if path.lower().endswith((".parquet", ".pq")):
         table = _parquet(path)
-        return _strings(table.read([_one_of(path, table.schema_arrow.names, _NAMES, column, "--path-column")])[0])
+        import pyarrow.compute
+
+        columns = table.schema_arrow.names
+        names = table.read([_one_of(path, columns, _NAMES, column, "--path-column")])[0]
+        if {"status", "error_message"} <= set(columns):  # img2dataset lists what it could not download too
+            names = names.filter(pyarrow.compute.equal(table.read(["status"])[0], "success"))
+        return _strings(names)
     from protoprune.lists import read_list
 
     names = read_list(path)
@@ -284,11 +290,13 @@ def _read(source: str, vector_column, path_column, stack) -> tuple[list[str], li
 
 
 def _folder(folder: str) -> tuple[list[str], list[str]]:
-    """(files of vectors, files of metadata or none) of clip-retrieval's and embedding-reader's folders."""
+    """(files of vectors, files of metadata or none) of clip-retrieval's, embedding-reader's and FiftyOne's folders."""
     nested = os.path.join(folder, "img_emb")
     where = nested if os.path.isdir(nested) else folder
     arrays = _natural(where, ".npy")
     beside = _natural(where, ".parquet")
+    if not arrays and not beside and os.path.isfile(samples := os.path.join(folder, "samples.json")):
+        return [samples], []
     if not arrays and not beside:
         raise UsageError(f"{folder}: no .npy or .parquet in it; give the folder of the vectors")
     if not arrays:
@@ -434,12 +442,18 @@ def _fiftyone(path: str, field_name: str | None) -> _Part:
     samples = samples.get("samples") if isinstance(samples, dict) else samples
     if not isinstance(samples, list) or not samples or not all(isinstance(one, dict) for one in samples):
         raise ProtopruneError(f"{path}: no samples in it")
-    name = _one_of(path, [one for one in samples[0] if one != "filepath"] if field_name is None else list(samples[0]),
-                   _VECTORS, field_name, "--vector-column")  # fmt: skip
+    fields = list(samples[0]) if field_name else [one for one, value in samples[0].items() if _may_be_vector(value)]
+    name = _one_of(path, fields, _VECTORS, field_name, "--vector-column")
     lacking = sum(one.get(name) is None or "filepath" not in one for one in samples)
     if lacking:
         raise ProtopruneError(f"{path}: {lacking:,} of {len(samples):,} samples have no {name} or no filepath")
     return _Part(np.stack([_vector(one[name]) for one in samples]), [one["filepath"] for one in samples])
+
+
+def _may_be_vector(value) -> bool:
+    return (isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)) or (
+        isinstance(value, dict) and "$binary" in value
+    )
 
 
 def _vector(value) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Worker processes on this machine, one a device: each asks for a shard, embeds it, and asks for the next.
 
 A worker that dies (out of memory, `kill -9`) is started again and its shard given to somebody, a few times; what it had
-committed is in the partial file. Workers that lose the parent end by themselves after the shard in hand.
+committed is in the partial file. Workers that lose the parent end by themselves after the shard in hand. What is handed
+out to whom (`Tasks`) is the same on a cluster, see `cluster`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
-_TRIES = 3  # for a shard whose worker died, and for a worker that dies without one
+_END_SECONDS = 5  # for a worker without a task to end by itself
 
 
 def parse_devices(text: str) -> list[str]:
@@ -33,6 +34,71 @@ def parse_devices(text: str) -> list[str]:
 
 
 @dataclass
+class Lost:
+    """A task whose workers died, one after the other."""
+
+    task: Hashable
+    reason: str
+
+
+class Tasks:
+    """Tasks, handed out to workers: one in hand, and one set aside for it, which it may fetch early."""
+
+    def __init__(self, tasks: Sequence[Hashable], tries: int):
+        self._left = deque(tasks)
+        self._aside: dict[Hashable, Hashable] = {}  # worker -> task
+        self._tries = tries
+        self._deaths: Counter = Counter()
+        self._worked = False  # whether any task was done
+
+    def __len__(self) -> int:
+        """How many nobody has in hand."""
+        return len(self._left) + len(self._aside)
+
+    def take(self, worker: Hashable) -> tuple[Hashable, Hashable | None]:
+        """(a task, the one that is set aside for this worker). There must be one left."""
+        task = self._aside.pop(worker, None)
+        if task is None:
+            task = self._left.popleft() if self._left else self._aside.popitem()[1]
+        if self._left:
+            self._aside[worker] = self._left.popleft()
+        return task, self._aside.get(worker)
+
+    def done(self) -> None:
+        """A worker did its task: not all of them die."""
+        self._worked = True
+        self._deaths.pop(None, None)
+
+    def died(self, worker: Hashable, task: Hashable | None, how: str) -> Lost | None:
+        """A worker is dead; the task that it had goes to the end of the queue, or is lost after so many tries.
+
+        Raises ProtopruneError when every worker dies, so that none of them will do any better.
+        """
+        if worker in self._aside:
+            self._left.appendleft(self._aside.pop(worker))
+        self._deaths[task] += 1
+        if self._deaths[task] < self._tries:
+            warn(f"{how}{f' at {_name(task)}' if task is not None else ''}; a new one goes on")
+            if task is not None:
+                self._left.append(task)
+            return None
+        if task is None or not self._worked:
+            raise ProtopruneError(
+                f"{how}{f' at {_name(task)}' if task is not None else ''}, for the {_nth(self._tries)} time (out of "
+                "memory?); what is done is kept: try fewer workers or a smaller --batch-size"
+            )
+        return Lost(task, f"{how}, for the {_nth(self._tries)} time (out of memory?)")
+
+
+def _name(task) -> str:
+    return getattr(task, "name", task)
+
+
+def _nth(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+@dataclass
 class _Worker:
     device: str
     process: multiprocessing.Process
@@ -40,24 +106,23 @@ class _Worker:
     task: object = None  # what it is working on
 
 
-def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str]) -> Iterator:
-    """The results of `work(state, task)` for every task, as they come, from one process a device.
+def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str], tries: int = 3) -> Iterator:
+    """The results of `work(state, task, next task or None)` for every task, as they come, from a process a device.
 
-    `start(device)` makes a worker's state, in the worker. Both must be picklable. A ProtopruneError of either ends the
-    run; a task whose worker dies _TRIES times too.
+    `start(device)` makes a worker's state, in the worker; its `close()` is called at the end. Both must be picklable. A
+    task whose worker dies `tries` times gives a `Lost`. A ProtopruneError of `work` or `start` ends the run, and so do
+    workers that all die.
     """
     context = multiprocessing.get_context("spawn")
-    left = deque(tasks)
-    tries: dict = {}
+    todo = Tasks(tasks, tries)
     workers: list[_Worker] = []
-    deaths = 0
     try:
-        for number, device in enumerate(devices[: len(left)]):
+        for number, device in enumerate(devices[: len(todo)]):
             workers.append(_launch(context, work, start, device, number, len(devices)))
-        while left or any(worker.task is not None for worker in workers):
-            for worker in workers:
-                if worker.task is None:
-                    _give(worker, left)
+        while len(todo) or any(worker.task is not None for worker in workers):
+            for number, worker in enumerate(workers):
+                if worker.task is None and len(todo):
+                    _give(worker, *todo.take(number))
             busy = [worker for worker in workers if worker.task is not None]
             ready = wait([worker.connection for worker in busy])
             for number, worker in enumerate(workers):
@@ -66,21 +131,22 @@ def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str]
                 try:
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
-                    task, worker.task = worker.task, None
-                    tries[task] = tries.get(task, 0) + 1
-                    deaths += 1
-                    _bury(worker, task, tries[task])
-                    left.appendleft(task)
+                    lost = todo.died(number, worker.task, _death(worker))
                     workers[number] = _launch(context, work, start, worker.device, number, len(devices))
+                    if lost is not None:
+                        yield lost
                     continue
                 if kind == "error":
                     raise value
                 worker.task = None
+                todo.done()
                 yield value
     finally:
         for worker in workers:
             with contextlib.suppress(OSError):
                 worker.connection.close()
+        for worker in workers:
+            worker.process.join(_END_SECONDS if worker.task is None else 0)
             worker.process.terminate()
         for worker in workers:
             worker.process.join()
@@ -94,39 +160,37 @@ def _launch(context, work, start, device: str, number: int, of: int) -> _Worker:
     return _Worker(device, process, here)
 
 
-def _give(worker: _Worker, left: deque) -> None:
-    if left:
-        worker.task = left.popleft()
-        with contextlib.suppress(OSError):  # it died meanwhile: its end of the pipe says so
-            worker.connection.send(worker.task)
+def _give(worker: _Worker, task, ahead) -> None:
+    worker.task = task
+    with contextlib.suppress(OSError):  # it died meanwhile: its end of the pipe says so
+        worker.connection.send((task, ahead))
 
 
-def _bury(worker: _Worker, task, tries: int) -> None:
+def _death(worker: _Worker) -> str:
     worker.process.join()
     how = f"was killed by signal {-worker.process.exitcode}" if worker.process.exitcode < 0 else "died"
-    name = getattr(task, "name", task)
-    if tries >= _TRIES:
-        raise ProtopruneError(
-            f"the worker on {worker.device} {how} {tries} times at {name} (out of memory?); what is done is kept: try "
-            "fewer --devices or a smaller --batch-size"
-        )
-    warn(f"the worker on {worker.device} {how} at {name}; a new one goes on")
+    return f"the worker on {worker.device} {how}"
 
 
 def _serve(connection, work, start, device: str, number: int, of: int) -> None:
     """A worker's life. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    state = None
     ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:
         state = start(device)
         while True:
-            connection.send(("result", work(state, connection.recv())))
+            task, ahead = connection.recv()
+            connection.send(("result", work(state, task, ahead)))
     except ProtopruneError as error:
         connection.send(("error", error))
-    except (EOFError, OSError):  # the parent is gone
+    except (EOFError, OSError):  # the parent is gone, or has no more tasks
         pass
+    finally:
+        if hasattr(state, "close"):
+            state.close()
 
 
 def _share_cores(number: int, of: int) -> None:

@@ -35,6 +35,7 @@ from protoprune.vectors import CHUNK, Rows
 if TYPE_CHECKING:
     from protoprune.features import FeatureFile
     from protoprune.featureset import FeatureSet
+    from protoprune.sources.reading import ShardOptions
 
     Source = FeatureFile | FeatureSet
 
@@ -66,6 +67,7 @@ class Ranking:
     placed: np.ndarray | None = None  # (n,) bool: rows that may be kept though nothing has scored them (see `unscored`)
     likeness: selection.Likeness | None = None  # after `deduplicate` where it was to count
     vectors: np.ndarray | None = None  # (n, d) features in memory; None: those of the file
+    shard_options: ShardOptions | None = None  # how shards were read, where the images lie in shards
     source: Source | None = None  # the feature file, open until `close`; None where there are vectors
 
     def __enter__(self) -> Ranking:
@@ -599,10 +601,12 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 
 def unranked(file: Source) -> Ranking:
     """The images of an open feature file or set, without scores."""
+    from protoprune.sources.reading import ShardOptions
+
     return Ranking(
         file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status,
         np.full(file.n, np.nan, np.float32),
-        source=file,
+        source=file, shard_options=ShardOptions.of(file.provenance),
     )  # fmt: skip
 
 

@@ -9,31 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import itertools
 import os
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import features as feature_file
-from protoprune import files, launch
-from protoprune.current import content_digest
-from protoprune.decode import TRANSIENT, ImageError, Status
+from protoprune.decode import Status
 from protoprune.earlier import LossError
 from protoprune.embedding import Engine, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import FeatureFile
-from protoprune.featureset import Part, read_plan, shard_file, write_plan
-from protoprune.images import SET_FILE, is_feature_set
+from protoprune.featureset import shard_file
+from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
-from protoprune.text import parse_json
+from protoprune.sources.remote import Copies
 
-_LOCK_SECONDS = 60
+Copy = Callable[[Shard], AbstractContextManager[str]]
 
 
 @dataclass
@@ -93,12 +93,16 @@ def embed_shards(
     devices: Sequence[str] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    ray: bool = False,
+    address: str | None = None,
+    on_start: Callable[[int, int], None] | None = None,
     on_shard: Callable[[ShardReport], None] | None = None,
 ) -> SetReport:
     """Embed the shards of `source` into the feature set `out`, a folder; only what is not there already.
 
     With `world_size` W, process `rank` takes every W-th shard; each may run on a machine of its own with `out` on a
-    file system that all of them see. `on_shard` is called after each shard.
+    file system that all of them see. `on_start` is called with the number of shards and of those left, `on_shard` after
+    each shard.
 
     Shards below another root, and shards that were copied or restored, have their images compared with what was
     embedded, unless `moved`: see `embedding.embed`.
@@ -106,107 +110,229 @@ def embed_shards(
     With `devices` ('cuda:0', 'cuda:1', …; 'cpu' as often as processes are wanted) a worker process on each takes shard
     after shard instead; a worker that dies is started again.
 
+    With `ray`, actors of a Ray cluster do: the one whose head is at `address` (see `cluster.connected`), each on a GPU
+    or on `workers` CPUs (one). `out` and the shards must be on storage that all machines reach under the same name.
+
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
     another source or with other options, or would lose most of its shards (unless `overwrite`).
     """
     if not 0 <= rank < world_size:
         raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
+    if ray and (devices or world_size > 1):
+        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+    if address and not ray:
+        raise UsageError("--address goes with --engine ray")
     options = options or ShardOptions()
-    engine = Engine(encoder, devices[0] if devices else device, precision, batch_size, workers, store, compile)
-    out = os.fspath(out).rstrip("/") or "/"
-    prepare(source, engine.provenance, options, out, overwrite, moved)
-    report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
-    mine = source.shards[rank::world_size]
-    if devices:
-        settings = {"precision": engine.precision, "batch_size": batch_size, "store": store, "compile": compile}
-        start = functools.partial(
-            _start_worker, encoder, settings | {"workers": workers}, source.root, options, out, moved
-        )
-        reports = _by_workers(mine, source.root, options, engine, out, start, devices)
-    else:
-        reports = (embed_shard(shard, source.root, options, engine, out, moved) for shard in mine)
-    uuids = {}
-    for one in reports:
-        _count(report, one)
-        uuids[one.name] = one.uuid
-        if on_shard:
-            on_shard(one)
-    _finish(out, report, uuids)
+    out = stores.given(out).rstrip("/") or "/"
+    settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
+                "compile": compile}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if ray:
+            out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
+            alone = stack.enter_context(cluster.connected(address))
+            need = cluster.need(device, workers, alone)
+            settings["workers"] = need.cpus
+            if need.gpus and precision == "auto" and not encoder.fp32_only:
+                settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+            device = "cpu"  # of the driver, which embeds nothing
+        engine = Engine(encoder, devices[0] if devices else device, **settings)
+        settings["precision"] = engine.precision
+        setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
+        mine = source.shards[rank::world_size]
+        report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
+        start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
+        if ray:
+            report.device = f"{need.device} of Ray"
+            run = functools.partial(cluster.run, _work, start, need=need)
+        elif devices:
+            run = functools.partial(launch.run, _work, start, devices=devices)
+        else:
+            run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
+        uuids = {}
+        for one in _reports(mine, source.root, options, engine, out, run, on_start):
+            _count(report, one)
+            uuids[one.name] = one.uuid
+            if on_shard:
+                on_shard(one)
+    parts = setstate.finish(out, uuids)
+    report.finished = not any(part.pending for part in parts)
+    report.n = sum(part.rows for part in parts if part.done)
+    report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
     return report
 
 
-def _by_workers(
-    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, start, devices
+def _reports(
+    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, run: Callable, on_start=None
 ) -> Iterator[ShardReport]:
-    """What is done already is found out here: a run that has nothing to do starts no process."""
-    left = []
+    """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
+
+    What is done already is found out here: a run that has nothing to do starts no process.
+    """
+    left, notes = [], remoteset.notes(out) if stores.is_url(out) else None
     for shard in shards:
-        before = _done(shard_file(out, shard.name), shard, root, options, engine.provenance)
+        before = setstate.done(shard_file(out, shard.name), shard, root, options, engine.provenance, notes=notes)
         if before is None:
             left.append(shard)
         else:
             yield ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    yield from launch.run(_work, start, left, devices)
+    if on_start:
+        on_start(len(shards), len(left))
+    for again in (True, False):
+        busy = []
+        for one in run(tasks=left) if left else ():
+            if isinstance(one, launch.Lost):
+                yield _lost(out, one)
+            elif one.state == "busy" and again:
+                busy.append(one.name)
+            else:
+                yield one
+        left = [shard for shard in left if shard.name in set(busy)]
 
 
-def _start_worker(
+def _lost(out: str, lost: launch.Lost) -> ShardReport:
+    error = ShardError(Status.UNREADABLE, lost.reason)
+    setstate.note_failure(shard_file(out, lost.task.name), lost.task, error)
+    return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
+
+
+@dataclass
+class _Worker:
+    """What a process needs for every shard of a set; the encoder is made ready once."""
+
+    engine: Engine
+    root: str
+    options: ShardOptions
+    out: str
+    moved: bool
+    copies: Copies = field(default_factory=Copies)
+
+    def close(self) -> None:
+        self.copies.close()
+
+
+def _start(
     encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, moved: bool, device: str
-):
-    """What a worker needs for every shard; the encoder is made ready once."""
-    return functools.partial(
-        embed_shard, root=root, options=options, engine=Engine(encoder, device, **settings), out=out, moved=moved
-    )
+) -> _Worker:
+    """A worker in its own process. Raises ProtopruneError on a machine where the set or the shards cannot be seen."""
+    for path, what in ((os.path.join(out, SET_FILE), "the feature set"), (root, "the shards")):
+        if "://" not in path and not os.path.exists(path):
+            raise ProtopruneError(
+                f"{path} is not there, so {what} cannot be reached; use storage that all machines share under one "
+                "name, or a URL"
+            )
+    return _Worker(Engine(encoder, device, **settings), root, options, out, moved)
 
 
-def _work(state, shard: Shard) -> ShardReport:
-    return state(shard)
+def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
+    """Embed a shard while the next one is fetched."""
+    copy = functools.partial(worker.copies.of, ahead=ahead)
+    return embed_shard(shard, worker.root, worker.options, worker.engine, worker.out, worker.moved, copy)
+
+
+def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
+    with contextlib.closing(worker):
+        for shard, ahead in itertools.pairwise([*tasks, None]):
+            yield _work(worker, shard, ahead)
 
 
 def embed_shard(
-    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, moved: bool = False
+    shard: Shard,
+    root: str,
+    options: ShardOptions,
+    engine: Engine,
+    out: str,
+    moved: bool = False,
+    copy: Copy | None = None,
 ) -> ShardReport:
     """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
+
+    `copy` gives the shard's path on this machine (see `remote.Copies.of`).
 
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
     path = shard_file(out, shard.name)
-    before = _done(path, shard, root, options, engine.provenance)
+    before = setstate.done(path, shard, root, options, engine.provenance)
     if before is not None:
         return ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
-    if shard.size < 0 and (kept := _done(path, shard, root, options, engine.provenance, source_gone=True)):
+    if shard.size < 0 and (kept := setstate.done(path, shard, root, options, engine.provenance, source_gone=True)):
         return ShardReport(shard.name, "kept", kept.rows, kept.uuid, failures=kept.failures)
+    with _place(path) as place:
+        replaces = False
+        if place != path and (replaces := stores.size(path) is not None):
+            found = _without_note(path, place, shard, root, options, engine.provenance)
+            if found is not None:
+                return ShardReport(shard.name, "unchanged", found.rows, found.uuid, failures=found.failures)
+        try:
+            if shard.size < 0:
+                raise ShardError(Status.MISSING, "no such file")
+            with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
+                images.provenance = {
+                    "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
+                    "shard_options": options.as_text(),
+                    "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
+                }  # fmt: skip
+                replaced = _replaces(place, shard, engine.provenance)
+                result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
+                skipped, duplicates = images.skipped, images.duplicates
+        except files.BusyError:
+            return ShardReport(shard.name, "busy")
+        except LossError as error:
+            lost = ShardError(Status.UNREADABLE, str(error))
+            setstate.note_failure(path, shard, lost)
+            return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
+        except ProtopruneError as error:
+            raise type(error)(f"{shard.name}: {error}") from None
+        except ShardError as error:
+            setstate.note_failure(path, shard, error)
+            return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
+        uuid = _uuid(place)
+        if place != path:
+            try:
+                _deliver(place, path, replaces)
+            except FileExistsError:  # somebody else was faster
+                return ShardReport(shard.name, "busy")
+    if place == path:
+        with contextlib.suppress(OSError):
+            os.unlink(setstate.failure_file(path))
+    return ShardReport(
+        shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
+        failures=result.failures, skipped=skipped, duplicates=duplicates,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _place(path: str) -> Iterator[str]:
+    """Where a shard's features are written: in their place, or on this machine first where that is on a store."""
+    if stores.is_url(path):
+        with tempfile.TemporaryDirectory(prefix="protoprune-") as folder:
+            yield os.path.join(folder, "features.h5")
+        return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{os.path.dirname(path)}: cannot make the folder ({error.strerror})") from None
-    try:
-        if shard.size < 0:
-            raise ShardError(Status.MISSING, "no such file")
-        with _local_copy(shard) as local, open_shard(shard, local, options, root) as images:
-            images.provenance = {
-                "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
-                "shard_options": json.dumps(asdict(options), sort_keys=True),
-                "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
-            }  # fmt: skip
-            result = embed_with(engine, images, path, overwrite=_replaces(path, shard, engine.provenance), moved=moved)
-            skipped, duplicates = images.skipped, images.duplicates
-    except files.BusyError:
-        return ShardReport(shard.name, "busy")
-    except LossError as error:
-        lost = ShardError(Status.UNREADABLE, str(error))
-        _note_failure(path, shard, lost)
-        return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
-    except ProtopruneError as error:
-        raise type(error)(f"{shard.name}: {error}") from None
-    except ShardError as error:
-        _note_failure(path, shard, error)
-        return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
-    with contextlib.suppress(OSError):
-        os.unlink(_failure_file(path))
-    return ShardReport(
-        shard.name, "embedded", result.n, _uuid(path), result.embedded, result.transparent,
-        failures=result.failures, skipped=skipped, duplicates=duplicates,
-    )  # fmt: skip
+    yield path
+
+
+def _deliver(place: str, path: str, replaces: bool) -> None:
+    """Put a finished feature file on the store, and its note. Raises FileExistsError for a second writer."""
+    stores.put(place, path, new=not replaces)
+    remoteset.write_note(path, setstate.facts_of(place))
+
+
+def _without_note(
+    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict
+) -> setstate.Finished | None:
+    """A file on the store whose writer was killed before the note, if it is what is wanted; the note is made up for."""
+    if remoteset.note(path) is not None:  # it is known not to be
+        return None
+    stores.get(path, place)
+    found = setstate.done(place, shard, root, options, key)
+    if found is None:
+        os.unlink(place)
+    else:
+        remoteset.write_note(path, setstate.facts_of(place))
+    return found
 
 
 @contextlib.contextmanager
@@ -218,220 +344,13 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
     try:
         if shard.size < 0:
             raise ShardError(Status.MISSING, "no such file")
-        with _local_copy(shard) as local, open_shard(shard, local, options, root) as images:
+        with Copies().of(shard) as local, open_shard(shard, local, options, root) as images:
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
+            images.provenance = {"shard_options": options.as_text()}
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
-
-
-# --- the plan: set.json -----------------------------------------------------------------------------------------------
-
-
-def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool, moved: bool = False) -> None:
-    """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UsageError(f"-o {out}: a file; shards go to a folder of feature files, such as -o features")
-    try:
-        os.makedirs(out, exist_ok=True)
-        foreign = not is_feature_set(out) and [one for one in os.listdir(out) if not one.startswith(SET_FILE)]
-    except OSError as error:
-        raise ProtopruneError(f"-o {out}: cannot make the folder ({error.strerror})") from None
-    if foreign:
-        raise UsageError(f"-o {out}: a folder that holds other things ({foreign[0]}); name a new one for the features")
-    wanted = {"key": key, "root": source.root, "options": asdict(options)}
-    with _locked(out):
-        before: dict[str, Part] = {}
-        if is_feature_set(out):
-            plan, parts = _read(out, overwrite)
-            if plan is not None:
-                _check(out, plan, parts, wanted, source, overwrite, moved)
-                before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
-        parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
-        if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
-            write_plan(out, wanted, parts)
-
-
-def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
-    try:
-        return read_plan(out)
-    except ProtopruneError:
-        if overwrite:  # a damaged one counts as none
-            return None, []
-        raise
-
-
-def _agrees(plan: dict, wanted: dict) -> bool:
-    return all(plan.get(name) == wanted[name] for name in ("key", "root", "options"))
-
-
-def _carried(part: Part | None, shard: Shard) -> Part:
-    """The part of a shard that is done and unchanged, or gone; else a pending one."""
-    same = (
-        part is not None and part.done and (shard.size < 0 or (part.size, part.version) == (shard.size, shard.version))
-    )
-    return part if same else Part(shard.name, shard.size, shard.version)
-
-
-def _unchanged(part: Part, shard: Shard) -> bool:
-    return (part.size, part.version) == (shard.size, shard.version)
-
-
-def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool, moved: bool) -> None:
-    """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
-    if overwrite:
-        return
-    ways = "write to another folder with -o, or replace it with --overwrite"
-    differences = feature_file.key_differences(plan["key"], wanted["key"])
-    differences += [
-        f"{name.replace('_', ' ')}: {plan['options'].get(name)}, not {value}"
-        for name, value in wanted["options"].items()
-        if plan["options"].get(name) != value and name in ("image_column", "id_column")
-    ]
-    if differences:
-        raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
-    done = [part for part in parts if part.done]
-    shards = {shard.name: shard for shard in source.shards}
-    elsewhere = plan["root"] != source.root
-    staying = [
-        part for part in done
-        if part.name in shards and (not elsewhere or _unchanged(part, shards[part.name]))
-    ]  # fmt: skip
-    stay, rows = sum(part.rows for part in staying), sum(part.rows for part in done)
-    what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
-    if elsewhere and staying and not moved:
-        options = ShardOptions(**wanted["options"])
-        if trouble := _other_content(shard_file(out, staying[0].name), shards[staying[0].name], source.root, options):
-            raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
-    if 2 * stay < rows:
-        raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
-
-
-def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) -> str:
-    """What speaks against a shard being the one that was embedded, by the content of its first images; '' for nothing.
-    One on an object store is compared when it is embedded."""
-    if "://" in shard.url:
-        return ""
-    try:
-        with FeatureFile(path) as file, open_shard(shard, shard.url, options, root) as images:
-            was = file.content
-            rows = np.flatnonzero(was)[:8].tolist()
-            if not len(rows):
-                return "has no digests of its images, to compare them by; if it was only moved, say so with --moved"
-            same = file.paths == images.paths
-            same = same and all(content_digest(images.read(row)) == was[row] for row in rows)
-            return "" if same else "holds other images"
-    except (ProtopruneError, ShardError, ImageError) as error:
-        return f"cannot be compared with what was embedded ({error})"
-
-
-def _finish(out: str, report: SetReport, uuids: dict[str, str]) -> None:
-    """Write what is there into set.json, and count it. `uuids` are those of the feature files that this run saw."""
-    with _locked(out):
-        plan, parts = read_plan(out)
-        now = [_state(out, part, plan, uuids.get(part.name, part.uuid)) for part in parts]
-        plan.pop("state", None)
-        if [part.as_json() for part in now] != [part.as_json() for part in parts]:
-            write_plan(out, plan, now)
-    report.finished = not any(part.pending for part in now)
-    report.n = sum(part.rows for part in now if part.done)
-    report.failed_shards = [(part.name, *part.failed) for part in now if part.failed]
-
-
-def _state(out: str, part: Part, plan: dict, uuid: str) -> Part:
-    """A part as its files have it; `uuid` is what its feature file is known to have."""
-    if part.done and part.uuid == uuid:
-        return part
-    path = shard_file(out, part.name)
-    shard = Shard(part.name, "", part.size, part.version)
-    options = ShardOptions(**plan["options"])
-    found = _done(path, shard, plan["root"], options, plan["key"], source_gone=part.size < 0, try_again=False)
-    if found is not None:
-        return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(_failure_file(path)) as file:
-        said = parse_json(file.read())
-        if (said["size"], said["version"]) == (part.size, part.version):
-            return Part(part.name, part.size, part.version, failed=(said["status"], said["reason"]))
-    return part
-
-
-@contextlib.contextmanager
-def _locked(out: str) -> Iterator[None]:
-    """set.json for one process at a time; the others wait, since each holds it for moments only."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        held = files.lock(os.path.join(out, SET_FILE))
-        try:
-            held.__enter__()
-            break
-        except files.BusyError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
-
-
-# --- one shard --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Finished:
-    """What a finished feature file of a shard says of itself."""
-
-    rows: int
-    usable: int
-    uuid: str
-    size: int
-    version: int
-    failures: Counter
-
-
-def _done(
-    path: str,
-    shard: Shard,
-    root: str,
-    options: ShardOptions,
-    key: dict,
-    *,
-    source_gone: bool = False,
-    try_again: bool = True,
-) -> _Finished | None:
-    """The feature file of a shard if it is for this shard below this root, unchanged (or gone), with this key and these
-    options.
-
-    With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
-    whose features are damaged.
-    """
-    if not os.path.exists(path):
-        return None
-    try:
-        with FeatureFile(path) as file:
-            facts = file.provenance
-            status = file.status
-            same = (facts.get("shard"), facts.get("root")) == (shard.name, root)
-            same &= not feature_file.key_differences(facts, key)
-            same &= facts.get("shard_options") == json.dumps(asdict(options), sort_keys=True)
-            same &= source_gone or (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version)
-            same &= source_gone or not _touched(file, shard)
-            if not same or (try_again and not source_gone and np.isin(status, TRANSIENT).any()):
-                return None
-            if try_again and not source_gone and not file.intact().all():
-                return None
-            usable = int((status == Status.OK).sum())
-            size, version = int(facts["shard_size"]), int(facts["shard_version"])
-            return _Finished(file.n, usable, facts["uuid"], size, version, file.failure_counts())
-    except ProtopruneError:  # damaged: embed it again
-        return None
-
-
-def _touched(file: FeatureFile, shard: Shard) -> bool:
-    """Whether another file may have been put in the shard's place: its ctime is another one."""
-    before = file.ctime_ns[:1]
-    return shard.ctime_ns >= 0 and bool(((before >= 0) & (before != shard.ctime_ns)).any())
 
 
 def _uuid(path: str) -> str:
@@ -450,27 +369,6 @@ def _replaces(path: str, shard: Shard, key: dict) -> bool:
         return True
     changed = (facts.get("shard_size"), facts.get("shard_version")) != (shard.size, shard.version)
     return changed or bool(feature_file.key_differences(facts, key))
-
-
-@contextlib.contextmanager
-def _local_copy(shard: Shard) -> Iterator[str]:
-    """The path of the shard on this machine."""
-    if "://" not in shard.url:
-        yield shard.url
-        return
-    from protoprune.sources.remote import fetched
-
-    with fetched(shard) as path:
-        yield path
-
-
-def _failure_file(path: str) -> str:
-    return path.removesuffix(".h5") + ".failed.json"
-
-
-def _note_failure(path: str, shard: Shard, error: ShardError) -> None:
-    said = {"size": shard.size, "version": shard.version, "status": error.status.label, "reason": error.reason}
-    files.write_file(_failure_file(path), json.dumps(said).encode())
 
 
 def _count(report: SetReport, one: ShardReport) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from protoprune.decode import ImageError, decode
 from protoprune.sources.reader import ImageReader
+from protoprune.sources.reading import ShardOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,12 +21,13 @@ def contact_sheet(
     rows: Sequence[tuple[str, Sequence[str], Sequence[str]]],
     root: str,
     *,
+    options: ShardOptions | None = None,
     thumb: int = 96,
     heads: tuple[str, str] = ("easiest (most prototypical)", "hardest"),
 ) -> tuple[bytes, int]:
     """A PNG with one line a row: (title, easiest image paths, hardest image paths); `thumb` is their side in pixels.
 
-    `heads` says what stands left and right, where that is something else.
+    `heads` says what stands left and right, where that is something else, `options` how shards were read.
 
     Returns the PNG's bytes and how many images could not be read any more (grey squares on the sheet).
     """
@@ -42,16 +44,17 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 1), heads[0], fill="black")
     draw.text((middle, 1), heads[1], fill="black")
-    unreadable, read = 0, ImageReader(root)
-    for number, (title, easiest, hardest) in enumerate(rows):
-        top = _LABEL + number * line
-        draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")
-        for left, paths in ((_GAP, easiest), (middle, hardest)):
-            for column, path in enumerate(paths):
-                picture = _thumbnail(read, path, thumb)
-                unreadable += picture is None
-                place = (left + column * cell, top + _LABEL)
-                sheet.paste(picture or Image.new("RGB", (thumb, thumb), "lightgray"), place)
+    unreadable = 0
+    with ImageReader(root, options) as read:
+        for number, (title, easiest, hardest) in enumerate(rows):
+            top = _LABEL + number * line
+            draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")
+            for left, paths in ((_GAP, easiest), (middle, hardest)):
+                for column, path in enumerate(paths):
+                    picture = _thumbnail(read, path, thumb)
+                    unreadable += picture is None
+                    place = (left + column * cell, top + _LABEL)
+                    sheet.paste(picture or Image.new("RGB", (thumb, thumb), "lightgray"), place)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue(), unreadable

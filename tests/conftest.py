@@ -131,3 +131,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data here; set PROTOPRUNE_SHARED_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The store of an S3 server (moto's) on 127.0.0.1 with an empty `images-bucket`, and the environment for it."""
+    fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
+    pytest.importorskip("s3fs", reason="needs s3fs, from protoprune[remote]")
+    server_module = pytest.importorskip("moto.server", reason="needs moto with flask")
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "AKIATESTKEY",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_SECRET_ACCESS_KEY": "very-secret-value", "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():  # fmt: skip
+        environment.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    store = fsspec.filesystem("s3")
+    store.mkdir("images-bucket")
+    yield store
+    environment.undo()
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()

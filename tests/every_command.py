@@ -35,7 +35,7 @@ LINES = {
     "report": "f.h5 -o new.html --no-thumbnails",
     "encoders": "",
     "merge": "set -o new.h5",
-    "reshard": "kept.txt new --root images",
+    "reshard": "kept.txt new.tars --root images",
     "advise": "--images 1000 --classes 10",
     "import": "v.npz -o new.h5",
     "theory error": "--alpha-tot 3 --keep 0.5 --order random",

@@ -98,6 +98,102 @@ def test_every_form_gives_the_same_file(kind, tmp_path, monkeypatch):
     assert len(protoprune.select(tmp_path / "f.h5", 0.5, k=2).kept_paths) == N // 2
 
 
+# --- whole folders as the tools write them
+
+
+def same_vectors(path, names=NAMES):
+    order = sorted(range(len(names)), key=names.__getitem__)
+    with FeatureFile(path) as file:
+        assert file.paths == [names[i] for i in order]
+        assert np.array_equal(file.features[:], VECTORS[order])
+
+
+def test_an_export_of_fiftyone(tmp_path):
+    """`dataset.export(export_dir=…, dataset_type=fo.types.FiftyOneDataset)`: metadata.json, samples.json, data/."""
+    (tmp_path / "export/data/cat").mkdir(parents=True)
+    (tmp_path / "export/metadata.json").write_text(json.dumps({"name": "d", "media_type": "image", "version": "1.0"}))
+    samples = [
+        {"_id": {"$oid": f"{i:024x}"}, "filepath": f"data/{name}", "tags": ["validation"], "_media_type": "image",
+         "_rand": 0.5, "metadata": {"_cls": "ImageMetadata", "size_bytes": 5, "width": 2, "height": 2},
+         "ground_truth": {"_id": {"$oid": f"{i:024x}"}, "_cls": "Classification", "tags": [], "label": "cat"},
+         "uniqueness": 0.25, "clip": {"$binary": {"base64": packed(VECTORS[i]), "subType": "00"}}}
+        for i, name in enumerate(NAMES)
+    ]  # fmt: skip
+    (tmp_path / "export/samples.json").write_text(json.dumps({"samples": samples}))
+    import_features(tmp_path / "export", tmp_path / "f.h5")  # the only field that can be a vector
+    same_vectors(tmp_path / "f.h5", [f"data/{name}" for name in NAMES])
+    for one, vector in zip(samples, VECTORS, strict=True):
+        one["dino"] = vector.tolist()
+    (tmp_path / "export/samples.json").write_text(json.dumps({"samples": samples}))
+    with pytest.raises(UsageError, match=r"which of clip, dino is it\? give --vector-column"):
+        import_features(tmp_path / "export", tmp_path / "g.h5")
+    import_features(tmp_path / "export", tmp_path / "g.h5", vector_column="dino")
+    same_vectors(tmp_path / "g.h5", [f"data/{name}" for name in NAMES])
+
+
+def test_what_clip_retrieval_makes_of_img2dataset(tmp_path):
+    """`clip-retrieval inference`: img_emb, text_emb and metadata by partition; img2dataset's keys and columns."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    keys = [f"{number:05d}{row:04d}" for number in range(3) for row in range(4)]
+    for name in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    for number in range(3):
+        part = slice(4 * number, 4 * number + 4)
+        np.save(tmp_path / f"out/img_emb/img_emb_{number:02d}.npy", VECTORS[part])
+        np.save(tmp_path / f"out/text_emb/text_emb_{number:02d}.npy", VECTORS[part] + 1)
+        parquet.write_table(
+            pyarrow.table({"image_path": keys[part], "caption": ["a cat"] * 4, "url": ["https://x/y.jpg"] * 4,
+                           "key": keys[part], "status": ["success"] * 4, "error_message": [None] * 4,
+                           "width": [256] * 4}),
+            tmp_path / f"out/metadata/metadata_{number:02d}.parquet",
+        )  # fmt: skip
+    import_features(tmp_path / "out", tmp_path / "f.h5", encoder="open_clip ViT-B-32")
+    same_vectors(tmp_path / "f.h5", keys)
+
+
+def test_img2datasets_metadata_as_names(tmp_path):
+    """NNNNN.parquet beside its tars lists the images that could not be downloaded too; those have no vector."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    keys = [f"{number:05d}{row:04d}" for number in range(2) for row in range(8)]
+    there = [row % 4 != 3 for row in range(16)]
+    for number in range(2):
+        part = slice(8 * number, 8 * number + 8)
+        status = ["success" if one else "failed_to_download" for one in there[part]]
+        parquet.write_table(
+            pyarrow.table({"url": [f"https://x/{key}.jpg" for key in keys[part]], "caption": ["x"] * 8,
+                           "key": keys[part], "status": status,
+                           "error_message": [None if one else "timed out" for one in there[part]]}),
+            tmp_path / f"{number:05d}.parquet",
+        )  # fmt: skip
+        (tmp_path / f"{number:05d}_stats.json").write_text("{}")
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors/v.npy", VECTORS)
+    import_features(tmp_path / "vectors/v.npy", tmp_path / "f.h5", paths=tmp_path)
+    same_vectors(tmp_path / "f.h5", [key for key, one in zip(keys, there, strict=True) if one])
+
+
+@pytest.mark.parametrize("layout", ["npy", "parquet", "npy_parquet"])
+def test_what_embedding_reader_reads(layout, tmp_path):
+    """Its three formats: folders of npy; of parquet with the vectors in a column; of npy with metadata elsewhere."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "emb").mkdir()
+    (tmp_path / "meta").mkdir()
+    for number in range(11):  # 10 comes after 9; the last part holds two
+        part = slice(number, number + (2 if number == 10 else 1))
+        names = pyarrow.table({"id": NAMES[part], "price": [1.5] * len(NAMES[part])})
+        if layout == "parquet":
+            vectors = pyarrow.array(VECTORS[part].tolist(), pyarrow.list_(pyarrow.float32()))
+            parquet.write_table(names.append_column("embedding", vectors), tmp_path / f"emb/part_{number}.parquet")
+        else:
+            np.save(tmp_path / f"emb/emb_{number}.npy", VECTORS[part])
+            parquet.write_table(names, tmp_path / f"meta/meta_{number}.parquet")
+    options = {"paths": tmp_path / "meta"} if layout == "npy_parquet" else {}
+    if layout == "npy":
+        options = {"paths": NAMES}
+    import_features(tmp_path / "emb", tmp_path / "f.h5", **options)
+    same_vectors(tmp_path / "f.h5")
+
+
 def test_half_precision_stays_and_double_becomes_single(tmp_path):
     for dtype, store in ((np.float16, "float16"), (np.float64, "float32")):
         np.save(tmp_path / "v.npy", VECTORS.astype(dtype))

@@ -22,7 +22,7 @@ def start(device):
     return device
 
 
-def work(state, task):
+def work(state, task, ahead):
     """'die:FILE' kills its process the first time, 'always' every time."""
     kind, _, path = task.partition(":")
     if kind == "always" or (kind == "die" and not os.path.exists(path)):
@@ -52,12 +52,35 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
         assert run(tasks) == sorted(tasks)
 
 
-def test_a_task_that_kills_every_worker_ends_the_run():
+def test_a_task_that_kills_every_worker_is_lost_and_the_others_are_done():
+    with pytest.warns(ProtopruneWarning):
+        results = list(launch.run(work, start, ["1", "always", "2"], ["cpu"], tries=2))
+    lost = [one for one in results if isinstance(one, launch.Lost)]
+    assert [(one.task, one.reason) for one in lost] == [
+        ("always", "the worker on cpu was killed by signal 9, for the second time (out of memory?)")
+    ]
+    assert sorted(one for one, _ in (x for x in results if x not in lost)) == ["1", "2"]
+
+
+def test_workers_that_all_die_end_the_run():
     with (
         pytest.warns(ProtopruneWarning),
-        pytest.raises(ProtopruneError, match="was killed by signal 9 3 times at always"),
+        pytest.raises(ProtopruneError, match="was killed by signal 9 at always, for the second time"),
     ):
-        run(["1", "always", "2"])
+        list(launch.run(work, start, ["always"], ["cpu"], tries=2))
+
+
+def test_tasks_are_set_aside_for_who_will_have_them_next_and_given_to_others_at_the_end():
+    tasks = launch.Tasks("abcd", 3)
+    assert tasks.take(1) == ("a", "b")
+    assert tasks.take(2) == ("c", "d")
+    assert tasks.take(1) == ("b", None)
+    assert len(tasks) == 1
+    assert tasks.take(1) == ("d", None)  # the other one is slow
+    assert len(tasks) == 0
+    with pytest.warns(ProtopruneWarning, match="it died at c; a new one goes on"):
+        assert tasks.died(2, "c", "it died") is None
+    assert tasks.take(3) == ("c", None)
 
 
 def test_an_error_in_a_worker_is_the_parents():

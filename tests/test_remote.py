@@ -1,8 +1,13 @@
 """Shards by URL: the same features as from the disk, and every kind of trouble in one line without secrets."""
 
+import http.server
 import os
 import socket
+import subprocess
+import sys
+import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from shard_helpers import image_folder, members, write_parquet, write_tars
 from typer.testing import CliRunner
 
 import protoprune
+from protoprune import stores
 from protoprune.cli import app
 from protoprune.decode import Status
 from protoprune.embedding import embed
@@ -48,28 +54,12 @@ def memory(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def s3(folder, tmp_path_factory):
-    """A bucket on moto's server on 127.0.0.1, with tars and Parquet, and the environment to reach it."""
-    pytest.importorskip("s3fs", reason="needs s3fs, from protoprune[remote]")
-    server_module = pytest.importorskip("moto.server", reason="needs moto with flask")
-    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "AKIATESTKEY",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_SECRET_ACCESS_KEY": "very-secret-value", "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }.items():  # fmt: skip
-        environment.setenv(name, value)
-    store = fsspec.filesystem("s3", skip_instance_cache=True)
-    store.mkdir("images-bucket")
+def s3(bucket, folder, tmp_path_factory):
+    """The bucket with tars in it."""
     packed = tmp_path_factory.mktemp("packed")
     for path in write_tars(packed / "tars", members(folder), 3).iterdir():
-        store.put_file(str(path), f"images-bucket/set/tars/{path.name}")
-    yield store
-    environment.undo()
-    server.stop()
+        bucket.put_file(str(path), f"images-bucket/set/tars/{path.name}")
+    return bucket
 
 
 def run(url, out, encoder):
@@ -156,7 +146,7 @@ def test_an_endpoint_that_cannot_be_reached_is_said_within_seconds(s3, monkeypat
 
 
 def test_a_store_that_does_not_answer(memory, monkeypatch):
-    monkeypatch.setattr(remote, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(stores, "_ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(remote, "_find", lambda *_: time.sleep(5))
     with pytest.raises(ProtopruneError, match=r"no answer within 0\.2 seconds; check the network"):
         find_shards("memory://set/tars")
@@ -174,7 +164,7 @@ def test_a_store_that_does_not_answer(memory, monkeypatch):
     ],
 )
 def test_trouble_in_words_without_secrets(error, said):
-    text = remote.trouble(error)
+    text = stores.trouble(error)
     assert said in text
     assert "pa55" not in text
     assert "Signature" not in text
@@ -214,9 +204,215 @@ def test_a_shaky_store_is_tried_again(memory, monkeypatch):
     assert len(calls) == 3
 
 
+def test_the_next_shard_is_fetched_while_one_is_in_use(memory, monkeypatch):
+    """Two copies at most; the one that was fetched early is used, one that nobody wants is removed."""
+    shards = find_shards("memory://set/tars").shards
+    fetched, copies = [], remote.Copies()
+    real = type(memory).get_file
+    monkeypatch.setattr(type(memory), "get_file", lambda self, *a, **o: (fetched.append(a[0]), real(self, *a, **o))[1])
+    with copies.of(shards[0], ahead=shards[1]) as first:
+        assert copies._coming.path() != first  # it has arrived
+        assert [os.path.getsize(one) for one in (first, copies._coming.path())] == [one.size for one in shards[:2]]
+    early = copies._coming.path()
+    assert not os.path.exists(first)
+    with copies.of(shards[1], ahead=shards[2]) as second:
+        assert second == early
+    assert len(fetched) == len({*fetched}) == 3
+    third = copies._coming.path()
+    with copies.of(shards[0]) as again:  # another worker took the third
+        assert os.path.exists(again)
+        assert not os.path.exists(third)
+    copies.close()
+    assert not os.path.exists(again)
+
+
+def test_a_shard_that_cannot_be_fetched_early_fails_when_its_turn_comes(memory):
+    shards = find_shards("memory://set/tars").shards
+    memory.rm_file("/set/tars/0001.tar")
+    copies = remote.Copies()
+    with copies.of(shards[0], ahead=shards[1]):
+        pass
+    with pytest.raises(ShardError), copies.of(shards[1], ahead=shards[2]):
+        pass
+    with copies.of(shards[2]) as path:
+        assert os.path.getsize(path) == shards[2].size
+
+
 def test_the_metadata_beside_a_tar_is_no_shard(memory):
     memory.pipe("/set/tars/0000.parquet", b"PAR1")
     memory.pipe("/set/tars/0000_stats.json", b"{}")
     source = find_shards("memory://set/tars")
     assert [shard.name for shard in source.shards] == ["0000.tar", "0001.tar", "0002.tar"]
     assert source.skipped == {".parquet": 1, ".json": 1}
+
+
+# --- without rights, and without secrets in what is said
+
+
+def fresh():
+    """No store, and no client with its credentials, of an earlier test."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def said_in_a_line(*arguments) -> str:
+    """The one line of a command that fails, within seconds."""
+    started = time.monotonic()
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert time.monotonic() - started < 40
+    assert result.exit_code in (1, 2), result.output
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_credentials_that_the_store_does_not_know(s3, mini, tmp_path, monkeypatch):
+    """moto checks them when it is told to."""
+    embed = ["embed", "s3://images-bucket/set/tars", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu"]
+    reset = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+
+    def checked_after(requests: bytes) -> None:
+        urllib.request.urlopen(urllib.request.Request(reset, requests, {"Content-Type": "text/plain"})).close()
+        fresh()
+
+    checked_after(b"0")
+    try:
+        said = said_in_a_line(*embed)
+        assert "s3://images-bucket/set/tars: permission denied" in said
+        assert "check the credentials' rights to list, read and, for -o, write" in said
+        folder = image_folder(tmp_path / "images", {"ant": 2})
+        tars = write_tars(tmp_path / "tars", members(folder), 1)
+        said = said_in_a_line("embed", tars, "-o", "s3://images-bucket/f", "--encoder", "mini", "--device", "cpu")
+        assert "permission denied" in said
+    finally:
+        checked_after(b"inf")
+    assert "very-secret-value" not in said
+    assert not (tmp_path / "f").exists()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert "no credentials; set them as your store's tools expect" in said_in_a_line(*embed)
+    fresh()
+
+
+class Expired(http.server.BaseHTTPRequestHandler):
+    """What S3 answers to a session token that has expired."""
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+        self.send_response(400)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_PUT = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def served():
+    """served(handler) -> the URL of an HTTP server on 127.0.0.1 with it."""
+    servers = []
+
+    def start(handler) -> str:
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_token_that_has_expired(s3, served, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{served(Expired)}")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-secret-token")
+    fresh()
+    for url in ("s3://images-bucket/set/tars", "s3://images-bucket/set/tars/*.tar"):
+        said = said_in_a_line("embed", url, "-o", tmp_path / "f", "--encoder", "mini")
+        assert "the credentials have expired" in said
+        assert "renew them and run it again" in said
+        assert "a-secret-token" not in said
+    said = said_in_a_line("select", "s3://images-bucket/f", "--keep", "0.5")
+    assert "the credentials have expired" in said
+    fresh()
+
+
+def test_credentials_in_an_s3_url_are_refused_and_not_repeated(tmp_path):
+    url = "s3://AKIAKEY:pa55word@bucket"
+    for arguments in (["embed", f"{url}/*.tar"], ["select", f"{url}/f", "--keep", "0.5"], ["info", f"{url}/f"]):
+        said = said_in_a_line(*arguments)
+        assert "credentials in a URL would end up in histories and logs" in said
+        assert "pa55word" not in said
+        assert "AKIAKEY" not in said
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x/*.tar", "gs://bucket/f"])
+def test_a_store_whose_package_is_not_installed(url):
+    try:
+        import gcsfs  # noqa: F401
+
+        pytest.skip("gcsfs is installed")
+    except ImportError:
+        pass
+    said = said_in_a_line(*(["embed", url] if "*" in url else ["select", url, "--keep", "0.5"]))
+    assert f"{url}: " in said
+    assert "gcsfs" in said
+    assert "pip install what gs:// needs" in said
+
+
+def test_hugging_face_without_a_network_is_said_within_seconds(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
+    said = said_in_a_line("embed", "hf://datasets/owner/name/data/train-*.parquet", "-o", tmp_path / "f")
+    assert "hf://datasets/owner/name/data/train-*.parquet: cannot be reached" in said
+
+
+def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monkeypatch):
+    """User, password and signature of a URL, and the environment's keys: nothing of them in what is written."""
+    secrets = ["pa55word", "SIGNATURE0123", "very-secret-value", "AKIATESTKEY"]
+    serving = write_tars(tmp_path / "served", members(folder), 2)
+    (serving / "0001.tar").write_bytes(b"<html>no</html>")
+    (tmp_path / "run").mkdir()
+
+    class Files(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(serving))
+
+        def log_message(self, *_) -> None:
+            pass
+
+    host = served(Files)
+    query = "?X-Amz-Signature=SIGNATURE0123"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(protoprune.__file__)),
+                   "PROTOPRUNE_CACHE": str(tmp_path / "run/cache")}  # fmt: skip
+    said = b""
+    for arguments in (
+        ["embed", f"http://me:pa55word@{host}/0000.tar{query}", "-o", "http"],
+        ["embed", f"http://me:pa55word@{host}/{{0000..0002}}.tar{query}", "-o", "http3", "--errors", "e.csv"],
+        ["info", "http3"],
+        ["merge", "http3", "-o", "m.h5"],
+        ["select", "http3", "--keep", "0.5", "--manifest", "m.csv", "-o", "kept.txt"],
+        ["embed", "s3://images-bucket/set/tars", "-o", "s3://images-bucket/secrets/f"],
+        ["embed", "s3://images-bucket/set/tars", "-o", "s3"],
+        ["embed", "s3://me:pa55word@images-bucket/set/tars", "-o", "s3b"],
+        ["embed", f"http://me:pa55word@{host}/nothing/0000.tar{query}", "-o", "http4"],
+    ):
+        if arguments[0] == "embed":
+            arguments += ["--encoder", "mini", "--device", "cpu"]
+        result = subprocess.run(
+            [sys.executable, "-m", "protoprune", *arguments], capture_output=True, env=environment, cwd=tmp_path / "run"
+        )
+        said += result.stdout + result.stderr
+    written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for name in s3.find("images-bucket/secrets"):
+        written[name] = s3.cat_file(name)
+    assert {"set.json", "m.h5", "kept.txt", "e.csv"} <= {os.path.basename(name) for name in written}
+    assert b"Traceback" not in said
+    assert b"2 shards could not be used, first 0001.tar: corrupt" in said
+    for secret in secrets:
+        assert secret.encode() not in said, said.decode()
+        assert [name for name, data in written.items() if secret.encode() in data] == []

@@ -13,10 +13,13 @@ import zipfile
 
 import pytest
 from helpers import encoded, picture
-from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
+from shard_helpers import COUNTS, image_folder, members, write_parquet, write_tar, write_tars, write_zip
+from typer.testing import CliRunner
 
+import protoprune
+from protoprune.cli import app
 from protoprune.decode import ImageError, Status
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
@@ -45,6 +48,10 @@ def refused(path, **options) -> tuple[Status, str]:
     with pytest.raises(ShardError) as error:
         opened(path, **options)
     return error.value.status, error.value.reason
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(one) for one in arguments])
 
 
 # --- finding
@@ -394,6 +401,61 @@ def test_a_sheet_of_images_in_shards(folder, tmp_path):
     names = [path for shard in ("0000.tar", "0001.tar") for path in contents(tmp_path / "set" / shard)]
     _, unreadable = contact_sheet([("all", names[:3], names[-3:])], str(tmp_path / "set"))
     assert unreadable == 0
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_images_named_by_an_id_column_are_shown(merged, folder, tmp_path):
+    """How the shards were read is in the feature files: `sheet`, `report` and `compare` find the images again."""
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "part-0.parquet", members(folder))
+    embed = ["embed", tmp_path / "part-0.parquet", "--id-column", "name", "--encoder", "mini", "--device", "cpu"]
+    features = tmp_path / ("f.h5" if merged else "f")
+    if merged:
+        assert call(*embed, "-o", tmp_path / "set").exit_code == 0
+        assert call("merge", tmp_path / "set", "-o", features).exit_code == 0
+    else:
+        assert call(*embed, "-o", features).exit_code == 0
+    assert protoprune.select(features, 1.0, k=2).kept_paths[0] == f"part-0.parquet/{members(folder)[0][0]}"
+    result = call("sheet", features, "-o", tmp_path / "s.png")
+    assert "could not be read" not in result.stderr, result.stderr
+    result = call("report", features, "-o", tmp_path / "r.html")
+    assert f"{sum(COUNTS.values())} thumbnails" in result.stderr, result.stderr
+
+
+def test_a_single_shard_in_a_file_of_its_own_is_shown(folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "p.parquet", members(folder), "binary")
+    result = call("embed", tmp_path / "p.parquet", "--id-column", "name", "--image-column", "image", "-o",
+                  tmp_path / "f.h5", "--encoder", "mini", "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "could not be read" not in call("sheet", tmp_path / "f.h5", "-o", tmp_path / "s.png").stderr
+
+
+def test_images_in_shards_on_a_store_are_shown_up_to_a_number_of_bytes(folder, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for path in write_tars(tmp_path / "tars", members(folder), 3).iterdir():
+        store.pipe(f"/shown/{path.name}", path.read_bytes())
+    fetched, real = [], type(store).get_file
+    monkeypatch.setattr(type(store), "get_file", lambda self, *a, **o: (fetched.append(a[0]), real(self, *a, **o))[1])
+    names = [path for shard in sorted((tmp_path / "tars").iterdir()) for path in contents(shard)]
+    with ImageReader("memory://shown") as read:
+        for name, (_, data) in zip(names, members(folder), strict=True):
+            assert read(name) == data
+        assert read(names[0]) == members(folder)[0][1]
+        assert len(fetched) == 3  # each of them once
+        for wrong in ("0000.tar/gone.png", "gone.tar/x.png", "x.png"):
+            with pytest.raises(ImageError):
+                read(wrong)
+        copies = list(read._copies.values())
+        assert all(os.path.exists(path) for path in copies)
+    assert not any(os.path.exists(path) for path in copies)
+    monkeypatch.setattr("protoprune.sources.reader._FETCHED", (tmp_path / "tars/0000.tar").stat().st_size + 1)
+    with pytest.warns(ProtopruneWarning, match=r"memory://shown/000.\.tar and further shards are not fetched") as said:
+        _, unreadable = contact_sheet([("all", names[:5], names[5:])], "memory://shown")
+    assert (unreadable, len(said)) == (10, 1)
+    store.store.clear()
 
 
 # --- bounds

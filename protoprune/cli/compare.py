@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from protoprune.comparison import Comparison
     from protoprune.scores import ScoreTable
     from protoprune.scores.table import Table
+    from protoprune.sources.reading import ShardOptions
 
 _FIGURES = (".png", ".svg", ".pdf")
 _SHEET_ROWS = 10
@@ -77,7 +78,7 @@ def compare(
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
-    result, place = _load(tables, features, reading, root, keeps, bootstrap, seed)
+    result, place, options = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
         raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
     for picture in (sheet, figure):
@@ -89,7 +90,7 @@ def compare(
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
-        _write_sheet(result, sheet, place, count or 8)
+        _write_sheet(result, sheet, place, options, count or 8)
     _say_result(result, bootstrap)
     _show(result)
 
@@ -135,8 +136,8 @@ def _load(
     keeps: list[float],
     bootstrap: int,
     seed: int,
-) -> tuple[Comparison, str]:
-    """Read, join and compare, saying what did not match; also the folder in which the images are."""
+) -> tuple[Comparison, str, ShardOptions | None]:
+    """Read, join and compare, saying what did not match; also where the images are, and how shards were read."""
     import numpy as np
 
     from protoprune import comparison
@@ -146,12 +147,14 @@ def _load(
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"{twice}: is given twice")
     tables = {name: _table(source, reading) for name, source in zip(names, files, strict=True)}
-    paths = labels = classes = usable = None
+    paths = labels = classes = usable = options = None
     if features is not None:
         from protoprune.features import open_features
+        from protoprune.sources.reading import ShardOptions
 
         with open_features(features) as file:
             paths, labels, classes, usable = list(file.paths), file.labels, file.classes, file.usable
+            options = ShardOptions.of(file.provenance)
             root = root or file.provenance["root"]
     paths, matched = comparison.join(tables, paths, by_place=reading.by_place)
     arrays = {name: table.scores for name, table in matched.items()}
@@ -161,7 +164,7 @@ def _load(
         arrays, paths, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
     )
     _say_tables(matched, len(paths) if usable is None else int(usable.sum()), arrays, result)
-    return result, os.fspath(root or "")
+    return result, os.fspath(root or ""), options
 
 
 def _table(source: Path, reading: TableOptions) -> Table:
@@ -212,7 +215,7 @@ def _say_result(result: Comparison, bootstrap: int) -> None:
             )
 
 
-def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
+def _write_sheet(result: Comparison, path: Path, root: str, options: ShardOptions | None, count: int) -> None:
     from protoprune import comparison
     from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
@@ -227,7 +230,7 @@ def _write_sheet(result: Comparison, path: Path, root: str, count: int) -> None:
         say(f"{path}: not written, the rankings are the same")
         return
     heads = ("hard for the first table, easy for the second", "easy for the first, hard for the second")
-    picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads)
+    picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads, options=options)
     write_file(path, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read; --root says where they are")

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file, several
+from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
-from protoprune.cli.shards import Devices, IdColumn, ImageColumn, Rank, WorldSize, embed_source, ranks
+from protoprune.cli.shards import (
+    Address,
+    Devices,
+    EngineName,
+    IdColumn,
+    ImageColumn,
+    Rank,
+    WorldSize,
+    embed_source,
+    launcher,
+)
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import duration
@@ -74,6 +84,8 @@ def embed(
     devices: Devices = None,
     rank: Rank = None,
     world_size: WorldSize = None,
+    engine: EngineName = "local",
+    address: Address = None,
     no_labels: NoLabels = False,
     errors: Annotated[
         Path | None, typer.Option(help="Write the images that failed, and what was left out, to this CSV file.")
@@ -86,8 +98,11 @@ def embed(
     ] = False,
 ) -> None:
     """Turn a folder of images into a feature file; a second run does only what is new."""
+    from protoprune.stores import given, is_url
+
     inputs = [images, weights, labels, class_names]
     check_outputs(errors, inputs=inputs)
+    target = given(out or "features")
     settings: dict[str, Any] = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
@@ -95,10 +110,13 @@ def embed(
     }  # fmt: skip
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
+    if is_url(target) and (source is None or single):
+        raise UsageError(f"-o {target}: only feature sets of shards are written to a URL; write a file, and copy it")
     if source is None or single:
         file = out or Path("features.h5")
         check_outputs(errors, hdf5=file, inputs=inputs)
-        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size})
+        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size, "--address": address,
+                               "--engine": None if engine == "local" else engine})  # fmt: skip
     if source is None:
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
         classes = label_argument(labels, label_column, class_names, class_level, no_labels)
@@ -106,11 +124,8 @@ def embed(
         _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
-        share = ranks(rank, world_size)
-        if devices is not None and not single:
-            from protoprune.launch import parse_devices
-
-            settings["devices"] = parse_devices(",".join(several(devices)))
+        if not single:
+            settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
 
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
@@ -126,7 +141,7 @@ def embed(
             _embed_images(found, model, file, errors, strict, settings)
     else:
         with resumable("what is embedded is kept"):
-            embed_source(source, model, out or Path("features"), errors, strict, options, share, settings)
+            embed_source(source, model, target, errors, strict, options, settings)
 
 
 def _embed_images(

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from protoprune.cli.options import several
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.units import duration
+from protoprune.units import bytes_text, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protoprune.encoders import Encoder
     from protoprune.featureset import Part
     from protoprune.sharding import SetReport, ShardReport
@@ -32,6 +35,10 @@ Devices = Annotated[
         metavar="DEVICES", help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores)."
     ),
 ]
+EngineName = Annotated[str, typer.Option("--engine", help="local, or ray: workers on the machines of a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option(help="Its head, HOST:PORT or auto [default: RAY_ADDRESS, else this machine alone].")
+]
 WorldSize = Annotated[
     int | None, typer.Option(min=1, help="Processes that share the shards [default: SLURM_NTASKS, WORLD_SIZE, else 1].")
 ]
@@ -40,11 +47,10 @@ WorldSize = Annotated[
 def embed_source(
     source: Source,
     model: Encoder,
-    out: Path,
+    out: str,
     errors: Path | None,
     strict: bool,
     options: ShardOptions,
-    share: tuple[int, int],
     settings: dict[str, Any],
 ) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
@@ -52,24 +58,13 @@ def embed_source(
     from protoprune.sources.finding import describe_source
 
     started = time.monotonic()
-    rank, world = share
+    rank, world = settings.get("rank", 0), settings.get("world_size", 1)
     mine = len(source.shards[rank::world])
     ours = f"; {mine:,} of them are for rank {rank} of {world}" if world > 1 else ""
     say(f"{describe_source(source)}{ours}")
     with Progress("embed", "shards") as progress:
-        progress.start(mine)
-        done: Counter[str] = Counter()
-
-        def on_shard(one: ShardReport) -> None:
-            done.update(shards=1, images=one.embedded, failed=one.state == "failed")
-            if one.state == "failed":
-                say(f"warning: {one.name}: {one.status}: {one.reason}")
-            rate = done["images"] / max(time.monotonic() - started, 1e-9)
-            progress.update(done["shards"], done["failed"], f"{done['images']:,} images, {rate:,.0f} img/s")
-
-        report = embed_shards(
-            source, model, out, options=options, rank=rank, world_size=world, on_shard=on_shard, **settings
-        )
+        on_start, on_shard = _followers(progress, source)
+        report = embed_shards(source, model, out, options=options, on_start=on_start, on_shard=on_shard, **settings)
     _say_set(report, model, time.monotonic() - started)
     if errors is not None:
         _write_errors(errors, report)
@@ -77,6 +72,32 @@ def embed_source(
         raise ProtopruneError(f"none of the {report.shards:,} shards could be used; see {errors or '--errors FILE'}")
     if strict and (report.failed_shards or report.failed):
         raise ProtopruneError("--strict: not everything could be read")
+
+
+def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int], None], Callable[[ShardReport], None]]:
+    """What shows how many shards are left, and what became of one."""
+    sizes = {shard.name: max(shard.size, 0) for shard in source.shards}
+    done: dict[str, float] = dict.fromkeys(("start", "shards", "images", "failed", "bytes"), 0)
+
+    def on_start(total: int, left: int) -> None:
+        if left < total:
+            say(f"{total - left:,} of {total:,} shards are done already, {left:,} to go")
+        progress.start(left)
+        done["start"] = time.monotonic()
+
+    def on_shard(one: ShardReport) -> None:
+        if not progress.started:  # it was done before
+            return
+        new = {"shards": 1, "images": one.embedded, "failed": one.state == "failed", "bytes": sizes[one.name]}
+        for name, count in new.items():
+            done[name] += count
+        if one.state == "failed":
+            say(f"warning: {one.name}: {one.status}: {one.reason}")
+        seconds = max(time.monotonic() - done["start"], 1e-9)
+        speed = f"{done['images'] / seconds:,.0f} img/s, {bytes_text(done['bytes'] / seconds)}/s"
+        progress.update(int(done["shards"]), int(done["failed"]), f"{done['images']:,.0f} images, {speed}")
+
+    return on_start, on_shard
 
 
 def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
@@ -111,13 +132,15 @@ def _say_left_out(skipped: Counter[str], duplicates: int) -> None:
 
 def _write_errors(errors: Path, report: SetReport) -> None:
     """Shards that failed, and images, as one list."""
+    from protoprune.features import local_path
     from protoprune.featureset import FeatureSet
     from protoprune.files import write_file
     from protoprune.lists import manifest
+    from protoprune.stores import is_url
 
     rows = list(report.failed_shards)
-    if report.finished and report.n:
-        with FeatureSet(report.out) as whole:
+    if report.finished and report.n and (report.failed or not is_url(report.out)):
+        with FeatureSet(local_path(report.out)) as whole:
             rows += [(path, status.label, reason) for path, status, reason in whole.failures()]
     columns = list(zip(*rows, strict=True)) or [(), (), ()]
     write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
@@ -142,6 +165,35 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
+def launcher(
+    engine: str,
+    address: str | None,
+    devices: list[str] | None,
+    device: str,
+    rank: int | None,
+    world_size: int | None,
+) -> dict[str, Any]:
+    """The arguments of `embed_shards` that say which processes work, checked together."""
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: expected local or ray")
+    if engine == "local":
+        if address is not None:
+            raise UsageError("--address goes with --engine ray")
+        from protoprune.launch import parse_devices
+
+        share = ranks(rank, world_size)
+        return {
+            "devices": parse_devices(",".join(several(devices))) if devices else None,
+            "rank": share[0],
+            "world_size": share[1],
+        }
+    if devices is not None or rank is not None or world_size is not None:
+        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+    if device not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device {device}: Ray chooses the device; expected auto, cuda or cpu with --engine ray")
+    return {"ray": True, "address": address}
+
+
 def merge(
     features: Annotated[Path, typer.Argument(help="Feature set: the folder that `embed` made of shards.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
@@ -157,9 +209,10 @@ def merge(
     say(f"{out}: {run(features, out, overwrite=overwrite):,} images")
 
 
-def show_set(folder: Path, errors: bool) -> bool:
+def show_set(folder: str, errors: bool) -> bool:
     """Print what the shards of a set are at; whether it can be opened as a whole."""
     from protoprune.featureset import read_plan
+    from protoprune.stores import public
 
     _, parts = read_plan(folder)
     failed = [(part.name, *part.failed) for part in parts if part.failed]  # (name, status, reason)
@@ -170,8 +223,8 @@ def show_set(folder: Path, errors: bool) -> bool:
             echo("\t".join(one))
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
-    echo(f"{folder}: feature set of {len(parts):,} shards: {done:,} done ({rows:,} images), {len(failed):,} failed, "
-           f"{pending:,} not yet embedded")  # fmt: skip
+    states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"
+    echo(f"{public(folder)}: feature set of {len(parts):,} shards: {states}")
     for status, count in Counter(status for _, status, _ in failed).most_common():
         name, reason = next((name, reason) for name, of, reason in failed if of == status)
         echo(f"failed      {count:,} {status} (first: {name}: {reason})")
@@ -180,14 +233,17 @@ def show_set(folder: Path, errors: bool) -> bool:
     return bool(done) and not pending
 
 
-def _makers(folder: Path, parts: list[Part]) -> Counter[str]:
+def _makers(folder: str, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
+    from protoprune import remoteset, stores
     from protoprune.features import FeatureFile
     from protoprune.featureset import shard_file
 
+    if stores.is_url(folder):
+        return Counter(one["embedded_by"] for one in remoteset.notes(folder).values() if "embedded_by" in one)
     makers: Counter[str] = Counter()
     for part in parts[:1000]:
-        path = shard_file(os.fspath(folder), part.name)
+        path = shard_file(folder, part.name)
         if os.path.exists(path):
             try:
                 with FeatureFile(path) as file:

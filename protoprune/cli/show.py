@@ -38,10 +38,11 @@ def info(
     from protoprune.images import is_feature_set
     from protoprune.records import KIND as RECORD
     from protoprune.records import Record
+    from protoprune.stores import given
 
     if errors and verify:
         raise UsageError("--errors and --verify: give one of them")
-    path = os.fspath(file)
+    path = given(file)
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     if hdf5.format_of(there) == RECORD.format:
         if errors:
@@ -52,7 +53,7 @@ def info(
     if is_feature_set(there):
         from protoprune.cli.shards import show_set
 
-        if not show_set(file, errors):
+        if not show_set(there, errors):
             return
     with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:
@@ -197,6 +198,7 @@ def sheet(
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
+    from protoprune.stores import given
 
     if by not in ("none", "class", "cluster"):
         raise UsageError(f"--by {by}: expected none, class or cluster")
@@ -210,7 +212,7 @@ def sheet(
     clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
     say_ranking(ranking)
-    place = os.fspath(root or ranking.root)
+    place = given(root or ranking.root)
     check_picture(out, place, ranking.paths)
     if duplicates is not None:
         lines, heads = _duplicates(ranking, duplicates, count), ("stays", "removed as its duplicates")
@@ -223,7 +225,7 @@ def sheet(
         what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
-    picture, unreadable = contact_sheet(lines[:max_rows], place, heads=heads)
+    picture, unreadable = contact_sheet(lines[:max_rows], place, heads=heads, options=ranking.shard_options)
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune import __version__
+from protoprune import __version__, stores
 from protoprune.errors import UsageError
 from protoprune.pruning import Selected
 from protoprune.report import maps, thumbnails
@@ -96,16 +96,13 @@ def _pictures(
     chosen: Selected, facts: Facts, options: Options, room: int, on_image: Callable[[int, int], None] | None
 ) -> Sprites:
     """Sprites that fit into `room` bytes of the page, less what the page itself takes."""
-    root = os.path.abspath(options.root or chosen.ranking.root)
+    root = stores.given(options.root or chosen.ranking.root)
     paths = chosen.ranking.paths
-
-    reader = ImageReader(root)
-
-    def read(row: int) -> bytes:
-        return reader(paths[row])
-
     budget = int((room - 400_000) * 0.74)  # base64 makes 4 bytes of 3
-    return thumbnails.make(facts.thumbs[: max(0, budget // 900)], read, budget, on_image)
+    root = root if stores.is_url(root) else os.path.abspath(root)
+    with ImageReader(root, chosen.ranking.shard_options) as read:
+        wanted = facts.thumbs[: max(0, budget // 900)]
+        return thumbnails.make(wanted, lambda row: read(paths[row]), budget, on_image)
 
 
 def _names(paths: list[str]) -> np.ndarray:

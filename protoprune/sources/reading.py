@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
@@ -65,6 +65,20 @@ class ShardOptions:
     id_column: str | None = None
     labels: bool = True
     class_level: int | None = None
+
+    def as_text(self) -> str:
+        """For a feature file."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def of(cls, provenance: dict) -> ShardOptions:
+        """Those that a feature file was made with."""
+        try:
+            said = parse_json(provenance.get("shard_options", "{}"))
+            given = {one.name: said[one.name] for one in fields(cls) if one.name in said}
+        except (ValueError, TypeError):
+            return cls()
+        return cls(**{name: value for name, value in given.items() if value is None or isinstance(value, (str, int))})
 
 
 @dataclass

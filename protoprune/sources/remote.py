@@ -1,8 +1,7 @@
 """Shards on an object store, by URL, through fsspec: listing them, and one at a time on this machine's disk.
 
 A shard is fetched whole into a temporary file and read there as any other: one request instead of thousands, and what
-arrives can be checked against the size that the store says. Credentials come from where fsspec's file systems take them
-(the environment, ~/.aws, …) and appear in no message and no file: URLs are shown without user, password and query.
+arrives can be checked against the size that the store says. Talking to the store is for `stores`.
 """
 
 from __future__ import annotations
@@ -11,26 +10,19 @@ import contextlib
 import hashlib
 import os
 import posixpath
-import re
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from protoprune import stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.sources.finding import SUFFIXES, Shard, Source, expand, fixed_part, in_order, is_pattern, pick_shards
 from protoprune.sources.reading import ShardError
 
-_ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not hang the program
 _TRIES = 3
-_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
-
-
-def public(url: str) -> str:
-    """A URL or a message without user, password, query and fragment."""
-    return _SECRETS.sub("", url)
 
 
 def find_remote(url: str) -> Source:
@@ -39,8 +31,8 @@ def find_remote(url: str) -> Source:
         from protoprune.sources.finding import find_shards
 
         return find_shards(url.removeprefix("file://"))
-    store = _store(url)
-    return _answered(url, lambda: _find(store, url))
+    store = stores.store(url)
+    return stores.answered(url, lambda: _find(store, url))
 
 
 def _find(store, url: str) -> Source:
@@ -49,7 +41,7 @@ def _find(store, url: str) -> Source:
         root, found = fixed_part(url), []
         for one in expand(url):
             path = store._strip_protocol(one)
-            found += sorted(store.glob(path)) if any(mark in path for mark in "*?[") else [path]
+            found += sorted(store.glob(path)) if any(mark in _path(path) for mark in "*?[") else [path]
     else:
         path = store._strip_protocol(url)
         if store.isdir(path):
@@ -57,13 +49,14 @@ def _find(store, url: str) -> Source:
         else:
             root, found = url.rpartition("/")[0], [path]
     if not found:
-        raise UsageError(f"{public(url)}: matches no shard; give a folder of {', '.join(SUFFIXES[:2])} …, or a pattern")
+        kinds = ", ".join(SUFFIXES[:2])
+        raise UsageError(f"{stores.public(url)}: matches no shard; give a folder of {kinds} …, or a pattern")
     base = store._strip_protocol(root).rstrip("/")
     facts = _facts(store, found)
     shards = [_shard(store, path, base, facts.get(path)) for path in dict.fromkeys(found)]
     if all(shard.size < 0 for shard in shards):
-        raise ProtopruneError(f"{public(url)}: none of the {len(shards):,} shards is there; check the URL")
-    return Source(public(root), in_order(shards), skipped)
+        raise ProtopruneError(f"{stores.public(url)}: none of the {len(shards):,} shards is there; check the URL")
+    return Source(stores.public(root), in_order(shards), skipped)
 
 
 def _path(url: str) -> str:
@@ -96,76 +89,12 @@ def _shard(store, path: str, base: str, facts: dict | None) -> Shard:
     return Shard(name, store.unstrip_protocol(path), int(facts.get("size") or 0), version)
 
 
-def _store(url: str):
-    """The fsspec file system of a URL."""
-    protocol = url.partition("://")[0]
-    try:
-        import fsspec
-    except ImportError:
-        raise ProtopruneError(
-            f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
-        ) from None
-    options = {}
-    if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
-        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
-    try:
-        return fsspec.filesystem(protocol, **options)
-    except ImportError as error:
-        raise ProtopruneError(f"{public(url)}: {error}; pip install what {protocol}:// needs") from None
-    except ValueError:
-        raise UsageError(f"{public(url)}: no file system for {protocol}://; see fsspec's list of protocols") from None
-
-
-def _answered(url: str, ask: Callable[[], Source]) -> Source:
-    """What the store answers, in time; every kind of trouble as one line that names the way on."""
-    answer: list = []
-
-    def run() -> None:
-        try:
-            answer.append(ask())
-        except BaseException as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
-    if not answer:
-        raise ProtopruneError(
-            f"{public(url)}: no answer within {_ANSWER_SECONDS} seconds; check the network and the URL"
-        )
-    if isinstance(answer[0], BaseException):
-        if isinstance(answer[0], (ProtopruneError, KeyboardInterrupt)):
-            raise answer[0]
-        raise ProtopruneError(f"{public(url)}: {trouble(answer[0])}") from None
-    return answer[0]
-
-
-def trouble(error: BaseException) -> str:
-    """An exception of a store in words, without secrets, and what to do about it."""
-    text = public(" ".join(str(error).split()))[:160] or type(error).__name__
-    kind = type(error).__name__
-    if "NoCredentials" in kind or "credentials" in text.lower():
-        return (
-            "no credentials; set them as your store's tools expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), "
-            "or FSSPEC_S3_ANON=true for a public bucket"
-        )
-    if "xpired" in text:
-        return f"the credentials have expired ({text}); renew them and run it again"
-    if isinstance(error, PermissionError) or "Forbidden" in text or "Denied" in text or "403" in text:
-        return f"permission denied ({text}); check the credentials' rights to list and read"
-    if isinstance(error, FileNotFoundError) or "does not exist" in text:
-        return "no such bucket, folder or file; check the URL"
-    if "onnect" in kind or "onnect" in text or isinstance(error, (ConnectionError, TimeoutError)):
-        return f"cannot be reached ({text}); check the network, the URL and the endpoint (AWS_ENDPOINT_URL)"
-    return text
-
-
 @contextlib.contextmanager
 def fetched(shard: Shard) -> Iterator[str]:
     """The path of a copy of a remote shard, for as long as the block lasts. Raises ShardError."""
     with tempfile.TemporaryDirectory(prefix="protoprune-") as folder:
         path = os.path.join(folder, "shard" + os.path.splitext(shard.name)[1])
-        store = _store(shard.url)
+        store = stores.store(shard.url)
         for attempt in range(1, _TRIES + 1):
             try:
                 store.get_file(store._strip_protocol(shard.url), path)
@@ -173,12 +102,80 @@ def fetched(shard: Shard) -> Iterator[str]:
             except FileNotFoundError:
                 raise ShardError(Status.MISSING, "no such file on the store") from None
             except PermissionError as error:
-                raise ShardError(Status.UNREADABLE, trouble(error)) from None
+                raise ShardError(Status.UNREADABLE, stores.trouble(error)) from None
             except Exception as error:  # every file system raises its own
                 if attempt == _TRIES:
-                    raise ShardError(Status.UNREADABLE, trouble(error)) from None
+                    raise ShardError(Status.UNREADABLE, stores.trouble(error)) from None
                 time.sleep(attempt)
         size = os.path.getsize(path)
         if shard.size not in (size, 0):
             raise ShardError(Status.TRUNCATED, f"{size:,} of {shard.size:,} bytes arrived")
         yield path
+
+
+class Copies:
+    """Copies of remote shards on this machine's disk: the one in use, and the next one, fetched meanwhile."""
+
+    def __init__(self):
+        self._coming: _Coming | None = None
+
+    @contextlib.contextmanager
+    def of(self, shard: Shard, ahead: Shard | None = None) -> Iterator[str]:
+        """The path of a shard on this machine; `ahead` is fetched from then on, the one that will be wanted next.
+
+        Raises ShardError.
+        """
+        if "://" not in shard.url:
+            yield shard.url
+            return
+        coming, self._coming = self._coming, None
+        if coming is None or coming.shard != shard:
+            if coming is not None:
+                coming.drop()
+            coming = _Coming(shard)
+        try:
+            path = coming.path()
+            if ahead is not None and "://" in ahead.url and ahead.size >= 0:
+                self._coming = _Coming(ahead)
+            yield path
+        finally:
+            coming.drop()
+
+    def close(self) -> None:
+        """Forget what was fetched for nothing."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.drop()
+
+
+class _Coming:
+    """A shard on its way, in a thread, which keeps the copy until it is dropped."""
+
+    def __init__(self, shard: Shard):
+        self.shard = shard
+        self._arrived, self._dropped = threading.Event(), threading.Event()
+        self._path, self._error = "", None
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
+        self._thread.start()
+
+    def _fetch(self) -> None:
+        try:
+            with fetched(self.shard) as self._path:
+                self._arrived.set()
+                self._dropped.wait()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._arrived.set()
+
+    def path(self) -> str:
+        """Where the copy is, as soon as it is there. Raises what the fetching raised."""
+        self._arrived.wait()
+        if self._error is not None:
+            raise self._error
+        return self._path
+
+    def drop(self) -> None:
+        self._dropped.set()
+        if self._arrived.is_set():
+            self._thread.join()  # it removes the copy

@@ -1,0 +1,233 @@
+"""Object stores and other places by URL, through fsspec: what lies there, getting it, and putting it there whole.
+
+Credentials come from where fsspec's file systems take them (the environment, ~/.aws, …) and appear in no message and no
+file: URLs are shown without user, password and query. Every kind of trouble is one line that names the way on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+from protoprune.errors import ProtopruneError, UsageError
+
+T = TypeVar("T")
+_ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not hang the program
+_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
+_COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
+# Where an object appears when all of it has arrived; elsewhere a file is put under another name and renamed.
+_WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    return "://" in os.fspath(path)
+
+
+def given(path: str | os.PathLike[str]) -> str:
+    """A path or URL as the user wrote it: `pathlib` makes s3:/bucket of s3://bucket. file:// is a path."""
+    path = os.fspath(path)
+    match = _COLLAPSED.match(path)
+    if not match or os.path.exists(path):
+        return path
+    rest = path[match.end() :].rstrip("/")
+    return f"/{rest}" if match[1] == "file" else f"{match[1]}://{rest}"
+
+
+def public(url: str) -> str:
+    """A URL without user, password, query and fragment; a path as it is."""
+    return _SECRETS.sub("", url) if is_url(url) else url
+
+
+def store(url: str) -> Any:
+    """The fsspec file system of a URL."""
+    protocol = url.partition("://")[0]
+    if protocol in ("s3", "s3a", "gs", "gcs") and "@" in url.partition("://")[2].partition("/")[0]:
+        raise UsageError(
+            f"{public(url)}: credentials in a URL would end up in histories and logs; set them as your store's tools "
+            "expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), and leave them out of the URL"
+        )
+    try:
+        import fsspec
+    except ImportError:
+        raise ProtopruneError(
+            f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
+        ) from None
+    options = {}
+    if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
+        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        raise ProtopruneError(f"{public(url)}: {error}; pip install what {protocol}:// needs") from None
+    except ValueError:
+        raise UsageError(f"{public(url)}: no file system for {protocol}://; see fsspec's list of protocols") from None
+
+
+def answered(url: str, ask: Callable[[], T]) -> T:
+    """What the store answers, in time; every kind of trouble as one line that names the way on."""
+    answer: list[tuple[T, None] | tuple[None, BaseException]] = []
+
+    def run() -> None:
+        try:
+            answer.append((ask(), None))
+        except BaseException as error:
+            answer.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    if not answer:
+        raise ProtopruneError(
+            f"{public(url)}: no answer within {_ANSWER_SECONDS} seconds; check the network and the URL"
+        )
+    error = answer[0][1]
+    if error is None:
+        return cast(T, answer[0][0])
+    if isinstance(error, (ProtopruneError, KeyboardInterrupt)):
+        raise error
+    raise ProtopruneError(f"{public(url)}: {trouble(error)}") from None
+
+
+def trouble(error: BaseException) -> str:
+    """An exception of a store in words, without secrets, and what to do about it."""
+    text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
+    kind = type(error).__name__
+    if "NoCredentials" in kind or "credentials" in text.lower():
+        return (
+            "no credentials; set them as your store's tools expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), "
+            "or FSSPEC_S3_ANON=true for a public bucket"
+        )
+    if "xpired" in text:
+        return f"the credentials have expired ({text}); renew them and run it again"
+    if isinstance(error, PermissionError) or "Forbidden" in text or "Denied" in text or "403" in text:
+        return f"permission denied ({text}); check the credentials' rights to list, read and, for -o, write"
+    if isinstance(error, FileNotFoundError) or "does not exist" in text:
+        return "no such bucket, folder or file; check the URL"
+    if "onnect" in kind or "onnect" in text or isinstance(error, (ConnectionError, TimeoutError)):
+        return f"cannot be reached ({text}); check the network, the URL and the endpoint (AWS_ENDPOINT_URL)"
+    return text
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def size(url: str) -> int | None:
+    """Bytes of a file; None when it is not there."""
+
+    def ask(there: Any, path: str) -> int | None:
+        there.invalidate_cache(posixpath.dirname(path))
+        found = there.info(path)
+        return int(found["size"] or 0) if found["type"] == "file" else None
+
+    return _of_one(url, ask)
+
+
+def read(url: str) -> bytes | None:
+    """What is in a file; None when it is not there."""
+    return _of_one(url, lambda there, path: there.cat_file(path))
+
+
+def _of_one(url: str, ask: Callable[[Any, str], T]) -> T | None:
+    def run() -> T | None:
+        there, path = store(url), _path(url)
+        try:
+            return ask(there, path)
+        except FileNotFoundError:
+            return None
+        except OSError:  # S3 answers HEAD without a word of why; a listing is told it
+            there.ls(posixpath.dirname(path))
+            raise
+
+    return answered(url, run)
+
+
+def read_all(urls: Iterable[str]) -> list[bytes | None]:
+    """What is in many small files, asked for at once where the store can; None for what is not there."""
+    urls = list(urls)
+    if not urls:
+        return []
+    there, paths = store(urls[0]), [_path(url) for url in urls]
+    found = there.cat(paths, on_error="return")
+    if not isinstance(found, dict):
+        found = {paths[0]: found}
+    results = []
+    for url, path in zip(urls, paths, strict=True):
+        data = found.get(path)
+        if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+            raise ProtopruneError(f"{public(url)}: {trouble(data)}") from None
+        results.append(data if isinstance(data, bytes) else None)
+    return results
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Path relative to a folder -> bytes, of every file below it."""
+
+    def ask() -> dict[str, int]:
+        there, base = store(folder), _path(folder).rstrip("/")
+        there.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            found = there.find(base, detail=True)
+            return {posixpath.relpath(path, base): int(one["size"] or 0) for path, one in found.items()}
+        return {}
+
+    return answered(folder, ask)
+
+
+def write(url: str, data: bytes, *, new: bool = False) -> None:
+    """Put a small file there, whole. `new`: FileExistsError when it is there already."""
+    _put(url, lambda there, path, options: there.pipe_file(path, data, **options), new)
+
+
+def put(local: str, url: str, *, new: bool = False) -> None:
+    """Put a file of this machine there, whole. `new`: FileExistsError when it is there already."""
+    _put(url, lambda there, path, options: there.put_file(local, path, **options), new)
+
+
+def get(url: str, local: str) -> None:
+    """Fetch a file."""
+    try:
+        store(url).get_file(_path(url), local)
+    except Exception as error:  # every file system raises its own
+        raise ProtopruneError(f"{public(url)}: {trouble(error)}") from None
+
+
+def remove(url: str) -> None:
+    with contextlib.suppress(Exception):
+        store(url).rm_file(_path(url))
+
+
+def _put(url: str, how: Callable[[Any, str, dict[str, str]], object], new: bool) -> None:
+    """As one object where the store makes it visible when all of it has arrived, else under another name first.
+
+    Of two writers of a new file on S3 the store itself refuses the second (If-None-Match); elsewhere the second may
+    replace what the first wrote a moment before.
+    """
+    there, path = store(url), _path(url)
+    protocol = url.partition("://")[0]
+    try:
+        if new and protocol not in ("s3", "s3a") and there.exists(path):
+            raise FileExistsError(path)
+        if protocol in _WHOLE:
+            how(there, path, {"mode": "create"} if new and protocol in ("s3", "s3a") else {})
+        else:
+            there.makedirs(posixpath.dirname(path), exist_ok=True)
+            beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            how(there, beside, {})
+            there.mv(beside, path)
+    except FileExistsError:
+        raise
+    except Exception as error:
+        if "PreconditionFailed" in f"{type(error).__name__} {error}" or "onditionalRequestConflict" in str(error):
+            raise FileExistsError(path) from None
+        raise ProtopruneError(f"{public(url)}: {trouble(error)}; what was written before is kept") from None
+    there.invalidate_cache(posixpath.dirname(path))
+
+
+def _path(url: str) -> str:
+    return store(url)._strip_protocol(url)
