@@ -206,8 +206,8 @@ def sheet(
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
     check_suffix(out, (".png",), only=True)
-    if scores is not None and (given := given_words(replace(clustering, seed=0))):
-        raise UsageError(f"{given}: is about clusters, and --scores ranks without clustering")
+    if scores is not None and (words := given_words(replace(clustering, seed=0))):
+        raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))
     clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
