@@ -114,7 +114,7 @@ def _entries(
 
         with open_features(features) as file:
             root = file.provenance["root"] if root is None else root
-            options = options or _options_of(file.provenance)
+            options = options or ShardOptions.of(file.provenance)
             if isinstance(listed, np.ndarray):
                 listed = _by_number(listed, file.paths, name)
     if isinstance(listed, np.ndarray):
@@ -131,13 +131,6 @@ def _entries(
         if one == other:
             raise UsageError(f"{name}: {one} is listed more than once; list each image once")
     return root, entries, options or ShardOptions()
-
-
-def _options_of(provenance: dict[str, Any]) -> ShardOptions:
-    try:
-        return ShardOptions(**json.loads(provenance.get("shard_options", "{}")))
-    except (TypeError, ValueError):
-        return ShardOptions()
 
 
 def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:

@@ -146,6 +146,7 @@ def test_every_kind_of_shard_gives_the_same_images_and_classes(folder, tmp_path,
             assert labels[tuple(x)] == label
 
 
+@pytest.mark.filterwarnings("ignore")  # webdataset leaves its files to garbage collection
 def test_the_loaders_of_others_read_them(folder, tmp_path):
     wds = pytest.importorskip("webdataset")
     classes = [(f"{name[:-4]}.cls", str(int(name.startswith("bee"))).encode()) for name, _ in members(folder)]
