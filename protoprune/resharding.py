@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import files
+from protoprune.bounds import check_whole
 from protoprune.decode import ImageError
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
@@ -70,8 +71,7 @@ def reshard(
 
     Raises UsageError for a list or a folder that will not do, ProtopruneError for an image that cannot be read now.
     """
-    if shard_size < 1:
-        raise UsageError(f"--shard-size {shard_size}: expected at least 1 image")
+    check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
     root, entries, options = _entries(kept, name, root, features, options)
     shards = _cut(entries, shard_size)

@@ -289,7 +289,7 @@ def test_what_is_refused(folder, tmp_path):
         (UsageError, "ant/000.png is listed more than once", {"kept": [*kept, "./ant/000.png"], "root": folder}),
         (UsageError, r"\.\./x\.png is not below", {"kept": ["../x.png"], "root": folder}),
         (UsageError, "/etc/passwd is not below", {"kept": ["/etc/passwd"], "root": folder}),
-        (UsageError, "expected at least 1 image", {"kept": kept, "root": folder, "shard_size": 0}),
+        (UsageError, "--shard-size 0: expected at least 1", {"kept": kept, "root": folder, "shard_size": 0}),
         (ProtopruneError, "gone.png: No such file", {"kept": ["ant/gone.png"], "root": folder}),
     ):
         with pytest.raises(error, match=message):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protoprune.bounds import check_number, check_whole
+
 # Images a class in the data sets on which the cited results were measured.
 IMAGENET_PER_CLASS = 1_281
 CIFAR100_PER_CLASS = 500
@@ -31,6 +33,9 @@ class Advice:
     uncertainty: str
 
 
+MOST_IMAGES = 10**12
+
+
 def advise(
     images: int,
     classes: int,
@@ -46,6 +51,10 @@ def advise(
     get right, and encoder: what made these. probe_quality: the share of the labels that the model behind the score
     gets right, from 0.5 (guessing, in the two-class theory) to 1.
     """
+    check_whole("--images", images, 1, MOST_IMAGES)
+    check_whole("--classes", classes, 1, images)
+    if probe_quality is not None:
+        check_number("--probe-quality", probe_quality, 0.5, 1)
     per_class = images / classes
     theta = None if probe_quality is None else 180 * (1 - probe_quality)
     balance = [_balance(classes, counts)] if classes > 1 else []
