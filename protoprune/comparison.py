@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.bounds import check_seed, check_whole
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import folder_labels
 from protoprune.scores import ScoreTable, Table, match
 
@@ -62,8 +63,7 @@ def compare(
     if len(tables) < 2:
         raise UsageError(f"{len(tables)} score tables: expected two or more to compare")
     check_seed(seed)
-    if resamples < 0:
-        raise UsageError(f"--bootstrap {resamples}: expected 0 or more resamples")
+    check_whole("--bootstrap", resamples, 0, 100_000)
     for keep in keeps:
         selection.check(keep)
     values = np.stack([np.asarray(scores, np.float64) for scores in tables.values()])  # (m, N)

@@ -31,12 +31,3 @@ def ignore_pillow() -> None:
     """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
     a reason of its own. For programs, not for libraries, and before there are threads."""
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")
-
-
-SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bits, and restarts count on from a seed
-
-
-def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed that not every generator takes."""
-    if not 0 <= seed <= SEEDS:
-        raise UsageError(f"--seed {seed}: expected a whole number from 0 to {SEEDS}")

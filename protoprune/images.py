@@ -66,6 +66,13 @@ class ImageList:
     left_out: list[str] = field(default_factory=list)  # the files that `skipped` counts
     ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
 
+    def __post_init__(self) -> None:
+        """Raise UsageError where a column has not a value an image: one that was forgotten when a list was cut."""
+        for name in ("size", "mtime_ns", "labels", "ctime_ns"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.paths):
+                raise UsageError(f"images: {len(self.paths):,} paths, but {len(column):,} values of {name}")
+
     def __len__(self) -> int:
         return len(self.paths)
 

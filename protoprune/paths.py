@@ -69,6 +69,9 @@ class Paths(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment] # as of a list
 
+    def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
+        return list, (list(self),)  # another process has not the file
+
     def __repr__(self) -> str:
         return f"<{self._n:,} names{f', {self[0]!r} to {self[-1]!r}' if self._n else ''}>"
 

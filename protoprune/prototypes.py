@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import files, vectors
+from protoprune.bounds import check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
@@ -77,10 +78,11 @@ def check_settings(
     k: int | None = None, iterations: int = 25, train_points: int | None = None, backend: str = "auto"
 ) -> None:
     """Raise UsageError for a setting of `cluster` that no features would bear."""
-    if k is not None and k < 1:
-        raise UsageError(f"--k {k}: expected at least 1; use --k auto")
-    if iterations < 1:
-        raise UsageError(f"--iterations {iterations}: expected at least 1")
+    if k is not None:
+        check_whole("--k", k, hint="; use --k auto")
+    check_whole("--iterations", iterations, 1, 1_000_000)
+    if train_points is not None:
+        check_whole("--train-points", train_points, 1, 1 << 40)
     if train_points is not None and train_points < (k or 1):
         raise UsageError(f"--train-points {train_points}: fewer than the {k or 1} clusters; give at least {k or 1}")
     if backend not in BACKENDS:

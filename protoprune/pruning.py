@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import partition, prototypes, selection
+from protoprune.bounds import check_seed, check_whole
 from protoprune.decode import Status
 from protoprune.device import cores
-from protoprune.errors import ProtopruneError, UsageError, check_seed, warn
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import open_features
 from protoprune.paths import picked
 from protoprune.prototypes import Clustering
@@ -166,8 +167,7 @@ class Clusters:
     def __post_init__(self) -> None:
         prototypes.check_settings(self.k, self.iterations, self.train_points, self.backend)
         check_seed(self.seed)
-        if self.restarts < 1:
-            raise UsageError(f"--restarts {self.restarts}: expected at least 1")
+        check_whole("--restarts", self.restarts, 1, 100_000)
 
 
 @dataclass(frozen=True)

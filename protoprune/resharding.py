@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import files
+from protoprune.bounds import check_whole
 from protoprune.decode import ImageError
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
@@ -70,8 +71,7 @@ def reshard(
 
     Raises UsageError for a list or a folder that will not do, ProtopruneError for an image that cannot be read now.
     """
-    if shard_size < 1:
-        raise UsageError(f"--shard-size {shard_size}: expected at least 1 image")
+    check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
     root, entries, options = _entries(kept, name, root, features, options)
     shards = _cut(entries, shard_size)
@@ -114,7 +114,7 @@ def _entries(
 
         with open_features(features) as file:
             root = file.provenance["root"] if root is None else root
-            options = options or _options_of(file.provenance)
+            options = options or ShardOptions.of(file.provenance)
             if isinstance(listed, np.ndarray):
                 listed = _by_number(listed, file.paths, name)
     if isinstance(listed, np.ndarray):
@@ -131,13 +131,6 @@ def _entries(
         if one == other:
             raise UsageError(f"{name}: {one} is listed more than once; list each image once")
     return root, entries, options or ShardOptions()
-
-
-def _options_of(provenance: dict[str, Any]) -> ShardOptions:
-    try:
-        return ShardOptions(**json.loads(provenance.get("shard_options", "{}")))
-    except (TypeError, ValueError):
-        return ShardOptions()
 
 
 def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:

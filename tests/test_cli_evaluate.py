@@ -206,7 +206,7 @@ def test_scaling_by_a_score_table(here, run):
         (["--features", "train.h5", "--model", "cnn", "--test", "test.h5"], 2, "give --images FOLDER"),
         (["--images", ".", "--features", "train.h5", "--model", "cnn", "--test", "."], 2, "goes with --model head"),
         ([*QUICK, "--dynamic", "random"], 2, "--keep FRACTION go together"),
-        ([*QUICK, "--selection-seconds", "-1"], 2, "expected 0 or more"),
+        ([*QUICK, "--selection-seconds", "-1"], 2, "--selection-seconds -1: not a number from 0"),
         ([*QUICK, "--selection-seconds", "1", "--selection-seconds", "2"], 2, "2 numbers for 1 lists"),
         ([*QUICK, "--budget", "time"], 2, "--budget time"),
         ([*QUICK, "--hidden", "4", "--lr", "-1"], 2, "--lr -1"),

@@ -24,9 +24,9 @@ def standardised(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
     return (vectors - like.mean(0)) / (like.std(0, ddof=1) * vectors.shape[1] ** 0.5)
 
 
-def reference(vectors, labels, strength, **fit):
+def reference(vectors, labels, strength, *, tol=1e-7, **fit):
     """scikit-learn's solution, on vectors standardised here, with a stopping rule that is by far tighter than ours."""
-    model = linear_model.LogisticRegression(C=strength, tol=1e-7, max_iter=20_000)
+    model = linear_model.LogisticRegression(C=strength, tol=tol, max_iter=20_000)
     return model.fit(standardised(vectors, vectors).astype(np.float64), labels, **fit)
 
 
@@ -42,19 +42,20 @@ def test_the_solution_is_scikit_learns(classes, strength):
 
 
 CORNERS = [(2, 5), (2, 5000), (10, 5), (10, 50), (40, 10)]
-LARGE = [(10, 5000), (100, 500), (1000, 5), (1000, 40)]
+LARGE = [(10, 5000), (100, 500), (1000, 5), (1000, 20)]
 
 
 @pytest.mark.parametrize(
     ("classes", "each"), [*CORNERS, *(pytest.param(*one, marks=pytest.mark.slow) for one in LARGE)]
 )
 def test_within_a_point_of_scikit_learn_with_the_same_strength(classes, each):
-    dim = 24 if classes < 1000 else 64
+    dim = 24 if classes < 1000 else 32
     vectors, labels = blobs(classes * each, classes, dim=dim)
     new, truth = blobs(4000, classes, dim=dim, seed=1)
     head = fit_head(vectors, labels, classes)
     strength = 2 * head.strength if classes == 2 else head.strength
-    theirs = reference(vectors, labels, strength).score(standardised(new, vectors), truth)
+    tol = 1e-7 if classes * each <= 10_000 else 1e-4  # scikit-learn's own: the last digits took it an hour
+    theirs = reference(vectors, labels, strength, tol=tol).score(standardised(new, vectors), truth)
     assert (head.predict(new) == truth).mean() == pytest.approx(theirs, abs=0.01)
     assert theirs > 1.5 / classes
     assert head.strength in STRENGTHS

@@ -374,10 +374,10 @@ def test_position_embeddings_follow_the_image_size(models, tmp_path):
     assert encoder(torch.zeros(1, 3, 96, 96)).shape == (1, encoder.dim)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage"])
-def test_unreadable_weights_are_one_line(content, tmp_path):
+@pytest.mark.parametrize(("content", "words"), [(b"", "an empty file"), (b"garbage", "not readable")])
+def test_unreadable_weights_are_one_line(content, words, tmp_path):
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ProtopruneError, match="not readable") as caught:
+    with pytest.raises(ProtopruneError, match=words) as caught:
         load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
     assert "\n" not in str(caught.value)
 

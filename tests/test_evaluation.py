@@ -624,7 +624,7 @@ def test_errors_of_zero_are_left_out_of_the_fit():
         ({"orders": ["hard"]}, "need a ranking"),
         ({"scores": np.zeros(5)}, "5 scores for 600"),
         ({"budget": "time"}, "--budget time"),
-        ({"k": 0}, "--k 0: expected at least 1, or auto"),
+        ({"k": 0}, "--k 0: expected at least 1; use --k auto"),
         ({"balance": 2}, "--balance 2"),
         ({"recipe": LINEAR, "budget": "epochs"}, "--budget epochs: a linear head"),
         ({"device": "abacus"}, "--device abacus"),

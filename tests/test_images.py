@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import os
@@ -514,3 +515,10 @@ def test_parquet_is_no_list(tmp_path):
 
 def test_names_that_begin_like_an_archive_are_names():
     assert split_list(b"PAR1\nGIF8\nBZh.png\nRar!.png, a name of more than twenty bytes\n")[:2] == ["PAR1", "GIF8"]
+
+
+def test_a_list_that_was_cut_in_part_is_refused(tmp_path):
+    put(tmp_path, "a.png", "b.png")
+    images = list_folder(tmp_path)
+    with pytest.raises(UsageError, match="1 paths, but 2 values of mtime_ns"):
+        dataclasses.replace(images, paths=images.paths[:1], size=images.size[:1])

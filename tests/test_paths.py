@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -85,6 +86,11 @@ def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
         with pytest.raises(ProtopruneError, match="its path is no list of"):
             reader.paths("path", wrong)
     reader.close()
+
+
+def test_names_reach_another_process_as_a_list(feature_file):
+    with FeatureFile(feature_file("f.h5", np.ones((3, 2), np.float32), paths=["a", "b", "é"])) as file:
+        assert pickle.loads(pickle.dumps(file.paths)) == ["a", "b", "é"]
 
 
 def test_damaged_names_are_found_out(feature_file, tmp_path):

@@ -250,6 +250,7 @@ def test_parts_take_the_place_of_settings_and_share_their_runs(tmp_path):
     assert first.folder != second.folder
     assert first.runs == second.runs == tmp_path / "results" / "x" / "runs"
     assert [one.settings["data"] for one in framework.Lab.open(*where, dataset="pets")] == ["pets"]
+    assert [one.settings["data"] for one in framework.Lab.open(*where, encoder="lite0")] == ["cifar10"]
     (elsewhere,) = framework.Lab.open(*where, dataset="birds")
     assert (elsewhere.settings["data"], elsewhere.settings["encoder"]) == ("birds", "lite0")
 
@@ -434,6 +435,27 @@ def test_the_claims_on_lists_of_prototypes():
     assert imagenet.claims(lucky, [0.3], 0.005, one_draw=True)[0].verdict == "undecided"
 
 
+def test_networks_take_the_steps_of_everything_on_every_list(tmp_path):
+    settings = {"images": 0.5, "keeps": [0.2], "balance": 0.5, "seeds": 1}
+    settings["recipe"] = {"model": "cnn", "epochs": 3, "batch_size": 10}
+    train = Examples(
+        "images", [f"{row:03d}" for row in range(100)], np.arange(100) % 2, ["a", "b"], torch.zeros(100, 2)
+    )
+    vectors = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+
+    def plan(**changes):
+        lab = framework.Lab("imagenet", "small", settings | changes, tmp_path, tmp_path, "cpu")
+        return imagenet.plan(lab, train, vectors, 0)
+
+    planned = plan()
+    assert [(one.method, len(one.rows), one.steps) for one in planned] == [
+        ("everything", 50, 15), ("hard 0.2", 10, 15), ("easy 0.2", 10, 15), ("random 0.2", 10, 15)
+    ]  # fmt: skip
+    assert all(set(one.rows) <= set(planned[0].rows) for one in planned)
+    assert not set(planned[1].rows) & set(planned[2].rows)
+    assert {one.steps for one in plan(recipe={"model": "head"})} == {None}
+
+
 def test_the_number_of_clusters_matters_only_where_it_is_planted():
     rng = np.random.default_rng(0)
 
@@ -456,8 +478,8 @@ def test_metrics_that_pay_and_that_lose():
         methods = []
         for keep in (0.8, 0.1):
             random = 0.6 + 0.001 * rng.normal(size=5)
-            for name in ("a", "b"):
-                mine = random + shift[f"{name} {keep:g}"] + 0.001 * rng.normal(size=5)
+            for name in ("a", "b", "cover"):
+                mine = random + shift.get(f"{name} {keep:g}", 0.1) + 0.001 * rng.normal(size=5)
                 to_random = statistics.compare(mine, random, one_draw=True)
                 methods.append(SimpleNamespace(name=f"{name} {keep:g}", kind="list", to_random=to_random))
         return SimpleNamespace(methods=methods, seeds=[0, 1, 2, 3, 4])
@@ -466,7 +488,7 @@ def test_metrics_that_pay_and_that_lose():
     claims = metrics.pays(result(usual), [0.8, 0.1])
     assert verdicts(claims) == ["holds", "holds"]
     assert "better: b +0.9" in claims[0].found
-    assert "worse: a -9.9" in claims[1].found
+    assert "worse: a -10.0" in claims[1].found
     claims = metrics.pays(result({name: -shift for name, shift in usual.items()} | {"a 0.8": -0.05}), [0.8, 0.1])
     assert verdicts(claims) == ["does not hold", "does not hold"]
 

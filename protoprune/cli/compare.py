@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.options import TableOptions, numbers, table_file
-from protoprune.cli.outputs import check_outputs, check_picture
+from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
@@ -48,7 +48,9 @@ def compare(
         Path | None, typer.Option(help="Write the share of each class that is kept to this .csv file.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of the images on which two tables disagree most.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row of the sheet.")] = 8,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Images on each side of a row of the sheet [default: 8].")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Where the images are [default: where --features says].")] = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples behind the 95 % intervals; 0 for none.")
@@ -70,6 +72,9 @@ def compare(
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
     if classes is not None and not keeps:
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
+    for option, value in (("--count", count), ("--root", root)):
+        if value is not None and sheet is None:
+            raise UsageError(f"{option} {value}: goes with --sheet, which shows images")
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
@@ -85,7 +90,7 @@ def compare(
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
-        _write_sheet(result, sheet, place, options, count)
+        _write_sheet(result, sheet, place, options, count or 8)
     _say_result(result, bootstrap)
     _show(result)
 
@@ -118,6 +123,9 @@ def _check_outputs(tables: list[Path | None], features: Path | None, *outputs: P
     if figure is not None and figure.suffix.lower() not in _FIGURES:
         raise UsageError(f"--figure {figure}: expected a name that ends in {', '.join(_FIGURES)}")
     check_outputs(*outputs, inputs=[*tables, features])
+    for option, path in (("-o", outputs[0]), ("--classes", outputs[2])):
+        check_suffix(path, (".csv",), option)
+    check_suffix(outputs[3], (".png",), "--sheet", only=True)
 
 
 def _load(

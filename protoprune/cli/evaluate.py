@@ -111,7 +111,9 @@ def evaluate(
     lists = lists or []
     source, model = training_source(images, features, model)
     samplers = _samplers(several(dynamic), numbers(keep, "--keep"), every)
-    costs = _costs(numbers(selection_seconds, "--selection-seconds", example="12"), len(lists))
+    costs = _costs(
+        numbers(selection_seconds, "--selection-seconds", low=0, high=1e9, closed=True, example="12"), len(lists)
+    )
     recipe = training.recipe(model, hidden)
     check_options(lists, samplers, recipe, budget, min_steps, target_accuracy, training.device)
     check_folder(out, [*lists, source, test, training.weights, *labels.files])
@@ -173,8 +175,6 @@ def _samplers(dynamic: list[str], keep: list[float], every: int | None) -> list[
 
 
 def _costs(seconds: list[float], lists: int) -> list[float | None]:
-    if any(one < 0 for one in seconds):
-        raise UsageError(f"--selection-seconds {min(seconds):g}: expected 0 or more")
     if len(seconds) not in (0, 1, lists):
         raise UsageError(f"--selection-seconds: {len(seconds)} numbers for {lists} lists; give one, or one for each")
     return [*seconds] if len(seconds) == lists else [seconds[0] if seconds else None] * lists

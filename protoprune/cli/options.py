@@ -188,7 +188,9 @@ class TrainingOptions:
     augment: Annotated[
         str | None, typer.Option(help="none, crop-flip or resized-crop [default: crop-flip for images].")
     ] = None
-    image_size: Annotated[int, typer.Option(min=8, help="Side in pixels that images are resized to.")] = 32
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Side in pixels that images are resized to [default: 32].")
+    ] = None
     width: Annotated[int | None, typer.Option(help="Channels of the first layer of cnn [default: 32].")] = None
     weights: Annotated[Path | None, typer.Option(help="File of weights to start from: fine-tuning.")] = None
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None
@@ -203,9 +205,28 @@ class TrainingOptions:
 
         if self.weights is not None and not self.weights.is_file():
             raise UsageError(f"--weights {self.weights}: no such file")
+        self._refuse_idle(model, hidden)
         given = {name: value for name, value in vars(self).items() if name not in ("device", "pixels")}
         given |= {"weights": self.weights and os.fspath(self.weights), "compile": self.compile or None}
         return Recipe.for_model(model, hidden=hidden, **given)
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as far as that can be told from their values."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)
+                if getattr(self, one.name) != one.default}  # fmt: skip
+
+    def _refuse_idle(self, model: str, hidden: int | None) -> None:
+        """UsageError for an option that changes nothing about this model."""
+        given = self.given() | ({} if hidden is None else {"hidden": hidden})
+        for names, models, whose in (
+            (("width",), ("cnn",), "the network cnn"), (("hidden",), ("head",), "heads"),
+            (("augment", "image_size", "weights", "compile", "pixels"), None, "networks, which train on images"),
+        ):  # fmt: skip
+            idle = model == "head" if models is None else model not in models
+            for name in names:
+                if idle and name in given:
+                    option = f"--{name.replace('_', '-')}" + ("" if given[name] is True else f" {given[name]}")
+                    raise UsageError(f"{option}: is for {whose}, and does nothing with --model {model}; leave it out")
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -49,6 +49,24 @@ def check_outputs(
         written.append(path)
 
 
+# Suffixes that say what a file holds, so that something else in it would mislead people and programs.
+_TELLING = frozenset((
+    ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
+    ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
+    ".pth", ".safetensors",
+))  # fmt: skip
+
+
+def check_suffix(path: str | Path | None, right: Sequence[str], option: str = "-o", *, only: bool = False) -> None:
+    """Raise UsageError for a name whose suffix promises another format than the `right` ones that can be written; with
+    `only` for every other suffix. `.gz` after it does not count."""
+    if path is None or str(path) == "-":
+        return
+    suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
+    if suffix not in right and (only or suffix in _TELLING):
+        raise UsageError(f"{option} {path}: is written as {' or '.join(right)}; give it a name that ends so")
+
+
 def _check_replaced(path: Path, sources: list[Path], written: list[Path]) -> None:
     """UsageError where a file that is written would take the place of an input, or of another output."""
     if any(_lies_in_set(path, one) for one in sources):

@@ -55,7 +55,7 @@ def record(
     from protoprune.training import recording
 
     resolve_device(training.device)
-    recording.check(models, subset, every)
+    recording.check(models, subset, every, seed)
     if model is None:
         model = "cnn" if is_image_folder(source) else "head"
     recipe = training.recipe(model, hidden)

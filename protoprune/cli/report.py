@@ -18,7 +18,7 @@ from protoprune.cli.options import (
     given_words,
     table_file,
 )
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.select import say_notes
 from protoprune.errors import UsageError
@@ -38,8 +38,9 @@ def report(
     thumbnails: Annotated[bool, typer.Option(help="Put small copies of images into the page.")] = True,
     map: Annotated[str, typer.Option(help="How the map is made: pca, umap or tsne.")] = "pca",
     duplicates: Annotated[
-        float, typer.Option(help="1 - cosine of the near-duplicates to show, where --dedup removes none.")
-    ] = 0.05,
+        float | None,
+        typer.Option(help="1 - cosine of the near-duplicates to show, where --dedup removes none [default: 0.05]."),
+    ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Score table to compare the ranking with; repeat for several.")
     ] = None,
@@ -54,10 +55,13 @@ def report(
 
     if out == Path("-"):
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
+    if duplicates is not None and how.dedup is not None:
+        raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
+    check_suffix(out, (".html", ".htm"))
     options = Options(
         root=None if root is None else str(root),
-        duplicates=duplicates,
+        duplicates=Options.duplicates if duplicates is None else duplicates,
         map=map,
         thumbnails=thumbnails,
         tables=[str(path) for path in compare or []],

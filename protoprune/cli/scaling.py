@@ -32,6 +32,7 @@ from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
 from protoprune.cli.training import load_sets, show_run, training_source
+from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,6 +89,10 @@ def scaling(
     recipe = training.recipe(model, hidden)
     check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
+    if scores is not None and clusters is not None:
+        raise UsageError(f"--k {k}: --scores ranks without clustering; leave one of them out")
+    if scores is not None and features is not None and model != "head":
+        raise UsageError(f"--features {features}: --scores ranks the images; leave one of them out")
     for path, what in ((table_file(scores), "score table"), (features, "feature file")):
         if path is not None and not path.exists():
             raise missing(path, what)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
@@ -119,6 +119,7 @@ def _check_out(out: Path, source: Path) -> None:
 
     check_name(out)
     check_outputs(out, inputs=[source])
+    check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
 
 
 def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:

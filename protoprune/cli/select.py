@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, Scores, TableOptions, table_file
-from protoprune.cli.outputs import below, check_beside, check_outputs
+from protoprune.cli.outputs import below, check_beside, check_outputs, check_suffix
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 
@@ -53,6 +53,8 @@ def select(
     out = None if out == Path("-") else out
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     check_links(links, hard_links)
+    if root is not None and links is None and not absolute:
+        raise UsageError(f"--root {root}: goes with --links or --absolute; a list holds paths below the root")
     _check_output(format, null, [features, table_file(scores), reading.rows], links, out, removed, manifest)
     if stability and how.order in ("cover", "facility"):
         raise UsageError(f"--stability compares rankings by prototypes; --order {how.order} is none")
@@ -101,6 +103,9 @@ def _check_output(
     from protoprune.lists import check_list
 
     check_outputs(*outputs, inputs=inputs, links=links)
+    for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
+        tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")
+        check_suffix(path, tables, option)
     for path in outputs[:2]:
         check_list([], np.empty(0, int), _format(format, path), null=null)
     if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():

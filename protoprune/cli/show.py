@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, table_file
-from protoprune.cli.outputs import check_outputs, check_picture
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, table_file
+from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.tables import echo
@@ -204,6 +205,9 @@ def sheet(
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
+    check_suffix(out, (".png",), only=True)
+    if scores is not None and (words := given_words(replace(clustering, seed=0))):
+        raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))
     clusters = clustering.clusters()
     ranking = _ranked(features, scores, reading, clusters, duplicates)
@@ -237,7 +241,7 @@ def _ranked(
     if scores is not None:
         return pruning.rank_by_table(features, scores, **vars(reading))
     if duplicates is not None:
-        check_duplicates(duplicates)
+        check_duplicates(duplicates, option="--duplicates")
     ranking = pruning.rank(features, clusters)
     if duplicates is not None:
         pruning.deduplicate(ranking, duplicates, seed=clusters.seed)

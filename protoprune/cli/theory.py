@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import numbers
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
@@ -72,8 +72,11 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the rows to this
 Simulate = Annotated[
     int, typer.Option("--simulate", min=0, help="Also simulate with this many seeds on all cores; 0 for none.")
 ]
-Dimension = Annotated[int, typer.Option("--dimension", min=2, help="Dimension N of the simulation.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the simulation.")]
+Dimension = Annotated[
+    int | None, typer.Option("--dimension", min=2, help="Dimension N of the simulation [default: 200].")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the simulation [default: 0].")]
+_MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy costs a tenth of a second
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -90,8 +93,8 @@ def error(
     ] = None,
     margin: OneMargin = Margin.absolute,
     simulate: Simulate = 0,
-    dimension: Dimension = 200,
-    seed: Seed = 0,
+    dimension: Dimension = None,
+    seed: Seed = None,
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
@@ -120,8 +123,8 @@ def curve(
     points: Points = 20,
     against: Annotated[Size, typer.Option("--against", help="What --from and --to count.")] = Size.pruned,
     simulate: Simulate = 0,
-    dimension: Dimension = 200,
-    seed: Seed = 0,
+    dimension: Dimension = None,
+    seed: Seed = None,
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
@@ -278,8 +281,8 @@ def _sizes(alpha_tot: list[str] | None, alpha_prune: list[str] | None) -> tuple[
     if (alpha_tot is None) == (alpha_prune is None):
         raise UsageError("--alpha-tot or --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
-        return "alpha_prune", numbers(alpha_prune, "--alpha-prune", low=0)
-    return "alpha_tot", numbers(alpha_tot, "--alpha-tot", low=0)
+        return "alpha_prune", numbers(alpha_prune, "--alpha-prune", low=0, high=_MOST)
+    return "alpha_tot", numbers(alpha_tot, "--alpha-tot", low=0, high=_MOST)
 
 
 def _fractions(given: list[str]) -> list[float]:
@@ -292,8 +295,8 @@ def _angles(given: list[str]) -> list[float]:
 
 def _grid(start: float, stop: float, points: int) -> np.ndarray:
     """Sizes from start to stop, evenly spaced in the logarithm."""
-    if not 0 < start < stop < float("inf"):
-        raise UsageError(f"--from {start:g} --to {stop:g}: expected 0 < from < to")
+    if not 0 < start < stop <= _MOST:
+        raise UsageError(f"--from {start:g} --to {stop:g}: expected 0 < from < to, and at most {_MOST:g}")
     import numpy as np
 
     return np.geomspace(start, stop, points)
@@ -303,6 +306,7 @@ def _check_outputs(csv: str | None, plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
     check_outputs(csv, plot)
+    check_suffix(csv, (".csv",), "--csv")
 
 
 def _count(path: Path) -> tuple[int, list[int], float | None, str]:
@@ -323,18 +327,21 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 
 
 def _solve_rows(
-    points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int, seed: int
+    points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int | None, seed: int | None
 ) -> list[dict[str, Any]]:
     """A row a point, with the simulation's mean and standard error when asked for."""
     from protoprune.theory.solver import solve
 
+    for option, value in (("--dimension", dimension), ("--seed", seed)):
+        if value is not None and not seeds:
+            raise UsageError(f"{option} {value}: goes with --simulate SEEDS, which it is about")
     rows = [_row(solve(*point)) for point in points]
     if seeds:
         from protoprune.theory.simulation import simulate, worker_pool
 
         with worker_pool() as pool:
             for row, point in zip(rows, points, strict=True):
-                result = simulate(*point, dimension=dimension, seeds=seeds, seed=seed, pool=pool)
+                result = simulate(*point, dimension=dimension or 200, seeds=seeds, seed=seed or 0, pool=pool)
                 row |= {"simulated": result.mean, "standard_error": result.standard_error}
     return rows
 

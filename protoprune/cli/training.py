@@ -63,7 +63,7 @@ def load_sets(
 
     _check_sets(source, test, model)
     own, others = labels.arguments()
-    size = {"image_size": training.image_size, "decode": decode}
+    size = {"image_size": training.image_size or 32, "decode": decode}
     train = _load(source, "training", training.pixels, **size, **own)
     if test is None:
         return train, None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from protoprune.bounds import check_number
 from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from protoprune.tuning.running import Networks, Tuned
     from protoprune.tuning.unlabelled import Unlabelled
 
+_TOLERANCE = 0.5  # points
+
 
 def tune(
     *,
@@ -34,7 +37,7 @@ def tune(
     ] = Path("features.h5"),
     tolerance: Annotated[
         float, typer.Option(min=0, help="With --keep auto: points of accuracy that leaving images out may cost.")
-    ] = 0.5,
+    ] = _TOLERANCE,
     test: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +76,13 @@ def tune(
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
+    check_number("--tolerance", tolerance, 0, 100)
+    if fraction is not None and tolerance != _TOLERANCE:
+        raise UsageError(f"--tolerance {tolerance:g}: goes with --keep auto, which looks for what costs so little")
     _check(model, images, higher_is, scores, features)
+    idle = training.given().keys() - {"device"}
+    if model is None and idle:
+        raise UsageError(f"--{min(idle).replace('_', '-')}: goes with --model, whose training it is about")
     check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from protoprune.bounds import SEEDS, check_number, check_whole
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
@@ -40,6 +41,10 @@ class Kept:
     rows: np.ndarray  # (m,) int64
     weights: np.ndarray | None = None  # (m,) loss weights of those rows, in any scale
     selection_seconds: float | None = None  # what it cost to choose them
+
+    def __post_init__(self) -> None:
+        if self.selection_seconds is not None:
+            check_number("--selection-seconds", self.selection_seconds, 0, 1e9)
 
 
 @dataclass(frozen=True)
@@ -380,10 +385,15 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    found = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if not found or len(set(found)) < len(found) or min(found) < 0:
+    if isinstance(seeds, int | float):
+        check_whole("--seeds", seeds, 1, 10_000)
+        return list(range(int(seeds)))
+    found = list(seeds)
+    for seed in found:
+        check_whole("--seeds", seed, 0, SEEDS)
+    if not found or len(set(found)) < len(found):
         raise UsageError(f"--seeds {seeds}: expected at least one, and each once")
-    return found
+    return [int(seed) for seed in found]
 
 
 def check_options(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import selection
+from protoprune.bounds import check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import fits, statistics
 from protoprune.evaluation import runs as running
@@ -108,8 +109,7 @@ def scaling(
 
     Raises UsageError for options that do not fit, ProtopruneError for images without a score.
     """
-    if bootstrap < 0:
-        raise UsageError(f"--bootstrap {bootstrap}: expected 0 or more samples")
+    check_whole("--bootstrap", bootstrap, 0, 100_000)
     seeds, n = _seeds(seeds), len(train.paths)
     check_options(keeps, orders, k, balance, recipe, budget, min_steps, device)
     sizes, keeps = _check(n, sizes, keeps, orders, scores, features)
@@ -294,5 +294,5 @@ def check_options(
             raise UsageError(f"--order {order}: expected some of {', '.join(ORDERS)}")
     if not orders:
         raise UsageError(f"--order is empty: expected some of {', '.join(ORDERS)}")
-    if k is not None and k < 1:
-        raise UsageError(f"--k {k}: expected at least 1, or auto")
+    if k is not None:
+        check_whole("--k", k, hint="; use --k auto")

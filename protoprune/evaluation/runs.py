@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import protoprune
+from protoprune.bounds import check_number, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.text import parse_json, with_slashes
@@ -327,8 +328,9 @@ def check_dynamic(sampler: dict[str, Any]) -> None:
     """Raise UsageError for a dynamic method that is not known, or a fraction out of range."""
     if sampler.get("name") not in DYNAMIC:
         raise UsageError(f"--dynamic {sampler.get('name')}: expected one of {', '.join(DYNAMIC)}")
-    if not 0 < sampler.get("keep", 0) <= 1:
-        raise UsageError(f"--keep {sampler.get('keep', 0):g}: expected the fraction to keep, above 0 and at most 1")
+    check_number("--keep", sampler.get("keep", 0), 0, 1, ", the fraction to keep", above=True)
+    if "every" in sampler:
+        check_whole("--every", sampler["every"])
 
 
 def kept_count(keep: float, n: int) -> int:
@@ -364,8 +366,8 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
         raise UsageError(f"--weights {recipe.weights}: no such file")
     if budget is not None and budget not in BUDGETS:
         raise UsageError(f"--budget {budget}: expected epochs (passes over the subset) or steps (of the optimizer)")
-    if min_steps is not None and min_steps < 1:
-        raise UsageError(f"--min-steps {min_steps}: expected at least 1")
+    if min_steps is not None:
+        check_whole("--min-steps", min_steps)
     if not to_convergence(recipe):
         return
     own, usual = vars(recipe), vars(Recipe.for_model("head"))

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.bounds import check_seed, check_whole
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.metrics import dynamics, ensembles, geometry
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def score(name: str, source: str | os.PathLike[str] | Record | Source, **options
     if "seed" in given:
         check_seed(given["seed"])
     for key in ("k", "window"):
-        if given.get(key, 1) < 1:
-            raise UsageError(f"--{key} {given[key]}: expected at least 1")
+        check_whole(f"--{key}", given.get(key, 1))
+    check_whole("--epoch", given.get("epoch", 0), 0)
     missing = [one for one in metric.statistics if one not in getattr(source, "statistics", ())]
     if missing:
         raise UsageError(

@@ -49,7 +49,7 @@ def page(
     the feature file.
     """
     options = options or Options()
-    check_duplicates(options.duplicates)
+    check_duplicates(options.duplicates, option="--duplicates")
     maps.check_method(options.map)
     if options.evaluation is not None and not os.path.isdir(options.evaluation):
         raise UsageError(f"--evaluation {options.evaluation}: no such folder; give the one of `evaluate -o`")

@@ -15,6 +15,7 @@ features.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,6 +103,9 @@ def check(keep: float, order: str = "hard", balance: float = 0.0) -> None:
 
 def check_keep(keep: float) -> None:
     """Raise UsageError unless `keep` is a fraction to keep."""
-    if not 0 < keep <= 1:
-        hint = f"; for {keep:g} % give {keep / 100:g}" if 1 < keep <= 100 else ""
-        raise UsageError(f"--keep {keep:g}: expected the fraction to keep, above 0 and at most 1{hint}")
+    if isinstance(keep, numbers.Real) and 0 < keep <= 1 and not isinstance(keep, bool):
+        return
+    shown = f"{keep:g}" if isinstance(keep, numbers.Real) else repr(keep)
+    percent = isinstance(keep, numbers.Real) and 1 < keep <= 100
+    hint = f"; for {keep:g} % give {keep / 100:g}" if percent else ""
+    raise UsageError(f"--keep {shown}: expected the fraction to keep, above 0 and at most 1{hint}")

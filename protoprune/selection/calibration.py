@@ -12,15 +12,14 @@ from fractions import Fraction
 
 import numpy as np
 
-from protoprune.errors import UsageError
+from protoprune.bounds import check_number
 from protoprune.ids import shuffled
 from protoprune.selection.floors import take
 
 
 def check_calibration(alpha: float) -> None:
     """Raise UsageError unless `alpha` is a share."""
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"--calibrate {alpha:g}: expected the share of the list that goes by score, from 0 to 1")
+    check_number("--calibrate", alpha, 0, 1, ", the share of the list that goes by score")
 
 
 def calibrated(

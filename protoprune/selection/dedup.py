@@ -26,11 +26,11 @@ BLOCK = 4096  # images; 64 MiB of similarities
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # whose effect is told
 
 
-def check_duplicates(epsilon: float, prefer: str = "harder") -> None:
+def check_duplicates(epsilon: float, prefer: str = "harder", option: str = "--dedup") -> None:
     """Raise UsageError for a threshold or a side that there is not."""
     if not LEAST <= epsilon < 1:
         raise UsageError(
-            f"--dedup {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells what others "
+            f"{option} {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells what others "
             "would remove"
         )
     if prefer not in PREFER:

@@ -7,14 +7,13 @@ from fractions import Fraction
 
 import numpy as np
 
-from protoprune.errors import UsageError
+from protoprune.bounds import check_number
 from protoprune.selection.orders import place_in_group
 
 
 def check_balance(balance: float) -> None:
     """Raise UsageError unless `balance` is a share."""
-    if not 0 <= balance <= 1:
-        raise UsageError(f"--balance {balance:g}: expected a number from 0 to 1")
+    check_number("--balance", balance, 0, 1)
 
 
 def take(rows: np.ndarray, n: int, count: int, groups: np.ndarray | None = None, balance: float = 0.0) -> np.ndarray:

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes_of, shuffled
 
@@ -72,8 +73,9 @@ def check_order(order: str, drop_hardest: float = 0.0) -> None:
     """Raise UsageError for an unknown order or a fraction to drop that is out of range."""
     if order not in (*ORDERS, *COVERS):
         raise UsageError(f"--order {order}: expected one of {', '.join((*ORDERS, *COVERS))}")
-    if not 0 <= drop_hardest < 1:
-        raise UsageError(f"--drop-hardest {drop_hardest:g}: expected a fraction from 0 to below 1")
+    check_number("--drop-hardest", drop_hardest, 0, 1)
+    if drop_hardest == 1:
+        raise UsageError("--drop-hardest 1: expected a fraction from 0 to below 1")
 
 
 def _ordered(values: np.ndarray, rows: np.ndarray, *, ids: Sequence[str], order: str, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from scipy.optimize import root
 from scipy.special import log_ndtr, ndtr, ndtri
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.theory.solver import STEPS, density, panels
+from protoprune.theory.solver import MAX_ALPHA, STEPS, density, panels
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
 
     Follows the solution up from few examples, where R and q are proportional to alpha; ProtopruneError when that fails.
     """
-    if not (np.isfinite(alpha_prune) and alpha_prune > 0):
+    if not 0 < alpha_prune <= MAX_ALPHA:
         raise UsageError(
-            f"alpha_prune is {alpha_prune}: expected kept examples a dimension, a number above 0 (for example 2)"
+            f"alpha_prune is {alpha_prune:g}: expected kept examples a dimension, a number above 0 and at most "
+            f"{MAX_ALPHA:g} (for example 2)"
         )
     edge = _edge(keep)
     first = min(1e-3, alpha_prune)

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 from scipy.optimize import nnls
 
+from protoprune.bounds import check_seed, check_whole
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.theory.solver import check_point
@@ -125,8 +126,9 @@ def simulate(
     The pool changes the speed, never the answer.
     """
     check_point(alpha_tot, keep, theta, order, margin)
-    if dimension < 2 or seeds < 1:
-        raise UsageError(f"dimension is {dimension} and seeds {seeds}: expected at least 2 and at least 1")
+    check_whole("--dimension", dimension, 2, 100_000)
+    check_whole("--simulate", seeds, 1, 100_000)
+    check_seed(seed)
     examples = round(alpha_tot * dimension)
     if examples < 1:
         raise UsageError(f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them")

@@ -267,10 +267,16 @@ def _continue(alpha: float, region: KeptRegion, iterations: int) -> np.ndarray |
     return x
 
 
+MAX_ALPHA = 1e9  # examples a dimension, of which a perceptron needs a few: beyond it the equations have no digits left
+
+
 def check_point(alpha_tot: float, keep: float, theta: float, order: str, margin: str) -> None:
     """UsageError for a point that makes no sense."""
-    if not (np.isfinite(alpha_tot) and alpha_tot > 0):
-        raise UsageError(f"alpha_tot is {alpha_tot}: expected examples a dimension, a number above 0 (for example 5)")
+    if not 0 < alpha_tot <= MAX_ALPHA:
+        raise UsageError(
+            f"alpha_tot is {alpha_tot:g}: expected examples a dimension, a number above 0 and at most {MAX_ALPHA:g} "
+            "(for example 5)"
+        )
     if not 0 < keep <= 1:
         raise UsageError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.5)")
     if not 0 <= theta <= MAX_THETA:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from protoprune.bounds import check_number, check_whole
 from protoprune.device import native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import models
@@ -76,14 +77,17 @@ class Recipe:
     def checked(self) -> Recipe:
         """Itself, or UsageError for a value out of range."""
         models.check_name(self.model)
-        if self.epochs < 1 or self.batch_size < 1:
-            raise UsageError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: expected at least 1")
-        if not self.lr > 0:
-            raise UsageError(f"--lr {self.lr:g}: expected a number above 0")
-        if not self.weight_decay >= 0:
-            raise UsageError(f"--weight-decay {self.weight_decay:g}: expected 0 or more")
-        if self.width < 1 or self.hidden < 0:
-            raise UsageError(f"--width {self.width}, --hidden {self.hidden}: expected at least 1 and 0")
+        check_whole("--epochs", self.epochs, 1, 1_000_000)
+        check_whole("--batch-size", self.batch_size, 1, 100_000_000)
+        check_number("--lr", self.lr, 0, 1e38, above=True)  # of float32
+        check_number("--weight-decay", self.weight_decay, 0, 1e38)
+        check_whole("--width", self.width, 1, 8192)
+        check_whole("--hidden", self.hidden, 0, 1_000_000)
+        check_whole("--image-size", self.image_size, 8, 16_384)
+        check_number("momentum", self.momentum, 0, 1)
+        check_number("bias_lr", self.bias_lr, 0, 1e6)
+        check_number("warmup", self.warmup, 0, 1)
+        check_number("label_smoothing", self.label_smoothing, 0, 1)
         if self.augment not in AUGMENT:
             raise UsageError(f"--augment {self.augment}: expected one of {', '.join(AUGMENT)}")
         if self.schedule not in SCHEDULES:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from protoprune import files, hdf5, records
+from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError, check_seed
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.text import parse_json
 from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs
@@ -70,8 +71,7 @@ def plan(
 
     Raises UsageError for values out of range, and for test features that were not made as the training features were.
     """
-    check(models, subset_fraction, every)
-    check_seed(seed)
+    check(models, subset_fraction, every, seed)
     if test is not None:
         check_same_inputs(train, test)
     if len(train.classes) > 65_536:
@@ -96,12 +96,12 @@ def plan(
     return Plan(models, subset_fraction, numbers, subset, size + names)
 
 
-def check(models: int, subset_fraction: float, every: int) -> None:
+def check(models: int, subset_fraction: float, every: int, seed: int = 0) -> None:
     """UsageError for values out of range."""
-    if models < 1 or every < 1:
-        raise UsageError(f"--models {models}, --every {every}: expected at least 1")
-    if not 0 < subset_fraction <= 1:
-        raise UsageError(f"--subset {subset_fraction:g}: expected a fraction above 0 and at most 1; the usual is 0.7")
+    check_whole("--models", models, 1, 1_000_000)
+    check_whole("--every", every)
+    check_number("--subset", subset_fraction, 0, 1, "; the usual is 0.7", above=True)
+    check_seed(seed)
 
 
 def record(

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import protoprune
+from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.statistics import Interval
 from protoprune.text import parse_json
@@ -171,8 +172,9 @@ def tune(
     there and not done again. Raises UsageError where too few images would be kept to compare anything.
     """
     say = on_progress or (lambda text: None)
-    if seeds < 2:
-        raise UsageError(f"--seeds {seeds}: expected at least 2, for an interval")
+    check_whole("--seeds", seeds, 2, 1000, ", for an interval")
+    check_number("--tolerance", tolerance, 0, 1)
+    check_seed(seed)
     if recipes is None:
         recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]

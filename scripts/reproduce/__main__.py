@@ -1,6 +1,6 @@
 """The papers' experiments by name.
 
-    python scripts/reproduce NAME [--size small|full] [--dataset NAME] [--data .data] [--results results]
+    python scripts/reproduce NAME [--size small|full] [--dataset NAME] [--encoder NAME] [--data .data]
 
 Settings come from configs/NAME.toml, results go to results/NAME/ (results.json, tables as CSV, figure.png), and the run
 ends with the paper's claims beside what was found. What is finished is not done again.
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--size", choices=("small", "full"), default="small", help="two cores, minutes; or a GPU")
     parser.add_argument("--dataset", help="this data set alone, such as cifar10")
+    parser.add_argument("--encoder", help="features of this encoder alone, such as lite0")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder that holds the data sets")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--configs", type=Path, default=Path("configs"))
@@ -35,7 +36,14 @@ def main() -> int:
     try:
         experiment = importlib.import_module(f"experiment_{options.name}")
         for lab in Lab.open(
-            options.name, options.size, options.data, options.results, options.configs, options.device, options.dataset
+            options.name,
+            options.size,
+            options.data,
+            options.results,
+            options.configs,
+            options.device,
+            options.dataset,
+            options.encoder,
         ):
             report(lab, experiment.run(lab))
     except ProtopruneError as error:

@@ -82,6 +82,7 @@ def heads(
     lab.settings["encoder"] = encoder
     train, test = (some_classes(one, every) for one in lab.features(data))
     pool = Pool(train.paths, train.labels, train.classes, train.inputs.numpy())
+    # 2: the protocol, one more whenever the same heads are fitted in another way
     identity = f"{train.fingerprint()} {test.fingerprint()} {images} {converged.VERSION} {protoprune.__version__} 2"
     rows, space = [], converged.Space(train.inputs)
 

@@ -13,7 +13,7 @@ from claims import Claim, bars, claim, fractions_axis, gap
 from lab import Lab, accuracies, table_of
 
 from protoprune import prototypes, selection
-from protoprune.evaluation.runs import Run, kept_count, random_rows
+from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
 
 SOURCE = "Sorscher et al. 2022, section 5"
 MUCH = 0.5  # the paper's claim is about so much kept and more
@@ -32,17 +32,21 @@ def run(lab: Lab) -> list[Claim]:
 
 
 def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
-    """Hard, easy and random at every fraction, and everything, of the seed's images before pruning."""
+    """Hard, easy and random at every fraction, and everything, of the seed's images before pruning.
+
+    A network takes equal steps on all of them, so that its length of training is not judged.
+    """
     rows = lab.initial(len(train), seed)
+    steps = steps_for(len(rows), lab.recipe())
     k = lab.settings.get("k") or prototypes.auto_k(len(rows), len(train.classes))
     hardness = prototypes.cluster(vectors[rows], k, seed=seed).distance
-    runs = [Run("everything", seed, rows)]
+    runs = [Run("everything", seed, rows, None, steps)]
     for keep in lab.settings["keeps"]:
         for order in ORDERS:
             own = kept_by(hardness, train, rows, keep, order, lab.settings["balance"])
-            runs.append(Run(f"{order} {keep:g}", seed, own))
+            runs.append(Run(f"{order} {keep:g}", seed, own, None, steps))
         own = rows[random_rows(len(rows), kept_count(keep, len(rows)), seed)]
-        runs.append(Run(f"random {keep:g}", seed, own))
+        runs.append(Run(f"random {keep:g}", seed, own, None, steps))
     return runs
 
 

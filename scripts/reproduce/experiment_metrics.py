@@ -22,6 +22,7 @@ from protoprune.training.loop import Recipe
 SUBSETS = ("memorization", "influence_max", "influence_sum_abs", "ddd")  # need models with and without each image
 AGREE = ("el2n", "ddd", "memorization")  # above 0.7 with each other (Sorscher et al.)
 MARGIN = 0.01  # of accuracy: what counts as no difference
+COVERS = ("cover", "facility")  # orders that cover the set, and say nothing of how hard an image is
 PAPER = (  # the ten that Sorscher et al. compare
     "influence_max", "influence_sum_abs", "ddd", "memorization", "el2n", "forgetting", "ensemble_active_learning",
     "supervised_prototypes", "self_supervised_prototypes",
@@ -40,7 +41,7 @@ def run(lab: Lab) -> list[Claim]:
     lists = [kept(name, values, keep, train.paths) for name, values in scores.items() for keep in settings["keep"]]
     result = evaluate(
         train, test, [one for one in lists if not one.name.startswith("random ")], recipe, seeds=lab.seeds,
-        folder=lab.runs, device=lab.device, on_run=lab.progress,
+        class_counts=False, folder=lab.runs, device=lab.device, on_run=lab.progress,
     )  # fmt: skip
     lab.save_table([report.summary_row(one) for one in result.methods])
     draw(lab, result)
@@ -141,6 +142,8 @@ def pays(result, keeps: list[float]) -> list[Claim]:
             one.name.rpartition(" ")[0]: one.to_random
             for one in result.methods if one.kind == "list" and one.name.endswith(f" {keep:g}")
         }  # fmt: skip
+        if want == "worse":
+            found = {name: one for name, one in found.items() if name not in COVERS}
         by = dict.fromkeys(("better", "worse", "undecided"), "")
         for name, side in zip(found, sides(found.values()), strict=True):
             one = found[name]

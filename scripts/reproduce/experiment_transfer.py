@@ -7,7 +7,6 @@ random one, then fine-tuning on the whole of the other. Every seed has a pretrai
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,15 +106,9 @@ def embedded(lab: Lab, folder: Path, source) -> np.ndarray:
     """(n, d) embeddings of these images alone, made once."""
     from protoprune.embedding import embed
     from protoprune.encoders import load_encoder
-    from protoprune.images import list_folder
+    from protoprune.images import list_paths
 
-    images = list_folder(folder)
-    wanted = set(source.paths)
-    mask = np.array([path in wanted for path in images.paths])
-    images = dataclasses.replace(
-        images, paths=[path for path in images.paths if path in wanted], size=images.size[mask],
-        mtime_ns=images.mtime_ns[mask], labels=images.labels[mask],
-    )  # fmt: skip
+    images = list_paths(source.paths, folder)
     encoder = lab.settings.get("encoder", "mini")
     out = lab.folder.parent / "features" / f"{lab.settings['pretrain_data']}-{len(source)}-{encoder}.h5"
     out.parent.mkdir(parents=True, exist_ok=True)

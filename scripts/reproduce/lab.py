@@ -43,10 +43,18 @@ class Lab:
 
     @classmethod
     def open(
-        cls, name: str, size: str, data: Path, results: Path, configs: Path, device: str, dataset: str | None = None
+        cls,
+        name: str,
+        size: str,
+        data: Path,
+        results: Path,
+        configs: Path,
+        device: str,
+        dataset: str | None = None,
+        encoder: str | None = None,
     ) -> Iterator[Lab]:
         """The experiment as its configuration has it: once, or once for each of its parts, whose settings take the
-        place of the others. `dataset` leaves those on that data set, or puts it into the first where there is none.
+        place of the others. `dataset` and `encoder` leave those with it, or put it into the first where there is none.
 
         Raises ProtopruneError for a configuration that is not there, cannot be read, or has no data set to replace.
         """
@@ -62,9 +70,10 @@ class Lab:
         parts = [settings | one for one in several or [{}]]
         if dataset is not None and "data" not in parts[0]:
             raise UsageError(f"--dataset {dataset}: the experiment {name} has no data set that could be replaced")
-        if dataset is not None:
-            parts = [one for one in parts if one["data"] == dataset] or [parts[0] | {"data": dataset}]
-        split = bool(several or dataset)
+        for key, wanted in (("data", dataset), ("encoder", encoder)):
+            if wanted is not None:
+                parts = [one for one in parts if one.get(key) == wanted] or [parts[0] | {key: wanted}]
+        split = bool(several or dataset or encoder)
         return (cls(name, size, one, data, home / set_name(one) if split else home, device, home) for one in parts)
 
     def __post_init__(self):
