@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from protoprune import prototypes
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 
 
 def main() -> None:

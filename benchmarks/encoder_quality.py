@@ -29,7 +29,7 @@ import torch
 from protoprune.decode import Preprocess, decode
 from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.images import list_paths
 
 BATCH = 32

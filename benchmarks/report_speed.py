@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from protoprune import pruning
-from protoprune.features import PartialFile, create_partial
+from protoprune.featurefile import PartialFile, create_partial
 from protoprune.images import ImageList, folder_labels
 from protoprune.report import Options, page
 

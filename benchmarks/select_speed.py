@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from protoprune import prototypes
-from protoprune.features import FeatureFile, PartialFile, create_partial
+from protoprune.featurefile import FeatureFile, PartialFile, create_partial
 from protoprune.images import ImageList
 
 

@@ -2,8 +2,8 @@
 
 A tree that was copied or restored has the names, sizes and times of modification of another one, whatever its pixels.
 What no program can set is the ctime, so within one root it vouches for a file; where it is another one, and for files
-below another root, what was read of the image then (a digest of all its bytes, see `features`) is compared with what it
-holds now. Knows nothing of pixels.
+below another root, what was read of the image then (a digest of all its bytes, see `featurefile`) is compared with what
+it holds now. Knows nothing of pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from protoprune.decode import TRANSIENT
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.images import ImageList
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune import hdf5
 from protoprune.crew import Crew
 from protoprune.current import Known, content_digest, known_rows
 from protoprune.decode import TRANSIENT, Status, crop
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile, PartialFile, partial_path
+from protoprune.featurefile import FeatureFile, PartialFile, partial_path
 from protoprune.images import ImageList
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from protoprune.decode import Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile, PartialFile
+from protoprune.featurefile import FeatureFile, PartialFile
 from protoprune.images import ImageList
 
 if TYPE_CHECKING:

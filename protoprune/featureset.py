@@ -1,7 +1,7 @@
 """The feature set: a folder of feature files, one a shard, that is read as if it were one feature file.
 
     features/set.json            what the set is: the key, the root, and of each shard its state
-    features/train/0000.tar.h5   the features of the shard train/0000.tar, as `features` describes
+    features/train/0000.tar.h5   the features of the shard train/0000.tar, as `featurefile` describes
 
 Shards are in the order of ids, so that row i of the set is row i of the file that `merge` makes of it. Not an HDF5
 virtual data set: there a source that is missing reads as zeros, in silence. This module knows nothing of how a shard is
@@ -24,10 +24,10 @@ from functools import cached_property, partial
 import numpy as np
 
 from protoprune import files, stores
-from protoprune.decode import ON_WHITE, Status
-from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features import KEY, KIND, FeatureFile, PartialFile, create_partial, local_path
-from protoprune.images import SET_FILE, ImageList
+from protoprune.decode import Status
+from protoprune.errors import ProtopruneError, warn
+from protoprune.featurefile import FeatureFile
+from protoprune.images import SET_FILE
 from protoprune.paths import STEP, Block, Paths
 from protoprune.sources.reading import FOLDERS
 from protoprune.text import native, parse_json
@@ -394,44 +394,3 @@ class _Rows:
             with self._owner._lock:
                 out[here] = self._owner._file(int(number)).features[rows[here] - self._owner._starts[number]]
         return out
-
-
-def merge(folder: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False) -> int:
-    """Make one feature file of a set, with the same rows in the same order; returns their number.
-
-    Shards that failed have no rows in it. Raises UsageError when `out` exists (unless `overwrite`), ProtopruneError
-    when the set is not whole or the file cannot be written.
-    """
-    out = os.fspath(out)
-    if os.path.isdir(out):
-        raise UsageError(f"{out}: a folder; name a file")
-    if os.path.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
-        from protoprune import hdf5
-
-        hdf5.check_replaceable(out, KIND)
-    with FeatureSet(local_path(folder)) as whole, files.lock(out):
-        labels, classes, labels_from = whole._classes()
-        images = ImageList(
-            root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
-            classes=classes, labels_from=labels_from, ctime_ns=whole.ctime_ns,
-        )  # fmt: skip
-        key = {name: whole.provenance[name] for name in (*KEY, "shard_options") if name in whole.provenance}
-        create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]})
-        partial = PartialFile(out)
-        try:
-            content, status, reasons = (
-                whole.content,
-                whole.status,
-                {path: reason for path, _, reason in whole.failures()},
-            )
-            reasons |= {images.paths[row]: ON_WHITE for row in np.flatnonzero(whole.transparent)}
-            for start in range(0, whole.n, _COPY_ROWS):
-                rows = np.arange(start, min(start + _COPY_ROWS, whole.n))
-                said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]
-                partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said, content[rows])
-            partial.finish()
-        finally:
-            partial.close()
-        return whole.n

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
+import tarfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from typing import BinaryIO
+
+from protoprune.errors import UsageError
 
 # extra -> (module, what its files are called, their suffixes)
 PLUGINS = {
@@ -27,6 +31,17 @@ _STUMBLES = (IndexError, TypeError, KeyError, EOFError, struct.error)  # of Pill
 HEAD = 32  # bytes of a file that tell its format
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
+
+
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
+_MAGIC = (
+    (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+    (b"PAR1\x15", "a Parquet file"), (b"ARROW1\0", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!\x1a", "a RAR archive"), (b"\x89HDF", "an HDF5 file"),
+    (b"protoprune-seal", "a feature file or a training record"), (b"\x93NUMPY", "a NumPy file"),
+    (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
+)  # fmt: skip
 
 
 @cache
@@ -130,3 +145,27 @@ def advice(suffixes: Iterable[str]) -> str:
         if extra not in register() and suffixes & set(known)
     ]
     return "; ".join(lines)
+
+
+def archive_kind(head: bytes) -> str | None:
+    """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
+    if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
+        return None
+    for magic, kind in _MAGIC:
+        # Every zip of today asks for a version below 256 (APPNOTE 4.4.3); a name that begins as one goes on otherwise.
+        if head.startswith(magic) and (magic != b"PK\x03\x04" or head[5] == 0):
+            return kind
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # checks the header's sum
+    except tarfile.HeaderError:
+        return None
+    return "a tar archive"
+
+
+def refuse_archive(data: bytes, name: str) -> None:
+    """Raise UsageError for what is no list by its content, whatever its name."""
+    kind = archive_kind(data[:512])
+    if kind == "a gzip file":
+        raise UsageError(f"{name}: {kind}, not a list of paths; unpack it first (gzip -d)")
+    if kind:
+        raise UsageError(f"{name}: {kind}, not a list of paths")

@@ -1,6 +1,6 @@
 """HDF5 files that survive being killed: space allocated first, and names as blocks of bytes.
 
-The one place that knows how HDF5 behaves; `features` and `records` say what is in their files.
+The one place that knows how HDF5 behaves; `featurefile` and `records` say what is in their files.
 """
 
 from __future__ import annotations

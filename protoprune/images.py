@@ -11,7 +11,6 @@ import os
 import posixpath
 import re
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import numpy as np
 from protoprune import formats, stores
 from protoprune.decode import open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.text import plain_bytes, unpacked, with_slashes
+from protoprune.text import with_slashes
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
@@ -32,16 +31,7 @@ if TYPE_CHECKING:
 SET_FILE = "set.json"  # what makes a folder a feature set
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
 _DEEPEST = 2048  # folders in a path of Linux's 4,096 bytes
-_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 # How files that are no lists begin. Images are among them: `embed photo` of a file without a suffix.
-_MAGIC = (
-    (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
-    (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
-    (b"PAR1\x15", "a Parquet file"), (b"ARROW1\0", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!\x1a", "a RAR archive"), (b"\x89HDF", "an HDF5 file"),
-    (b"protoprune-seal", "a feature file or a training record"), (b"\x93NUMPY", "a NumPy file"),
-    (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
-)  # fmt: skip
 
 
 _Entry = tuple[str, int, int, int]  # path, size, mtime_ns, ctime_ns
@@ -178,49 +168,6 @@ def is_feature_set(path: str | os.PathLike) -> bool:
     if stores.is_url(path):
         return stores.size(f"{path}/{SET_FILE}") is not None
     return os.path.isfile(os.path.join(path, SET_FILE))
-
-
-def archive_kind(head: bytes) -> str | None:
-    """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
-    if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
-        return None
-    for magic, kind in _MAGIC:
-        # Every zip of today asks for a version below 256 (APPNOTE 4.4.3); a name that begins as one goes on otherwise.
-        if head.startswith(magic) and (magic != b"PK\x03\x04" or head[5] == 0):
-            return kind
-    try:
-        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # checks the header's sum
-    except tarfile.HeaderError:
-        return None
-    return "a tar archive"
-
-
-def refuse_archive(data: bytes, name: str) -> None:
-    """Raise UsageError for what is no list by its content, whatever its name."""
-    kind = archive_kind(data[:512])
-    if kind == "a gzip file":
-        raise UsageError(f"{name}: {kind}, not a list of paths; unpack it first (gzip -d)")
-    if kind:
-        raise UsageError(f"{name}: {kind}, not a list of paths")
-
-
-def split_list(data: bytes, name: str = "the list") -> list[str]:
-    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF, CRLF or mixed), empty ones
-    dropped.
-
-    UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
-    `name`, for an archive or an image.
-    """
-    data = unpacked(data, name)
-    refuse_archive(data, name)
-    data = plain_bytes(data)
-    if b"\0" in data:
-        parts = data.split(b"\0")
-    else:
-        lines = data.split(b"\n")  # a name that ends in a carriage return takes a list with NULs
-        ended = [line.removesuffix(b"\r") for line in lines[:-1]]
-        parts = [*ended, lines[-1].removesuffix(b"\r") if len(lines) > 1 else lines[-1]]
-    return [os.fsdecode(part) for part in parts if part]
 
 
 def _build(root: str, found: list[_Entry], labels, class_level: int | None, **counts) -> ImageList:

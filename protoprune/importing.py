@@ -26,7 +26,7 @@ import numpy as np
 from protoprune import files, hdf5
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features import KEY, KIND, PartialFile, create_partial, partial_path
+from protoprune.featurefile import KEY, KIND, PartialFile, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
 from protoprune.npy import map_npy, reason

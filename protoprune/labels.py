@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.images import refuse_archive
+from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
 from protoprune.text import parse_json, plain_bytes
 

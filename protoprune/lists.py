@@ -24,7 +24,7 @@ import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import csv_bytes, plain_cell, plain_number
-from protoprune.images import refuse_archive, split_list
+from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
 from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
@@ -395,3 +395,22 @@ def manifest_chunks(columns: Callable[[slice], dict[str, Sequence]], n: int, for
             yield csv_bytes(header)
         values = [_cells(column) for column in part.values()]
         yield _records(header, zip(*values, strict=True), format, {"": None})
+
+
+def split_list(data: bytes, name: str = "the list") -> list[str]:
+    """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF, CRLF or mixed), empty ones
+    dropped.
+
+    UTF-16 and a mark at the start, as Windows writes them, and gzip are understood. Raises UsageError, with the list's
+    `name`, for an archive or an image.
+    """
+    data = unpacked(data, name)
+    refuse_archive(data, name)
+    data = plain_bytes(data)
+    if b"\0" in data:
+        parts = data.split(b"\0")
+    else:
+        lines = data.split(b"\n")  # a name that ends in a carriage return takes a list with NULs
+        ended = [line.removesuffix(b"\r") for line in lines[:-1]]
+        parts = [*ended, lines[-1].removesuffix(b"\r") if len(lines) > 1 else lines[-1]]
+    return [os.fsdecode(part) for part in parts if part]

@@ -33,7 +33,7 @@ from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, 
 from protoprune.vectors import CHUNK, Rows
 
 if TYPE_CHECKING:
-    from protoprune.features import FeatureFile
+    from protoprune.featurefile import FeatureFile
     from protoprune.featureset import FeatureSet
     from protoprune.sources.reading import ShardOptions
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from protoprune import stores
 from protoprune.errors import ProtopruneError, warn
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.featureset import Part, not_finished, read_plan, shard_file, write_plan
 from protoprune.files import replacing
 from protoprune.images import SET_FILE, is_feature_set

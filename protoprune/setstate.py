@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune import files, remoteset, stores
 from protoprune.current import content_digest
 from protoprune.decode import TRANSIENT, ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.featureset import Part, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_shard

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protoprune import cluster, files, launch, remoteset, setstate, stores
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune.decode import Status
 from protoprune.earlier import LossError
 from protoprune.embedding import Engine, embed_with
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.featureset import shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard

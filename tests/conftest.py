@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 import protoprune
 from protoprune.decode import Status
-from protoprune.features import PartialFile, create_partial
+from protoprune.featurefile import PartialFile, create_partial
 from protoprune.images import ImageList, folder_labels
 
 settings.register_profile(

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from protoprune.cli import app
 from protoprune.cli.progress import Progress
 from protoprune.encoders import CATALOGUE
-from protoprune.features import FeatureFile, partial_path
+from protoprune.featurefile import FeatureFile, partial_path
 from protoprune.images import list_folder
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from protoprune import scores
 from protoprune.cli import app
 from protoprune.decode import Status
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.metrics import catalogue
 from protoprune.metrics.catalogue import METRICS, score
 

@@ -11,13 +11,14 @@ import torch
 from shard_helpers import write_tar
 from typer.testing import CliRunner
 
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune.cli import app
 from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile, open_features, partial_path
+from protoprune.featurefile import FeatureFile, partial_path
+from protoprune.features import open_features
 from protoprune.images import list_folder, list_paths
 from protoprune.sharding import embed_shards
 from protoprune.sources import find_shards

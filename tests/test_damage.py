@@ -291,7 +291,7 @@ def runs_recipe():
 @pytest.mark.parametrize("count", COUNTS)
 def test_an_unfinished_feature_file(here, feature_file, count):
     """What goes on from a damaged unfinished run ends in the same features, or says that it cannot."""
-    from protoprune.features import PartialFile
+    from protoprune.featurefile import PartialFile
 
     features = blobs().astype(np.float32)
     path = Path(feature_file("f.h5", features, paths=PATHS, finish=False) + ".partial")

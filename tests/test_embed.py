@@ -18,12 +18,13 @@ from helpers import many_scans
 from PIL import Image
 
 from protoprune import embedding, files
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune.decode import Preprocess, Status
 from protoprune.embedding import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile, open_features, partial_path
+from protoprune.featurefile import FeatureFile, partial_path
+from protoprune.features import open_features
 from protoprune.images import list_folder, list_paths
 
 SIDE = 32

@@ -10,7 +10,7 @@ from PIL import Image
 
 from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.images import list_folder
 from protoprune.prototypes import cluster
 from protoprune.scores import spearman

@@ -6,10 +6,10 @@ import h5py
 import numpy as np
 import pytest
 
-from protoprune import features as feature_file
+from protoprune import featurefile as feature_file
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile, PartialFile, create_partial
+from protoprune.featurefile import FeatureFile, PartialFile, create_partial
 from protoprune.images import ImageList, folder_labels
 
 PROVENANCE = {"encoder": "e", "weights_sha256": "0", "preprocess": "{}", "precision": "fp32", "store": "float16"}

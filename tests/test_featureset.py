@@ -21,7 +21,7 @@ from protoprune.cli import app
 from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.featureset import FeatureSet, read_plan, shard_file
 from protoprune.images import list_folder
 from protoprune.pruning import open_features

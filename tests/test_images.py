@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.images import describe_counts, folder_labels, image_suffixes, list_folder, list_paths, split_list
-from protoprune.lists import read_list
+from protoprune.images import describe_counts, folder_labels, image_suffixes, list_folder, list_paths
+from protoprune.lists import read_list, split_list
 
 PNG = encoded(picture(), "PNG")
 

@@ -15,7 +15,7 @@ import protoprune
 from protoprune import importing
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.importing import import_features
 
 N, DIM = 12, 5

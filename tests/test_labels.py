@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.images import list_folder
 from protoprune.labels import LabelFile, read_labels
 from protoprune.training.examples import load_examples

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import archive_kind
+from protoprune.formats import archive_kind
 from protoprune.lists import format_list, manifest, read_list, read_weights
 from protoprune.text import with_slashes
 

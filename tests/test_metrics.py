@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from protoprune import pruning, records, vectors
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.ids import hashes
 from protoprune.metrics import catalogue, dynamics, ensembles, geometry
 from protoprune.metrics.catalogue import METRICS, score

@@ -19,7 +19,8 @@ import protoprune
 from protoprune import hdf5, lists, prototypes, pruning, selection
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile, open_features
+from protoprune.featurefile import FeatureFile
+from protoprune.features import open_features
 
 N = 400
 

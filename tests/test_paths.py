@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from protoprune import featureset, hdf5, lists, paths
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.files import leads_out
 from protoprune.ids import hashes_of
 from protoprune.paths import Paths, encoded, picked

@@ -19,7 +19,7 @@ from protoprune import stores
 from protoprune.cli import app
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.featureset import read_plan, shard_file
 from protoprune.pruning import open_features
 from protoprune.sharding import embed_shards

@@ -385,15 +385,15 @@ def test_single_images_are_read_by_their_ids(folder, tmp_path):
     write_tars(tmp_path / "set/deep", files, 2)
     write_zip(tmp_path / "set/z.zip", files)
     (tmp_path / "set/plain.png").write_bytes(PNG)
-    read = ImageReader(tmp_path / "set")
-    for name, data in files:
-        assert read(f"z.zip/{name}") == data
-    assert read(f"deep/0000.tar/{files[0][0]}") == files[0][1]
-    assert read(f"deep/0001.tar/{files[-1][0]}") == files[-1][1]
-    assert read("plain.png") == PNG
-    for path in ("gone.png", "gone.tar/x.png", "z.zip/gone.png", "plain.png/x.png", f"deep/0000.tar/{files[-1][0]}"):
-        with pytest.raises(ImageError):
-            read(path)
+    with ImageReader(tmp_path / "set") as read:
+        for name, data in files:
+            assert read(f"z.zip/{name}") == data
+        assert read(f"deep/0000.tar/{files[0][0]}") == files[0][1]
+        assert read(f"deep/0001.tar/{files[-1][0]}") == files[-1][1]
+        assert read("plain.png") == PNG
+        for path in ("gone.png", "gone.tar/x.png", "z.zip/gone.png", "plain.png/x.png", f"deep/0000.tar/{files[-1][0]}"):
+            with pytest.raises(ImageError):
+                read(path)
 
 
 def test_a_sheet_of_images_in_shards(folder, tmp_path):

@@ -12,7 +12,7 @@ import protoprune
 from protoprune import pruning, vectors
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
-from protoprune.features import FeatureFile
+from protoprune.featurefile import FeatureFile
 from protoprune.metrics import geometry
 from protoprune.metrics.catalogue import score
 from protoprune.prototypes import cluster

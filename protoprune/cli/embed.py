@@ -230,8 +230,11 @@ def _shard_options(
 
 def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | None]:
     """(source of shards or None, entries of a list or None)."""
-    from protoprune.images import archive_kind, image_suffixes, split_list
-    from protoprune.sources.finding import find_shards, list_shards, looks_like_shards
+    from protoprune.formats import archive_kind
+    from protoprune.images import image_suffixes
+    from protoprune.lists import split_list
+    from protoprune.sources import find_shards, list_shards
+    from protoprune.sources.finding import looks_like_shards
 
     if images == "-":
         if sys.stdin is None:  # `<&-`
@@ -321,7 +324,7 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
-    from protoprune.features import FeatureFile
+    from protoprune.featurefile import FeatureFile
     from protoprune.files import write_file
     from protoprune.images import describe_counts, why_left_out
     from protoprune.lists import manifest

@@ -200,7 +200,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a feature file.")] = False,
 ) -> None:
     """Make one feature file of a feature set."""
-    from protoprune.featureset import merge as run
+    from protoprune.features import merge as run
     from protoprune.images import is_feature_set
 
     if not is_feature_set(features):
@@ -236,7 +236,7 @@ def show_set(folder: str, errors: bool) -> bool:
 def _makers(folder: str, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
     from protoprune import remoteset, stores
-    from protoprune.features import FeatureFile
+    from protoprune.featurefile import FeatureFile
     from protoprune.featureset import shard_file
 
     if stores.is_url(folder):

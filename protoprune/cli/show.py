@@ -34,7 +34,8 @@ def info(
 ) -> None:
     """Describe a feature file, a feature set or a training record, finished or not, and check it for damage."""
     from protoprune import hdf5
-    from protoprune.features import FeatureFile, open_features, partial_path
+    from protoprune.featurefile import FeatureFile, partial_path
+    from protoprune.features import open_features
     from protoprune.images import is_feature_set
     from protoprune.records import KIND as RECORD
     from protoprune.records import Record

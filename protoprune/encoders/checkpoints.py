@@ -129,7 +129,7 @@ def _runs_code(wanted: set[str]) -> str:
 def _other_kind(path: str) -> str:
     """What a file is that torch cannot read, where its content says it; '' else."""
     from protoprune.files import holds
-    from protoprune.images import archive_kind
+    from protoprune.formats import archive_kind
 
     with open(path, "rb") as file:
         head = file.read(512)

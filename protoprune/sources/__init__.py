@@ -6,7 +6,21 @@ image's name in the shard (`train/0007.tar/cat/12.jpg`) or its row (`part-0.parq
 as a whole is a `ShardError`; what is wrong with one image is a status of that image.
 """
 
-from protoprune.sources.finding import Shard, Source, find_shards, list_shards
+import os
+
+from protoprune.sources.finding import Shard, Source, list_shards, local_shards
 from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.sources.remote import find_remote
 
 __all__ = ["Shard", "ShardError", "ShardImages", "ShardOptions", "Source", "find_shards", "list_shards", "open_shard"]
+
+
+def find_shards(spec: str | os.PathLike[str]) -> Source | None:
+    """The shards that `spec` names; None where it is a folder of images or a list of paths.
+
+    spec: a tar, zip, Parquet or Arrow file; a pattern ('shards/{0000..0099}.tar', 'shards/*.tar'); a folder of shards
+    without images; a Hugging Face data set that was saved to disk; or any of these by URL. Raises UsageError for what
+    is not there, ProtopruneError for what cannot be listed.
+    """
+    spec = os.fspath(spec)
+    return find_remote(spec) if "://" in spec else local_shards(spec)

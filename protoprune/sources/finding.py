@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import archive_kind, describe_counts, image_suffixes
+from protoprune.formats import archive_kind
+from protoprune.images import describe_counts, image_suffixes
 from protoprune.text import parse_json
 from protoprune.units import bytes_text
 
@@ -46,18 +47,8 @@ class Source:
         return len(self.shards)
 
 
-def find_shards(spec: str | os.PathLike) -> Source | None:
-    """The shards that `spec` names; None where it is a folder of images or a list of paths.
-
-    spec: a tar, zip, Parquet or Arrow file; a pattern ('shards/{0000..0099}.tar', 'shards/*.tar'); a folder of shards
-    without images; a Hugging Face data set that was saved to disk; or any of these by URL. Raises UsageError for what
-    is not there, ProtopruneError for what cannot be listed.
-    """
-    spec = os.fspath(spec)
-    if "://" in spec:
-        from protoprune.sources.remote import find_remote
-
-        return find_remote(spec)
+def local_shards(spec: str) -> Source | None:
+    """The shards on this machine that `spec` names, see `find_shards`."""
     if os.path.isdir(spec):
         return _folder(spec)
     if os.path.isfile(spec):

@@ -31,7 +31,8 @@ import numpy as np
 from protoprune import formats
 from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.files import leads_out
-from protoprune.images import ImageList, archive_kind, folder_labels, image_suffixes
+from protoprune.formats import archive_kind
+from protoprune.images import ImageList, folder_labels, image_suffixes
 from protoprune.sources.finding import Shard
 from protoprune.text import native, parse_json
 

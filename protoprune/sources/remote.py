@@ -19,7 +19,17 @@ from collections.abc import Iterator
 from protoprune import stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.sources.finding import SUFFIXES, Shard, Source, expand, fixed_part, in_order, is_pattern, pick_shards
+from protoprune.sources.finding import (
+    SUFFIXES,
+    Shard,
+    Source,
+    expand,
+    fixed_part,
+    in_order,
+    is_pattern,
+    local_shards,
+    pick_shards,
+)
 from protoprune.sources.reading import ShardError
 
 _TRIES = 3
@@ -28,9 +38,7 @@ _TRIES = 3
 def find_remote(url: str) -> Source:
     """The shards of a URL: one file, a pattern or a folder. See `find_shards`."""
     if url.startswith("file://"):
-        from protoprune.sources.finding import find_shards
-
-        return find_shards(url.removeprefix("file://"))
+        return local_shards(url.removeprefix("file://"))
     store = stores.store(url)
     return stores.answered(url, lambda: _find(store, url))
 

@@ -24,7 +24,8 @@ from protoprune.crew import Crew
 from protoprune.decode import Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import KEY, key_differences, missing, open_features
+from protoprune.featurefile import KEY, key_differences
+from protoprune.features import missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.npy import load_npz
