@@ -360,7 +360,7 @@ def test_a_store_whose_package_is_not_installed(url):
     except ImportError:
         pass
     said = said_in_a_line(*(["embed", url] if "*" in url else ["select", url, "--keep", "0.5"]))
-    assert f"{url}: " in said
+    assert url in said
     assert "gcsfs" in said
     assert "pip install what gs:// needs" in said
 

@@ -80,7 +80,7 @@ def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int],
     done: dict[str, float] = dict.fromkeys(("start", "shards", "images", "failed", "bytes"), 0)
 
     def on_start(total: int, left: int) -> None:
-        if left < total:
+        if 0 < left < total:
             say(f"{total - left:,} of {total:,} shards are done already, {left:,} to go")
         progress.start(left)
         done["start"] = time.monotonic()

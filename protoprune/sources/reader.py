@@ -102,7 +102,7 @@ class ImageReader:
         if size is None:
             raise ImageError(Status.MISSING, "no such shard on the store")
         if self._fetched + size > _FETCHED:
-            self._refuse(f"{stores.public(url)} and further shards are not fetched, {_FETCHED >> 30} GB are here")
+            self._refuse(f"{stores.public(url)} and further shards are not fetched: more than {_FETCHED:,} bytes")
         self._fetched += size
         try:
             self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
