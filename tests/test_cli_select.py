@@ -520,7 +520,7 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--quota", "even"], 2, "--quota even: expected dbp"),
         (["--quota", "dbp", "--order", "stratified"], 2, "--quota does not go with --order stratified"),
         (["--quota", "dbp", "--euclidean"], 2, "--quota dbp does not go with --euclidean"),
-        (["--calibrate", "2"], 2, "--calibrate 2: expected the share"),
+        (["--calibrate", "2"], 2, "--calibrate 2: expected a number from 0 to 1, the share"),
         (["--calibrate", "0.5", "--order", "random"], 2, "--calibrate does not go with --order random"),
         (["--calibrate", "0.5", "--drop-hardest", "0.1"], 2, "--calibrate does not go with --drop-hardest"),
         (["--dedup", "0"], 2, "--dedup 0: expected 1 - cosine from 0.00001 to below 1"),

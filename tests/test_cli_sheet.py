@@ -157,7 +157,7 @@ def test_sheet_of_duplicates_shows_what_dedup_removes(tmp_path, monkeypatch, fea
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--duplicates", "2"], "--dedup 2: expected 1 - cosine"),
+        (["--duplicates", "2"], "--duplicates 2: expected 1 - cosine"),
         (["--duplicates", "0.1", "--by", "class"], "--duplicates 0.1: groups images by likeness"),
         (["--duplicates", "0.1", "--scores", "s.csv"], "--duplicates 0.1: groups images by likeness"),
     ],
