@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy machine are slower than one
@@ -151,6 +152,8 @@ def bucket():
         environment.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     store = fsspec.filesystem("s3")
+    # Its stores are the process's, so that another module's bucket may be there.
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     store.mkdir("images-bucket")
     yield store
     environment.undo()

@@ -94,7 +94,7 @@ def test_groups_make_what_the_functions_take():
     for model in ("head", "cnn", "resnet18"):
         assert TrainingOptions().recipe(model) == Recipe.for_model(model)
     given = {"epochs": 3, "lr": 0.3, "weight_decay": 0.0, "width": 8, "compile": True}
-    assert TrainingOptions(**given).recipe("cnn", hidden=0) == Recipe.for_model("cnn", **given)
+    assert TrainingOptions(**given).recipe("cnn") == Recipe.for_model("cnn", **given)
     with pytest.raises(UsageError, match="--weights nowhere: no such file"):
         TrainingOptions(weights=Path("nowhere")).recipe("cnn")
     with pytest.raises(UsageError, match="--class-names goes with --labels FILE"):

@@ -494,7 +494,7 @@ def test_samplers_have_no_luck_of_one_draw():
         ({"recipe": Recipe.for_model("head", epochs=3, lr=0.5)}, "--epochs 3, --lr 0.5: a linear head"),
         ({"recipe": LINEAR, "dynamic": [{"name": "rs2", "keep": 0.5}]}, "--dynamic is about the course of a training"),
         ({"recipe": LINEAR, "target_accuracy": 0.9}, "--target-accuracy is about the course of a training"),
-        ({"seeds": 0}, "expected at least one"),
+        ({"seeds": 0}, "--seeds 0: expected at least 1"),
         ({"seeds": [1, 1]}, "each once"),
         ({"lists": [Kept("a", CLEAN), Kept("a", WRONG)]}, "a is given twice"),
         ({"lists": [Kept("everything", CLEAN)]}, "rename the list"),

@@ -163,7 +163,7 @@ def test_options_that_do_not_fit_are_refused(many):
     chosen = pruning.select(many, 0.7)
     with pytest.raises(UsageError, match="--map sne: expected one of pca, umap, tsne"):
         page(chosen, Options(map="sne"))
-    with pytest.raises(UsageError, match="--dedup 2"):
+    with pytest.raises(UsageError, match="--duplicates 2"):
         page(chosen, Options(duplicates=2))
     with pytest.raises(UsageError, match="--evaluation nowhere: no such folder"):
         page(chosen, Options(evaluation="nowhere"))

@@ -331,7 +331,7 @@ def test_the_pool_changes_no_number():
 
 
 def test_simulation_errors_name_the_value():
-    with pytest.raises(UsageError, match="dimension is 1"):
+    with pytest.raises(UsageError, match="--dimension 1: expected at least 2"):
         simulate(2, dimension=1)
     with pytest.raises(UsageError, match="order is 'hardest'"):
         simulate(2, 0.5, order="hardest")
