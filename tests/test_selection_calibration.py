@@ -125,5 +125,5 @@ def test_how_many_go_by_score():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
 def test_shares_out_of_range(alpha):
-    with pytest.raises(UsageError, match=r"--calibrate .*expected a number from 0 to 1, the share of the list that goes by score"):
+    with pytest.raises(UsageError, match=r"--calibrate .*: expected a number from 0 to 1, the share of the list"):
         calibrated(np.arange(3), 3, 2, alpha, ids=ids_of(3))
