@@ -78,7 +78,8 @@ def test_a_number_out_of_bounds_is_one_line(here, command, monkeypatch):
 
 def refused(here, name: str, option: str, kind: str) -> None:
     before = {path.name for path in here.iterdir()}
-    for value in ("-7", "99999999999999999999999", *(("nan", "inf", "1e300") if kind == "float" else ("nan", "1e23"))):
+    wrong = ("nan", "inf", "1e300") if kind == "float" else ("nan", "1e23", "99999999999999999999999")
+    for value in ("-7", *wrong):
         result = CliRunner().invoke(app, [*line_of(name, option), option, value])
         where = f"{option} {value}: {result.output}"
         assert result.exception is None or isinstance(result.exception, SystemExit), where

@@ -79,8 +79,8 @@ class Recipe:
         models.check_name(self.model)
         check_whole("--epochs", self.epochs, 1, 1_000_000)
         check_whole("--batch-size", self.batch_size, 1, 100_000_000)
-        check_number("--lr", self.lr, 0, 1e6, above=True)
-        check_number("--weight-decay", self.weight_decay, 0, 1e6)
+        check_number("--lr", self.lr, 0, 1e38, above=True)  # of float32
+        check_number("--weight-decay", self.weight_decay, 0, 1e38)
         check_whole("--width", self.width, 1, 8192)
         check_whole("--hidden", self.hidden, 0, 1_000_000)
         check_whole("--image-size", self.image_size, 8, 16_384)
