@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from protoprune.errors import UsageError
+from protoprune.training import converged
 from protoprune.training.converged import STRENGTHS, UNCHECKED, Space, fit_head
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -198,3 +199,28 @@ def test_hundreds_of_fits_take_minutes():
         rows = np.random.default_rng(seed).choice(20_000, 5000, replace=False)
         assert fit_head(space, labels, 10, rows=rows, seed=seed).converged
     assert time.process_time() - began < 60  # 3 s a fit, on one core; 0.5 s where this was written
+
+
+def test_few_images_are_fitted_by_one_thread_and_the_number_is_given_back(monkeypatch):
+    seen, solve = [], converged._Problem.solve
+    monkeypatch.setattr(
+        converged._Problem,
+        "solve",
+        lambda *given, **more: seen.append(torch.get_num_threads()) or solve(*given, **more),
+    )
+    vectors, labels = (
+        torch.from_numpy(np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)),
+        np.arange(60) % 3,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fit_head(vectors, labels, 3)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(converged, "_THREADS_PAY", 0)
+        seen.clear()
+        fit_head(vectors, labels, 3)
+        assert set(seen) == {2}
+    finally:
+        torch.set_num_threads(before)
