@@ -217,8 +217,8 @@ def test_the_next_shard_is_fetched_while_one_is_in_use(memory, monkeypatch):
     assert not os.path.exists(first)
     with copies.of(shards[1], ahead=shards[2]) as second:
         assert second == early
+        third = copies._coming.path()  # once it has arrived, it was counted
     assert len(fetched) == len({*fetched}) == 3
-    third = copies._coming.path()
     with copies.of(shards[0]) as again:  # another worker took the third
         assert os.path.exists(again)
         assert not os.path.exists(third)
