@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import typer.testing
 from helpers import write_image
 from hypothesis import HealthCheck, settings
 
@@ -33,7 +35,16 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+# The program builds its commands once, and a test's runner for every call: a quarter of the time of tests of commands.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
 REPOSITORY = Path(protoprune.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What is killed here loses no power: the programs that tests start still wait for it."""
+    os.fsync = lambda _: None
 
 
 @pytest.fixture(autouse=True)
