@@ -97,7 +97,7 @@ def embed(
         typer.Option("--moved", help="The images were only moved or copied: do not compare their content."),
     ] = False,
 ) -> None:
-    """Turn a folder of images into a feature file; a second run does only what is new."""
+    """Turn images into a feature file; run it again for what is new."""
     from protoprune.stores import given, is_url
 
     inputs = [images, weights, labels, class_names]

@@ -32,7 +32,10 @@ def info(
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
     ] = False,
 ) -> None:
-    """Describe a feature file, a feature set or a training record, finished or not, and check it for damage."""
+    """Describe features or a training record; check them for damage.
+
+    A feature file, a feature set or a record, finished or not.
+    """
     from protoprune import hdf5
     from protoprune.featurefile import FeatureFile, partial_path
     from protoprune.features import open_features
@@ -195,7 +198,7 @@ def sheet(
     reading: TableOptions,
     clustering: ClusterOptions,
 ) -> None:
-    """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
+    """Draw the easiest and the hardest images, or near-duplicates."""
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
