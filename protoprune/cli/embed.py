@@ -124,6 +124,7 @@ def embed(
         _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
+        options.check(shard.name for shard in source.shards)  # before the encoder is loaded
         if not single:
             settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
@@ -223,8 +224,6 @@ def _shard_options(
         raise UsageError(
             "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
         )
-    if no_labels and (label_column or class_level):
-        raise UsageError(f"--no-labels does not go with {'--label-column' if label_column else '--class-level'}")
     return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
 
 

@@ -23,6 +23,7 @@ from protoprune.cli.options import (
     TrainingImages,
     TrainingOptions,
     numbers,
+    refuse_idle,
     several,
 )
 from protoprune.cli.outputs import check_folder, check_results
@@ -109,6 +110,8 @@ def evaluate(
     from protoprune.lists import read_list
 
     lists = lists or []
+    if not lists:
+        refuse_idle("is about lists, and there is none", "selection_seconds", "class_counts")
     source, model = training_source(images, features, model)
     samplers = _samplers(several(dynamic), numbers(keep, "--keep"), every)
     costs = _costs(

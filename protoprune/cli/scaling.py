@@ -24,6 +24,7 @@ from protoprune.cli.options import (
     TrainingOptions,
     number_of_clusters,
     numbers,
+    refuse_idle,
     several,
     table_file,
     whole_numbers,
@@ -91,6 +92,10 @@ def scaling(
     recipe = training.recipe(model, hidden)
     check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
+    if set(orders) == {"random"}:
+        refuse_idle(
+            "ranks, and --order random asks for no ranking", "scores", *(["features"] if model != "head" else [])
+        )
     if scores is not None and clusters is not None:
         raise UsageError(f"--k {k}: --scores ranks without clustering; leave one of them out")
     if scores is not None and features is not None and model != "head":

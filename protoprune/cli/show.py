@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, table_file
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
@@ -210,6 +210,8 @@ def sheet(
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
     check_suffix(out, (".png",), only=True)
+    if by == "none" and duplicates is None:
+        refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
     if scores is not None and (words := given_words(replace(clustering, seed=0))):
         raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))

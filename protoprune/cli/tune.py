@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.bounds import check_number
-from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, table_file
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, refuse_idle, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.training import load_sets
@@ -91,6 +91,8 @@ def tune(
     check_results(out, source.provenance["root"], source.paths)
     pool, examples = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
+        names = ("scores", "test", "model", "images", "seeds")
+        refuse_idle(f"needs classes, and {features} has none; leave it out", *names)
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
