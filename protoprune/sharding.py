@@ -124,7 +124,10 @@ def embed_shards(
         raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
     if address and not ray:
         raise UsageError("--address goes with --engine ray")
+    if devices and device != "auto":
+        raise UsageError(f"--device {device}: --devices says where to compute; leave one of them out")
     options = options or ShardOptions()
+    options.check(shard.name for shard in source.shards)
     out = stores.given(out).rstrip("/") or "/"
     settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
                 "compile": compile}  # fmt: skip
@@ -343,6 +346,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 
     Its folders are classes when those of a folder of images would be (see `images.folder_labels`).
     """
+    options.check([shard.name])
     try:
         if shard.size < 0:
             raise ShardError(Status.MISSING, "no such file")

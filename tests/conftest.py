@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -120,6 +121,24 @@ def feature_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _commands(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture
+def command_folder(_commands, monkeypatch, feature_file):
+    """The working folder of `every_command.LINES`, filled once a session; what a test writes as new.* goes after it."""
+    from every_command import make
+
+    if not (_commands / "f.h5").exists():
+        make(_commands, feature_file)
+    monkeypatch.chdir(_commands)
+    yield _commands
+    for path in _commands.glob("new.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture

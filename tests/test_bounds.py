@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from every_command import LINES, make, walk
+from every_command import LINES, walk
 from typer.testing import CliRunner
 
 from protoprune import bounds
@@ -27,17 +27,9 @@ def numeric():
 NUMERIC = sorted(set(numeric()))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.fixture
-def here(data, monkeypatch, feature_file):
-    if not (data / "f.h5").exists():
-        make(data, feature_file)
-    monkeypatch.chdir(data)
-    return data
+def here(command_folder):
+    return command_folder
 
 
 # What an option needs beside it to be looked at at all.
