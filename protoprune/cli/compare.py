@@ -59,7 +59,10 @@ def compare(
     *,
     reading: TableOptions,
 ) -> None:
-    """Compare score tables: Spearman correlations, and the sets that they would keep."""
+    """Compare score tables: correlations, and what each would keep.
+
+    Spearman rank correlations, and the overlap of the sets that would be kept.
+    """
     from protoprune import comparison, files, selection
     from protoprune.scores import check_reading
 

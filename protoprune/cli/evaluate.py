@@ -95,7 +95,7 @@ def evaluate(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """Does a list pay? Train on it, on random images and on everything, and compare.
+    """Does a list pay? Train on it, on random images, on everything.
 
     For each seed a fresh random subset of the list's size is drawn; the order of the images, their augmentation and
     the model's start are the same for all, so that only the subset differs. Differences are paired by seed. A list is

@@ -46,7 +46,10 @@ def record(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """Train models on labelled images and record what every example went through, for `protoprune score`."""
+    """Train models and record what every example went through.
+
+    The images need labels. What `protoprune score` makes of a record are EL2N, forgetting, memorization and more.
+    """
     started = time.monotonic()
     caches = [] if training.pixels is None else [f"{training.pixels}.{part}" for part in ("training", "test")]
     check_outputs(*caches, hdf5=out, inputs=[source, test, training.weights, *labels.files])

@@ -49,7 +49,10 @@ def report(
         Path | None, typer.Option(help="Folder that `protoprune evaluate -o` wrote, to show its verdicts.")
     ] = None,
 ) -> None:
-    """Write one self-contained page that shows what a list keeps, at every fraction."""
+    """Write one page that shows what a list keeps at every fraction.
+
+    It holds all that it shows: no server, no network.
+    """
     from protoprune import pruning
     from protoprune.files import write_file
     from protoprune.report import Options, page

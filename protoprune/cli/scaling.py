@@ -73,7 +73,9 @@ def scaling(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
+    """How does the error fall with more images, pruned and not?
+
+    Sweep, fit scaling laws, draw.
 
     Trains at every initial size, keep fraction and order; fits a power law, an exponential and a power law with an
     offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which

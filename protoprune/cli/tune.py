@@ -64,7 +64,9 @@ def tune(
     ] = Path("tune"),
     training: TrainingOptions,
 ) -> None:
-    """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
+    """Which list is best here? Try recipes, and prove the winner.
+
+    Recipes of `select` are tried on parts of your images; the winner is judged on the rest.
 
     Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
     images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that

@@ -25,6 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.errors import UsageError
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images import ImageList, folder_labels, image_suffixes
+from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_image
 from protoprune.sources.finding import Shard
 from protoprune.text import native, parse_json
 
@@ -101,7 +102,10 @@ class ShardOptions:
 
 @dataclass
 class ShardImages(ImageList):
-    """The images of one opened shard. Close it when they are read."""
+    """The images of one opened shard. Close it when they are read.
+
+    `left_out` are the members that are no images and belong to none: there is no image with their key.
+    """
 
     reader: Callable[[int], bytes] = None  # row -> bytes of the image
     beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
@@ -136,6 +140,7 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     duplicates: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what is no image and beside none
     # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
     beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
 
@@ -219,6 +224,8 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         classes=classes,
         labels_from=source,
         skipped=found.skipped,
+        left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
+        why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
         reader=lambda row: reader(places[row]),
         beside=found.beside,
@@ -272,9 +279,15 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
     found = _Found(duplicates=duplicates)
     labels, others = _Sidecars(options), _Others(read)
     found.beside = others.of
+    left_out: dict[str, Callable] = {}
+
+    def head(member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
+        return read((member.offset_data, min(member.size, count))) if member.isreg() else None
+
     for name, member in members.items():
-        if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
+        if not _is_image(name, lambda m=member: head(m, 512)):
             found.skipped[_suffix(name)] += 1
+            left_out[name] = partial(head, member)
             if member.isreg():
                 labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
                 others.add(name, (member.offset_data, member.size))
@@ -287,6 +300,7 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
         _check_bytes(found, target.size)
         _add(found, name, target.size, (target.offset_data, target.size))
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found, read
 
 
@@ -362,15 +376,18 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
     found = _Found(duplicates=duplicates)
     labels, others = _Sidecars(options), _Others(read)
     found.beside = others.of
+    left_out: dict[str, Callable] = {}
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
             _check_bytes(found, info.file_size)
             _add(found, name, info.file_size, info)
         else:
             found.skipped[_suffix(name)] += 1
+            left_out[name] = partial(head, info)
             labels.add(name, lambda i=info: read(i), info.file_size)
             others.add(name, info)
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found, read
 
 
@@ -584,6 +601,13 @@ class _Columns:
             self.rows = dict(zip(self.names, rows, strict=bool(plain)))
         row = self.rows.get(name)
         return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+
+
+def _belonging_to_none(others: dict[str, Callable[[], bytes | None]], images: list[str]) -> list[tuple[str, str]]:
+    """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
+    keys = set(map(_key, images))
+    alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
+    return [(native(name), why_no_image(name, others[name])) for name in alone]
 
 
 def _is_plain(kind, pyarrow) -> bool:
