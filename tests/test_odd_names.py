@@ -20,8 +20,10 @@ from protoprune.lists import read_list
 from protoprune.scores import read_scores
 
 CLASSES = ("cl\nass", "tab\t,\udcff")
-ODD = ("a\nb", "tab\there", "\x1b[31mred", "caf\udce9", "é", 'quo"te', "com,ma", "back\\slash", "<b>&amp;", " blank ",
-       "cr\rx", "end\r", "\u2028", "\x85", "\x07", "\u202eabc", "-0", "#c", "[b]x[/b]", ";", "=1+1", "{}%s", "$(x)`y`")  # fmt: skip
+ODD = (
+    "a\nb", "tab\there", "\x1b[31mred", "caf\udce9", "é", 'quo"te', "com,ma", "back\\slash", "<b>&amp;", " blank ", "cr\rx",
+    "end\r", "\u2028", "\x85", "\x07", "\u202eabc", "-0", "#c", "[b]x[/b]", ";", "=1+1", "{}%s", "$(x)`y`",
+)  # fmt: skip
 PATHS = sorted((f"{name}/{odd}.png" for name in CLASSES for odd in ODD), key=os.fsencode)
 BROKEN = [2, 3, 30]  # rows
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\udc80-\udcff]")
@@ -69,7 +71,7 @@ def test_lines_that_names_would_break_are_refused(here):
     result = run("select f.h5 --keep 1 -o k.txt", 2)
     assert re.search(r"error: \d+ file names hold a line break .*; use -0 or --format jsonl", result.stderr)
     assert not (here / "k.txt").exists()
-    result = CliRunner().invoke(app, "select f.h5 --keep 1 -0".split())
+    result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "1", "-0"])
     assert result.stdout_bytes.split(b"\0")[:-1] == [os.fsencode(p) for r, p in enumerate(PATHS) if r not in BROKEN]
 
 
