@@ -21,8 +21,8 @@ from protoprune.scores import read_scores
 
 CLASSES = ("cl\nass", "tab\t,\udcff")
 ODD = (
-    "a\nb", "tab\there", "\x1b[31mred", "caf\udce9", "é", 'quo"te', "com,ma", "back\\slash", "<b>&amp;", " blank ", "cr\rx",
-    "end\r", "\u2028", "\x85", "\x07", "\u202eabc", "-0", "#c", "[b]x[/b]", ";", "=1+1", "{}%s", "$(x)`y`",
+    "a\nb", "tab\there", "\x1b[31mred", "caf\udce9", "é", 'quo"te', "com,ma", "back\\slash", "<b>&amp;", " blank ",
+    "cr\rx", "end\r", "\u2028", "\x85", "\x07", "\u202eabc", "-0", "#c", "[b]x[/b]", ";", "=1+1", "{}%s", "$(x)`y`",
 )  # fmt: skip
 PATHS = sorted((f"{name}/{odd}.png" for name in CLASSES for odd in ODD), key=os.fsencode)
 BROKEN = [2, 3, 30]  # rows
