@@ -14,6 +14,8 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
     ctime_ns   int64   (n,) as listed, -1 where it is not known
     content    uint64  (n,) xxh3-64 of the encoded image as it was read, 0 where it was not
+    left_out   uint8   of a shard, where there is any: name and reason of each member that is no image and belongs to
+                       none, each followed by a NUL byte
     digest     uint64  (n,) xxh3-64 of the row's features, seeded with that of its status byte and its failure message
 
 Provenance is in the attributes, digests of all else are in the seal (see `seals`); files of earlier versions have none.
@@ -28,7 +30,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import h5py
@@ -47,6 +49,7 @@ from protoprune.text import parse_json
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
+NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
 
 KIND = hdf5.Kind(
@@ -66,6 +69,7 @@ KIND = hdf5.Kind(
         "digest": Column(("uint64",), ("n",), optional=True),
         "ctime_ns": Column(("int64",), ("n",), optional=True),
         "content": Column(("uint64",), ("n",), optional=True),
+        "left_out": Column(("uint8",), ("*",), optional=True),
     },
     ("root", "uuid", "created", "protoprune", "encoder", "weights_sha256", "preprocess", "precision", "store"),
 )  # fmt: skip
@@ -84,6 +88,18 @@ class FeatureFile:
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
         self.provenance = self._reader.attributes
         self.features = Features(self)
+        if self._reader.seal is None:
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Of a file without digests: whether what it says of its rows agrees, before any of it is used."""
+        try:
+            for name in ("paths", "labels", "status", "reason"):
+                getattr(self, name)
+            self.finished()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -116,7 +132,10 @@ class FeatureFile:
     @property
     def status(self) -> np.ndarray:
         """(n,) uint8, values of `decode.Status`."""
-        return self._reader.within("status", 0, max(Status) + 1)
+        status = self._reader.within("status", 0, max(Status) + 1)
+        if (pending := status == Status.PENDING).any() and (count := int((pending & self.finished()).sum())):
+            raise self._reader.damaged(f"its status says that {count:,} finished rows are pending")
+        return status
 
     @property
     def usable(self) -> np.ndarray:
@@ -159,6 +178,19 @@ class FeatureFile:
             for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING))
         ]
 
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """(name, reason) of the members of a shard that are no images and belong to none."""
+        names = self._reader.names("left_out") if "left_out" in self._reader else []
+        if len(names) % 2:
+            raise self._reader.damaged("its left_out is no list of names and reasons")
+        return list(zip(names[::2], names[1::2], strict=True))
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """(id, what, reason) of every image that has no features, and of what is left out of a shard."""
+        yield from ((path, status.label, reason) for path, status, reason in self.failures())
+        yield from ((path, NO_IMAGE, reason) for path, reason in self.left_out)
+
     def failure_counts(self) -> Counter:
         """Status label -> number of images."""
         values, counts = np.unique(self.status, return_counts=True)
@@ -183,8 +215,11 @@ class FeatureFile:
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
-        finished = self._reader.whole("borrowed") == 1
-        finished[np.flatnonzero(~finished)[: int(self._reader.whole("committed")[0])]] = True
+        finished = self._reader.within("borrowed", 0, 2) == 1
+        todo, done = np.flatnonzero(~finished), int(self._reader.whole("committed")[0])
+        if not 0 <= done <= len(todo):
+            raise self._reader.damaged(f"its committed says that {done:,} of {len(todo):,} rows are finished")
+        finished[todo[:done]] = True
         return finished
 
     def intact(self) -> np.ndarray:
@@ -420,7 +455,7 @@ def create_partial(
 def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     """Bytes of the file: what _allocate makes of these images, and a little for HDF5's own use."""
     columns = 8 + 8 + 8 + 4 + 1 + 2 + 1 + 8 + 8  # size, times, label, status, reason, borrowed, digest, content
-    names = sum(len(path) for path in images.paths) + len(images)
+    names = sum(len(path) for path in images.paths) + len(images) + sum(len(text) + 1 for text in _left_out(images))
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
 
@@ -446,7 +481,15 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) ->
     hdf5.dataset(file, "borrowed", np.zeros(n, np.uint8))
     hdf5.dataset(file, "committed", np.zeros(1, np.int64))
     hdf5.dataset(file, "digest", np.zeros(n, np.uint64))
+    if left_out := _left_out(images):
+        hdf5.dataset(file, "left_out", data=hdf5.block(left_out))
     hdf5.dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
+
+
+def _left_out(images: ImageList) -> list[str]:
+    """Name, reason, name, reason, … of what is known to have been left out; a folder is listed anew by every run."""
+    pairs = zip(images.left_out, images.why or (), strict=False)
+    return [text for pair in pairs for text in pair]
 
 
 def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:

@@ -23,16 +23,18 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import numpy as np
 
 from protoprune import formats
 from protoprune.decode import ImageError, Status, check_bytes
+from protoprune.errors import UsageError
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images import ImageList, folder_labels, image_suffixes
+from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_image
 from protoprune.sources.finding import Shard
 from protoprune.text import native, parse_json
 
@@ -42,6 +44,7 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
+_WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
 
 class ShardError(Exception):
@@ -81,10 +84,28 @@ class ShardOptions:
             return cls()
         return cls(**{name: value for name, value in given.items() if value is None or isinstance(value, (str, int))})
 
+    def check(self, shards: Iterable[str]) -> None:
+        """Raise UsageError for options that do nothing beside the others, or in shards of these names."""
+        about_classes = [("--label-column", self.label_column), ("--class-level", self.class_level)]
+        for option, value in about_classes:
+            if value is not None and not self.labels:
+                raise UsageError(f"--no-labels does not go with {option}")
+        if self.label_column is not None and self.class_level is not None:
+            raise UsageError("--label-column and --class-level: give the one that says where the classes are")
+        if all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
+            for option, value in (("--image-column", self.image_column), ("--id-column", self.id_column)):
+                if value is not None:
+                    raise UsageError(
+                        f"{option} {value}: is for Parquet and Arrow files, and there is none; leave it out"
+                    )
+
 
 @dataclass
 class ShardImages(ImageList):
-    """The images of one opened shard. Close it when they are read."""
+    """The images of one opened shard. Close it when they are read.
+
+    `left_out` are the members that are no images and belong to none: there is no image with their key.
+    """
 
     reader: Callable[[int], bytes] = None  # row -> bytes of the image
     beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
@@ -119,6 +140,7 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     duplicates: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what is no image and beside none
     # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
     beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
 
@@ -202,6 +224,8 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         classes=classes,
         labels_from=source,
         skipped=found.skipped,
+        left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
+        why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
         reader=lambda row: reader(places[row]),
         beside=found.beside,
@@ -255,9 +279,15 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
     found = _Found(duplicates=duplicates)
     labels, others = _Sidecars(options), _Others(read)
     found.beside = others.of
+    left_out: dict[str, Callable] = {}
+
+    def head(member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
+        return read((member.offset_data, min(member.size, count))) if member.isreg() else None
+
     for name, member in members.items():
-        if not _is_image(name, lambda m=member: m.isreg() and read((m.offset_data, min(m.size, 512)))):
+        if not _is_image(name, lambda m=member: head(m, 512)):
             found.skipped[_suffix(name)] += 1
+            left_out[name] = partial(head, member)
             if member.isreg():
                 labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
                 others.add(name, (member.offset_data, member.size))
@@ -270,6 +300,7 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
         _check_bytes(found, target.size)
         _add(found, name, target.size, (target.offset_data, target.size))
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found, read
 
 
@@ -345,15 +376,18 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
     found = _Found(duplicates=duplicates)
     labels, others = _Sidecars(options), _Others(read)
     found.beside = others.of
+    left_out: dict[str, Callable] = {}
     for name, info in members.items():
         if _is_image(name, lambda i=info: head(i)):
             _check_bytes(found, info.file_size)
             _add(found, name, info.file_size, info)
         else:
             found.skipped[_suffix(name)] += 1
+            left_out[name] = partial(head, info)
             labels.add(name, lambda i=info: read(i), info.file_size)
             others.add(name, info)
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found, read
 
 
@@ -567,6 +601,13 @@ class _Columns:
             self.rows = dict(zip(self.names, rows, strict=bool(plain)))
         row = self.rows.get(name)
         return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+
+
+def _belonging_to_none(others: dict[str, Callable[[], bytes | None]], images: list[str]) -> list[tuple[str, str]]:
+    """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
+    keys = set(map(_key, images))
+    alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
+    return [(native(name), why_no_image(name, others[name])) for name in alone]
 
 
 def _is_plain(kind, pyarrow) -> bool:
