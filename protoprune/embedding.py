@@ -21,16 +21,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from protoprune import earlier, files
 from protoprune.crew import Crew, Part
 from protoprune.current import content_digest
-from protoprune.decode import Status, crop, silence_libtiff
+from protoprune.decode import Preprocess, Status, crop, silence_libtiff
 from protoprune.device import cores, native_bf16, resolve_device
-from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.featurefile import FeatureFile, PartialFile
 from protoprune.images import ImageList
@@ -52,6 +51,46 @@ _STEP_BACK = 10
 _LOOK = 5.0  # seconds after which that is judged anew
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
+Outcome = list[tuple[Status, str]]  # of a batch: status and note or reason of each image
+
+
+class Encoder(Protocol):
+    """What is asked of an encoder. `encoders.load_encoder` gives one (an `encoders.Encoder`), and so may you.
+
+    name        in the feature file
+    model       normalised float images (b, 3, s, s) -> features (b, dim). Of a torch.nn.Module a copy is moved to the
+                device, in its precision; another function is called as it is, with what lies there
+    dim         numbers in a vector
+    preprocess  image file -> the pixels that are normalised, (s, s, 3)
+    digest      of the weights, or what else says when features are no longer comparable
+    pool        how one vector is made of many, in a word; '' where there is nothing to say
+    fp32_only   whether half precision loses too much
+
+    name, digest, pool and `preprocess.describe()` are part of the cache key: features that were made with others are
+    never mixed with these.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def pool(self) -> str: ...
+
+    @property
+    def fp32_only(self) -> bool: ...
+
 
 @dataclass
 class EmbedReport:
@@ -62,7 +101,7 @@ class EmbedReport:
     embedded: int = 0  # images that went through the encoder or failed on the way, in this run
     unchanged: int = 0  # images whose features an earlier run had left
     dropped: int = 0  # images of the earlier file that are gone from the list
-    failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
+    failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
     transparent: int = 0  # images with transparent parts, of all n
     moved_from: str = ""  # the root that the earlier file was for, where that was another one
     compared: int = 0  # images whose content was compared with what had been embedded
@@ -78,7 +117,7 @@ class EmbedReport:
 def embed(
     images: ImageList,
     encoder: Encoder,
-    out: str | os.PathLike = "features.h5",
+    out: str | os.PathLike[str] = "features.h5",
     *,
     device: str = "auto",
     precision: str = "auto",
@@ -123,7 +162,7 @@ class Engine:
         workers: int | None = None,
         store: str = "float16",
         compile: bool = False,
-    ):
+    ) -> None:
         if store not in ("float16", "float32"):
             raise UsageError(f"--store {store}: expected float16 or float32")
         for option, number in (("--batch-size", batch_size), ("--workers", workers)):
@@ -144,7 +183,7 @@ class Engine:
         }
 
     @functools.cached_property
-    def forward(self):
+    def forward(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
         """(function, batch size), made when the first image needs it; see `_forward`."""
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
 
@@ -152,7 +191,7 @@ class Engine:
 def embed_with(
     engine: Engine,
     images: ImageList,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     moved: bool = False,
@@ -204,7 +243,9 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
     return "bf16" if native_bf16(device) else "fp32"
 
 
-def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size: int | None):
+def _forward(
+    encoder: Encoder, device: torch.device, precision: str, compile: bool, batch_size: int | None
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
     """(function, batch size); the function takes a uint8 batch (b, s, s, 3) to float32 features, both on the host.
 
     A GPU that cannot hold the default batch gets half of it, and so on; a batch size that was asked for is an error.
@@ -215,7 +256,7 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = encoder.model
     if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
-        model = copy.deepcopy(model).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        model = copy.deepcopy(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
     if compile:
         model = torch.compile(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
@@ -223,7 +264,7 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
 
     cuda = device.type == "cuda"
 
-    def exact():
+    def exact() -> contextlib.AbstractContextManager[None]:
         """cuDNN's own default for fp32 convolutions is TF32, with a mantissa of fp16."""
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else contextlib.nullcontext()
 
@@ -250,7 +291,9 @@ def _forward(encoder: Encoder, device, precision: str, compile: bool, batch_size
     return forward, size
 
 
-def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -> None:
+def _run(
+    images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
+) -> None:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
     import torch
 
@@ -259,7 +302,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
     side = encoder.preprocess.size
-    ring: SimpleQueue = SimpleQueue()
+    ring: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_RING):
         ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"))
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
@@ -271,8 +314,8 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
-        ahead: deque = deque()
-        writing: deque[Future] = deque()
+        ahead: deque[tuple[np.ndarray, torch.Tensor, list[Part]]] = deque()
+        writing: deque[Future[None]] = deque()
         upcoming = iter(batches)
 
         def decode_next() -> None:
@@ -332,7 +375,7 @@ class _Hunger:
     are at work, with images or with the model. No process may take back what it has stepped, so it needs new threads.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._start_over()
 
     def _start_over(self) -> None:
@@ -341,7 +384,7 @@ class _Hunger:
     def __enter__(self) -> None:
         self._since = time.monotonic()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._waited += time.monotonic() - self._since
 
     def starved(self) -> bool:
@@ -395,7 +438,16 @@ def _decode_batch(rows: np.ndarray, buffer: torch.Tensor, decoders: Crew, worker
     ]
 
 
-def _write(partial: PartialFile, rows, features, ready, outcome, content, buffer, ring) -> None:
+def _write(
+    partial: PartialFile,
+    rows: np.ndarray,
+    features: torch.Tensor,
+    ready: torch.cuda.Event | None,
+    outcome: Outcome,
+    content: np.ndarray,
+    buffer: torch.Tensor,
+    ring: SimpleQueue[torch.Tensor],
+) -> None:
     """Commit one batch; runs in the writer thread, in order."""
     if ready is not None:
         ready.synchronize()
