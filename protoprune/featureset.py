@@ -20,13 +20,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from protoprune import files, stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, warn
-from protoprune.featurefile import FeatureFile
+from protoprune.featurefile import FeatureFile, Index
 from protoprune.images import SET_FILE
 from protoprune.paths import STEP, Block, Paths
 from protoprune.sources.reading import FOLDERS
@@ -35,6 +37,14 @@ from protoprune.text import native, parse_json
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _OPEN_FILES = 64  # feature files that are open at once
 _COPY_ROWS = 65_536
+
+
+class Plan(TypedDict):
+    """What set.json says of a set as a whole."""
+
+    key: dict[str, str]  # see `featurefile.KEY`
+    root: str
+    options: dict[str, Any]  # the fields of `sources.ShardOptions`
 
 
 @dataclass
@@ -57,14 +67,14 @@ class Part:
     def pending(self) -> bool:
         return not self.done and self.failed is None
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         plain = {"name": self.name, "size": self.size, "version": self.version}
         if self.done:
             return {**plain, "rows": self.rows, "usable": self.usable, "uuid": self.uuid}
         return {**plain, "failed": list(self.failed)} if self.failed else plain
 
     @classmethod
-    def from_json(cls, plain: dict) -> Part:
+    def from_json(cls, plain: dict[str, Any]) -> Part:
         failed = plain.get("failed")
         return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
@@ -74,7 +84,7 @@ def shard_file(folder: str, name: str) -> str:
     return os.path.join(folder, *name.split("/")) + ".h5"
 
 
-def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
+def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Part]]:
     """(what set.json says of the set, its parts). Raises ProtopruneError when it is none."""
     path = os.path.join(folder, SET_FILE)
     shown = stores.public(path)
@@ -110,7 +120,7 @@ def _read(path: str) -> bytes:
     return data
 
 
-def write_plan(folder: str, plan: dict, parts: list[Part], *, new: bool = False) -> None:
+def write_plan(folder: str, plan: Plan, parts: list[Part], *, new: bool = False) -> None:
     """Write set.json; the set is finished when no part is pending.
 
     On a store, `new` raises FileExistsError when there is one already.
@@ -153,7 +163,7 @@ class FeatureSet:
     damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = os.fspath(folder).rstrip("/") or "/"
         self.plan, self.parts = read_plan(self.path)
         pending = sum(part.pending for part in self.parts)
@@ -187,7 +197,7 @@ class FeatureSet:
     def __enter__(self) -> FeatureSet:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -269,7 +279,7 @@ class FeatureSet:
     def failures(self) -> list[tuple[str, Status, str]]:
         return [one for file in self._files() for one in file.failures()]
 
-    def failure_counts(self) -> Counter:
+    def failure_counts(self) -> Counter[str]:
         return sum((file.failure_counts() for file in self._files()), Counter())
 
     @property
@@ -354,14 +364,14 @@ class FeatureSet:
 class _Rows:
     """The features of a set as an array that is read in slices, or row by row."""
 
-    def __init__(self, owner: FeatureSet, shape: tuple[int, int], dtype: np.dtype):
+    def __init__(self, owner: FeatureSet, shape: tuple[int, int], dtype: np.dtype) -> None:
         self._owner, self.shape, self.dtype = owner, shape, dtype
         self.ndim = 2
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key) -> np.ndarray:
+    def __getitem__(self, key: Index) -> np.ndarray:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
@@ -372,7 +382,7 @@ class _Rows:
             rows = np.flatnonzero(rows)
         return self._at(rows.reshape(-1)).reshape(*rows.shape, self.shape[1])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _span(self, start: int, stop: int) -> np.ndarray:

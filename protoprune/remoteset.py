@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from protoprune import stores
 from protoprune.errors import ProtopruneError, warn
@@ -32,7 +33,7 @@ def note_file(path: str) -> str:
     return path.removesuffix(".h5") + _NOTE
 
 
-def notes(out: str) -> dict[str, dict]:
+def notes(out: str) -> dict[str, dict[str, Any]]:
     """Feature file -> its note, of all shards of a set; of those that are done only where the file is whole."""
     there = stores.sizes(out)
     names = [name for name in there if name.endswith(_NOTE)]
@@ -42,20 +43,20 @@ def notes(out: str) -> dict[str, dict]:
     return {path: one for path, data, size in zip(paths, found, wholes, strict=True) if (one := _note(data, size))}
 
 
-def note(path: str) -> dict | None:
+def note(path: str) -> dict[str, Any] | None:
     """The note of one feature file, as `notes` has it."""
     return _note(stores.read(note_file(path)), stores.size(path))
 
 
-def _note(data: bytes | None, size: int | None) -> dict | None:
+def _note(data: bytes | None, size: int | None) -> dict[str, Any] | None:
     try:
-        found = parse_json(data.decode())
+        found = parse_json((data or b"").decode())
         return found if "failed" in found or found["bytes"] == size else None
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
 
 
-def write_note(path: str, what: dict) -> None:
+def write_note(path: str, what: dict[str, Any]) -> None:
     stores.write(note_file(path), json.dumps(what).encode())
 
 
@@ -89,7 +90,7 @@ def local_copy(url: str) -> str:
             for _ in pool.map(lambda part: _fetch(url, folder, part), missing):
                 pass
         if missing or not is_feature_set(folder) or read_plan(folder) != (plan, parts):
-            write_plan(folder, {name: value for name, value in plan.items() if name != "state"}, parts)
+            write_plan(folder, plan, parts)
     except OSError as error:
         raise ProtopruneError(
             f"{folder}: cannot write ({error.strerror}); PROTOPRUNE_CACHE=FOLDER names another place for the copy of "

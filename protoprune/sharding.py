@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -23,8 +23,7 @@ from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import featurefile as feature_file
 from protoprune.decode import Status
 from protoprune.earlier import LossError
-from protoprune.embedding import Engine, embed_with
-from protoprune.encoders import Encoder
+from protoprune.embedding import Encoder, Engine, embed_with
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import FeatureFile
 from protoprune.featureset import shard_file
@@ -34,6 +33,16 @@ from protoprune.sources.reading import FOLDERS
 from protoprune.sources.remote import Copies
 
 Copy = Callable[[Shard], AbstractContextManager[str]]
+
+
+class _Settings(TypedDict):
+    """What an `Engine` is told but for encoder and device."""
+
+    precision: str
+    batch_size: int | None
+    workers: int | None
+    store: str
+    compile: bool
 
 
 @dataclass
@@ -48,8 +57,8 @@ class ShardReport:
     transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
-    failures: Counter = field(default_factory=Counter)  # status label -> images
-    skipped: Counter = field(default_factory=Counter)  # suffix -> members that are no images
+    failures: Counter[str] = field(default_factory=Counter)  # status label -> images
+    skipped: Counter[str] = field(default_factory=Counter)  # suffix -> members that are no images
     duplicates: int = 0  # members that named an image a second time
 
 
@@ -59,13 +68,13 @@ class SetReport:
 
     out: str
     shards: int
-    states: Counter = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
     n: int = 0  # images in the set
     embedded: int = 0
     transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
-    failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
-    skipped: Counter = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
+    skipped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     device: str = ""
     precision: str = ""
@@ -76,10 +85,13 @@ class SetReport:
         return sum(self.failures.values())
 
 
+Run = Callable[[Sequence[Shard]], Iterator[ShardReport | launch.Lost[Shard]]]  # by whichever launcher
+
+
 def embed_shards(
     source: Source,
     encoder: Encoder,
-    out: str | os.PathLike = "features",
+    out: str | os.PathLike[str] = "features",
     *,
     options: ShardOptions | None = None,
     device: str = "auto",
@@ -124,13 +136,12 @@ def embed_shards(
         raise UsageError("--address goes with --engine ray")
     options = options or ShardOptions()
     out = stores.given(out).rstrip("/") or "/"
-    settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
-                "compile": compile}  # fmt: skip
+    settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
+                           "compile": compile}  # fmt: skip
     with contextlib.ExitStack() as stack:
         if ray:
             out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
-            alone = stack.enter_context(cluster.connected(address))
-            need = cluster.need(device, workers, alone)
+            need = cluster.need(device, workers, stack.enter_context(cluster.connected(address)))
             settings["workers"] = need.cpus
             if need.gpus and precision == "auto" and not encoder.fp32_only:
                 settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
@@ -141,13 +152,12 @@ def embed_shards(
         mine = source.shards[rank::world_size]
         report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
         start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
+        run: Run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
         if ray:
             report.device = f"{need.device} of Ray"
             run = functools.partial(cluster.run, _work, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
-        else:
-            run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
         uuids = {}
         for one in _reports(mine, source.root, options, engine, out, run, on_start):
             _count(report, one)
@@ -162,7 +172,13 @@ def embed_shards(
 
 
 def _reports(
-    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, run: Callable, on_start=None
+    shards: Sequence[Shard],
+    root: str,
+    options: ShardOptions,
+    engine: Engine,
+    out: str,
+    run: Run,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> Iterator[ShardReport]:
     """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
 
@@ -179,7 +195,7 @@ def _reports(
         on_start(len(shards), len(left))
     for again in (True, False):
         busy = []
-        for one in run(tasks=left) if left else ():
+        for one in run(left) if left else ():
             if isinstance(one, launch.Lost):
                 yield _lost(out, one)
             elif one.state == "busy" and again:
@@ -189,7 +205,7 @@ def _reports(
         left = [shard for shard in left if shard.name in set(busy)]
 
 
-def _lost(out: str, lost: launch.Lost) -> ShardReport:
+def _lost(out: str, lost: launch.Lost[Shard]) -> ShardReport:
     error = ShardError(Status.UNREADABLE, lost.reason)
     setstate.note_failure(shard_file(out, lost.task.name), lost.task, error)
     return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
@@ -211,7 +227,7 @@ class _Worker:
 
 
 def _start(
-    encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, moved: bool, device: str
+    encoder: Encoder, settings: _Settings, root: str, options: ShardOptions, out: str, moved: bool, device: str
 ) -> _Worker:
     """A worker in its own process. Raises ProtopruneError on a machine where the set or the shards cannot be seen."""
     for path, what in ((os.path.join(out, SET_FILE), "the feature set"), (root, "the shards")):
@@ -231,7 +247,7 @@ def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
 
 def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
     with contextlib.closing(worker):
-        for shard, ahead in itertools.pairwise([*tasks, None]):
+        for shard, ahead in zip(tasks, [*tasks[1:], None], strict=True):
             yield _work(worker, shard, ahead)
 
 
@@ -321,7 +337,7 @@ def _deliver(place: str, path: str, replaces: bool) -> None:
 
 
 def _without_note(
-    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict
+    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict[str, str]
 ) -> setstate.Finished | None:
     """A file on the store whose writer was killed before the note, if it is what is wanted; the note is made up for."""
     if remoteset.note(path) is not None:  # it is known not to be
@@ -358,7 +374,7 @@ def _uuid(path: str) -> str:
         return file.provenance["uuid"]
 
 
-def _replaces(path: str, shard: Shard, key: dict) -> bool:
+def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
     """Whether a feature file that is there is of another kind, or of another version of the shard."""
     if not os.path.exists(path):
         return False
