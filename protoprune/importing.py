@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
 from protoprune.npy import map_npy, reason
 from protoprune.text import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+    from protoprune.images import Labels
 
 _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "img_emb", "features", "feature",
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
@@ -62,16 +68,16 @@ class _Part:
 
 
 def import_features(
-    vectors: str | os.PathLike,
-    out: str | os.PathLike = "features.h5",
+    vectors: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "features.h5",
     *,
-    paths: str | os.PathLike | Sequence[str] | None = None,
-    root: str | os.PathLike | None = None,
+    paths: str | os.PathLike[str] | Sequence[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
     encoder: str = "",
     vector_column: str | None = None,
     path_column: str | None = None,
     store: str = "auto",
-    labels=True,
+    labels: Labels = True,
     class_level: int | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
@@ -125,7 +131,9 @@ def _check_out(out: str, overwrite: bool) -> None:
         raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
 
 
-def _write(out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict) -> int:
+def _write(
+    out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict[str, Any]
+) -> int:
     """Copy the vectors in the order of the names; how many are unusable."""
     create_partial(out, images, dim, provenance)
     partial = PartialFile(out)
@@ -194,7 +202,13 @@ def _digest(read: list[str]) -> str:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _names(source: str, parts: list[_Part], paths, path_column: str | None, n: int) -> tuple[list[str], str]:
+def _names(
+    source: str,
+    parts: list[_Part],
+    paths: str | os.PathLike[str] | Sequence[str] | None,
+    path_column: str | None,
+    n: int,
+) -> tuple[list[str], str]:
     """(name of each vector, where they come from)."""
     if paths is not None:
         names, origin = (
@@ -203,7 +217,7 @@ def _names(source: str, parts: list[_Part], paths, path_column: str | None, n: i
             else (list(paths), "given names")
         )
     elif all(part.names is not None for part in parts):
-        names, origin = [name for part in parts for name in part.names], "the vectors' own file"
+        names, origin = [name for part in parts for name in part.names or ()], "the vectors' own file"
     else:
         width = max(6, len(str(n - 1)))
         warn(f"{source}: has no names, so row numbers stand for them; give --paths LIST to have kept lists of images")
@@ -235,7 +249,7 @@ def _read_names(path: str, column: str | None) -> list[str]:
     return names
 
 
-def _ids(names: list[str], root) -> tuple[list[str], str, np.ndarray]:
+def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
     """(ids sorted by code point, root, the vector of each)."""
     base = os.path.abspath(root) if root is not None else None
     if base is None and all(os.path.isabs(name) for name in names):
@@ -270,7 +284,9 @@ def _plain(name: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, vector_column, path_column, stack) -> tuple[list[str], list[_Part]]:
+def _read(
+    source: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack
+) -> tuple[list[str], list[_Part]]:
     """(the files that were read, their parts in order)."""
     if not os.path.exists(source):
         raise UsageError(f"{source}: no such file or folder; give vectors as .npy, .npz, .parquet, or a folder of them")
@@ -312,7 +328,7 @@ def _natural(folder: str, suffix: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _file(path: str, vector_column, path_column, stack) -> _Part:
+def _file(path: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack) -> _Part:
     suffix = os.path.splitext(path)[1].lower()
     try:
         if suffix == ".npy":
@@ -336,7 +352,7 @@ def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _npz(path: str, vector_column, path_column) -> _Part:
+def _npz(path: str, vector_column: str | None, path_column: str | None) -> _Part:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -367,7 +383,7 @@ def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | 
     return found
 
 
-def _parquet(path: str):
+def _parquet(path: str) -> pyarrow.parquet.ParquetFile:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -378,14 +394,14 @@ def _parquet(path: str):
         raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
 
 
-def _strings(column) -> list[str]:
+def _strings(column: pyarrow.ChunkedArray | pyarrow.Array) -> list[str]:
     values = column.to_pylist()
     if any(value is None for value in values):
         raise ProtopruneError(f"{sum(value is None for value in values):,} rows have no name")
     return [os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values]
 
 
-def _table(path: str, vector_column, path_column, stack) -> _Part:
+def _table(path: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack) -> _Part:
     """A column of lists; its numbers go to a temporary file, since a column of 100 GB does not fit into memory."""
     import pyarrow
 
@@ -415,7 +431,9 @@ def _table(path: str, vector_column, path_column, stack) -> _Part:
     return _Part(vectors, names if own else None)
 
 
-def _vector_blocks(path: str, table, column: str, others: list[str]) -> Iterator[tuple[np.ndarray, object]]:
+def _vector_blocks(
+    path: str, table: pyarrow.parquet.ParquetFile, column: str, others: list[str]
+) -> Iterator[tuple[np.ndarray, pyarrow.RecordBatch]]:
     import pyarrow
 
     try:
@@ -450,13 +468,13 @@ def _fiftyone(path: str, field_name: str | None) -> _Part:
     return _Part(np.stack([_vector(one[name]) for one in samples]), [one["filepath"] for one in samples])
 
 
-def _may_be_vector(value) -> bool:
+def _may_be_vector(value: object) -> bool:
     return (isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)) or (
         isinstance(value, dict) and "$binary" in value
     )
 
 
-def _vector(value) -> np.ndarray:
+def _vector(value: Any) -> np.ndarray:
     if isinstance(value, list):
         return np.asarray(value, np.float32)
     packed = value["$binary"] if isinstance(value, dict) else value

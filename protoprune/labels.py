@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,12 +43,17 @@ class LabelFile:
             name a line (synsets.txt), or JSON (imagenet_class_index.json)
     """
 
-    path: str | os.PathLike
+    path: str | os.PathLike[str]
     column: str | None = None
-    names: str | os.PathLike | None = None
+    names: str | os.PathLike[str] | None = None
 
 
-def label_file(path, column: str | None, names, level: int | None = None) -> LabelFile | bool:
+def label_file(
+    path: str | os.PathLike[str] | None,
+    column: str | None,
+    names: str | os.PathLike[str] | None,
+    level: int | None = None,
+) -> LabelFile | bool:
     """The `labels` argument of `list_folder` for the command line's options."""
     if path is None:
         return True
@@ -125,7 +131,7 @@ def _text(data: bytes) -> str:
     return os.fsdecode(plain_bytes(data))
 
 
-def _json(text: str) -> list[dict]:
+def _json(text: str) -> list[dict[str, Any]]:
     try:
         whole = parse_json(text)
     except ValueError:
@@ -135,7 +141,7 @@ def _json(text: str) -> list[dict]:
     return whole if isinstance(whole, list) else [whole]
 
 
-def _parquet(source: str, data: bytes) -> list[dict]:
+def _parquet(source: str, data: bytes) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -145,7 +151,7 @@ def _parquet(source: str, data: bytes) -> list[dict]:
     return pyarrow.parquet.read_table(io.BytesIO(data), columns=flat).to_pylist()
 
 
-def _from_records(records: list, column: str | None) -> tuple[list[str], list[str]]:
+def _from_records(records: list[dict[str, Any]], column: str | None) -> tuple[list[str], list[str]]:
     if not records or not all(isinstance(one, dict) for one in records):
         raise _Unclear("expected rows with a path and a class")
     names = list(dict.fromkeys(name for one in records for name in one))
@@ -153,7 +159,7 @@ def _from_records(records: list, column: str | None) -> tuple[list[str], list[st
     return [_cell(one.get(names[key])) for one in records], [_cell(one.get(names[label])) for one in records]
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, (list, dict)):
         raise _Unclear(f"a class that is not one value ({str(value)[:60]}); expected one class an image")
     if isinstance(value, bytes):
@@ -217,11 +223,13 @@ def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     if column is not None:
         if column not in names:
             raise _Unclear(f"no column {column}, only {', '.join(names)}")
-        label = list(names).index(column)
+        label: int | None = list(names).index(column)
     else:
         label = next((plain.index(name) for name in _CLASSES if name in plain and plain.index(name) != key), None)
-    if len(names) == 2 and (key is None) != (label is None):
-        key, label = (1 - label, label) if key is None else (key, 1 - key)
+    if len(names) == 2 and key is None and label is not None:
+        key = 1 - label
+    elif len(names) == 2 and key is not None and label is None:
+        label = 1 - key
     if label is None:
         raise _Unclear(f"which of its columns {', '.join(names)} is the class? give --label-column NAME")
     if key is None or key == label:
@@ -255,28 +263,40 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
 def _class_names(names: str, used: set[int]) -> dict[int, str]:
     """number -> name of a file of class names."""
     text = _text(_read(names, "--class-names"))
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            whole = parse_json(text)
-        except ValueError as error:
-            raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
-        if isinstance(whole, list):
-            return _numbered(names, [_first(one) for one in whole], used)
-        pairs = [(str(a), _first(b)) for a, b in whole.items()]
-    else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        words = [re.split(r"[\s,:]+", line.strip(), maxsplit=2) for line in lines]
-        if not all(len(word) > 1 and (_is_number(word[0]) != _is_number(word[1])) for word in words):
-            wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
-            return _numbered(names, [line.split()[0] if wnids else line.strip() for line in lines], used)
-        pairs = [(word[0], word[1]) for word in words]
-    turned = [(b, a) if _is_number(b) and not _is_number(a) else (a, b) for a, b in pairs]
-    if not all(_is_number(number) for number, _ in turned):
+    try:
+        found = _json_names(text) if text.lstrip()[:1] in ("{", "[") else _lines_of_names(text)
+    except ValueError as error:
+        raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
+    if isinstance(found, list):
+        return _numbered(names, found, used)
+    if not all(_is_number(number) for number in found):
         raise ProtopruneError(f"{names}: expected class numbers and names")
-    return {int(number): name for number, name in turned}
+    return {int(number): name for number, name in found.items()}
 
 
-def _first(value) -> str:
+def _json_names(text: str) -> list[str] | dict[str, str]:
+    """Names without numbers, or number -> name; a name may be the first of several. Raises ValueError."""
+    whole = parse_json(text)
+    if isinstance(whole, list):
+        return [_first(one) for one in whole]
+    return dict(_number_first(str(a), _first(b)) for a, b in whole.items())
+
+
+def _lines_of_names(text: str) -> list[str] | dict[str, str]:
+    """The same of text: number and name in either order, or a name, a line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    words = [re.split(r"[\s,:]+", line, maxsplit=2) for line in lines]
+    if all(len(word) > 1 and _is_number(word[0]) != _is_number(word[1]) for word in words):
+        return dict(_number_first(word[0], word[1]) for word in words)
+    wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
+    return [line.split()[0] if wnids else line for line in lines]
+
+
+def _number_first(a: str, b: str) -> tuple[str, str]:
+    return (b, a) if _is_number(b) and not _is_number(a) else (a, b)
+
+
+def _first(value: object) -> str:
     return str(value[0]) if isinstance(value, list) and value else str(value)
 
 

@@ -16,9 +16,10 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
 from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
+
+T = TypeVar("T")
 
 FORMATS = ("txt", "csv", "jsonl", "npy", "datacomp")
 _UID = re.compile(rb"[0-9a-fA-F]{32}")
@@ -102,7 +105,12 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
 
 
 def _chunks(
-    names: Iterable[list[bytes]], rows: np.ndarray, scores, format: str, null: bool, weights
+    names: Iterable[list[bytes]],
+    rows: np.ndarray,
+    scores: np.ndarray,
+    format: str,
+    null: bool,
+    weights: np.ndarray | None,
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
     if format in ("npy", "datacomp"):
@@ -125,7 +133,7 @@ def _chunks(
         yield _records(header, zip(*columns, strict=True), format)
 
 
-def _cells(column: Sequence) -> Sequence:
+def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:
     """The values of a column as csv and json write them."""
     if isinstance(column, np.ndarray):
         return [plain_number(value) for value in column] if column.dtype.kind == "f" else column.tolist()
@@ -163,7 +171,9 @@ def _uids(names: list[bytes]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(b"".join(stems).decode()), ">u8").reshape(-1, 2).astype("<u8")
 
 
-def _records(header: list[str], records: Iterable[Iterable], format: str, blank: dict | None = None) -> bytes:
+def _records(
+    header: list[str], records: Iterable[Iterable[object]], format: str, blank: dict[object, None] | None = None
+) -> bytes:
     """Rows of csv or jsonl; in jsonl `blank` replaces values."""
     if format == "csv":
         return csv_bytes(None, records)
@@ -172,13 +182,13 @@ def _records(header: list[str], records: Iterable[Iterable], format: str, blank:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-def list_format(path: str | os.PathLike) -> str | None:
+def list_format(path: str | os.PathLike[str]) -> str | None:
     """The format that a file's name asks for; None when it says nothing."""
     suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1][1:]
     return suffix if suffix in FORMATS else None
 
 
-def packed(path: str | os.PathLike, chunks: Iterable[bytes]) -> Iterable[bytes]:
+def packed(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> Iterable[bytes]:
     """The pieces of a file of this name: through gzip when it ends in .gz."""
     return _gzipped(chunks) if os.fspath(path).lower().endswith(".gz") else chunks
 
@@ -189,7 +199,7 @@ def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
-def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | np.ndarray:
+def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
     Read are csv, jsonl and npy by suffix or by content, anything else is txt, separated by NUL or line breaks; all
@@ -204,7 +214,7 @@ def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | 
     return found.paths if every else found.kept(found.paths)
 
 
-def read_weights(source: str | os.PathLike) -> dict[str, float]:
+def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
 
     The weights add up to the number of images that the list was chosen from. Rows without a weight and the images that
@@ -233,11 +243,11 @@ class _Rows:
     """What a list holds, a row an image."""
 
     paths: list[str]
-    weights: list | None = None  # as they stand; None without such a column
+    weights: list[Any] | None = None  # as they stand; None without such a column
     keep: list[bool] | None = None  # of a manifest
     table: bool = True  # csv or jsonl
 
-    def kept(self, values: list) -> list:
+    def kept(self, values: list[T]) -> list[T]:
         return values if self.keep is None else list(itertools.compress(values, self.keep))
 
 
@@ -274,7 +284,7 @@ class _NoList(Exception):
     """What is wrong with a list, without its name."""
 
 
-def _whole_json(data: bytes, sure: bool) -> list | None:
+def _whole_json(data: bytes, sure: bool) -> list[Any] | None:
     """The entries of a list that is one piece of JSON; None for JSON Lines, and for text where it is not `sure`."""
     text = os.fsdecode(data)
     try:
@@ -290,7 +300,7 @@ def _whole_json(data: bytes, sure: bool) -> list | None:
     raise _NoList("not a list: its JSON is no array of paths, or of objects with a path")
 
 
-def _from_records(records: list) -> _Rows:
+def _from_records(records: list[Any]) -> _Rows:
     """Objects with a path (and more), or paths alone."""
     if not records:
         return _Rows([])
@@ -320,7 +330,7 @@ def _from_table(data: bytes) -> _Rows:
     header = next(rows)
     names = _columns(header)
     places = {what: header.index(name) for what, name in names.items()}
-    columns: dict[str, list] = {what: [] for what in places}
+    columns: dict[str, list[str | None]] = {what: [] for what in places}
     for row in rows:
         for what, place in places.items():
             columns[what].append(row[place] if len(row) > place else None)
@@ -342,7 +352,7 @@ def _columns(header: list[str]) -> dict[str, str]:
     return found
 
 
-def _from_columns(columns: dict[str, list]) -> _Rows:
+def _from_columns(columns: Mapping[str, list[Any]]) -> _Rows:
     paths = columns["path"]
     for number, path in enumerate(paths, 1):
         if not isinstance(path, str):
@@ -351,7 +361,7 @@ def _from_columns(columns: dict[str, list]) -> _Rows:
     return _Rows(paths, columns.get("weight"), None if keep is None else [_truth(*one) for one in enumerate(keep, 1)])
 
 
-def _truth(number: int, value) -> bool:
+def _truth(number: int, value: object) -> bool:
     known = _TRUTH.get(str(value).strip().casefold())
     if known is None:
         raise _NoList(f"its keep column has {value!r} in row {number}, expected 1 or 0")
@@ -380,13 +390,15 @@ def _begins_with_header(data: bytes) -> bool:
     return any(name in PATH_NAMES for name in names) and any(name in _OURS for name in names)
 
 
-def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
+def manifest(columns: Mapping[str, Sequence[object] | np.ndarray], format: str = "csv") -> bytes:
     """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
     n = len(next(iter(columns.values())))
     return b"".join(manifest_chunks(lambda rows: {name: one[rows] for name, one in columns.items()}, n, format))
 
 
-def manifest_chunks(columns: Callable[[slice], dict[str, Sequence]], n: int, format: str = "csv") -> Iterator[bytes]:
+def manifest_chunks(
+    columns: Callable[[slice], Mapping[str, Sequence[object] | np.ndarray]], n: int, format: str = "csv"
+) -> Iterator[bytes]:
     """A manifest of n images, in pieces; `columns` gives those of some rows."""
     for first in range(0, max(n, 1), BATCH):
         part = columns(slice(first, first + BATCH))

@@ -64,7 +64,7 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     return Columns(key, score, kinds.get(names[key], "unsure"), header)
 
 
-def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Columns:
+def _with_score(first: Sequence[str], names: list[str], rows: Sequence[Sequence[str]], wanted: str) -> Columns:
     """Columns of a table with a header, of which the score is the one of that name. Without names of images, and
     without a column that says that it numbers the rows, there are no keys: the other columns are scores too."""
     cells = [cell.strip() for cell in first]
@@ -93,7 +93,9 @@ def could_be_scores(names: Sequence[str]) -> list[str]:
     return called or [name for name in names if plain[name] not in (*PATH_NAMES, *_UNSURE_KEYS, *_COUNTERS)]
 
 
-def _find_key(first, names: list[str], rows, numeric: list[int], score: int | None) -> int:
+def _find_key(
+    first: Sequence[str], names: list[str], rows: Sequence[Sequence[str]], numeric: list[int], score: int | None
+) -> int:
     """The only column of text, else row numbers: a column that is called so, or a first one of whole numbers."""
     text = [column for column in range(len(first)) if column not in numeric and column != score]
     if len(text) == 1:
@@ -108,7 +110,9 @@ def _find_key(first, names: list[str], rows, numeric: list[int], score: int | No
     )
 
 
-def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | None) -> int:
+def _find_score(
+    first: Sequence[str], rows: Sequence[Sequence[str]], numeric: list[int], key: int, names: list[str] | None
+) -> int:
     """The only column of numbers, not counting one that only numbers the rows."""
     candidates = [column for column in numeric if column != key]
     if len(candidates) > 1 and names is not None:
@@ -182,6 +186,7 @@ def parse_text(
 def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
     """Rows that are not blank, comments included."""
     lines = io.StringIO(text, newline="")
+    rows: Iterator[list[str]]
     if delimiter == "":
         rows = (line.rsplit(None, 1) for line in lines)
     elif delimiter == " ":
