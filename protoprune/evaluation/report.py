@@ -290,7 +290,7 @@ def _draw_panel(axes: Axes, result: Scaling, order: str) -> None:
 
 def _reach(intervals: list[Interval]) -> np.ndarray:
     """(2, m) how far each interval reaches below and above its mean, 0 without one."""
-    ends = [(one.mean, one.mean) if one.low is None or one.high is None else (one.low, one.high) for one in intervals]
+    ends = [one.ends for one in intervals]
     return np.array([(one.mean - low, high - one.mean) for one, (low, high) in zip(intervals, ends, strict=True)]).T
 
 
