@@ -16,7 +16,6 @@ from protoprune.decode import Preprocess
 from protoprune.featurefile import FeatureFile
 from protoprune.featureset import FeatureSet
 
-
 SMALL = Preprocess(size=32, resize=36)
 
 
