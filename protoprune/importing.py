@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -415,6 +415,11 @@ def _table(path: str, vector_column: str | None, path_column: str | None, stack:
     named = path_column is not None or any(name.lower() in _NAMES for name in flat)
     own = _one_of(path, flat, _NAMES, path_column, "--path-column") if named else None
     spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    return _spooled(path, table, column, own, spool)
+
+
+def _spooled(path: str, table: pyarrow.parquet.ParquetFile, column: str, own: str | None, spool: IO[bytes]) -> _Part:
+    """The vectors of a column, mapped from the temporary file `spool`, and the names of another one."""
     names: list[str] = []
     dim = rows = 0
     dtype = np.dtype(np.float32)

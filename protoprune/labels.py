@@ -177,14 +177,7 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
     header = any(_plain(name) in (*_PATHS, *_CLASSES) for name in rows[0]) or column in rows[0]
     if width == 1:
         return None, [row[0].strip() for row in rows[header:]]
-    if header:
-        key, label = _columns(rows[0], column)
-    elif column is not None:
-        raise _Unclear(f"no column {column}: the file has no header")
-    elif width == 2:
-        key, label = (1, 0) if _like_paths(rows, 1) and not _like_paths(rows, 0) else (0, 1)
-    else:
-        raise _Unclear(f"which of its {width} columns is the path, which the class? add a header line that names both")
+    key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
     first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated
     keys, values = [], []
     for place, row in enumerate(rows[header:], 1 + header):
@@ -194,6 +187,17 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
         keys.append(row[key].strip())
         values.append(value.split(" ")[0] if first_word else value)
     return keys, values
+
+
+def _columns_of(rows: list[list[str]], column: str | None) -> tuple[int, int]:
+    """(path, class) columns of rows without a header."""
+    if column is not None:
+        raise _Unclear(f"no column {column}: the file has no header")
+    if len(rows[0]) == 2:
+        return (1, 0) if _like_paths(rows, 1) and not _like_paths(rows, 0) else (0, 1)
+    raise _Unclear(
+        f"which of its {len(rows[0])} columns is the path, which the class? add a header line that names both"
+    )
 
 
 def _like_paths(rows: list[list[str]], column: int) -> bool:
@@ -206,26 +210,28 @@ def _rows(text: str, source: str) -> list[list[str]]:
     for delimiter in _DELIMITERS:
         if delimiter == " " and source.lower().endswith((".csv", ".tsv")):
             continue
-        if delimiter == " ":  # names may hold blanks: the last word is the class
-            split = [line.strip().rsplit(None, 1) for line in lines]
-        else:
-            split = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-            split = [row for row in split if row and not row[0].startswith("#")]
+        split = _split(text, lines, delimiter)
         if split and len(split[0]) > 1 and len({len(row) for row in split[:50]}) == 1:
             return split
     return [[line] for line in lines]
 
 
+def _split(text: str, lines: list[str], delimiter: str) -> list[list[str]]:
+    if delimiter == " ":  # names may hold blanks: the last word is the class
+        return [line.strip().rsplit(None, 1) for line in lines]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return [row for row in rows if row and not row[0].startswith("#")]
+
+
 def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     """(path, class) columns by name."""
     plain = [_plain(name) for name in names]
-    key = next((plain.index(name) for name in _PATHS if name in plain), None)
+    key = _first_of(_PATHS, plain)
+    label = _first_of(_CLASSES, ["" if place == key else name for place, name in enumerate(plain)])
     if column is not None:
         if column not in names:
             raise _Unclear(f"no column {column}, only {', '.join(names)}")
-        label: int | None = list(names).index(column)
-    else:
-        label = next((plain.index(name) for name in _CLASSES if name in plain and plain.index(name) != key), None)
+        label = list(names).index(column)
     if len(names) == 2 and key is None and label is not None:
         key = 1 - label
     elif len(names) == 2 and key is not None and label is None:
@@ -235,6 +241,11 @@ def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     if key is None or key == label:
         raise _Unclear(f"which of its columns {', '.join(names)} is the path? name it path")
     return key, label
+
+
+def _first_of(wanted: Sequence[str], names: list[str]) -> int | None:
+    """The place of the first of the wanted names that is there."""
+    return next((names.index(name) for name in wanted if name in names), None)
 
 
 def _is_number(text: str) -> bool:
@@ -338,8 +349,8 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     if len(of) < len(keys):
         warn(f"{source}: {len(keys) - len(of):,} rows name an image a second time")
     unique = list(of)
-    rows, _ = match_names(_below(source, unique, paths, root), paths)
-    found: dict[int, set[str]] = {int(row): of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
+    rows = match_names(_below(source, unique, paths, root), paths)[0].tolist()
+    found = {row: of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
     if not found:
         raise ProtopruneError(
             f"{source}: none of its {len(unique):,} rows names an image (it has {unique[0]!r}, the images are like "
@@ -348,6 +359,11 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     lost = [key for key, row in zip(unique, rows, strict=True) if row < 0]
     if lost:
         warn(f"{source}: {len(lost):,} of {len(unique):,} rows name no image, or could name several (first: {lost[0]})")
+    return _one_each(source, found, paths)
+
+
+def _one_each(source: str, found: dict[int, set[str]], paths: Sequence[str]) -> dict[int, str]:
+    """row -> its class, of those that have one; warns of those that have several."""
     torn = [row for row, classes in found.items() if len(classes) > 1]
     if torn:
         first = min(torn)

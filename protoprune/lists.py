@@ -92,16 +92,20 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
             _uids(names)
     if null or format != "txt":
         return
-    broken: list[bytes] = []
-    for names in encoded(ids, rows):
-        text = b"\n".join([*names, b""])
-        if text.count(b"\n") != len(names) or b"\r\n" in text:
-            broken += [name for name in names if b"\n" in name or name.endswith(b"\r")]
+    broken = [name for names in encoded(ids, rows) for name in _broken(names)]
     if broken:
         first = os.fsdecode(broken[0])
         raise UsageError(f"{len(broken)} file names hold a line break (first: {first!r}); use -0 or --format jsonl")
     if len(rows) and (first := ids[rows[0]]).startswith("\ufeff"):
         raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
+
+
+def _broken(names: list[bytes]) -> list[bytes]:
+    """Those that a list with a name a line would not hold."""
+    text = b"\n".join([*names, b""])
+    if text.count(b"\n") == len(names) and b"\r\n" not in text:
+        return []
+    return [name for name in names if b"\n" in name or name.endswith(b"\r")]
 
 
 def _chunks(
@@ -259,25 +263,29 @@ def _read(source: str) -> _Rows | np.ndarray:
     except OSError as error:
         raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
     data = unpacked(data, source)
-    suffix = os.path.splitext(source.lower().removesuffix(".gz"))[1]
     try:
-        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-            return load_npy(data)
-        refuse_archive(data, source)
-        data = plain_bytes(data)
-        if suffix == ".json" or data.lstrip()[:1] == b"[":
-            whole = _whole_json(data, suffix == ".json")
-            if whole is not None:
-                return _from_records(whole)
-        if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(data)):
-            return _from_records([parse_json(line) for line in os.fsdecode(data).split("\n") if line.strip()])
-        if suffix in _TABLES or _begins_with_header(data):
-            return _from_table(data)
+        return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])
     except _NoList as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (ValueError, TypeError, AttributeError, EOFError, csv.Error) as error:
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({error})") from None
-    return _Rows(split_list(data, source), table=False)
+
+
+def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:
+    """By suffix, or by content where that says nothing."""
+    if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+        return load_npy(data)
+    refuse_archive(data, source)
+    plain = plain_bytes(data)
+    if suffix == ".json" or plain.lstrip()[:1] == b"[":
+        whole = _whole_json(plain, suffix == ".json")
+        if whole is not None:
+            return _from_records(whole)
+    if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(plain)):
+        return _from_records([parse_json(line) for line in os.fsdecode(plain).split("\n") if line.strip()])
+    if suffix in _TABLES or _begins_with_header(plain):
+        return _from_table(plain)
+    return _Rows(split_list(plain, source), table=False)
 
 
 class _NoList(Exception):

@@ -282,18 +282,24 @@ def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
     exact, others = held & names.keys(), held - names.keys() - words
     if exact and not others:
         return {names[one] for one in exact}
-    if not exact:
-        middles = set(map(_middle, others))
-        alike = [one for one in names if (_middle(one) in middles if held else _WORD.fullmatch(_middle(one) or "a"))]
-        if held and not alike:
-            return set()
-        if len(alike) == len(names) == 1 and len(others) <= 1:
-            return {names[alike[0]]}
+    alike = [] if exact else _stored_otherwise(held, others, names)
+    if held and not exact and not alike:
+        return set()
+    if len(alike) == len(names) == 1 and len(others) <= 1:
+        return {names[alike[0]]}
     raise ProtopruneError(
         f"the key {sample['__key__']} is that of {', '.join(sorted(held)) or 'no image'} in the data set and of "
         f"{', '.join(sorted(names.values()))} in the list: keys end at a name's first dot; pack the images under names "
         "without other dots"
     )
+
+
+def _stored_otherwise(held: set[str], others: set[str], names: dict[str, str]) -> list[str]:
+    """Which of the names may be images that were stored with another suffix, or under a field that says no suffix."""
+    if not held:
+        return [one for one in names if _WORD.fullmatch(_middle(one) or "a")]
+    middles = set(map(_middle, others))
+    return [one for one in names if _middle(one) in middles]
 
 
 def _middle(extension: str) -> str:

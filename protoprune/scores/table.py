@@ -198,14 +198,7 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
         raise UsageError(f"{file}: no such score table; `protoprune score METRIC -o {file}` makes one")
     keys, scores, kind, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
-    if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
-        scores = scores.astype(np.float32)
-    if "digest" in header and header["digest"] != _digest(header, keys or [], scores):
-        raise ProtopruneError(
-            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
-            "where the edit is meant"
-        )
-    scores = scores.astype(np.float64)
+    scores = _as_written(source, header, keys or [], scores)
     _refuse_infinite(source, keys, scores)
     if higher == "easier":
         scores = 0.0 - scores
@@ -215,6 +208,19 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
     released = _RELEASED_FILE.fullmatch(os.path.basename(file))
     metric = column or header.get("metric") or (released[1] if released else "")
     return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
+
+
+def _as_written(source: str, header: dict[str, Any], keys: list[str], scores: np.ndarray) -> np.ndarray:
+    """(r,) float64: the scores in the digits of their own type. Raises ProtopruneError where they, or the keys, are not
+    what the header's digest says."""
+    if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
+        scores = scores.astype(np.float32)
+    if "digest" in header and header["digest"] != _digest(header, keys, scores):
+        raise ProtopruneError(
+            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
+            "where the edit is meant"
+        )
+    return scores.astype(np.float64)
 
 
 def split_source(source: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
@@ -317,21 +323,7 @@ def _read(source: str, column: str | None = None) -> _Read:
     suffix = _suffix(source)
     try:
         data = Path(source).read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        if suffix == ".npz" or data.startswith(b"PK\x03\x04"):
-            return _read_arrays(data, column)
-        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-            return _read_array(data, column)
-        if data.startswith((b"\x89HDF\r\n", b"protoprune-seal")):
-            raise ProtopruneError(
-                "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
-            )
-        if data.startswith(b"PAR1"):
-            return _read_parquet(data, column)
-        if suffix in (".jsonl", ".ndjson", ".json"):
-            return _read_json_lines(data, column)
-        return _read_text(data, column)
+        return _parsed(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data, suffix, column)
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (OSError, zlib.error) as error:
@@ -340,9 +332,25 @@ def _read(source: str, column: str | None = None) -> _Read:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
         what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
+        said = str(error).splitlines()[0] if str(error) else "empty"
+        raise ProtopruneError(f"{source}: not {what} ({said})") from None
+
+
+def _parsed(data: bytes, suffix: str, column: str | None) -> _Read:
+    """By content, or by suffix where the content says nothing."""
+    if suffix == ".npz" or data.startswith(b"PK\x03\x04"):
+        return _read_arrays(data, column)
+    if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+        return _read_array(data, column)
+    if data.startswith((b"\x89HDF\r\n", b"protoprune-seal")):
         raise ProtopruneError(
-            f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from None
+            "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
+        )
+    if data.startswith(b"PAR1"):
+        return _read_parquet(data, column)
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _read_json_lines(data, column)
+    return _read_text(data, column)
 
 
 def _read_text(data: bytes, column: str | None) -> _Read:

@@ -17,6 +17,7 @@ import json
 import lzma
 import os
 import posixpath
+import re
 import shutil
 import tarfile
 import tempfile
@@ -49,6 +50,7 @@ _UNPACK: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
 }  # fmt: skip
 _LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
+_CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
@@ -387,7 +389,7 @@ def _table(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         places: list[tuple[int, int]] = []
         found = _Found(lambda row: _pread(spool.fileno(), *places[row]), labels_from=f"column {label}" if label else "")
-        columns = list(dict.fromkeys(c for c in (image, label, options.id_column) if c is not None))
+        columns = [*dict.fromkeys(filter(None, (image, label, options.id_column)))]
         for batch in batches(columns):
             _spool(batch, image, label, names, options.id_column, spool, found, places)
         if count is not None and len(found.names) != count:
@@ -397,8 +399,7 @@ def _table(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.
         raise
     except pa.ArrowException as error:
         text = _reason(error, "the table")
-        cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
-        raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
+        raise ShardError(Status.TRUNCATED if _CUT.search(text) else Status.CORRUPT, text) from None
     if options.id_column is None:
         found.names = _row_numbers(len(found.names))
     found.beside = _Columns(file, image, found.names).of
@@ -418,7 +419,7 @@ def table_ids(path: str, id_column: str | None = None) -> list[str]:
             if id_column is None:
                 return _row_numbers(count or 0)
             values = (one for batch in batches([id_column]) for one in batch.column(id_column).to_pylist())
-            return [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in values]
+            return [str(one) if one is None else _id(one) for one in values]
     except OSError as error:
         raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the table")) from None
     except pa.ArrowException as error:
@@ -475,25 +476,22 @@ def _hugging_face(schema: pa.Schema) -> dict[str, Any]:
         return {}
 
 
+def _described(schema: pa.Schema, kind: str) -> list[str]:
+    """The columns that the metadata call images, or class labels."""
+    features = _hugging_face(schema)
+    return [name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == kind]
+
+
 def _image_column(schema: pa.Schema, asked: str | None) -> str:
-    import pyarrow
-
     kinds = {name: schema.field(name).type for name in schema.names}
-
-    def holds_bytes(kind: pa.DataType) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return any(field.name == "bytes" for field in kind)
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
     if asked is not None:
         if asked not in kinds:
             raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
-        if not holds_bytes(kinds[asked]):
+        if not _holds_bytes(kinds[asked]):
             raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
         return asked
-    described = [name for name, one in _hugging_face(schema).items() if isinstance(one, dict)
-                 and one.get("_type") == "Image" and name in kinds]  # fmt: skip
-    candidates = described or [name for name, kind in kinds.items() if holds_bytes(kind)]
+    described = [name for name in _described(schema, "Image") if name in kinds]
+    candidates = described or [name for name, kind in kinds.items() if _holds_bytes(kind)]
     if len(candidates) > 1:
         named = [name for name in _IMAGE_COLUMNS if name in candidates]
         candidates = named[:1] or candidates
@@ -503,22 +501,29 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
     return candidates[0]
 
 
+def _holds_bytes(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
 def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple[str | None, list[str]]:
     """(column or None, names of its numbers)."""
     import pyarrow
 
     if not options.labels or options.class_level is not None:
         return None, []
-    described = _hugging_face(schema)
     name = options.label_column
     if name is not None and name not in schema.names:
         raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
     if name is None:
-        classes = [n for n, one in described.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"]
+        classes = _described(schema, "ClassLabel")
         name = next((n for n in (*classes, *_LABEL_KEYS) if n in schema.names and n != image), None)
     if name is None or pyarrow.types.is_nested(schema.field(name).type):
         return None, []
-    feature = described.get(name)
+    feature = _hugging_face(schema).get(name)
     return name, list(feature.get("names", [])) if isinstance(feature, dict) else []
 
 
@@ -536,22 +541,23 @@ def _spool(
     labels = batch.column(label).to_pylist() if label else [None] * len(batch)
     ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
     for value, one, own in zip(batch.column(image), labels, ids, strict=True):
-        row = len(found.names)
-        plain = value.as_py()
-        data = plain.get("bytes") if isinstance(plain, dict) else plain
-        _check_bytes(found, len(data or b""))
+        row, plain = len(found.names), value.as_py()
+        cell = plain if isinstance(plain, dict) else {"bytes": plain}
+        data = cell.get("bytes") or b""
         if not data:
-            path = plain.get("path") if isinstance(plain, dict) else None
-            status = Status.EMPTY if data is not None else Status.MISSING
-            found.failed[row] = (status, "no bytes in its row, only a path" if path else "no bytes in its row")
+            status = Status.EMPTY if cell.get("bytes") is not None else Status.MISSING
+            why = "no bytes in its row, only a path" if cell.get("path") else "no bytes in its row"
+            found.failed[row] = status, why
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
-        found.names.append("" if own is None else os.fsdecode(own) if isinstance(own, bytes) else str(own))
-        places.append((spool.tell(), len(data or b"")))
-        found.sizes.append(len(data or b""))
-        found.labels.append(_name(one, names))
-        if data:
-            spool.write(data)
+        places.append((spool.tell(), len(data)))
+        spool.write(data)
+        _add(found, _id(own), len(data), _name(one, names))
+
+
+def _id(value: object) -> str:
+    """A cell of a column of ids as text; '' where there is no such column."""
+    return "" if value is None else os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def _name(value: object, names: list[str]) -> str:
@@ -680,11 +686,11 @@ def _check_bytes(found: _Found, size: int) -> None:
         found.failed.setdefault(len(found.names), (error.status, error.reason))
 
 
-def _add(found: _Found, name: str, size: int) -> None:
+def _add(found: _Found, name: str, size: int, label: str = "") -> None:
     _check_bytes(found, size)
     found.names.append(name)
     found.sizes.append(size)
-    found.labels.append("")
+    found.labels.append(label)
 
 
 def _pread(handle: int, offset: int, size: int) -> bytes:
