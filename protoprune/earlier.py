@@ -75,11 +75,8 @@ def prepare(
                 report.unchanged, report.failures = finished.n, finished.failure_counts()
                 report.transparent = int(finished.transparent.sum())
                 return False
-        if started is not None and left.differences:
-            raise ProtopruneError(
-                f"{started.path} is an unfinished run with other features ({'; '.join(left.differences)}); finish that "
-                f"one first, write to another file with -o, or delete {started.path} to give it up"
-            )
+        if left.differences:
+            raise ProtopruneError(_other_unfinished(partial_path(out), left.differences))
         # One that is all done, and yet not in its place, was refused there.
         if started is None or started.finished().all() or not feature_file.covers(started, images):
             replaces = {**provenance, "overwrite": int(left.replacing)}
@@ -254,6 +251,13 @@ def _usable_rows(path: str) -> int:
             return int(file.usable.sum())
     except ProtopruneError:
         return 0
+
+
+def _other_unfinished(path: str, differences: list[str]) -> str:
+    return (
+        f"{path} is an unfinished run with other features ({'; '.join(differences)}); finish that one first, write to "
+        f"another file with -o, or delete {path} to give it up"
+    )
 
 
 def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -36,6 +36,8 @@ from protoprune.images import ImageList
 
 if TYPE_CHECKING:
     import torch
+
+    Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _RING = 4  # batches in memory at once
 _BATCH = {"cuda": 256, "mps": 64}
@@ -74,7 +76,7 @@ class Encoder(Protocol):
     def name(self) -> str: ...
 
     @property
-    def model(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+    def model(self) -> Forward: ...
 
     @property
     def dim(self) -> int: ...
@@ -183,7 +185,7 @@ class Engine:
         }
 
     @functools.cached_property
-    def forward(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    def forward(self) -> tuple[Forward, int]:
         """(function, batch size), made when the first image needs it; see `_forward`."""
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
 
@@ -245,7 +247,7 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
 
 def _forward(
     encoder: Encoder, device: torch.device, precision: str, compile: bool, batch_size: int | None
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+) -> tuple[Forward, int]:
     """(function, batch size); the function takes a uint8 batch (b, s, s, 3) to float32 features, both on the host.
 
     A GPU that cannot hold the default batch gets half of it, and so on; a batch size that was asked for is an error.
@@ -295,59 +297,81 @@ def _run(
     images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
 ) -> None:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
-    import torch
-
     forward, batch_size = engine.forward
     content = np.zeros(len(images), np.uint64)
-    encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
-    side = encoder.preprocess.size
-    ring: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for _ in range(_RING):
-        ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+    ring = _ring(engine, batch_size)
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
-    on_cpu = device.type == "cpu"
+    on_cpu = engine.device.type == "cpu"
     hunger = _Hunger() if on_cpu else None
     with (
-        _decoders(images, encoder, workers, on_cpu, content) as decoders,
+        _decoders(images, engine.encoder, engine.workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
-        ahead: deque[tuple[np.ndarray, torch.Tensor, list[Part]]] = deque()
         writing: deque[Future[None]] = deque()
-        upcoming = iter(batches)
-
-        def decode_next() -> None:
-            rows = next(upcoming, None)
-            if rows is not None:
-                buffer = ring.get()
-                ahead.append((rows, buffer, _decode_batch(rows, buffer, decoders, workers)))
-
-        for _ in range(_RING - 2):
-            decode_next()
-        while ahead:
-            decode_next()
-            rows, buffer, parts = ahead.popleft()
+        for rows, buffer, parts in _ahead(batches, ring, decoders, engine.workers):
             with hunger or contextlib.nullcontext():
                 outcome = [one for part in parts for one in decoders.results(part)]
             if hunger and hunger.starved():
                 decoders.relieve(_alone)
                 hunger = None
-            if on_cpu and not compiled:
-                features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
+            if on_cpu and not engine.compile:
+                features = _in_pieces(forward, buffer, len(rows), pieces)
             else:
                 features = forward(buffer)
-            ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-            if ready:
-                ready.record(torch.cuda.current_stream(device))
+            ready = _recorded(engine.device)
             writing.append(writer.submit(_write, partial, rows, features, ready, outcome, content, buffer, ring))
-            while len(writing) > 1 or (writing and not ahead):
-                writing.popleft().result()
             done += len(rows)
+            while len(writing) > (1 if done < len(partial.todo) else 0):
+                writing.popleft().result()
             failed += sum(status != Status.OK for status, _ in outcome)
             if on_progress:
                 on_progress(done, failed)
+
+
+def _ring(engine: Engine, batch_size: int) -> SimpleQueue[torch.Tensor]:
+    """Batches of pixels that are used again and again, pinned for a GPU."""
+    import torch
+
+    side = engine.encoder.preprocess.size
+    ring: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(_RING):
+        ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=engine.device.type == "cuda"))
+    return ring
+
+
+def _ahead(
+    batches: Iterable[np.ndarray], ring: SimpleQueue[torch.Tensor], decoders: Crew, workers: int
+) -> Iterator[tuple[np.ndarray, torch.Tensor, list[Part]]]:
+    """(rows, the batch that their pixels come into, the parts that are being decoded into it) of each batch, in order,
+    while those after it are begun as far as the ring reaches: one batch is computed with, and one written."""
+    ahead: deque[tuple[np.ndarray, torch.Tensor, list[Part]]] = deque()
+    for rows in batches:
+        buffer = ring.get()
+        ahead.append((rows, buffer, _decode_batch(rows, buffer, decoders, workers)))
+        if len(ahead) > _RING - 2:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _in_pieces(forward: Forward, buffer: torch.Tensor, count: int, pool: ThreadPoolExecutor) -> torch.Tensor:
+    """The features of the first `count` images of a batch, which the cores compute in pieces."""
+    import torch
+
+    return torch.cat(list(pool.map(forward, _pieces(buffer, count))))
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event | None:
+    """On a GPU what says when all that was asked of it until now is done."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    ready = torch.cuda.Event(blocking=True)
+    ready.record(torch.cuda.current_stream(device))
+    return ready
 
 
 @contextlib.contextmanager

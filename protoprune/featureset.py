@@ -341,24 +341,31 @@ class FeatureSet:
         there are two, as in a folder of images.
         """
         if self._labels is None:
-            found = [(file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()]
-            kinds = {source for _, classes, source in found if classes}
-            if kinds - {FOLDERS}:
-                found = [
-                    (np.full_like(x, -1), [], "") if source == FOLDERS else (x, y, source) for x, y, source in found
-                ]
-            names = sorted({name for _, classes, _ in found for name in classes})
-            if all(name.isdecimal() for name in names):
-                names.sort(key=lambda name: (int(name), name))
-            index = {name: number for number, name in enumerate(names)}
-            parts = [
-                np.array([*(index[name] for name in classes), -1], np.int32)[labels] for labels, classes, _ in found
-            ]
-            labels = np.concatenate(parts)
-            if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
-                labels, names = np.full(self.n, -1, np.int32), []
-            self._labels = labels, names, " and ".join(sorted(kinds - {FOLDERS} or kinds)) if names else ""
+            self._labels = _joined([
+                (file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()
+            ])  # fmt: skip
         return self._labels
+
+
+def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray, list[str], str]:
+    """The same of the whole; `parts` are the labels of shards, their classes, and where these come from."""
+    kinds = {source for _, classes, source in parts if classes}
+    others = kinds - {FOLDERS}
+    if others:
+        parts = [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
+    names = _sorted_classes({name for _, classes, _ in parts for name in classes})
+    index = {name: number for number, name in enumerate(names)}
+    labels = np.concatenate([
+        np.array([*(index[name] for name in classes), -1], np.int32)[own] for own, classes, _ in parts
+    ])  # fmt: skip
+    if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
+        labels, names = np.full(len(labels), -1, np.int32), []
+    return labels, names, " and ".join(sorted(others or kinds)) if names else ""
+
+
+def _sorted_classes(names: set[str]) -> list[str]:
+    """By name; by value where all are numbers."""
+    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
 
 
 class _Rows:

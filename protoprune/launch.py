@@ -136,11 +136,8 @@ def run(
             for number, worker in enumerate(workers):
                 if worker.task is None and len(todo):
                     _give(worker, *todo.take(number))
-            busy = [worker for worker in workers if worker.task is not None]
-            ready = wait([worker.connection for worker in busy])
-            for number, worker in enumerate(workers):
-                if worker.task is None or worker.connection not in ready:
-                    continue
+            for number in _ready(workers):
+                worker = workers[number]
                 try:
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
@@ -155,14 +152,7 @@ def run(
                 todo.done()
                 yield value
     finally:
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.connection.close()
-        for worker in workers:
-            worker.process.join(_END_SECONDS if worker.task is None else 0)
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
+        _dismiss(workers)
 
 
 def _launch(
@@ -178,6 +168,24 @@ def _launch(
     process.start()
     there.close()
     return _Worker(device, process, here)
+
+
+def _ready(workers: Sequence[_Worker[Task]]) -> list[int]:
+    """Numbers of the workers that have something to say, or died; waits for the first."""
+    busy = {worker.connection: number for number, worker in enumerate(workers) if worker.task is not None}
+    ready = wait(list(busy))
+    return [number for connection, number in busy.items() if connection in ready]
+
+
+def _dismiss(workers: Sequence[_Worker[Task]]) -> None:
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.connection.close()
+    for worker in workers:
+        worker.process.join(_END_SECONDS if worker.task is None else 0)
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join()
 
 
 def _give(worker: _Worker[Task], task: Task, ahead: Task | None) -> None:

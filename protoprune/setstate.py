@@ -101,22 +101,12 @@ def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source
     if overwrite:
         return
     ways = "write to another folder with -o, or replace it with --overwrite"
-    differences = feature_file.key_differences(plan["key"], wanted["key"])
-    differences += [
-        f"{name.replace('_', ' ')}: {plan['options'].get(name)}, not {value}"
-        for name, value in wanted["options"].items()
-        if plan["options"].get(name) != value and name in ("image_column", "id_column")
-    ]
-    if differences:
+    if differences := _differences(plan, wanted):
         raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
-    done = [part for part in parts if part.done]
-    shards = {shard.name: shard for shard in source.shards}
     elsewhere = plan["root"] != source.root
-    staying = [
-        part for part in done
-        if part.name in shards and (not elsewhere or _unchanged(part, shards[part.name]))
-    ]  # fmt: skip
-    stay, rows = sum(part.rows for part in staying), sum(part.rows for part in done)
+    shards = {shard.name: shard for shard in source.shards}
+    staying = _staying(parts, shards, elsewhere)
+    stay, rows = (sum(part.rows for part in some if part.done) for some in (staying, parts))
     what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
     if elsewhere and staying and not moved:
         options = ShardOptions(**wanted["options"])
@@ -124,6 +114,20 @@ def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source
             raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
     if 2 * stay < rows:
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
+
+
+def _staying(parts: list[Part], shards: dict[str, Shard], elsewhere: bool) -> list[Part]:
+    """The parts whose shards are there; below another root those that look the same."""
+    there = [part for part in parts if part.done and part.name in shards]
+    return [part for part in there if _unchanged(part, shards[part.name])] if elsewhere else there
+
+
+def _differences(plan: Plan, wanted: Plan) -> list[str]:
+    """What makes features of one kind incomparable with those of another: the key, and what an image and its id are."""
+    options = [(name, plan["options"].get(name), wanted["options"][name]) for name in ("image_column", "id_column")]
+    return feature_file.key_differences(plan["key"], wanted["key"]) + [
+        f"{name.replace('_', ' ')}: {was}, not {value}" for name, was, value in options if was != value
+    ]
 
 
 def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) -> str:

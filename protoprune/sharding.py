@@ -128,12 +128,7 @@ def embed_shards(
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
     another source or with other options, or would lose most of its shards (unless `overwrite`).
     """
-    if not 0 <= rank < world_size:
-        raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
-    if ray and (devices or world_size > 1):
-        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
-    if address and not ray:
-        raise UsageError("--address goes with --engine ray")
+    _check_spread(rank, world_size, devices, ray, address)
     options = options or ShardOptions()
     out = stores.given(out).rstrip("/") or "/"
     settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
@@ -141,10 +136,7 @@ def embed_shards(
     with contextlib.ExitStack() as stack:
         if ray:
             out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
-            need = cluster.need(device, workers, stack.enter_context(cluster.connected(address)))
-            settings["workers"] = need.cpus
-            if need.gpus and precision == "auto" and not encoder.fp32_only:
-                settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+            need = _need_of_ray(encoder, device, settings, stack.enter_context(cluster.connected(address)))
             device = "cpu"  # of the driver, which embeds nothing
         engine = Engine(encoder, devices[0] if devices else device, **settings)
         settings["precision"] = engine.precision
@@ -169,6 +161,24 @@ def embed_shards(
     report.n = sum(part.rows for part in parts if part.done)
     report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
     return report
+
+
+def _check_spread(rank: int, world_size: int, devices: Sequence[str] | None, ray: bool, address: str | None) -> None:
+    if not 0 <= rank < world_size:
+        raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
+    if ray and (devices or world_size > 1):
+        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+    if address and not ray:
+        raise UsageError("--address goes with --engine ray")
+
+
+def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool) -> cluster.Need:
+    """What a worker takes of its machine; the settings are filled in with what follows from it."""
+    need = cluster.need(device, settings["workers"], alone)
+    settings["workers"] = need.cpus
+    if need.gpus and settings["precision"] == "auto" and not encoder.fp32_only:
+        settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+    return need
 
 
 def _reports(
@@ -197,18 +207,13 @@ def _reports(
         busy = []
         for one in run(left) if left else ():
             if isinstance(one, launch.Lost):
-                yield _lost(out, one)
+                error = ShardError(Status.UNREADABLE, one.reason)
+                yield _failed(shard_file(out, one.task.name), one.task, error)
             elif one.state == "busy" and again:
                 busy.append(one.name)
             else:
                 yield one
         left = [shard for shard in left if shard.name in set(busy)]
-
-
-def _lost(out: str, lost: launch.Lost[Shard]) -> ShardReport:
-    error = ShardError(Status.UNREADABLE, lost.reason)
-    setstate.note_failure(shard_file(out, lost.task.name), lost.task, error)
-    return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
 
 
 @dataclass
@@ -293,14 +298,11 @@ def embed_shard(
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
-            lost = ShardError(Status.UNREADABLE, str(error))
-            setstate.note_failure(path, shard, lost)
-            return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
+            return _failed(path, shard, ShardError(Status.UNREADABLE, str(error)))
         except ProtopruneError as error:
             raise type(error)(f"{shard.name}: {error}") from None
         except ShardError as error:
-            setstate.note_failure(path, shard, error)
-            return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
+            return _failed(path, shard, error)
         uuid = _uuid(place)
         if place != path:
             try:
@@ -314,6 +316,12 @@ def embed_shard(
         shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, duplicates=duplicates,
     )  # fmt: skip
+
+
+def _failed(path: str, shard: Shard, error: ShardError) -> ShardReport:
+    """Of a shard that cannot be used, which is noted beside its feature file `path`."""
+    setstate.note_failure(path, shard, error)
+    return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
 
 
 @contextlib.contextmanager
