@@ -72,11 +72,7 @@ def compare(
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
     if classes is not None and not keeps:
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
-    for option, value in (("--count", count), ("--root", root)):
-        if value is not None and sheet is None:
-            raise UsageError(f"{option} {value}: goes with --sheet, which shows images")
-    if sheet is not None and features is None and root is None:
-        raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
+    _check_sheet(sheet, features, root, count)
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
     result, place, options = _load(tables, features, reading, root, keeps, bootstrap, seed)
     if classes is not None and not result.classes:
@@ -93,6 +89,14 @@ def compare(
         _write_sheet(result, sheet, place, options, count or 8)
     _say_result(result, bootstrap)
     _show(result)
+
+
+def _check_sheet(sheet: Path | None, features: Path | None, root: Path | None, count: int | None) -> None:
+    for option, value in (("--count", count), ("--root", root)):
+        if value is not None and sheet is None:
+            raise UsageError(f"{option} {value}: goes with --sheet, which shows images")
+    if sheet is not None and features is None and root is None:
+        raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
 
 
 def _without_results(files: list[Path]) -> list[Path]:

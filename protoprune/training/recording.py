@@ -333,9 +333,7 @@ def _record_networks(
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
             if probabilities and epoch == numbers[-1]:
-                for start in range(0, len(train), _LOGITS_ROWS):
-                    rows = slice(start, min(start + _LOGITS_ROWS, len(train)))
-                    partial.write_probabilities(one, rows, previous[rows].float().exp()[None].numpy())
+                _write_probabilities(partial, one, previous)
 
         if state is not None:  # the logits of the last recorded epoch, for `change`
             model = loop.make_model(train, recipe, own).to(device)
@@ -358,6 +356,12 @@ def _record_networks(
         partial.commit(one, len(numbers))
         with contextlib.suppress(OSError):
             os.unlink(_state_path(folder, number))
+
+
+def _write_probabilities(partial: records.PartialRecord, one: slice, log_probabilities: torch.Tensor) -> None:
+    for start in range(0, len(log_probabilities), _LOGITS_ROWS):
+        rows = slice(start, min(start + _LOGITS_ROWS, len(log_probabilities)))
+        partial.write_probabilities(one, rows, log_probabilities[rows].float().exp()[None].numpy())
 
 
 def model_seed(seed: int, number: int) -> int:

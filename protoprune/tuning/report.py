@@ -21,6 +21,7 @@ from protoprune.tuning.running import Tuned
 from protoprune.tuning.unlabelled import Unlabelled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -131,30 +132,38 @@ def figure(result: Tuned) -> Figure:
 
     table = [row for row in rows(result) if row["splits"] > 1 or row["place"] <= 10][:20][::-1]
     made = Figure(figsize=(11 if result.curve else 7, 1.2 + 0.28 * (len(table) + 2)), layout="constrained")
-    axes = made.subplots(1, 2 if result.curve else 1, squeeze=False)[0]
+    panels = made.subplots(1, 2 if result.curve else 1, squeeze=False)[0]
+    _draw_recipes(panels[0], table, result)
+    if result.curve:
+        _draw_curves(panels[1], result)
+    return made
+
+
+def _draw_recipes(axes: Axes, table: list[dict[str, Any]], result: Tuned) -> None:
+    references = [one.name for one in REFERENCES]
     for y, row in enumerate(table):
         half = 0 if row["low"] is None else 100 * (row["to_random"] - row["low"])
-        grey = row["recipe"] in [one.name for one in REFERENCES]
-        axes[0].errorbar(100 * row["to_random"], y, xerr=half, fmt="o", color="grey" if grey else "C0", capsize=2)
+        colour = "grey" if row["recipe"] in references else "C0"
+        axes.errorbar(100 * row["to_random"], y, xerr=half, fmt="o", color=colour, capsize=2)
     labels = [f"{row['recipe']} ({row['splits']} splits)" for row in table]
     if result.judgement is not None:
         one = result.judgement.to_random
-        axes[0].errorbar(
-            100 * one.difference, len(table), xerr=100 * (one.difference - one.ends[0]), fmt="D", color="C3", capsize=3
-        )
+        half = 100 * (one.difference - one.ends[0])
+        axes.errorbar(100 * one.difference, len(table), xerr=half, fmt="D", color="C3", capsize=3)
         labels.append(f"{result.best.name}: judged")
-    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
-    axes[0].axvline(0, color="grey", lw=0.8)
-    axes[0].set_xlabel("accuracy less random, points")
-    if result.curve:
-        for name, curve in (("best recipe", result.curve), ("random", result.random_curve)):
-            kept, costs = [100 * one.keep for one in curve], [100 * one.cost.mean for one in curve]
-            halves = [100 * (one.cost.mean - one.cost.ends[0]) for one in curve]
-            axes[1].errorbar(kept, costs, halves, fmt="o-", capsize=2, label=name)
-        axes[1].axhline(100 * (result.tolerance or 0.0), color="C3", ls="--", label="tolerance")
-        axes[1].set(xlabel="kept, %", ylabel="cost against everything, points")
-        axes[1].legend()
-    return made
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.axvline(0, color="grey", lw=0.8)
+    axes.set_xlabel("accuracy less random, points")
+
+
+def _draw_curves(axes: Axes, result: Tuned) -> None:
+    for name, curve in (("best recipe", result.curve), ("random", result.random_curve)):
+        kept, costs = [100 * one.keep for one in curve], [100 * one.cost.mean for one in curve]
+        half = [100 * (one.cost.mean - one.cost.ends[0]) for one in curve]
+        axes.errorbar(kept, costs, half, fmt="o-", capsize=2, label=name)
+    axes.axhline(100 * (result.tolerance or 0.0), color="C3", ls="--", label="tolerance")
+    axes.set(xlabel="kept, %", ylabel="cost against everything, points")
+    axes.legend()
 
 
 def _points(value: float) -> str:

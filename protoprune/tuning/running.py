@@ -185,9 +185,7 @@ def tune(
     if recipes is None:
         recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]
-    held = None if test is not None else choosing.fold_of(pool.labels, 0, seed + 977)
-    choosers = np.arange(len(pool)) if held is None else np.flatnonzero(~held)
-    judges = None if held is None else np.flatnonzero(held)
+    choosers, judges = _divided(pool, test, seed)
     lab = _Lab(pool, choosers, heads or Heads(pool, choosers, test), Log(folder, pool, test), seed)
     _check(pool, len(choosers), SCREENED if keep is None else keep)
 
@@ -199,7 +197,7 @@ def tune(
     )  # fmt: skip
 
     def judged(one: Candidate, fraction: float) -> Judgement:
-        count = len(test) if test is not None else int(held.sum()) if held is not None else 0
+        count = len(test or ()) if judges is None else len(judges)
         say(f"judging {one.name} on {count:,} images that chose nothing")
         return lab.judge(networks or lab.heads, one, fraction, judges, seeds)
 
@@ -210,6 +208,14 @@ def tune(
         result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
     result.judgement = judged(result.best, keep)
     return result
+
+
+def _divided(pool: Pool, test: Pool | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rows that choose, rows that judge); None: the test set judges."""
+    if test is not None:
+        return np.arange(len(pool)), None
+    held = choosing.fold_of(pool.labels, 0, seed + 977)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def _standings(
