@@ -24,11 +24,22 @@ from protoprune.featurefile import FeatureFile, PartialFile, partial_path
 from protoprune.images import ImageList
 
 if TYPE_CHECKING:
-    from protoprune.embedding import EmbedReport, Engine
+    from protoprune.engine import Engine
 
 
 class LossError(ProtopruneError):
     """The features that are there would be lost, in whole or for the most part."""
+
+
+@dataclass
+class Before:
+    """What this run finds."""
+
+    compared: int  # images whose content was compared with what had been embedded
+    other: int  # those of them that had other content
+    dropped: int = 0  # images of the earlier file that are gone from the list
+    moved_from: str = ""  # the root that the earlier file was for, where that was another one
+    up_to_date: bool = False  # whether the finished file needs nothing
 
 
 @dataclass
@@ -52,10 +63,9 @@ def prepare(
     out: str,
     overwrite: bool,
     moved: bool,
-    report: EmbedReport,
     on_compare: Callable[[int], None] | None,
-) -> bool:
-    """Leave a partial file for this run's rows; False when the finished file needs nothing."""
+) -> Before:
+    """Leave a partial file for this run's rows, unless the finished file needs nothing."""
     provenance = engine.provenance
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
@@ -65,16 +75,15 @@ def prepare(
         if os.path.exists(out):
             _check_findable(out, images)
         known = _known(images, engine, left.alike, moved, on_compare)
-        report.compared, report.other = int(known.compared.sum()), int(known.other.sum())
+        before = Before(int(known.compared.sum()), int(known.other.sum()))
         rows = {file.path: mine for file, mine in zip(left.alike, known.rows, strict=True)}
         if finished is not None:
-            report.moved_from = _moved_from(finished, images)
+            before.moved_from = _moved_from(finished, images)
             _check_losses(finished, images, rows[out])
-            report.dropped = len(set(finished.paths).difference(images.paths))
+            before.dropped = len(set(finished.paths).difference(images.paths))
             if (started is None or left.differences) and _up_to_date(finished, images, engine):
-                report.unchanged, report.failures = finished.n, finished.failure_counts()
-                report.transparent = int(finished.transparent.sum())
-                return False
+                before.up_to_date = True
+                return before
         if left.differences:
             raise ProtopruneError(_other_unfinished(partial_path(out), left.differences))
         # One that is all done, and yet not in its place, was refused there.
@@ -83,7 +92,7 @@ def prepare(
             if finished is not None and _same_features(finished, images, rows[out]):
                 replaces["uuid"] = finished.provenance["uuid"]
             feature_file.create_partial(out, images, engine.encoder.dim, replaces, left.alike, known.rows)
-    return True
+    return before
 
 
 def _left(out: str, wanted: dict[str, str], overwrite: bool, stack: contextlib.ExitStack) -> _Left:

@@ -23,7 +23,8 @@ from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import featurefile as feature_file
 from protoprune.decode import Status
 from protoprune.earlier import LossError
-from protoprune.embedding import Encoder, Engine, embed_with
+from protoprune.embedding import embed_with
+from protoprune.engine import Encoder, Engine
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import FeatureFile
 from protoprune.featureset import shard_file

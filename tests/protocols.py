@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import torch
 
-from protoprune import embedding, encoders, vectors
+from protoprune import encoders, engine, vectors
 from protoprune.decode import Preprocess
 from protoprune.featurefile import FeatureFile
 from protoprune.featureset import FeatureSet
@@ -34,7 +34,7 @@ class OwnEncoder:
         return torch.nn.functional.avg_pool2d(batch, 16).flatten(1)
 
 
-def an_encoder(loaded: encoders.Encoder, own: OwnEncoder) -> list[embedding.Encoder]:
+def an_encoder(loaded: encoders.Encoder, own: OwnEncoder) -> list[engine.Encoder]:
     return [loaded, own]
 
 
