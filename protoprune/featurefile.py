@@ -39,7 +39,7 @@ from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.decode import ON_WHITE, Status
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList
 from protoprune.paths import Paths
@@ -391,6 +391,16 @@ class PartialFile:
 
 def partial_path(out: str) -> str:
     return out + ".partial"
+
+
+def check_new(out: str, overwrite: bool) -> None:
+    """Raise UsageError where a whole new feature file would take the place of something, unless it is asked to."""
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file")
+    if os.path.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
+        hdf5.check_replaceable(out, KIND)
 
 
 def create_partial(

@@ -24,10 +24,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune import files, hdf5
+from protoprune import files
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.featurefile import KEY, KIND, PartialFile, create_partial, partial_path
+from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
 from protoprune.npy import map_npy, reason
@@ -97,7 +97,9 @@ def import_features(
     vectors, out = os.fspath(vectors), os.fspath(out)
     if store not in ("auto", "float16", "float32"):
         raise UsageError(f"--store {store}: expected auto, float16 or float32")
-    _check_out(out, overwrite)
+    check_new(out, overwrite)
+    if os.path.exists(partial_path(out)) and not overwrite:
+        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
     with contextlib.ExitStack() as stack:
         read, parts = _read(vectors, vector_column, path_column, stack)
         dim, dtype = _check_shapes(vectors, parts)
@@ -118,17 +120,6 @@ def import_features(
         with files.lock(out):
             report.unusable = _write(out, images, parts, order, dim, provenance)
     return report
-
-
-def _check_out(out: str, overwrite: bool) -> None:
-    if os.path.isdir(out):
-        raise UsageError(f"{out}: a folder; name a file")
-    if os.path.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
-        hdf5.check_replaceable(out, KIND)
-    if os.path.exists(partial_path(out)) and not overwrite:
-        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
 
 
 def _write(

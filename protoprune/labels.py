@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import parse_json, plain_bytes
+from protoprune.text import contents, parse_json, plain_bytes
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
@@ -96,10 +95,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
 def _read(source: str, option: str) -> bytes:
     if not os.path.isfile(source):
         raise UsageError(f"{option} {source}: no such file; give a table of path and class")
-    try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
+    data = contents(source)
     if not data.startswith(b"PAR1"):
         refuse_archive(data, source)
     return data

@@ -18,7 +18,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
+from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, unpacked
 
 T = TypeVar("T")
 
@@ -258,11 +257,7 @@ class _Rows:
 def _read(source: str) -> _Rows | np.ndarray:
     if not os.path.isfile(source):
         raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
-    try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
-    data = unpacked(data, source)
+    data = unpacked(contents(source), source)
     try:
         return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])
     except _NoList as error:
