@@ -244,8 +244,13 @@ def join(
 
     Without `paths` (those of a feature file) the images are those of the first table that has paths, and the rows of
     the others are matched to them; `by_place` says that tables without names are in their order. Tables of row numbers
-    alone are joined by number. Raises ProtopruneError when a table cannot be matched.
+    alone are joined by number. Raises ProtopruneError when a table cannot be matched, UsageError for `by_place` where
+    all tables have names.
     """
+    if by_place and not any(map(_by_number, tables.values())):
+        raise UsageError(
+            "--by-place: all of these tables name their images, and their order says nothing; leave it out"
+        )
     if paths is None:
         named = [table for table in tables.values() if not _by_number(table)]
         for table in tables.values():

@@ -67,6 +67,30 @@ class _Part:
     names: list[str] | None = None
 
 
+@dataclass
+class _Columns:
+    """The columns or arrays that were asked for, and whether there was anything to choose from."""
+
+    vectors: str | None
+    names: str | None
+    own_names: bool  # whether names are looked for in the file of the vectors, or beside it
+    of_vectors: bool = False  # whether a file was read that has columns or arrays with names
+    of_names: bool = False
+
+    def check(self, source: str, paths: str | os.PathLike[str] | Sequence[str] | None) -> None:
+        """Raise UsageError for a column that was asked for where none was looked at."""
+        if self.vectors is not None and not self.of_vectors:
+            raise UsageError(
+                f"--vector-column {self.vectors}: {source} has one array without a name, and nothing to choose from"
+            )
+        tabular = isinstance(paths, (str, os.PathLike)) and _is_table(os.fspath(paths))
+        if self.names is not None and not (self.of_names or tabular):
+            where = (
+                f"{source} has no names in columns" if self.own_names else "--paths gives the names, without columns"
+            )
+            raise UsageError(f"--path-column {self.names}: {where}; leave it out")
+
+
 def import_features(
     vectors: str | os.PathLike[str],
     out: str | os.PathLike[str] = "features.h5",
@@ -101,10 +125,12 @@ def import_features(
     if os.path.exists(partial_path(out)) and not overwrite:
         raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
     with contextlib.ExitStack() as stack:
-        read, parts = _read(vectors, vector_column, path_column, stack)
+        columns = _Columns(vector_column, path_column, own_names=paths is None)
+        read, parts = _read(vectors, columns, stack)
+        columns.check(vectors, paths)
         dim, dtype = _check_shapes(vectors, parts)
         n = sum(len(part.vectors) for part in parts)
-        names, origin = _names(vectors, parts, paths, path_column, n)
+        names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
         size, mtime_ns = stat_files(base, names) if root is not None else (np.full(n, -1), np.full(n, -1))
         label, classes, labels_from = image_labels(base, names, labels, class_level)
@@ -275,9 +301,7 @@ def _plain(name: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(
-    source: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack
-) -> tuple[list[str], list[_Part]]:
+def _read(source: str, columns: _Columns, stack: contextlib.ExitStack) -> tuple[list[str], list[_Part]]:
     """(the files that were read, their parts in order)."""
     if not os.path.exists(source):
         raise UsageError(f"{source}: no such file or folder; give vectors as .npy, .npz, .parquet, or a folder of them")
@@ -285,12 +309,13 @@ def _read(
         read, names = _folder(source)
     else:
         read, names = [source], []
-    parts = [_file(path, vector_column, path_column, stack) for path in read]
-    if names:
+    parts = [_file(path, columns, stack) for path in read]
+    if names and columns.own_names:
+        columns.of_names = True
         if len(names) != len(parts):
             raise ProtopruneError(f"{source}: {len(parts):,} files of vectors and {len(names):,} of metadata")
         for part, path in zip(parts, names, strict=True):
-            part.names = _read_names(path, path_column)
+            part.names = _read_names(path, columns.names)
             if len(part.names) != len(part.vectors):
                 raise ProtopruneError(f"{path}: {len(part.names):,} names for {len(part.vectors):,} vectors")
     return read, parts
@@ -319,17 +344,24 @@ def _natural(folder: str, suffix: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _file(path: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack) -> _Part:
+def _is_table(path: str) -> bool:
+    """Whether `_read_names` looks for a column in it."""
+    return os.path.isdir(path) or path.lower().endswith((".parquet", ".pq"))
+
+
+def _file(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
     suffix = os.path.splitext(path)[1].lower()
+    columns.of_vectors |= suffix != ".npy"
+    columns.of_names |= columns.own_names and suffix in (".npz", ".parquet", ".pq")
     try:
         if suffix == ".npy":
             return _Part(_two_dimensions(path, map_npy(path)))
         if suffix == ".npz":
-            return _npz(path, vector_column, path_column)
+            return _npz(path, columns)
         if suffix in (".parquet", ".pq"):
-            return _table(path, vector_column, path_column, stack)
+            return _table(path, columns, stack)
         if suffix == ".json":
-            return _fiftyone(path, vector_column)
+            return _fiftyone(path, columns.vectors)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
         raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
     except OSError as error:
@@ -343,7 +375,7 @@ def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _npz(path: str, vector_column: str | None, path_column: str | None) -> _Part:
+def _npz(path: str, columns: _Columns) -> _Part:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -352,10 +384,10 @@ def _npz(path: str, vector_column: str | None, path_column: str | None) -> _Part
     arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}  # others are bytes
     floats = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind == "f"]
     strings = [name for name, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
-    name = _one_of(path, floats, _VECTORS, vector_column, "--vector-column")
-    if not strings and path_column is None:
+    name = _one_of(path, floats, _VECTORS, columns.vectors, "--vector-column")
+    if not columns.own_names or (not strings and columns.names is None):
         return _Part(arrays[name])
-    own = arrays[_one_of(path, strings, _NAMES, path_column, "--path-column")]
+    own = arrays[_one_of(path, strings, _NAMES, columns.names, "--path-column")]
     return _Part(arrays[name], [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in own.tolist()])
 
 
@@ -392,7 +424,7 @@ def _strings(column: pyarrow.ChunkedArray | pyarrow.Array) -> list[str]:
     return [os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values]
 
 
-def _table(path: str, vector_column: str | None, path_column: str | None, stack: contextlib.ExitStack) -> _Part:
+def _table(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
     """A column of lists; its numbers go to a temporary file, since a column of 100 GB does not fit into memory."""
     import pyarrow
 
@@ -401,10 +433,10 @@ def _table(path: str, vector_column: str | None, path_column: str | None, stack:
     lists = [
         name for name, kind in kinds.items() if hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind)
     ]
-    column = _one_of(path, lists, _VECTORS, vector_column, "--vector-column")
+    column = _one_of(path, lists, _VECTORS, columns.vectors, "--vector-column")
     flat = [name for name, kind in kinds.items() if not pyarrow.types.is_nested(kind)]
-    named = path_column is not None or any(name.lower() in _NAMES for name in flat)
-    own = _one_of(path, flat, _NAMES, path_column, "--path-column") if named else None
+    named = columns.own_names and (columns.names is not None or any(name.lower() in _NAMES for name in flat))
+    own = _one_of(path, flat, _NAMES, columns.names, "--path-column") if named else None
     spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     return _spooled(path, table, column, own, spool)
 

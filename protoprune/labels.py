@@ -172,6 +172,8 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
     width = len(rows[0])
     header = any(_plain(name) in (*_PATHS, *_CLASSES) for name in rows[0]) or column in rows[0]
     if width == 1:
+        if column is not None and column not in rows[0]:
+            raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
         return None, [row[0].strip() for row in rows[header:]]
     key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
     first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated

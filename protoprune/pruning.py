@@ -496,6 +496,8 @@ def select(
     if scores is None:
         with _opened(features) as file:
             covers = dedup is None and _only_covers(rule, clusters, bool(file.classes))
+            if covers:
+                _refuse_clusters(clusters, _UNUSED_BY_COVERS, f"--order {rule.order} ranks nothing")
             ranking = unscored(file, clusters.euclidean) if covers else rank(file, clusters)
         ranking.clusters = clusters
     else:
@@ -548,14 +550,31 @@ def _check_together(
     if rule.quota and clusters.euclidean:
         raise UsageError(_NO_QUOTA)
     if scores is None:
-        return
-    clustered = dedup is not None or rule.quota
-    idle = {"restarts"} if clustered else {"k", "euclidean", "iterations", "restarts", "train_points", "backend"}
+        if not _by_scores(rule) and dedup is None:
+            _refuse_clusters(clusters, ("restarts",), f"--order {rule.order} takes no ranking into account")
+    elif dedup is not None or rule.quota:
+        _refuse_clusters(clusters, ("restarts",), "--scores ranks without clustering")
+    else:
+        idle = ("k", "euclidean", "iterations", "restarts", "train_points", "backend", "cache")
+        more = "; --dedup and --quota cluster: they take all of these but --restarts"
+        _refuse_clusters(clusters, idle, "--scores ranks without clustering", more)
+
+
+def _by_scores(rule: Rule) -> bool:
+    """Whether the scores decide which images are kept."""
+    return rule.order not in ("random", *selection.COVERS) or bool(rule.drop_hardest)
+
+
+# The others say how groups are split, and (euclidean) whether vectors of zeros have a place.
+_UNUSED_BY_COVERS = ("k", "restarts", "train_points", "cache")
+
+
+def _refuse_clusters(clusters: Clusters, idle: Sequence[str], why: str, more: str = "") -> None:
+    """UsageError for options of the clustering that would do nothing."""
     given = [one.name for one in fields(Clusters) if one.name in idle and getattr(clusters, one.name) != one.default]
     if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        more = "" if clustered else "; --dedup and --quota cluster: they take all of these but --restarts"
-        raise UsageError(f"--scores ranks without clustering: no {names} with it{more}")
+        names = ", ".join(("--no-" if name == "cache" else "--") + name.replace("_", "-") for name in given)
+        raise UsageError(f"{why}: no {names} with it{more}")
 
 
 def _first_clustering(ranking: Ranking, option: str) -> Clustering:
@@ -623,8 +642,7 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     ranking, clusters = reference.ranking, reference.ranking.clusters
     if ranking.table is not None or clusters is None or ranking.source is None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
-    if reference.rule.order in selection.COVERS:
-        raise UsageError(f"--stability compares rankings by prototypes; --order {reference.rule.order} is none")
+    check_stability(reference.rule)
     rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
     m = int(ranking.scored.sum())
@@ -640,6 +658,12 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
         kept = prune(other, rule)
         rows.append(StabilityRow(k, other_seed, spearman(ranking.scores, other.scores), overlap(plain.keep, kept.keep)))
     return rows
+
+
+def check_stability(rule: Rule) -> None:
+    """Raise UsageError for a rule whose list no ranking decides."""
+    if not _by_scores(rule):
+        raise UsageError(f"--stability compares rankings by prototypes; --order {rule.order} is none")
 
 
 def restart_overlap(ranking: Ranking, rule: Rule) -> float:

@@ -73,9 +73,12 @@ def reshard(
     """
     check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
-    root, entries, options = _entries(kept, name, root, features, options)
+    asked = options
+    root, entries, options = _entries(kept, name, root, features, asked)
     shards = _cut(entries, shard_size)
     inputs = _Inputs(root, options, entries)
+    if asked is not None:
+        asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
     _prepare(out, {
         "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,

@@ -129,8 +129,9 @@ def embed_shards(
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
     another source or with other options, or would lose most of its shards (unless `overwrite`).
     """
-    _check_spread(rank, world_size, devices, ray, address)
+    _check_spread(device, devices, rank, world_size, ray, address)
     options = options or ShardOptions()
+    options.check(shard.name for shard in source.shards)
     out = stores.given(out).rstrip("/") or "/"
     settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
                            "compile": compile}  # fmt: skip
@@ -164,13 +165,17 @@ def embed_shards(
     return report
 
 
-def _check_spread(rank: int, world_size: int, devices: Sequence[str] | None, ray: bool, address: str | None) -> None:
+def _check_spread(
+    device: str, devices: Sequence[str] | None, rank: int, world_size: int, ray: bool, address: str | None
+) -> None:
     if not 0 <= rank < world_size:
         raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
     if ray and (devices or world_size > 1):
         raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
     if address and not ray:
         raise UsageError("--address goes with --engine ray")
+    if devices and device != "auto":
+        raise UsageError(f"--device {device}: --devices says where to compute; leave one of them out")
 
 
 def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool) -> cluster.Need:
@@ -366,6 +371,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 
     Its folders are classes when those of a folder of images would be (see `images.folder_labels`).
     """
+    options.check([shard.name])
     try:
         if shard.size < 0:
             raise ShardError(Status.MISSING, "no such file")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from protoprune import hdf5, records, scores
@@ -181,8 +180,6 @@ def check(calls: dict, path: Path, count: int, *, recomputes=False, unsigned=Fal
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    commands = typer.main.get_command(app)  # made anew by each call otherwise, which takes longer than most of them
-    monkeypatch.setattr("typer.testing._get_command", lambda app: commands, raising=False)
     return tmp_path
 
 

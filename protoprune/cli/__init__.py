@@ -172,7 +172,7 @@ for command in (
     advise,
 ):
     app.command()(spread(command))
-app.command("import")(import_)
+app.command("import")(spread(import_))
 app.add_typer(theory_app, name="theory")
 
 

@@ -97,7 +97,7 @@ def embed(
         typer.Option("--moved", help="The images were only moved or copied: do not compare their content."),
     ] = False,
 ) -> None:
-    """Turn a folder of images into a feature file; a second run does only what is new."""
+    """Turn images into a feature file; run it again for what is new."""
     from protoprune.stores import given, is_url
 
     inputs = [images, weights, labels, class_names]
@@ -124,6 +124,7 @@ def embed(
         _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
+        options.check(shard.name for shard in source.shards)  # before the encoder is loaded
         if not single:
             settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
@@ -223,8 +224,6 @@ def _shard_options(
         raise UsageError(
             "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
         )
-    if no_labels and (label_column or class_level):
-        raise UsageError(f"--no-labels does not go with {'--label-column' if label_column else '--class-level'}")
     return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
 
 

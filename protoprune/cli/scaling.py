@@ -24,6 +24,7 @@ from protoprune.cli.options import (
     TrainingOptions,
     number_of_clusters,
     numbers,
+    refuse_idle,
     several,
     table_file,
     whole_numbers,
@@ -72,7 +73,9 @@ def scaling(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """How does the error fall with the number of images, pruned and not? Sweep, fit scaling laws, draw.
+    """How does the error fall with more images, pruned and not?
+
+    Sweep, fit scaling laws, draw.
 
     Trains at every initial size, keep fraction and order; fits a power law, an exponential and a power law with an
     offset to each curve and to the Pareto envelope (the lowest error at each number of images kept), and says which
@@ -89,6 +92,10 @@ def scaling(
     recipe = training.recipe(model, hidden)
     check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
+    if set(orders) == {"random"}:
+        refuse_idle(
+            "ranks, and --order random asks for no ranking", "scores", *(["features"] if model != "head" else [])
+        )
     if scores is not None and clusters is not None:
         raise UsageError(f"--k {k}: --scores ranks without clustering; leave one of them out")
     if scores is not None and features is not None and model != "head":

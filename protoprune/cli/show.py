@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, table_file
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
@@ -32,7 +32,10 @@ def info(
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
     ] = False,
 ) -> None:
-    """Describe a feature file, a feature set or a training record, finished or not, and check it for damage."""
+    """Describe features or a training record; check them for damage.
+
+    A feature file, a feature set or a record, finished or not.
+    """
     from protoprune import hdf5
     from protoprune.featurefile import FeatureFile, partial_path
     from protoprune.features import open_features
@@ -195,7 +198,7 @@ def sheet(
     reading: TableOptions,
     clustering: ClusterOptions,
 ) -> None:
-    """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
+    """Draw the easiest and the hardest images, or near-duplicates."""
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
@@ -207,6 +210,8 @@ def sheet(
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
     check_suffix(out, (".png",), only=True)
+    if by == "none" and duplicates is None:
+        refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
     if scores is not None and (words := given_words(replace(clustering, seed=0))):
         raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))

@@ -41,6 +41,10 @@ def training_source(
                 f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
                 "its file with --features, or take --model cnn"
             )
+        if features is not None and images is not None:
+            raise UsageError(
+                f"--images {images}: heads train on --features; leave it out, or name a --model for images"
+            )
         return source, model
     if images is None or is_file:
         raise UsageError(f"--model {model} trains on images: give --images FOLDER")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.bounds import check_number
-from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, table_file
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, refuse_idle, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.training import load_sets
@@ -63,7 +63,9 @@ def tune(
     ] = Path("tune"),
     training: TrainingOptions,
 ) -> None:
-    """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
+    """Which list is best here? Try recipes, and prove the winner.
+
+    Recipes of `select` are tried on parts of your images; the winner is judged on the rest.
 
     Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
     images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that
@@ -89,6 +91,8 @@ def tune(
     check_results(out, source.provenance["root"], source.paths)
     pool, examples = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
+        names = ("scores", "test", "model", "images", "seeds")
+        refuse_idle(f"needs classes, and {features} has none; leave it out", *names)
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None

@@ -258,7 +258,10 @@ def _check(
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")
-    if scores is None and features is None and set(orders) - {"random"} and min(keeps) < 1:
+    ranked = set(orders) - {"random"} and min(keeps) < 1
+    if scores is not None and not ranked:
+        raise UsageError("--scores rank, and nothing here asks for a ranking: --order random, or --keep 1 alone")
+    if scores is None and features is None and ranked:
         raise UsageError("orders other than random need a ranking: give --features or --scores")
     for name, array in (("scores", scores), ("features", features)):
         if array is not None and len(array) != n:
@@ -289,3 +292,5 @@ def check_options(
         raise UsageError(f"--order is empty: expected some of {', '.join(ORDERS)}")
     if k is not None:
         check_whole("--k", k, hint="; use --k auto")
+        if set(orders) == {"random"}:
+            raise UsageError(f"--k {k}: --order random ranks nothing, so that nothing is clustered; leave it out")

@@ -24,7 +24,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import ModuleType
@@ -34,6 +34,7 @@ import numpy as np
 
 from protoprune import formats
 from protoprune.decode import ImageError, Status, check_bytes
+from protoprune.errors import UsageError
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
 from protoprune.images import ImageList, folder_labels, image_suffixes
@@ -54,6 +55,7 @@ _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarro
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
+_WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
 
 class ShardError(Exception):
@@ -93,6 +95,21 @@ class ShardOptions:
             return cls()
         plain = {name for name, value in given.items() if value is None or isinstance(value, (str, int))}
         return cls(**{name: given[name] for name in plain})
+
+    def check(self, shards: Iterable[str]) -> None:
+        """Raise UsageError for options that do nothing beside the others, or in shards of these names."""
+        about_classes = [("--label-column", self.label_column), ("--class-level", self.class_level)]
+        for option, value in about_classes:
+            if value is not None and not self.labels:
+                raise UsageError(f"--no-labels does not go with {option}")
+        if self.label_column is not None and self.class_level is not None:
+            raise UsageError("--label-column and --class-level: give the one that says where the classes are")
+        if all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
+            for option, value in (("--image-column", self.image_column), ("--id-column", self.id_column)):
+                if value is not None:
+                    raise UsageError(
+                        f"{option} {value}: is for Parquet and Arrow files, and there is none; leave it out"
+                    )
 
 
 # Name in the shard -> (name, content) of what has the image's key and is none (.txt, .json, …); of a table the other
