@@ -355,12 +355,14 @@ def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray,
         parts = [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
     names = _sorted_classes({name for _, classes, _ in parts for name in classes})
     index = {name: number for number, name in enumerate(names)}
-    labels = np.concatenate([
-        np.array([*(index[name] for name in classes), -1], np.int32)[own] for own, classes, _ in parts
-    ])  # fmt: skip
+    labels = np.concatenate([_renumbered(own, classes, index) for own, classes, _ in parts])
     if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
         labels, names = np.full(len(labels), -1, np.int32), []
     return labels, names, " and ".join(sorted(others or kinds)) if names else ""
+
+
+def _renumbered(labels: np.ndarray, classes: list[str], index: dict[str, int]) -> np.ndarray:
+    return np.array([*(index[name] for name in classes), -1], np.int32)[labels]
 
 
 def _sorted_classes(names: set[str]) -> list[str]:

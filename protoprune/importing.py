@@ -18,7 +18,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -388,7 +388,7 @@ def _npz(path: str, columns: _Columns) -> _Part:
     if not columns.own_names or (not strings and columns.names is None):
         return _Part(arrays[name])
     own = arrays[_one_of(path, strings, _NAMES, columns.names, "--path-column")]
-    return _Part(arrays[name], [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in own.tolist()])
+    return _Part(arrays[name], _as_text(own.tolist()))
 
 
 def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
@@ -421,6 +421,10 @@ def _strings(column: pyarrow.ChunkedArray | pyarrow.Array) -> list[str]:
     values = column.to_pylist()
     if any(value is None for value in values):
         raise ProtopruneError(f"{sum(value is None for value in values):,} rows have no name")
+    return _as_text(values)
+
+
+def _as_text(values: Iterable[object]) -> list[str]:
     return [os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values]
 
 

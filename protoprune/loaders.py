@@ -278,8 +278,9 @@ def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
     with a word (`a.mask.png`) belong to it. Raises ProtopruneError for a sample of which only a part is listed.
     """
     held = {field for field in sample if not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()}
-    words = {field for field in held if _WORD.fullmatch(_middle(field))} if not any(map(_middle, names)) else set()
-    exact, others = held & names.keys(), held - names.keys() - words
+    exact, others = held & names.keys(), held - names.keys()
+    if not any(map(_middle, names)):
+        others = {field for field in others if not _WORD.fullmatch(_middle(field))}
     if exact and not others:
         return {names[one] for one in exact}
     alike = [] if exact else _stored_otherwise(held, others, names)

@@ -27,7 +27,7 @@ from protoprune.embedding import embed_with
 from protoprune.engine import Encoder, Engine
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import FeatureFile
-from protoprune.featureset import shard_file
+from protoprune.featureset import Part, shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
@@ -158,11 +158,15 @@ def embed_shards(
             uuids[one.name] = one.uuid
             if on_shard:
                 on_shard(one)
-    parts = setstate.finish(out, uuids)
+    _sum_up(report, setstate.finish(out, uuids))
+    return report
+
+
+def _sum_up(report: SetReport, parts: list[Part]) -> None:
+    """What is there of the set, by whomever."""
     report.finished = not any(part.pending for part in parts)
     report.n = sum(part.rows for part in parts if part.done)
     report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
-    return report
 
 
 def _check_spread(

@@ -258,7 +258,11 @@ def _check(
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")
-    ranked = set(orders) - {"random"} and min(keeps) < 1
+    _check_ranking(n, bool(set(orders) - {"random"}) and min(keeps) < 1, scores, features)
+    return sizes, keeps
+
+
+def _check_ranking(n: int, ranked: bool, scores: np.ndarray | None, features: np.ndarray | None) -> None:
     if scores is not None and not ranked:
         raise UsageError("--scores rank, and nothing here asks for a ranking: --order random, or --keep 1 alone")
     if scores is None and features is None and ranked:
@@ -266,7 +270,6 @@ def _check(
     for name, array in (("scores", scores), ("features", features)):
         if array is not None and len(array) != n:
             raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
-    return sizes, keeps
 
 
 def check_options(

@@ -509,9 +509,9 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
         return asked
     described = [name for name in _described(schema, "Image") if name in kinds]
     candidates = described or [name for name, kind in kinds.items() if _holds_bytes(kind)]
-    if len(candidates) > 1:
-        named = [name for name in _IMAGE_COLUMNS if name in candidates]
-        candidates = named[:1] or candidates
+    named = [name for name in _IMAGE_COLUMNS if name in candidates]
+    if named and len(candidates) > 1:
+        return named[0]
     if len(candidates) != 1:
         which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
         raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
