@@ -297,11 +297,7 @@ def embed_shard(
             if shard.size < 0:
                 raise ShardError(Status.MISSING, "no such file")
             with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
-                images.provenance = {
-                    "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
-                    "shard_options": options.as_text(),
-                    "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
-                }  # fmt: skip
+                images.provenance = _made_of(shard, options)
                 replaced = _replaces(place, shard, engine.provenance)
                 result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates = images.skipped, images.duplicates
@@ -326,6 +322,14 @@ def embed_shard(
         shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, duplicates=duplicates,
     )  # fmt: skip
+
+
+def _made_of(shard: Shard, options: ShardOptions) -> dict[str, str | int]:
+    """What the feature file of a shard says of where it comes from."""
+    return {
+        "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
+        "shard_options": options.as_text(), "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
+    }  # fmt: skip
 
 
 def _failed(path: str, shard: Shard, error: ShardError) -> ShardReport:

@@ -351,45 +351,48 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
             name = _clean(info.filename)
             duplicates += name in members and _is_image(name)
             members[name] = info
-
-    def read(info: zipfile.ZipInfo) -> bytes:
-        try:
-            with archive.open(info) as member:
-                # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
-                # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
-                member.MIN_READ_SIZE = 64  # type: ignore[attr-defined] # of a ZipExtFile, which `open` is typed without
-                step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
-                return b"".join(iter(lambda: member.read(step), b""))
-        except RuntimeError:  # zipfile's word for a password
-            raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
-        except NotImplementedError as error:
-            raise ImageError(Status.UNSUPPORTED, _reason(error, "the zip")) from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
-            raise ImageError(Status.CORRUPT, _reason(error, "the zip").split(" for ")[0]) from None
-        except OSError as error:
-            raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
-
-    def head(info: zipfile.ZipInfo) -> bytes:
-        try:
-            with archive.open(info) as opened:
-                return opened.read(512)
-        except Exception:
-            return b""
-
     images: list[zipfile.ZipInfo] = []
-    found = _Found(lambda place: read(images[place]), duplicates=duplicates)
+    found = _Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
     found.beside = others.of
     for name, info in members.items():
-        if _is_image(name, partial(head, info)):
+        if _is_image(name, partial(_head_of, archive, info)):
             images.append(info)
             _add(found, name, info.file_size)
         else:
             found.skipped[_suffix(name)] += 1
-            labels.add(name, partial(read, info), info.file_size)
-            others.add(name, partial(read, info))
+            read = partial(_unzipped, archive, info)
+            labels.add(name, read, info.file_size)
+            others.add(name, read)
     labels.apply(found)
     return found
+
+
+def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member, from any thread. Raises ImageError."""
+    try:
+        with archive.open(info) as member:
+            # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
+            # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
+            member.MIN_READ_SIZE = 64  # type: ignore[attr-defined] # of a ZipExtFile, which `open` is typed without
+            step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
+            return b"".join(iter(lambda: member.read(step), b""))
+    except RuntimeError:  # zipfile's word for a password
+        raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
+    except NotImplementedError as error:
+        raise ImageError(Status.UNSUPPORTED, _reason(error, "the zip")) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+        raise ImageError(Status.CORRUPT, _reason(error, "the zip").split(" for ")[0]) from None
+    except OSError as error:
+        raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
+
+
+def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(info) as opened:
+            return opened.read(512)
+    except Exception:
+        return b""
 
 
 # --- Parquet and Arrow ------------------------------------------------------------------------------------------------
