@@ -263,13 +263,13 @@ def _check(
 
 
 def _check_ranking(n: int, ranked: bool, scores: np.ndarray | None, features: np.ndarray | None) -> None:
+    for name, array in (("scores", scores), ("features", features)):
+        if array is not None and len(array) != n:
+            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
     if scores is not None and not ranked:
         raise UsageError("--scores rank, and nothing here asks for a ranking: --order random, or --keep 1 alone")
     if scores is None and features is None and ranked:
         raise UsageError("orders other than random need a ranking: give --features or --scores")
-    for name, array in (("scores", scores), ("features", features)):
-        if array is not None and len(array) != n:
-            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
 
 
 def check_options(
