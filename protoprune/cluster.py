@@ -156,10 +156,15 @@ def gpu_has_bf16() -> bool:
         return native_bf16(torch.device("cuda"))
 
     try:
-        return ray.get(ray.remote(ask).options(num_gpus=1, max_calls=1).remote(), timeout=_PATIENCE_SECONDS)
+        return ray.get(ray.remote(num_gpus=1, max_calls=1)(ask).remote(), timeout=_PATIENCE_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise ProtopruneError(
             f"--engine ray: no GPU was free for {_PATIENCE_SECONDS // 60} minutes; look at `ray status`"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise ProtopruneError(
+            f"--engine ray: a GPU of the cluster cannot be used ({' '.join(str(error.cause).split())[:160]}); mend "
+            "CUDA or torch on that machine, or leave the GPUs alone with --device cpu"
         ) from None
 
 
@@ -177,7 +182,8 @@ class _Actor(Generic[State]):
                 raise ProtopruneError(f"has protoprune {__version__}, not {version}; install the same everywhere")
             self.state = start(device)
         except ProtopruneError as error:
-            return "error", type(error)(f"the machine {os.uname().nodename}: {error}")
+            way_on = "; --device cpu leaves the GPUs alone" if "--device cuda" in str(error) else ""
+            return "error", type(error)(f"the machine {os.uname().nodename}: {error}{way_on}")
         return "begun", None
 
     def end(self) -> None:

@@ -14,6 +14,8 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
     committed  int64   (1,) how many of the rows with borrowed == 0, in order, are finished
     ctime_ns   int64   (n,) as listed, -1 where it is not known
     content    uint64  (n,) xxh3-64 of the encoded image as it was read, 0 where it was not
+    left_out   uint8   of a shard, where there is any: name and reason of each member that is no image and belongs to
+                       none, each followed by a NUL byte
     digest     uint64  (n,) xxh3-64 of the row's features, seeded with that of its status byte and its failure message
 
 Provenance is in the attributes, digests of all else are in the seal (see `seals`); files of earlier versions have none.
@@ -28,7 +30,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +51,7 @@ from protoprune.text import parse_json
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
+NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
 
 Index = int | np.integer | slice | np.ndarray | list[int]  # rows or columns of an array
@@ -70,6 +73,7 @@ KIND = hdf5.Kind(
         "digest": Column(("uint64",), ("n",), optional=True),
         "ctime_ns": Column(("int64",), ("n",), optional=True),
         "content": Column(("uint64",), ("n",), optional=True),
+        "left_out": Column(("uint8",), ("*",), optional=True),
     },
     ("root", "uuid", "created", "protoprune", "encoder", "weights_sha256", "preprocess", "precision", "store"),
 )  # fmt: skip
@@ -162,6 +166,17 @@ class FeatureFile:
             (paths[row], Status(status[row]), reasons[reason[row]].decode(errors="backslashreplace"))
             for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING)).tolist()
         ]
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """(name, reason) of the members of a shard that are no images and belong to none."""
+        names = self._reader.names("left_out") if "left_out" in self._reader else []
+        return list(zip(names[::2], names[1::2], strict=True))
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """(id, what, reason) of every image that has no features, and of what is left out of a shard."""
+        yield from ((path, status.label, reason) for path, status, reason in self.failures())
+        yield from ((path, NO_IMAGE, reason) for path, reason in self.left_out)
 
     def failure_counts(self) -> Counter[str]:
         """Status label -> number of images."""
@@ -434,7 +449,7 @@ def create_partial(
 def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     """Bytes of the file: what _allocate makes of these images, and a little for HDF5's own use."""
     columns = 8 + 8 + 8 + 4 + 1 + 2 + 1 + 8 + 8  # size, times, label, status, reason, borrowed, digest, content
-    names = sum(len(path) for path in images.paths) + len(images)
+    names = sum(len(path) for path in images.paths) + len(images) + sum(len(text) + 1 for text in _left_out(images))
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
 
@@ -460,7 +475,15 @@ def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict[str
     hdf5.dataset(file, "borrowed", np.zeros(n, np.uint8))
     hdf5.dataset(file, "committed", np.zeros(1, np.int64))
     hdf5.dataset(file, "digest", np.zeros(n, np.uint64))
+    if left_out := _left_out(images):
+        hdf5.dataset(file, "left_out", data=hdf5.block(left_out))
     hdf5.dataset(file, "features", shape=(n, dim), dtype=np.dtype(provenance["store"]))
+
+
+def _left_out(images: ImageList) -> list[str]:
+    """Name, reason, name, reason, … of what is known to have been left out; a folder is listed anew by every run."""
+    pairs = zip(images.left_out, images.why or (), strict=False)
+    return [text for pair in pairs for text in pair]
 
 
 def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:

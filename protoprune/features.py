@@ -70,10 +70,11 @@ def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwr
     out = os.fspath(out)
     check_new(out, overwrite)
     with FeatureSet(local_path(folder)) as whole, files.lock(out):
-        labels, classes, labels_from = whole._classes()
+        (labels, classes, labels_from), left_out = whole._classes(), whole.left_out
         images = ImageList(
             root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,
             classes=classes, labels_from=labels_from, ctime_ns=whole.ctime_ns,
+            left_out=[name for name, _ in left_out], why=[reason for _, reason in left_out],
         )  # fmt: skip
         key = {name: whole.provenance[name] for name in (*KEY, "shard_options") if name in whole.provenance}
         create_partial(out, images, whole.dim, {**key, "merged_from": whole.provenance["uuid"]})

@@ -279,6 +279,15 @@ class FeatureSet:
     def failures(self) -> list[tuple[str, Status, str]]:
         return [one for file in self._files() for one in file.failures()]
 
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """(name, reason) of the members of shards that are no images and belong to none."""
+        return [one for file in self._files() for one in file.left_out]
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """(id, what, reason) of every image without features, and of what was left out, shard by shard."""
+        return (one for file in self._files() for one in file.problems())
+
     def failure_counts(self) -> Counter[str]:
         return sum((file.failure_counts() for file in self._files()), Counter())
 

@@ -14,14 +14,14 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from protoprune import formats, stores
-from protoprune.decode import open_at_once, read_file
+from protoprune.decode import ImageError, open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import with_slashes
 
@@ -52,10 +52,9 @@ class ImageList:
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
 
-    provenance: dict[str, Any] = field(
-        default_factory=dict
-    )  # more attributes for the feature file that is made of them
-    left_out: list[str] = field(default_factory=list)  # the files that `skipped` counts
+    provenance: dict[str, Any] = field(default_factory=dict)  # more attributes for the feature file made of them
+    left_out: list[str] = field(default_factory=list)  # the files that `skipped` counts; of a shard see `ShardImages`
+    why: list[str] | None = None  # a reason for each of them, where it is known already
     ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
 
     def __post_init__(self) -> None:
@@ -299,21 +298,34 @@ def _head(path: str) -> bytes:
 
 def why_left_out(images: ImageList) -> Iterator[tuple[str, str]]:
     """(path, reason) of each file of a folder that is no image by its name, with what its content says."""
+    if images.why is not None:
+        yield from zip(images.left_out, images.why, strict=True)
+        return
+
+    def head(path: str) -> bytes | None:
+        return _head(path) if os.path.isfile(path) else None
+
     for path in images.left_out:
-        suffix = os.path.splitext(path)[1]
-        why = f"no image has the suffix {suffix}" if suffix else "it has no suffix"
-        try:
-            if not os.path.isfile(os.path.join(images.root, path)):
-                yield path, f"{why}, and it is no regular file"
-                continue
-            found = formats.begins_like(_head(os.path.join(images.root, path)))
-        except OSError as error:
-            yield path, f"{why}; it cannot be read ({error.strerror})"
-            continue
-        if found and found[1]:
-            yield path, f"{why}, but it begins like a {found[0]} file: rename it, or name it in a list of paths"
-        else:
-            yield path, why if suffix else f"{why} and begins like no image"
+        yield (
+            path,
+            why_no_image(path, partial(head, os.path.join(images.root, path)), ", or name it in a list of paths"),
+        )
+
+
+def why_no_image(name: str, head: Callable[[], bytes | None], or_else: str = "") -> str:
+    """Why a file is none by its name, and what its first bytes say; `head` gives None for what is no regular file."""
+    suffix = os.path.splitext(name)[1]
+    why = f"no image has the suffix {suffix}" if suffix else "it has no suffix"
+    try:
+        data = head()
+    except (OSError, ImageError) as error:
+        return f"{why}; it cannot be read ({getattr(error, 'strerror', '') or error})"
+    if data is None:
+        return f"{why}, and it is no regular file"
+    found = formats.begins_like(data)
+    if found and found[1]:
+        return f"{why}, but it begins like a {found[0]} file: rename it{or_else}"
+    return why if suffix else f"{why} and begins like no image"
 
 
 def stat_files(root: str, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:

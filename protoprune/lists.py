@@ -412,6 +412,14 @@ def manifest_chunks(
         yield _records(header, zip(*values, strict=True), format, {"": None})
 
 
+def table_chunks(header: list[str], records: Iterable[Iterable[object]]) -> Iterator[bytes]:
+    """The csv of any number of records, in pieces."""
+    yield csv_bytes(header)
+    records = iter(records)
+    while part := list(itertools.islice(records, BATCH)):
+        yield csv_bytes(None, part)
+
+
 def split_list(data: bytes, name: str = "the list") -> list[str]:
     """The entries of a path list: NUL-separated when a NUL occurs, else one a line (LF, CRLF or mixed), empty ones
     dropped.

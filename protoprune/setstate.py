@@ -57,7 +57,7 @@ def prepare(
 def _check_free(out: str) -> None:
     """Raise UsageError for a place that holds other things; a folder is made."""
     if stores.is_url(out):
-        others = list(stores.sizes(out))
+        others = list(stores.listed(out))
     else:
         if os.path.exists(out) and not os.path.isdir(out):
             raise UsageError(f"-o {out}: a file; shards go to a folder of feature files, such as -o features")
@@ -220,6 +220,7 @@ class Finished:
     size: int
     version: int
     failures: Counter[str]
+    left_out: int
 
 
 def done(
@@ -277,7 +278,7 @@ def _facts(file: FeatureFile) -> dict[str, Any]:
     names = (*feature_file.KEY, "shard", "shard_options", "shard_size", "shard_version", "root", "uuid", "embedded_by")
     return {name: file.provenance[name] for name in names if name in file.provenance} | {
         "rows": file.n, "usable": int((status == Status.OK).sum()), "failures": dict(file.failure_counts()),
-        "try_again": bool(np.isin(status, TRANSIENT).any()), "bytes": file.bytes,
+        "try_again": bool(np.isin(status, TRANSIENT).any()), "bytes": file.bytes, "left_out": len(file.left_out),
         "shard_ctime": int(file.ctime_ns[0]) if file.n else -1,
     }  # fmt: skip
 
@@ -285,7 +286,7 @@ def _facts(file: FeatureFile) -> dict[str, Any]:
 def _finished(facts: dict[str, Any]) -> Finished:
     return Finished(
         facts["rows"], facts["usable"], facts["uuid"], int(facts["shard_size"]), int(facts["shard_version"]),
-        Counter(facts["failures"]),
+        Counter(facts["failures"]), facts.get("left_out", 0),
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class ShardReport:
     reason: str = ""
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images
     skipped: Counter[str] = field(default_factory=Counter)  # suffix -> members that are no images
+    left_out: int = 0  # those of them that belong to none; known of an unchanged shard too
     duplicates: int = 0  # members that named an image a second time
 
 
@@ -76,6 +77,7 @@ class SetReport:
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
     skipped: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0  # members of shards that are no images and belong to none
     duplicates: int = 0
     device: str = ""
     precision: str = ""
@@ -210,7 +212,7 @@ def _reports(
         if before is None:
             left.append(shard)
         else:
-            yield ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
+            yield _as_it_was(shard, before)
     if on_start:
         on_start(len(shards), len(left))
     for again in (True, False):
@@ -224,6 +226,10 @@ def _reports(
             else:
                 yield one
         left = [shard for shard in left if shard.name in set(busy)]
+
+
+def _as_it_was(shard: Shard, found: setstate.Finished, state: str = "unchanged") -> ShardReport:
+    return ShardReport(shard.name, state, found.rows, found.uuid, failures=found.failures, left_out=found.left_out)
 
 
 @dataclass
@@ -284,15 +290,15 @@ def embed_shard(
     path = shard_file(out, shard.name)
     before = setstate.done(path, shard, root, options, engine.provenance)
     if before is not None:
-        return ShardReport(shard.name, "unchanged", before.rows, before.uuid, failures=before.failures)
+        return _as_it_was(shard, before)
     if shard.size < 0 and (kept := setstate.done(path, shard, root, options, engine.provenance, source_gone=True)):
-        return ShardReport(shard.name, "kept", kept.rows, kept.uuid, failures=kept.failures)
+        return _as_it_was(shard, kept, "kept")
     with _place(path) as place:
         replaces = False
         if place != path and (replaces := stores.size(path) is not None):
             found = _without_note(path, place, shard, root, options, engine.provenance)
             if found is not None:
-                return ShardReport(shard.name, "unchanged", found.rows, found.uuid, failures=found.failures)
+                return _as_it_was(shard, found)
         try:
             if shard.size < 0:
                 raise ShardError(Status.MISSING, "no such file")
@@ -300,7 +306,7 @@ def embed_shard(
                 images.provenance = _made_of(shard, options)
                 replaced = _replaces(place, shard, engine.provenance)
                 result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
-                skipped, duplicates = images.skipped, images.duplicates
+                skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
@@ -312,7 +318,7 @@ def embed_shard(
         uuid = _uuid(place)
         if place != path:
             try:
-                _deliver(place, path, replaces)
+                remoteset.deliver(place, path, setstate.facts_of(place), new=not replaces)
             except FileExistsError:  # somebody else was faster
                 return ShardReport(shard.name, "busy")
     if place == path:
@@ -320,7 +326,7 @@ def embed_shard(
             os.unlink(setstate.failure_file(path))
     return ShardReport(
         shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
-        failures=result.failures, skipped=skipped, duplicates=duplicates,
+        failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates,
     )  # fmt: skip
 
 
@@ -352,24 +358,20 @@ def _place(path: str) -> Iterator[str]:
     yield path
 
 
-def _deliver(place: str, path: str, replaces: bool) -> None:
-    """Put a finished feature file on the store, and its note. Raises FileExistsError for a second writer."""
-    stores.put(place, path, new=not replaces)
-    remoteset.write_note(path, setstate.facts_of(place))
-
-
 def _without_note(
     path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict[str, str]
 ) -> setstate.Finished | None:
-    """A file on the store whose writer was killed before the note, if it is what is wanted; the note is made up for."""
+    """A file on the store that has no note, or that of another file (its writer was killed, or two replaced it at the
+    same time), if it is what is wanted; the note is made up for."""
     if remoteset.note(path) is not None:  # it is known not to be
         return None
+    seen = stores.seen(path)
     stores.get(path, place)
     found = setstate.done(place, shard, root, options, key)
     if found is None:
         os.unlink(place)
     else:
-        remoteset.write_note(path, setstate.facts_of(place))
+        remoteset.write_note(path, setstate.facts_of(place), seen)
     return found
 
 
@@ -416,6 +418,7 @@ def _count(report: SetReport, one: ShardReport) -> None:
     report.transparent += one.transparent
     report.failures += one.failures
     report.skipped += one.skipped
+    report.left_out += one.left_out
     report.duplicates += one.duplicates
     if one.state == "kept":
         warn(f"{one.name}: the shard is gone; its {one.rows:,} features are kept")

@@ -1,5 +1,6 @@
 """Worker processes: every task once, whoever dies."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -79,6 +80,36 @@ def test_devices_are_parsed(text, devices):
     for wrong in ("", "0,,1", "cpu,0"):
         with pytest.raises(UsageError, match="--devices"):
             launch.parse_devices(wrong)
+
+
+def test_devices_of_a_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert launch.parse_devices("all") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert launch.parse_devices("2,0") == ["cuda:2", "cuda:0"]
+    assert launch.parse_devices("cpu,cpu") == ["cpu", "cpu"]
+    with pytest.raises(UsageError, match="--devices 0,3: this machine has 3 GPUs, numbered from 0"):
+        launch.parse_devices("0,3")
+
+
+def took_a_moment(device, task, ahead):
+    """(device, process, from, to); 'die:FILE' kills its process the first time."""
+    began = time.monotonic()
+    work(device, task, ahead)
+    time.sleep(0.05)
+    return device, os.getpid(), began, time.monotonic()
+
+
+@pytest.mark.slow
+def test_each_device_has_one_process_at_a_time_also_after_a_death(tmp_path):
+    tasks = [f"die:{tmp_path}/x", *map(str, range(12)), f"die:{tmp_path}/y"]
+    with pytest.warns(ProtopruneWarning, match="the worker on cuda:. was killed by signal 9"):
+        found = list(launch.run(took_a_moment, start, tasks, ["cuda:0", "cuda:1"]))
+    assert len(found) == len(tasks)
+    assert {device for device, *_ in found} == {"cuda:0", "cuda:1"}
+    assert all(len({device for device, pid, *_ in found if pid == one}) == 1 for _, one, *_ in found)
+    for device in ("cuda:0", "cuda:1"):
+        times = sorted((began, ended) for on, _, began, ended in found if on == device)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
 
 
 def test_workers_make_the_set_that_one_process_makes(tmp_path):

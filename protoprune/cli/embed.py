@@ -288,7 +288,8 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
     say(f"{len(found):,} images{classes} under {found.root}")
     if found.skipped:
         count = sum(found.skipped.values())
-        listed = "" if errors or not found.left_out else " (list them with --errors FILE)"
+        some = f"; {len(found.left_out):,} of them belong to no image" if found.why else ""
+        listed = some + ("" if errors or not found.left_out else " (list them with --errors FILE)")
         say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}{listed}")
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
@@ -323,10 +324,10 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
-    from protoprune.featurefile import FeatureFile
+    from protoprune.featurefile import NO_IMAGE, FeatureFile
     from protoprune.files import write_file
     from protoprune.images import describe_counts, why_left_out
-    from protoprune.lists import manifest
+    from protoprune.lists import table_chunks
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"
@@ -335,9 +336,8 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
         with FeatureFile(report.out) as file:
             rows = [(path, status.label, reason) for path, status, reason in file.failures()]
         rows += [(folder + "/", "unreadable folder", reason) for folder, reason in found.unreadable_folders]
-        rows += [(path, "not an image by name", reason) for path, reason in why_left_out(found)]
-        columns = list(zip(*rows, strict=True)) or [(), (), ()]
-        write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
+        rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
+        write_file(errors, table_chunks(["path", "status", "reason"], rows))
     if report.failed == report.n:
         raise ProtopruneError(f"none of the {report.n:,} images could be used; see {errors or '--errors FILE'} for why")
     if strict and (report.failed or found.unreadable_folders):

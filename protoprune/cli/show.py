@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 def info(
     file: Annotated[Path, typer.Argument(help="Feature file, feature set or training record.")] = Path("features.h5"),
-    errors: Annotated[bool, typer.Option("--errors", help="List every image that could not be used.")] = False,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="List every image that could not be used, and what was left out of shards.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
     ] = False,
@@ -61,8 +63,8 @@ def info(
             return
     with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:
-            for name, status, reason in features.failures():
-                echo(f"{name}\t{status.label}\t{reason}")
+            for one in features.problems():
+                echo("\t".join(one))
         elif verify:
             _verify(features)
         else:
@@ -79,6 +81,8 @@ def _describe_features(file: Source) -> None:
     if done < file.n or file.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
     echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+    if left_out := len(file.left_out):
+        echo(f"left out    {left_out:,} members of shards that are no images and belong to none (--errors lists them)")
     if file.transparent.any():
         echo(f"transparent {file.transparent.sum():,} images, shown on white")
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""

@@ -24,7 +24,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import ModuleType
@@ -37,7 +37,7 @@ from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.errors import UsageError
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images import ImageList, folder_labels, image_suffixes
+from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_image
 from protoprune.sources.finding import Shard
 from protoprune.text import native, parse_json
 
@@ -117,9 +117,15 @@ class ShardOptions:
 Beside = Callable[[str], list[tuple[str, bytes]]]
 
 
+Head = Callable[[], bytes | None]  # how a member begins; None for what is no regular file
+
+
 @dataclass
 class ShardImages(ImageList):
-    """The images of one opened shard. Close it when they are read."""
+    """The images of one opened shard. Close it when they are read.
+
+    `left_out` are the members that are no images and belong to none: there is no image with their key.
+    """
 
     reader: Callable[[int], bytes] = field(kw_only=True)  # row -> bytes of the image
     beside: Beside = field(kw_only=True)
@@ -154,6 +160,7 @@ class _Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what is no image and beside none
     beside: Beside = lambda name: []
 
 
@@ -235,6 +242,8 @@ def _images(shard: Shard, found: _Found, options: ShardOptions, root: str, stack
         classes=classes,
         labels_from=source,
         skipped=found.skipped,
+        left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
+        why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
         reader=lambda row: found.read(order[row]),
         beside=found.beside,
@@ -287,13 +296,14 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
     found = _Found(lambda place: _pread(handle, *places[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
     found.beside = others.of
+    left_out: dict[str, Head] = {}
     for name, member in members.items():
-        size = member.size if member.isreg() else 0
-        if not _is_image(name, partial(_pread, handle, member.offset_data, min(size, 512))):
+        if not _is_image(name, partial(_start_of, handle, member, 512)):
             found.skipped[_suffix(name)] += 1
+            left_out[name] = partial(_start_of, handle, member)
             if member.isreg():
-                read = partial(_pread, handle, member.offset_data, size)
-                labels.add(name, read, size)
+                read = partial(_pread, handle, member.offset_data, member.size)
+                labels.add(name, read, member.size)
                 others.add(name, read)
             continue
         target = _target(name, member, members)
@@ -304,7 +314,13 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
         places.append((target.offset_data, target.size))
         _add(found, name, target.size)
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found
+
+
+def _start_of(handle: int, member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
+    """How a member of a tar begins; None for what is no regular file."""
+    return _pread(handle, member.offset_data, min(member.size, count)) if member.isreg() else None
 
 
 def _check_end(file: IO[bytes], offset: int, end: int) -> None:
@@ -355,6 +371,7 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
     found = _Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
     found.beside = others.of
+    left_out: dict[str, Head] = {}
     for name, info in members.items():
         if _is_image(name, partial(_head_of, archive, info)):
             images.append(info)
@@ -362,9 +379,11 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
         else:
             found.skipped[_suffix(name)] += 1
             read = partial(_unzipped, archive, info)
+            left_out[name] = partial(_head_of, archive, info)
             labels.add(name, read, info.file_size)
             others.add(name, read)
     labels.apply(found)
+    found.left_out = _belonging_to_none(left_out, found.names)
     return found
 
 
@@ -623,6 +642,13 @@ class _Columns:
         return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
 
 
+def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tuple[str, str]]:
+    """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
+    keys = set(map(_key, images))
+    alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
+    return [(native(name), why_no_image(name, others[name])) for name in alone]
+
+
 def _is_plain(kind: pa.DataType) -> bool:
     """Whether a column can be written as JSON."""
     from pyarrow import types
@@ -687,7 +713,7 @@ def _suffix(name: str) -> str:
     return posixpath.splitext(name)[1].lower() or "(no suffix)"
 
 
-def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
+def _is_image(name: str, head: Head | None = None) -> bool:
     """By its suffix, as in a folder; without one by how it begins. Hidden files (macOS's ._x.jpg) are none."""
     if any(part.startswith(".") for part in name.split("/")) or name.startswith("__MACOSX/"):
         return False
