@@ -47,7 +47,10 @@ _PIECE = 8
 MOST = {"--batch-size": 65_536, "--workers": 1024}
 _LARGEST_SIDE = 8192  # pixels of an encoder's input
 # The nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it. At 19 a thread of a
-# busy machine does not even get to its own end: after Ctrl-C the process went on for 6 to 13 s.
+# busy machine does not even get to its own end: after Ctrl-C the process went on for 6 to 13 s. At 10 a run with the
+# cores nearly to itself needs 2 to 7 % less CPU time (medians of 10 and 8 pairs, mini on two cores), the most that an
+# idle machine can gain; 10 to 16 % more time as soon as others fill what a thread leaves, 40 % beside as many others
+# as cores and more (docs/benchmarks.md).
 _STEP_BACK = 10
 _LOOK = 5.0  # seconds after which that is judged anew
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -105,6 +105,8 @@ def _chunks(
     names: Iterable[list[bytes]], rows: np.ndarray, scores, format: str, null: bool, weights
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
+    if np.isinf(scores).any():
+        raise UsageError(f"{int(np.isinf(scores).sum()):,} scores are infinite; give numbers, or NaN for none")
     if format in ("npy", "datacomp"):
         yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
         return
@@ -122,7 +124,7 @@ def _chunks(
         columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
         if weights is not None:
             columns.append(map(plain_number, weights[here]))
-        yield _records(header, zip(*columns, strict=True), format)
+        yield _records(header, zip(*columns, strict=True), format, {"": None})
 
 
 def _cells(column: Sequence) -> Sequence:
