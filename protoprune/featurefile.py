@@ -92,6 +92,18 @@ class FeatureFile:
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
         self.provenance = self._reader.attributes
         self.features = Features(self)
+        if self._reader.seal is None:
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Of a file without digests: whether what it says of its rows agrees, before any of it is used."""
+        try:
+            for name in ("paths", "labels", "status", "reason"):
+                getattr(self, name)
+            self.finished()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -124,7 +136,10 @@ class FeatureFile:
     @property
     def status(self) -> np.ndarray:
         """(n,) uint8, values of `decode.Status`."""
-        return self._reader.within("status", 0, max(Status) + 1)
+        status = self._reader.within("status", 0, max(Status) + 1)
+        if (pending := status == Status.PENDING).any() and (count := int((pending & self.finished()).sum())):
+            raise self._reader.damaged(f"its status says that {count:,} finished rows are pending")
+        return status
 
     @property
     def usable(self) -> np.ndarray:
@@ -171,6 +186,8 @@ class FeatureFile:
     def left_out(self) -> list[tuple[str, str]]:
         """(name, reason) of the members of a shard that are no images and belong to none."""
         names = self._reader.names("left_out") if "left_out" in self._reader else []
+        if len(names) % 2:
+            raise self._reader.damaged("its left_out is no list of names and reasons")
         return list(zip(names[::2], names[1::2], strict=True))
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
@@ -202,8 +219,11 @@ class FeatureFile:
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
-        finished = self._reader.whole("borrowed") == 1
-        finished[np.flatnonzero(~finished)[: int(self._reader.whole("committed")[0])]] = True
+        finished = self._reader.within("borrowed", 0, 2) == 1
+        todo, done = np.flatnonzero(~finished), int(self._reader.whole("committed")[0])
+        if not 0 <= done <= len(todo):
+            raise self._reader.damaged(f"its committed says that {done:,} of {len(todo):,} rows are finished")
+        finished[todo[:done]] = True
         return finished
 
     def intact(self) -> np.ndarray:

@@ -248,7 +248,10 @@ def write_links(
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere
             else:
                 os.symlink(target, link)
-        if classes and not os.path.exists(listed := os.path.join(building, CLASSES)):  # a class may be called so
+        broken = [name for name in classes if "\n" in name or "\r" in name]
+        if broken:
+            warn(f"{folder}: no {CLASSES}, since {len(broken):,} class names hold a line break (first: {broken[0]!r})")
+        elif classes and not os.path.exists(listed := os.path.join(building, CLASSES)):  # a class may be called so
             with open(listed, "wb") as file:
                 file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
         os.replace(building, folder)

@@ -75,6 +75,7 @@ class Record:
             if not unfinished:
                 self._require_finished()
             self.epoch_numbers = self._reader.whole("epoch")
+            self._check_counts()
         except BaseException:
             self._reader.close()
             raise
@@ -82,6 +83,18 @@ class Record:
         self.provenance = self._reader.attributes
         self._digests = _Digests(self._reader)
         self._probability_checked = False
+
+    def _check_counts(self) -> None:
+        """Whether what the record says of itself agrees; of one without digests all of it, before any is used."""
+        if self._reader.seal is None:
+            for name in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
+                getattr(self, name)
+        if not (self.epoch_numbers >= 0).all() or (np.diff(self.epoch_numbers) <= 0).any():
+            raise self._reader.damaged("its epochs are not in order")
+        if (classes := self._reader.dims.get("c")) not in (None, len(self.classes)):
+            raise self._reader.damaged(f"its probability is of {classes:,} classes, and it has {len(self.classes):,}")
+        if "digest" in self._reader and self._reader.dims["s"] != len(names_with_digests(self._reader.file)):
+            raise self._reader.damaged("its digest is of other statistics than it has")
 
     def _require_finished(self) -> None:
         done, total = int(self.committed.sum()), self.models * self.epochs

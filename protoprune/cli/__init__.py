@@ -106,7 +106,7 @@ def _command(error: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    say(f"error: {text}".replace("\r", "\\r").replace("\n", "\\n"))  # file names may hold line breaks
+    say(f"error: {text}")
 
 
 def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, ProtopruneWarning):
-            say("warning: " + str(message).replace("\r", "\\r").replace("\n", "\\n"))
+            say(f"warning: {message}")
         else:
             otherwise(message, category, filename, lineno, file, line)
 

@@ -13,7 +13,7 @@ from protoprune.files import holds, same_file
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
 _RESULTS = (  # of evaluate, scaling and tune
     "results.csv", "summary.csv", "classes.csv", "points.csv", "fits.csv", "results.json", "figure.png", "kept.txt",
-    "table.csv", "curve.csv", "runs.jsonl",
+    "kept.jsonl", "table.csv", "curve.csv", "runs.jsonl",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import typer
 from protoprune.cli.options import several
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
-from protoprune.cli.tables import echo
+from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import bytes_text, duration
 
@@ -223,7 +223,7 @@ def show_set(folder: str, errors: bool) -> bool:
     pending = sum(part.pending for part in parts)
     if errors:
         for one in failed:
-            echo("\t".join(one))
+            echo_fields(*one)
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
     states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"

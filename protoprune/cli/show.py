@@ -14,7 +14,7 @@ from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions,
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
-from protoprune.cli.tables import echo
+from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
 from protoprune.units import bytes_text
 
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 def info(
     file: Annotated[Path, typer.Argument(help="Feature file, feature set or training record.")] = Path("features.h5"),
     errors: Annotated[
-        bool, typer.Option("--errors", help="List every image that could not be used, and what was left out of shards.")
+        bool,
+        typer.Option(
+            "--errors",
+            help="List every image that could not be used, and what was left out of shards: name, status and reason, "
+            "with tabs between them; in names backslashes and control characters are escaped.",
+        ),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
@@ -64,7 +69,7 @@ def info(
     with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:
             for one in features.problems():
-                echo("\t".join(one))
+                echo_fields(*one)
         elif verify:
             _verify(features)
         else:
