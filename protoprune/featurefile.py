@@ -32,14 +32,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.decode import ON_WHITE, Status
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList
 from protoprune.paths import Paths
@@ -51,6 +53,8 @@ _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
 NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
+
+Index = int | np.integer | slice | np.ndarray | list[int]  # rows or columns of an array
 
 KIND = hdf5.Kind(
     "protoprune-features", 1, "feature file", "protoprune embed IMAGES",
@@ -82,7 +86,7 @@ class FeatureFile:
     when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._reader = hdf5.Reader(self.path, KIND)
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
@@ -104,7 +108,7 @@ class FeatureFile:
     def __enter__(self) -> FeatureFile:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -175,7 +179,7 @@ class FeatureFile:
         status, paths, reason, reasons = self.status, self.paths, self.reason, self.reasons
         return [
             (paths[row], Status(status[row]), reasons[reason[row]].decode(errors="backslashreplace"))
-            for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING))
+            for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING)).tolist()
         ]
 
     @property
@@ -191,7 +195,7 @@ class FeatureFile:
         yield from ((path, status.label, reason) for path, status, reason in self.failures())
         yield from ((path, NO_IMAGE, reason) for path, reason in self.left_out)
 
-    def failure_counts(self) -> Counter:
+    def failure_counts(self) -> Counter[str]:
         """Status label -> number of images."""
         values, counts = np.unique(self.status, return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True) if v > Status.OK})
@@ -260,21 +264,21 @@ class Features:
 
     ndim = 2
 
-    def __init__(self, file: FeatureFile):
+    def __init__(self, file: FeatureFile) -> None:
         self._file = file
         self.shape, self.dtype = (file.n, file.dim), file._reader.file["features"].dtype
         self.itemsize = self.dtype.itemsize
         self._good: np.ndarray | None = None  # (n,) bool: rows that need no more checking
         self._map: np.ndarray | None = None
-        self._columns: tuple | None = None  # digest, status, reason and reasons
+        self._columns: tuple[np.ndarray, np.ndarray, np.ndarray, list[bytes]] | None = None  # see `differs`
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> np.ndarray:
         rows, *columns = index if isinstance(index, tuple) else (index,)
         numbers = np.arange(len(self))[rows]
         if numbers.ndim == 0:
@@ -316,7 +320,7 @@ class Features:
 
 def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:
     """(b,) uint64 digests of rows: features (b, d), status and reason (b,), and what the reasons stand for."""
-    raw = memoryview(np.ascontiguousarray(features).reshape(-1).view(np.uint8))
+    raw = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
     step = features.shape[1] * features.itemsize
     kinds, which = np.unique(status.astype(np.int64) * _REASON_SLOTS + reason, return_inverse=True)
     seeds = [xxh3_64_intdigest(bytes([kind // _REASON_SLOTS]) + reasons[kind % _REASON_SLOTS]) for kind in kinds]
@@ -333,7 +337,7 @@ def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, re
 class PartialFile:
     """The file of a run under way: which rows are left, committing a batch, and the rename at the end."""
 
-    def __init__(self, out: str):
+    def __init__(self, out: str) -> None:
         self.out, self.damaged = out, 0
         with FeatureFile(partial_path(out)) as file:
             if file.sealed and not (good := file.intact())[finished := file.finished()].all():
@@ -397,7 +401,7 @@ class PartialFile:
             self._table[number] = self._file["reasons"][number] = stored
         return self._reasons[stored]
 
-    def status_counts(self) -> Counter:
+    def status_counts(self) -> Counter[str]:
         """Status label -> number of images, ok and pending ones too."""
         values, counts = np.unique(self._file["status"][:], return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True)})
@@ -424,11 +428,21 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
+def check_new(out: str, overwrite: bool) -> None:
+    """Raise UsageError where a whole new feature file would take the place of something, unless it is asked to."""
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file")
+    if os.path.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
+        hdf5.check_replaceable(out, KIND)
+
+
 def create_partial(
     out: str,
     images: ImageList,
     dim: int,
-    provenance: dict,
+    provenance: dict[str, Any],
     sources: Sequence[FeatureFile] = (),
     known: Sequence[np.ndarray] = (),
 ) -> None:
@@ -459,7 +473,7 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
 
-def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
+def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict[str, Any]) -> None:
     n = len(images)
     file.attrs["root"] = hdf5.text(images.root)
     file.attrs["labels_from"] = hdf5.text(images.labels_from)
@@ -548,7 +562,7 @@ def _touched(file: FeatureFile, images: ImageList) -> bool:
     return bool(((before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)).any())
 
 
-def key_differences(provenance: dict, wanted: dict) -> list[str]:
+def key_differences(provenance: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """'encoder: dino_vits16, not mini' for everything in KEY that differs between a file and a request."""
     return [
         f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted.get(name))}"
@@ -563,6 +577,6 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1], strict=True))
 
 
-def _shorten(value) -> str:
+def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:12] + "…" if " " not in text else text

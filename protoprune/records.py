@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import numpy as np
@@ -68,7 +69,7 @@ class Record:
     damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike, *, unfinished: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
         there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
         self._reader = hdf5.Reader(there if os.path.exists(there) else self.path, KIND)
@@ -109,7 +110,7 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     @property
@@ -170,7 +171,7 @@ class Record:
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
         return name
 
-    def _read(self, name: str, models, epochs, rows) -> np.ndarray:
+    def _read(self, name: str, models: int | slice, epochs: int | slice, rows: slice) -> np.ndarray:
         self._digests.check(name, models, epochs)
         with self._reader.trouble(f"its {name}"):
             values = self._reader.file[name][models, epochs, rows]
@@ -251,8 +252,9 @@ class Record:
 class _Digests:
     """The digests of what models were like at recorded epochs, compared when one is first read."""
 
-    def __init__(self, reader: hdf5.Reader):
-        self._reader, self._good = reader, set()
+    def __init__(self, reader: hdf5.Reader) -> None:
+        self._reader = reader
+        self._good: set[tuple[str, int, int]] = set()
         self.known = reader.seal is not None and "digest" in reader
         self.names = names_with_digests(reader.file) if self.known else []
         self._table: np.ndarray | None = None
@@ -283,7 +285,7 @@ class _Digests:
         return [(name, *one) for name in self.names for one in done if self.differs(name, *one)]
 
 
-def names_with_digests(file) -> list[str]:
+def names_with_digests(file: h5py.File) -> list[str]:
     """The datasets that hold values of each model at each recorded epoch, in the order of `digest`."""
     there = file["prediction"].shape[:2]
     others = ("digest", "probability")
@@ -317,7 +319,7 @@ def _probability_digest(file: h5py.File, model: int) -> int:
 class PartialRecord:
     """The record of a run under way."""
 
-    def __init__(self, out: str):
+    def __init__(self, out: str) -> None:
         self.out = out
         self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
         self._reader.check_sealed()
@@ -393,7 +395,7 @@ def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = F
 
 def create(
     out: str,
-    provenance: dict,
+    provenance: dict[str, Any],
     *,
     paths: Sequence[str],
     labels: np.ndarray,
@@ -428,7 +430,7 @@ def create(
             if probabilities:
                 hdf5.dataset(file, "probability", shape=(models, n, len(classes)), dtype=np.dtype(np.float16))
                 hdf5.dataset(file, "probability_digest", np.zeros(models, np.uint64))
-            if test:
+            if test_labels is not None and test:
                 hdf5.dataset(file, "test_path", hdf5.block(test_paths))
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
                 hdf5.dataset(file, "test_prediction", shape=(models, epochs, test), dtype=np.dtype(np.uint16))
