@@ -263,3 +263,14 @@ def test_each_list_is_in_the_format_of_its_name(here):
         result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", name, "--format", format])
         assert result.exit_code == (2 if format == "datacomp" else 0)  # these images are not called by uids
         assert "says" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--label-column x", "--class-level 3"])
+@pytest.mark.parametrize("out", ["new.set", "new.h5"])
+def test_classes_that_no_shard_has_are_said(here, option, out):
+    """Only what lies in the shards can tell, which is not looked at before they are embedded."""
+    result = CliRunner().invoke(app, f"embed shard.tar -o {out} --encoder mini {option}".split())
+    assert result.exit_code == 0
+    assert f"warning: {option}: gives no image of " in result.stderr
+    plain = CliRunner().invoke(app, f"embed shard.tar -o new.{out} --encoder mini".split())
+    assert "warning" not in plain.stderr
