@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protoprune.cli.training import hint_steps
 from protoprune.decode import Status
+from protoprune.training.loop import Recipe
 
 CLASSES = ("ape", "bee", "cat")
 N = 240
