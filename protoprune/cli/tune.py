@@ -72,6 +72,7 @@ def tune(
     """
     import time
 
+    from protoprune.device import resolve_device
     from protoprune.features import open_features
     from protoprune.tuning import report, running
 
@@ -84,6 +85,7 @@ def tune(
     if model is None and idle:
         raise UsageError(f"--{min(idle).replace('_', '-')}: goes with --model, whose training it is about")
     check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
+    resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
     check_results(out, source.provenance["root"], source.paths)
