@@ -1,11 +1,12 @@
-"""How the memory of `protoprune select` grows with the number of images: peak of the whole process, and its slope.
+"""How the memory of `protoprune` grows with the number of images: peak of the whole process, and its slope.
 
-    python benchmarks/select_memory.py [--counts 1000000 5000000] [--dim 32] [--rounds 3] [--folder DIR]
+    python benchmarks/select_memory.py [--count 1000000,5000000] [--dim 32] [--rounds 3] [--folder DIR] [--only 1,2]
 
 Writes a feature file of each size (ids as LAION's shards have them, 1,000 classes, tight made-up clusters of about
 1,000 images, one image in fifty nearly a copy of another one) into a temporary folder under DIR, puts clusterings into
-its cache, and runs the command line as a user would, each time in a new process. Prints a markdown table: CPU seconds,
-peak memory (ru_maxrss) at each size, and how many bytes an image it grows from the first size to the last.
+its cache, writes two score tables in an order of their own, and runs the command line as a user would, each time in a
+new process. Prints a markdown table: CPU seconds, peak memory (ru_maxrss) at each size, and how many bytes an image it
+grows from the first size to the last.
 """
 
 import argparse
@@ -16,28 +17,39 @@ import subprocess
 import sys
 import tempfile
 
+from protoprune.cli.options import whole_numbers
+
+SELECT = ["select", "features.h5", "--keep"]
 COMMANDS = (
-    ["--keep", "0.7"],
-    ["--keep", "0.7", "--manifest", "all.csv"],
-    ["--keep", "0.7", "--balance", "0.5"],
-    ["--keep", "0.7", "--order", "random"],
-    ["--keep", "0.7", "--dedup", "0.05", "--k"],  # and the number of clusters
-    ["--keep", "0.1", "--order", "cover"],
+    [*SELECT, "0.7"],
+    [*SELECT, "0.7", "--manifest", "all.csv"],
+    [*SELECT, "0.7", "--balance", "0.5"],
+    [*SELECT, "0.7", "--order", "random"],
+    [*SELECT, "0.7", "--dedup", "0.05", "--k"],  # and the number of clusters
+    [*SELECT, "0.1", "--order", "cover"],
+    [*SELECT, "0.1", "--order", "facility"],
+    [*SELECT, "0.7", "--scores", "a.csv"],
+    ["compare", "a.csv", "b.csv", "--features", "features.h5", "--keep", "0.5", "--bootstrap", "0"],
+    ["report", "features.h5", "--no-thumbnails", "--duplicates", "0.001"],
+    ["info", "features.h5"],
 )
 CLUSTER = 1000  # images
+COUNTS = "1000000,5000000"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[1_000_000, 5_000_000])
+    parser.add_argument("--count", action="append", help="images: 1000000,5000000; repeatable")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the commands to run, from 0")
+    parser.add_argument("--only", action="append", help="numbers of the commands to run, from 1: 1,4; repeatable")
     options = parser.parse_args()
-    commands = [one for number, one in enumerate(COMMANDS) if options.only is None or number in options.only]
+    counts = whole_numbers(options.count or COUNTS, "--count", example=COUNTS)
+    only = whole_numbers(options.only, "--only", example="1,4")
+    commands = [one for number, one in enumerate(COMMANDS, 1) if not only or number in only]
     found = {}
-    for n in options.counts:
+    for n in counts:
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
             path = os.path.join(scratch, "features.h5")
             # In a process of its own: what a process has used counts as the peak of those that it starts.
@@ -49,12 +61,16 @@ def main() -> None:
                 arguments = [*arguments, str(n // CLUSTER)] if arguments[-1] == "--k" else arguments
                 found[number, n] = [run(path, arguments) for _ in range(options.rounds)]
                 print(f"{n:,}: {' '.join(arguments)}: {found[number, n]}", file=sys.stderr)
-    table(commands, options.counts, found)
+    table(commands, counts, found)
+
+
+def shown(arguments: list[str]) -> str:
+    return " ".join(one for one in arguments if not one.endswith(".h5")).removesuffix(" --k")
 
 
 def table(commands, counts, found) -> None:
     heads = [f"{n / 1e6:g} M: CPU s (min-max), peak" for n in counts]
-    print(f"| select | {' | '.join(heads)} | bytes an image |\n|---|{'---|' * len(counts)}---|")
+    print(f"| command | {' | '.join(heads)} | bytes an image |\n|---|{'---|' * len(counts)}---|")
     for number, arguments in enumerate(commands):
         cells, peaks = [], []
         for n in counts:
@@ -65,18 +81,19 @@ def table(commands, counts, found) -> None:
                 f"{min(memory) / 1e9:.2f}-{max(memory) / 1e9:.2f} GB"
             )
         slope = (peaks[-1] - peaks[0]) / max(counts[-1] - counts[0], 1)
-        print(f"| {' '.join(arguments).removesuffix(' --k')} | {' | '.join(cells)} | {slope:.0f} |")
+        print(f"| {shown(arguments)} | {' | '.join(cells)} | {slope:.0f} |")
 
 
 def run(path: str, arguments: list[str]) -> tuple[float, float]:
     """(CPU seconds, peak bytes) of one run with its list written to a file."""
-    command = [sys.executable, "-m", "protoprune", "select", path, *arguments]
+    command = [sys.executable, "-m", "protoprune", *arguments]
     with open(path + ".kept", "wb") as kept:
         process = subprocess.Popen(command, stdout=kept, stderr=subprocess.PIPE, cwd=os.path.dirname(path))
         said = process.stderr.read().decode()
         _, code, usage = os.wait4(process.pid, 0)
     assert code == 0, said
-    assert "cover" in arguments or "from the cache" in said, said
+    clusters = arguments[0] == "select" and not {"cover", "facility", "--scores"} & {*arguments}
+    assert not clusters or "from the cache" in said, said
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
@@ -117,6 +134,21 @@ def write(path: str, n: int, d: int) -> None:
                 path + ".clusters", file.provenance["uuid"], compute,
                 k=number, spherical=True, seed=0, iterations=25, train_points=None, backend="auto",
             )  # fmt: skip
+    score_table(os.path.join(os.path.dirname(path), "a.csv"), n, 1)
+    score_table(os.path.join(os.path.dirname(path), "b.csv"), n, 2)
+
+
+def score_table(path: str, n: int, seed: int) -> None:
+    """One score an image, in an order of its own."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    with open(path, "w") as file:
+        file.write("path,score\n")
+        for some in np.array_split(rng.permutation(n), max(1, n // 100_000)):
+            scores = rng.random(len(some)).tolist()
+            rows = zip(some.tolist(), scores, strict=True)
+            file.writelines(f"{i // 10_000:05d}.tar/{i:09d}.jpg,{x:.6f}\n" for i, x in rows)
 
 
 if __name__ == "__main__":

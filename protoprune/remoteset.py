@@ -4,8 +4,10 @@
     s3://bucket/features/train/0000.tar.h5          one put, when the shard is done
     s3://bucket/features/train/0000.tar.note.json   what the file says of itself, or why the shard has failed
 
-The notes spare a run the fetching of files that are done. A store has no locks: of two writers of a new file it refuses
-the second, and set.json is written again by whoever finds more done than it says (see `sharding`).
+The notes spare a run the fetching of files that are done; each names the file that it is about by the store's mark of
+it (the etag), so that a note never speaks for a file that somebody else put there. A store has no locks: of two writers
+of a new file it refuses the second, and set.json is written again by whoever finds more done than it says (see
+`sharding`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from protoprune import stores
+from protoprune import seals, stores
 from protoprune.errors import ProtopruneError, warn
 from protoprune.featurefile import FeatureFile
 from protoprune.featureset import Part, not_finished, read_plan, shard_file, write_plan
@@ -32,31 +35,54 @@ def note_file(path: str) -> str:
     return path.removesuffix(".h5") + _NOTE
 
 
-def notes(out: str) -> dict[str, dict]:
-    """Feature file -> its note, of all shards of a set; of those that are done only where the file is whole."""
-    there = stores.sizes(out)
+def notes(out: str) -> dict[str, dict[str, Any]]:
+    """Feature file -> its note, of all shards of a set; of those that are done only where it is about what is there."""
+    there = stores.listed(out)
     names = [name for name in there if name.endswith(_NOTE)]
     paths = [f"{out}/{name.removesuffix(_NOTE)}.h5" for name in names]
     found = stores.answered(out, lambda: stores.read_all(f"{out}/{name}" for name in names))
-    wholes = [there.get(name.removesuffix(_NOTE) + ".h5") for name in names]
-    return {path: one for path, data, size in zip(paths, found, wholes, strict=True) if (one := _note(data, size))}
+    seen = [there.get(name.removesuffix(_NOTE) + ".h5") for name in names]
+    return {path: one for path, data, file in zip(paths, found, seen, strict=True) if (one := _note(data, file))}
 
 
-def note(path: str) -> dict | None:
+def note(path: str) -> dict[str, Any] | None:
     """The note of one feature file, as `notes` has it."""
-    return _note(stores.read(note_file(path)), stores.size(path))
+    return _note(stores.read(note_file(path)), stores.seen(path))
 
 
-def _note(data: bytes | None, size: int | None) -> dict | None:
+def _note(data: bytes | None, file: stores.Seen | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
     try:
-        found = parse_json(data.decode())
-        return found if "failed" in found or found["bytes"] == size else None
+        found: dict[str, Any] = parse_json(data.decode())
+        if "failed" in found:
+            return found
+        if file is None:
+            return None
+        marks = {found.get("mark", ""), file.mark} - {""}
+        return found if found["bytes"] == file.size and len(marks) < 2 else None
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
 
 
-def write_note(path: str, what: dict) -> None:
-    stores.write(note_file(path), json.dumps(what).encode())
+def write_note(path: str, what: dict[str, Any], file: stores.Seen | None = None) -> None:
+    """Write the note of a feature file, which is about `file`, if there is one."""
+    about = {"mark": file.mark} if file is not None and file.mark else {}
+    stores.write(note_file(path), json.dumps(what | about).encode())
+
+
+def deliver(local: str, path: str, what: dict[str, Any], *, new: bool) -> None:
+    """Put a finished feature file on the store, and its note, which says `what`. Raises FileExistsError when somebody
+    else puts one there at the same time, who is left to make the note."""
+    if not new:  # killed in between, there is none rather than that of what was there
+        stores.remove(note_file(path))
+    stores.put(local, path, new=new)
+    seen = stores.seen(path)  # first: when the file is still ours after that, so was what has been seen
+    with open(local, "rb") as file:
+        head = file.read(seals.BLOCK)  # the digest of its structure, in which every file has an id
+    if seen is None or stores.read(path, len(head)) != head:
+        raise FileExistsError(path)
+    write_note(path, what, seen)
 
 
 # --- a copy to read ---------------------------------------------------------------------------------------------------
@@ -89,7 +115,7 @@ def local_copy(url: str) -> str:
             for _ in pool.map(lambda part: _fetch(url, folder, part), missing):
                 pass
         if missing or not is_feature_set(folder) or read_plan(folder) != (plan, parts):
-            write_plan(folder, {name: value for name, value in plan.items() if name != "state"}, parts)
+            write_plan(folder, plan, parts)
     except OSError as error:
         raise ProtopruneError(
             f"{folder}: cannot write ({error.strerror}); PROTOPRUNE_CACHE=FOLDER names another place for the copy of "

@@ -24,7 +24,7 @@ import numpy as np
 
 from protoprune import files
 from protoprune.bounds import check_whole
-from protoprune.decode import ImageError
+from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard
@@ -73,9 +73,12 @@ def reshard(
     """
     check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
-    root, entries, options = _entries(kept, name, root, features, options)
+    asked = options
+    root, entries, options = _entries(kept, name, root, features, asked)
     shards = _cut(entries, shard_size)
     inputs = _Inputs(root, options, entries)
+    if asked is not None:
+        asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
     plan = {
         "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
@@ -272,7 +275,10 @@ class _Inputs:
                 if "://" in self.root:
                     from protoprune.sources.remote import fetched, find_remote
 
-                    where = self._stack.enter_context(fetched(find_remote(where).shards[0]))
+                    source = find_remote(where)
+                    if source is None:
+                        raise ShardError(Status.MISSING, "no shard")
+                    where = self._stack.enter_context(fetched(source.shards[0]))
                 images = self._stack.enter_context(
                     open_shard(Shard(shard, where, 0, 0), where, self.options, self.root)
                 )

@@ -13,7 +13,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from protoprune.errors import ProtopruneError, UsageError
 
@@ -23,6 +23,9 @@ _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
 _COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
 # Where an object appears when all of it has arrived; elsewhere a file is put under another name and renamed.
 _WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
+
+# What tells an object from another one of its name, where listings and single answers are known to agree on it.
+_MARKS = {"s3": "ETag", "s3a": "ETag", "gs": "etag", "gcs": "etag"}
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -117,20 +120,38 @@ def trouble(error: BaseException) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def size(url: str) -> int | None:
-    """Bytes of a file; None when it is not there."""
+class Seen(NamedTuple):
+    """What a store says of a file."""
 
-    def ask(there: Any, path: str) -> int | None:
+    size: int  # bytes
+    mark: str  # another one for other content (the etag); '' where the store has none
+
+
+def seen(url: str) -> Seen | None:
+    """What the store says of a file; None when it is not there."""
+
+    def ask(there: Any, path: str) -> Seen | None:
         there.invalidate_cache(posixpath.dirname(path))
         found = there.info(path)
-        return int(found["size"] or 0) if found["type"] == "file" else None
+        return _seen(url, found) if found["type"] == "file" else None
 
     return _of_one(url, ask)
 
 
-def read(url: str) -> bytes | None:
-    """What is in a file; None when it is not there."""
-    return _of_one(url, lambda there, path: there.cat_file(path))
+def _seen(url: str, facts: dict[str, Any]) -> Seen:
+    mark = facts.get(_MARKS.get(url.partition("://")[0], ""), "")
+    return Seen(int(facts["size"] or 0), str(mark or ""))
+
+
+def size(url: str) -> int | None:
+    """Bytes of a file; None when it is not there."""
+    found = seen(url)
+    return None if found is None else found.size
+
+
+def read(url: str, count: int | None = None) -> bytes | None:
+    """What is in a file, or its first `count` bytes; None when it is not there."""
+    return _of_one(url, lambda there, path: there.cat_file(path, end=count))
 
 
 def _of_one(url: str, ask: Callable[[Any, str], T]) -> T | None:
@@ -165,15 +186,15 @@ def read_all(urls: Iterable[str]) -> list[bytes | None]:
     return results
 
 
-def sizes(folder: str) -> dict[str, int]:
-    """Path relative to a folder -> bytes, of every file below it."""
+def listed(folder: str) -> dict[str, Seen]:
+    """Path relative to a folder -> what the store says of it, of every file below it."""
 
-    def ask() -> dict[str, int]:
+    def ask() -> dict[str, Seen]:
         there, base = store(folder), _path(folder).rstrip("/")
         there.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             found = there.find(base, detail=True)
-            return {posixpath.relpath(path, base): int(one["size"] or 0) for path, one in found.items()}
+            return {posixpath.relpath(path, base): _seen(folder, one) for path, one in found.items()}
         return {}
 
     return answered(folder, ask)

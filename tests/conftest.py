@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import typer.testing
 from helpers import write_image
 from hypothesis import HealthCheck, settings
 
@@ -33,7 +36,16 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+# The program builds its commands once, and a test's runner for every call: a quarter of the time of tests of commands.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
 REPOSITORY = Path(protoprune.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What is killed here loses no power: the programs that tests start still wait for it."""
+    os.fsync = lambda _: None
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +121,39 @@ def feature_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _commands(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture
+def command_folder(_commands, monkeypatch, feature_file):
+    """The working folder of `every_command.LINES`, filled once a session; what a test writes as new.* goes after it."""
+    from every_command import make
+
+    if not (_commands / "f.h5").exists():
+        make(_commands, feature_file)
+    monkeypatch.chdir(_commands)
+    yield _commands
+    for path in _commands.glob("new.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def run():
+    """run("select", "--keep", 0.5, code=0) -> what the command did, in this process; it must end with that code."""
+    from typer.testing import CliRunner
+
+    from protoprune.cli import app
+
+    def run(*arguments, code: int = 0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import re
 
 import numpy as np
 import pytest
-import typer
-from every_command import LINES, make, walk
+from every_command import LINES, walk
 from typer.testing import CliRunner
 
 from protoprune import bounds
@@ -28,17 +27,9 @@ def numeric():
 NUMERIC = sorted(set(numeric()))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.fixture
-def here(data, monkeypatch, feature_file):
-    if not (data / "f.h5").exists():
-        make(data, feature_file)
-    monkeypatch.chdir(data)
-    return data
+def here(command_folder):
+    return command_folder
 
 
 # What an option needs beside it to be looked at at all.
@@ -68,9 +59,7 @@ def test_there_are_many_numbers():
 
 
 @pytest.mark.parametrize("command", sorted({one[0] for one in NUMERIC}))
-def test_a_number_out_of_bounds_is_one_line(here, command, monkeypatch):
-    commands = typer.main.get_command(app)  # made anew by each call otherwise, which takes longer than most of them
-    monkeypatch.setattr("typer.testing._get_command", lambda app: commands, raising=False)
+def test_a_number_out_of_bounds_is_one_line(here, command):
     for name, option, kind in NUMERIC:
         if name == command:
             refused(here, name, option, kind)

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import protoprune
 from protoprune.cli import app
 from protoprune.cli.options import (
     ClusterOptions,
@@ -21,13 +22,17 @@ from protoprune.cli.options import (
     TrainingOptions,
     given_words,
     numbers,
+    refuse_idle,
     several,
     spread,
     whole_numbers,
 )
 from protoprune.cli.theory import theory_app
+from protoprune.comparison import join
 from protoprune.errors import UsageError
-from protoprune.pruning import Clusters, Rule
+from protoprune.importing import import_features
+from protoprune.pruning import Clusters, Rule, stability
+from protoprune.scores import read_table, write_scores
 from protoprune.training.loop import Recipe
 
 GROUPS = (ClusterOptions, RuleOptions, TableOptions, LabelOptions, TrainingOptions)
@@ -152,7 +157,9 @@ def test_every_option_for_several_values_takes_text_that_is_split():
     assert {"keep", "size", "order", "dynamic", "theta", "devices", "selection_seconds"} <= kinds[str,]
 
 
-@pytest.mark.parametrize("line", ["select f.h5 --keep 1 --order {}", "info {}", "select {} --keep 1", "advise --images {}"])
+@pytest.mark.parametrize(
+    "line", ["select f.h5 --keep 1 --order {}", "info {}", "select {} --keep 1", "advise --images {}"]
+)
 def test_what_was_typed_is_shown_shortened(line, tmp_path, monkeypatch, feature_file):
     monkeypatch.chdir(tmp_path)
     feature_file("f.h5", np.eye(3))
@@ -178,3 +185,93 @@ def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_p
         assert f"--device {device}: " in result.stderr.splitlines()[-1]
         assert "expected auto, cuda" in result.stderr or "use auto, cuda, mps or cpu" in result.stderr
     assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "kept.txt"}
+
+
+# --- options that would do nothing -----------------------------------------------------------------------------------
+
+IDLE = {
+    "compare a.csv b.csv --count 8": "--count 8: goes with --sheet",
+    "compare a.csv b.csv --bootstrap 0 --seed 0": "--seed 0: is of the resamples of --bootstrap",
+    "compare a.csv b.csv --by-place": "--by-place: all of these tables name their images",
+    "compare a.csv b.csv --rows kept.txt": "--rows kept.txt: none of these tables needs names",
+    "compare s.csv s2.csv --higher-is keep": "--higher-is keep: all of these tables say what is higher",
+    "evaluate --features f.h5 --test t.h5 --dynamic random --keep 0.5 --selection-seconds 3":
+        "--selection-seconds 3: is about lists, and there is none",
+    "evaluate --features f.h5 --test t.h5 --dynamic random --keep 0.5 --no-class-counts":
+        "--no-class-counts: is about lists, and there is none",
+    "evaluate kept.txt --features f.h5 --images images --test t.h5": "--images images: heads train on --features",
+    "scaling --features f.h5 --test t.h5 --size 12 --order random --k 3": "--k 3: --order random ranks nothing",
+    "scaling --features f.h5 --test t.h5 --size 12 --order random --scores a.csv":
+        "--scores a.csv: ranks, and --order random asks for no ranking",
+    "record f.h5 -o new.h5 --test-labels lab.csv": "--test-labels lab.csv: is of the test images, and there are none",
+    "import v.npy -o new.h5 --vector-column features": "--vector-column features: v.npy has one array without a name",
+    "import v.npy -o new.h5 --path-column paths": "--path-column paths: v.npy has no names in columns",
+    "import v.npz -o new.h5 --paths all.txt --path-column paths": "--path-column paths: --paths gives the names",
+    "reshard kept.txt new.tars --root images --image-column x": "--image-column x: is for Parquet and Arrow files",
+    "embed shard.tar -o new.h5 --encoder mini --id-column y": "--id-column y: is for Parquet and Arrow files",
+    "embed shard.tar -o new.set --encoder mini --label-column x --class-level 1":
+        "--label-column and --class-level: give the one",
+    "embed shard.tar -o new.set --encoder mini --device cpu --devices cpu,cpu": "--device cpu: --devices says where",
+    "report f.h5 -o new.html --no-thumbnails --root images": "--root images: says where the images of the thumbnails",
+    "select f.h5 --keep 0.5 --scores a.csv --no-cache": "--scores ranks without clustering: no --no-cache with it",
+    "select f.h5 --keep 0.5 --order cover --k 5": "--order cover ranks nothing: no --k with it",
+    "select f.h5 --keep 0.5 --order facility --restarts 2": "--order facility takes no ranking into account",
+    "select f.h5 --keep 0.5 --order cover --train-points 9": "--order cover ranks nothing: no --train-points with it",
+    "select f.h5 --keep 0.5 --order random --restarts 3": "--order random takes no ranking into account: no --restarts",
+    "select f.h5 --keep 0.5 --order random --stability": "--stability compares rankings by prototypes",
+    "select f.h5 --keep 0.5 --absolute -o new.npy": "--absolute: a list in the format npy holds no paths",
+    "sheet f.h5 -o new.png --max-rows 20": "--max-rows 20: goes with --by or --duplicates",
+    "tune --features u.h5 --keep 0.5 -o new.tune --seeds 10": "--seeds 10: needs classes, and u.h5 has none",
+    "tune --features u.h5 --keep 0.5 -o new.tune --scores a.csv": "--scores a.csv: needs classes, and u.h5 has none",
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(command_folder):
+    arrays = np.load("v.npz")
+    np.save("v.npy", arrays["features"])
+    Path("all.txt").write_text("".join(f"{path}\n" for path in arrays["paths"].tolist()))
+    for name in ("s.csv", "s2.csv"):
+        write_scores(name, arrays["paths"].tolist(), arrays["features"][:, 0], metric="el2n")
+    return command_folder
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_an_option_that_does_nothing_is_refused(here, line):
+    """With its default too, since whoever types it expects something of it; and before anything is written."""
+    result = CliRunner().invoke(app, line.split())
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert f"error: {IDLE[line]}" in result.stderr.splitlines()[-1]
+    assert not list(here.glob("new.*"))
+
+
+def test_what_was_typed_is_forgotten_when_the_command_ends(here):
+    assert CliRunner().invoke(app, ["info", "f.h5", "--errors"]).exit_code == 0
+    refuse_idle("does nothing", "errors")  # no command runs
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: protoprune.select("f.h5", 0.5, scores="a.csv", cache=False), "no --no-cache with it"),
+        (lambda: protoprune.select("f.h5", 0.5, order="cover", k=5), "--order cover ranks nothing: no --k with it"),
+        (lambda: protoprune.select("f.h5", 0.5, order="random", restarts=2), "no --restarts with it"),
+        (lambda: stability(protoprune.select("f.h5", 0.5, order="random")), "--order random is none"),
+        (lambda: import_features("v.npy", "new.h5", vector_column="x"), "--vector-column x: v.npy has one array"),
+        (lambda: join({"a": read_table("a.csv"), "b": read_table("b.csv")}, by_place=True), "--by-place: all of these"),
+    ],
+)
+def test_python_refuses_the_same(here, call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+def test_restarts_and_clusters_where_they_do_something(here):
+    """The neighbours of what is refused above."""
+    for options in (
+        {"order": "random", "restarts": 2, "drop_hardest": 0.2},
+        {"order": "random", "restarts": 2, "dedup": 0.1},
+        {"order": "cover", "k": 5, "by": "cluster"},
+        {"order": "cover", "k": 5, "quota": "dbp"},
+    ):
+        assert protoprune.select("f.h5", 0.5, **options).keep.any()

@@ -1,5 +1,6 @@
 """Ray: every shard once, whoever dies, and what is wrong with a cluster in one line."""
 
+import itertools
 import os
 import random
 import signal
@@ -9,8 +10,11 @@ import sys
 import time
 
 import h5py
+import launch_helpers
 import numpy as np
 import pytest
+import torch
+from launch_helpers import start
 from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
@@ -36,28 +40,22 @@ def ray_here():
         environment.setenv(name, value)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL",
              object_store_memory=100 << 20)  # fmt: skip
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    by_value(ray)
     yield ray
     ray.shutdown()
     environment.undo()
 
 
-def start(device):
-    return device
+def by_value(ray):
+    """The workers cannot import these files."""
+    for module in (sys.modules[__name__], launch_helpers):
+        ray.cloudpickle.register_pickle_by_value(module)
 
 
 def work(state, task, ahead):
-    """'die:FILE' kills its process the first time, 'always' every time."""
-    kind, _, path = task.partition(":")
-    if kind == "always" or (kind == "die" and not os.path.exists(path)):
-        if path:
-            open(path, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "error":
-        raise UsageError("a bad task")
-    if kind == "bug":
+    if task == "bug":
         raise ValueError("not expected")
-    return task
+    return launch_helpers.work(state, task, ahead)[0]
 
 
 def refuse(device):
@@ -189,6 +187,71 @@ def test_options_that_do_not_go_together(options, message, tmp_path, monkeypatch
     result = CliRunner().invoke(app, ["embed", "tars", "--encoder", "mini", *options])
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+
+
+# --- GPUs: Ray hands out what a machine declares, whether or not there is any
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs protoprune[ray]")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    ray.shutdown()
+    ray.init("local", num_cpus=5, num_gpus=2, include_dashboard=False, log_to_driver=False,
+             logging_level="CRITICAL", object_store_memory=100 << 20)  # fmt: skip
+    by_value(ray)
+    yield ray
+    ray.shutdown()
+
+
+def seen_gpus(device):
+    return device, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def took_a_moment(state, task, ahead):
+    """(device and GPUs, process, from, to)"""
+    began = time.monotonic()
+    work(state, task, ahead)
+    time.sleep(0.2)
+    return state, os.getpid(), began, time.monotonic()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_each_gpu_has_one_worker_at_a_time_also_after_a_death(two_gpus, tmp_path, monkeypatch):
+    need = cluster.need()
+    assert need == Need("cuda", 2)  # its share of five CPUs
+    assert cluster.need("cuda", 4) == Need("cuda", 4)
+    assert cluster.need("cpu") == Need("cpu", 1)
+    tasks = [*map(str, range(6)), f"die:{tmp_path}/x", *map(str, range(6, 12))]
+    with pytest.warns(ProtopruneWarning, match="the Ray worker on .* died at die:"):
+        found = list(cluster.run(took_a_moment, seen_gpus, tasks, need))
+    assert len(found) == len(tasks)
+    assert {state for state, *_ in found} == {("cuda", "0"), ("cuda", "1")}
+    for gpu in "01":
+        times = sorted((began, ended) for (_, on), _, began, ended in found if on == gpu)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
+    on_cpu = list(cluster.run(took_a_moment, seen_gpus, ["a", "b"], Need("cpu", 1)))
+    assert {gpus for (_, gpus), *_ in on_cpu} <= {None, "", "-1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about GPUs that do not work")
+def test_gpus_that_do_not_work_are_said_in_a_line(two_gpus, tmp_path, monkeypatch):
+    """A machine that declares GPUs, with a torch or a driver that cannot use them."""
+    monkeypatch.chdir(tmp_path)
+    write_tars(tmp_path / "tars", members(image_folder(tmp_path / "images", {"ant": 2})), 1)
+    for precision in ("auto", "fp32"):
+        result = CliRunner().invoke(
+            app, ["embed", "tars", "--encoder", "lite0", "--engine", "ray", "--precision", precision]
+        )
+        assert result.exit_code in (1, 2), result.output
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("error: "), result.stderr
+        assert "NVIDIA" in last or "CUDA" in last
+        assert "--device cpu" in last
 
 
 # --- kills

@@ -396,6 +396,44 @@ def test_killed_at_any_moment_it_ends_in_the_same_features(folder, mini, tmp_pat
     assert json.loads((tmp_path / "f/set.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_members_that_belong_to_no_image_are_listed_by_name(kind, folder, mini, tmp_path):
+    png = members(folder)[0][1]
+    files = [("a/1.png", png), ("a/1.json", b"{}"), ("a/1.txt", b"an ant"), ("b/2.heif_", png), ("b/2.json", b"{}"),
+             ("README", b"about\tthis"), ("b/3.png", b"no image")]  # fmt: skip
+    (tmp_path / "s").mkdir()
+    write = write_tar if kind == "tar" else write_zip
+    write(tmp_path / f"s/0.{kind}", files)
+    write(tmp_path / f"s/1.{kind}", [("4.png", png), ("4.json", b"{}")])
+    errors = tmp_path / "e.csv"
+    embed = ["embed", tmp_path / "s", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu", "--errors", errors]
+    expected = [
+        (f"0.{kind}/b/3.png", "not an image", "b'no image' begins no image format"),
+        (f"0.{kind}/README", "not an image by name", "it has no suffix and begins like no image"),
+        (f"0.{kind}/b/2.heif_", "not an image by name",
+         "no image has the suffix .heif_, but it begins like a PNG file: rename it"),
+        (f"0.{kind}/b/2.json", "not an image by name", "no image has the suffix .json"),
+    ]  # fmt: skip
+    for again in (False, True):
+        result = call(*embed)
+        assert result.exit_code == 0, result.stderr
+        said = (
+            "left out 6 files that are not images by name: .json 3, (no suffix) 1, .heif_ 1, .txt 1; 3 of them belong"
+        )
+        assert (said in result.stderr) is not again, result.stderr
+        with open(errors, newline="") as file:
+            rows = [(row["path"], row["status"], row["reason"]) for row in csv.DictReader(file)]
+        assert [row[:2] for row in rows] == [row[:2] for row in expected]
+        assert [row[2] for row in rows[1:]] == [row[2] for row in expected[1:]]
+    assert call("merge", tmp_path / "f", "-o", tmp_path / "m.h5").exit_code == 0
+    assert call("embed", tmp_path / f"s/0.{kind}", "-o", tmp_path / "0.h5", "--encoder", "mini").exit_code == 0
+    for name in ("f", "m.h5", "0.h5"):
+        lines = call("info", tmp_path / name, "--errors").stdout.splitlines()
+        assert [line.split("\t")[0] for line in lines] == [path for path, *_ in expected]
+        assert "left out    3 members of shards" in call("info", tmp_path / name).stdout
+    assert call("info", tmp_path / "m.h5", "--verify").exit_code == 0
+
+
 def test_damage_is_found_and_mended(tars, mini, tmp_path):
     run(tars, tmp_path / "f", mini)
     before = arrays(tmp_path / "f")

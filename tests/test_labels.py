@@ -198,3 +198,9 @@ def test_record_and_evaluate_take_them(flat):
 
 def test_json_of_one_record_is_not_a_mapping(tmp_path):
     assert labels(tmp_path, json.dumps([{"path": "a.png", "label": 3}]), ["a.png"], "a.json")[0] == ["3"]
+
+
+def test_a_column_is_asked_for_where_there_is_none(tmp_path):
+    (tmp_path / "truth.txt").write_text("1\n2\n")
+    with pytest.raises(UsageError, match=r"truth.txt: no column label: it has one class a line"):
+        read_labels(LabelFile(tmp_path / "truth.txt", "label"), ["a.png", "b.png"], str(tmp_path))

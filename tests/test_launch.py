@@ -1,5 +1,6 @@
 """Worker processes: every task once, whoever dies."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from launch_helpers import start, work
 from shard_helpers import image_folder, members, write_tars
 
 from protoprune import launch
@@ -18,46 +20,30 @@ from protoprune.sharding import embed_shards
 from protoprune.sources import find_shards
 
 
-def start(device):
-    return device
-
-
-def work(state, task, ahead):
-    """'die:FILE' kills its process the first time, 'always' every time."""
-    kind, _, path = task.partition(":")
-    if kind == "always" or (kind == "die" and not os.path.exists(path)):
-        if path:
-            open(path, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "error":
-        raise UsageError("a bad task")
-    return task, state
-
-
-def run(tasks, devices=("cpu", "cpu")):
+def run(tasks, devices=("this", "that")):  # names that no worker asks torch for
     return sorted(task for task, _ in launch.run(work, start, tasks, devices))
 
 
 def test_every_task_once():
     tasks = [str(i) for i in range(7)]
     assert run(tasks) == tasks
-    assert run(tasks, ["cpu"]) == tasks
+    assert run(tasks, ["this"]) == tasks
     assert run([]) == []
     assert run(["a"]) == ["a"]
 
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path):
     tasks = ["1", f"die:{tmp_path}/x", "2", f"die:{tmp_path}/y", "3"]
-    with pytest.warns(ProtopruneWarning, match="the worker on cpu was killed by signal 9 at die:"):
+    with pytest.warns(ProtopruneWarning, match="the worker on th.. was killed by signal 9 at die:"):
         assert run(tasks) == sorted(tasks)
 
 
 def test_a_task_that_kills_every_worker_is_lost_and_the_others_are_done():
     with pytest.warns(ProtopruneWarning):
-        results = list(launch.run(work, start, ["1", "always", "2"], ["cpu"], tries=2))
+        results = list(launch.run(work, start, ["1", "always", "2"], ["this"], tries=2))
     lost = [one for one in results if isinstance(one, launch.Lost)]
     assert [(one.task, one.reason) for one in lost] == [
-        ("always", "the worker on cpu was killed by signal 9, for the second time (out of memory?)")
+        ("always", "the worker on this was killed by signal 9, for the second time (out of memory?)")
     ]
     assert sorted(one for one, _ in (x for x in results if x not in lost)) == ["1", "2"]
 
@@ -67,7 +53,7 @@ def test_workers_that_all_die_end_the_run():
         pytest.warns(ProtopruneWarning),
         pytest.raises(ProtopruneError, match="was killed by signal 9 at always, for the second time"),
     ):
-        list(launch.run(work, start, ["always"], ["cpu"], tries=2))
+        list(launch.run(work, start, ["always"], ["this"], tries=2))
 
 
 def test_tasks_are_set_aside_for_who_will_have_them_next_and_given_to_others_at_the_end():
@@ -94,6 +80,36 @@ def test_devices_are_parsed(text, devices):
     for wrong in ("", "0,,1", "cpu,0"):
         with pytest.raises(UsageError, match="--devices"):
             launch.parse_devices(wrong)
+
+
+def test_devices_of_a_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert launch.parse_devices("all") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert launch.parse_devices("2,0") == ["cuda:2", "cuda:0"]
+    assert launch.parse_devices("cpu,cpu") == ["cpu", "cpu"]
+    with pytest.raises(UsageError, match="--devices 0,3: this machine has 3 GPUs, numbered from 0"):
+        launch.parse_devices("0,3")
+
+
+def took_a_moment(device, task, ahead):
+    """(device, process, from, to); 'die:FILE' kills its process the first time."""
+    began = time.monotonic()
+    work(device, task, ahead)
+    time.sleep(0.05)
+    return device, os.getpid(), began, time.monotonic()
+
+
+@pytest.mark.slow
+def test_each_device_has_one_process_at_a_time_also_after_a_death(tmp_path):
+    tasks = [f"die:{tmp_path}/x", *map(str, range(12)), f"die:{tmp_path}/y"]
+    with pytest.warns(ProtopruneWarning, match="the worker on cuda:. was killed by signal 9"):
+        found = list(launch.run(took_a_moment, start, tasks, ["cuda:0", "cuda:1"]))
+    assert len(found) == len(tasks)
+    assert {device for device, *_ in found} == {"cuda:0", "cuda:1"}
+    assert all(len({device for device, pid, *_ in found if pid == one}) == 1 for _, one, *_ in found)
+    for device in ("cuda:0", "cuda:1"):
+        times = sorted((began, ended) for on, _, began, ended in found if on == device)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
 
 
 def test_workers_make_the_set_that_one_process_makes(tmp_path):

@@ -373,7 +373,7 @@ def test_covering_clusters_where_it_is_asked_to(feature_file, tmp_path):
         {"by": "cluster", "balance": 0.5},
     ):
         assert protoprune.select(path, 0.5, order="cover", **options).ranking.clusterings, options
-    for options in ({}, {"balance": 0.5}, {"by": "cluster"}, {"k": 3}):
+    for options in ({}, {"balance": 0.5}, {"by": "cluster"}):
         assert not protoprune.select(path, 0.5, order="cover", **options).ranking.clusterings, options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoprune import hdf5, records
@@ -45,6 +45,7 @@ def finished(out, **options) -> str:
     models=st.integers(1, 3), epochs=st.integers(1, 3), n=st.integers(1, 9), test=st.integers(0, 3),
     gradients=st.booleans(), one_by_one=st.booleans(),
 )  # fmt: skip
+@settings(max_examples=25)  # each writes a file, part by part
 def test_what_is_written_is_what_is_read(tmp_path_factory, models, epochs, n, test, gradients, one_by_one):
     out = created(
         tmp_path_factory.mktemp("r") / "r.h5", models=models, epochs=epochs, n=n, test=test, gradients=gradients

@@ -1,6 +1,7 @@
 """Shards by URL: the same features as from the disk, and every kind of trouble in one line without secrets."""
 
 import http.server
+import json
 import os
 import socket
 import subprocess
@@ -371,6 +372,19 @@ def test_hugging_face_without_a_network_is_said_within_seconds(tmp_path):
     assert "hf://datasets/owner/name/data/train-*.parquet: cannot be reached" in said
 
 
+_ONE_AFTER_THE_OTHER = """
+import json, sys
+from protoprune.cli import main
+for command in json.loads(sys.argv[1]):
+    sys.argv[1:] = command
+    try:
+        main()
+    except SystemExit:
+        pass
+    print("--- ended", flush=True)
+"""
+
+
 def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monkeypatch):
     """User, password and signature of a URL, and the environment's keys: nothing of them in what is written."""
     secrets = ["pa55word", "SIGNATURE0123", "very-secret-value", "AKIATESTKEY"]
@@ -389,7 +403,7 @@ def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monk
     query = "?X-Amz-Signature=SIGNATURE0123"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(protoprune.__file__)),
                    "PROTOPRUNE_CACHE": str(tmp_path / "run/cache")}  # fmt: skip
-    said = b""
+    commands = []
     for arguments in (
         ["embed", f"http://me:pa55word@{host}/0000.tar{query}", "-o", "http"],
         ["embed", f"http://me:pa55word@{host}/{{0000..0002}}.tar{query}", "-o", "http3", "--errors", "e.csv"],
@@ -403,10 +417,13 @@ def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monk
     ):
         if arguments[0] == "embed":
             arguments += ["--encoder", "mini", "--device", "cpu"]
-        result = subprocess.run(
-            [sys.executable, "-m", "protoprune", *arguments], capture_output=True, env=environment, cwd=tmp_path / "run"
-        )
-        said += result.stdout + result.stderr
+        commands.append(list(map(str, arguments)))
+    result = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands)], capture_output=True, env=environment,
+        cwd=tmp_path / "run",
+    )  # fmt: skip
+    said = result.stdout + result.stderr
+    assert result.stdout.count(b"--- ended") == len(commands)
     written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for name in s3.find("images-bucket/secrets"):
         written[name] = s3.cat_file(name)

@@ -15,7 +15,7 @@ from shard_helpers import image_folder, members, write_tar, write_tars
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import stores
+from protoprune import remoteset, setstate, stores
 from protoprune.cli import app
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -81,7 +81,7 @@ def test_a_set_on_a_store_is_the_set_in_a_folder(memory, tars, mini, tmp_path, c
     run(tars, tmp_path / "f", mini)
     report = run(tars, "memory://set/f", mini)
     assert (report.states, report.n, report.finished) == ({"embedded": 4}, 12, True)
-    assert sorted(stores.sizes("memory://set/f")) == sorted(
+    assert sorted(stores.listed("memory://set/f")) == sorted(
         ["set.json", *(f"{name}.h5" for name in NAMES), *(f"{name}.note.json" for name in NAMES)]
     )
     same_bytes(tmp_path / "f", "memory://set/f", tmp_path)
@@ -95,12 +95,12 @@ def test_a_set_on_a_store_is_the_set_in_a_folder(memory, tars, mini, tmp_path, c
 
 def test_a_second_run_fetches_and_embeds_nothing(memory, tars, mini, monkeypatch):
     run(tars, "memory://set/f", mini)
-    before = {name: memory.info(f"/set/f/{name}") for name in stores.sizes("memory://set/f")}
+    before = {name: memory.info(f"/set/f/{name}") for name in stores.listed("memory://set/f")}
     monkeypatch.setattr("protoprune.sharding.open_shard", None)  # would be a TypeError
     monkeypatch.setattr(stores, "get", None)
     report = run(tars, "memory://set/f", mini)
     assert (report.embedded, report.states, report.n) == (0, {"unchanged": 4}, 12)
-    assert {name: memory.info(f"/set/f/{name}") for name in stores.sizes("memory://set/f")} == before
+    assert {name: memory.info(f"/set/f/{name}") for name in stores.listed("memory://set/f")} == before
 
 
 def test_only_what_is_missing_changed_or_damaged_is_embedded(memory, tars, folder, mini, tmp_path):
@@ -233,18 +233,58 @@ def test_the_second_writer_of_a_shard_is_refused_by_the_store(bucket, tars, mini
 
 
 def test_two_that_embed_the_same_shard_end_with_one_file(bucket, tars, mini, monkeypatch):
-    from protoprune import sharding
+    url, real = "s3://images-bucket/race", remoteset.deliver
 
-    url, real = "s3://images-bucket/race", sharding._deliver
-
-    def late(place, path, replaces):
-        monkeypatch.setattr(sharding, "_deliver", real)
+    def late(*arguments, **options):
+        monkeypatch.setattr(remoteset, "deliver", real)
         run(tars, url, mini)  # another process does all of it meanwhile
-        real(place, path, replaces)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(sharding, "_deliver", late)
+    monkeypatch.setattr(remoteset, "deliver", late)
     report = run(tars, url, mini)
     assert (report.states, report.finished) == ({"unchanged": 4}, True)
+    assert len(protoprune.select(url, 0.5).kept_paths) == 6
+
+
+@pytest.mark.parametrize("late", ["put", "note"])
+def test_a_note_never_speaks_for_the_file_of_another_writer(late, bucket, memory, tars, mini, tmp_path, monkeypatch):
+    """Two replace the same features with others; the slower one's note, or its file, arrives after all of the other."""
+    url = f"s3://images-bucket/late-{late}"
+    run(tars, "memory://other/f", mini, store="float32")
+    theirs, path = str(tmp_path / "theirs.h5"), shard_file(url, "0000.tar")
+    stores.get(shard_file("memory://other/f", "0000.tar"), theirs)
+    run(tars, url, mini)
+    where, name = {"put": (stores, "put"), "note": (remoteset, "write_note")}[late]
+    real = getattr(where, name)
+
+    def slow(*arguments, **options):
+        monkeypatch.setattr(where, name, real)
+        remoteset.deliver(theirs, path, setstate.facts_of(theirs), new=False)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(where, name, slow)
+    run(tars, url, mini, store="float32", overwrite=True)
+    report = run(tars, url, mini, store="float32")
+    assert (report.finished, report.states) == (True, {"unchanged": 4})
+    assert len(protoprune.select(url, 0.5).kept_paths) == 6
+    for part in read_plan(url)[1]:
+        assert remoteset.note(shard_file(url, part.name))["uuid"] == part.uuid
+
+
+def test_a_writer_that_is_killed_before_its_note_leaves_none_that_fits(memory, tars, mini, monkeypatch):
+    """The note of what was there before has the right number of bytes, and is about another encoder's file."""
+    url = "memory://killed/f"
+    run(tars, url, mini)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remoteset, "write_note", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tars, url, load_encoder("mini", decode="fast"), overwrite=True)
+    monkeypatch.undo()
+    report = run(tars, url, mini, overwrite=True)
+    assert report.states == {"unchanged": 3, "embedded": 1}
     assert len(protoprune.select(url, 0.5).kept_paths) == 6
 
 
@@ -277,7 +317,7 @@ def test_killed_drivers_end_in_the_same_bytes(bucket, folder, mini, tmp_path):
     for goal in (1, moments.randint(2, 4), moments.randint(5, 8)):
         driver = subprocess.Popen(command, stderr=subprocess.PIPE)
         until = time.monotonic() + 100
-        while time.monotonic() < until and sum(name.endswith(".h5") for name in stores.sizes(url)) < goal:
+        while time.monotonic() < until and sum(name.endswith(".h5") for name in stores.listed(url)) < goal:
             time.sleep(0.02)
         time.sleep(moments.random() / 4)
         driver.send_signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import protoprune
 from protoprune.cli import app
@@ -97,6 +98,14 @@ def test_every_command_and_option_has_help(name):
     assert command.help
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help text"
+
+
+@pytest.mark.parametrize("group", [[], ["theory"]])
+def test_no_line_of_the_overview_is_cut(group):
+    listing = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+    lines = listing.partition("Commands:")[2].splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if line.endswith("...") or len(line) > 80] == []
 
 
 def test_public_names_exist():

@@ -5,32 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from every_command import LINES, main_with, make, text, walk
+from every_command import LINES, main_with, text, walk
 
 FULL = Path("/dev/full")
 FILES = ("embed", "record", "sheet", "report", "merge", "reshard", "import", "tune")  # commands that write files
 ANSWERS = [name for name in LINES if name not in FILES]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.fixture
-def here(data, monkeypatch, feature_file):
-    if not (data / "f.h5").exists():
-        make(data, feature_file)
-    monkeypatch.chdir(data)
-    yield data
-    for path in data.glob("new.*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def here(command_folder):
+    return command_folder
 
 
 def test_every_command_is_tried():

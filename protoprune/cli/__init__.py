@@ -108,9 +108,8 @@ def _command(error: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    """One line: file names may hold line breaks, and what was typed, or read from a file, may be of any length."""
-    text = _LONG_WORD.sub(lambda word: shortened(word[0]), text)
-    say(f"error: {text}".replace("\r", "\\r").replace("\n", "\\n"))
+    """One line, whatever was typed, or read from a file, and of whatever length it is."""
+    say(f"error: {_LONG_WORD.sub(lambda word: shortened(word[0]), text)}")
 
 
 def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +124,7 @@ def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, ProtopruneWarning):
-            say("warning: " + str(message).replace("\r", "\\r").replace("\n", "\\n"))
+            say(f"warning: {message}")
         else:
             otherwise(message, category, filename, lineno, file, line)
 
@@ -176,7 +175,7 @@ for command in (
     advise,
 ):
     app.command()(spread(command))
-app.command("import")(import_)
+app.command("import")(spread(import_))
 app.add_typer(theory_app, name="theory")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.options import TableOptions, numbers, table_file
+from protoprune.cli.options import TableOptions, numbers, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
@@ -59,7 +59,10 @@ def compare(
     *,
     reading: TableOptions,
 ) -> None:
-    """Compare score tables: Spearman correlations, and the sets that they would keep."""
+    """Compare score tables: correlations, and what each would keep.
+
+    Spearman rank correlations, and the overlap of the sets that would be kept.
+    """
     from protoprune import comparison, files, selection
     from protoprune.scores import check_reading
 
@@ -72,9 +75,10 @@ def compare(
         raise UsageError(f"{len(tables)} score table: expected two or more to compare")
     if classes is not None and not keeps:
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
-    for option, value in (("--count", count), ("--root", root)):
-        if value is not None and sheet is None:
-            raise UsageError(f"{option} {value}: goes with --sheet, which shows images")
+    if sheet is None:
+        refuse_idle("goes with --sheet, which shows images", "count", "root")
+    if not keeps and not bootstrap:
+        refuse_idle("is of the resamples of --bootstrap and of the ties of --keep, and neither is asked for", "seed")
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
@@ -141,12 +145,15 @@ def _load(
     import numpy as np
 
     from protoprune import comparison
+    from protoprune.scores import read_table
 
     names = comparison.short_names(files)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"{twice}: is given twice")
-    tables = {name: _table(source, reading) for name, source in zip(names, files, strict=True)}
+    read = {name: read_table(source) for name, source in zip(names, files, strict=True)}
+    _check_reading(list(read.values()), reading)
+    tables = {name: _as_told(table, reading) for name, table in read.items()}
     paths = labels = classes = usable = options = None
     if features is not None:
         from protoprune.features import open_features
@@ -167,11 +174,19 @@ def _load(
     return result, os.fspath(root or ""), options
 
 
-def _table(source: Path, reading: TableOptions) -> Table:
-    """A table with its direction, and its names where --rows gives them."""
-    from protoprune.scores import named, read_table, turned
+def _check_reading(tables: list[Table], reading: TableOptions) -> None:
+    """UsageError for options of tables that do not say all of it, where none of these is one."""
+    if reading.higher_is is not None and not any(table.direction == "assumed" for table in tables):
+        raise UsageError(f"--higher-is {reading.higher_is}: all of these tables say what is higher; leave it out")
+    if reading.rows is not None and not any(table.kind == "index" for table in tables):
+        raise UsageError(f"--rows {reading.rows}: none of these tables needs names; leave it out")
 
-    table = turned(read_table(source), reading.higher_is)
+
+def _as_told(table: Table, reading: TableOptions) -> Table:
+    """A table with its direction, and its names where --rows gives them."""
+    from protoprune.scores import named, turned
+
+    table = turned(table, reading.higher_is)
     return table if reading.rows is None or table.kind != "index" else named(table, reading.rows)
 
 

@@ -97,7 +97,7 @@ def embed(
         typer.Option("--moved", help="The images were only moved or copied: do not compare their content."),
     ] = False,
 ) -> None:
-    """Turn a folder of images into a feature file; a second run does only what is new."""
+    """Turn images into a feature file; run it again for what is new."""
     from protoprune.stores import given, is_url
 
     inputs = [images, weights, labels, class_names]
@@ -124,6 +124,7 @@ def embed(
         _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
+        options.check(shard.name for shard in source.shards)  # before the encoder is loaded
         if not single:
             settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
@@ -181,7 +182,7 @@ def _embed_images(
 
 
 def _number(option: str, text: str) -> int | None:
-    from protoprune.embedding import MOST
+    from protoprune.engine import MOST
 
     if text == "auto":
         return None
@@ -223,8 +224,6 @@ def _shard_options(
         raise UsageError(
             "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
         )
-    if no_labels and (label_column or class_level):
-        raise UsageError(f"--no-labels does not go with {'--label-column' if label_column else '--class-level'}")
     return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
 
 
@@ -289,7 +288,8 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
     say(f"{len(found):,} images{classes} under {found.root}")
     if found.skipped:
         count = sum(found.skipped.values())
-        listed = "" if errors or not found.left_out else " (list them with --errors FILE)"
+        some = f"; {len(found.left_out):,} of them belong to no image" if found.why else ""
+        listed = some + ("" if errors or not found.left_out else " (list them with --errors FILE)")
         say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}{listed}")
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
@@ -324,10 +324,10 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
-    from protoprune.featurefile import FeatureFile
+    from protoprune.featurefile import NO_IMAGE, FeatureFile
     from protoprune.files import write_file
     from protoprune.images import describe_counts, why_left_out
-    from protoprune.lists import manifest
+    from protoprune.lists import table_chunks
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"
@@ -336,9 +336,8 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
         with FeatureFile(report.out) as file:
             rows = [(path, status.label, reason) for path, status, reason in file.failures()]
         rows += [(folder + "/", "unreadable folder", reason) for folder, reason in found.unreadable_folders]
-        rows += [(path, "not an image by name", reason) for path, reason in why_left_out(found)]
-        columns = list(zip(*rows, strict=True)) or [(), (), ()]
-        write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
+        rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
+        write_file(errors, table_chunks(["path", "status", "reason"], rows))
     if report.failed == report.n:
         raise ProtopruneError(f"none of the {report.n:,} images could be used; see {errors or '--errors FILE'} for why")
     if strict and (report.failed or found.unreadable_folders):

@@ -23,6 +23,7 @@ from protoprune.cli.options import (
     TrainingImages,
     TrainingOptions,
     numbers,
+    refuse_idle,
     several,
 )
 from protoprune.cli.outputs import check_folder, check_results
@@ -94,7 +95,7 @@ def evaluate(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """Does a list pay? Train on it, on random images and on everything, and compare.
+    """Does a list pay? Train on it, on random images, on everything.
 
     For each seed a fresh random subset of the list's size is drawn; the order of the images, their augmentation and
     the model's start are the same for all, so that only the subset differs. Differences are paired by seed. A list is
@@ -109,6 +110,8 @@ def evaluate(
     from protoprune.lists import read_list
 
     lists = lists or []
+    if not lists:
+        refuse_idle("is about lists, and there is none", "selection_seconds", "class_counts")
     source, model = training_source(images, features, model)
     samplers = _samplers(several(dynamic), numbers(keep, "--keep"), every)
     costs = _costs(

@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -237,12 +238,18 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     }
 
     @functools.wraps(command)
-    def called(**given: Any) -> None:
+    def called(context: typer.Context, **given: Any) -> None:
+        sources = {name: context.get_parameter_source(name) for name in given}
+        typed = {name: given[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        command(**given)
+        before = _typed.set(typed)
+        try:
+            command(**given)
+        finally:
+            _typed.reset(before)
 
-    parameters = []
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, one in inspect.signature(command).parameters.items():
         own = inspect.signature(groups[name]).parameters.values() if name in groups else [one]
         named = get_type_hints(groups[name], include_extras=True) if name in groups else hints
@@ -252,18 +259,37 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+_typed: ContextVar[dict[str, Any]] = ContextVar("typed")  # what stands on the command line, while its command runs
+
+
+def refuse_idle(why: str, *names: str) -> None:
+    """UsageError for the first of these options that stands on the command line, where it would do nothing.
+
+    For what only the command line knows of: whether an option was typed, be it with its default. What Python users can
+    give too is refused where it is used, for both.
+    """
+    typed = _typed.get({})
+    for name in names:
+        if name in typed:
+            raise UsageError(f"{_words(name, typed[name])}: {why}")
+
+
+def _words(name: str, value: Any) -> str:
+    """An option and its value, as one would type them."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {shlex.quote(','.join(map(str, value)) if isinstance(value, list) else str(value))}"
+
+
 def given_words(*groups: Any) -> str:
     """The options of these groups that are not at their defaults, as one would type them."""
     words = []
     for group in groups:
         for field in dataclasses.fields(group):
-            value, option = getattr(group, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
-            else:
-                words.append(f"--{option} {shlex.quote(str(value))}")
+            value = getattr(group, field.name)
+            if value != field.default:
+                words.append(_words(field.name, value))
     return " ".join(words)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 import time
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 _PLAIN_SECONDS = 10.0
 
 
+# What would break a line, move the cursor, or (the last two ranges) turn the order of what follows it.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
 def say(text: str) -> None:
-    """One line on stderr; names that are not UTF-8 are shown escaped. A stderr that is full or closed is no error."""
+    """One line on stderr, whatever the names in it (see `printable`). A stderr that is full or closed is no error."""
     if sys.stderr is None:  # `2>&-`, where print() would turn to stdout
         return
     with contextlib.suppress(OSError):
@@ -29,8 +34,10 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with the odd bytes of names that are not UTF-8 escaped."""
-    return text.encode(errors="backslashreplace").decode()
+    """The text as one line that does nothing to a terminal: what file names may hold is escaped, control characters and
+    line breaks as well as bytes that are not UTF-8."""
+    plain = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return plain.encode(errors="backslashreplace").decode()
 
 
 @contextlib.contextmanager

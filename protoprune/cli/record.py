@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions
+from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions, refuse_idle
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.training import is_image_folder, load_sets
@@ -46,10 +46,15 @@ def record(
     training: TrainingOptions,
     labels: LabelOptions,
 ) -> None:
-    """Train models on labelled images and record what every example went through, for `protoprune score`."""
+    """Train models and record what every example went through.
+
+    The images need labels. What `protoprune score` makes of a record are EL2N, forgetting, memorization and more.
+    """
     started = time.monotonic()
     caches = [] if training.pixels is None else [f"{training.pixels}.{part}" for part in ("training", "test")]
     check_outputs(*caches, hdf5=out, inputs=[source, test, training.weights, *labels.files])
+    if test is None:
+        refuse_idle("is of the test images, and there are none without --test", "test_labels")
     labels.arguments()  # what is wrong with them is said before torch loads
     from protoprune.device import resolve_device
     from protoprune.training import recording

@@ -16,6 +16,7 @@ from protoprune.cli.options import (
     Scores,
     TableOptions,
     given_words,
+    refuse_idle,
     table_file,
 )
 from protoprune.cli.outputs import check_outputs, check_suffix
@@ -48,7 +49,10 @@ def report(
         Path | None, typer.Option(help="Folder that `protoprune evaluate -o` wrote, to show its verdicts.")
     ] = None,
 ) -> None:
-    """Write one self-contained page that shows what a list keeps, at every fraction."""
+    """Write one page that shows what a list keeps at every fraction.
+
+    It holds all that it shows: no server, no network.
+    """
     from protoprune import pruning
     from protoprune.files import write_file
     from protoprune.report import Options, page
@@ -57,6 +61,8 @@ def report(
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
     if duplicates is not None and how.dedup is not None:
         raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
+    if not thumbnails:
+        refuse_idle("says where the images of the thumbnails are, and --no-thumbnails shows none", "root")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
     check_suffix(out, (".html", ".htm"))
     options = Options(

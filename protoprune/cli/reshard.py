@@ -25,7 +25,10 @@ def reshard(
     image_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the images.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the ids.")] = None,
 ) -> None:
-    """Write new tars of the images that a list keeps, with what lies beside them. Inputs are only read."""
+    """Write new tars of the images that a list keeps.
+
+    What lies beside an image in its tar (labels, captions) comes with it. Inputs are only read.
+    """
     from protoprune.resharding import reshard as write
     from protoprune.sources import ShardOptions
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def metrics() -> None:
-    """List the metrics: what each needs, costs and says, and where it comes from."""
+    """List the metrics: what each needs, costs and says.
+
+    And where each comes from: the paper, and the code where there is some.
+    """
     from protoprune.metrics.catalogue import METRICS
 
     rows = []
@@ -81,7 +84,10 @@ def score(
         Path | None, typer.Option("-o", "--out", help="Write the score table here; - is stdout [default: stdout].")
     ] = None,
 ) -> None:
-    """Score every image by a metric (larger = harder), as a table for `protoprune select --scores`."""
+    """Score every image by a metric, as a table for `select --scores`.
+
+    A larger score is a harder image, whatever the metric.
+    """
     import time
 
     from protoprune.metrics import catalogue

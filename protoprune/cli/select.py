@@ -53,11 +53,13 @@ def select(
     out = None if out == Path("-") else out
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     check_links(links, hard_links)
+    if absolute and _format(format, out) in ("npy", "datacomp"):
+        raise UsageError(f"--absolute: a list in the format {_format(format, out)} holds no paths; leave it out")
     if root is not None and links is None and not absolute:
         raise UsageError(f"--root {root}: goes with --links or --absolute; a list holds paths below the root")
     _check_output(format, null, [features, table_file(scores), reading.rows], links, out, removed, manifest)
-    if stability and how.order in ("cover", "facility"):
-        raise UsageError(f"--stability compares rankings by prototypes; --order {how.order} is none")
+    if stability:
+        pruning.check_stability(rule)
     if stability and scores is not None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
@@ -68,7 +70,7 @@ def select(
     say_ranking(ranking)
     if how.dedup is not None:
         _say_duplicates(ranking, how.dedup)
-    if clusters.restarts > 1 and scores is None and how.order not in ("cover", "facility"):
+    if clusters.restarts > 1 and scores is None:
         share = pruning.restart_overlap(ranking, rule)
         seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")

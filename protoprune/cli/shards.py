@@ -13,12 +13,12 @@ import typer
 from protoprune.cli.options import several
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
-from protoprune.cli.tables import echo
+from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import bytes_text, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from protoprune.encoders import Encoder
     from protoprune.featureset import Part
@@ -103,7 +103,7 @@ def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int],
 def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     from protoprune.images import describe_counts
 
-    _say_left_out(report.skipped, report.duplicates)
+    _say_left_out(report)
     if report.failed:
         say(f"{report.failed:,} images could not be used: {describe_counts(report.failures, 10)}")
     if report.transparent:
@@ -121,29 +121,32 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
 
 
-def _say_left_out(skipped: Counter[str], duplicates: int) -> None:
+def _say_left_out(report: SetReport) -> None:
     from protoprune.images import describe_counts
 
-    if skipped:
-        say(f"left out {sum(skipped.values()):,} files that are not images by name: {describe_counts(skipped)}")
-    if duplicates:
-        say(f"{duplicates:,} images came twice under one name in a shard; the last one counts, as in unpacking")
+    count = sum(report.skipped.values())
+    if count:
+        some = f"; {report.left_out:,} of them belong to no image (--errors FILE lists them)" if report.left_out else ""
+        say(f"left out {count:,} files that are not images by name: {describe_counts(report.skipped)}{some}")
+    if report.duplicates:
+        say(f"{report.duplicates:,} images came twice under one name in a shard; the last one counts, as in unpacking")
 
 
 def _write_errors(errors: Path, report: SetReport) -> None:
-    """Shards that failed, and images, as one list."""
+    """Shards that failed, images that did, and what was left out of shards, as one list."""
     from protoprune.features import local_path
     from protoprune.featureset import FeatureSet
     from protoprune.files import write_file
-    from protoprune.lists import manifest
+    from protoprune.lists import table_chunks
     from protoprune.stores import is_url
 
-    rows = list(report.failed_shards)
-    if report.finished and report.n and (report.failed or not is_url(report.out)):
-        with FeatureSet(local_path(report.out)) as whole:
-            rows += [(path, status.label, reason) for path, status, reason in whole.failures()]
-    columns = list(zip(*rows, strict=True)) or [(), (), ()]
-    write_file(errors, manifest(dict(zip(("path", "status", "reason"), columns, strict=True))))
+    def rows() -> Iterator[tuple[str, str, str]]:
+        yield from report.failed_shards
+        if report.finished and report.n and (report.failed or report.left_out or not is_url(report.out)):
+            with FeatureSet(local_path(report.out)) as whole:
+                yield from whole.problems()
+
+    write_file(errors, table_chunks(["path", "status", "reason"], rows()))
 
 
 def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -220,7 +223,7 @@ def show_set(folder: str, errors: bool) -> bool:
     pending = sum(part.pending for part in parts)
     if errors:
         for one in failed:
-            echo("\t".join(one))
+            echo_fields(*one)
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
     states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"

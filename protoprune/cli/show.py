@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, table_file
+from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
-from protoprune.cli.tables import echo
+from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
 from protoprune.units import bytes_text
 
@@ -27,12 +27,22 @@ if TYPE_CHECKING:
 
 def info(
     file: Annotated[Path, typer.Argument(help="Feature file, feature set or training record.")] = Path("features.h5"),
-    errors: Annotated[bool, typer.Option("--errors", help="List every image that could not be used.")] = False,
+    errors: Annotated[
+        bool,
+        typer.Option(
+            "--errors",
+            help="List every image that could not be used, and what was left out of shards: name, status and reason, "
+            "with tabs between them; in names backslashes and control characters are escaped.",
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it, and say whether it is what was written.")
     ] = False,
 ) -> None:
-    """Describe a feature file, a feature set or a training record, finished or not, and check it for damage."""
+    """Describe features or a training record; check them for damage.
+
+    A feature file, a feature set or a record, finished or not.
+    """
     from protoprune import hdf5
     from protoprune.featurefile import FeatureFile, partial_path
     from protoprune.features import open_features
@@ -58,8 +68,8 @@ def info(
             return
     with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:
-            for name, status, reason in features.failures():
-                echo(f"{name}\t{status.label}\t{reason}")
+            for one in features.problems():
+                echo_fields(*one)
         elif verify:
             _verify(features)
         else:
@@ -76,6 +86,8 @@ def _describe_features(file: Source) -> None:
     if done < file.n or file.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
     echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+    if left_out := len(file.left_out):
+        echo(f"left out    {left_out:,} members of shards that are no images and belong to none (--errors lists them)")
     if file.transparent.any():
         echo(f"transparent {file.transparent.sum():,} images, shown on white")
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
@@ -195,7 +207,7 @@ def sheet(
     reading: TableOptions,
     clustering: ClusterOptions,
 ) -> None:
-    """Write a contact sheet of the easiest and the hardest images, or of near-duplicates."""
+    """Draw the easiest and the hardest images, or near-duplicates."""
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
@@ -207,6 +219,8 @@ def sheet(
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
     check_suffix(out, (".png",), only=True)
+    if by == "none" and duplicates is None:
+        refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
     if scores is not None and (words := given_words(replace(clustering, seed=0))):
         raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))

@@ -11,8 +11,14 @@ from protoprune.cli.progress import printable
 
 
 def echo(text: str) -> None:
-    """One line on stdout; names that are not UTF-8 are shown escaped."""
+    """One line on stdout, whatever the names in it (see `printable`)."""
     typer.echo(printable(text))
+
+
+def echo_fields(*cells: str) -> None:
+    """One line of fields with tabs between them, which a program can take apart: backslashes are doubled, and what
+    `printable` escapes is `\\n`, `\\t`, `\\xNN`, ..., so that Python's unicode_escape gives each back."""
+    typer.echo("\t".join(printable(cell.replace("\\", "\\\\")) for cell in cells))
 
 
 def print_table(

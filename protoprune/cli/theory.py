@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from protoprune.theory.solver import Solution
 
 theory_app = typer.Typer(
-    help="Test error of pruned data in the teacher-student perceptron, where it can be computed exactly.",
+    help="Test error of pruned data in the teacher-student perceptron.\n\nThere it can be computed exactly.",
     no_args_is_help=True,
 )
 
@@ -128,7 +128,7 @@ def curve(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """Test error against the number of examples, one line a fraction kept."""
+    """Test error by number of examples, a line a fraction kept."""
     keeps, grid = _fractions(keep), _grid(start, stop, points)
     _check_outputs(csv, plot)
     total = against is Size.total
@@ -154,7 +154,7 @@ def pareto(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """Lowest test error at each pruned size, over the fraction kept."""
+    """Lowest test error at each pruned size."""
     thetas, grid = _angles(theta), _grid(start, stop, points)
     _check_outputs(csv, plot)
     from protoprune.theory.solver import pareto as envelope
@@ -174,7 +174,10 @@ def best_keep(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """The fraction kept with the lowest test error, for a number of examples before or after pruning."""
+    """The fraction kept with the lowest test error.
+
+    For a number of examples before or after pruning.
+    """
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
     _check_outputs(csv, plot)
     from protoprune.theory import solver as theory
@@ -192,7 +195,10 @@ def crossover(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """The alpha_tot above which keeping hard examples beats easy ones, and random ones ('-': not by 200)."""
+    """The alpha_tot above which hard examples beat easy ones.
+
+    And random ones; - says: not by 200.
+    """
     keeps, thetas = numbers(keep, "--keep", low=0, high=0.99), _angles(theta)
     _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
@@ -215,7 +221,9 @@ def information(
     csv: Csv = None,
     plot: Plot = None,
 ) -> None:
-    """Nats that one more kept example tells about the teacher (hard kept, perfect probe).
+    """Nats that one more kept example tells about the teacher.
+
+    With hard examples kept, by a perfect probe.
 
     `gain` solves for both overlaps; `energetic` is the paper's form, which assumes that they are equal.
     """
@@ -245,7 +253,10 @@ def advise(
         ),
     ] = None,
 ) -> None:
-    """What the theory and published measurements say about pruning a data set of this size, and how sure they are."""
+    """What theory and measurements say about pruning data like this.
+
+    For a data set of this size, and how sure they are.
+    """
     from rich.console import Console
 
     from protoprune.theory.advice import advise as advice_for

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.bounds import check_number
-from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, table_file
+from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, refuse_idle, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
+from protoprune.cli.tables import echo
 from protoprune.cli.training import load_sets
 from protoprune.errors import UsageError
 from protoprune.units import duration
@@ -63,7 +64,9 @@ def tune(
     ] = Path("tune"),
     training: TrainingOptions,
 ) -> None:
-    """Which list is best here? Try the recipes of `select` on parts of your images, and prove the winner on the rest.
+    """Which list is best here? Try recipes, and prove the winner.
+
+    Recipes of `select` are tried on parts of your images; the winner is judged on the rest.
 
     Recipes are compared by training linear heads on the features to convergence, on what each keeps of one part of the
     images, and testing on another; the better half goes on to more parts. The winner is judged once, on images that
@@ -91,12 +94,14 @@ def tune(
     check_results(out, source.provenance["root"], source.paths)
     pool, examples = _pool(source, scores or [], higher_is)
     if len(pool.classes) < 2:
+        names = ("scores", "test", "model", "images", "seeds")
+        refuse_idle(f"needs classes, and {features} has none; leave it out", *names)
         _describe(pool, features, fraction, seed, out)
         return
     networks, tested = None, None
     if model is not None and images is not None:
         networks = _networks(pool, model, images, test, training)
-        tested = networks.test and _pool_of(networks.test)
+        tested = None if networks.test is None else _pool_of(networks.test)
     elif test is not None and examples is not None:
         with open_features(test) as file:
             tested = _tested(file, examples)
@@ -106,7 +111,8 @@ def tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
             networks=networks, folder=out, on_progress=say,
         )  # fmt: skip
-    command = _write_list(result, source, features, out / "kept.txt", seed, higher_is)
+    kept = out / f"kept.{_list_format(source)}"
+    command = _write_list(result, source, features, kept, seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
         "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
@@ -115,7 +121,7 @@ def tune(
     written = report.save(out, result, command, config)
     _print(result, command)
     say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
-    say(f"wrote {', '.join([os.fspath(out / 'kept.txt'), *written])}")
+    say(f"wrote {', '.join([os.fspath(kept), *written])}")
 
 
 def _fraction(text: str) -> float | None:
@@ -200,6 +206,19 @@ def _networks(pool: Pool, model: str, images: Path, test: Path | None, training:
     return Networks(subset(train, rows), tested, recipe, training.device)
 
 
+def _list_format(source: Source) -> str:
+    """txt, but jsonl where a name holds a line break, which would be found out after hours of work."""
+    import numpy as np
+
+    from protoprune.lists import check_list
+
+    try:
+        check_list(source.paths, np.arange(source.n), "txt")
+    except UsageError:
+        return "jsonl"
+    return "txt"
+
+
 def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: int, higher_is: str | None) -> str:
     """Write the winner's list, by what its command does; returns the command."""
     import numpy as np
@@ -213,7 +232,8 @@ def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: 
         higher_is=higher_is if one.scores else None,
     )  # fmt: skip
     rows = np.flatnonzero(chosen.keep)
-    write_file(out, lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], "txt"))
+    format = lists.list_format(out) or "txt"
+    write_file(out, lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], format))
     return one.command(features, result.keep, out, higher_is) + (f" --seed {seed}" if seed else "")
 
 
@@ -233,8 +253,8 @@ def _print(result: Tuned, command: str) -> None:
             f"{100 * one.accuracy:.2f} %, random {100 * one.random:.2f} %, random by class {100 * one.balanced:.2f} %, "
             f"everything {100 * one.everything:.2f} %"
         )
-    typer.echo(report.sentence(result))
-    typer.echo(command)
+    echo(report.sentence(result))
+    echo(command)
 
 
 def _describe(pool: Pool, features: Path, keep: float | None, seed: int, out: Path) -> None:
@@ -268,4 +288,4 @@ def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path
         "without labels coverage, near-duplicates and stability can be judged, accuracy cannot; where it was measured, "
         "cover beat random at 10 % kept and less (docs/results.md):"
     )
-    typer.echo(best.command(features, keep, out / "kept.txt"))
+    echo(best.command(features, keep, out / "kept.txt"))
