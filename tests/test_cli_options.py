@@ -177,7 +177,7 @@ def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_p
     feature_file("f.h5", np.random.default_rng(0).normal(size=(80, 4)), paths=paths)
     (tmp_path / "kept.txt").write_text("\n".join(paths[::2]))
     for line in (
-        "tune --features f.h5 --keep 0.5", "record f.h5", "evaluate kept.txt --features f.h5 --test f.h5",
+        "tune --features f.h5 --keep 0.5 --model cnn --images .", "record f.h5", "evaluate kept.txt --features f.h5 --test f.h5",
         "scaling --features f.h5 --test f.h5 --size 20,40 -o curves",
     ):  # fmt: skip
         result = CliRunner().invoke(app, [*line.split(), "--device", device])
