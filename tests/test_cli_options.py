@@ -176,15 +176,17 @@ def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_p
     paths = [f"{name}/{i:02d}.png" for name in ("ape", "bee") for i in range(40)]
     feature_file("f.h5", np.random.default_rng(0).normal(size=(80, 4)), paths=paths)
     (tmp_path / "kept.txt").write_text("\n".join(paths[::2]))
+    (tmp_path / "images").mkdir()
     for line in (
-        "tune --features f.h5 --keep 0.5 --model cnn --images .", "record f.h5", "evaluate kept.txt --features f.h5 --test f.h5",
+        "tune --features f.h5 --keep 0.5 --model cnn --images images", "record f.h5",
+        "evaluate kept.txt --features f.h5 --test f.h5",
         "scaling --features f.h5 --test f.h5 --size 20,40 -o curves",
     ):  # fmt: skip
         result = CliRunner().invoke(app, [*line.split(), "--device", device])
         assert result.exit_code == 2, (line, result.output, result.exception)
         assert f"--device {device}: " in result.stderr.splitlines()[-1]
         assert "expected auto, cuda" in result.stderr or "use auto, cuda, mps or cpu" in result.stderr
-    assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "kept.txt"}
+    assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "images", "kept.txt"}
 
 
 # --- options that would do nothing -----------------------------------------------------------------------------------
@@ -293,3 +295,14 @@ def test_each_list_is_in_the_format_of_its_name(here):
         result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", name, "--format", format])
         assert result.exit_code == (2 if format == "datacomp" else 0)  # these images are not called by uids
         assert "says" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--label-column x", "--class-level 3"])
+@pytest.mark.parametrize("out", ["new.set", "new.h5"])
+def test_classes_that_no_shard_has_are_said(here, option, out):
+    """Only what lies in the shards can tell, which is not looked at before they are embedded."""
+    result = CliRunner().invoke(app, f"embed shard.tar -o {out} --encoder mini {option}".split())
+    assert result.exit_code == 0
+    assert f"warning: {option}: gives no image of " in result.stderr
+    plain = CliRunner().invoke(app, f"embed shard.tar -o new.{out} --encoder mini".split())
+    assert "warning" not in plain.stderr
