@@ -67,6 +67,7 @@ class EmbedReport:
     moved_from: str = ""  # the root that the earlier file was for, where that was another one
     compared: int = 0  # images whose content was compared with what had been embedded
     other: int = 0  # those of them that had other content
+    uuid: str = ""  # of the feature file
     device: str = ""
     precision: str = ""
 
@@ -132,6 +133,7 @@ class Engine:
         if encoder.preprocess.size > _LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
+        self._room: list[torch.Tensor] = []
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, encoder)
         self.provenance = {
@@ -147,6 +149,27 @@ class Engine:
     def forward(self):
         """(function, batch size), made when the first image needs it; see `_forward`."""
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
+
+    @functools.cached_property
+    def pieces(self) -> ThreadPoolExecutor:
+        """Threads that compute pieces of a batch on the CPU; what torch keeps for each is made once."""
+        return ThreadPoolExecutor(cores(), initializer=_alone)
+
+    @contextlib.contextmanager
+    def buffers(self) -> Iterator[SimpleQueue]:
+        """Room for _RING batches, uint8 (b, s, s, 3), which the next file uses again. After an error it does not: a
+        decoding thread may still be at work."""
+        import torch
+
+        side, ring = self.encoder.preprocess.size, SimpleQueue()
+        if not self._room:
+            shape, pinned = (self.forward[1], side, side, 3), self.device.type == "cuda"
+            self._room = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
+        room, self._room = self._room, []
+        for buffer in room:
+            ring.put(buffer)
+        yield ring
+        self._room = room
 
 
 def embed_with(
@@ -167,6 +190,8 @@ def embed_with(
     report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
         if not earlier.prepare(images, engine, out, overwrite, moved, report, on_compare):
+            with FeatureFile(out) as done:
+                report.uuid = done.provenance["uuid"]
             return report
         partial = PartialFile(out)
         try:
@@ -186,6 +211,7 @@ def embed_with(
             partial.close()
         with FeatureFile(out) as done:
             report.failures, report.transparent = done.failure_counts(), int(done.transparent.sum())
+            report.uuid = done.provenance["uuid"]
     return report
 
 
@@ -258,17 +284,13 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
     content = np.zeros(len(images), np.uint64)
     encoder, device, compiled, workers = engine.encoder, engine.device, engine.compile, engine.workers
     silence_libtiff()
-    side = encoder.preprocess.size
-    ring: SimpleQueue = SimpleQueue()
-    for _ in range(_RING):
-        ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"))
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = device.type == "cpu"
     hunger = _Hunger() if on_cpu else None
     with (
+        engine.buffers() as ring,
         _decoders(images, encoder, workers, on_cpu, content) as decoders,
-        ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
         ahead: deque = deque()
@@ -292,7 +314,7 @@ def _run(images: ImageList, engine: Engine, partial: PartialFile, on_progress) -
                 decoders.relieve(_alone)
                 hunger = None
             if on_cpu and not compiled:
-                features = torch.cat(list(pieces.map(forward, _pieces(buffer, len(rows)))))
+                features = torch.cat(list(engine.pieces.map(forward, _pieces(buffer, len(rows)))))
             else:
                 features = forward(buffer)
             ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None

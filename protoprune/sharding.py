@@ -294,7 +294,6 @@ def embed_shard(
         except ShardError as error:
             setstate.note_failure(path, shard, error)
             return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
-        uuid = _uuid(place)
         if place != path:
             try:
                 remoteset.deliver(place, path, setstate.facts_of(place), new=not replaces)
@@ -304,7 +303,7 @@ def embed_shard(
         with contextlib.suppress(OSError):
             os.unlink(setstate.failure_file(path))
     return ShardReport(
-        shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
+        shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates,
     )  # fmt: skip
 
@@ -357,11 +356,6 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
-
-
-def _uuid(path: str) -> str:
-    with FeatureFile(path) as file:
-        return file.provenance["uuid"]
 
 
 def _replaces(path: str, shard: Shard, key: dict) -> bool:
