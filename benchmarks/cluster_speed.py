@@ -1,6 +1,6 @@
 """Clustering against faiss's own defaults and scikit-learn: seconds and objective on the same features.
 
-    python benchmarks/cluster_speed.py [--features features.h5] [--k 100 1000] [--count 50000] [--dim 384]
+    python benchmarks/cluster_speed.py [--features features.h5] [--k 100,1000] [--count 50000] [--dim 384]
 
 Objective: sum over all images of 1 - cosine to the nearest centroid; scikit-learn's centroids are normalised first.
 Without --features, a mixture of Gaussians with power-law cluster sizes is generated. Prints a markdown table.
@@ -14,13 +14,14 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from protoprune import prototypes
+from protoprune.cli.options import whole_numbers
 from protoprune.featurefile import FeatureFile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features")
-    parser.add_argument("--k", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--k", action="append", help="numbers of clusters: 100,1000; repeatable")
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=384)
     options = parser.parse_args()
@@ -32,7 +33,7 @@ def main() -> None:
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     print(f"{len(x):,} x {x.shape[1]}, {faiss.omp_get_max_threads()} threads\n")
     print("| k | method | seconds | / protoprune | objective | / best |\n|---|---|---|---|---|---|")
-    for k in options.k:
+    for k in whole_numbers(options.k or "100,1000", "--k", example="100,1000"):
         methods = {
             "protoprune (faiss, all points, 25 iterations)": lambda k=k: (
                 prototypes.cluster(x, k, backend="faiss").centroids

@@ -1,6 +1,6 @@
 """What covering costs: CPU seconds, peak memory and their slope, by number of images, for classes and for clusters.
 
-    python benchmarks/cover_speed.py [--sizes 50000,200000,1000000,5000000] [--dim 192] [--order cover]
+    python benchmarks/cover_speed.py [--size 50000,200000,1000000,5000000] [--dim 192] [--order cover]
 
 Synthetic float16 features in a mixture of tight Gaussians, in a file that is mapped into memory as a feature file is.
 Classes have 1,300 images, as ImageNet's; clusters are those of about 400 that `--by cluster` makes, k-means included.
@@ -20,7 +20,10 @@ import time
 
 import numpy as np
 
+from protoprune.cli.options import whole_numbers
+
 CLASS = 1300
+SIZES = "50000,200000,1000000,5000000"
 
 
 def features(path: str, n: int, dim: int) -> None:
@@ -57,7 +60,7 @@ def measure(path: str, by: str, order: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="50000,200000,1000000,5000000")
+    parser.add_argument("--size", action="append", help="images: 50000,200000; repeatable")
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--order", default="cover")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -67,7 +70,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = []
-        for n in map(int, options.sizes.split(",")):
+        for n in whole_numbers(options.size or SIZES, "--size", example=SIZES):
             path = os.path.join(folder, f"{n}.npy")
             features(path, n, options.dim)
             for by in ("class", "cluster"):

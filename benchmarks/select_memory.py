@@ -1,6 +1,6 @@
 """How the memory of `protoprune` grows with the number of images: peak of the whole process, and its slope.
 
-    python benchmarks/select_memory.py [--counts 1000000 5000000] [--dim 32] [--rounds 3] [--folder DIR] [--only 0 1]
+    python benchmarks/select_memory.py [--count 1000000,5000000] [--dim 32] [--rounds 3] [--folder DIR] [--only 1,2]
 
 Writes a feature file of each size (ids as LAION's shards have them, 1,000 classes, tight made-up clusters of about
 1,000 images, one image in fifty nearly a copy of another one) into a temporary folder under DIR, puts clusterings into
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 
+from protoprune.cli.options import whole_numbers
+
 SELECT = ["select", "features.h5", "--keep"]
 COMMANDS = (
     [*SELECT, "0.7"],
@@ -32,19 +34,22 @@ COMMANDS = (
     ["info", "features.h5"],
 )
 CLUSTER = 1000  # images
+COUNTS = "1000000,5000000"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[1_000_000, 5_000_000])
+    parser.add_argument("--count", action="append", help="images: 1000000,5000000; repeatable")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the commands to run, from 0")
+    parser.add_argument("--only", action="append", help="numbers of the commands to run, from 1: 1,4; repeatable")
     options = parser.parse_args()
-    commands = [one for number, one in enumerate(COMMANDS) if options.only is None or number in options.only]
+    counts = whole_numbers(options.count or COUNTS, "--count", example=COUNTS)
+    only = whole_numbers(options.only, "--only", example="1,4")
+    commands = [one for number, one in enumerate(COMMANDS, 1) if not only or number in only]
     found = {}
-    for n in options.counts:
+    for n in counts:
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
             path = os.path.join(scratch, "features.h5")
             # In a process of its own: what a process has used counts as the peak of those that it starts.
@@ -56,7 +61,7 @@ def main() -> None:
                 arguments = [*arguments, str(n // CLUSTER)] if arguments[-1] == "--k" else arguments
                 found[number, n] = [run(path, arguments) for _ in range(options.rounds)]
                 print(f"{n:,}: {' '.join(arguments)}: {found[number, n]}", file=sys.stderr)
-    table(commands, options.counts, found)
+    table(commands, counts, found)
 
 
 def shown(arguments: list[str]) -> str:

@@ -18,10 +18,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, warn
-from protoprune.launch import Tasks
+from protoprune.launch import Lost, Result, State, Task, Tasks, Work
+
+if TYPE_CHECKING:
+    import ray
 
 _TRIES = 5  # for a task whose workers die: spot machines go through no fault of their own
 _WAITING = 2  # actors that wait for room
@@ -47,7 +52,7 @@ def connected(address: str | None = None) -> Iterator[bool]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
     alone = address == "local"
-    options = {"include_dashboard": False, "object_store_memory": _LOCAL_STORE} if alone else {}
+    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _LOCAL_STORE} if alone else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except Exception as error:  # Ray raises plain ones too, where it is too slow to start
@@ -60,7 +65,7 @@ def connected(address: str | None = None) -> Iterator[bool]:
         ray.shutdown()
 
 
-def _ray():
+def _ray() -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")  # lines about waiting actors, which are meant to wait
     try:
@@ -122,7 +127,7 @@ def need(device: str = "auto", workers: int | None = None, alone: bool = False) 
     return one
 
 
-def _check_room(need: Need, nodes: list[dict], alone: bool) -> None:
+def _check_room(need: Need, nodes: list[dict[str, Any]], alone: bool) -> None:
     if any(node.get("CPU", 0) >= need.cpus and node.get("GPU", 0) >= need.gpus for node in nodes):
         return
     most = max(((node.get("GPU", 0), node.get("CPU", 0)) for node in nodes), default=(0, 0))
@@ -132,7 +137,7 @@ def _check_room(need: Need, nodes: list[dict], alone: bool) -> None:
     warn(f"{what}; waiting up to {_PATIENCE_SECONDS // 60} minutes for one to join")
 
 
-def _nodes() -> list[dict]:
+def _nodes() -> list[dict[str, Any]]:
     """Resources of each machine."""
     import ray
 
@@ -163,13 +168,15 @@ def gpu_has_bf16() -> bool:
         ) from None
 
 
-class _Actor:
+class _Actor(Generic[State]):
     """A worker's life, on whatever machine."""
+
+    state: State
 
     def here(self) -> tuple[str, object]:
         return "here", os.uname().nodename
 
-    def begin(self, start: Callable, device: str, version: str) -> tuple[str, object]:
+    def begin(self, start: Callable[[str], State], device: str, version: str) -> tuple[str, object]:
         try:
             if version != __version__:
                 raise ProtopruneError(f"has protoprune {__version__}, not {version}; install the same everywhere")
@@ -183,50 +190,54 @@ class _Actor:
         if hasattr(self.state, "close"):
             self.state.close()
 
-    def work(self, work: Callable, task, ahead) -> tuple[str, object, list[str]]:
+    def work(
+        self, work: Work[State, Task, Result], task: Task, ahead: Task | None
+    ) -> tuple[str, Result | ProtopruneError, list[str]]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ProtopruneWarning)
             try:
-                kind, value = "result", work(self.state, task, ahead)
+                answer: tuple[str, Result | ProtopruneError] = "result", work(self.state, task, ahead)
             except ProtopruneError as error:
-                kind, value = "error", error
+                answer = "error", error
         said = [str(one.message) for one in caught if issubclass(one.category, ProtopruneWarning)]
-        return kind, value, said
+        return *answer, said
 
 
 @dataclass
-class _Worker:
-    actor: object
+class _Worker(Generic[Task]):
+    actor: Any  # a handle, whose methods Ray makes
     number: int
-    task: object = None
+    task: Task | None = None
     node: str = ""  # '' until it has found room
 
 
 @dataclass
-class _Crew:
+class _Crew(Generic[State, Task, Result]):
     """The actors of one run."""
 
-    work: Callable
-    start: object  # in the object store
+    work: Work[State, Task, Result]
+    start: ray.ObjectRef[Any]  # in the object store
     need: Need
-    workers: dict = field(default_factory=dict)  # ref -> _Worker
-    idle: list[_Worker] = field(default_factory=list)
+    workers: dict[ray.ObjectRef[Any], _Worker[Task]] = field(default_factory=dict)  # by what they will say next
+    idle: list[_Worker[Task]] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def hire(self) -> None:
         import ray
 
-        actor = ray.remote(_Actor).options(num_cpus=self.need.cpus, num_gpus=self.need.gpus, max_restarts=0).remote()
+        actor: Any = (
+            ray.remote(_Actor).options(num_cpus=self.need.cpus, num_gpus=self.need.gpus, max_restarts=0).remote()
+        )
         self._ask(_Worker(actor, next(self.numbers)), actor.here.remote())
 
-    def begin(self, worker: _Worker) -> None:
+    def begin(self, worker: _Worker[Task]) -> None:
         self._ask(worker, worker.actor.begin.remote(self.start, self.need.device, __version__))
 
-    def give(self, worker: _Worker, task, ahead) -> None:
+    def give(self, worker: _Worker[Task], task: Task, ahead: Task | None) -> None:
         worker.task = task
         self._ask(worker, worker.actor.work.remote(self.work, task, ahead))
 
-    def _ask(self, worker: _Worker, ref) -> None:
+    def _ask(self, worker: _Worker[Task], ref: ray.ObjectRef[Any]) -> None:
         self.workers[ref] = worker
 
     @property
@@ -255,7 +266,9 @@ class _Crew:
                 ray.kill(worker.actor)
 
 
-def run(work: Callable, start: Callable, tasks: Sequence, need: Need) -> Iterator:
+def run(
+    work: Work[State, Task, Result], start: Callable[[str], State], tasks: Sequence[Task], need: Need
+) -> Iterator[Result | Lost[Task]]:
     """As `launch.run`, on the cluster that is connected."""
     import ray
 
@@ -273,13 +286,17 @@ def run(work: Callable, start: Callable, tasks: Sequence, need: Need) -> Iterato
             patience.look(bool(crew.working or crew.free or ready))
             for ref in ready:
                 worker = crew.workers.pop(ref)
-                yield from _news(ray, ref, worker, crew, todo)
+                yield from _news(ref, worker, crew, todo)
     finally:
         crew.dismiss()
 
 
-def _news(ray, ref, worker: _Worker, crew: _Crew, todo: Tasks) -> Iterator:
+def _news(
+    ref: ray.ObjectRef[Any], worker: _Worker[Task], crew: _Crew[State, Task, Result], todo: Tasks[Task]
+) -> Iterator[Result | Lost[Task]]:
     """What an actor has to say: that it has begun, the result of a task, or that it is dead."""
+    import ray
+
     try:
         kind, value, *said = ray.get(ref)
     except ray.exceptions.RayTaskError as error:
@@ -290,7 +307,7 @@ def _news(ray, ref, worker: _Worker, crew: _Crew, todo: Tasks) -> Iterator:
         with contextlib.suppress(Exception):
             ray.kill(worker.actor)
         where = f"the Ray worker on {worker.node}" if worker.node else "a Ray worker"
-        lost = todo.died(worker.number, worker.task, f"{where} died{_why(ray, error)}")
+        lost = todo.died(worker.number, worker.task, f"{where} died{_why(error)}")
         if lost is not None:
             yield lost
         return
@@ -309,7 +326,9 @@ def _news(ray, ref, worker: _Worker, crew: _Crew, todo: Tasks) -> Iterator:
     crew.idle.append(worker)
 
 
-def _why(ray, error) -> str:
+def _why(error: Exception) -> str:
+    import ray
+
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return " (out of memory)"
     text = str(error).lower()
@@ -323,7 +342,7 @@ def _why(ray, error) -> str:
 class _Patience:
     """How long nobody has worked."""
 
-    def __init__(self, need: Need):
+    def __init__(self, need: Need) -> None:
         self._need, self._since, self._told = need, time.monotonic(), False
 
     def look(self, anybody: bool) -> None:

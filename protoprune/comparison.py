@@ -251,24 +251,31 @@ def join(
         raise UsageError(
             "--by-place: all of these tables name their images, and their order says nothing; leave it out"
         )
+    if paths is None and all(map(_by_number, tables.values())):
+        return _joined_by_number(tables)
+    row_numbers = paths is not None
     if paths is None:
-        named = [table for table in tables.values() if not _by_number(table)]
-        for table in tables.values():
-            if named and _by_number(table):
-                raise UsageError(
-                    f"{table.source}: has row numbers and {named[0].source} has paths; "
-                    "give --features FILE, which knows both, or --rows FILE with the names"
-                )
-        if not named:
-            n = max(_rows(table) for table in tables.values())
-            numbers = [str(row) for row in range(n)]
-            joined = {name: match(table, numbers, by_place=True) for name, table in tables.items()}
-            return numbers, {name: replace(table, ends=[]) for name, table in joined.items()}
-        paths, row_numbers = sorted(named[0].keys or ()), False
-    else:
-        row_numbers = True
+        paths = _paths_of(tables)
     matched = {name: match(table, paths, row_numbers=row_numbers, by_place=by_place) for name, table in tables.items()}
     return list(paths), matched
+
+
+def _joined_by_number(tables: dict[str, Table]) -> tuple[list[str], dict[str, ScoreTable]]:
+    numbers = [str(row) for row in range(max(map(_rows, tables.values())))]
+    joined = {name: match(table, numbers, by_place=True) for name, table in tables.items()}
+    return numbers, {name: replace(table, ends=[]) for name, table in joined.items()}
+
+
+def _paths_of(tables: dict[str, Table]) -> list[str]:
+    """The paths of the first table, where all have paths."""
+    named = [table for table in tables.values() if not _by_number(table)]
+    for table in tables.values():
+        if _by_number(table):
+            raise UsageError(
+                f"{table.source}: has row numbers and {named[0].source} has paths; "
+                "give --features FILE, which knows both, or --rows FILE with the names"
+            )
+    return sorted(named[0].keys or ())
 
 
 def _by_number(table: Table) -> bool:

@@ -25,11 +25,14 @@ _SILENCE = 600  # wall time of an image that takes no CPU time: a file system th
 _TICK = 0.25  # seconds between two looks at the clock
 _MOST_LOST = 16  # threads that are given up and still busy
 
+Work = Callable[[int], tuple[np.ndarray | None, str]]  # item -> its pixels, and a note; raises ImageError
+Take = Callable[[int, np.ndarray | None], None]  # place in the part, pixels; None for an image that cannot be used
+
 
 class Part:
     """A few images for one thread: `take` is called with what `work` made of each, in order."""
 
-    def __init__(self, items: Sequence, take: Callable[[int, np.ndarray | None], None]):
+    def __init__(self, items: Sequence[int], take: Take) -> None:
         self.items, self.take = items, take
         self.outcome: list[tuple[Status, str]] = []  # of the first images
         self.finished = threading.Event()
@@ -52,9 +55,10 @@ class Part:
 class _Thread(threading.Thread):
     """Does part after part; a daemon, so that the end of the program does not wait for it."""
 
-    def __init__(self, crew: Crew, first: Part | None = None):
+    def __init__(self, crew: Crew, first: Part | None = None) -> None:
         super().__init__(daemon=True, name="decode")
-        self.crew, self.first, self.clock, self.relieved = crew, first, None, False
+        self.crew, self.first, self.relieved = crew, first, False
+        self.clock: int | None = None
         self.start()
 
     def run(self) -> None:
@@ -91,7 +95,7 @@ class _Thread(threading.Thread):
         part.finished.set()
         return True
 
-    def _one(self, item) -> tuple[np.ndarray | None, tuple[Status, str]]:
+    def _one(self, item: int) -> tuple[np.ndarray | None, tuple[Status, str]]:
         try:
             pixels, note = self.crew.work(item)
             return pixels, (Status.OK, note)
@@ -114,9 +118,9 @@ class Crew:
     A context manager: at its end the threads go home, but nobody waits for one that is busy with an image for long.
     """
 
-    def __init__(self, count: int, work: Callable, set_up: Callable[[], None] = lambda: None):
+    def __init__(self, count: int, work: Work, set_up: Callable[[], None] = lambda: None) -> None:
         self.work, self.set_up, self.closed = work, set_up, False
-        self.queue: SimpleQueue = SimpleQueue()
+        self.queue: SimpleQueue[Part | None] = SimpleQueue()
         self.busy: set[Part] = set()
         self.broken: BaseException | None = None
         self.lost: list[_Thread] = []
@@ -126,7 +130,7 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error: object) -> None:
         self.closed = True
         for _ in self.threads + self.relieved:
             self.queue.put(None)
@@ -134,7 +138,7 @@ class Crew:
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def start(self, items: Sequence, take: Callable[[int, np.ndarray | None], None]) -> Part:
+    def start(self, items: Sequence[int], take: Take) -> Part:
         """Have the items done by the next thread that is free. `take(place, pixels)` is called there, with None for an
         image that cannot be used."""
         part = Part(items, take)
@@ -188,5 +192,6 @@ class Crew:
             )
         if len(part.outcome) == len(part.items):
             part.finished.set()
-            part = None
-        self.threads.append(_Thread(self, part))
+            self.threads.append(_Thread(self))
+        else:
+            self.threads.append(_Thread(self, part))

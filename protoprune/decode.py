@@ -16,15 +16,18 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 import numpy as np
 
 from protoprune import formats, jpeg
 from protoprune.errors import ProtopruneError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 
 class Status(IntEnum):
@@ -99,10 +102,21 @@ ON_WHITE = "transparent, shown on white"  # the note of such an image in the fea
 class ImageError(Exception):
     """An image that cannot be used: its status and a reason that names neither path nor position."""
 
-    def __init__(self, status: Status, reason: str):
+    def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
+
+
+class DataConfig(TypedDict):
+    """What timm says of a model's input, as far as it is used here."""
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    crop_pct: float | None
+    crop_mode: str
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -113,12 +127,12 @@ class Preprocess:
     resize: int  # side that the short edge (center) or both edges (squash) are resized to, pixels
     interpolation: str = "bicubic"  # bicubic, bilinear, lanczos, nearest
     crop_mode: str = "center"
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of pixels in [0, 1]
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels in [0, 1], one a channel
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     decode: str = "exact"  # or fast: large JPEGs are decoded at half their size or less
 
     @classmethod
-    def from_timm(cls, cfg: dict, image_size: int | None = None) -> Preprocess:
+    def from_timm(cls, cfg: DataConfig, image_size: int | None = None) -> Preprocess:
         """From a timm data configuration (`timm.data.resolve_model_data_config`); `image_size` overrides the crop."""
         _, height, width = cfg["input_size"]
         if image_size is None and height != width:
@@ -131,7 +145,7 @@ class Preprocess:
         resize = math.floor(size / (cfg["crop_pct"] or 1.0))
         return cls(size, resize, cfg["interpolation"], cfg["crop_mode"], tuple(cfg["mean"]), tuple(cfg["std"]))
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, int | str | list[float]]:
         """Everything that changes pixels, as plain values: part of the cache key and of the provenance."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "exif": "applied", "alpha": "white"}
 
@@ -145,9 +159,8 @@ class Preprocess:
             target = (self.resize, self.resize)
         else:  # torchvision truncates the long edge
             short = min(height, width)
-            target = tuple(
-                self.resize if edge == short else int(self.resize * edge / short) for edge in (height, width)
-            )
+            edges = [self.resize if edge == short else int(self.resize * edge / short) for edge in (height, width)]
+            target = edges[0], edges[1]
         top, left = (round((edge - self.size) / 2.0) for edge in target)
         if self.interpolation in ("bicubic", "bilinear") and max(target) <= MAX_ASPECT * self.resize:
             resized = _resize_torch(pixels, target, self.interpolation)
@@ -279,7 +292,7 @@ def _decode_jpeg(data: bytes, least: int | None) -> tuple[np.ndarray, tuple[int,
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or jpeg.orientation(data) != 1:
             return None
-        scale = {} if least is None else {"min_height": least, "min_width": least, "min_factor": 2}
+        scale: dict[str, int] = {} if least is None else {"min_height": least, "min_width": least, "min_factor": 2}
         if min(height, width) < 2 * (least or 0):
             scale = {}
         # strict: a warning is an error, and Pillow decides
@@ -341,7 +354,7 @@ def _why(error: Exception, data: bytes) -> ImageError:
     return ImageError(Status.CORRUPT, text)
 
 
-def _upright(image):
+def _upright(image: Picture) -> Picture:
     """A loaded PIL image, turned as its EXIF says; without that it is no copy."""
     from PIL import ImageOps
 
@@ -354,7 +367,7 @@ def _upright(image):
     return image
 
 
-def _on_white(image):
+def _on_white(image: Picture) -> tuple[Picture, bool]:
     """(the image on white, True) where parts of a loaded PIL image are transparent, else (the same image, False)."""
     from PIL import Image
 
@@ -372,7 +385,7 @@ def _on_white(image):
         whole = image if image.mode == "RGBA" else image.convert("RGBA")
     except ValueError:  # a mode that knows no way there; its transparency is then no more than a remark
         return image, False
-    if whole.getextrema()[3][0] == 255:
+    if whole.getchannel("A").getextrema()[0] == 255:
         return image, False
     flat = Image.new("RGB", whole.size)
     for rows, band in _bands(whole):
@@ -381,7 +394,7 @@ def _on_white(image):
     return flat, True
 
 
-def _pixels(image) -> np.ndarray:
+def _pixels(image: Picture) -> np.ndarray:
     """A loaded PIL image of any mode -> (h, w, 3) uint8; deep ones are scaled to 8 bits, which `convert` would clip."""
     from PIL import ImageCms
 
@@ -389,13 +402,13 @@ def _pixels(image) -> np.ndarray:
         return np.repeat(_to_8_bits(image)[:, :, None], 3, axis=2)
     if image.mode == "LAB":  # Pillow converts this mode by colour profiles only
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
     if image.mode == "P" and "transparency" in image.info:  # the way round a warning; the same pixels
         image = image.convert("RGBA")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _to_8_bits(image) -> np.ndarray:
+def _to_8_bits(image: Picture) -> np.ndarray:
     """Grey values of 16 or 32 bits, in a loaded PIL image -> (h, w) uint8.
 
     Unsigned values within 16 bits are shifted down from the smallest usual depth (8, 10, 12, 14, 16 bits) that holds
@@ -426,7 +439,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return (finite.min().item(), finite.max().item()) if finite.size else (math.inf, -math.inf)
 
 
-def _bands(image) -> Iterator[tuple[slice, object]]:
+def _bands(image: Picture) -> Iterator[tuple[slice, Picture]]:
     """(rows, PIL image of them): a deep image is 8 bytes a pixel in numpy, and as much in every step of a formula."""
     step = max(1, _BAND // image.width)
     for top in range(0, image.height, step):

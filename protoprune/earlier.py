@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,37 @@ from protoprune.featurefile import FeatureFile, PartialFile, partial_path
 from protoprune.images import ImageList
 
 if TYPE_CHECKING:
-    from protoprune.embedding import EmbedReport, Engine
+    from protoprune.engine import Engine
 
 
 class LossError(ProtopruneError):
     """The features that are there would be lost, in whole or for the most part."""
+
+
+@dataclass
+class Before:
+    """What this run finds."""
+
+    compared: int  # images whose content was compared with what had been embedded
+    other: int  # those of them that had other content
+    dropped: int = 0  # images of the earlier file that are gone from the list
+    moved_from: str = ""  # the root that the earlier file was for, where that was another one
+    up_to_date: bool = False  # whether the finished file needs nothing
+
+
+@dataclass
+class _Left:
+    """What earlier runs left and may be taken over: an unfinished file and a finished one, where they are there."""
+
+    started: FeatureFile | None
+    finished: FeatureFile | None
+    differences: list[str]  # between the features of the unfinished file and those that are wanted
+    replacing: bool  # the finished file will be replaced, whatever it holds
+
+    @property
+    def alike(self) -> list[FeatureFile]:
+        """Those that hold the features that are wanted."""
+        return [file for file in (None if self.differences else self.started, self.finished) if file is not None]
 
 
 def prepare(
@@ -36,63 +63,67 @@ def prepare(
     out: str,
     overwrite: bool,
     moved: bool,
-    report: EmbedReport,
     on_compare: Callable[[int], None] | None,
-) -> bool:
-    """Leave a partial file for this run's rows; False when the finished file needs nothing.
-
-    An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
-    which it will replace; without that, a file of other features is never touched.
-    """
-    started, finished, provenance = partial_path(out), out, engine.provenance
+) -> Before:
+    """Leave a partial file for this run's rows, unless the finished file needs nothing."""
+    provenance = engine.provenance
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
-        files = {
-            path: stack.enter_context(FeatureFile(path)) for path in (started, finished) if _readable(path, overwrite)
-        }
-        other = {path: feature_file.key_differences(file.provenance, provenance) for path, file in files.items()}
-        replacing = started in files and not other[started] and bool(files[started].provenance.get("overwrite"))
-        if overwrite or replacing:
-            files.pop(finished, None)
-            if not replacing:
-                files.pop(started, None)
-        elif other.get(finished):
-            raise ProtopruneError(_other_features(finished, files[finished], other[finished], provenance))
+        left = _left(out, provenance, overwrite, stack)
+        started, finished = left.started, left.finished
         if os.path.exists(out):
             _check_findable(out, images)
-        known = _known(
-            images, engine, {path: file for path, file in files.items() if not other[path]}, moved, on_compare
-        )
-        report.compared, report.other = int(known.compared.sum()), int(known.other.sum())
-        rows = dict(zip((path for path in files if not other[path]), known.rows, strict=True))
-        if finished in files:
-            report.moved_from = _moved_from(files[finished], images)
-            _check_losses(files[finished], images, rows[finished])
-            report.dropped = len(set(files[finished].paths).difference(images.paths))
-            if (started not in files or other[started]) and _up_to_date(files[finished], images, engine):
-                report.unchanged, report.failures = files[finished].n, files[finished].failure_counts()
-                report.transparent = int(files[finished].transparent.sum())
-                return False
-        if other.get(started) and started in files:
-            raise ProtopruneError(
-                f"{started} is an unfinished run with other features ({'; '.join(other[started])}); finish that one "
-                f"first, write to another file with -o, or delete {started} to give it up"
-            )
-        refused = started in files and files[started].finished().all()  # all done, and yet not in its place
-        if started not in files or refused or not feature_file.covers(files[started], images):
-            replaces = {**provenance, "overwrite": int(overwrite or replacing)}
-            if finished in files and _same_features(files[finished], images, rows[finished]):
-                replaces["uuid"] = files[finished].provenance["uuid"]
-            sources = [files[path] for path in rows]
-            feature_file.create_partial(out, images, engine.encoder.dim, replaces, sources, list(rows.values()))
-    return True
+        known = _known(images, engine, left.alike, moved, on_compare)
+        before = Before(int(known.compared.sum()), int(known.other.sum()))
+        rows = {file.path: mine for file, mine in zip(left.alike, known.rows, strict=True)}
+        if finished is not None:
+            before.moved_from = _moved_from(finished, images)
+            _check_losses(finished, images, rows[out])
+            before.dropped = len(set(finished.paths).difference(images.paths))
+            if (started is None or left.differences) and _up_to_date(finished, images, engine):
+                before.up_to_date = True
+                return before
+        if left.differences:
+            raise ProtopruneError(_other_unfinished(partial_path(out), left.differences))
+        # One that is all done, and yet not in its place, was refused there.
+        if started is None or started.finished().all() or not feature_file.covers(started, images):
+            replaces = {**provenance, "overwrite": int(left.replacing)}
+            if finished is not None and _same_features(finished, images, rows[out]):
+                replaces["uuid"] = finished.provenance["uuid"]
+            feature_file.create_partial(out, images, engine.encoder.dim, replaces, left.alike, known.rows)
+    return before
+
+
+def _left(out: str, wanted: dict[str, str], overwrite: bool, stack: contextlib.ExitStack) -> _Left:
+    """An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
+    which it will replace; without that, a file of other features is never touched."""
+    started, finished = _opened(partial_path(out), overwrite, stack), _opened(out, overwrite, stack)
+    differences = [] if started is None else feature_file.key_differences(started.provenance, wanted)
+    goes_on = started is not None and not differences and bool(started.provenance.get("overwrite"))
+    if overwrite or goes_on:
+        return _Left(started if goes_on else None, None, [], replacing=True)
+    if finished is not None and (other := feature_file.key_differences(finished.provenance, wanted)):
+        raise ProtopruneError(_other_features(out, finished, other, wanted))
+    return _Left(started, finished, differences, replacing=False)
+
+
+def _opened(path: str, overwrite: bool, stack: contextlib.ExitStack) -> FeatureFile | None:
+    """The feature file, if there is one; with --overwrite a damaged one counts as none."""
+    if not os.path.exists(path):
+        return None
+    try:
+        return stack.enter_context(FeatureFile(path))
+    except ProtopruneError:
+        if overwrite:
+            return None
+        raise
 
 
 def _known(
     images: ImageList,
     engine: Engine,
-    files: dict[str, FeatureFile],
+    files: list[FeatureFile],
     moved: bool,
     on_compare: Callable[[int], None] | None,
 ) -> Known:
@@ -117,7 +148,7 @@ def _known(
                 readers.results(part)
         return now[rows]
 
-    return known_rows(images, list(files.values()), moved, read)
+    return known_rows(images, files, moved, read)
 
 
 def _moved_from(file: FeatureFile, images: ImageList) -> str:
@@ -231,17 +262,11 @@ def _usable_rows(path: str) -> int:
         return 0
 
 
-def _readable(path: str, overwrite: bool) -> bool:
-    """Whether there is a feature file; with --overwrite a damaged one counts as none."""
-    if not os.path.exists(path):
-        return False
-    try:
-        FeatureFile(path).close()
-    except ProtopruneError:
-        if overwrite:
-            return False
-        raise
-    return True
+def _other_unfinished(path: str, differences: list[str]) -> str:
+    return (
+        f"{path} is an unfinished run with other features ({'; '.join(differences)}); finish that one first, write to "
+        f"another file with -o, or delete {path} to give it up"
+    )
 
 
 def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict[str, str]) -> str:

@@ -32,14 +32,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.decode import ON_WHITE, Status
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.hdf5 import Column
 from protoprune.images import ImageList
 from protoprune.paths import Paths
@@ -51,6 +53,8 @@ _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
 NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
+
+Index = int | np.integer | slice | np.ndarray | list[int]  # rows or columns of an array
 
 KIND = hdf5.Kind(
     "protoprune-features", 1, "feature file", "protoprune embed IMAGES",
@@ -82,17 +86,29 @@ class FeatureFile:
     when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._reader = hdf5.Reader(self.path, KIND)
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
         self.provenance = self._reader.attributes
         self.features = Features(self)
+        if self._reader.seal is None:
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Of a file without digests: whether what it says of its rows agrees, before any of it is used."""
+        try:
+            for name in ("paths", "labels", "status", "reason"):
+                getattr(self, name)
+            self.finished()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> FeatureFile:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -120,7 +136,10 @@ class FeatureFile:
     @property
     def status(self) -> np.ndarray:
         """(n,) uint8, values of `decode.Status`."""
-        return self._reader.within("status", 0, max(Status) + 1)
+        status = self._reader.within("status", 0, max(Status) + 1)
+        if (pending := status == Status.PENDING).any() and (count := int((pending & self.finished()).sum())):
+            raise self._reader.damaged(f"its status says that {count:,} finished rows are pending")
+        return status
 
     @property
     def usable(self) -> np.ndarray:
@@ -160,13 +179,15 @@ class FeatureFile:
         status, paths, reason, reasons = self.status, self.paths, self.reason, self.reasons
         return [
             (paths[row], Status(status[row]), reasons[reason[row]].decode(errors="backslashreplace"))
-            for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING))
+            for row in np.flatnonzero((status != Status.OK) & (status != Status.PENDING)).tolist()
         ]
 
     @property
     def left_out(self) -> list[tuple[str, str]]:
         """(name, reason) of the members of a shard that are no images and belong to none."""
         names = self._reader.names("left_out") if "left_out" in self._reader else []
+        if len(names) % 2:
+            raise self._reader.damaged("its left_out is no list of names and reasons")
         return list(zip(names[::2], names[1::2], strict=True))
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
@@ -174,7 +195,7 @@ class FeatureFile:
         yield from ((path, status.label, reason) for path, status, reason in self.failures())
         yield from ((path, NO_IMAGE, reason) for path, reason in self.left_out)
 
-    def failure_counts(self) -> Counter:
+    def failure_counts(self) -> Counter[str]:
         """Status label -> number of images."""
         values, counts = np.unique(self.status, return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True) if v > Status.OK})
@@ -198,8 +219,11 @@ class FeatureFile:
 
     def finished(self) -> np.ndarray:
         """(n,) bool: rows whose result is in the file; all of them unless this is a partial file."""
-        finished = self._reader.whole("borrowed") == 1
-        finished[np.flatnonzero(~finished)[: int(self._reader.whole("committed")[0])]] = True
+        finished = self._reader.within("borrowed", 0, 2) == 1
+        todo, done = np.flatnonzero(~finished), int(self._reader.whole("committed")[0])
+        if not 0 <= done <= len(todo):
+            raise self._reader.damaged(f"its committed says that {done:,} of {len(todo):,} rows are finished")
+        finished[todo[:done]] = True
         return finished
 
     def intact(self) -> np.ndarray:
@@ -240,21 +264,21 @@ class Features:
 
     ndim = 2
 
-    def __init__(self, file: FeatureFile):
+    def __init__(self, file: FeatureFile) -> None:
         self._file = file
         self.shape, self.dtype = (file.n, file.dim), file._reader.file["features"].dtype
         self.itemsize = self.dtype.itemsize
         self._good: np.ndarray | None = None  # (n,) bool: rows that need no more checking
         self._map: np.ndarray | None = None
-        self._columns: tuple | None = None  # digest, status, reason and reasons
+        self._columns: tuple[np.ndarray, np.ndarray, np.ndarray, list[bytes]] | None = None  # see `differs`
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> np.ndarray:
         rows, *columns = index if isinstance(index, tuple) else (index,)
         numbers = np.arange(len(self))[rows]
         if numbers.ndim == 0:
@@ -296,7 +320,7 @@ class Features:
 
 def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:
     """(b,) uint64 digests of rows: features (b, d), status and reason (b,), and what the reasons stand for."""
-    raw = memoryview(np.ascontiguousarray(features).reshape(-1).view(np.uint8))
+    raw = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
     step = features.shape[1] * features.itemsize
     kinds, which = np.unique(status.astype(np.int64) * _REASON_SLOTS + reason, return_inverse=True)
     seeds = [xxh3_64_intdigest(bytes([kind // _REASON_SLOTS]) + reasons[kind % _REASON_SLOTS]) for kind in kinds]
@@ -313,7 +337,7 @@ def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, re
 class PartialFile:
     """The file of a run under way: which rows are left, committing a batch, and the rename at the end."""
 
-    def __init__(self, out: str):
+    def __init__(self, out: str) -> None:
         self.out, self.damaged = out, 0
         with FeatureFile(partial_path(out)) as file:
             finished = file.finished()
@@ -378,7 +402,7 @@ class PartialFile:
             self._table[number] = self._file["reasons"][number] = stored
         return self._reasons[stored]
 
-    def status_counts(self) -> Counter:
+    def status_counts(self) -> Counter[str]:
         """Status label -> number of images, ok and pending ones too."""
         values, counts = np.unique(self._file["status"][:], return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True)})
@@ -405,11 +429,21 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
+def check_new(out: str, overwrite: bool) -> None:
+    """Raise UsageError where a whole new feature file would take the place of something, unless it is asked to."""
+    if os.path.isdir(out):
+        raise UsageError(f"{out}: a folder; name a file")
+    if os.path.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
+        hdf5.check_replaceable(out, KIND)
+
+
 def create_partial(
     out: str,
     images: ImageList,
     dim: int,
-    provenance: dict,
+    provenance: dict[str, Any],
     sources: Sequence[FeatureFile] = (),
     known: Sequence[np.ndarray] = (),
 ) -> None:
@@ -440,7 +474,7 @@ def _estimated_size(images: ImageList, dim: int, store: np.dtype) -> int:
     return len(images) * (dim * store.itemsize + columns) + names + _REASON_SLOTS * _REASON_WIDTH + seals.BLOCK + 16_384
 
 
-def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict) -> None:
+def _allocate(file: h5py.File, images: ImageList, dim: int, provenance: dict[str, Any]) -> None:
     n = len(images)
     file.attrs["root"] = hdf5.text(images.root)
     file.attrs["labels_from"] = hdf5.text(images.labels_from)
@@ -529,7 +563,7 @@ def _touched(file: FeatureFile, images: ImageList) -> bool:
     return bool(((before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)).any())
 
 
-def key_differences(provenance: dict, wanted: dict) -> list[str]:
+def key_differences(provenance: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """'encoder: dino_vits16, not mini' for everything in KEY that differs between a file and a request."""
     return [
         f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted.get(name))}"
@@ -544,6 +578,6 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1], strict=True))
 
 
-def _shorten(value) -> str:
+def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:12] + "…" if " " not in text else text

@@ -6,10 +6,10 @@ import os
 
 import numpy as np
 
-from protoprune import files, hdf5, stores
+from protoprune import files, stores
 from protoprune.decode import ON_WHITE
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import KEY, KIND, FeatureFile, PartialFile, create_partial, partial_path
+from protoprune.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial, partial_path
 from protoprune.featureset import FeatureSet, open_set
 from protoprune.images import ImageList, is_feature_set
 from protoprune.remoteset import local_copy
@@ -68,12 +68,7 @@ def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwr
     when the set is not whole or the file cannot be written.
     """
     out = os.fspath(out)
-    if os.path.isdir(out):
-        raise UsageError(f"{out}: a folder; name a file")
-    if os.path.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
-        hdf5.check_replaceable(out, KIND)
+    check_new(out, overwrite)
     with FeatureSet(local_path(folder)) as whole, files.lock(out):
         (labels, classes, labels_from), left_out = whole._classes(), whole.left_out
         images = ImageList(

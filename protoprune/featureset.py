@@ -20,13 +20,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from protoprune import files, stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, warn
-from protoprune.featurefile import FeatureFile
+from protoprune.featurefile import FeatureFile, Index
 from protoprune.images import SET_FILE
 from protoprune.paths import STEP, Block, Paths
 from protoprune.sources.reading import FOLDERS
@@ -35,6 +37,14 @@ from protoprune.text import native, parse_json
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _OPEN_FILES = 64  # feature files that are open at once
 _COPY_ROWS = 65_536
+
+
+class Plan(TypedDict):
+    """What set.json says of a set as a whole."""
+
+    key: dict[str, str]  # see `featurefile.KEY`
+    root: str
+    options: dict[str, Any]  # the fields of `sources.ShardOptions`
 
 
 @dataclass
@@ -57,14 +67,14 @@ class Part:
     def pending(self) -> bool:
         return not self.done and self.failed is None
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         plain = {"name": self.name, "size": self.size, "version": self.version}
         if self.done:
             return {**plain, "rows": self.rows, "usable": self.usable, "uuid": self.uuid}
         return {**plain, "failed": list(self.failed)} if self.failed else plain
 
     @classmethod
-    def from_json(cls, plain: dict) -> Part:
+    def from_json(cls, plain: dict[str, Any]) -> Part:
         failed = plain.get("failed")
         return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
@@ -74,7 +84,7 @@ def shard_file(folder: str, name: str) -> str:
     return os.path.join(folder, *name.split("/")) + ".h5"
 
 
-def read_plan(folder: str | os.PathLike) -> tuple[dict, list[Part]]:
+def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Part]]:
     """(what set.json says of the set, its parts). Raises ProtopruneError when it is none."""
     path = os.path.join(folder, SET_FILE)
     shown = stores.public(path)
@@ -110,7 +120,7 @@ def _read(path: str) -> bytes:
     return data
 
 
-def write_plan(folder: str, plan: dict, parts: list[Part], *, new: bool = False) -> None:
+def write_plan(folder: str, plan: Plan, parts: list[Part], *, new: bool = False) -> None:
     """Write set.json; the set is finished when no part is pending.
 
     On a store, `new` raises FileExistsError when there is one already.
@@ -153,7 +163,7 @@ class FeatureSet:
     damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = os.fspath(folder).rstrip("/") or "/"
         self.plan, self.parts = read_plan(self.path)
         pending = sum(part.pending for part in self.parts)
@@ -187,7 +197,7 @@ class FeatureSet:
     def __enter__(self) -> FeatureSet:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -278,7 +288,7 @@ class FeatureSet:
         """(id, what, reason) of every image without features, and of what was left out, shard by shard."""
         return (one for file in self._files() for one in file.problems())
 
-    def failure_counts(self) -> Counter:
+    def failure_counts(self) -> Counter[str]:
         return sum((file.failure_counts() for file in self._files()), Counter())
 
     @property
@@ -340,37 +350,46 @@ class FeatureSet:
         there are two, as in a folder of images.
         """
         if self._labels is None:
-            found = [(file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()]
-            kinds = {source for _, classes, source in found if classes}
-            if kinds - {FOLDERS}:
-                found = [
-                    (np.full_like(x, -1), [], "") if source == FOLDERS else (x, y, source) for x, y, source in found
-                ]
-            names = sorted({name for _, classes, _ in found for name in classes})
-            if all(name.isdecimal() for name in names):
-                names.sort(key=lambda name: (int(name), name))
-            index = {name: number for number, name in enumerate(names)}
-            parts = [
-                np.array([*(index[name] for name in classes), -1], np.int32)[labels] for labels, classes, _ in found
-            ]
-            labels = np.concatenate(parts)
-            if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
-                labels, names = np.full(self.n, -1, np.int32), []
-            self._labels = labels, names, " and ".join(sorted(kinds - {FOLDERS} or kinds)) if names else ""
+            self._labels = _joined([
+                (file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()
+            ])  # fmt: skip
         return self._labels
+
+
+def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray, list[str], str]:
+    """The same of the whole; `parts` are the labels of shards, their classes, and where these come from."""
+    kinds = {source for _, classes, source in parts if classes}
+    others = kinds - {FOLDERS}
+    if others:
+        parts = [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
+    names = _sorted_classes({name for _, classes, _ in parts for name in classes})
+    index = {name: number for number, name in enumerate(names)}
+    labels = np.concatenate([_renumbered(own, classes, index) for own, classes, _ in parts])
+    if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
+        labels, names = np.full(len(labels), -1, np.int32), []
+    return labels, names, " and ".join(sorted(others or kinds)) if names else ""
+
+
+def _renumbered(labels: np.ndarray, classes: list[str], index: dict[str, int]) -> np.ndarray:
+    return np.array([*(index[name] for name in classes), -1], np.int32)[labels]
+
+
+def _sorted_classes(names: set[str]) -> list[str]:
+    """By name; by value where all are numbers."""
+    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
 
 
 class _Rows:
     """The features of a set as an array that is read in slices, or row by row."""
 
-    def __init__(self, owner: FeatureSet, shape: tuple[int, int], dtype: np.dtype):
+    def __init__(self, owner: FeatureSet, shape: tuple[int, int], dtype: np.dtype) -> None:
         self._owner, self.shape, self.dtype = owner, shape, dtype
         self.ndim = 2
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key) -> np.ndarray:
+    def __getitem__(self, key: Index) -> np.ndarray:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
@@ -381,7 +400,7 @@ class _Rows:
             rows = np.flatnonzero(rows)
         return self._at(rows.reshape(-1)).reshape(*rows.shape, self.shape[1])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _span(self, start: int, stop: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from types import SimpleNamespace
+from typing import IO, Any
 
 from protoprune.errors import ProtopruneError, UsageError, warn
 
@@ -33,7 +33,7 @@ _PRECIOUS = (
 )  # fmt: skip
 
 
-def write_file(path: str | os.PathLike, data: bytes | Iterable[bytes]) -> None:
+def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Write a file, whose bytes may come in pieces, so that it appears complete or not at all; a pipe or a device is
     written to as it stands."""
     path = os.fspath(path)
@@ -57,7 +57,7 @@ def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
     return iter([data] if isinstance(data, bytes) else data)
 
 
-def holds(path: str | os.PathLike) -> str:
+def holds(path: str | os.PathLike[str]) -> str:
     """'an image' and the like, for a file that nothing else may take the place of; '' for others and for none."""
     try:
         if not os.path.isfile(path):
@@ -75,7 +75,7 @@ def _kind(head: bytes) -> str:
     return next((what for magic, what in _PRECIOUS if head.startswith(magic)), "")
 
 
-def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether two names lead to one file, now or once it is written.
 
     Links are followed; of files that are not there yet, names that differ only in case or in Unicode normalisation
@@ -217,7 +217,7 @@ def write_stdout(data: bytes | Iterable[bytes]) -> None:
 
 
 def write_links(
-    folder: str | os.PathLike, root: str, paths: Sequence[str], *, classes: Sequence[str] = (), hard: bool = False
+    folder: str | os.PathLike[str], root: str, paths: Sequence[str], *, classes: Sequence[str] = (), hard: bool = False
 ) -> None:
     """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist or be empty.
 
@@ -264,7 +264,7 @@ def write_links(
         shutil.rmtree(building, ignore_errors=True)  # only links, and only what this call made
 
 
-def check_free(folder: str | os.PathLike) -> None:
+def check_free(folder: str | os.PathLike[str]) -> None:
     """Raise UsageError unless a folder of links can be made here: nothing is there, or an empty folder."""
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
@@ -280,11 +280,9 @@ class BusyError(ProtopruneError):
 @contextlib.contextmanager
 def lock(out: str) -> Iterator[None]:
     """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
-    import fcntl
-
     path = out + ".lock"
     try:
-        file = _locked(path, fcntl)
+        file = _locked(path)
     except BlockingIOError:
         with contextlib.suppress(OSError), open(path) as holder:
             who = holder.read().strip()
@@ -299,11 +297,11 @@ def lock(out: str) -> Iterator[None]:
         file.close()
 
 
-def _locked(path: str, fcntl):
+def _locked(path: str) -> IO[str]:
     while True:
         file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
         try:
-            if not _flock(file, path, fcntl):
+            if not _flock(file, path):
                 return file
             if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 with contextlib.suppress(OSError):  # of a full disk: it is held all the same, by nobody in particular
@@ -316,8 +314,10 @@ def _locked(path: str, fcntl):
         file.close()  # its holder removed it between our open and our flock: this lock guards nothing
 
 
-def _flock(file, path: str, fcntl) -> bool:
+def _flock(file: IO[str], path: str) -> bool:
     """Take the lock; False on a file system that has none (Lustre, some NFS), where the run goes on without."""
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -361,33 +361,44 @@ def sync(path: str) -> None:
 # --- rows of CSV ------------------------------------------------------------------------------------------------------
 
 
-def csv_bytes(header: Sequence[str] | None, records: Iterable[Iterable] = ()) -> bytes:
+def csv_bytes(header: Sequence[str] | None, records: Iterable[Iterable[object]] = ()) -> bytes:
     """A CSV file in which every name that Linux allows survives; without a header what comes after it."""
-    lines: list[str] = []
     # csv quotes only the line ends that it writes itself: with "\r\n" a name that holds a lone "\r" survives too.
-    file = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    file = _Lines()
     writer = csv.writer(file, lineterminator="\r\n")
     if header is not None:
         writer.writerow(header)
     writer.writerows(records)
-    return os.fsencode("".join(lines))
+    return os.fsencode("".join(file.lines))
 
 
-def table_csv(rows: Sequence[dict]) -> bytes:
+class _Lines:
+    """What csv writes its rows to."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.lines.append(line.removesuffix("\r\n") + "\n")
+
+
+def table_csv(rows: Sequence[dict[str, Any]]) -> bytes:
     """A CSV file of dicts with plain values; what a row lacks, None and NaN become empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = ([plain_cell("" if row.get(name) is None else row[name]) for name in columns] for row in rows)
     return csv_bytes(columns, cells)
 
 
-def plain_number(value) -> float | str:
+def plain_number(value: object) -> float | str:
     """A float, numpy's or Python's, with its type's shortest exact digits; empty where it is not finite."""
-    return float(str(value)) if math.isfinite(value) else ""
+    number = float(str(value))
+    return number if math.isfinite(number) else ""
 
 
-def plain_cell(value):
+def plain_cell(value: object) -> object:
     """A value as csv and json write it: a float in its shortest exact form, empty where it is not finite."""
-    dtype = getattr(value, "dtype", None)  # numpy's
-    if isinstance(value, float) or (dtype is not None and dtype.kind == "f"):
+    if isinstance(value, float):
         return plain_number(value)
-    return value if dtype is None else value.item()
+    if hasattr(value, "dtype") and hasattr(value, "item"):  # numpy's
+        return plain_number(value) if value.dtype.kind == "f" else value.item()
+    return value

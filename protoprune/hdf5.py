@@ -9,6 +9,7 @@ import contextlib
 import math
 import mmap
 import os
+import re
 import uuid
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from protoprune.paths import STEP, Block, Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
+_LARGEST_STRUCTURE = 16 << 20  # bytes of a file of ours that belong to no dataset
 _PIECE = 1 << 22  # bytes of names that are read at once
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
@@ -282,6 +284,54 @@ def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
     return True
 
 
+class _Endless(ValueError):
+    """Reading on would never end."""
+
+
+def _check_heaps(path: str, file: h5py.File) -> None:
+    """Raise _Endless where HDF5 would never come to the end of a heap of attributes' texts.
+
+    It follows the sizes of the heap's objects without a look at where they lead. A seal says before HDF5 is asked that
+    they are what was written; files of earlier versions have none.
+    """
+    if seals.format_of(path) is not None:
+        return
+    try:
+        extents = [(file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file]
+    except _TROUBLES:  # a group, or damage, about which others say more
+        extents = []
+    end, gaps = 0, []
+    for offset, size in sorted(extents):
+        gaps.append((end, offset))
+        end = max(end, offset + size)
+    gaps.append((end, os.path.getsize(path)))
+    if sum(max(0, last - first) for first, last in gaps) > _LARGEST_STRUCTURE:
+        return  # none of ours
+    with open(path, "rb") as raw:
+        for first, last in gaps:
+            raw.seek(first)
+            text = raw.read(max(0, last - first))
+            for found in re.finditer(b"GCOL", text):
+                if not _ends(text, found.start()):
+                    raise _Endless(f"the heap at byte {first + found.start()}")
+
+
+def _ends(text: bytes, place: int) -> bool:
+    """Whether HDF5's walk over a global heap (signature, version, size; then number, count, size of each object) ends:
+    it adds 64-bit numbers, and nothing keeps it from standing still or going back."""
+    whole = int.from_bytes(text[place + 8 : place + 16], "little")
+    end, place = min(place + whole, len(text)), place + 16
+    while place + 16 <= end:
+        number, size = int.from_bytes(text[place : place + 2], "little"), text[place + 8 : place + 16]
+        need = int.from_bytes(size, "little")
+        if number:
+            need = (16 + (need + 7) // 8 * 8) % (1 << 64)
+        if not 0 < need < 1 << 63:
+            return False
+        place += need
+    return True
+
+
 def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
     """The file, if it is there, can be read and is of this kind; else ProtopruneError."""
     if not os.path.exists(path):
@@ -297,7 +347,11 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
             raise _damaged(path, kind, "not a readable HDF5 file") from None
         raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{kind.maker}` wrote") from None
     try:
+        _check_heaps(path, file)
         format, version = _attribute(file, "format"), _attribute(file, "format_version")
+    except _Endless:
+        file.close()
+        raise _damaged(path, kind, "its HDF5 structure") from None
     except _TROUBLES:
         format = version = None
     if format != kind.format:
@@ -329,9 +383,10 @@ def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
 def format_of(path: str) -> str | None:
     """What an HDF5 file says that it is, by seal or attributes: '' for nothing, None where it cannot be read."""
     try:
-        if known := seals.format_of(path):
-            return known
+        if (known := seals.format_of(path)) is not None:
+            return known or None  # of a damaged seal HDF5 is not asked, which may never answer
         with h5py.File(path, "r", locking="best-effort") as file:
+            _check_heaps(path, file)
             return _attribute(file, "format") if "format" in file.attrs else ""
     except _TROUBLES:
         return None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +28,11 @@ from protoprune.text import with_slashes
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
+    Labels = bool | str | os.PathLike[str] | LabelFile  # where classes come from, see `list_folder`
+
 SET_FILE = "set.json"  # what makes a folder a feature set
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
 _DEEPEST = 2048  # folders in a path of Linux's 4,096 bytes
-# How files that are no lists begin. Images are among them: `embed photo` of a file without a suffix.
-
 
 _Entry = tuple[str, int, int, int]  # path, size, mtime_ns, ctime_ns
 
@@ -48,11 +48,11 @@ class ImageList:
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
     classes: list[str]
     labels_from: str = ""  # where the classes come from, in words; empty without classes
-    skipped: Counter = field(default_factory=Counter)  # suffix -> files that are not images by their name
+    skipped: Counter[str] = field(default_factory=Counter)  # suffix -> files that are not images by their name
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
 
-    provenance: dict = field(default_factory=dict)  # more attributes for the feature file that is made of them
+    provenance: dict[str, Any] = field(default_factory=dict)  # more attributes for the feature file made of them
     left_out: list[str] = field(default_factory=list)  # the files that `skipped` counts; of a shard see `ShardImages`
     why: list[str] | None = None  # a reason for each of them, where it is known already
     ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
@@ -85,9 +85,9 @@ def image_suffixes() -> frozenset[str]:
 
 
 def list_folder(
-    root: str | os.PathLike,
+    root: str | os.PathLike[str],
     *,
-    labels: bool | str | os.PathLike | LabelFile = True,
+    labels: Labels = True,
     class_level: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ImageList:
@@ -120,22 +120,17 @@ def list_folder(
     if not found:
         raise ProtopruneError(_nothing_found(root, skipped, unreadable))
     found.sort(key=lambda entry: os.fsencode(entry[0]))
-    return _build(
-        root,
-        found,
-        labels,
-        class_level,
-        skipped=skipped,
-        left_out=sorted(left_out, key=os.fsencode),
-        unreadable_folders=unreadable,
-    )
+    images = _build(root, found, labels, class_level)
+    images.skipped, images.left_out = skipped, sorted(left_out, key=os.fsencode)
+    images.unreadable_folders = unreadable
+    return images
 
 
 def list_paths(
     entries: Iterable[str],
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     *,
-    labels: bool | str | os.PathLike | LabelFile = True,
+    labels: Labels = True,
     class_level: int | None = None,
 ) -> ImageList:
     """The images named by `entries`, absolute or relative to `root`, whatever their suffix.
@@ -150,20 +145,21 @@ def list_paths(
     if not entries:
         raise ProtopruneError("the list of images is empty; give one path a line")
     chosen = root is not None
-    root = os.fspath(root) if chosen else _common_root(entries)
+    root = _common_root(entries) if root is None else os.fspath(root)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
-    images = _build(root, found, labels, class_level, duplicates=len(ids) - len(unique))
+    images = _build(root, found, labels, class_level)
+    images.duplicates = len(ids) - len(unique)
     if not chosen and labels is True and class_level is None:
         _doubt_common_root(images)
     return images
 
 
-def is_feature_set(path: str | os.PathLike) -> bool:
+def is_feature_set(path: str | os.PathLike[str]) -> bool:
     """Whether a folder, or what is at a URL, holds features (see `featureset`) and not images."""
     path = stores.given(path)
     if stores.is_url(path):
@@ -171,7 +167,7 @@ def is_feature_set(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, SET_FILE))
 
 
-def _build(root: str, found: list[_Entry], labels, class_level: int | None, **counts) -> ImageList:
+def _build(root: str, found: list[_Entry], labels: Labels, class_level: int | None) -> ImageList:
     paths = [path for path, *_ in found]
     root = os.path.abspath(root)
     label, classes, source = image_labels(root, paths, labels, class_level)
@@ -184,11 +180,12 @@ def _build(root: str, found: list[_Entry], labels, class_level: int | None, **co
         labels=label,
         classes=classes,
         labels_from=source,
-        **counts,
     )
 
 
-def image_labels(root: str, paths: list[str], labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
+def image_labels(
+    root: str, paths: list[str], labels: Labels, class_level: int | None
+) -> tuple[np.ndarray, list[str], str]:
     """(label of each image, classes, where they come from); `labels` and `class_level` are those of `list_folder`."""
     if class_level is not None and labels is not True:
         raise UsageError(
@@ -240,16 +237,16 @@ def folder_labels(paths: Sequence[str], level: int | None = None) -> tuple[np.nd
     place = (level or 1) - 1
     parts = [path.split("/", place + 1) for path in paths]
     folder = [part[place] if len(part) > place + 1 else None for part in parts]
-    names = sorted(set(folder) - {None})
+    names = sorted({name for name in folder if name is not None})
     if level is None and (len(names) < 2 or None in folder):
         return np.full(len(paths), -1, np.int32), []
-    index = {None: -1, **{name: i for i, name in enumerate(names)}}
+    index: dict[str | None, int] = {None: -1, **{name: i for i, name in enumerate(names)}}
     return np.array([index[name] for name in folder], np.int32), names
 
 
 def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> Iterator[_Entry]:
     """Yield (id, size, mtime_ns, ctime_ns) of the images below root, in no particular order, depth first."""
-    stack: list[tuple[str, frozenset]] = [("", frozenset())]
+    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         folder, ancestors = stack.pop()
         try:
@@ -257,8 +254,8 @@ def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> 
             identity = (here.st_dev, here.st_ino)
             if identity in ancestors:  # a link back to a folder that we are in
                 continue
-            with os.scandir(os.path.join(root, folder)) as entries:
-                entries = [entry for entry in entries if not entry.name.startswith(".")]
+            with os.scandir(os.path.join(root, folder)) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
         except OSError as error:
             unreadable.append((folder or ".", error.strerror or str(error)))
             continue
@@ -272,14 +269,14 @@ def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> 
                 left_out.append(path)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that points to itself
         return False
 
 
-def _is_image_name(entry: os.DirEntry) -> bool:
+def _is_image_name(entry: os.DirEntry[str]) -> bool:
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix:  # and not the content: backups and half downloads (x.jpg_original, x.jpg.part) begin like images too
         return suffix in image_suffixes()
@@ -376,7 +373,7 @@ def _relative_id(entry: str, root: str) -> str:
     return path
 
 
-def _nothing_found(root: str, skipped: Counter, unreadable: list[tuple[str, str]]) -> str:
+def _nothing_found(root: str, skipped: Counter[str], unreadable: list[tuple[str, str]]) -> str:
     detail = ""
     if skipped:
         detail = f" ({sum(skipped.values())} other files: {describe_counts(skipped)})"
@@ -386,7 +383,7 @@ def _nothing_found(root: str, skipped: Counter, unreadable: list[tuple[str, str]
     return f"{root}: no images found{detail}; {ways}"
 
 
-def describe_counts(counts: Counter, most: int = 5) -> str:
+def describe_counts(counts: Counter[str], most: int = 5) -> str:
     """'.txt 10, .json 2 and 3 more kinds': the largest counts first, ties by name."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     text = ", ".join(f"{name} {count:,}" for name, count in ordered[:most])

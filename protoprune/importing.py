@@ -18,19 +18,25 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune import files, hdf5
+from protoprune import files
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.featurefile import KEY, KIND, PartialFile, create_partial, partial_path
+from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
 from protoprune.npy import map_npy, reason
 from protoprune.text import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+    from protoprune.images import Labels
 
 _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "img_emb", "features", "feature",
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
@@ -71,7 +77,7 @@ class _Columns:
     of_vectors: bool = False  # whether a file was read that has columns or arrays with names
     of_names: bool = False
 
-    def check(self, source: str, paths) -> None:
+    def check(self, source: str, paths: str | os.PathLike[str] | Sequence[str] | None) -> None:
         """Raise UsageError for a column that was asked for where none was looked at."""
         if self.vectors is not None and not self.of_vectors:
             raise UsageError(
@@ -86,16 +92,16 @@ class _Columns:
 
 
 def import_features(
-    vectors: str | os.PathLike,
-    out: str | os.PathLike = "features.h5",
+    vectors: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "features.h5",
     *,
-    paths: str | os.PathLike | Sequence[str] | None = None,
-    root: str | os.PathLike | None = None,
+    paths: str | os.PathLike[str] | Sequence[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
     encoder: str = "",
     vector_column: str | None = None,
     path_column: str | None = None,
     store: str = "auto",
-    labels=True,
+    labels: Labels = True,
     class_level: int | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
@@ -115,7 +121,9 @@ def import_features(
     vectors, out = os.fspath(vectors), os.fspath(out)
     if store not in ("auto", "float16", "float32"):
         raise UsageError(f"--store {store}: expected auto, float16 or float32")
-    _check_out(out, overwrite)
+    check_new(out, overwrite)
+    if os.path.exists(partial_path(out)) and not overwrite:
+        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
     with contextlib.ExitStack() as stack:
         columns = _Columns(vector_column, path_column, own_names=paths is None)
         read, parts = _read(vectors, columns, stack)
@@ -140,18 +148,9 @@ def import_features(
     return report
 
 
-def _check_out(out: str, overwrite: bool) -> None:
-    if os.path.isdir(out):
-        raise UsageError(f"{out}: a folder; name a file")
-    if os.path.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
-        hdf5.check_replaceable(out, KIND)
-    if os.path.exists(partial_path(out)) and not overwrite:
-        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
-
-
-def _write(out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict) -> int:
+def _write(
+    out: str, images: ImageList, parts: list[_Part], order: np.ndarray, dim: int, provenance: dict[str, Any]
+) -> int:
     """Copy the vectors in the order of the names; how many are unusable."""
     create_partial(out, images, dim, provenance)
     partial = PartialFile(out)
@@ -220,7 +219,13 @@ def _digest(read: list[str]) -> str:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _names(source: str, parts: list[_Part], paths, path_column: str | None, n: int) -> tuple[list[str], str]:
+def _names(
+    source: str,
+    parts: list[_Part],
+    paths: str | os.PathLike[str] | Sequence[str] | None,
+    path_column: str | None,
+    n: int,
+) -> tuple[list[str], str]:
     """(name of each vector, where they come from)."""
     if paths is not None:
         names, origin = (
@@ -229,7 +234,7 @@ def _names(source: str, parts: list[_Part], paths, path_column: str | None, n: i
             else (list(paths), "given names")
         )
     elif all(part.names is not None for part in parts):
-        names, origin = [name for part in parts for name in part.names], "the vectors' own file"
+        names, origin = [name for part in parts for name in part.names or ()], "the vectors' own file"
     else:
         width = max(6, len(str(n - 1)))
         warn(f"{source}: has no names, so row numbers stand for them; give --paths LIST to have kept lists of images")
@@ -261,7 +266,7 @@ def _read_names(path: str, column: str | None) -> list[str]:
     return names
 
 
-def _ids(names: list[str], root) -> tuple[list[str], str, np.ndarray]:
+def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
     """(ids sorted by code point, root, the vector of each)."""
     base = os.path.abspath(root) if root is not None else None
     if base is None and all(os.path.isabs(name) for name in names):
@@ -296,7 +301,7 @@ def _plain(name: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, columns: _Columns, stack) -> tuple[list[str], list[_Part]]:
+def _read(source: str, columns: _Columns, stack: contextlib.ExitStack) -> tuple[list[str], list[_Part]]:
     """(the files that were read, their parts in order)."""
     if not os.path.exists(source):
         raise UsageError(f"{source}: no such file or folder; give vectors as .npy, .npz, .parquet, or a folder of them")
@@ -344,7 +349,7 @@ def _is_table(path: str) -> bool:
     return os.path.isdir(path) or path.lower().endswith((".parquet", ".pq"))
 
 
-def _file(path: str, columns: _Columns, stack) -> _Part:
+def _file(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
     suffix = os.path.splitext(path)[1].lower()
     columns.of_vectors |= suffix != ".npy"
     columns.of_names |= columns.own_names and suffix in (".npz", ".parquet", ".pq")
@@ -383,7 +388,7 @@ def _npz(path: str, columns: _Columns) -> _Part:
     if not columns.own_names or (not strings and columns.names is None):
         return _Part(arrays[name])
     own = arrays[_one_of(path, strings, _NAMES, columns.names, "--path-column")]
-    return _Part(arrays[name], [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in own.tolist()])
+    return _Part(arrays[name], _as_text(own.tolist()))
 
 
 def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
@@ -401,7 +406,7 @@ def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | 
     return found
 
 
-def _parquet(path: str):
+def _parquet(path: str) -> pyarrow.parquet.ParquetFile:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -412,14 +417,18 @@ def _parquet(path: str):
         raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
 
 
-def _strings(column) -> list[str]:
+def _strings(column: pyarrow.ChunkedArray | pyarrow.Array) -> list[str]:
     values = column.to_pylist()
     if any(value is None for value in values):
         raise ProtopruneError(f"{sum(value is None for value in values):,} rows have no name")
+    return _as_text(values)
+
+
+def _as_text(values: Iterable[object]) -> list[str]:
     return [os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in values]
 
 
-def _table(path: str, columns: _Columns, stack) -> _Part:
+def _table(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
     """A column of lists; its numbers go to a temporary file, since a column of 100 GB does not fit into memory."""
     import pyarrow
 
@@ -433,6 +442,11 @@ def _table(path: str, columns: _Columns, stack) -> _Part:
     named = columns.own_names and (columns.names is not None or any(name.lower() in _NAMES for name in flat))
     own = _one_of(path, flat, _NAMES, columns.names, "--path-column") if named else None
     spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    return _spooled(path, table, column, own, spool)
+
+
+def _spooled(path: str, table: pyarrow.parquet.ParquetFile, column: str, own: str | None, spool: IO[bytes]) -> _Part:
+    """The vectors of a column, mapped from the temporary file `spool`, and the names of another one."""
     names: list[str] = []
     dim = rows = 0
     dtype = np.dtype(np.float32)
@@ -449,7 +463,9 @@ def _table(path: str, columns: _Columns, stack) -> _Part:
     return _Part(vectors, names if own else None)
 
 
-def _vector_blocks(path: str, table, column: str, others: list[str]) -> Iterator[tuple[np.ndarray, object]]:
+def _vector_blocks(
+    path: str, table: pyarrow.parquet.ParquetFile, column: str, others: list[str]
+) -> Iterator[tuple[np.ndarray, pyarrow.RecordBatch]]:
     import pyarrow
 
     try:
@@ -484,13 +500,13 @@ def _fiftyone(path: str, field_name: str | None) -> _Part:
     return _Part(np.stack([_vector(one[name]) for one in samples]), [one["filepath"] for one in samples])
 
 
-def _may_be_vector(value) -> bool:
+def _may_be_vector(value: object) -> bool:
     return (isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)) or (
         isinstance(value, dict) and "$binary" in value
     )
 
 
-def _vector(value) -> np.ndarray:
+def _vector(value: Any) -> np.ndarray:
     if isinstance(value, list):
         return np.asarray(value, np.float32)
     packed = value["$binary"] if isinstance(value, dict) else value

@@ -14,14 +14,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import parse_json, plain_bytes
+from protoprune.text import contents, parse_json, plain_bytes
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
@@ -42,12 +42,17 @@ class LabelFile:
             name a line (synsets.txt), or JSON (imagenet_class_index.json)
     """
 
-    path: str | os.PathLike
+    path: str | os.PathLike[str]
     column: str | None = None
-    names: str | os.PathLike | None = None
+    names: str | os.PathLike[str] | None = None
 
 
-def label_file(path, column: str | None, names, level: int | None = None) -> LabelFile | bool:
+def label_file(
+    path: str | os.PathLike[str] | None,
+    column: str | None,
+    names: str | os.PathLike[str] | None,
+    level: int | None = None,
+) -> LabelFile | bool:
     """The `labels` argument of `list_folder` for the command line's options."""
     if path is None:
         return True
@@ -90,10 +95,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
 def _read(source: str, option: str) -> bytes:
     if not os.path.isfile(source):
         raise UsageError(f"{option} {source}: no such file; give a table of path and class")
-    try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
+    data = contents(source)
     if not data.startswith(b"PAR1"):
         refuse_archive(data, source)
     return data
@@ -125,7 +127,7 @@ def _text(data: bytes) -> str:
     return os.fsdecode(plain_bytes(data))
 
 
-def _json(text: str) -> list[dict]:
+def _json(text: str) -> list[dict[str, Any]]:
     try:
         whole = parse_json(text)
     except ValueError:
@@ -135,7 +137,7 @@ def _json(text: str) -> list[dict]:
     return whole if isinstance(whole, list) else [whole]
 
 
-def _parquet(source: str, data: bytes) -> list[dict]:
+def _parquet(source: str, data: bytes) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -145,7 +147,7 @@ def _parquet(source: str, data: bytes) -> list[dict]:
     return pyarrow.parquet.read_table(io.BytesIO(data), columns=flat).to_pylist()
 
 
-def _from_records(records: list, column: str | None) -> tuple[list[str], list[str]]:
+def _from_records(records: list[dict[str, Any]], column: str | None) -> tuple[list[str], list[str]]:
     if not records or not all(isinstance(one, dict) for one in records):
         raise _Unclear("expected rows with a path and a class")
     names = list(dict.fromkeys(name for one in records for name in one))
@@ -153,7 +155,7 @@ def _from_records(records: list, column: str | None) -> tuple[list[str], list[st
     return [_cell(one.get(names[key])) for one in records], [_cell(one.get(names[label])) for one in records]
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, (list, dict)):
         raise _Unclear(f"a class that is not one value ({str(value)[:60]}); expected one class an image")
     if isinstance(value, bytes):
@@ -173,14 +175,7 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
         if column is not None and column not in rows[0]:
             raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
         return None, [row[0].strip() for row in rows[header:]]
-    if header:
-        key, label = _columns(rows[0], column)
-    elif column is not None:
-        raise _Unclear(f"no column {column}: the file has no header")
-    elif width == 2:
-        key, label = (1, 0) if _like_paths(rows, 1) and not _like_paths(rows, 0) else (0, 1)
-    else:
-        raise _Unclear(f"which of its {width} columns is the path, which the class? add a header line that names both")
+    key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
     first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated
     keys, values = [], []
     for place, row in enumerate(rows[header:], 1 + header):
@@ -190,6 +185,17 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
         keys.append(row[key].strip())
         values.append(value.split(" ")[0] if first_word else value)
     return keys, values
+
+
+def _columns_of(rows: list[list[str]], column: str | None) -> tuple[int, int]:
+    """(path, class) columns of rows without a header."""
+    if column is not None:
+        raise _Unclear(f"no column {column}: the file has no header")
+    if len(rows[0]) == 2:
+        return (1, 0) if _like_paths(rows, 1) and not _like_paths(rows, 0) else (0, 1)
+    raise _Unclear(
+        f"which of its {len(rows[0])} columns is the path, which the class? add a header line that names both"
+    )
 
 
 def _like_paths(rows: list[list[str]], column: int) -> bool:
@@ -202,33 +208,42 @@ def _rows(text: str, source: str) -> list[list[str]]:
     for delimiter in _DELIMITERS:
         if delimiter == " " and source.lower().endswith((".csv", ".tsv")):
             continue
-        if delimiter == " ":  # names may hold blanks: the last word is the class
-            split = [line.strip().rsplit(None, 1) for line in lines]
-        else:
-            split = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-            split = [row for row in split if row and not row[0].startswith("#")]
+        split = _split(text, lines, delimiter)
         if split and len(split[0]) > 1 and len({len(row) for row in split[:50]}) == 1:
             return split
     return [[line] for line in lines]
 
 
+def _split(text: str, lines: list[str], delimiter: str) -> list[list[str]]:
+    if delimiter == " ":  # names may hold blanks: the last word is the class
+        return [line.strip().rsplit(None, 1) for line in lines]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return [row for row in rows if row and not row[0].startswith("#")]
+
+
 def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     """(path, class) columns by name."""
     plain = [_plain(name) for name in names]
-    key = next((plain.index(name) for name in _PATHS if name in plain), None)
+    key = _first_of(_PATHS, plain)
+    label = _first_of(_CLASSES, ["" if place == key else name for place, name in enumerate(plain)])
     if column is not None:
         if column not in names:
             raise _Unclear(f"no column {column}, only {', '.join(names)}")
         label = list(names).index(column)
-    else:
-        label = next((plain.index(name) for name in _CLASSES if name in plain and plain.index(name) != key), None)
-    if len(names) == 2 and (key is None) != (label is None):
-        key, label = (1 - label, label) if key is None else (key, 1 - key)
+    if len(names) == 2 and key is None and label is not None:
+        key = 1 - label
+    elif len(names) == 2 and key is not None and label is None:
+        label = 1 - key
     if label is None:
         raise _Unclear(f"which of its columns {', '.join(names)} is the class? give --label-column NAME")
     if key is None or key == label:
         raise _Unclear(f"which of its columns {', '.join(names)} is the path? name it path")
     return key, label
+
+
+def _first_of(wanted: Sequence[str], names: list[str]) -> int | None:
+    """The place of the first of the wanted names that is there."""
+    return next((names.index(name) for name in wanted if name in names), None)
 
 
 def _is_number(text: str) -> bool:
@@ -257,28 +272,40 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
 def _class_names(names: str, used: set[int]) -> dict[int, str]:
     """number -> name of a file of class names."""
     text = _text(_read(names, "--class-names"))
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            whole = parse_json(text)
-        except ValueError as error:
-            raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
-        if isinstance(whole, list):
-            return _numbered(names, [_first(one) for one in whole], used)
-        pairs = [(str(a), _first(b)) for a, b in whole.items()]
-    else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        words = [re.split(r"[\s,:]+", line.strip(), maxsplit=2) for line in lines]
-        if not all(len(word) > 1 and (_is_number(word[0]) != _is_number(word[1])) for word in words):
-            wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
-            return _numbered(names, [line.split()[0] if wnids else line.strip() for line in lines], used)
-        pairs = [(word[0], word[1]) for word in words]
-    turned = [(b, a) if _is_number(b) and not _is_number(a) else (a, b) for a, b in pairs]
-    if not all(_is_number(number) for number, _ in turned):
+    try:
+        found = _json_names(text) if text.lstrip()[:1] in ("{", "[") else _lines_of_names(text)
+    except ValueError as error:
+        raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
+    if isinstance(found, list):
+        return _numbered(names, found, used)
+    if not all(_is_number(number) for number in found):
         raise ProtopruneError(f"{names}: expected class numbers and names")
-    return {int(number): name for number, name in turned}
+    return {int(number): name for number, name in found.items()}
 
 
-def _first(value) -> str:
+def _json_names(text: str) -> list[str] | dict[str, str]:
+    """Names without numbers, or number -> name; a name may be the first of several. Raises ValueError."""
+    whole = parse_json(text)
+    if isinstance(whole, list):
+        return [_first(one) for one in whole]
+    return dict(_number_first(str(a), _first(b)) for a, b in whole.items())
+
+
+def _lines_of_names(text: str) -> list[str] | dict[str, str]:
+    """The same of text: number and name in either order, or a name, a line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    words = [re.split(r"[\s,:]+", line, maxsplit=2) for line in lines]
+    if all(len(word) > 1 and _is_number(word[0]) != _is_number(word[1]) for word in words):
+        return dict(_number_first(word[0], word[1]) for word in words)
+    wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
+    return [line.split()[0] if wnids else line for line in lines]
+
+
+def _number_first(a: str, b: str) -> tuple[str, str]:
+    return (b, a) if _is_number(b) and not _is_number(a) else (a, b)
+
+
+def _first(value: object) -> str:
     return str(value[0]) if isinstance(value, list) and value else str(value)
 
 
@@ -320,8 +347,8 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     if len(of) < len(keys):
         warn(f"{source}: {len(keys) - len(of):,} rows name an image a second time")
     unique = list(of)
-    rows, _ = match_names(_below(source, unique, paths, root), paths)
-    found: dict[int, set[str]] = {int(row): of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
+    rows = match_names(_below(source, unique, paths, root), paths)[0].tolist()
+    found = {row: of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
     if not found:
         raise ProtopruneError(
             f"{source}: none of its {len(unique):,} rows names an image (it has {unique[0]!r}, the images are like "
@@ -330,6 +357,11 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     lost = [key for key, row in zip(unique, rows, strict=True) if row < 0]
     if lost:
         warn(f"{source}: {len(lost):,} of {len(unique):,} rows name no image, or could name several (first: {lost[0]})")
+    return _one_each(source, found, paths)
+
+
+def _one_each(source: str, found: dict[int, set[str]], paths: Sequence[str]) -> dict[int, str]:
+    """row -> its class, of those that have one; warns of those that have several."""
     torn = [row for row, classes in found.items() if len(classes) > 1]
     if torn:
         first = min(torn)

@@ -14,11 +14,18 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Generic, TypeVar
 
 from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
 _END_SECONDS = 5  # for a worker without a task to end by itself
+
+State = TypeVar("State")  # what a worker has ready for every task
+Task = TypeVar("Task", bound=Hashable)
+Result = TypeVar("Result")
+Work = Callable[[State, Task, Task | None], Result]  # (state, task, the one that will be next or None)
 
 
 def parse_devices(text: str) -> list[str]:
@@ -37,28 +44,28 @@ def parse_devices(text: str) -> list[str]:
 
 
 @dataclass
-class Lost:
+class Lost(Generic[Task]):
     """A task whose workers died, one after the other."""
 
-    task: Hashable
+    task: Task
     reason: str
 
 
-class Tasks:
+class Tasks(Generic[Task]):
     """Tasks, handed out to workers: one in hand, and one set aside for it, which it may fetch early."""
 
-    def __init__(self, tasks: Sequence[Hashable], tries: int):
+    def __init__(self, tasks: Sequence[Task], tries: int) -> None:
         self._left = deque(tasks)
-        self._aside: dict[Hashable, Hashable] = {}  # worker -> task
+        self._aside: dict[int, Task] = {}  # number of a worker -> task
         self._tries = tries
-        self._deaths: Counter = Counter()
+        self._deaths: Counter[Task | None] = Counter()
         self._worked = False  # whether any task was done
 
     def __len__(self) -> int:
         """How many nobody has in hand."""
         return len(self._left) + len(self._aside)
 
-    def take(self, worker: Hashable) -> tuple[Hashable, Hashable | None]:
+    def take(self, worker: int) -> tuple[Task, Task | None]:
         """(a task, the one that is set aside for this worker). There must be one left."""
         task = self._aside.pop(worker, None)
         if task is None:
@@ -72,7 +79,7 @@ class Tasks:
         self._worked = True
         self._deaths.pop(None, None)
 
-    def died(self, worker: Hashable, task: Hashable | None, how: str) -> Lost | None:
+    def died(self, worker: int, task: Task | None, how: str) -> Lost[Task] | None:
         """A worker is dead; the task that it had goes to the end of the queue, or is lost after so many tries.
 
         Raises ProtopruneError when every worker dies, so that none of them will do any better.
@@ -93,8 +100,8 @@ class Tasks:
         return Lost(task, f"{how}, for the {_nth(self._tries)} time (out of memory?)")
 
 
-def _name(task) -> str:
-    return getattr(task, "name", task)
+def _name(task: object) -> str:
+    return str(getattr(task, "name", task))
 
 
 def _nth(number: int) -> str:
@@ -102,14 +109,20 @@ def _nth(number: int) -> str:
 
 
 @dataclass
-class _Worker:
+class _Worker(Generic[Task]):
     device: str
-    process: multiprocessing.Process
-    connection: object
-    task: object = None  # what it is working on
+    process: SpawnProcess
+    connection: Connection
+    task: Task | None = None  # what it is working on
 
 
-def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str], tries: int = 3) -> Iterator:
+def run(
+    work: Work[State, Task, Result],
+    start: Callable[[str], State],
+    tasks: Sequence[Task],
+    devices: Sequence[str],
+    tries: int = 3,
+) -> Iterator[Result | Lost[Task]]:
     """The results of `work(state, task, next task or None)` for every task, as they come, from a process a device.
 
     `start(device)` makes a worker's state, in the worker; its `close()` is called at the end. Both must be picklable. A
@@ -118,7 +131,7 @@ def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str]
     """
     context = multiprocessing.get_context("spawn")
     todo = Tasks(tasks, tries)
-    workers: list[_Worker] = []
+    workers: list[_Worker[Task]] = []
     try:
         for number, device in enumerate(devices[: len(todo)]):
             workers.append(_launch(context, work, start, device, number, len(devices)))
@@ -126,11 +139,8 @@ def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str]
             for number, worker in enumerate(workers):
                 if worker.task is None and len(todo):
                     _give(worker, *todo.take(number))
-            busy = [worker for worker in workers if worker.task is not None]
-            ready = wait([worker.connection for worker in busy])
-            for number, worker in enumerate(workers):
-                if worker.task is None or worker.connection not in ready:
-                    continue
+            for number in _ready(workers):
+                worker = workers[number]
                 try:
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
@@ -145,17 +155,17 @@ def run(work: Callable, start: Callable, tasks: Sequence, devices: Sequence[str]
                 todo.done()
                 yield value
     finally:
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.connection.close()
-        for worker in workers:
-            worker.process.join(_END_SECONDS if worker.task is None else 0)
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
+        _dismiss(workers)
 
 
-def _launch(context, work, start, device: str, number: int, of: int) -> _Worker:
+def _launch(
+    context: SpawnContext,
+    work: Work[State, Task, Result],
+    start: Callable[[str], State],
+    device: str,
+    number: int,
+    of: int,
+) -> _Worker[Task]:
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, work, start, device, number, of), daemon=True)
     process.start()
@@ -163,22 +173,48 @@ def _launch(context, work, start, device: str, number: int, of: int) -> _Worker:
     return _Worker(device, process, here)
 
 
-def _give(worker: _Worker, task, ahead) -> None:
+def _ready(workers: Sequence[_Worker[Task]]) -> list[int]:
+    """Numbers of the workers that have something to say, or died; waits for the first."""
+    busy = {worker.connection: number for number, worker in enumerate(workers) if worker.task is not None}
+    ready = wait(list(busy))
+    return [number for connection, number in busy.items() if connection in ready]
+
+
+def _dismiss(workers: Sequence[_Worker[Task]]) -> None:
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.connection.close()
+    for worker in workers:
+        worker.process.join(_END_SECONDS if worker.task is None else 0)
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join()
+
+
+def _give(worker: _Worker[Task], task: Task, ahead: Task | None) -> None:
     worker.task = task
     with contextlib.suppress(OSError):  # it died meanwhile: its end of the pipe says so
         worker.connection.send((task, ahead))
 
 
-def _death(worker: _Worker) -> str:
+def _death(worker: _Worker[Task]) -> str:
     worker.process.join()
-    how = f"was killed by signal {-worker.process.exitcode}" if worker.process.exitcode < 0 else "died"
+    code = worker.process.exitcode or 0
+    how = f"was killed by signal {-code}" if code < 0 else "died"
     return f"the worker on {worker.device} {how}"
 
 
-def _serve(connection, work, start, device: str, number: int, of: int) -> None:
+def _serve(
+    connection: Connection,
+    work: Work[State, Task, Result],
+    start: Callable[[str], State],
+    device: str,
+    number: int,
+    of: int,
+) -> None:
     """A worker's life. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    state = None
+    state: State | None = None
     ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
@@ -192,7 +228,7 @@ def _serve(connection, work, start, device: str, number: int, of: int) -> None:
     except (EOFError, OSError):  # the parent is gone, or has no more tasks
         pass
     finally:
-        if hasattr(state, "close"):
+        if state is not None and hasattr(state, "close"):
             state.close()
 
 

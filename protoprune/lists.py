@@ -16,9 +16,9 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +27,9 @@ from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import PATH_NAMES, parse_json, plain_bytes, plain_name, unpacked
+from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, unpacked
+
+T = TypeVar("T")
 
 FORMATS = ("txt", "csv", "jsonl", "npy", "datacomp")
 _UID = re.compile(rb"[0-9a-fA-F]{32}")
@@ -89,11 +91,7 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
             _uids(names)
     if null or format != "txt":
         return
-    broken: list[bytes] = []
-    for names in encoded(ids, rows):
-        text = b"\n".join([*names, b""])
-        if text.count(b"\n") != len(names) or b"\r\n" in text:
-            broken += [name for name in names if b"\n" in name or name.endswith(b"\r")]
+    broken = [name for names in encoded(ids, rows) for name in _broken(names)]
     if broken:
         first = os.fsdecode(broken[0])
         raise UsageError(f"{len(broken)} file names hold a line break (first: {first!r}); use -0 or --format jsonl")
@@ -101,8 +99,21 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
         raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
 
 
+def _broken(names: list[bytes]) -> list[bytes]:
+    """Those that a list with a name a line would not hold."""
+    text = b"\n".join([*names, b""])
+    if text.count(b"\n") == len(names) and b"\r\n" not in text:
+        return []
+    return [name for name in names if b"\n" in name or name.endswith(b"\r")]
+
+
 def _chunks(
-    names: Iterable[list[bytes]], rows: np.ndarray, scores, format: str, null: bool, weights
+    names: Iterable[list[bytes]],
+    rows: np.ndarray,
+    scores: np.ndarray,
+    format: str,
+    null: bool,
+    weights: np.ndarray | None,
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
     if format in ("npy", "datacomp"):
@@ -125,7 +136,7 @@ def _chunks(
         yield _records(header, zip(*columns, strict=True), format)
 
 
-def _cells(column: Sequence) -> Sequence:
+def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:
     """The values of a column as csv and json write them."""
     if isinstance(column, np.ndarray):
         return [plain_number(value) for value in column] if column.dtype.kind == "f" else column.tolist()
@@ -163,7 +174,9 @@ def _uids(names: list[bytes]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(b"".join(stems).decode()), ">u8").reshape(-1, 2).astype("<u8")
 
 
-def _records(header: list[str], records: Iterable[Iterable], format: str, blank: dict | None = None) -> bytes:
+def _records(
+    header: list[str], records: Iterable[Iterable[object]], format: str, blank: dict[object, None] | None = None
+) -> bytes:
     """Rows of csv or jsonl; in jsonl `blank` replaces values."""
     if format == "csv":
         return csv_bytes(None, records)
@@ -172,13 +185,13 @@ def _records(header: list[str], records: Iterable[Iterable], format: str, blank:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-def list_format(path: str | os.PathLike) -> str | None:
+def list_format(path: str | os.PathLike[str]) -> str | None:
     """The format that a file's name asks for; None when it says nothing."""
     suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1][1:]
     return suffix if suffix in FORMATS else None
 
 
-def packed(path: str | os.PathLike, chunks: Iterable[bytes]) -> Iterable[bytes]:
+def packed(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> Iterable[bytes]:
     """The pieces of a file of this name: through gzip when it ends in .gz."""
     return _gzipped(chunks) if os.fspath(path).lower().endswith(".gz") else chunks
 
@@ -189,7 +202,7 @@ def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
-def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | np.ndarray:
+def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
     Read are csv, jsonl and npy by suffix or by content, anything else is txt, separated by NUL or line breaks; all
@@ -204,7 +217,7 @@ def read_list(source: str | os.PathLike, *, every: bool = False) -> list[str] | 
     return found.paths if every else found.kept(found.paths)
 
 
-def read_weights(source: str | os.PathLike) -> dict[str, float]:
+def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
 
     The weights add up to the number of images that the list was chosen from. Rows without a weight and the images that
@@ -233,48 +246,48 @@ class _Rows:
     """What a list holds, a row an image."""
 
     paths: list[str]
-    weights: list | None = None  # as they stand; None without such a column
+    weights: list[Any] | None = None  # as they stand; None without such a column
     keep: list[bool] | None = None  # of a manifest
     table: bool = True  # csv or jsonl
 
-    def kept(self, values: list) -> list:
+    def kept(self, values: list[T]) -> list[T]:
         return values if self.keep is None else list(itertools.compress(values, self.keep))
 
 
 def _read(source: str) -> _Rows | np.ndarray:
     if not os.path.isfile(source):
         raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
+    data = unpacked(contents(source), source)
     try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
-    data = unpacked(data, source)
-    suffix = os.path.splitext(source.lower().removesuffix(".gz"))[1]
-    try:
-        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-            return load_npy(data)
-        refuse_archive(data, source)
-        data = plain_bytes(data)
-        if suffix == ".json" or data.lstrip()[:1] == b"[":
-            whole = _whole_json(data, suffix == ".json")
-            if whole is not None:
-                return _from_records(whole)
-        if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(data)):
-            return _from_records([parse_json(line) for line in os.fsdecode(data).split("\n") if line.strip()])
-        if suffix in _TABLES or _begins_with_header(data):
-            return _from_table(data)
+        return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])
     except _NoList as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (ValueError, TypeError, AttributeError, EOFError, csv.Error) as error:
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({error})") from None
-    return _Rows(split_list(data, source), table=False)
+
+
+def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:
+    """By suffix, or by content where that says nothing."""
+    if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+        return load_npy(data)
+    refuse_archive(data, source)
+    plain = plain_bytes(data)
+    if suffix == ".json" or plain.lstrip()[:1] == b"[":
+        whole = _whole_json(plain, suffix == ".json")
+        if whole is not None:
+            return _from_records(whole)
+    if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(plain)):
+        return _from_records([parse_json(line) for line in os.fsdecode(plain).split("\n") if line.strip()])
+    if suffix in _TABLES or _begins_with_header(plain):
+        return _from_table(plain)
+    return _Rows(split_list(plain, source), table=False)
 
 
 class _NoList(Exception):
     """What is wrong with a list, without its name."""
 
 
-def _whole_json(data: bytes, sure: bool) -> list | None:
+def _whole_json(data: bytes, sure: bool) -> list[Any] | None:
     """The entries of a list that is one piece of JSON; None for JSON Lines, and for text where it is not `sure`."""
     text = os.fsdecode(data)
     try:
@@ -290,7 +303,7 @@ def _whole_json(data: bytes, sure: bool) -> list | None:
     raise _NoList("not a list: its JSON is no array of paths, or of objects with a path")
 
 
-def _from_records(records: list) -> _Rows:
+def _from_records(records: list[Any]) -> _Rows:
     """Objects with a path (and more), or paths alone."""
     if not records:
         return _Rows([])
@@ -320,7 +333,7 @@ def _from_table(data: bytes) -> _Rows:
     header = next(rows)
     names = _columns(header)
     places = {what: header.index(name) for what, name in names.items()}
-    columns: dict[str, list] = {what: [] for what in places}
+    columns: dict[str, list[str | None]] = {what: [] for what in places}
     for row in rows:
         for what, place in places.items():
             columns[what].append(row[place] if len(row) > place else None)
@@ -342,7 +355,7 @@ def _columns(header: list[str]) -> dict[str, str]:
     return found
 
 
-def _from_columns(columns: dict[str, list]) -> _Rows:
+def _from_columns(columns: Mapping[str, list[Any]]) -> _Rows:
     paths = columns["path"]
     for number, path in enumerate(paths, 1):
         if not isinstance(path, str):
@@ -351,7 +364,7 @@ def _from_columns(columns: dict[str, list]) -> _Rows:
     return _Rows(paths, columns.get("weight"), None if keep is None else [_truth(*one) for one in enumerate(keep, 1)])
 
 
-def _truth(number: int, value) -> bool:
+def _truth(number: int, value: object) -> bool:
     known = _TRUTH.get(str(value).strip().casefold())
     if known is None:
         raise _NoList(f"its keep column has {value!r} in row {number}, expected 1 or 0")
@@ -380,13 +393,15 @@ def _begins_with_header(data: bytes) -> bool:
     return any(name in PATH_NAMES for name in names) and any(name in _OURS for name in names)
 
 
-def manifest(columns: dict[str, Sequence], format: str = "csv") -> bytes:
+def manifest(columns: Mapping[str, Sequence[object] | np.ndarray], format: str = "csv") -> bytes:
     """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
     n = len(next(iter(columns.values())))
     return b"".join(manifest_chunks(lambda rows: {name: one[rows] for name, one in columns.items()}, n, format))
 
 
-def manifest_chunks(columns: Callable[[slice], dict[str, Sequence]], n: int, format: str = "csv") -> Iterator[bytes]:
+def manifest_chunks(
+    columns: Callable[[slice], Mapping[str, Sequence[object] | np.ndarray]], n: int, format: str = "csv"
+) -> Iterator[bytes]:
     """A manifest of n images, in pieces; `columns` gives those of some rows."""
     for first in range(0, max(n, 1), BATCH):
         part = columns(slice(first, first + BATCH))
@@ -397,7 +412,7 @@ def manifest_chunks(columns: Callable[[slice], dict[str, Sequence]], n: int, for
         yield _records(header, zip(*values, strict=True), format, {"": None})
 
 
-def table_chunks(header: list[str], records: Iterable[Iterable]) -> Iterator[bytes]:
+def table_chunks(header: list[str], records: Iterable[Iterable[object]]) -> Iterator[bytes]:
     """The csv of any number of records, in pieces."""
     yield csv_bytes(header)
     records = iter(records)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +16,17 @@ from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.text import with_slashes
 
+if TYPE_CHECKING:
+    import datasets
+
 _WORD = re.compile(r"[A-Za-z_]+")
 
+Sample = dict[str, Any]  # of a WebDataset: field -> value
 
-def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | os.PathLike | None = None):
+
+def keep_only(
+    dataset: Any, kept: Iterable[str] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+) -> Any:
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
 
     - torchvision `ImageFolder`, other sets with `.samples` of paths, a `random_split` or other `Subset` of them: a
@@ -33,23 +41,14 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
     that a wrong root can never train on less than was asked for; for an iterable this is known, and raised, at its end.
     (Loader workers see a part each and do not check: go through the data set once without workers.)
     """
-    name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
-    if name:
-        kept = read_list(kept)
-    kept = kept if isinstance(kept, np.ndarray) else list(kept)  # an iterator can be gone through only once
-    if isinstance(kept, np.ndarray) or any(not isinstance(path, str) for path in kept):
-        raise UsageError(
-            f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
-        )
-    if not kept:
-        raise UsageError(f"{name}lists no image, so that nothing would be left to train on")
+    listed = _listed(kept)
     if isinstance(dataset, Mapping):
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
     whole, places = _whole(dataset)
     if hasattr(whole, "samples") or _is_hugging_face(whole):
         ids, base, where = _identified(whole, root)
-        wanted = set(_in_order(kept, base, ids))
+        wanted = set(_in_order(listed, base, ids))
         _all_present(wanted - set(ids), len(wanted), where, base, ids)
         mine = ids if places is None else [ids[place] for place in places]
         rows = [row for row, one in enumerate(mine) if one in wanted]
@@ -63,15 +62,29 @@ def keep_only(dataset, kept: Iterable[str] | str | os.PathLike, *, root: str | o
             f"{type(whole).__name__}: expected .samples, a Hugging Face data set that is not streamed, or samples with "
             "__key__"
         )
-    samples = _KeptSamples(dataset, kept)
+    samples = _KeptSamples(dataset, listed)
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
 
 
+def _listed(kept: Iterable[str] | str | os.PathLike[str]) -> list[str]:
+    """The paths of a list, or those that are given. Raises UsageError where there are none."""
+    name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
+    found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
+    paths = [] if isinstance(found, np.ndarray) else list(found)  # an iterator can be gone through only once
+    if isinstance(found, np.ndarray) or any(not isinstance(path, str) for path in paths):
+        raise UsageError(
+            f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
+        )
+    if not paths:
+        raise UsageError(f"{name}lists no image, so that nothing would be left to train on")
+    return paths
+
+
 def table_rows(
-    kept: Iterable[str] | str | os.PathLike,
-    files: Sequence[str | os.PathLike],
+    kept: Iterable[str] | str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
     *,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     id_column: str | None = None,
 ) -> np.ndarray:
     """(m,) int64, ascending: the rows that a list keeps of Parquet or Arrow files, counted through all of `files`.
@@ -111,7 +124,7 @@ def table_rows(
 
 
 def weights_of(
-    dataset, kept: Mapping[str, float] | str | os.PathLike, *, root: str | os.PathLike | None = None
+    dataset: object, kept: Mapping[str, float] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
 ) -> np.ndarray:
     """(len(dataset),) float32: the weight of each image of `dataset`, in its order; 0 for one that is not listed.
 
@@ -138,7 +151,7 @@ def weights_of(
     return np.array([listed.get(one, 0) for one in mine], np.float32)
 
 
-def _whole(dataset) -> tuple[object, np.ndarray | None]:
+def _whole(dataset: object) -> tuple[object, np.ndarray | None]:
     """What a torch Subset, perhaps of a Subset, is a part of, and the places of its items there; None: all."""
     places = None
     while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
@@ -148,19 +161,21 @@ def _whole(dataset) -> tuple[object, np.ndarray | None]:
     return dataset, places
 
 
-def _is_hugging_face(dataset) -> bool:
+def _is_hugging_face(dataset: object) -> bool:
     return hasattr(dataset, "select") and hasattr(dataset, "features")
 
 
-def _identified(dataset, root: str | os.PathLike | None) -> tuple[list[str], str, str]:
+def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[list[str], str, str]:
     """(each image's path as lists have it, the folder with a slash that was taken off, 'under …' for messages)."""
     if hasattr(dataset, "samples"):
         paths = [sample[0] if isinstance(sample, (tuple, list)) else sample for sample in dataset.samples]
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
-        if root is None and not hasattr(dataset, "root"):
-            raise UsageError(f"{type(dataset).__name__} has no root; give root=, which the paths are relative to")
-        root = os.fspath(root if root is not None else dataset.root)
+        if root is None:
+            if not hasattr(dataset, "root"):
+                raise UsageError(f"{type(dataset).__name__} has no root; give root=, which the paths are relative to")
+            root = dataset.root
+        root = os.fspath(root)
     else:
         paths = _hugging_face_paths(dataset)
         root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths])
@@ -175,7 +190,7 @@ def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
     return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in kept]
 
 
-def _hugging_face_paths(dataset) -> list[str]:
+def _hugging_face_paths(dataset: datasets.Dataset) -> list[str]:
     import datasets
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -212,7 +227,7 @@ def _suffix(path: str) -> str:
 class _KeptSamples:
     """The samples whose images are in the list, pass after pass; each whole pass checks that all of them were seen."""
 
-    def __init__(self, dataset: Iterable[dict], kept: Iterable[str]):
+    def __init__(self, dataset: Iterable[Sample], kept: Iterable[str]) -> None:
         self.dataset = dataset
         self.listed: dict[str, dict[str, str]] = {}  # key -> what follows it in the file's name -> the listed path
         for path in kept:
@@ -222,10 +237,10 @@ class _KeptSamples:
                     raise ProtopruneError(f"{path} and {self.listed[key][extension]}: one key and suffix; rename one")
         self.count = len(set(kept))
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Sample]:
         return self.stage(self.dataset)
 
-    def stage(self, samples: Iterable[dict]) -> Iterator[dict]:
+    def stage(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         unseen = {path for names in self.listed.values() for path in names.values()}
         shards: dict[str, str | None] = {}  # key -> the shard that it was found in
         for sample in samples:
@@ -233,7 +248,7 @@ class _KeptSamples:
                 has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
                 raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
             key = sample["__key__"].removeprefix("./")
-            one = next((one for one in _keys(sample, key) if one in self.listed), None)
+            one = next((one for one in _keys(sample, key) if one in self.listed), key)
             names = self.listed.get(one)
             if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
                 raise ProtopruneError(
@@ -247,7 +262,7 @@ class _KeptSamples:
             _all_present(unseen, self.count, "(by key)")
 
 
-def _keys(sample: dict, key: str) -> Iterator[str]:
+def _keys(sample: Sample, key: str) -> Iterator[str]:
     """What the sample may be called in a list, the longest first: its shard's path and key where the list was made from
     shards (`0000.tar/cat/1`, below whichever root), else its key."""
     parts = str(sample.get("__url__") or "").removesuffix(" -").split("/")
@@ -255,7 +270,7 @@ def _keys(sample: dict, key: str) -> Iterator[str]:
     yield key
 
 
-def _named_in(sample: dict, names: dict[str, str]) -> set[str]:
+def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
     """The listed paths that the sample is; none when it is another one of the same key.
 
     `names`: what follows the key in the listed files' names -> their paths. An image may have been stored with another
@@ -263,22 +278,29 @@ def _named_in(sample: dict, names: dict[str, str]) -> set[str]:
     with a word (`a.mask.png`) belong to it. Raises ProtopruneError for a sample of which only a part is listed.
     """
     held = {field for field in sample if not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()}
-    words = {field for field in held if _WORD.fullmatch(_middle(field))} if not any(map(_middle, names)) else set()
-    exact, others = held & names.keys(), held - names.keys() - words
+    exact, others = held & names.keys(), held - names.keys()
+    if not any(map(_middle, names)):
+        others = {field for field in others if not _WORD.fullmatch(_middle(field))}
     if exact and not others:
         return {names[one] for one in exact}
-    if not exact:
-        middles = set(map(_middle, others))
-        alike = [one for one in names if (_middle(one) in middles if held else _WORD.fullmatch(_middle(one) or "a"))]
-        if held and not alike:
-            return set()
-        if len(alike) == len(names) == 1 and len(others) <= 1:
-            return {names[alike[0]]}
+    alike = [] if exact else _stored_otherwise(held, others, names)
+    if held and not exact and not alike:
+        return set()
+    if len(alike) == len(names) == 1 and len(others) <= 1:
+        return {names[alike[0]]}
     raise ProtopruneError(
         f"the key {sample['__key__']} is that of {', '.join(sorted(held)) or 'no image'} in the data set and of "
         f"{', '.join(sorted(names.values()))} in the list: keys end at a name's first dot; pack the images under names "
         "without other dots"
     )
+
+
+def _stored_otherwise(held: set[str], others: set[str], names: dict[str, str]) -> list[str]:
+    """Which of the names may be images that were stored with another suffix, or under a field that says no suffix."""
+    if not held:
+        return [one for one in names if _WORD.fullmatch(_middle(one) or "a")]
+    middles = set(map(_middle, others))
+    return [one for one in names if _middle(one) in middles]
 
 
 def _middle(extension: str) -> str:

@@ -17,7 +17,8 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Ranking:
     def __enter__(self) -> Ranking:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -137,6 +138,43 @@ class Ranking:
                 f"{one.length_spearman:.2f}), and says little about what is in the images; leave out --euclidean"
             )
         return notes
+
+
+class _OfClusters(TypedDict, total=False):
+    k: int | None
+    euclidean: bool
+    iterations: int
+    restarts: int
+    train_points: int | None
+    backend: str
+    cache: bool
+
+
+class _OfRule(TypedDict, total=False):
+    order: str
+    drop_hardest: float
+    quota: str | None
+    balance: float
+    by: str | None
+    calibrate: float | None
+
+
+class ClusterOptions(_OfClusters, total=False):
+    """The fields of `Clusters`, for whoever does not make one."""
+
+    seed: int
+
+
+class RuleOptions(_OfRule, total=False):
+    """The fields of `Rule` but `keep`."""
+
+    seed: int
+
+
+class Options(_OfClusters, _OfRule, total=False):
+    """Both; the seed is that of both."""
+
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -244,7 +282,11 @@ class Selected:
         return picked(self.ranking.paths, np.flatnonzero(self.keep))
 
 
-def rank(features: str | os.PathLike | Source = "features.h5", clusters: Clusters | None = None, **options) -> Ranking:
+def rank(
+    features: str | os.PathLike[str] | Source = "features.h5",
+    clusters: Clusters | None = None,
+    **options: Unpack[ClusterOptions],
+) -> Ranking:
     """Rank the images of a feature file or feature set by their distance to their k-means prototype.
 
     `features` is its name, or what `open_features` made of it. `options` are the fields of `Clusters` (k, euclidean,
@@ -258,7 +300,7 @@ def rank(features: str | os.PathLike | Source = "features.h5", clusters: Cluster
 
 
 @contextlib.contextmanager
-def _opened(features: str | os.PathLike | Source) -> Iterator[Source]:
+def _opened(features: str | os.PathLike[str] | Source) -> Iterator[Source]:
     """The feature file or set, which stays open but for errors (one that was given open stays so in any case)."""
     if not isinstance(features, (str, os.PathLike)):
         yield features
@@ -271,7 +313,7 @@ def _opened(features: str | os.PathLike | Source) -> Iterator[Source]:
         raise
 
 
-def unscored(features: str | os.PathLike | Source, euclidean: bool = False) -> Ranking:
+def unscored(features: str | os.PathLike[str] | Source, euclidean: bool = False) -> Ranking:
     """The images of a feature file (see `rank`) for an order that needs neither scores nor clusters of all images.
 
     `placed` are the images that `rank` would give a score: all that could be read, but vectors of zeros unless
@@ -287,13 +329,13 @@ def unscored(features: str | os.PathLike | Source, euclidean: bool = False) -> R
     return ranking
 
 
-def add_scores(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
+def add_scores(ranking: Ranking, clusters: Clusters | None = None, **options: Unpack[ClusterOptions]) -> None:
     """Give a ranking the scores of `rank`, whose options they are; what may be kept stays as it is."""
     add_clusters(ranking, clusters, **options)
     ranking.scores = prototypes.consensus(ranking.clusterings)
 
 
-def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) -> None:
+def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options: Unpack[ClusterOptions]) -> None:
     """Cluster the features of all readable images into `ranking.clusterings`, whatever the scores are (see `rank`)."""
     clusters = ranking.clusters = _clusters(clusters, options)
     usable, classes = ranking.readable, len(ranking.classes)
@@ -305,20 +347,23 @@ def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options) 
         k = prototypes.auto_k(int(usable.sum()), classes)
         ranking.k_rule = _k_rule(k, int(usable.sum()), classes)
     for number in range(clusters.restarts):
-        one, found = _cluster(
-            ranking, usable, clusters.cache, k=k, spherical=not clusters.euclidean, seed=clusters.seed + number,
-            iterations=clusters.iterations, train_points=clusters.train_points, backend=clusters.backend,
-        )  # fmt: skip
+        one, found = _cluster(ranking, usable, k, clusters, clusters.seed + number)
         ranking.clusterings.append(one)
         ranking.cached += found
 
 
-def rank_by_table(features: str | os.PathLike | Source, table: str | os.PathLike, **reading) -> Ranking:
-    """Rank the images of a feature file (see `rank`) by a score table; no clustering. `reading` are the options of
-    `scores.read_scores`: higher_is, rows, by_place."""
+def rank_by_table(
+    features: str | os.PathLike[str] | Source,
+    table: str | os.PathLike[str],
+    *,
+    higher_is: str | None = None,
+    rows: str | os.PathLike[str] | Sequence[str] | None = None,
+    by_place: bool = False,
+) -> Ranking:
+    """Rank the images of a feature file (see `rank`) by a score table (see `scores.read_scores`); no clustering."""
     with _opened(features) as file:
         ranking = unranked(file)
-        ranking.table = read_scores(table, ranking.paths, **reading)
+        ranking.table = read_scores(table, ranking.paths, higher_is=higher_is, rows=rows, by_place=by_place)
         # A table may well score an image that cannot be read any more.
         ranking.scores = np.where(ranking.readable, ranking.table.scores, np.nan)
         ranking.table.missing = int(np.isnan(ranking.scores[ranking.readable]).sum())
@@ -381,7 +426,7 @@ def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likene
     )  # fmt: skip
 
 
-def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
+def prune(ranking: Ranking, keep: float | Rule, **options: Unpack[RuleOptions]) -> Selected:
     """The kept set of a ranking: exactly round(keep * m) of its m usable images, nested for growing `keep`.
 
     `keep` is a fraction, and `options` are the other fields of `Rule` (order, drop_hardest, quota, balance, by,
@@ -419,18 +464,18 @@ def prune(ranking: Ranking, keep: float | Rule, **options) -> Selected:
 
 
 def select(
-    features: str | os.PathLike | Source = "features.h5",
+    features: str | os.PathLike[str] | Source = "features.h5",
     keep: float | Rule = 0.7,
     clusters: Clusters | None = None,
     *,
-    scores: str | os.PathLike | None = None,
+    scores: str | os.PathLike[str] | None = None,
     higher_is: str | None = None,
-    rows: str | os.PathLike | Sequence[str] | None = None,
+    rows: str | os.PathLike[str] | Sequence[str] | None = None,
     by_place: bool = False,
     dedup: float | None = None,
     dedup_prefer: str | None = None,
     count: bool = False,
-    **options,
+    **options: Unpack[Options],
 ) -> Selected:
     """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
 
@@ -472,25 +517,31 @@ def _only_covers(rule: Rule, clusters: Clusters, classes: bool) -> bool:
     return by == "class" or (clusters.k is None and not rule.balance)
 
 
-def _rule(keep: float | Rule, options: dict) -> Rule:
+def _rule(keep: float | Rule, options: RuleOptions) -> Rule:
     if isinstance(keep, Rule):
         return replace(keep, **options)
     return Rule(keep, **options)
 
 
-def _clusters(clusters: Clusters | None, options: dict) -> Clusters:
+def _clusters(clusters: Clusters | None, options: ClusterOptions) -> Clusters:
     return replace(clusters, **options) if clusters is not None else Clusters(**options)
 
 
-def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: dict) -> tuple[Rule, Clusters]:
+def _rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: Options) -> tuple[Rule, Clusters]:
     """Both, with the options by their names; one that neither has is a TypeError."""
     names = {one.name for one in fields(Rule)}
     rule = {name: value for name, value in options.items() if name in names}
     other = {name: value for name, value in options.items() if name not in names or name == "seed"}
-    return _rule(keep, rule), _clusters(clusters, other)
+    return _rule(keep, cast(RuleOptions, rule)), _clusters(clusters, cast(ClusterOptions, other))
 
 
-def _check_together(rule: Rule, clusters: Clusters, scores, dedup, dedup_prefer) -> None:
+def _check_together(
+    rule: Rule,
+    clusters: Clusters,
+    scores: str | os.PathLike[str] | None,
+    dedup: float | None,
+    dedup_prefer: str | None,
+) -> None:
     """Raise UsageError for options that do not go together, before the work that they would ask for."""
     if dedup is not None:
         selection.check_duplicates(dedup, dedup_prefer or "harder")
@@ -560,14 +611,16 @@ def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None 
     usable = np.zeros(n, bool)
     usable[rows] = True
     how = ranking.clusters or Clusters()
-    settings = {"ids": ranking.paths, "usable": usable, "seed": seed}
     if (by or ("class" if ranking.classes else "cluster")) == "class" or how.k is not None:
         groups, size = groups_of(ranking, by), partition.CLASS_SIZE
     else:
         groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
     features = ranking.features
-    groups = partition.split(features, groups, size, iterations=how.iterations, backend=how.backend, **settings)
-    return selection.cover(features, groups, method=order, workers=cores(), **settings)
+    groups = partition.split(
+        features, groups, size, ids=ranking.paths, usable=usable, seed=seed, iterations=how.iterations,
+        backend=how.backend,
+    )  # fmt: skip
+    return selection.cover(features, groups, method=order, ids=ranking.paths, usable=usable, seed=seed, workers=cores())
 
 
 @dataclass
@@ -615,11 +668,13 @@ def check_stability(rule: Rule) -> None:
 
 def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     """Mean overlap of the sets that the single restarts would keep, by order alone: what one seed is worth."""
-    options = {"order": rule.order, "seed": rule.seed, "drop_hardest": rule.drop_hardest}
-    ids, usable = ranking.paths, ranking.usable
     masks = [
-        selection.kept_mask(one.distance, rule.keep, ids=ids, usable=usable, **options) for one in ranking.clusterings
-    ]
+        selection.kept_mask(
+            one.distance, rule.keep, ids=ranking.paths, usable=ranking.usable, order=rule.order, seed=rule.seed,
+            drop_hardest=rule.drop_hardest,
+        )
+        for one in ranking.clusterings
+    ]  # fmt: skip
     return mean_overlap(masks)
 
 
@@ -634,11 +689,14 @@ def unranked(file: Source) -> Ranking:
     )  # fmt: skip
 
 
-def _cluster(ranking: Ranking, usable: np.ndarray, cache: bool, **settings) -> tuple[Clustering, bool]:
-    def compute(**settings) -> Clustering:
-        return prototypes.cluster(ranking.features, settings.pop("k"), usable=usable, **settings)
-
-    if not cache or ranking.source is None:
+def _cluster(ranking: Ranking, usable: np.ndarray, k: int, how: Clusters, seed: int) -> tuple[Clustering, bool]:
+    """A clustering, and whether it was found in the cache."""
+    compute = partial(prototypes.cluster, ranking.features, usable=usable)
+    settings: dict[str, Any] = {
+        "k": k, "spherical": not how.euclidean, "seed": seed, "iterations": how.iterations,
+        "train_points": how.train_points, "backend": how.backend,
+    }  # fmt: skip
+    if not how.cache or ranking.source is None:
         return compute(**settings), False
     return prototypes.cached(ranking.file + ".clusters", ranking.source.provenance["uuid"], compute, **settings)
 

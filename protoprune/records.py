@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import h5py
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
@@ -64,7 +66,7 @@ class Record:
     damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike, *, unfinished: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
         there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
         self._reader = hdf5.Reader(there if os.path.exists(there) else self.path, KIND)
@@ -73,6 +75,7 @@ class Record:
             if not unfinished:
                 self._require_finished()
             self.epoch_numbers = self._reader.whole("epoch")
+            self._check_counts()
         except BaseException:
             self._reader.close()
             raise
@@ -80,6 +83,18 @@ class Record:
         self.provenance = self._reader.attributes
         self._digests = _Digests(self._reader)
         self._probability_checked = False
+
+    def _check_counts(self) -> None:
+        """Whether what the record says of itself agrees; of one without digests all of it, before any is used."""
+        if self._reader.seal is None:
+            for name in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
+                getattr(self, name)
+        if not (self.epoch_numbers >= 0).all() or (np.diff(self.epoch_numbers) <= 0).any():
+            raise self._reader.damaged("its epochs are not in order")
+        if (classes := self._reader.dims.get("c")) not in (None, len(self.classes)):
+            raise self._reader.damaged(f"its probability is of {classes:,} classes, and it has {len(self.classes):,}")
+        if "digest" in self._reader and self._reader.dims["s"] != len(names_with_digests(self._reader.file)):
+            raise self._reader.damaged("its digest is of other statistics than it has")
 
     def _require_finished(self) -> None:
         done, total = int(self.committed.sum()), self.models * self.epochs
@@ -92,7 +107,7 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     @property
@@ -153,7 +168,7 @@ class Record:
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
         return name
 
-    def _read(self, name: str, models, epochs, rows) -> np.ndarray:
+    def _read(self, name: str, models: int | slice, epochs: int | slice, rows: slice) -> np.ndarray:
         self._digests.check(name, models, epochs)
         with self._reader.trouble(f"its {name}"):
             values = self._reader.file[name][models, epochs, rows]
@@ -230,8 +245,9 @@ class Record:
 class _Digests:
     """The digests of what models were like at recorded epochs, compared when one is first read."""
 
-    def __init__(self, reader: hdf5.Reader):
-        self._reader, self._good = reader, set()
+    def __init__(self, reader: hdf5.Reader) -> None:
+        self._reader = reader
+        self._good: set[tuple[str, int, int]] = set()
         self.known = reader.seal is not None and "digest" in reader
         self.names = names_with_digests(reader.file) if self.known else []
         self._table: np.ndarray | None = None
@@ -262,7 +278,7 @@ class _Digests:
         return [(name, *one) for name in self.names for one in done if self.differs(name, *one)]
 
 
-def names_with_digests(file) -> list[str]:
+def names_with_digests(file: h5py.File) -> list[str]:
     """The datasets that hold values of each model at each recorded epoch, in the order of `digest`."""
     there = file["prediction"].shape[:2]
     others = ("digest", "probability")
@@ -278,7 +294,7 @@ def digest(values: np.ndarray) -> int:
 class PartialRecord:
     """The record of a run under way."""
 
-    def __init__(self, out: str):
+    def __init__(self, out: str) -> None:
         self.out = out
         self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
         self._reader.check_sealed()
@@ -349,7 +365,7 @@ def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = F
 
 def create(
     out: str,
-    provenance: dict,
+    provenance: dict[str, Any],
     *,
     paths: Sequence[str],
     labels: np.ndarray,
@@ -383,7 +399,7 @@ def create(
                     hdf5.dataset(file, name, shape=(models, epochs, n), dtype=np.dtype(np.float16))
             if probabilities:
                 hdf5.dataset(file, "probability", shape=(models, n, len(classes)), dtype=np.dtype(np.float16))
-            if test:
+            if test_labels is not None and test:
                 hdf5.dataset(file, "test_path", hdf5.block(test_paths))
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
                 hdf5.dataset(file, "test_prediction", shape=(models, epochs, test), dtype=np.dtype(np.uint16))

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from protoprune import seals, stores
 from protoprune.errors import ProtopruneError, warn
@@ -34,7 +35,7 @@ def note_file(path: str) -> str:
     return path.removesuffix(".h5") + _NOTE
 
 
-def notes(out: str) -> dict[str, dict]:
+def notes(out: str) -> dict[str, dict[str, Any]]:
     """Feature file -> its note, of all shards of a set; of those that are done only where it is about what is there."""
     there = stores.listed(out)
     names = [name for name in there if name.endswith(_NOTE)]
@@ -44,29 +45,33 @@ def notes(out: str) -> dict[str, dict]:
     return {path: one for path, data, file in zip(paths, found, seen, strict=True) if (one := _note(data, file))}
 
 
-def note(path: str) -> dict | None:
+def note(path: str) -> dict[str, Any] | None:
     """The note of one feature file, as `notes` has it."""
     return _note(stores.read(note_file(path)), stores.seen(path))
 
 
-def _note(data: bytes | None, file: stores.Seen | None) -> dict | None:
+def _note(data: bytes | None, file: stores.Seen | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
     try:
-        found = parse_json(data.decode())
+        found: dict[str, Any] = parse_json(data.decode())
         if "failed" in found:
             return found
+        if file is None:
+            return None
         marks = {found.get("mark", ""), file.mark} - {""}
         return found if found["bytes"] == file.size and len(marks) < 2 else None
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
 
 
-def write_note(path: str, what: dict, file: stores.Seen | None = None) -> None:
+def write_note(path: str, what: dict[str, Any], file: stores.Seen | None = None) -> None:
     """Write the note of a feature file, which is about `file`, if there is one."""
     about = {"mark": file.mark} if file is not None and file.mark else {}
     stores.write(note_file(path), json.dumps(what | about).encode())
 
 
-def deliver(local: str, path: str, what: dict, *, new: bool) -> None:
+def deliver(local: str, path: str, what: dict[str, Any], *, new: bool) -> None:
     """Put a finished feature file on the store, and its note, which says `what`. Raises FileExistsError when somebody
     else puts one there at the same time, who is left to make the note."""
     if not new:  # killed in between, there is none rather than that of what was there
@@ -110,7 +115,7 @@ def local_copy(url: str) -> str:
             for _ in pool.map(lambda part: _fetch(url, folder, part), missing):
                 pass
         if missing or not is_feature_set(folder) or read_plan(folder) != (plan, parts):
-            write_plan(folder, {name: value for name, value in plan.items() if name != "state"}, parts)
+            write_plan(folder, plan, parts)
     except OSError as error:
         raise ProtopruneError(
             f"{folder}: cannot write ({error.strerror}); PROTOPRUNE_CACHE=FOLDER names another place for the copy of "

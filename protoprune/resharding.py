@@ -24,7 +24,7 @@ import numpy as np
 
 from protoprune import files
 from protoprune.bounds import check_whole
-from protoprune.decode import ImageError
+from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard
@@ -266,7 +266,10 @@ class _Inputs:
                 if "://" in self.root:
                     from protoprune.sources.remote import fetched, find_remote
 
-                    where = self._stack.enter_context(fetched(find_remote(where).shards[0]))
+                    source = find_remote(where)
+                    if source is None:
+                        raise ShardError(Status.MISSING, "no shard")
+                    where = self._stack.enter_context(fetched(source.shards[0]))
                 images = self._stack.enter_context(
                     open_shard(Shard(shard, where, 0, 0), where, self.options, self.root)
                 )

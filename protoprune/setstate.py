@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from protoprune.current import content_digest
 from protoprune.decode import TRANSIENT, ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.featurefile import FeatureFile
-from protoprune.featureset import Part, read_plan, shard_file, write_plan
+from protoprune.featureset import Part, Plan, read_plan, shard_file, write_plan
 from protoprune.images import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_shard
 from protoprune.text import parse_json
@@ -30,12 +31,14 @@ from protoprune.text import parse_json
 _LOCK_SECONDS = 60
 
 
-def prepare(source: Source, key: dict, options: ShardOptions, out: str, overwrite: bool, moved: bool = False) -> None:
+def prepare(
+    source: Source, key: dict[str, str], options: ShardOptions, out: str, overwrite: bool, moved: bool = False
+) -> None:
     """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
     there = is_feature_set(out)
     if not there:
         _check_free(out)
-    wanted = {"key": key, "root": source.root, "options": asdict(options)}
+    wanted: Plan = {"key": key, "root": source.root, "options": asdict(options)}
     with _locked(out):
         before: dict[str, Part] = {}
         if there or is_feature_set(out):
@@ -69,7 +72,7 @@ def _check_free(out: str) -> None:
         )
 
 
-def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
+def _read(out: str, overwrite: bool) -> tuple[Plan | None, list[Part]]:
     try:
         return read_plan(out)
     except ProtopruneError:
@@ -78,43 +81,32 @@ def _read(out: str, overwrite: bool) -> tuple[dict | None, list[Part]]:
         raise
 
 
-def _agrees(plan: dict, wanted: dict) -> bool:
-    return all(plan.get(name) == wanted[name] for name in ("key", "root", "options"))
+def _agrees(plan: Plan, wanted: Plan) -> bool:
+    return (plan.get("key"), plan["root"], plan.get("options")) == (wanted["key"], wanted["root"], wanted["options"])
 
 
 def _carried(part: Part | None, shard: Shard) -> Part:
     """The part of a shard that is done and unchanged, or gone; else a pending one."""
-    same = (
-        part is not None and part.done and (shard.size < 0 or (part.size, part.version) == (shard.size, shard.version))
-    )
-    return part if same else Part(shard.name, shard.size, shard.version)
+    if part is not None and part.done and (shard.size < 0 or _unchanged(part, shard)):
+        return part
+    return Part(shard.name, shard.size, shard.version)
 
 
 def _unchanged(part: Part, shard: Shard) -> bool:
     return (part.size, part.version) == (shard.size, shard.version)
 
 
-def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source, overwrite: bool, moved: bool) -> None:
+def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source, overwrite: bool, moved: bool) -> None:
     """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
     if overwrite:
         return
     ways = "write to another folder with -o, or replace it with --overwrite"
-    differences = feature_file.key_differences(plan["key"], wanted["key"])
-    differences += [
-        f"{name.replace('_', ' ')}: {plan['options'].get(name)}, not {value}"
-        for name, value in wanted["options"].items()
-        if plan["options"].get(name) != value and name in ("image_column", "id_column")
-    ]
-    if differences:
+    if differences := _differences(plan, wanted):
         raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
-    done = [part for part in parts if part.done]
-    shards = {shard.name: shard for shard in source.shards}
     elsewhere = plan["root"] != source.root
-    staying = [
-        part for part in done
-        if part.name in shards and (not elsewhere or _unchanged(part, shards[part.name]))
-    ]  # fmt: skip
-    stay, rows = sum(part.rows for part in staying), sum(part.rows for part in done)
+    shards = {shard.name: shard for shard in source.shards}
+    staying = _staying(parts, shards, elsewhere)
+    stay, rows = (sum(part.rows for part in some if part.done) for some in (staying, parts))
     what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
     if elsewhere and staying and not moved:
         options = ShardOptions(**wanted["options"])
@@ -122,6 +114,20 @@ def _check(out: str, plan: dict, parts: list[Part], wanted: dict, source: Source
             raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
     if 2 * stay < rows:
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
+
+
+def _staying(parts: list[Part], shards: dict[str, Shard], elsewhere: bool) -> list[Part]:
+    """The parts whose shards are there; below another root those that look the same."""
+    there = [part for part in parts if part.done and part.name in shards]
+    return [part for part in there if _unchanged(part, shards[part.name])] if elsewhere else there
+
+
+def _differences(plan: Plan, wanted: Plan) -> list[str]:
+    """What makes features of one kind incomparable with those of another: the key, and what an image and its id are."""
+    options = [(name, plan["options"].get(name), wanted["options"][name]) for name in ("image_column", "id_column")]
+    return feature_file.key_differences(plan["key"], wanted["key"]) + [
+        f"{name.replace('_', ' ')}: {was}, not {value}" for name, was, value in options if was != value
+    ]
 
 
 def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) -> str:
@@ -153,7 +159,6 @@ def finish(out: str, uuids: dict[str, str]) -> list[Part]:
             plan, parts = read_plan(out)
             notes = remoteset.notes(out) if stores.is_url(out) else None
             now = [_state(out, part, plan, uuids.get(part.name, part.uuid), notes) for part in parts]
-            plan.pop("state", None)
             changed = [part.as_json() for part in now] != [part.as_json() for part in parts]
             if changed:
                 write_plan(out, plan, now)
@@ -162,7 +167,7 @@ def finish(out: str, uuids: dict[str, str]) -> list[Part]:
     return now
 
 
-def _state(out: str, part: Part, plan: dict, uuid: str, notes: dict | None) -> Part:
+def _state(out: str, part: Part, plan: Plan, uuid: str, notes: dict[str, Any] | None) -> Part:
     """A part as its files have it; `uuid` is what its feature file is known to have."""
     path = shard_file(out, part.name)
     if part.done and part.uuid == uuid and (notes is None or notes.get(path, {}).get("uuid") == uuid):
@@ -214,7 +219,7 @@ class Finished:
     uuid: str
     size: int
     version: int
-    failures: Counter
+    failures: Counter[str]
     left_out: int
 
 
@@ -223,11 +228,11 @@ def done(
     shard: Shard,
     root: str,
     options: ShardOptions,
-    key: dict,
+    key: dict[str, str],
     *,
     source_gone: bool = False,
     try_again: bool = True,
-    notes: dict | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> Finished | None:
     """The feature file of a shard if it is for this shard below this root, unchanged (or gone), with this key and these
     options.
@@ -238,8 +243,9 @@ def done(
     again = try_again and not source_gone
     if stores.is_url(path):
         facts = remoteset.note(path) if notes is None else notes.get(path)
-        fits = facts is not None and "failed" not in facts and _is_for(facts, shard, root, options, key, source_gone)
-        return _finished(facts) if fits and not (again and facts["try_again"]) else None
+        if facts is None or "failed" in facts or not _is_for(facts, shard, root, options, key, source_gone):
+            return None
+        return None if again and facts["try_again"] else _finished(facts)
     if not os.path.exists(path):
         return None
     try:
@@ -252,10 +258,12 @@ def done(
         return None
 
 
-def _is_for(facts: dict, shard: Shard, root: str, options: ShardOptions, key: dict, source_gone: bool) -> bool:
+def _is_for(
+    facts: dict[str, Any], shard: Shard, root: str, options: ShardOptions, key: dict[str, str], source_gone: bool
+) -> bool:
     same = (facts.get("shard"), facts.get("root")) == (shard.name, root)
-    same &= not feature_file.key_differences(facts, key)
-    same &= facts.get("shard_options") == options.as_text()
+    same = same and not feature_file.key_differences(facts, key)
+    same = same and facts.get("shard_options") == options.as_text()
     if source_gone or not same:
         return same
     # Another file may have been put in the shard's place: its ctime is another one.
@@ -264,7 +272,7 @@ def _is_for(facts: dict, shard: Shard, root: str, options: ShardOptions, key: di
     return (facts.get("shard_size"), facts.get("shard_version")) == (shard.size, shard.version) and not touched
 
 
-def _facts(file: FeatureFile) -> dict:
+def _facts(file: FeatureFile) -> dict[str, Any]:
     """What a finished feature file says of itself."""
     status = file.status
     names = (*feature_file.KEY, "shard", "shard_options", "shard_size", "shard_version", "root", "uuid", "embedded_by")
@@ -275,14 +283,14 @@ def _facts(file: FeatureFile) -> dict:
     }  # fmt: skip
 
 
-def _finished(facts: dict) -> Finished:
+def _finished(facts: dict[str, Any]) -> Finished:
     return Finished(
         facts["rows"], facts["usable"], facts["uuid"], int(facts["shard_size"]), int(facts["shard_version"]),
         Counter(facts["failures"]), facts.get("left_out", 0),
     )  # fmt: skip
 
 
-def facts_of(path: str) -> dict:
+def facts_of(path: str) -> dict[str, Any]:
     with FeatureFile(path) as file:
         return _facts(file)
 
@@ -299,7 +307,7 @@ def note_failure(path: str, shard: Shard, error: ShardError) -> None:
         files.write_file(failure_file(path), json.dumps(said).encode())
 
 
-def _failure(path: str, notes: dict | None) -> dict | None:
+def _failure(path: str, notes: dict[str, Any] | None) -> dict[str, Any] | None:
     """What was noted of a shard that failed."""
     if notes is not None:
         return notes.get(path, {}).get("failed")

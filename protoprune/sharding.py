@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -23,17 +23,27 @@ from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import featurefile as feature_file
 from protoprune.decode import Status
 from protoprune.earlier import LossError
-from protoprune.embedding import Engine, embed_with
-from protoprune.encoders import Encoder
+from protoprune.embedding import embed_with
+from protoprune.engine import Encoder, Engine
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import FeatureFile
-from protoprune.featureset import shard_file
+from protoprune.featureset import Part, shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.reading import FOLDERS
 from protoprune.sources.remote import Copies
 
 Copy = Callable[[Shard], AbstractContextManager[str]]
+
+
+class _Settings(TypedDict):
+    """What an `Engine` is told but for encoder and device."""
+
+    precision: str
+    batch_size: int | None
+    workers: int | None
+    store: str
+    compile: bool
 
 
 @dataclass
@@ -48,8 +58,8 @@ class ShardReport:
     transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
-    failures: Counter = field(default_factory=Counter)  # status label -> images
-    skipped: Counter = field(default_factory=Counter)  # suffix -> members that are no images
+    failures: Counter[str] = field(default_factory=Counter)  # status label -> images
+    skipped: Counter[str] = field(default_factory=Counter)  # suffix -> members that are no images
     left_out: int = 0  # those of them that belong to none; known of an unchanged shard too
     duplicates: int = 0  # members that named an image a second time
 
@@ -60,13 +70,13 @@ class SetReport:
 
     out: str
     shards: int
-    states: Counter = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
     n: int = 0  # images in the set
     embedded: int = 0
     transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
-    failures: Counter = field(default_factory=Counter)  # status label -> images, of all n
-    skipped: Counter = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
+    skipped: Counter[str] = field(default_factory=Counter)
     left_out: int = 0  # members of shards that are no images and belong to none
     duplicates: int = 0
     device: str = ""
@@ -78,10 +88,13 @@ class SetReport:
         return sum(self.failures.values())
 
 
+Run = Callable[[Sequence[Shard]], Iterator[ShardReport | launch.Lost[Shard]]]  # by whichever launcher
+
+
 def embed_shards(
     source: Source,
     encoder: Encoder,
-    out: str | os.PathLike = "features",
+    out: str | os.PathLike[str] = "features",
     *,
     options: ShardOptions | None = None,
     device: str = "auto",
@@ -118,6 +131,49 @@ def embed_shards(
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
     another source or with other options, or would lose most of its shards (unless `overwrite`).
     """
+    _check_spread(device, devices, rank, world_size, ray, address)
+    options = options or ShardOptions()
+    options.check(shard.name for shard in source.shards)
+    out = stores.given(out).rstrip("/") or "/"
+    settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
+                           "compile": compile}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if ray:
+            out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
+            need = _need_of_ray(encoder, device, settings, stack.enter_context(cluster.connected(address)))
+            device = "cpu"  # of the driver, which embeds nothing
+        engine = Engine(encoder, devices[0] if devices else device, **settings)
+        settings["precision"] = engine.precision
+        setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
+        mine = source.shards[rank::world_size]
+        report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
+        start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
+        run: Run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
+        if ray:
+            report.device = f"{need.device} of Ray"
+            run = functools.partial(cluster.run, _work, start, need=need)
+        elif devices:
+            run = functools.partial(launch.run, _work, start, devices=devices)
+        uuids = {}
+        for one in _reports(mine, source.root, options, engine, out, run, on_start):
+            _count(report, one)
+            uuids[one.name] = one.uuid
+            if on_shard:
+                on_shard(one)
+    _sum_up(report, setstate.finish(out, uuids))
+    return report
+
+
+def _sum_up(report: SetReport, parts: list[Part]) -> None:
+    """What is there of the set, by whomever."""
+    report.finished = not any(part.pending for part in parts)
+    report.n = sum(part.rows for part in parts if part.done)
+    report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
+
+
+def _check_spread(
+    device: str, devices: Sequence[str] | None, rank: int, world_size: int, ray: bool, address: str | None
+) -> None:
     if not 0 <= rank < world_size:
         raise UsageError(f"--rank {rank}: expected 0 to {world_size - 1}, below --world-size {world_size}")
     if ray and (devices or world_size > 1):
@@ -126,48 +182,25 @@ def embed_shards(
         raise UsageError("--address goes with --engine ray")
     if devices and device != "auto":
         raise UsageError(f"--device {device}: --devices says where to compute; leave one of them out")
-    options = options or ShardOptions()
-    options.check(shard.name for shard in source.shards)
-    out = stores.given(out).rstrip("/") or "/"
-    settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
-                "compile": compile}  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if ray:
-            out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
-            alone = stack.enter_context(cluster.connected(address))
-            need = cluster.need(device, workers, alone)
-            settings["workers"] = need.cpus
-            if need.gpus and precision == "auto" and not encoder.fp32_only:
-                settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
-            device = "cpu"  # of the driver, which embeds nothing
-        engine = Engine(encoder, devices[0] if devices else device, **settings)
-        settings["precision"] = engine.precision
-        setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
-        mine = source.shards[rank::world_size]
-        report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
-        start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
-        if ray:
-            report.device = f"{need.device} of Ray"
-            run = functools.partial(cluster.run, _work, start, need=need)
-        elif devices:
-            run = functools.partial(launch.run, _work, start, devices=devices)
-        else:
-            run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
-        uuids = {}
-        for one in _reports(mine, source.root, options, engine, out, run, on_start):
-            _count(report, one)
-            uuids[one.name] = one.uuid
-            if on_shard:
-                on_shard(one)
-    parts = setstate.finish(out, uuids)
-    report.finished = not any(part.pending for part in parts)
-    report.n = sum(part.rows for part in parts if part.done)
-    report.failed_shards = [(part.name, *part.failed) for part in parts if part.failed]
-    return report
+
+
+def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool) -> cluster.Need:
+    """What a worker takes of its machine; the settings are filled in with what follows from it."""
+    need = cluster.need(device, settings["workers"], alone)
+    settings["workers"] = need.cpus
+    if need.gpus and settings["precision"] == "auto" and not encoder.fp32_only:
+        settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+    return need
 
 
 def _reports(
-    shards: Sequence[Shard], root: str, options, engine: Engine, out: str, run: Callable, on_start=None
+    shards: Sequence[Shard],
+    root: str,
+    options: ShardOptions,
+    engine: Engine,
+    out: str,
+    run: Run,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> Iterator[ShardReport]:
     """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
 
@@ -184,9 +217,10 @@ def _reports(
         on_start(len(shards), len(left))
     for again in (True, False):
         busy = []
-        for one in run(tasks=left) if left else ():
+        for one in run(left) if left else ():
             if isinstance(one, launch.Lost):
-                yield _lost(out, one)
+                error = ShardError(Status.UNREADABLE, one.reason)
+                yield _failed(shard_file(out, one.task.name), one.task, error)
             elif one.state == "busy" and again:
                 busy.append(one.name)
             else:
@@ -196,12 +230,6 @@ def _reports(
 
 def _as_it_was(shard: Shard, found: setstate.Finished, state: str = "unchanged") -> ShardReport:
     return ShardReport(shard.name, state, found.rows, found.uuid, failures=found.failures, left_out=found.left_out)
-
-
-def _lost(out: str, lost: launch.Lost) -> ShardReport:
-    error = ShardError(Status.UNREADABLE, lost.reason)
-    setstate.note_failure(shard_file(out, lost.task.name), lost.task, error)
-    return ShardReport(lost.task.name, "failed", status=error.status.label, reason=error.reason)
 
 
 @dataclass
@@ -220,7 +248,7 @@ class _Worker:
 
 
 def _start(
-    encoder: Encoder, settings: dict, root: str, options: ShardOptions, out: str, moved: bool, device: str
+    encoder: Encoder, settings: _Settings, root: str, options: ShardOptions, out: str, moved: bool, device: str
 ) -> _Worker:
     """A worker in its own process. Raises ProtopruneError on a machine where the set or the shards cannot be seen."""
     for path, what in ((os.path.join(out, SET_FILE), "the feature set"), (root, "the shards")):
@@ -240,7 +268,7 @@ def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
 
 def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
     with contextlib.closing(worker):
-        for shard, ahead in itertools.pairwise([*tasks, None]):
+        for shard, ahead in zip(tasks, [*tasks[1:], None], strict=True):
             yield _work(worker, shard, ahead)
 
 
@@ -275,25 +303,18 @@ def embed_shard(
             if shard.size < 0:
                 raise ShardError(Status.MISSING, "no such file")
             with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
-                images.provenance = {
-                    "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
-                    "shard_options": options.as_text(),
-                    "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
-                }  # fmt: skip
+                images.provenance = _made_of(shard, options)
                 replaced = _replaces(place, shard, engine.provenance)
                 result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
-            lost = ShardError(Status.UNREADABLE, str(error))
-            setstate.note_failure(path, shard, lost)
-            return ShardReport(shard.name, "failed", status=lost.status.label, reason=lost.reason)
+            return _failed(path, shard, ShardError(Status.UNREADABLE, str(error)))
         except ProtopruneError as error:
             raise type(error)(f"{shard.name}: {error}") from None
         except ShardError as error:
-            setstate.note_failure(path, shard, error)
-            return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
+            return _failed(path, shard, error)
         if place != path:
             try:
                 remoteset.deliver(place, path, setstate.facts_of(place), new=not replaces)
@@ -306,6 +327,20 @@ def embed_shard(
         shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates,
     )  # fmt: skip
+
+
+def _made_of(shard: Shard, options: ShardOptions) -> dict[str, str | int]:
+    """What the feature file of a shard says of where it comes from."""
+    return {
+        "shard": shard.name, "shard_size": shard.size, "shard_version": shard.version,
+        "shard_options": options.as_text(), "embedded_by": f"process {os.getpid()} on {os.uname().nodename}",
+    }  # fmt: skip
+
+
+def _failed(path: str, shard: Shard, error: ShardError) -> ShardReport:
+    """Of a shard that cannot be used, which is noted beside its feature file `path`."""
+    setstate.note_failure(path, shard, error)
+    return ShardReport(shard.name, "failed", status=error.status.label, reason=error.reason)
 
 
 @contextlib.contextmanager
@@ -323,7 +358,7 @@ def _place(path: str) -> Iterator[str]:
 
 
 def _without_note(
-    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict
+    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict[str, str]
 ) -> setstate.Finished | None:
     """A file on the store that has no note, or that of another file (its writer was killed, or two replaced it at the
     same time), if it is what is wanted; the note is made up for."""
@@ -358,7 +393,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
 
 
-def _replaces(path: str, shard: Shard, key: dict) -> bool:
+def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
     """Whether a feature file that is there is of another kind, or of another version of the shard."""
     if not os.path.exists(path):
         return False

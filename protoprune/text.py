@@ -43,6 +43,15 @@ def unpacked(data: bytes, source: str) -> bytes:
         raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
 
 
+def contents(source: str) -> bytes:
+    """All bytes of a file. Raises ProtopruneError when it cannot be read."""
+    try:
+        with open(source, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ProtopruneError(f"{source}: cannot read ({error.strerror})") from None
+
+
 def plain_bytes(data: bytes) -> bytes:
     """Lines of text as bytes that `os.fsdecode` takes: UTF-16 with its mark (PowerShell's `>`) becomes UTF-8, and the
     mark that Windows puts before UTF-8 is left out. Names separated by NUL stay as they are, whatever they begin with.

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from protoprune import hdf5, records, scores
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
+from protoprune.featurefile import KIND, PartialFile
 from protoprune.features import open_features
 from protoprune.records import PartialRecord, Record
 
@@ -288,8 +289,6 @@ def runs_recipe():
 @pytest.mark.parametrize("count", COUNTS)
 def test_an_unfinished_feature_file(here, feature_file, count):
     """What goes on from a damaged unfinished run ends in the same features, or says that it cannot."""
-    from protoprune.featurefile import PartialFile
-
     features = blobs().astype(np.float32)
     path = Path(feature_file("f.h5", features, paths=PATHS, finish=False) + ".partial")
     order = sorted(range(N), key=PATHS.__getitem__)
@@ -446,3 +445,111 @@ def test_damage_in_files_of_earlier_versions_is_one_line_or_another_number(here,
     lines = ["info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"]
     lines = lines if name == "f.h5" else ["info r.h5", "score ddd --record r.h5", "score tdds --record r.h5"]
     check({line: command(*line.split()) for line in lines}, here / name, 100, unsigned=True)
+
+
+@pytest.mark.parametrize("name", ["f.h5", "r.h5"])
+def test_texts_of_earlier_versions_that_would_be_read_for_ever(here, feature_file, name):
+    """HDF5 follows the sizes in its heap of attributes' texts: one that leads nowhere, or back, is found before."""
+    feature_file("f.h5", blobs(), paths=PATHS)
+    write_record("r.h5")
+    without_seal(here / name)
+    data = (here / name).read_bytes()
+    heap = data.index(b"GCOL")
+    assert hdf5.format_of(name)
+    for size in (2**64 - 16, 2**64 - 23, 2**63, 2**64 - 4096):
+        (here / name).write_bytes(data[: heap + 24] + size.to_bytes(8, "little") + data[heap + 32 :])
+        said = run_apart(command("info", name))
+        assert said == (1, "", [f"error: {said[2][0].removeprefix('error: ')}"])
+        assert f"{name}: damaged (its HDF5 structure)" in said[2][0]
+        assert run_apart(lambda: hdf5.format_of(name)) is None
+
+
+def test_a_damaged_seal_is_not_looked_behind(here, feature_file):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    data = bytearray((here / "f.h5").read_bytes())
+    data[20] ^= 1
+    (here / "f.h5").write_bytes(data)
+    assert hdf5.format_of("f.h5") is None
+    hdf5.check_replaceable("f.h5", KIND)  # a damaged file of ours
+
+
+# --- counts that disagree --------------------------------------------------------------------------------------------
+
+
+def changed(path: Path, name: str, value) -> None:
+    """Another dataset in the place of one, in a file without a seal."""
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        hdf5.dataset(file, name, np.asarray(value))
+
+
+DISAGREEING = {
+    "size": (np.zeros(N - 1, np.int64), "its s"), "label": (np.zeros(N + 1, np.int32), "its "),
+    "path": (np.frombuffer(b"a/1.png\0" * (N - 1), np.uint8), "its path is no list of 60 names"),
+    "classes": (np.frombuffer(b"a\0b\0", np.uint8), "its label holds 0 to 2, expected -1 to 1"),
+    "status": (np.where(np.arange(N) == 7, 0, 1).astype(np.uint8), "its status says that 1 finished rows are pending"),
+    "committed": (np.array([N + 1]), "its committed says that 61 of 60 rows are finished"),
+    "borrowed": (np.full(N, 3, np.uint8), "its borrowed holds 3 to 3, expected 0 to 1"),
+    "reason": (np.full(N, 5000, np.uint16), "its reason holds 5000 to 5000"),
+    "features": (np.zeros((N - 1, D), np.float32), "its "), "ctime_ns": (np.zeros(N + 1, np.int64), "its "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("name", DISAGREEING)
+def test_counts_of_a_feature_file_that_disagree(here, feature_file, name, partial):
+    path = Path(feature_file("f.h5", blobs(), paths=PATHS))
+    without_seal(path)
+    value, said = DISAGREEING[name]
+    changed(path, name, value)
+    if partial:
+        path.rename("f.h5.partial")
+    for line in ("info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"):
+        result = CliRunner().invoke(app, line.split())
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        assert result.stderr.count("\n") == 1
+        assert "f.h5" in result.stderr
+        assert "damaged" in result.stderr
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize("committed", [-1, N + 1, 10**15])
+def test_counts_of_an_unfinished_run_that_disagree(here, feature_file, committed):
+    """What changes in a run is under no seal."""
+    import h5py
+
+    path = feature_file("f.h5", blobs(), paths=PATHS, finish=False) + ".partial"
+    with h5py.File(path, "r+") as file:
+        file["committed"][0] = committed
+    result = CliRunner().invoke(app, ["info", "f.h5"])
+    assert result.exit_code == 1
+    assert f"its committed says that {committed:,} of 60 rows are finished" in result.stderr
+    with pytest.raises(ProtopruneError, match=r"f\.h5\.partial: a damaged unfinished run"):
+        PartialFile("f.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("path", np.frombuffer(b"a\0" * (N + 1), np.uint8), "its path is no list of 60 names"),
+        ("label", np.full(N, 3, np.int32), "its label holds 3 to 3"),
+        ("subset", np.full((4, N), 2, np.uint8), "its subset holds 2 to 2"),
+        ("committed", np.full(4, 5, np.int32), "its committed holds 5 to 5"),
+        ("epoch", np.array([1, 3, 2, 4], np.int32), "its epochs are not in order"),
+        ("test_label", np.zeros(3, np.int32), "its "),
+        ("test_path", np.frombuffer(b"t\0", np.uint8), "its test_path is no list of 2 names"),
+        ("prediction", np.zeros((4, 4, N - 1), np.uint16), "its "),
+    ],
+)
+def test_counts_of_a_record_that_disagree(here, name, value, said):
+    path = Path(write_record("r.h5"))
+    without_seal(path)
+    changed(path, name, value)
+    for line in ("info r.h5", "score el2n --record r.h5"):
+        result = CliRunner().invoke(app, line.split())
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        assert result.stderr.count("\n") == 1
+        assert "r.h5: damaged" in result.stderr
+        assert said in result.stderr

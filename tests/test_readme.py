@@ -130,6 +130,17 @@ def test_weights(here):
     assert counts == pytest.approx(given["weights"] / 20, abs=0.02)
 
 
+def test_own_encoder(here):
+    report = run_block("own_encoder")["report"]
+    assert (report.n, report.embedded, report.failed) == (20, 20, 0)
+    with protoprune.FeatureFile("colours.h5") as file:
+        features = file.features[:].astype(np.float32)
+    path = "images/c0/00.png"
+    pixels = np.asarray(Image.open(path).resize((36, 36), Image.Resampling.BICUBIC), np.float32)[2:34, 2:34] / 255
+    parts = pixels.reshape(2, 16, 2, 16, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    np.testing.assert_allclose(features[0], parts.ravel(), atol=0.01)
+
+
 def test_timm(here):
     """Through the links timm's own folder reader finds the kept images and the same classes."""
     from timm.data import create_dataset

@@ -182,7 +182,7 @@ def _embed_images(
 
 
 def _number(option: str, text: str) -> int | None:
-    from protoprune.embedding import MOST
+    from protoprune.engine import MOST
 
     if text == "auto":
         return None

@@ -34,9 +34,7 @@ def check_outputs(
     written: list[Path] = [] if links is None else [links]
     if hdf5 is not None:
         given.insert(0, hdf5)
-        written = [Path(f"{hdf5}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
-        if any(same_file(one, source) for one in written for source in sources):
-            raise UsageError(f"{hdf5}: its partial file or lock is one of the inputs; choose another name")
+        written = _beside_hdf5(hdf5, sources)
     for path in given:
         _check_place(path)
         if path.exists() and not path.is_file():
@@ -44,8 +42,8 @@ def check_outputs(
         _check_replaced(path, sources, written)
         if links is not None and path.resolve().is_relative_to(links.resolve()):
             raise UsageError(f"{path}: lies in the folder that --links makes; choose another place")
-        if path != hdf5 and (what := holds(path)) and not _redrawn(path, what):
-            raise UsageError(f"{path}: is {what}; choose another name, or delete it first")
+        if path != hdf5:
+            _check_kind(path)
         written.append(path)
 
 
@@ -75,6 +73,21 @@ def _check_replaced(path: Path, sources: list[Path], written: list[Path]) -> Non
         raise UsageError(f"{path}: is one of the inputs; choose another name")
     if any(same_file(path, one) for one in written) or _is_stdout(path):
         raise UsageError(f"{path}: is named for two outputs; choose another name")
+
+
+def _beside_hdf5(path: Path, sources: list[Path]) -> list[Path]:
+    """What is written beside an HDF5 file until it is finished."""
+    written = [Path(f"{path}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
+    if any(same_file(one, source) for one in written for source in sources):
+        raise UsageError(f"{path}: its partial file or lock is one of the inputs; choose another name")
+    return written
+
+
+def _check_kind(path: Path) -> None:
+    """UsageError where what is there took hours to make or cannot be made again; a picture may be drawn again."""
+    what = holds(path)
+    if what and not (what == "an image" and path.suffix.lower() == ".png"):
+        raise UsageError(f"{path}: is {what}; choose another name, or delete it first")
 
 
 def check_picture(path: Path | None, root: str | Path, paths: Sequence[str]) -> None:
@@ -151,8 +164,3 @@ def _is_stdout(path: Path) -> bool:
         return path.exists() and os.path.samestat(os.fstat(1), os.stat(path))
     except OSError:
         return False
-
-
-def _redrawn(path: Path, what: str) -> bool:
-    """A picture may take the place of a picture."""
-    return what == "an image" and path.suffix.lower() == ".png"

@@ -161,8 +161,6 @@ def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:
 
 
 def _print_scaling(result: Scaling) -> None:
-    from protoprune.evaluation.report import fit_rows
-
     sizes = list(dict.fromkeys(point.size for point in result.points))
     found = {(point.order, point.keep, point.size): point for point in result.points}
     rows = []
@@ -170,18 +168,26 @@ def _print_scaling(result: Scaling) -> None:
         errors = [found[order, keep, size].error.mean for size in sizes]
         rows.append([order, f"{keep:g}", *(f"{100 * error:.2f}" for error in errors)])
     print_table(["error (%) of", "keep", *(f"{size:,}" for size in sizes)], rows)
-    # Three parameters through three or four points say nothing; fits.csv has them all the same.
-    laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
-    if laws:
-        echo("")
-        body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
-        print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+    laws = _print_laws(result)
     for curve in result.curves:
         echo(f"{curve.name}: {curve.verdict}")
     for warning in result.warnings:
         say(f"warning: {warning}")
     if laws:
         echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
+
+
+def _print_laws(result: Scaling) -> bool:
+    """The fits, and whether there are any. Three parameters through three or four points say nothing; fits.csv has them
+    all the same."""
+    from protoprune.evaluation.report import fit_rows
+
+    laws = [row for row in fit_rows(result) if row["c"] is None or row["delta_aicc"] is not None]
+    if laws:
+        echo("")
+        body = [[row["curve"], row["law"], *(_parameter(row, key) for key in "abc"), *_quality(row)] for row in laws]
+        print_table(["curve", "law", "a", "b", "c", "AICc above the best", "best in"], body)
+    return bool(laws)
 
 
 def _parameter(row: dict[str, Any], key: str) -> str:

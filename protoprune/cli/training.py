@@ -36,21 +36,23 @@ def training_source(
         raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
     model = model or ("head" if features is not None or is_file else "cnn")
     if model == "head":
-        if is_image_folder(source):
-            raise UsageError(
-                f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
-                "its file with --features, or take --model cnn"
-            )
-        if features is not None and images is not None:
-            raise UsageError(
-                f"--images {images}: heads train on --features; leave it out, or name a --model for images"
-            )
+        _check_head(source, images, features)
         return source, model
     if images is None or is_file:
         raise UsageError(f"--model {model} trains on images: give --images FOLDER")
     if features is not None and not ranking:
         raise UsageError(f"--features goes with --model head, not {model}")
     return images, model
+
+
+def _check_head(source: Path, images: Path | None, features: Path | None) -> None:
+    if is_image_folder(source):
+        raise UsageError(
+            f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
+            "its file with --features, or take --model cnn"
+        )
+    if features is not None and images is not None:
+        raise UsageError(f"--images {images}: heads train on --features; leave it out, or name a --model for images")
 
 
 def load_sets(

@@ -99,7 +99,7 @@ def tune(
     networks, tested = None, None
     if model is not None and images is not None:
         networks = _networks(pool, model, images, test, training)
-        tested = networks.test and _pool_of(networks.test)
+        tested = None if networks.test is None else _pool_of(networks.test)
     elif test is not None and examples is not None:
         with open_features(test) as file:
             tested = _tested(file, examples)

@@ -74,6 +74,11 @@ _INNER = {
 _QKV = re.compile(r"attention\.(?:attention\.)?(?:(query|key|value)|([qkv])_(?:proj))")
 
 
+def _at_the_top(name: str, tensor: str) -> str:
+    """The authors' name of a tensor that lies in no layer."""
+    return _TOP.get(f"{name}.{tensor}") or f"{_TOP.get(name, name)}.{tensor}"
+
+
 def _hugging_face(state: dict[str, Any]) -> dict[str, Any]:
     """ViT, DINOv2, DINOv3 of `transformers` (4 and 5) -> the authors' names; queries, keys and values in one tensor."""
     prefix, old = next((m.group(1), bool(m.group(2))) for m in map(_PATCHES.fullmatch, state) if m)
@@ -91,11 +96,8 @@ def _hugging_face(state: dict[str, Any]) -> dict[str, Any]:
         elif layer:
             part = _INNER.get(layer[2], layer[2])
             new[f"blocks.{layer[1]}.{part}.{'gamma' if tensor == 'lambda1' else tensor}"] = value
-        elif tensor == "register_tokens":
-            new[registers] = value
         else:
-            whole = f"{name}.{tensor}"
-            new[_TOP.get(whole) or f"{_TOP.get(name, name)}.{tensor}"] = value
+            new[registers if tensor == "register_tokens" else _at_the_top(name, tensor)] = value
     for (number, tensor), parts in attention.items():
         some = next(iter(parts.values()))  # DINOv3's keys have no bias
         new[f"blocks.{number}.attn.qkv.{tensor}"] = torch.cat([parts.get(w, torch.zeros_like(some)) for w in "qkv"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from protoprune.encoders.checkpoints import read_state
 from protoprune.encoders.names import familiar
@@ -13,6 +13,8 @@ from protoprune.errors import ProtopruneError
 
 if TYPE_CHECKING:
     import torch
+
+    State = dict[str, torch.Tensor]  # by name
 
 _ANOTHER = "give the weights of this architecture, or another --encoder"
 # What a checkpoint has beside the weights of a backbone: counters, masks, and the token of masked training.
@@ -26,33 +28,51 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     """
     state = familiar(read_state(path), model)
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    prefix = _prefix(state, wanted)
-    inner = unprefixed(state, wanted)
-    _same_patches(path, inner, wanted)
-    before = inner
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert and any(key not in inner or inner[key].shape != tensor.shape for key, tensor in wanted.items()):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, and stdout is for answers
-                inner = convert(dict(before), model)  # renamed tensors, position embeddings of another size
-        except Exception as error:
-            raise ProtopruneError(f"{path}: does not fit {type(model).__name__} ({error})") from None
-        _nothing_dropped(path, before, inner, model)
+    own = unprefixed(state, wanted)
+    _same_patches(path, own, wanted)
+    inner = _converted(path, own, wanted, model)
     _nothing_left_over(path, inner, wanted)
-    missing = [key for key in wanted if key not in inner]
-    misshapen = [key for key, tensor in wanted.items() if key in inner and inner[key].shape != tensor.shape]
-    if missing or misshapen:
-        matched = len(wanted) - len(missing) - len(misshapen)
-        trouble = [f"{key} is missing" for key in missing]
-        trouble += [f"{key} is {tuple(inner[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen]
-        raise ProtopruneError(
-            f"{path}: only {matched} of the encoder's {len(wanted)} tensors matched ({'; '.join(trouble[:3])}"
-            f"{'; …' if len(trouble) > 3 else ''}); {_ANOTHER}"
-        )
+    _all_covered(path, inner, wanted)
     model.load_state_dict({key: inner[key] for key in wanted}, strict=False)
     filled = {inner[key].untyped_storage().data_ptr() for key in wanted}
-    used = {prefix + k for k, v in before.items() if k in wanted or v.untyped_storage().data_ptr() in filled}
-    others = sorted(key for key in state.keys() - used if not key.endswith("num_batches_tracked"))
+    used = {key for key, tensor in own.items() if key in wanted or tensor.untyped_storage().data_ptr() in filled}
+    return _said(state, used, wanted)
+
+
+def _converted(path: str, own: State, wanted: State, model: torch.nn.Module) -> State:
+    """The tensors as timm's own conversion has them, where they are not what is wanted: names of the authors, position
+    embeddings of another size."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not convert or all(key in own and own[key].shape == tensor.shape for key, tensor in wanted.items()):
+        return own
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, and stdout is for answers
+            inner: State = convert(dict(own), model)
+    except Exception as error:
+        raise ProtopruneError(f"{path}: does not fit {type(model).__name__} ({error})") from None
+    _nothing_dropped(path, own, inner, model)
+    return inner
+
+
+def _all_covered(path: str, inner: State, wanted: State) -> None:
+    missing = [f"{key} is missing" for key in wanted if key not in inner]
+    misshapen = [
+        f"{key} is {tuple(inner[key].shape)}, not {tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in inner and inner[key].shape != tensor.shape
+    ]
+    if trouble := missing + misshapen:
+        raise ProtopruneError(
+            f"{path}: only {len(wanted) - len(trouble)} of the encoder's {len(wanted)} tensors matched "
+            f"({'; '.join(trouble[:3])}{'; …' if len(trouble) > 3 else ''}); {_ANOTHER}"
+        )
+
+
+def _said(state: State, used: set[str], wanted: State) -> str:
+    """What of the file was used, under which prefix, and what was not."""
+    prefix = _prefix(state, wanted)
+    unused = state.keys() - {prefix + key for key in used}
+    others = sorted(key for key in unused if not key.endswith("num_batches_tracked"))
     text = f"{len(wanted)} of {len(wanted)} tensors matched"
     if prefix:
         text += f" under {prefix!r}"
@@ -61,7 +81,7 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     return text
 
 
-def _same_patches(path: str, state: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _same_patches(path: str, state: State, wanted: State) -> None:
     """timm would resample the patches of another model to this one's size, which gives features, but not good ones."""
     for key in ("patch_embed.proj.weight",):
         if key in state and key in wanted and state[key].shape[2:] != wanted[key].shape[2:]:
@@ -69,30 +89,36 @@ def _same_patches(path: str, state: dict[str, Any], wanted: dict[str, Any]) -> N
             raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
 
 
-def _nothing_dropped(path: str, before: dict[str, Any], after: dict[str, Any], model: torch.nn.Module) -> None:
+def _nothing_dropped(path: str, before: State, after: State, model: torch.nn.Module) -> None:
     """timm's conversion leaves out what the model has no place for. Inside the backbone that changes every feature."""
     places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
     gone = [k for k, v in before.items() if k not in after and v.untyped_storage().data_ptr() not in places]
     parts = {key.split(".")[0] for key in before.keys() - set(gone) if "." in key}
-    lost = [key for key in gone if "." in key and key.split(".")[0] in parts and not key.endswith(_HARMLESS)]
-    lost = [key for key in lost if before[key].nan_to_num().count_nonzero()]
-    if not lost:
-        return
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
-    way = _ANOTHER
-    if all(key.endswith("qkv.bias") for key in lost):
-        import timm
+    inside = [key for key in gone if "." in key and key.split(".")[0] in parts and not key.endswith(_HARMLESS)]
+    lost = [key for key in inside if before[key].nan_to_num().count_nonzero()]
+    if lost:
+        raise ProtopruneError(f"{path}: {_how_lost(lost, model)}")
 
-        biased = architecture.replace("dinov3", "dinov3_qkvb")
-        if biased != architecture and timm.is_model(biased):
-            way = f"the architecture with that bias is timm:{biased}"
-    raise ProtopruneError(
-        f"{path}: {len(lost)} tensors that carry values have no place in {architecture or 'the model'} "
-        f"({', '.join(sorted(lost)[:3])}{', …' if len(lost) > 3 else ''}); {way}"
+
+def _how_lost(lost: list[str], model: torch.nn.Module) -> str:
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    biased = _with_bias(architecture) if all(key.endswith("qkv.bias") for key in lost) else ""
+    return (
+        f"{len(lost)} tensors that carry values have no place in {architecture or 'the model'} "
+        f"({', '.join(sorted(lost)[:3])}{', …' if len(lost) > 3 else ''}); "
+        + (f"the architecture with that bias is timm:{biased}" if biased else _ANOTHER)
     )
 
 
-def _nothing_left_over(path: str, state: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _with_bias(architecture: str) -> str:
+    """timm's architecture that has a bias on queries and values too, '' where there is none."""
+    import timm
+
+    biased = architecture.replace("dinov3", "dinov3_qkvb")
+    return biased if biased != architecture and timm.is_model(biased) else ""
+
+
+def _nothing_left_over(path: str, state: State, wanted: State) -> None:
     """A larger backbone of the same family covers a smaller one's names: what it has besides gives it away."""
     parts = {key.split(".")[0] for key in wanted if "." in key} - {"head", "fc", "classifier"}
     more = [key for key in state if key not in wanted and key.split(".")[0] in parts]
@@ -105,13 +131,13 @@ def _nothing_left_over(path: str, state: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-def unprefixed(state: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def unprefixed(state: State, wanted: State) -> State:
     """The tensors of the network that covers most of the names in `wanted`, without what stands before them."""
     prefix = _prefix(state, wanted)
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _prefix(state: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _prefix(state: State, wanted: State) -> str:
     """What stands before the backbone's names (`module.`, `backbone.`, `encoder_q.`, …): what matches most tensors.
 
     Two equally good prefixes are two networks; the trained or averaged one is preferred to MoCo's key encoder.

@@ -312,8 +312,7 @@ def _summary(
     full = None if plan.name == EVERYTHING else full
     saved = float(np.median([one.seconds for one in full])) - seconds if full else None
     net = saved - plan.selection_seconds if saved is not None and plan.selection_seconds is not None else None
-    times = [time_to(one, target) for one in outcomes] if target is not None else None
-    reached = [seconds for seconds in times or () if seconds is not None]
+    to_target, reached = (None, None) if target is None else _reached(outcomes, target)
     return Method(
         name=plan.name,
         kind=plan.kind,
@@ -333,9 +332,16 @@ def _summary(
         seconds_saved=saved,
         selection_seconds=plan.selection_seconds,
         net_saved=net,
-        seconds_to_target=float(np.median(reached)) if times and len(reached) == len(times) else None,
-        reached_target=len(reached) if times else None,
+        seconds_to_target=to_target,
+        reached_target=reached,
     )
+
+
+def _reached(outcomes: list[Outcome], target: float) -> tuple[float | None, int]:
+    """(median training seconds until the accuracy was `target`, None where a seed never got there; how many did)."""
+    times = [time_to(one, target) for one in outcomes]
+    reached = [seconds for seconds in times if seconds is not None]
+    return float(np.median(reached)) if len(reached) == len(times) else None, len(reached)
 
 
 def _accuracy(plan: _Plan, outcomes: list[Outcome], confidence: float) -> Interval:

@@ -7,6 +7,7 @@ could do), or by scores given from outside. What this module does not know: file
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -114,33 +115,25 @@ def scaling(
     check_options(keeps, orders, k, balance, recipe, budget, min_steps, device)
     sizes, keeps = _check(n, sizes, keeps, orders, scores, features)
     running.check_sets(train, test)
-    wanted = [
-        (order, keep, size)
-        for size in sizes
-        for keep in keeps
-        for order in (dict.fromkeys(orders) if keep < 1 else (ALL,))
-    ]
+    cells = [(order, keep) for keep in keeps for order in (dict.fromkeys(orders) if keep < 1 else (ALL,))]
     budget = running.CONVERGENCE if running.to_convergence(recipe) else budget or "steps"
 
     def steps(kept: int) -> int | None:
         return running.steps_for(kept if budget == "epochs" else max(sizes), recipe, min_steps)
 
     rank = _ranker(train, scores, features, k)
+    ranked = any(order not in ("random", ALL) for order, _ in cells)
     planned = []
-    for seed in seeds:
-        for size in sizes:
-            initial = running.random_rows(n, size, seed)
-            need = {order for order, keep, of in wanted if of == size} - {"random", ALL}
-            hardness = rank(initial, seed) if need else np.zeros(size)
-            for order, keep, of in wanted:
-                if of == size:
-                    rows = _cut(train, initial, hardness, order, keep, seed, balance)
-                    run = Run(f"{order} {keep:g} of {size}", seed, rows, None, steps(len(rows)))
-                    planned.append((order, keep, size, run))
+    for seed, size in itertools.product(seeds, sizes):
+        initial = running.random_rows(n, size, seed)
+        hardness = rank(initial, seed) if ranked else np.zeros(size)
+        for order, keep in cells:
+            rows = _cut(train, initial, hardness, order, keep, seed, balance)
+            planned.append((order, keep, size, Run(f"{order} {keep:g} of {size}", seed, rows, None, steps(len(rows)))))
     outcomes = running.run_all(
         [run for *_, run in planned], train, test, recipe, folder=folder, fit=fit, device=device, on_run=on_run
     )
-    points = _points(planned, outcomes, wanted)
+    points = _points(planned, outcomes, [(*cell, size) for size in sizes for cell in cells])
     notes = running.warnings_of([(one[-1].method, outcome) for one, outcome in zip(planned, outcomes, strict=True)])
     return Scaling(points, _curves(points, bootstrap), seeds, budget, _rows(planned, outcomes), notes)
 
@@ -265,15 +258,18 @@ def _check(
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")
-    ranked = set(orders) - {"random"} and min(keeps) < 1
+    _check_ranking(n, bool(set(orders) - {"random"}) and min(keeps) < 1, scores, features)
+    return sizes, keeps
+
+
+def _check_ranking(n: int, ranked: bool, scores: np.ndarray | None, features: np.ndarray | None) -> None:
+    for name, array in (("scores", scores), ("features", features)):
+        if array is not None and len(array) != n:
+            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
     if scores is not None and not ranked:
         raise UsageError("--scores rank, and nothing here asks for a ranking: --order random, or --keep 1 alone")
     if scores is None and features is None and ranked:
         raise UsageError("orders other than random need a ranking: give --features or --scores")
-    for name, array in (("scores", scores), ("features", features)):
-        if array is not None and len(array) != n:
-            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
-    return sizes, keeps
 
 
 def check_options(

@@ -26,7 +26,7 @@ from protoprune.evaluation import fits
 from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Point, Scaling
 from protoprune.evaluation.runs import device_kind
-from protoprune.evaluation.statistics import Interval
+from protoprune.evaluation.statistics import Difference, Interval
 from protoprune.files import table_csv, write_file
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def save_evaluation(
 
 
 def summary_row(one: Method) -> dict[str, Any]:
-    """A method as one flat row."""
+    """A method as one flat row; what was not compared is None."""
     random, matched, full = one.to_random, one.to_classes, one.to_everything
     return {
         "method": one.name,
@@ -97,27 +97,17 @@ def summary_row(one: Method) -> dict[str, Any]:
         "fraction": one.fraction,
         "steps": one.steps,
         "seeds": len(one.accuracies),
-        "accuracy": one.accuracy.mean,
-        "accuracy_low": one.accuracy.low,
-        "accuracy_high": one.accuracy.high,
-        "to_random": random and random.difference,
-        "to_random_low": random and random.low,
-        "to_random_high": random and random.high,
+        **_interval("accuracy", one.accuracy),
+        **_difference("to_random", random),
         "to_random_seeds_low": random and random.seeds_low,
         "to_random_seeds_high": random and random.seeds_high,
         "p_adjusted": random and random.p_adjusted,
         "verdict": random and random.verdict,
-        "to_classes": matched and matched.difference,
-        "to_classes_low": matched and matched.low,
-        "to_classes_high": matched and matched.high,
+        **_difference("to_classes", matched),
         "to_classes_p_adjusted": matched and matched.p_adjusted,
         "to_classes_verdict": matched and matched.verdict,
-        "class_counts": one.class_counts and one.class_counts.mean,
-        "class_counts_low": one.class_counts and one.class_counts.low,
-        "class_counts_high": one.class_counts and one.class_counts.high,
-        "to_everything": full and full.mean,
-        "to_everything_low": full and full.low,
-        "to_everything_high": full and full.high,
+        **_interval("class_counts", one.class_counts),
+        **_interval("to_everything", full),
         "worst_class": one.worst_class,
         "worst_class_accuracy": one.worst_class_accuracy,
         "seconds": one.seconds,
@@ -127,6 +117,16 @@ def summary_row(one: Method) -> dict[str, Any]:
         "seconds_to_target": one.seconds_to_target,
         "reached_target": one.reached_target,
     }
+
+
+def _interval(name: str, one: Interval | None) -> dict[str, float | None]:
+    values = (None, None, None) if one is None else (one.mean, one.low, one.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def _difference(name: str, one: Difference | None) -> dict[str, float | None]:
+    values = (None, None, None) if one is None else (one.difference, one.low, one.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 def save_scaling(folder: str | os.PathLike[str], result: Scaling, config: dict[str, Any]) -> list[str]:
@@ -273,14 +273,15 @@ def _few(sizes: list[int]) -> list[int]:
 
 
 def _draw_panel(axes: Axes, result: Scaling, order: str) -> None:
-    for number, curve in enumerate(one for one in result.curves if one.order in (order, ALL) and one.keep is not None):
+    curves = [one for one in result.curves if one.order in (order, ALL) and one.keep is not None]
+    for number, curve in enumerate(curves):
         points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
-        half = _reach([one.error for one in points])
-        colour = "black" if curve.order == ALL else f"C{number}"
-        label = "everything kept" if curve.order == ALL else f"keep {curve.keep:g}"
+        everything = curve.order == ALL
+        colour, label = ("black", "everything kept") if everything else (f"C{number}", f"keep {curve.keep:g}")
         kept, errors = [one.kept for one in points], [one.error.mean for one in points]
+        half = _reach([one.error for one in points])
         axes.errorbar(kept, errors, half, fmt=".-", color=colour, label=label, capsize=2)
-        if curve.order == ALL and curve.fits and curve.fits.best:
+        if everything and curve.fits and curve.fits.best:
             law = curve.fits.law(curve.fits.best)
             axes.plot(kept, fits.predict(law.name, law.parameters, kept), ":", color=colour, label=f"fit: {law.name}")
     for curve in result.curves:
@@ -290,7 +291,7 @@ def _draw_panel(axes: Axes, result: Scaling, order: str) -> None:
 
 def _reach(intervals: list[Interval]) -> np.ndarray:
     """(2, m) how far each interval reaches below and above its mean, 0 without one."""
-    ends = [(one.mean, one.mean) if one.low is None or one.high is None else (one.low, one.high) for one in intervals]
+    ends = [one.ends for one in intervals]
     return np.array([(one.mean - low, high - one.mean) for one, (low, high) in zip(intervals, ends, strict=True)]).T
 
 

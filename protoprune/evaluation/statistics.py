@@ -35,6 +35,11 @@ class Interval:
     high: float | None
     n: int
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(low, high); the mean twice where one seed gives no interval."""
+        return (self.mean, self.mean) if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -49,6 +54,11 @@ class Difference:
     n: int
     p_adjusted: float | None = None  # Holm, over all comparisons of one command
     verdict: str = "undecided"  # better, worse or undecided
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(low, high); the difference twice where one seed gives no interval."""
+        return (self.difference,) * 2 if self.low is None or self.high is None else (self.low, self.high)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, share: bool = False) -> Interval:

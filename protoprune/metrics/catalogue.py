@@ -78,15 +78,7 @@ def score(name: str, source: str | os.PathLike[str] | Record | Source, **options
             return score(name, file, **options)
     _check_kind(name, metric, source)
     given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
-        if key not in metric.options:
-            able = ", ".join(sorted(other for other in METRICS if key in METRICS[other].options))
-            raise UsageError(f"--{key} does not go with {name}; it goes with {able or 'no metric'}")
-    if "seed" in given:
-        check_seed(given["seed"])
-    for key in ("k", "window"):
-        check_whole(f"--{key}", given.get(key, 1))
-    check_whole("--epoch", given.get("epoch", 0), 0)
+    _check_options(name, metric, given)
     missing = [one for one in metric.statistics if one not in getattr(source, "statistics", ())]
     if missing:
         raise UsageError(
@@ -98,6 +90,18 @@ def score(name: str, source: str | os.PathLike[str] | Record | Source, **options
     if len(scored.values) and np.isnan(scored.values).all():
         raise ProtopruneError(f"{name}: {source.path} gives no image a score; {_why_none(metric)}")
     return scored
+
+
+def _check_options(name: str, metric: Metric, given: dict[str, Any]) -> None:
+    for key in given:
+        if key not in metric.options:
+            able = ", ".join(sorted(other for other in METRICS if key in METRICS[other].options))
+            raise UsageError(f"--{key} does not go with {name}; it goes with {able or 'no metric'}")
+    if "seed" in given:
+        check_seed(given["seed"])
+    for key in ("k", "window"):
+        check_whole(f"--{key}", given.get(key, 1))
+    check_whole("--epoch", given.get("epoch", 0), 0)
 
 
 def open_source(metric: Metric, path: str | os.PathLike[str], is_record: bool | None = None) -> Record | Source:

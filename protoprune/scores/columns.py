@@ -47,24 +47,33 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
         return _with_score(first, names, rest, wanted)
     key = _named(names, (*PATH_NAMES, *_UNSURE_KEYS))
     score = _named(names, _SCORES)
-    if key is None or score is None:
-        numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
-        header = bool(rest) and (key is not None or score is not None or _is_header(first, numeric))
-        if not header:
-            names, key, score = [""] * len(first), None, None
-        if len(first) == 1 and numeric:
-            return Columns(None, 0, "index", header)
-        if key is None:
-            key = _find_key(first, names, rest or rows, numeric, score)
-        if score is None:
-            score = _find_score(first, rest or rows, numeric, key, names if header else None)
-    else:
-        header = True
-    kinds = {**dict.fromkeys(PATH_NAMES, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
-    return Columns(key, score, kinds.get(names[key], "unsure"), header)
+    if key is not None and score is not None:
+        return Columns(key, score, _kind(names[key]), True)
+    numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
+    if not rest or not (key is not None or score is not None or _is_header(first, numeric)):
+        return _without_header(rows, numeric)
+    if len(first) == 1 and numeric:
+        return Columns(None, 0, "index", True)
+    key = _find_key(first, names, rest, numeric, score) if key is None else key
+    score = _find_score(first, rest, numeric, key, names) if score is None else score
+    return Columns(key, score, _kind(names[key]), True)
 
 
-def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Columns:
+def _without_header(rows: Sequence[Sequence[str]], numeric: list[int]) -> Columns:
+    """Columns by what they hold."""
+    first, rest = rows[0], rows[1:] or rows
+    if len(first) == 1 and numeric:
+        return Columns(None, 0, "index", False)
+    key = _find_key(first, [""] * len(first), rest, numeric, None)
+    return Columns(key, _find_score(first, rest, numeric, key, None), "unsure", False)
+
+
+def _kind(name: str) -> str:
+    """What the keys of a column of this name are."""
+    return "name" if name in PATH_NAMES else "index" if name in _INDEX_KEYS else "unsure"
+
+
+def _with_score(first: Sequence[str], names: list[str], rows: Sequence[Sequence[str]], wanted: str) -> Columns:
     """Columns of a table with a header, of which the score is the one of that name. Without names of images, and
     without a column that says that it numbers the rows, there are no keys: the other columns are scores too."""
     cells = [cell.strip() for cell in first]
@@ -73,7 +82,6 @@ def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Co
     score = cells.index(wanted)
     if not _is_numeric(rows, score):
         raise ProtopruneError(f"its column {wanted} holds something else than numbers")
-    kinds = {**dict.fromkeys(PATH_NAMES, "name"), **dict.fromkeys(_INDEX_KEYS, "index")}
     others = ["" if column == score else name for column, name in enumerate(names)]
     key = _named(others, (*PATH_NAMES, *_UNSURE_KEYS))
     if key is None:
@@ -83,7 +91,7 @@ def _with_score(first: Sequence[str], names: list[str], rows, wanted: str) -> Co
                 f"which of its columns {_shown([first[one] for one in text])} is the path? name it path"
             )
         key = text[0] if text else _named(others, _INDEX_KEYS)
-    return Columns(key, score, "index" if key is None else kinds.get(names[key], "unsure"), True)
+    return Columns(key, score, "index" if key is None else _kind(names[key]), True)
 
 
 def could_be_scores(names: Sequence[str]) -> list[str]:
@@ -93,7 +101,9 @@ def could_be_scores(names: Sequence[str]) -> list[str]:
     return called or [name for name in names if plain[name] not in (*PATH_NAMES, *_UNSURE_KEYS, *_COUNTERS)]
 
 
-def _find_key(first, names: list[str], rows, numeric: list[int], score: int | None) -> int:
+def _find_key(
+    first: Sequence[str], names: list[str], rows: Sequence[Sequence[str]], numeric: list[int], score: int | None
+) -> int:
     """The only column of text, else row numbers: a column that is called so, or a first one of whole numbers."""
     text = [column for column in range(len(first)) if column not in numeric and column != score]
     if len(text) == 1:
@@ -108,16 +118,15 @@ def _find_key(first, names: list[str], rows, numeric: list[int], score: int | No
     )
 
 
-def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | None) -> int:
+def _find_score(
+    first: Sequence[str], rows: Sequence[Sequence[str]], numeric: list[int], key: int, names: list[str] | None
+) -> int:
     """The only column of numbers, not counting one that only numbers the rows."""
     candidates = [column for column in numeric if column != key]
     if len(candidates) > 1 and names is not None:
         candidates = [column for column in candidates if names[column] not in _COUNTERS]
-    elif len(candidates) > 1 and candidates[0] == 0:
-        cells = [row[0].strip() for row in rows]
-        start = int(cells[0]) if cells[0].isdecimal() else 0
-        if cells == [str(start + place) for place in range(len(cells))]:
-            candidates = candidates[1:]
+    elif len(candidates) > 1 and candidates[0] == 0 and _counts(rows):
+        candidates = candidates[1:]
     if len(candidates) == 1:
         return candidates[0]
     advice = (
@@ -126,6 +135,13 @@ def _find_score(first, rows, numeric: list[int], key: int, names: list[str] | No
         else "add a header line that names path and score"
     )
     raise ProtopruneError(f"which of its columns {_shown(first)} is the score? {advice}")
+
+
+def _counts(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first column only numbers the rows."""
+    cells = [row[0].strip() for row in rows]
+    start = int(cells[0]) if cells[0].isdecimal() else 0
+    return cells == [str(start + place) for place in range(len(cells))]
 
 
 def _shown(cells: Sequence[str]) -> str:
@@ -182,6 +198,7 @@ def parse_text(
 def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
     """Rows that are not blank, comments included."""
     lines = io.StringIO(text, newline="")
+    rows: Iterator[list[str]]
     if delimiter == "":
         rows = (line.rsplit(None, 1) for line in lines)
     elif delimiter == " ":
@@ -199,14 +216,21 @@ def _layout(text: str, wanted: str | None) -> tuple[str, Columns]:
             continue
         try:
             rows = _sample(text, delimiter)
-            widths = {len(row) for row in rows}
-            if not rows or (even and len(widths) > 1) or (len(rows[0]) == 1 and (delimiter or len(widths) > 1)):
-                continue
-            return delimiter, find_columns(rows, wanted)
+            if _could_be_rows(rows, delimiter, even):
+                return delimiter, find_columns(rows, wanted)
         except (ProtopruneError, csv.Error) as error:
             if isinstance(error, csv.Error) or len(rows[0]) > 1:
                 reason = reason or error
     raise reason or ProtopruneError("expected rows of path and score, separated by comma, semicolon, tab, bar or blank")
+
+
+def _could_be_rows(rows: list[list[str]], delimiter: str, even: bool) -> bool:
+    """Whether rows under a delimiter are of one width (where they must be) and of more than one column; one column is
+    believed only where no delimiter was looked for."""
+    if not rows:
+        return False
+    uneven = len({len(row) for row in rows}) > 1
+    return not (even and uneven) and not (len(rows[0]) == 1 and (delimiter or uneven))
 
 
 def _sample(text: str, delimiter: str) -> list[list[str]]:
@@ -227,8 +251,16 @@ def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tup
             return pairs, scores
     except (IndexError, ValueError):  # a missing score, a comment, or what cannot be read
         pass
-    pairs, scores = [], []
-    for place, row in enumerate(itertools.islice(_rows(text, delimiter), above, None), above + 1):
+    return _extract_each(itertools.islice(_rows(text, delimiter), above, None), above, key, score, comments)
+
+
+def _extract_each(
+    rows: Iterator[list[str]], above: int, key: int, score: int, comments: bool
+) -> tuple[list[tuple[str, str]], list[float]]:
+    """The same, row by row; `above` rows stand above them."""
+    pairs: list[tuple[str, str]] = []
+    scores: list[float] = []
+    for place, row in enumerate(rows, above + 1):
         if comments and row[0].startswith("#") and row[0][1:2] in ("", " ", "\t"):
             continue
         value = number(row[score]) if len(row) > max(key, score) else None

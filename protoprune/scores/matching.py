@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +35,7 @@ class ScoreTable:
     matched_by: str = "path"  # how paths and rows were matched, in words
     metric: str = ""  # empty when the file does not say
     direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
-    provenance: dict = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     ends: list[tuple[int, str]] = field(default_factory=list)  # matched by place: the first and last row, their images
 
     def notes(self) -> list[str]:
@@ -62,11 +64,11 @@ class ScoreTable:
 
 
 def read_scores(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     paths: Sequence[str],
     *,
     higher_is: str | None = None,
-    rows: str | os.PathLike | Sequence[str] | None = None,
+    rows: str | os.PathLike[str] | Sequence[str] | None = None,
     by_place: bool = False,
 ) -> ScoreTable:
     """Read a score table (see `read_table`) and match it to the images `paths`.
@@ -82,8 +84,13 @@ def read_scores(
     return match(table if rows is None else named(table, rows), paths, by_place=by_place)
 
 
-def check_reading(scores, higher_is: str | None, rows, by_place: bool) -> None:
-    """Raise UsageError for options of a score table without one, or that do not go together."""
+def check_reading(
+    scores: object,
+    higher_is: str | None,
+    rows: str | os.PathLike[str] | Sequence[str] | None,
+    by_place: bool,
+) -> None:
+    """Raise UsageError for options of a score table without one (`scores` is None), or that do not go together."""
     check_higher(higher_is)
     if rows is not None and by_place:
         raise UsageError("--rows and --by-place: give the one that says which image each score is of")
@@ -108,9 +115,9 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True, by_pl
             )
         rows, matched_by = np.arange(n), "place"
     else:
-        rows, matched_by = _match_keys(table, paths, row_numbers)
+        rows, matched_by = _match_keys(table, table.keys, paths, row_numbers)
     hit = rows >= 0
-    ends = (int(rows.min()), int(rows.max())) if matched_by in ("place", "row number") and n else ()
+    ends = [int(rows.min()), int(rows.max())] if matched_by in ("place", "row number") and n else []
     scores = np.full(n, np.nan)
     scores[rows[hit]] = table.scores[hit]
     unmatched, ambiguous = (
@@ -123,26 +130,26 @@ def match(table: Table, paths: Sequence[str], *, row_numbers: bool = True, by_pl
     )
 
 
-def _match_keys(table: Table, paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:
+def _match_keys(table: Table, keys: Sequence[str], paths: Sequence[str], row_numbers: bool) -> tuple[np.ndarray, str]:
     if table.kind == "index":
-        return _row_numbers(table, len(paths)), "row number"
-    rows, matched_by = match_names(table.keys, paths)
+        return _row_numbers(table.source, keys, len(paths)), "row number"
+    rows, matched_by = match_names(keys, paths)
     found = rows >= 0
-    if table.kind == "unsure" and row_numbers and _could_be_row_numbers(table.keys, len(paths)):
-        numbers = np.array([int(key) for key in table.keys])
+    if table.kind == "unsure" and row_numbers and _could_be_row_numbers(keys, len(paths)):
+        numbers = np.array([int(key) for key in keys])
         if not found.any():
             return numbers, "row number"
         unlike = np.flatnonzero(found & (numbers != rows))
         if len(unlike):
             raise ProtopruneError(
-                f"{table.source}: {table.keys[unlike[0]]!r} may be a row number or the file "
+                f"{table.source}: {keys[unlike[0]]!r} may be a row number or the file "
                 f"{paths[rows[unlike[0]]]}; name its column index or path"
             )
     if not found.any():
         what = "could be several images" if (rows == _AMBIGUOUS).any() else "names an image"
         raise ProtopruneError(
-            f"{table.source}: {'each' if 'could' in what else 'none'} of its {len(table.keys):,} rows {what} "
-            f"(it has {table.keys[0]!r}, the images are like {paths[0]!r}); paths must be relative to the same root"
+            f"{table.source}: {'each' if 'could' in what else 'none'} of its {len(keys):,} rows {what} "
+            f"(it has {keys[0]!r}, the images are like {paths[0]!r}); paths must be relative to the same root"
         )
     return rows, matched_by
 
@@ -154,18 +161,18 @@ def _could_be_row_numbers(keys: Sequence[str], n: int) -> bool:
     return len(numbers) == len(keys) and max(numbers) < n
 
 
-def _row_numbers(table: Table, n: int) -> np.ndarray:
+def _row_numbers(source: str, keys: Sequence[str], n: int) -> np.ndarray:
     try:
-        rows = np.array([int(key) for key in table.keys], np.int64)
+        rows = np.array([int(key) for key in keys], np.int64)
     except (ValueError, OverflowError) as error:
-        raise ProtopruneError(f"{table.source}: its index column holds no row number ({error})") from None
+        raise ProtopruneError(f"{source}: its index column holds no row number ({error})") from None
     for wrong in (rows.min(), rows.max()):
         if not 0 <= wrong < n:
             raise ProtopruneError(
-                f"{table.source}: row number {wrong}, expected 0 to {n - 1}; is the table about other images?"
+                f"{source}: row number {wrong}, expected 0 to {n - 1}; is the table about other images?"
             )
     if len(np.unique(rows)) < len(rows):
-        raise ProtopruneError(f"{table.source}: a row number occurs twice (as 1 and 01); give one score an image")
+        raise ProtopruneError(f"{source}: a row number occurs twice (as 1 and 01); give one score an image")
     return rows
 
 
@@ -205,8 +212,7 @@ def _index(names: Sequence[str]) -> dict[str, int]:
     """name -> its place, or _AMBIGUOUS for a name that occurs twice."""
     index = {name: place for place, name in enumerate(names)}
     if len(index) < len(names):
-        seen: set[str] = set()
-        index.update({name: _AMBIGUOUS for name in names if name in seen or seen.add(name)})
+        index.update((name, _AMBIGUOUS) for name, count in Counter(names).items() if count > 1)
     return index
 
 

@@ -19,9 +19,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_64
@@ -50,6 +52,11 @@ RELEASED = (
 _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
 
+# (keys or None, scores as they stand, kind of the keys, header)
+_Column = Sequence[object] | np.ndarray
+_Read = tuple[list[str] | None, np.ndarray, str, dict[str, Any]]
+
+
 @dataclass
 class Table:
     """A score table as its file has it, but for the direction: a larger score is harder."""
@@ -60,14 +67,19 @@ class Table:
     scores: np.ndarray  # (r,) float64, NaN where a row has none
     metric: str = ""  # empty when the file does not say
     direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
-    provenance: dict = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_scores(
-    path: str | os.PathLike, paths: Sequence[str], scores: np.ndarray, *, metric: str, provenance: dict | None = None
+    path: str | os.PathLike[str],
+    paths: Sequence[str],
+    scores: np.ndarray,
+    *,
+    metric: str,
+    provenance: dict[str, Any] | None = None,
 ) -> None:
     """Write n scores (larger = harder) of n relative paths; the file appears whole or not at all.
 
@@ -98,7 +110,7 @@ def write_scores(
     write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
 
 
-def check_name(path: str | os.PathLike) -> str:
+def check_name(path: str | os.PathLike[str]) -> str:
     """The suffix that decides the format, without .gz; UsageError for one of another format."""
     suffix = _suffix(os.fspath(path))
     if suffix in (".npy", ".npz", ".jsonl", ".h5", ".json"):
@@ -110,15 +122,15 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def _digest(header: dict, paths: Sequence[str], scores: np.ndarray) -> str:
+def _digest(header: dict[str, Any], paths: Sequence[str], scores: np.ndarray) -> str:
     """xxh3-64 of a header without its digest, the paths and the scores in their own type."""
     digest = xxh3_64(json.dumps({key: header[key] for key in sorted(header) if key != "digest"}).encode())
     digest.update(b"\0".join(map(os.fsencode, paths)))
-    digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores))  # a NaN comes back as another one
+    digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores).data)  # a NaN comes back as another one
     return digest.hexdigest()
 
 
-def _plain_value(value):
+def _plain_value(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
@@ -153,7 +165,7 @@ def _parquet(path: str, paths: Sequence[str], scores: np.ndarray, header: str) -
     return buffer.getvalue()
 
 
-def _pyarrow(path: str = ""):
+def _pyarrow(path: str = "") -> ModuleType:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -168,7 +180,7 @@ def _pyarrow(path: str = ""):
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Table:
+def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) -> Table:
     """Read a score table whose images are not known yet: a file, with `:COLUMN` (or the array of an .npz) and with what
     higher means in it (`:easier`) after its name where they are wanted.
 
@@ -186,14 +198,7 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
         raise UsageError(f"{file}: no such score table; `protoprune score METRIC -o {file}` makes one")
     keys, scores, kind, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
-    if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
-        scores = scores.astype(np.float32)
-    if "digest" in header and header["digest"] != _digest(header, keys or [], scores):
-        raise ProtopruneError(
-            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
-            "where the edit is meant"
-        )
-    scores = scores.astype(np.float64)
+    scores = _as_written(source, header, keys or [], scores)
     _refuse_infinite(source, keys, scores)
     if higher == "easier":
         scores = 0.0 - scores
@@ -205,7 +210,20 @@ def read_table(source: str | os.PathLike, *, higher_is: str | None = None) -> Ta
     return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
 
 
-def split_source(source: str | os.PathLike) -> tuple[str, str | None, str | None]:
+def _as_written(source: str, header: dict[str, Any], keys: list[str], scores: np.ndarray) -> np.ndarray:
+    """(r,) float64: the scores in the digits of their own type. Raises ProtopruneError where they, or the keys, are not
+    what the header's digest says."""
+    if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
+        scores = scores.astype(np.float32)
+    if "digest" in header and header["digest"] != _digest(header, keys, scores):
+        raise ProtopruneError(
+            f"{source}: not what was written: damaged, or edited by hand; write it again, or remove its first line "
+            "where the edit is meant"
+        )
+    return scores.astype(np.float64)
+
+
+def split_source(source: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
     """(file, column, what higher means) of FILE[:COLUMN][:keep|prune|harder|easier]; a file that has all of it for its
     name is that file."""
     file, column, higher = os.fspath(source), None, None
@@ -218,7 +236,7 @@ def split_source(source: str | os.PathLike) -> tuple[str, str | None, str | None
     return file, column, higher
 
 
-def named(table: Table, rows: str | os.PathLike | Sequence[str]) -> Table:
+def named(table: Table, rows: str | os.PathLike[str] | Sequence[str]) -> Table:
     """The table with the names of its rows: a file that lists them in the table's order, or the names themselves.
 
     Raises UsageError for a table that has names of its own, ProtopruneError for another number of names.
@@ -236,14 +254,14 @@ def named(table: Table, rows: str | os.PathLike | Sequence[str]) -> Table:
                 f"--rows {what}: {len(names):,} names for the {len(table.scores):,} scores of {table.source}"
             )
     else:
-        keys = _names_of_rows(table, names, what)
+        keys = _names_of_rows(table, table.keys, names, what)
     _refuse_duplicates(f"--rows {what}", keys)
     return replace(table, keys=[key.removeprefix("./") for key in keys], kind="name")
 
 
-def _names_of_rows(table: Table, names: list[str], what: str) -> list[str]:
-    numbers = [int(key) if key.isascii() and key.isdecimal() else -1 for key in table.keys]
-    wrong = next((key for key, row in zip(table.keys, numbers, strict=True) if not 0 <= row < len(names)), None)
+def _names_of_rows(table: Table, keys: list[str], names: list[str], what: str) -> list[str]:
+    numbers = [int(key) if key.isascii() and key.isdecimal() else -1 for key in keys]
+    wrong = next((key for key, row in zip(keys, numbers, strict=True) if not 0 <= row < len(names)), None)
     if wrong is not None:
         raise ProtopruneError(f"{table.source}: {wrong!r} is no row of --rows {what}, which has {len(names):,} names")
     return [names[row] for row in numbers]
@@ -264,9 +282,9 @@ def check_higher(higher_is: str | None) -> None:
         raise UsageError(f"--higher-is {higher_is}: expected one of {', '.join(sorted(_HIGHER))}")
 
 
-def _direction(source: str, header: dict, higher_is: str | None) -> tuple[str, str]:
+def _direction(source: str, header: dict[str, Any], higher_is: str | None) -> tuple[str, str]:
     """(harder or easier, who says so)."""
-    given = _HIGHER.get(higher_is)
+    given = None if higher_is is None else _HIGHER[higher_is]
     own, who, whose = header.get("higher"), "header", "its own header says"
     if own is None and _RELEASED_FILE.fullmatch(os.path.basename(source)):
         own, who, whose = "harder", "released", "it has the name of a released file, in which higher means"
@@ -291,32 +309,21 @@ def _refuse_infinite(source: str, keys: Sequence[str] | None, scores: np.ndarray
 
 
 def _refuse_duplicates(source: str, keys: list[str]) -> None:
-    if len(set(keys)) != len(keys):
-        seen: set[str] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))
-        raise ProtopruneError(f"{source}: {twice!r} occurs twice; give one score an image")
+    if len(set(keys)) == len(keys):
+        return
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise ProtopruneError(f"{source}: {key!r} occurs twice; give one score an image")
+        seen.add(key)
 
 
-def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.ndarray, str, dict]:
-    """(keys, scores as they stand, kind of the keys, header) of a file of any format."""
+def _read(source: str, column: str | None = None) -> _Read:
+    """What is in a file of any format."""
     suffix = _suffix(source)
     try:
         data = Path(source).read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        if suffix == ".npz" or data.startswith(b"PK\x03\x04"):
-            return _read_arrays(data, column)
-        if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-            return _read_array(data, column)
-        if data.startswith((b"\x89HDF\r\n", b"protoprune-seal")):
-            raise ProtopruneError(
-                "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
-            )
-        if data.startswith(b"PAR1"):
-            return _read_parquet(data, column)
-        if suffix in (".jsonl", ".ndjson", ".json"):
-            return _read_json_lines(data, column)
-        return _read_text(data, column)
+        return _parsed(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data, suffix, column)
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (OSError, zlib.error) as error:
@@ -325,14 +332,31 @@ def _read(source: str, column: str | None = None) -> tuple[list[str] | None, np.
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None
     except (ValueError, TypeError, LookupError, EOFError, AttributeError, NotImplementedError, MemoryError) as error:
         what = "a .npy array of numbers" if suffix == ".npy" else f"a table in the form {suffix or 'text'}"
+        said = str(error).splitlines()[0] if str(error) else "empty"
+        raise ProtopruneError(f"{source}: not {what} ({said})") from None
+
+
+def _parsed(data: bytes, suffix: str, column: str | None) -> _Read:
+    """By content, or by suffix where the content says nothing."""
+    if suffix == ".npz" or data.startswith(b"PK\x03\x04"):
+        return _read_arrays(data, column)
+    if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
+        return _read_array(data, column)
+    if data.startswith((b"\x89HDF\r\n", b"protoprune-seal")):
         raise ProtopruneError(
-            f"{source}: not {what} ({str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from None
+            "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
+        )
+    if data.startswith(b"PAR1"):
+        return _read_parquet(data, column)
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _read_json_lines(data, column)
+    return _read_text(data, column)
 
 
-def _read_text(data: bytes, column: str | None):
+def _read_text(data: bytes, column: str | None) -> _Read:
     text = os.fsdecode(plain_bytes(data))
-    header, delimiter = {}, None
+    header: dict[str, Any] = {}
+    delimiter = None
     if not text.startswith(_MARK):
         _refuse_damaged_line(text[:2000].partition("\n")[0])
     if text.startswith(_MARK):
@@ -352,7 +376,7 @@ def _refuse_damaged_line(first: str) -> None:
         raise ProtopruneError("its first line is damaged; write it again, or remove that line")
 
 
-def _header(text: str) -> dict:
+def _header(text: str) -> dict[str, Any]:
     try:
         header = parse_json(text)
     except ValueError:
@@ -362,7 +386,7 @@ def _header(text: str) -> dict:
     return header
 
 
-def _read_array(data: bytes, column: str | None):
+def _read_array(data: bytes, column: str | None) -> _Read:
     if column is not None:
         raise ProtopruneError(f"has no array {column!r}: a .npy file is one array")
     array = load_npy(data)
@@ -374,7 +398,7 @@ def _read_array(data: bytes, column: str | None):
     return None, array, "index", {}
 
 
-def _read_arrays(data: bytes, wanted: str | None):
+def _read_arrays(data: bytes, wanted: str | None) -> _Read:
     """An .npz: arrays are columns, of which those that could be the score are named where there are several."""
     arrays = load_npz(data)
     scores = could_be_scores([name for name, array in arrays.items() if array.dtype.kind in "fiub"])
@@ -391,7 +415,7 @@ def _read_arrays(data: bytes, wanted: str | None):
     return _from_columns(arrays, {}, wanted)
 
 
-def _read_json_lines(data: bytes, column: str | None):
+def _read_json_lines(data: bytes, column: str | None) -> _Read:
     if data.lstrip().startswith(b"["):  # one piece of JSON
         records = parse_json(data)
     else:
@@ -401,7 +425,7 @@ def _read_json_lines(data: bytes, column: str | None):
     return _from_columns({name: [record.get(name) for record in records] for name in records[0]}, {}, column)
 
 
-def _read_parquet(data: bytes, wanted: str | None):
+def _read_parquet(data: bytes, wanted: str | None) -> _Read:
     pyarrow = _pyarrow()
     table = pyarrow.parquet.read_table(io.BytesIO(data))
     header = (table.schema.metadata or {}).get(_META)
@@ -413,25 +437,28 @@ def _read_parquet(data: bytes, wanted: str | None):
     return _from_columns(columns, _header(header.decode()) if header else {}, wanted)
 
 
-def _from_columns(columns: dict[str, Sequence], header: dict, wanted: str | None):
+def _from_columns(columns: Mapping[str, _Column], header: dict[str, Any], wanted: str | None) -> _Read:
     """A table whose columns have names. Those of another length than the longest (or the wanted one) are no columns."""
-    columns = {name: column for name, column in columns.items() if np.ndim(column) == 1 or isinstance(column, list)}
-    length = len(columns[wanted]) if wanted in columns else max(map(len, columns.values()), default=0)
+    columns = {
+        name: column for name, column in columns.items() if isinstance(column, list) or np.ndim(np.asarray(column)) == 1
+    }
+    length = (
+        len(columns[wanted]) if wanted is not None and wanted in columns else max(map(len, columns.values()), default=0)
+    )
     if not length:
         raise ProtopruneError("a header and no rows")
     columns = {name: column for name, column in columns.items() if len(column) == length}
     sample = [[_text(column[row]) for column in columns.values()] for row in range(min(length, 50))]
     if len(columns) == 1 and wanted in (None, *columns):
-        (values,) = columns.values()
-        return None, _numbers(values), "index", header
+        return None, _numbers(*columns.values()), "index", header
     found = find_columns([list(columns), *sample], wanted)
-    columns = list(columns.values())
-    scores = _numbers(columns[found.score])
-    keys = None if found.key is None else [_text(value) for value in columns[found.key]]
+    values = list(columns.values())
+    scores = _numbers(values[found.score])
+    keys = None if found.key is None else [_text(value) for value in values[found.key]]
     return keys, scores, found.kind, header
 
 
-def _numbers(column: Sequence) -> np.ndarray:
+def _numbers(column: _Column) -> np.ndarray:
     """(n,) float64 of a column, NaN where it has nothing."""
     if isinstance(column, np.ndarray) and column.dtype.kind in "fiub":
         return column.astype(np.float64)
@@ -442,7 +469,7 @@ def _numbers(column: Sequence) -> np.ndarray:
     return np.array(found, np.float64)
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bytes):
         return os.fsdecode(value)
     return "" if value is None else str(value)

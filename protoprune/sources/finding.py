@@ -41,7 +41,7 @@ class Source:
 
     root: str
     shards: list[Shard]
-    skipped: Counter = field(default_factory=Counter)  # suffix -> files of a folder that are no shards by their name
+    skipped: Counter[str] = field(default_factory=Counter)  # suffix -> files of a folder that are no shards by name
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -58,7 +58,7 @@ def local_shards(spec: str) -> Source | None:
     return _pattern(spec)
 
 
-def list_shards(paths: Iterable[str], root: str | os.PathLike | None = None) -> Source:
+def list_shards(paths: Iterable[str], root: str | os.PathLike[str] | None = None) -> Source:
     """The shards of a list, absolute or relative to `root` (default: as for lists of images)."""
     paths = list(dict.fromkeys(path for path in paths if path))
     if not paths:
@@ -159,7 +159,8 @@ def _folder(folder: str) -> Source | None:
         raise UsageError(f"{folder}: a data set of several splits; give one of them: {', '.join(splits)}")
     if {"state.json", "dataset_info.json"} <= names:
         return _saved_to_disk(folder)
-    paths, skipped = [], Counter()
+    paths: list[str] = []
+    skipped: Counter[str] = Counter()
     for path in _walk(folder):
         suffix = os.path.splitext(path)[1].lower()
         if not path.lower().endswith(SUFFIXES) and (suffix in image_suffixes() or not suffix):
@@ -171,7 +172,7 @@ def _folder(folder: str) -> Source | None:
     return _local(os.path.abspath(folder), [os.path.abspath(one) for one in shards], skipped)
 
 
-def pick_shards(paths: Iterable[str], skipped: Counter) -> list[str]:
+def pick_shards(paths: Iterable[str], skipped: Counter[str]) -> list[str]:
     """The shards among the files of a folder; the others are counted by suffix.
 
     A Parquet file beside a tar of the same name is the tar's metadata (img2dataset writes it), not images.
@@ -206,7 +207,7 @@ def _saved_to_disk(folder: str) -> Source:
     return _local(root, [os.path.join(root, name) for name in names])
 
 
-def _local(root: str, paths: list[str], skipped: Counter | None = None) -> Source:
+def _local(root: str, paths: list[str], skipped: Counter[str] | None = None) -> Source:
     shards = []
     for path in paths:
         name = os.path.relpath(path, root).replace(os.sep, "/")

@@ -17,15 +17,18 @@ import json
 import lzma
 import os
 import posixpath
+import re
 import shutil
 import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,9 +41,17 @@ from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_i
 from protoprune.sources.finding import Shard
 from protoprune.text import native, parse_json
 
-_UNPACK = {"a gzip file": gzip.open, "a bzip2 file": bz2.open, "an xz file": lzma.open}
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    Batches = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]  # names of columns -> the rows of these
+
+_UNPACK: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
+    "a gzip file": lambda file: gzip.GzipFile(fileobj=file), "a bzip2 file": bz2.BZ2File, "an xz file": lzma.LZMAFile,
+}  # fmt: skip
 _LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
+_CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
@@ -50,7 +61,7 @@ _WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 class ShardError(Exception):
     """A shard that cannot be used: its status and a reason."""
 
-    def __init__(self, status: Status, reason: str):
+    def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
@@ -75,14 +86,15 @@ class ShardOptions:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def of(cls, provenance: dict) -> ShardOptions:
+    def of(cls, provenance: dict[str, Any]) -> ShardOptions:
         """Those that a feature file was made with."""
         try:
             said = parse_json(provenance.get("shard_options", "{}"))
-            given = {one.name: said[one.name] for one in fields(cls) if one.name in said}
+            given: dict[str, Any] = {one.name: said[one.name] for one in fields(cls) if one.name in said}
         except (ValueError, TypeError):
             return cls()
-        return cls(**{name: value for name, value in given.items() if value is None or isinstance(value, (str, int))})
+        plain = {name for name, value in given.items() if value is None or isinstance(value, (str, int))}
+        return cls(**{name: given[name] for name in plain})
 
     def check(self, shards: Iterable[str]) -> None:
         """Raise UsageError for options that do nothing beside the others, or in shards of these names."""
@@ -100,6 +112,14 @@ class ShardOptions:
                     )
 
 
+# Name in the shard -> (name, content) of what has the image's key and is none (.txt, .json, …); of a table the other
+# columns, as .json.
+Beside = Callable[[str], list[tuple[str, bytes]]]
+
+
+Head = Callable[[], bytes | None]  # how a member begins; None for what is no regular file
+
+
 @dataclass
 class ShardImages(ImageList):
     """The images of one opened shard. Close it when they are read.
@@ -107,8 +127,8 @@ class ShardImages(ImageList):
     `left_out` are the members that are no images and belong to none: there is no image with their key.
     """
 
-    reader: Callable[[int], bytes] = None  # row -> bytes of the image
-    beside: Callable[[str], list[tuple[str, bytes]]] = None  # name in the shard -> what lies beside it, see `_Found`
+    reader: Callable[[int], bytes] = field(kw_only=True)  # row -> bytes of the image
+    beside: Beside = field(kw_only=True)
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -124,7 +144,7 @@ class ShardImages(ImageList):
     def __enter__(self) -> ShardImages:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -132,28 +152,27 @@ class ShardImages(ImageList):
 class _Found:
     """The images of a shard in any order; `names` are those inside the shard."""
 
+    read: Callable[[int], bytes]  # place in this order -> bytes of the image
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    places: list = field(default_factory=list)  # what the reader needs to find the image
     labels: list[str] = field(default_factory=list)  # '' for none
     labels_from: str = ""
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
-    skipped: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what is no image and beside none
-    # (name, content) of what has the image's key and is none (.txt, .json, …), of a table the other columns as .json
-    beside: Callable[[str], list[tuple[str, bytes]]] = lambda name: []
+    beside: Beside = lambda name: []
 
 
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
     """The images of the shard whose file is `path`. Raises ShardError when it cannot be used as a whole."""
     stack = contextlib.ExitStack()
     try:
-        found, reader = _open(path, options, stack)
+        found = _open(path, options, stack)
         if not found.names:
             kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
             raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
-        return _images(shard, found, reader, options, root, stack)
+        return _images(shard, found, options, root, stack)
     except ShardError:
         stack.close()
         raise
@@ -175,13 +194,13 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
         raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
-def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
-    file = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
+def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> _Found:
+    file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
     head = file.read(512)
     kind = archive_kind(head)
     if not head:
         raise ShardError(Status.EMPTY, "the file has zero bytes")
-    if kind in _UNPACK:
+    if kind is not None and kind in _UNPACK:
         file.seek(0)
         packed, file = file, stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         with _UNPACK[kind](packed) as unpacked:
@@ -200,7 +219,7 @@ def _open(path: str, options: ShardOptions, stack) -> tuple[_Found, Callable]:
     raise ShardError(Status.CORRUPT, f"{kind or f'begins with {head[:12]!r}'}: not a tar, zip, Parquet or Arrow file")
 
 
-def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: str, stack) -> ShardImages:
+def _images(shard: Shard, found: _Found, options: ShardOptions, root: str, stack: contextlib.ExitStack) -> ShardImages:
     """Sorted by id, with classes."""
     n = len(found.names)
     names = [native(name) for name in found.names]
@@ -213,7 +232,6 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         raise ShardError(Status.CORRUPT, f"an image has the id {outside!r}, no path; choose another --id-column")
     label, classes, source = _classes(names, [native(found.labels[i]) for i in order], found.labels_from, options)
     place = {old: new for new, old in enumerate(order)}
-    places = [found.places[i] for i in order]
     return ShardImages(
         root=root,
         paths=[f"{shard.name}/{name}" for name in names],
@@ -227,19 +245,21 @@ def _images(shard: Shard, found: _Found, reader, options: ShardOptions, root: st
         left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
         why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
-        reader=lambda row: reader(places[row]),
+        reader=lambda row: found.read(order[row]),
         beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
         closing=stack,
     )
 
 
-def _classes(names: list[str], labels: list[str], source: str, options: ShardOptions):
+def _classes(
+    names: list[str], labels: list[str], source: str, options: ShardOptions
+) -> tuple[np.ndarray, list[str], str]:
     """(label of each image, classes, where from): those beside the images, else the folders inside the shard.
 
     One shard cannot know whether its folders are classes: it may hold a single one. `featureset` decides for all.
     """
-    none = np.full(len(names), -1, np.int32), [], ""
+    none: tuple[np.ndarray, list[str], str] = np.full(len(names), -1, np.int32), [], ""
     if not options.labels:
         return none
     if options.class_level is None and any(labels):
@@ -257,7 +277,7 @@ FOLDERS = "folders in the shards"
 # --- tar --------------------------------------------------------------------------------------------------------------
 
 
-def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
+def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
     end = os.fstat(file.fileno()).st_size
     members: dict[str, tarfile.TarInfo] = {}
     duplicates = 0
@@ -272,39 +292,38 @@ def _tar(file, options: ShardOptions) -> tuple[_Found, Callable]:
             members[name] = member  # as unpacking would have it, the last one of a name counts
         _check_end(file, tar.offset, end)
     handle = file.fileno()
-
-    def read(place: tuple[int, int]) -> bytes:
-        return _pread(handle, *place)
-
-    found = _Found(duplicates=duplicates)
-    labels, others = _Sidecars(options), _Others(read)
+    places: list[tuple[int, int]] = []
+    found = _Found(lambda place: _pread(handle, *places[place]), duplicates=duplicates)
+    labels, others = _Sidecars(options), _Others()
     found.beside = others.of
-    left_out: dict[str, Callable] = {}
-
-    def head(member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
-        return read((member.offset_data, min(member.size, count))) if member.isreg() else None
-
+    left_out: dict[str, Head] = {}
     for name, member in members.items():
-        if not _is_image(name, lambda m=member: head(m, 512)):
+        if not _is_image(name, partial(_start_of, handle, member, 512)):
             found.skipped[_suffix(name)] += 1
-            left_out[name] = partial(head, member)
+            left_out[name] = partial(_start_of, handle, member)
             if member.isreg():
-                labels.add(name, lambda m=member: read((m.offset_data, m.size)), member.size)
-                others.add(name, (member.offset_data, member.size))
+                read = partial(_pread, handle, member.offset_data, member.size)
+                labels.add(name, read, member.size)
+                others.add(name, read)
             continue
         target = _target(name, member, members)
         if target is None or target.issparse():
             why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
             found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
             target = member
-        _check_bytes(found, target.size)
-        _add(found, name, target.size, (target.offset_data, target.size))
+        places.append((target.offset_data, target.size))
+        _add(found, name, target.size)
     labels.apply(found)
     found.left_out = _belonging_to_none(left_out, found.names)
-    return found, read
+    return found
 
 
-def _check_end(file, offset: int, end: int) -> None:
+def _start_of(handle: int, member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
+    """How a member of a tar begins; None for what is no regular file."""
+    return _pread(handle, member.offset_data, min(member.size, count)) if member.isreg() else None
+
+
+def _check_end(file: IO[bytes], offset: int, end: int) -> None:
     """tarfile stops at anything that is no header, as if the archive ended there."""
     file.seek(offset)
     block = file.read(512)
@@ -321,7 +340,7 @@ def _check_end(file, offset: int, end: int) -> None:
             )
 
 
-def _target(name: str, member: tarfile.TarInfo, members: dict) -> tarfile.TarInfo | None:
+def _target(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
     """The regular file that a member is or links to."""
     for _ in range(8):
         if member.isreg():
@@ -330,16 +349,16 @@ def _target(name: str, member: tarfile.TarInfo, members: dict) -> tarfile.TarInf
             return None
         link = member.linkname
         name = _clean(link if member.islnk() else posixpath.join(posixpath.dirname(name), link))
-        member = members.get(name)
-        if member is None:
+        if name not in members:
             return None
+        member = members[name]
     return None
 
 
 # --- zip --------------------------------------------------------------------------------------------------------------
 
 
-def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
+def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) -> _Found:
     archive = stack.enter_context(zipfile.ZipFile(file))
     members: dict[str, zipfile.ZipInfo] = {}
     duplicates = 0
@@ -348,107 +367,111 @@ def _zip(file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
             name = _clean(info.filename)
             duplicates += name in members and _is_image(name)
             members[name] = info
-
-    def read(info: zipfile.ZipInfo) -> bytes:
-        try:
-            with archive.open(info) as member:
-                # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
-                # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
-                member.MIN_READ_SIZE = 64
-                step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
-                return b"".join(iter(lambda: member.read(step), b""))
-        except RuntimeError:  # zipfile's word for a password
-            raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
-        except NotImplementedError as error:
-            raise ImageError(Status.UNSUPPORTED, _reason(error, "the zip")) from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
-            raise ImageError(Status.CORRUPT, _reason(error, "the zip").split(" for ")[0]) from None
-        except OSError as error:
-            raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
-
-    def head(info: zipfile.ZipInfo) -> bytes:
-        try:
-            with archive.open(info) as opened:
-                return opened.read(512)
-        except Exception:
-            return b""
-
-    found = _Found(duplicates=duplicates)
-    labels, others = _Sidecars(options), _Others(read)
+    images: list[zipfile.ZipInfo] = []
+    found = _Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
+    labels, others = _Sidecars(options), _Others()
     found.beside = others.of
-    left_out: dict[str, Callable] = {}
+    left_out: dict[str, Head] = {}
     for name, info in members.items():
-        if _is_image(name, lambda i=info: head(i)):
-            _check_bytes(found, info.file_size)
-            _add(found, name, info.file_size, info)
+        if _is_image(name, partial(_head_of, archive, info)):
+            images.append(info)
+            _add(found, name, info.file_size)
         else:
             found.skipped[_suffix(name)] += 1
-            left_out[name] = partial(head, info)
-            labels.add(name, lambda i=info: read(i), info.file_size)
-            others.add(name, info)
+            read = partial(_unzipped, archive, info)
+            left_out[name] = partial(_head_of, archive, info)
+            labels.add(name, read, info.file_size)
+            others.add(name, read)
     labels.apply(found)
     found.left_out = _belonging_to_none(left_out, found.names)
-    return found, read
+    return found
+
+
+def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member, from any thread. Raises ImageError."""
+    try:
+        with archive.open(info) as member:
+            # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
+            # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
+            member.MIN_READ_SIZE = 64  # type: ignore[attr-defined] # of a ZipExtFile, which `open` is typed without
+            step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
+            return b"".join(iter(lambda: member.read(step), b""))
+    except RuntimeError:  # zipfile's word for a password
+        raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
+    except NotImplementedError as error:
+        raise ImageError(Status.UNSUPPORTED, _reason(error, "the zip")) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+        raise ImageError(Status.CORRUPT, _reason(error, "the zip").split(" for ")[0]) from None
+    except OSError as error:
+        raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
+
+
+def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(info) as opened:
+            return opened.read(512)
+    except Exception:
+        return b""
 
 
 # --- Parquet and Arrow ------------------------------------------------------------------------------------------------
 
 
-def _table(path: str, file, options: ShardOptions, stack) -> tuple[_Found, Callable]:
-    pyarrow = _pyarrow()
+def _table(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) -> _Found:
+    pa = _pyarrow()
     try:
-        schema, batches, count = _batches(file, pyarrow)
-        image = _image_column(schema, options.image_column, pyarrow)
-        label, names = _label_column(schema, options, image, pyarrow)
+        schema, batches, count = _batches(file)
+        image = _image_column(schema, options.image_column)
+        label, names = _label_column(schema, options, image)
         if options.id_column is not None and options.id_column not in schema.names:
             raise ShardError(Status.CORRUPT, f"has no column {options.id_column}, only {', '.join(schema.names)}")
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        found = _Found(labels_from=f"column {label}" if label else "")
-        columns = list(dict.fromkeys(c for c in (image, label, options.id_column) if c is not None))
+        places: list[tuple[int, int]] = []
+        found = _Found(lambda row: _pread(spool.fileno(), *places[row]), labels_from=f"column {label}" if label else "")
+        columns = [*dict.fromkeys(filter(None, (image, label, options.id_column)))]
         for batch in batches(columns):
-            _spool(batch, image, label, names, options.id_column, spool, found)
+            _spool(batch, image, label, names, options.id_column, spool, found, places)
         if count is not None and len(found.names) != count:
             raise ShardError(Status.TRUNCATED, f"{len(found.names):,} of {count:,} rows")
         spool.flush()
     except MemoryError:  # pyarrow's too
         raise
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         text = _reason(error, "the table")
-        cut = "footer" in text or "EOF" in text.upper() or "expected to read" in text.lower() or "magic bytes" in text
-        raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, text) from None
-    handle = spool.fileno()
-    width = _width(len(found.names))
-    found.names = [f"{name:0{width}d}" if isinstance(name, int) else name for name in found.names]
-    found.beside = _Columns(file, image, found.names, pyarrow).of
-    return found, lambda place: _pread(handle, *place)
+        raise ShardError(Status.TRUNCATED if _CUT.search(text) else Status.CORRUPT, text) from None
+    if options.id_column is None:
+        found.names = _row_numbers(len(found.names))
+    found.beside = _Columns(file, image, found.names).of
+    return found
 
 
 def table_ids(path: str, id_column: str | None = None) -> list[str]:
     """The ids inside a Parquet or Arrow file, in the order of its rows. Raises ShardError."""
-    pyarrow = _pyarrow()
+    pa = _pyarrow()
     try:
         with open(path, "rb") as file:
-            schema, batches, count = _batches(file, pyarrow)
+            schema, batches, count = _batches(file)
             if id_column is not None and id_column not in schema.names:
                 raise ShardError(Status.CORRUPT, f"has no column {id_column}, only {', '.join(schema.names)}")
             if id_column is None and count is None:
                 count = sum(len(batch) for batch in batches(schema.names[:1]))
             if id_column is None:
-                return [f"{row:0{_width(count)}d}" for row in range(count)]
+                return _row_numbers(count or 0)
             values = (one for batch in batches([id_column]) for one in batch.column(id_column).to_pylist())
-            return [os.fsdecode(one) if isinstance(one, bytes) else str(one) for one in values]
+            return [str(one) if one is None else _id(one) for one in values]
     except OSError as error:
         raise ShardError(Status.UNREADABLE, error.strerror or _reason(error, "the table")) from None
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         raise ShardError(Status.CORRUPT, _reason(error, "the table")) from None
 
 
-def _width(count: int) -> int:
-    """Digits of the row numbers in ids."""
-    return max(_WIDTH, len(str(max(count - 1, 0))))
+def _row_numbers(count: int) -> list[str]:
+    """The ids of rows without names: numbers of one width."""
+    width = max(_WIDTH, len(str(max(count - 1, 0))))
+    return [f"{row:0{width}d}" for row in range(count)]
 
 
-def _pyarrow():
+def _pyarrow() -> ModuleType:
     try:
         import pyarrow
         import pyarrow.ipc
@@ -460,8 +483,11 @@ def _pyarrow():
     return pyarrow
 
 
-def _batches(file, pyarrow):
+def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
     """(schema, columns -> batches, number of rows where the file says it)."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
     file.seek(0)
     head = file.read(8)
     file.seek(0)
@@ -471,7 +497,7 @@ def _batches(file, pyarrow):
         return parquet.schema_arrow, lambda columns: parquet.iter_batches(_BATCH, columns=columns), rows
     reader = pyarrow.ipc.open_file(file) if head.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
 
-    def some(columns):
+    def some(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         every = (
             (reader.get_batch(i) for i in range(reader.num_record_batches)) if head.startswith(b"ARROW1") else reader
         )
@@ -481,7 +507,7 @@ def _batches(file, pyarrow):
     return reader.schema, some, None
 
 
-def _hugging_face(schema) -> dict:
+def _hugging_face(schema: pa.Schema) -> dict[str, Any]:
     """The `datasets` features that a schema's metadata describes: column -> feature."""
     try:
         return parse_json(schema.metadata[b"huggingface"])["info"]["features"]
@@ -489,75 +515,91 @@ def _hugging_face(schema) -> dict:
         return {}
 
 
-def _image_column(schema, asked: str | None, pyarrow) -> str:
+def _described(schema: pa.Schema, kind: str) -> list[str]:
+    """The columns that the metadata call images, or class labels."""
+    features = _hugging_face(schema)
+    return [name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == kind]
+
+
+def _image_column(schema: pa.Schema, asked: str | None) -> str:
     kinds = {name: schema.field(name).type for name in schema.names}
-
-    def holds_bytes(kind) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return any(field.name == "bytes" for field in kind)
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
     if asked is not None:
         if asked not in kinds:
             raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
-        if not holds_bytes(kinds[asked]):
+        if not _holds_bytes(kinds[asked]):
             raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
         return asked
-    described = [name for name, one in _hugging_face(schema).items() if isinstance(one, dict)
-                 and one.get("_type") == "Image" and name in kinds]  # fmt: skip
-    candidates = described or [name for name, kind in kinds.items() if holds_bytes(kind)]
-    if len(candidates) > 1:
-        named = [name for name in _IMAGE_COLUMNS if name in candidates]
-        candidates = named[:1] or candidates
+    described = [name for name in _described(schema, "Image") if name in kinds]
+    candidates = described or [name for name, kind in kinds.items() if _holds_bytes(kind)]
+    named = [name for name in _IMAGE_COLUMNS if name in candidates]
+    if named and len(candidates) > 1:
+        return named[0]
     if len(candidates) != 1:
         which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
         raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
     return candidates[0]
 
 
-def _label_column(schema, options: ShardOptions, image: str, pyarrow) -> tuple[str | None, list[str]]:
+def _holds_bytes(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple[str | None, list[str]]:
     """(column or None, names of its numbers)."""
+    import pyarrow
+
     if not options.labels or options.class_level is not None:
         return None, []
-    described = _hugging_face(schema)
-    asked = options.label_column
-    if asked is not None:
-        if asked not in schema.names:
-            raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(schema.names)}")
-        name = asked
-    else:
-        classes = [n for n, one in described.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"]
+    name = options.label_column
+    if name is not None and name not in schema.names:
+        raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
+    if name is None:
+        classes = _described(schema, "ClassLabel")
         name = next((n for n in (*classes, *_LABEL_KEYS) if n in schema.names and n != image), None)
     if name is None or pyarrow.types.is_nested(schema.field(name).type):
         return None, []
-    feature = described.get(name)
+    feature = _hugging_face(schema).get(name)
     return name, list(feature.get("names", [])) if isinstance(feature, dict) else []
 
 
-def _spool(batch, image: str, label: str | None, names: list[str], id_column: str | None, spool, found: _Found) -> None:
+def _spool(
+    batch: pa.RecordBatch,
+    image: str,
+    label: str | None,
+    names: list[str],
+    id_column: str | None,
+    spool: IO[bytes],
+    found: _Found,
+    places: list[tuple[int, int]],
+) -> None:
     """Write the images of a batch to the temporary file, and note the rest of it."""
     labels = batch.column(label).to_pylist() if label else [None] * len(batch)
     ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
     for value, one, own in zip(batch.column(image), labels, ids, strict=True):
-        row = len(found.names)
-        plain = value.as_py()
-        data = plain.get("bytes") if isinstance(plain, dict) else plain
-        _check_bytes(found, len(data or b""))
+        row, plain = len(found.names), value.as_py()
+        cell = plain if isinstance(plain, dict) else {"bytes": plain}
+        data = cell.get("bytes") or b""
         if not data:
-            path = plain.get("path") if isinstance(plain, dict) else None
-            status = Status.EMPTY if data is not None else Status.MISSING
-            found.failed[row] = (status, "no bytes in its row, only a path" if path else "no bytes in its row")
+            status = Status.EMPTY if cell.get("bytes") is not None else Status.MISSING
+            why = "no bytes in its row, only a path" if cell.get("path") else "no bytes in its row"
+            found.failed[row] = status, why
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
-        found.names.append(row if own is None else os.fsdecode(own) if isinstance(own, bytes) else str(own))
-        found.places.append((spool.tell(), len(data or b"")))
-        found.sizes.append(len(data or b""))
-        found.labels.append(_name(one, names))
-        if data:
-            spool.write(data)
+        places.append((spool.tell(), len(data)))
+        spool.write(data)
+        _add(found, _id(own), len(data), _name(one, names))
 
 
-def _name(value, names: list[str]) -> str:
+def _id(value: object) -> str:
+    """A cell of a column of ids as text; '' where there is no such column."""
+    return "" if value is None else os.fsdecode(value) if isinstance(value, bytes) else str(value)
+
+
+def _name(value: object, names: list[str]) -> str:
     if value is None or value == "" or value == -1:  # -1: ClassLabel of a test split without labels
         return ""
     if isinstance(value, bytes):
@@ -573,57 +615,55 @@ def _name(value, names: list[str]) -> str:
 class _Others:
     """The members of a tar or zip that are no images, by key."""
 
-    def __init__(self, read: Callable):
-        self.read = read
-        self.places: dict[str, list] = {}
+    def __init__(self) -> None:
+        self.of_key: dict[str, dict[str, Callable[[], bytes]]] = {}
 
-    def add(self, name: str, place) -> None:
-        self.places.setdefault(_key(name), []).append((name, place))
+    def add(self, name: str, read: Callable[[], bytes]) -> None:
+        self.of_key.setdefault(_key(name), {})[name] = read
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
-        return [(one, self.read(place)) for one, place in sorted(self.places.get(_key(name), []))]
+        return [(one, read()) for one, read in sorted(self.of_key.get(_key(name), {}).items())]
 
 
 class _Columns:
     """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
 
-    def __init__(self, file, image: str, names: list[str], pyarrow):
-        self.file, self.image, self.names, self.pyarrow = file, image, names, pyarrow
-        self.rows: dict[str, dict] | None = None
+    def __init__(self, file: IO[bytes], image: str, names: list[str]) -> None:
+        self.file, self.image, self.names = file, image, names
+        self.rows: dict[str, dict[str, Any]] | None = None
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
-            schema, batches, _ = _batches(self.file, self.pyarrow)
-            plain = [
-                one for one in schema.names if one != self.image and _is_plain(schema.field(one).type, self.pyarrow)
-            ]
+            schema, batches, _ = _batches(self.file)
+            plain = [one for one in schema.names if one != self.image and _is_plain(schema.field(one).type)]
             rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
             self.rows = dict(zip(self.names, rows, strict=bool(plain)))
         row = self.rows.get(name)
         return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
 
 
-def _belonging_to_none(others: dict[str, Callable[[], bytes | None]], images: list[str]) -> list[tuple[str, str]]:
+def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tuple[str, str]]:
     """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
     keys = set(map(_key, images))
     alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
     return [(native(name), why_no_image(name, others[name])) for name in alone]
 
 
-def _is_plain(kind, pyarrow) -> bool:
+def _is_plain(kind: pa.DataType) -> bool:
     """Whether a column can be written as JSON."""
-    types = pyarrow.types
+    from pyarrow import types
+
     if types.is_struct(kind):
-        return all(_is_plain(one.type, pyarrow) for one in kind)
+        return all(_is_plain(one.type) for one in kind)
     if types.is_list(kind) or types.is_large_list(kind):
-        return _is_plain(kind.value_type, pyarrow)
+        return _is_plain(kind.value_type)
     return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 class _Sidecars:
     """Classes that lie beside images under the same key (the name up to the first dot): .cls, and .json's label."""
 
-    def __init__(self, options: ShardOptions):
+    def __init__(self, options: ShardOptions) -> None:
         self.key_of_label = (options.label_column,) if options.label_column else _LABEL_KEYS
         self.wanted = options.labels and options.class_level is None
         self.found: dict[str, str] = {}
@@ -673,7 +713,7 @@ def _suffix(name: str) -> str:
     return posixpath.splitext(name)[1].lower() or "(no suffix)"
 
 
-def _is_image(name: str, head: Callable[[], bytes] | None = None) -> bool:
+def _is_image(name: str, head: Head | None = None) -> bool:
     """By its suffix, as in a folder; without one by how it begins. Hidden files (macOS's ._x.jpg) are none."""
     if any(part.startswith(".") for part in name.split("/")) or name.startswith("__MACOSX/"):
         return False
@@ -692,11 +732,11 @@ def _check_bytes(found: _Found, size: int) -> None:
         found.failed.setdefault(len(found.names), (error.status, error.reason))
 
 
-def _add(found: _Found, name: str, size: int, place) -> None:
+def _add(found: _Found, name: str, size: int, label: str = "") -> None:
+    _check_bytes(found, size)
     found.names.append(name)
     found.sizes.append(size)
-    found.places.append(place)
-    found.labels.append("")
+    found.labels.append(label)
 
 
 def _pread(handle: int, offset: int, size: int) -> bytes:

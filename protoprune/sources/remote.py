@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from protoprune import stores
 from protoprune.decode import Status
@@ -35,7 +36,7 @@ from protoprune.sources.reading import ShardError
 _TRIES = 3
 
 
-def find_remote(url: str) -> Source:
+def find_remote(url: str) -> Source | None:
     """The shards of a URL: one file, a pattern or a folder. See `find_shards`."""
     if url.startswith("file://"):
         return local_shards(url.removeprefix("file://"))
@@ -43,8 +44,8 @@ def find_remote(url: str) -> Source:
     return stores.answered(url, lambda: _find(store, url))
 
 
-def _find(store, url: str) -> Source:
-    skipped: Counter = Counter()
+def _find(store: Any, url: str) -> Source:
+    skipped: Counter[str] = Counter()
     if is_pattern(_path(url)):
         root, found = fixed_part(url), []
         for one in expand(url):
@@ -72,9 +73,9 @@ def _path(url: str) -> str:
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
-def _facts(store, paths: list[str]) -> dict[str, dict]:
+def _facts(store: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
     """path -> what the store says of it; by folder, since a request for each of 10,000 shards takes minutes."""
-    facts: dict[str, dict] = {}
+    facts: dict[str, dict[str, Any]] = {}
     folders = Counter(posixpath.dirname(path) for path in paths)
     for folder, count in folders.items():
         if count > 1 and "http" not in store.protocol:
@@ -87,7 +88,7 @@ def _facts(store, paths: list[str]) -> dict[str, dict]:
     return {path: one for path, one in facts.items() if one.get("type", "file") == "file"}
 
 
-def _shard(store, path: str, base: str, facts: dict | None) -> Shard:
+def _shard(store: Any, path: str, base: str, facts: dict[str, Any] | None) -> Shard:
     name = posixpath.relpath(_path(path), _path(base) or ".")
     if facts is None:
         return Shard(name, store.unstrip_protocol(path), -1, -1)
@@ -124,7 +125,7 @@ def fetched(shard: Shard) -> Iterator[str]:
 class Copies:
     """Copies of remote shards on this machine's disk: the one in use, and the next one, fetched meanwhile."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._coming: _Coming | None = None
 
     @contextlib.contextmanager
@@ -159,10 +160,11 @@ class Copies:
 class _Coming:
     """A shard on its way, in a thread, which keeps the copy until it is dropped."""
 
-    def __init__(self, shard: Shard):
+    def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self._arrived, self._dropped = threading.Event(), threading.Event()
-        self._path, self._error = "", None
+        self._path = ""
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fetch, daemon=True)
         self._thread.start()
 

@@ -137,8 +137,8 @@ def record(
             return
         partial = records.PartialRecord(out)
         try:
-            run = _record_heads if recipe.model == "head" else _record_networks
-            run(train, test, recipe, partial, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
+            job = _Job(train, test, recipe, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
+            (_record_heads if recipe.model == "head" else _record_networks)(job, partial)
             partial.finish()
         finally:
             partial.close()
@@ -242,28 +242,33 @@ def _refuse(path: str, differences: list[str]) -> None:
         )
 
 
-def _record_heads(
-    train: Examples,
-    test: Examples | None,
-    recipe: Recipe,
-    partial: records.PartialRecord,
-    laid_out: Plan,
-    gradients: bool,
-    probabilities: bool,
-    seed: int,
-    device: torch.device,
-    on_start: Callable[[int, int], None] | None,
-    on_progress: Callable[[int], None] | None,
-) -> None:
+@dataclass
+class _Job:
+    """What is recorded, and how."""
+
+    train: Examples
+    test: Examples | None
+    recipe: Recipe
+    laid_out: Plan
+    gradients: bool
+    probabilities: bool
+    seed: int
+    device: torch.device
+    on_start: Callable[[int, int], None] | None
+    on_progress: Callable[[int], None] | None
+
+
+def _record_heads(job: _Job, partial: records.PartialRecord) -> None:
+    train, recipe, laid_out = job.train, job.recipe, job.laid_out
     numbers, size = laid_out.epoch_numbers, heads.group_size(recipe, len(train.classes), laid_out.subset)
     groups = [range(first, min(first + size, laid_out.models)) for first in range(0, laid_out.models, size)]
     todo = [group for group in groups if partial.committed[list(group)].min() < len(numbers)]
-    if on_start:
-        on_start(laid_out.models * recipe.epochs, (laid_out.models - sum(map(len, todo))) * recipe.epochs)
+    if job.on_start:
+        job.on_start(laid_out.models * recipe.epochs, (laid_out.models - sum(map(len, todo))) * recipe.epochs)
     done = 0
     for group in todo:
         models = slice(group[0], group[-1] + 1)
-        seeds = [model_seed(seed, number) for number in group]
+        seeds = [model_seed(job.seed, number) for number in group]
         previous: heads.Ensemble | None = None
 
         def write(epoch: int, ensemble: heads.Ensemble, models: slice = models) -> None:
@@ -271,39 +276,28 @@ def _record_heads(
             if epoch not in numbers:
                 return
             at = numbers.index(epoch)
-            values = heads.measure(ensemble, train, gradients=gradients, previous=previous)
-            if test is not None:
-                seen = heads.measure(ensemble, test, gradients=False)
+            values = heads.measure(ensemble, train, gradients=job.gradients, previous=previous)
+            if job.test is not None:
+                seen = heads.measure(ensemble, job.test, gradients=False)
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(models, at, values)
-            if probabilities and epoch == numbers[-1]:
+            if job.probabilities and epoch == numbers[-1]:
                 for rows, shares in heads.probabilities(ensemble, train):
                     partial.write_probabilities(models, rows, shares)
             previous = ensemble.copy()
 
         if 0 in numbers:
-            write(0, heads.Ensemble(train, recipe, seeds, device))
-        for epoch, ensemble in heads.epochs(train, recipe, laid_out.subset[models], seeds, seed, device):
+            write(0, heads.Ensemble(train, recipe, seeds, job.device))
+        for epoch, ensemble in heads.epochs(train, recipe, laid_out.subset[models], seeds, job.seed, job.device):
             write(epoch, ensemble)
             done += len(group)
-            if on_progress:
-                on_progress(done)
+            if job.on_progress:
+                job.on_progress(done)
         partial.commit(models, len(numbers))
 
 
-def _record_networks(
-    train: Examples,
-    test: Examples | None,
-    recipe: Recipe,
-    partial: records.PartialRecord,
-    laid_out: Plan,
-    gradients: bool,
-    probabilities: bool,
-    seed: int,
-    device: torch.device,
-    on_start: Callable[[int, int], None] | None,
-    on_progress: Callable[[int], None] | None,
-) -> None:
+def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
+    train, recipe, laid_out = job.train, job.recipe, job.laid_out
     numbers = laid_out.epoch_numbers
     folder = _state_folder(partial.out)
     try:
@@ -315,37 +309,35 @@ def _record_networks(
         recipe.epochs if partial.committed[number] == len(numbers) else state["epoch"] if state else 0
         for number, state in states.items()
     )
-    if on_start:
-        on_start(laid_out.models * recipe.epochs, before)
+    if job.on_start:
+        job.on_start(laid_out.models * recipe.epochs, before)
     done = 0
     for number in range(laid_out.models):
         if partial.committed[number] == len(numbers):
             continue
-        one, own = slice(number, number + 1), model_seed(seed, number)
+        one, own = slice(number, number + 1), model_seed(job.seed, number)
         state = states.pop(number)
         previous: torch.Tensor | None = None
 
         def write(epoch: int, model: torch.nn.Module, one: slice = one) -> None:
             nonlocal previous
-            values, previous = _measure(model, train, recipe, gradients, previous)
-            if test is not None:
-                seen, _ = _measure(model, test, recipe, False, None)
+            values, previous = _measure(model, train, recipe, job.gradients, previous)
+            if job.test is not None:
+                seen, _ = _measure(model, job.test, recipe, False, None)
                 values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
             partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
-            if probabilities and epoch == numbers[-1]:
-                for start in range(0, len(train), _LOGITS_ROWS):
-                    rows = slice(start, min(start + _LOGITS_ROWS, len(train)))
-                    partial.write_probabilities(one, rows, previous[rows].float().exp()[None].numpy())
+            if job.probabilities and epoch == numbers[-1]:
+                _write_probabilities(partial, one, previous)
 
         if state is not None:  # the logits of the last recorded epoch, for `change`
-            model = loop.make_model(train, recipe, own).to(device)
+            model = loop.make_model(train, recipe, own).to(job.device)
             model.load_state_dict(state["model"])
             _, previous = _measure(model, train, recipe, False, None)
         elif 0 in numbers:
-            write(0, loop.make_model(train, recipe, own).to(device))
+            write(0, loop.make_model(train, recipe, own).to(job.device))
         rows = np.flatnonzero(laid_out.subset[number])
         if state is None or state["epoch"] < recipe.epochs:
-            for at in loop.epochs(train, recipe, rows=rows, seed=own, device=device, resume=state):
+            for at in loop.epochs(train, recipe, rows=rows, seed=own, device=job.device, resume=state):
                 if at.epoch in numbers:
                     write(at.epoch, at.model)
                     # The rows are on the disk before the checkpoint that lets a later run go on after them.
@@ -353,11 +345,17 @@ def _record_networks(
                     _save_state(folder, number, at.checkpoint())
                     partial.commit(one, numbers.index(at.epoch) + 1)
                 done += 1
-                if on_progress:
-                    on_progress(done)
+                if job.on_progress:
+                    job.on_progress(done)
         partial.commit(one, len(numbers))
         with contextlib.suppress(OSError):
             os.unlink(_state_path(folder, number))
+
+
+def _write_probabilities(partial: records.PartialRecord, one: slice, log_probabilities: torch.Tensor) -> None:
+    for start in range(0, len(log_probabilities), _LOGITS_ROWS):
+        rows = slice(start, min(start + _LOGITS_ROWS, len(log_probabilities)))
+        partial.write_probabilities(one, rows, log_probabilities[rows].float().exp()[None].numpy())
 
 
 def model_seed(seed: int, number: int) -> int:

@@ -57,13 +57,13 @@ def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgemen
     full = right["everything"].mean(axis=0)  # (images,)
     means = {name: float(rows.mean()) for name, rows in right.items()}
     seeds, images = right["list"].shape
-    even = _compared(right["balanced"], right["random"], confidence, one_draw=False)
+    gaps = {name: _over_images(rows.mean(axis=0) - full, seeds, confidence) for name, rows in right.items()}
     return Judgement(
         means["list"], means["random"], means["balanced"], means["everything"],
         against_draws(right["list"], right["random"], confidence),
-        against_draws(right["list"], right["balanced"], confidence), even,
-        *(_over_images(right[name].mean(axis=0) - full, seeds, confidence) for name in ("list", "random", "balanced")),
-        images, seeds,
+        against_draws(right["list"], right["balanced"], confidence),
+        _compared(right["balanced"], right["random"], confidence, one_draw=False),
+        gaps["list"], gaps["random"], gaps["balanced"], images, seeds,
     )  # fmt: skip
 
 

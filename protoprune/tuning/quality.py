@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from protoprune.vectors import Rows
+
 GALLERY, QUERIES = 8000, 2000  # images that are looked at, at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # Wu et al. 2018
 
 
-def knn_accuracy(features, labels: np.ndarray, seed: int = 0) -> float | None:
+def knn_accuracy(features: Rows, labels: np.ndarray, seed: int = 0) -> float | None:
     """Share of labels that the 20 nearest others get right, votes weighted by exp(cosine / 0.07).
 
     features: (n, d), sliced and indexed by ascending rows; labels: (n,) integers, -1 for rows that do not count. At
@@ -29,7 +31,7 @@ def knn_accuracy(features, labels: np.ndarray, seed: int = 0) -> float | None:
     return float((votes.argmax(1) == labels[queries]).mean())
 
 
-def _unit(features, rows: np.ndarray) -> np.ndarray:
+def _unit(features: Rows, rows: np.ndarray) -> np.ndarray:
     """(len(rows), d) float32 of length 1, in the order of the rows; read in ascending order."""
     order = np.argsort(rows)
     x = np.empty((len(rows), features.shape[1]), np.float32)

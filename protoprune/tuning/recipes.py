@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Candidate:
         )
 
     def command(
-        self, features: str | os.PathLike[str], keep: float, out: str | os.PathLike[str], higher_is=None
+        self, features: str | os.PathLike[str], keep: float, out: str | os.PathLike[str], higher_is: str | None = None
     ) -> str:
         """The command line that writes this list."""
         words = ["protoprune", "select", os.fspath(features), "--keep", f"{keep:g}", "--order", self.order]
@@ -73,7 +73,8 @@ def candidates(images: int, classes: int, tables: Sequence[str] = ()) -> list[Ca
     with and without balance and the hardest dropped.
     """
     k = 4 * prototypes.auto_k(images, classes)
-    sources = [{}, *({"k": k} for _ in [0] if 10 * k <= images), *({"scores": table} for table in tables)]
+    plain = Candidate()
+    sources = [plain, *([replace(plain, k=k)] if 10 * k <= images else []), *(replace(plain, scores=t) for t in tables)]
     found = [Candidate("cover", by="class"), Candidate("cover", by="cluster"), Candidate("facility", by="class")]
     found.append(Candidate("cover", by="class", drop_hardest=DROPPED))
     for source in sources:
@@ -81,7 +82,7 @@ def candidates(images: int, classes: int, tables: Sequence[str] = ()) -> list[Ca
             for balance in (0.0, CALM):
                 for dropped in (0.0, DROPPED) if order in ("hard", "stratified") else (0.0,):
                     by = "class" if balance else None
-                    found.append(Candidate(order, by=by, balance=balance, drop_hardest=dropped, **source))
+                    found.append(replace(source, order=order, by=by, balance=balance, drop_hardest=dropped))
     return found
 
 
@@ -102,10 +103,12 @@ class Pool:
 class Part:
     """Some rows of a pool, on which recipes are applied; clusterings and orders are made once for all fractions."""
 
-    def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0):
+    def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0) -> None:
         self.pool, self.rows, self.seed = pool, np.sort(rows), seed
-        self._rankings: dict[tuple, pruning.Ranking] = {}
-        self._ranks: dict[tuple, np.ndarray] = {}  # (m,) place of each row in the order of a recipe and seed
+        self._rankings: dict[tuple[int | None, str | None, bool], pruning.Ranking] = {}
+        self._ranks: dict[
+            tuple[Candidate, int], np.ndarray
+        ] = {}  # (m,) place of each row in the order of a recipe and seed
 
     def select(self, candidate: Candidate, keep: float, seed: int | None = None) -> np.ndarray:
         """The rows of the pool that are kept, (m,) ascending; `seed` is that of ties and draws."""

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,15 +20,19 @@ from protoprune.tuning.recipes import REFERENCES
 from protoprune.tuning.running import Tuned
 from protoprune.tuning.unlabelled import Unlabelled
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def sentence(result: Tuned) -> str:
     """The answer: never more than the interval supports."""
     one = result.judgement
     if one is None:
-        first = min((curve[0] for curve in (result.curve, result.random_curve)), key=lambda one: one.cost.high)
+        first = min((curve[0] for curve in (result.curve, result.random_curve)), key=lambda one: one.cost.ends[1])
         return (
-            f"keep everything: at {first.keep:.0%} kept already the cost may be {_points(first.cost.high)} points "
-            f"({first.candidate.name}: {_span(first.cost)}), above the tolerance of {_points(result.tolerance)}"
+            f"keep everything: at {first.keep:.0%} kept already the cost may be {_points(first.cost.ends[1])} points "
+            f"({first.candidate.name}: {_span(first.cost)}), above the tolerance of {_points(result.tolerance or 0.0)}"
         )
     if result.tolerance is not None:
         return _left_out(result, one)
@@ -48,15 +52,16 @@ def sentence(result: Tuned) -> str:
 
 def _left_out(result: Tuned, one: Judgement) -> str:
     """The answer of --keep auto: the cost, which the fraction was chosen by, and what a random list would do."""
-    gap = one.to_everything
-    cost = f"{_below(gap)} ({_points(-gap.high)} to {_points(-gap.low)} below)"
-    if -gap.mean > result.tolerance:
-        cost += f", more than the {_points(result.tolerance)} asked for: the images that judge find it harder"
+    gap, tolerance = one.to_everything, result.tolerance or 0.0
+    low, high = gap.ends
+    cost = f"{_below(gap)} ({_points(-high)} to {_points(-low)} below)"
+    if -gap.mean > tolerance:
+        cost += f", more than the {_points(tolerance)} asked for: the images that judge find it harder"
     text = f"you can leave out {1 - result.keep:.0%}: {result.best.name}; {cost}"
     if result.best in REFERENCES:
         return f"{text}; no recipe tried allows a smaller list"
     text += f"; {_over_random(one)}"
-    plain = next((point.keep for point in result.random_curve[::-1] if point.cost.high < result.tolerance), 1.0)
+    plain = next((point.keep for point in result.random_curve[::-1] if point.cost.ends[1] < tolerance), 1.0)
     return f"{text}; with random lists you could leave out {1 - plain:.0%}"
 
 
@@ -121,36 +126,44 @@ def save_unlabelled(folder: str | os.PathLike[str], result: Unlabelled) -> list[
     return [path]
 
 
-def figure(result: Tuned):
+def figure(result: Tuned) -> Figure:
     """Recipes less random on the splits; the judged one; and for --keep auto the cost against the fraction."""
     from matplotlib.figure import Figure
 
     table = [row for row in rows(result) if row["splits"] > 1 or row["place"] <= 10][:20][::-1]
     made = Figure(figsize=(11 if result.curve else 7, 1.2 + 0.28 * (len(table) + 2)), layout="constrained")
-    axes = np.atleast_1d(made.subplots(1, 2 if result.curve else 1))
+    panels = made.subplots(1, 2 if result.curve else 1, squeeze=False)[0]
+    _draw_recipes(panels[0], table, result)
+    if result.curve:
+        _draw_curves(panels[1], result)
+    return made
+
+
+def _draw_recipes(axes: Axes, table: list[dict[str, Any]], result: Tuned) -> None:
+    references = [one.name for one in REFERENCES]
     for y, row in enumerate(table):
         half = 0 if row["low"] is None else 100 * (row["to_random"] - row["low"])
-        grey = row["recipe"] in [one.name for one in REFERENCES]
-        axes[0].errorbar(100 * row["to_random"], y, xerr=half, fmt="o", color="grey" if grey else "C0", capsize=2)
+        colour = "grey" if row["recipe"] in references else "C0"
+        axes.errorbar(100 * row["to_random"], y, xerr=half, fmt="o", color=colour, capsize=2)
     labels = [f"{row['recipe']} ({row['splits']} splits)" for row in table]
     if result.judgement is not None:
         one = result.judgement.to_random
-        axes[0].errorbar(
-            100 * one.difference, len(table), xerr=100 * (one.difference - one.low), fmt="D", color="C3", capsize=3
-        )
+        half = 100 * (one.difference - one.ends[0])
+        axes.errorbar(100 * one.difference, len(table), xerr=half, fmt="D", color="C3", capsize=3)
         labels.append(f"{result.best.name}: judged")
-    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
-    axes[0].axvline(0, color="grey", lw=0.8)
-    axes[0].set_xlabel("accuracy less random, points")
-    if result.curve:
-        for name, curve in (("best recipe", result.curve), ("random", result.random_curve)):
-            x, y = [100 * one.keep for one in curve], [100 * one.cost.mean for one in curve]
-            half = [100 * (one.cost.mean - one.cost.low) for one in curve]
-            axes[1].errorbar(x, y, half, fmt="o-", capsize=2, label=name)
-        axes[1].axhline(100 * result.tolerance, color="C3", ls="--", label="tolerance")
-        axes[1].set(xlabel="kept, %", ylabel="cost against everything, points")
-        axes[1].legend()
-    return made
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.axvline(0, color="grey", lw=0.8)
+    axes.set_xlabel("accuracy less random, points")
+
+
+def _draw_curves(axes: Axes, result: Tuned) -> None:
+    for name, curve in (("best recipe", result.curve), ("random", result.random_curve)):
+        kept, costs = [100 * one.keep for one in curve], [100 * one.cost.mean for one in curve]
+        half = [100 * (one.cost.mean - one.cost.ends[0]) for one in curve]
+        axes.errorbar(kept, costs, half, fmt="o-", capsize=2, label=name)
+    axes.axhline(100 * (result.tolerance or 0.0), color="C3", ls="--", label="tolerance")
+    axes.set(xlabel="kept, %", ylabel="cost against everything, points")
+    axes.legend()
 
 
 def _points(value: float) -> str:
@@ -163,4 +176,5 @@ def _signed(one: Difference) -> str:
 
 
 def _span(one: Difference | Interval) -> str:
-    return f"{_points(one.low)} to {_points(one.high)}"
+    low, high = one.ends
+    return f"{_points(low)} to {_points(high)}"

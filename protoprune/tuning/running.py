@@ -14,9 +14,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,11 @@ from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, candidates
 
+if TYPE_CHECKING:
+    from protoprune.training.converged import Head, Space
+    from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
+
 FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)  # that --keep auto tries, from the top
 SCREENED = 0.3  # fraction at which --keep auto finds its finalists
 FINALISTS = 3
@@ -37,6 +42,8 @@ NETWORK_SPLITS = 2  # that finalists are trained on as networks
 AUTO_SPLITS = 8
 STEP = 0.01  # to which --keep auto narrows the fraction down
 LEAST = 10  # images kept a split, below which no comparison means anything
+Say = Callable[[str], None]
+
 _DRAWS = 1000  # seeds of random lists that judge start here: those that choose have the numbers of the splits
 
 
@@ -56,31 +63,30 @@ class Heads:
     fair to all. It is the one that suits as many random images of the same training part. What judges has its own.
     """
 
-    def __init__(self, pool: Pool, choosers: np.ndarray, test: Pool | None = None):
+    def __init__(self, pool: Pool, choosers: np.ndarray, test: Pool | None = None) -> None:
         from protoprune.training import converged
 
         self.pool, self.choosers, self.test = pool, choosers, test
         self.name = f"head {converged.VERSION}, shared strength"
         self._strengths: dict[tuple[int, int], float] = {}  # by the number of images and the split
 
-    @property
-    def space(self):
+    @cached_property
+    def space(self) -> Space:
         """Made when something has to be trained, of the images that may be trained on alone."""
-        if not hasattr(self, "_space"):
-            from protoprune.training import converged
+        from protoprune.training import converged
 
-            self._space = converged.Space(self.pool.vectors[self.choosers])
-        return self._space
+        return converged.Space(self.pool.vectors[self.choosers])
 
     def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
         if held_out is None:
+            assert self.test is not None, "without a test set there are rows that are held out"
             return self._fit(rows, seed).predict(self.test.vectors) == self.test.labels
         strength = None
         if np.isin(held_out[:1], self.choosers).any():  # a split of the images that choose
             strength = self._strength(len(rows), held_out, seed)
         return self._fit(rows, seed, strength).predict(self.pool.vectors[held_out]) == self.pool.labels[held_out]
 
-    def _fit(self, rows: np.ndarray, seed: int, strength: float | None = None):
+    def _fit(self, rows: np.ndarray, seed: int, strength: float | None = None) -> Head:
         from protoprune.training.converged import fit_head
 
         own = np.searchsorted(self.choosers, rows)
@@ -98,7 +104,7 @@ class Heads:
 class Networks:
     """Networks from pixels; `examples` and `test` are `training.Examples`, row i of the former is row i of the pool."""
 
-    def __init__(self, examples, test, recipe, device: str = "auto"):
+    def __init__(self, examples: Examples, test: Examples | None, recipe: Recipe, device: str = "auto") -> None:
         self.examples, self.test, self.recipe, self.device = examples, test, recipe, device
         self.name = f"{recipe}"
 
@@ -107,6 +113,7 @@ class Networks:
         from protoprune.training.loop import fit
 
         tested = self.test if held_out is None else subset(self.examples, held_out)
+        assert tested is not None, "without a test set there are rows that are held out"
         result = fit(self.examples, tested, self.recipe, rows=rows, seed=seed, device=self.device)
         return np.asarray(result.predictions) == tested.labels
 
@@ -178,50 +185,74 @@ def tune(
     if recipes is None:
         recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]
-    held = None if test is not None else choosing.fold_of(pool.labels, 0, seed + 977)
-    choosers = np.arange(len(pool)) if held is None else np.flatnonzero(~held)
-    judges = None if held is None else np.flatnonzero(held)
+    choosers, judges = _divided(pool, test, seed)
     lab = _Lab(pool, choosers, heads or Heads(pool, choosers, test), Log(folder, pool, test), seed)
     _check(pool, len(choosers), SCREENED if keep is None else keep)
 
-    def compare(fraction: float) -> list[Standing]:
-        def told(number: int, alive: list[Standing]) -> None:
-            lead = ", ".join(f"{everyone[one.number].name} {100 * one.mean:.2f}" for one in alive[:3])
-            say(f"round {number} of {len(rounds)}: {len(alive)} compared on {rounds[number - 1]} splits; {lead}")
-
-        def measure(number: int, split: int) -> float:
-            return lab.on_split(lab.heads, everyone[number], fraction, split)
-
-        return choosing.halve(len(everyone), measure, references=range(len(REFERENCES)), rounds=rounds, on_round=told)
-
-    standings = compare(SCREENED if keep is None else keep)
+    standings = _standings(lab, everyone, SCREENED if keep is None else keep, rounds, say)
     ranked = [everyone[one.number] for one in standings if one.number >= len(REFERENCES)]
-    best, curve = ranked[0], []
     result = Tuned(
-        keep or 1.0, everyone, standings, best, None, len(pool),
-        networks.recipe.model if networks else "linear heads", tolerance if keep is None else None, curve,
+        keep or 1.0, everyone, standings, ranked[0], None, len(pool),
+        networks.recipe.model if networks else "linear heads", tolerance if keep is None else None,
     )  # fmt: skip
 
-    def judged() -> None:
-        say(f"judging {result.best.name} on {lab.judging_images(judges, test):,} images that chose nothing")
-        result.judgement = lab.judge(networks or lab.heads, result.best, result.keep, judges, seeds)
+    def judged(one: Candidate, fraction: float) -> Judgement:
+        count = len(test or ()) if judges is None else len(judges)
+        say(f"judging {one.name} on {count:,} images that chose nothing")
+        return lab.judge(networks or lab.heads, one, fraction, judges, seeds)
 
-    if keep is not None:
-        if networks is not None:
-            result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
-        judged()
+    if keep is None:
+        _settle(lab, ranked[:FINALISTS], tolerance, result, judged, say)
         return result
-    found = _smallest(lab, ranked[:FINALISTS], tolerance, curve, say)
+    if networks is not None:
+        result.best = _by_networks(lab, networks, ranked[:FINALISTS], keep, result.network_accuracy, say)
+    result.judgement = judged(result.best, keep)
+    return result
+
+
+def _divided(pool: Pool, test: Pool | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rows that choose, rows that judge); None: the test set judges."""
+    if test is not None:
+        return np.arange(len(pool)), None
+    held = choosing.fold_of(pool.labels, 0, seed + 977)
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _standings(
+    lab: _Lab, everyone: Sequence[Candidate], keep: float, rounds: Sequence[int], say: Say
+) -> list[Standing]:
+    """All of them, compared by heads on splits."""
+
+    def told(number: int, alive: list[Standing]) -> None:
+        lead = ", ".join(f"{everyone[one.number].name} {100 * one.mean:.2f}" for one in alive[:3])
+        say(f"round {number} of {len(rounds)}: {len(alive)} compared on {rounds[number - 1]} splits; {lead}")
+
+    def measure(number: int, split: int) -> float:
+        return lab.on_split(lab.heads, everyone[number], keep, split)
+
+    return choosing.halve(len(everyone), measure, references=range(len(REFERENCES)), rounds=rounds, on_round=told)
+
+
+def _settle(
+    lab: _Lab,
+    finalists: list[Candidate],
+    tolerance: float,
+    result: Tuned,
+    judged: Callable[[Candidate, float], Judgement],
+    say: Say,
+) -> None:
+    """Note in the result the smallest fraction within the tolerance, by a recipe where that beats random lists, and
+    what the images that judge say; where they find a recipe's list worse than random ones, random lists count."""
+    found = _smallest(lab, finalists, tolerance, result.curve, say)
     plain = _smallest(lab, list(REFERENCES), tolerance, result.random_curve, say)
     for one in (found, plain) if found and (plain is None or found.keep < plain.keep) else (plain,):
         if one is None:
             result.keep, result.judgement = 1.0, None
-            break
+            return
         result.keep, result.best = one.keep, one.candidate
-        judged()
+        result.judgement = judged(one.candidate, one.keep)
         if not result.judgement.worse:
-            break
-    return result
+            return
 
 
 def _check(pool: Pool, choosers: int, keep: float) -> None:
@@ -237,7 +268,9 @@ def _check(pool: Pool, choosers: int, keep: float) -> None:
         raise ProtopruneError("comparing recipes needs two classes with two images or more")
 
 
-def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict[str, Any], say) -> Candidate:
+def _by_networks(
+    lab: _Lab, networks: Judge, finalists: list[Candidate], keep: float, found: dict[str, float], say: Say
+) -> Candidate:
     """The best of the finalists by networks, on further splits of the images that choose."""
     for one in finalists:
         found[one.name] = float(np.mean([lab.on_split(networks, one, keep, split) for split in range(NETWORK_SPLITS)]))
@@ -245,7 +278,7 @@ def _by_networks(lab: _Lab, networks: Judge, finalists, keep: float, found: dict
     return max(finalists, key=lambda one: found[one.name])
 
 
-def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[Point], say) -> Point | None:
+def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[Point], say: Say) -> Point | None:
     """The smallest fraction whose cost is below the tolerance with its whole interval, as all larger ones' are.
 
     At each the cost is that of the best of `tried` there.
@@ -260,29 +293,31 @@ def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[P
         found = Point(keep, tried[best], float(np.mean(rows[best])), judging.resampled(everything - rows[best]))
         curve.append(found)
         curve.sort(key=lambda one: -one.keep)
+        low, high = found.cost.ends
         say(
             f"{keep:.0%} kept: {100 * found.accuracy:.2f} %, costs {100 * found.cost.mean:.2f} points "
-            f"({100 * found.cost.low:.2f} to {100 * found.cost.high:.2f}) by {found.candidate.name}"
+            f"({100 * low:.2f} to {100 * high:.2f}) by {found.candidate.name}"
         )
         return found
 
-    good, bad = None, None
+    good: Point | None = None
+    bad: float | None = None
     for keep in FRACTIONS:
         found = point(keep)
-        if found.cost.high >= tolerance:
+        if found.cost.ends[1] >= tolerance:
             bad = keep
             break
         good = found
     while good is not None and bad is not None and good.keep - bad > 1.5 * STEP:
         middle = point(round((good.keep + bad) / 2, 2))
-        good, bad = (middle, bad) if middle.cost.high < tolerance else (good, middle.keep)
+        good, bad = (middle, bad) if middle.cost.ends[1] < tolerance else (good, middle.keep)
     return good
 
 
 class _Lab:
     """Applies recipes to parts of the images that choose, and asks judges."""
 
-    def __init__(self, pool: Pool, choosers: np.ndarray, heads: Judge, log: Log, seed: int):
+    def __init__(self, pool: Pool, choosers: np.ndarray, heads: Judge, log: Log, seed: int) -> None:
         self.pool, self.choosers, self.heads, self.log, self.seed = pool, choosers, heads, log, seed
         self._split = lru_cache(1)(self._make_split)
 
@@ -315,25 +350,21 @@ class _Lab:
             key = f"{self.seed} {judge.name} {name} {keep:.6g} judged {number}"
             return self.log.answers(key, lambda: judge.answers(rows(), judges, number))
 
-        right: dict[str, list] = {"list": [], "random": [], "balanced": [], "everything": []}
+        right: dict[str, list[np.ndarray]] = {"list": [], "random": [], "balanced": [], "everything": []}
         for number in range(seeds):
             right["list"].append(asked(str(one), number, lambda: part.select(one, keep)))
             for name, other in (("random", RANDOM), ("balanced", BALANCED)):
                 drawn = self.seed + _DRAWS + number
-                right[name].append(asked(str(other), number, lambda o=other, d=drawn: part.select(o, keep, d)))
+                right[name].append(asked(str(other), number, partial(part.select, other, keep, drawn)))
         for number in range(min(seeds, 2)):
             right["everything"].append(asked("everything", number, lambda: part.rows))
         return judging.judge({name: np.stack(rows) for name, rows in right.items()})
-
-    @staticmethod
-    def judging_images(judges: np.ndarray | None, test: Pool | None) -> int:
-        return len(test) if judges is None else len(judges)
 
 
 class Log:
     """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, pool: Pool, test: Pool | None = None):
+    def __init__(self, folder: str | os.PathLike[str] | None, pool: Pool, test: Pool | None = None) -> None:
         self.path = None if folder is None else Path(folder, "runs.jsonl")
         self._found: dict[str, str] = {}
         if self.path is None:
@@ -356,18 +387,19 @@ class Log:
             count, _, packed = self._found[name].partition(" ")
             return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=int(count)).astype(bool)
         right = np.asarray(compute(), bool)
-        self._found[name] = f"{len(right)} {base64.b64encode(np.packbits(right)).decode()}"
+        self._found[name] = f"{len(right)} {base64.b64encode(np.packbits(right).tobytes()).decode()}"
         try:
             with open(self.path, "a") as file:
-                fresh = file.tell() == 0 or self._ended()
+                fresh = file.tell() == 0 or self._ended(self.path)
                 file.write(("" if fresh else "\n") + json.dumps({"key": name, "right": self._found[name]}) + "\n")
         except OSError as error:
             raise ProtopruneError(f"{self.path}: cannot write ({error.strerror}); choose another -o") from None
         return right
 
-    def _ended(self) -> bool:
+    @staticmethod
+    def _ended(path: Path) -> bool:
         """Whether the last line is whole."""
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
 

@@ -5,6 +5,7 @@ None of it is accuracy: which images a model needs cannot be judged without labe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,7 @@ def recipes() -> list[Candidate]:
 def describe(pool: Pool, keep: float, seed: int = 0) -> Unlabelled:
     """Coverage, near-duplicates and stability of every recipe's list of the pool, whose labels are not looked at."""
     n = len(pool)
-    unit = np.asarray(pool.vectors, np.float32)
+    unit: np.ndarray = np.asarray(pool.vectors, np.float32)
     norm = np.linalg.norm(unit, axis=1, keepdims=True)
     unit = unit / np.where(norm > 0, norm, 1)
     sample = np.sort(np.random.default_rng([seed, 77]).permutation(n)[:SAMPLE])
@@ -103,7 +104,7 @@ def _split(rows: np.ndarray, among: np.ndarray) -> list[np.ndarray]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _blocks(unit: np.ndarray, rows: np.ndarray, among: np.ndarray):
+def _blocks(unit: np.ndarray, rows: np.ndarray, among: np.ndarray) -> Iterator[np.ndarray]:
     others = unit[among].T
     for block in _split(rows, among):
         yield unit[block] @ others

@@ -1,0 +1,42 @@
+"""Checked by mypy in `make lint`, never run: what parameters ask for is had by what the program, tests and users give.
+
+Tests' encoders are `encoders.Encoder` with a model of a few lines; a user's own need not be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+import torch
+
+from protoprune import encoders, engine, vectors
+from protoprune.decode import Preprocess
+from protoprune.featurefile import FeatureFile
+from protoprune.featureset import FeatureSet
+
+SMALL = Preprocess(size=32, resize=36)
+
+
+@dataclass(frozen=True)
+class OwnEncoder:
+    """Of a user's, as docs/encoders.md has it: no class of ours."""
+
+    name: str = "colours"
+    dim: int = 12
+    preprocess: Preprocess = SMALL
+    digest: str = "1"
+    pool: str = ""
+    fp32_only: bool = False
+
+    def model(self, batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(batch, 16).flatten(1)
+
+
+def an_encoder(loaded: encoders.Encoder, own: OwnEncoder) -> list[engine.Encoder]:
+    return [loaded, own]
+
+
+def rows(array: np.ndarray, dataset: h5py.Dataset, file: FeatureFile, whole: FeatureSet) -> list[vectors.Rows]:
+    return [array, dataset, file.features, whole.features]
