@@ -321,8 +321,7 @@ def embed_shard(
             except FileExistsError:  # somebody else was faster
                 return ShardReport(shard.name, "busy")
     if place == path:
-        with contextlib.suppress(OSError):
-            os.unlink(setstate.failure_file(path))
+        setstate.forget_failure(path)
     return ShardReport(
         shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates,

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from protoprune.cli import app
 from protoprune.decode import Status
 
 CLASSES = ("ape", "bee", "cat")
@@ -48,16 +46,6 @@ def here(tmp_path, monkeypatch, feature_file):
     Path("bad.txt").write_text("".join(f"{path}\n" for path in PATHS[1:] if wrong(path)))
     np.save("good.npy", [PATHS.index(path) for path in good])
     return tmp_path
-
-
-@pytest.fixture
-def run():
-    def run(*arguments, code: int = 0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
 
 
 QUICK = ["--features", "train.h5", "--test", "test.h5", "--device", "cpu"]  # a head, trained to convergence

@@ -563,7 +563,14 @@ def test_every_advice_says_what_it_rests_on_and_how_unsure_it_is(images, quality
 
 def test_hard_at_30_percent_is_advised_only_where_it_was_measured():
     """Imagenette with features of high quality; poorer ones, and classes of few images, get cover."""
-    for knn, images, words in ((0.98, 9_469, "try HARD"), (0.72, 9_469, "COVER each class"), (0.98, 600, "COVER each")):
+    for knn, images, words in (
+        (0.98, 9_469, "try HARD"),
+        (0.72, 9_469, "COVER each class"),
+        (0.98, 600, "COVER each"),
+        (0.98, 7_575, "try HARD"),
+        (0.94, 7_575, "COVER each class"),
+        (0.98, 7_000, "COVER each"),
+    ):
         pieces = advice_for(images, 10, knn=knn, encoder="lite0")
         assert words in pieces[2].text
         assert f"right on {knn:.0%} of the labels" in pieces[3].text
