@@ -42,7 +42,10 @@ __all__ = ["EmbedReport", "Encoder", "Engine", "embed", "embed_with", "resolve_p
 
 _RING = 4  # batches in memory at once
 # The nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it. At 19 a thread of a
-# busy machine does not even get to its own end: after Ctrl-C the process went on for 6 to 13 s.
+# busy machine does not even get to its own end: after Ctrl-C the process went on for 6 to 13 s. At 10 a run with the
+# cores nearly to itself needs 2 to 7 % less CPU time (medians of 10 and 8 pairs, mini on two cores), the most that an
+# idle machine can gain; 10 to 16 % more time as soon as others fill what a thread leaves, 40 % beside as many others
+# as cores and more (docs/benchmarks.md).
 _STEP_BACK = 10
 _LOOK = 5.0  # seconds after which that is judged anew
 

@@ -116,6 +116,8 @@ def _chunks(
     weights: np.ndarray | None,
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
+    if np.isinf(scores).any():
+        raise UsageError(f"{int(np.isinf(scores).sum()):,} scores are infinite; give numbers, or NaN for none")
     if format in ("npy", "datacomp"):
         yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
         return
@@ -133,7 +135,7 @@ def _chunks(
         columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
         if weights is not None:
             columns.append(map(plain_number, weights[here]))
-        yield _records(header, zip(*columns, strict=True), format)
+        yield _records(header, zip(*columns, strict=True), format, {"": None})
 
 
 def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:

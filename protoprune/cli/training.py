@@ -14,6 +14,7 @@ from protoprune.units import duration
 if TYPE_CHECKING:
     from protoprune.evaluation.runs import Step
     from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
 
 
 def is_image_folder(path: Path) -> bool:
@@ -116,6 +117,23 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
         first, reason = data.unreadable[0]
         say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
     return data
+
+
+def hint_steps(recipe: Recipe, rows: int, least: int = 1) -> None:
+    """Say before the training, and not after it, that networks will take too few optimizer steps to have learned.
+
+    `least` are those that every run takes.
+    """
+    from protoprune.evaluation.runs import MIN_STEPS
+    from protoprune.training.loop import steps_per_epoch
+
+    each = steps_per_epoch(rows, recipe.batch_size)
+    steps = max(recipe.epochs * each, least)
+    if recipe.model != "head" and steps < MIN_STEPS:
+        say(
+            f"hint: {recipe.epochs:,} epochs of {rows:,} images are {steps:,} optimizer steps, and networks that take "
+            f"fewer than {MIN_STEPS} have mostly not learned; --epochs {-(-MIN_STEPS // each):,} makes {MIN_STEPS}"
+        )
 
 
 def show_run(out: Path | None) -> Callable[[Step], None]:
