@@ -171,6 +171,16 @@ def test_trouble_in_words_without_secrets(error, said):
     assert "Signature" not in text
 
 
+def test_trouble_with_credentials_names_the_tools_of_the_store(monkeypatch):
+    error = OSError("Your default credentials were not found")
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in stores.trouble(error, "gs://bucket/x")
+    assert "HF_TOKEN" in stores.trouble(error, "hf://datasets/x")
+    assert "AWS_PROFILE" in stores.trouble(error, "s3://bucket/x")
+    monkeypatch.setattr(stores, "_ANSWER_SECONDS", 0.01)
+    with pytest.raises(ProtopruneError, match=r"no answer within .* check the network .* FSSPEC_GS_TOKEN=anon"):
+        stores.answered("gs://bucket/x", lambda: time.sleep(1))
+
+
 def test_urls_are_shown_without_secrets(monkeypatch):
     with pytest.raises(UsageError) as error:
         find_shards("nonsense://me:pa55@host/x.tar?token=abc")
