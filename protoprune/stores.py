@@ -7,6 +7,7 @@ file: URLs are shown without user, password and query. Every kind of trouble is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import posixpath
 import re
@@ -62,6 +63,8 @@ def store(url: str) -> Any:
             f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
         ) from None
     options = {}
+    if protocol in ("gs", "gcs") and "GCSFS_DEBUG" not in os.environ:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints whole tracebacks of what it raises as well
     if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
         options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
     try:
@@ -101,6 +104,8 @@ def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
     text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
     kind = type(error).__name__
+    if "401" in text or "nvalid authentication" in text or "nvalid credentials" in text.lower():
+        return f"the credentials are not accepted, or have expired ({text}); renew them and run it again"
     if "NoCredentials" in kind or "credentials" in text.lower():
         return f"no credentials; {_set_credentials(url)}"
     if "xpired" in text:

@@ -158,6 +158,7 @@ def test_a_store_that_does_not_answer(memory, monkeypatch):
     [
         (PermissionError("Access Denied"), "permission denied"),
         (OSError("An error occurred (ExpiredToken): The provided token has expired."), "credentials have expired"),
+        (OSError("Request had invalid authentication credentials. Expected OAuth 2 access token, 401"), "not accepted"),
         (FileNotFoundError("x"), "no such bucket, folder or file"),
         (ConnectionError("refused"), "cannot be reached"),
         (type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"), "FSSPEC_S3_ANON=true"),
