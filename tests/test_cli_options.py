@@ -160,6 +160,11 @@ def test_every_option_for_several_values_takes_text_that_is_split():
 # --- options that would do nothing -----------------------------------------------------------------------------------
 
 IDLE = {
+    "select f.h5 --keep 0.5 -o new.csv --format npy": "--format npy: -o new.csv says csv",
+    "select f.h5 --keep 0.5 -o new.txt --format npy": "--format npy: -o new.txt says txt",
+    "record f.h5 -o new.h5 --precision bf16": "--precision bf16: heads are recorded in fp32",
+    "tune --features f.h5 --keep 0.5 -o new.tune --tolerance 0.5": "--tolerance 0.5: goes with --keep auto",
+    "tune --features f.h5 --keep 0.5 -o new.tune --device cpu": "--device cpu: goes with --model",
     "compare a.csv b.csv --count 8": "--count 8: goes with --sheet",
     "compare a.csv b.csv --bootstrap 0 --seed 0": "--seed 0: is of the resamples of --bootstrap",
     "compare a.csv b.csv --by-place": "--by-place: all of these tables name their images",
@@ -245,3 +250,27 @@ def test_restarts_and_clusters_where_they_do_something(here):
         {"order": "cover", "k": 5, "quota": "dbp"},
     ):
         assert protoprune.select("f.h5", 0.5, **options).keep.any()
+
+
+def test_each_list_is_in_the_format_of_its_name(here):
+    """--format is of the list; what is removed goes by its own suffix."""
+    line = "select f.h5 --keep 0.5 --format npy --removed new.gone.csv --no-cache"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0
+    assert result.stdout_bytes.startswith(b"\x93NUMPY")
+    assert (here / "new.gone.csv").read_text().startswith("path,index,score\n")
+    for name, format in (("new.kept.npy", "datacomp"), ("new.txt", "csv"), ("new.list", "jsonl")):
+        result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", name, "--format", format])
+        assert result.exit_code == (2 if format == "datacomp" else 0)  # these images are not called by uids
+        assert "says" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--label-column x", "--class-level 3"])
+@pytest.mark.parametrize("out", ["new.set", "new.h5"])
+def test_classes_that_no_shard_has_are_said(here, option, out):
+    """Only what lies in the shards can tell, which is not looked at before they are embedded."""
+    result = CliRunner().invoke(app, f"embed shard.tar -o {out} --encoder mini {option}".split())
+    assert result.exit_code == 0
+    assert f"warning: {option}: gives no image of " in result.stderr
+    plain = CliRunner().invoke(app, f"embed shard.tar -o new.{out} --encoder mini".split())
+    assert "warning" not in plain.stderr

@@ -105,13 +105,25 @@ def _check_output(
     from protoprune.lists import check_list
 
     check_outputs(*outputs, inputs=inputs, links=links)
+    _check_named(format, outputs[0])
     for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
         tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")
         check_suffix(path, tables, option)
-    for path in outputs[:2]:
-        check_list([], np.empty(0, int), _format(format, path), null=null)
+    check_list([], np.empty(0, int), _format(format, outputs[0]), null=null)
+    if outputs[1] is not None:
+        check_list([], np.empty(0, int), _format_of_removed(format, outputs[1]), null=null)
     if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():
         raise UsageError(f"--format {format} is binary; give -o FILE or redirect stdout")
+
+
+def _check_named(format: str | None, out: Path | None) -> None:
+    """UsageError for a list under a name that says that it is in another format."""
+    from protoprune.lists import list_format
+
+    said = None if out is None else list_format(out)
+    same = {"datacomp": "npy"}.get(format or "", format)
+    if format is not None and said not in (None, same) and not (said == "txt" and format in ("csv", "jsonl")):
+        raise UsageError(f"--format {format}: -o {out} says {said}; leave --format out, or choose another name")
 
 
 def _format(asked: str | None, path: Path | None) -> str:
@@ -119,6 +131,13 @@ def _format(asked: str | None, path: Path | None) -> str:
     from protoprune.lists import list_format
 
     return asked or (path and list_format(path)) or "txt"
+
+
+def _format_of_removed(asked: str | None, path: Path) -> str:
+    """The same of the images that go: a suffix that says it comes first, since --format is about the list."""
+    from protoprune.lists import list_format
+
+    return list_format(path) or _format(asked, path)
 
 
 def _write(
@@ -142,17 +161,15 @@ def _write(
     lists.check_list(ranking.paths, kept, _format(format, out), null=null)
     if removed is not None:  # duplicates are among them
         gone = np.flatnonzero(ranking.readable & ~chosen.keep)
-        lists.check_list(ranking.paths, gone, _format(format, removed), null=null)
+        lists.check_list(ranking.paths, gone, _format_of_removed(format, removed), null=null)
 
-    def text(rows: np.ndarray, path: Path | None, weights: np.ndarray | None = None) -> Iterable[bytes]:
+    def text(rows: np.ndarray, path: Path | None, kind: str, weights: np.ndarray | None = None) -> Iterable[bytes]:
         folder = root if absolute else None
-        chunks = lists.list_chunks(
-            ranking.paths, rows, ranking.scores, _format(format, path), null=null, weights=weights, folder=folder
-        )
+        chunks = lists.list_chunks(ranking.paths, rows, ranking.scores, kind, null=null, weights=weights, folder=folder)
         return lists.packed(path, chunks) if path is not None else chunks
 
     if removed is not None:
-        files.write_file(removed, text(gone, removed))
+        files.write_file(removed, text(gone, removed, _format_of_removed(format, removed)))
     if manifest is not None:
         kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
         zeros = ranking.undirected
@@ -161,9 +178,9 @@ def _write(
     if links is not None:
         _write_links(links, root, chosen, hard_links)
     if out is not None:
-        files.write_file(out, text(kept, out, chosen.weights))
+        files.write_file(out, text(kept, out, _format(format, out), chosen.weights))
     else:
-        files.write_stdout(text(kept, None, chosen.weights))
+        files.write_stdout(text(kept, None, _format(format, None), chosen.weights))
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:

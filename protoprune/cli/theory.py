@@ -241,8 +241,12 @@ def information(
 
 
 def advise(
-    images: Annotated[int | None, typer.Option("--images", min=1, help="Number of training images.")] = None,
-    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes.")] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Number of training images [default: as in --features].")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=1, help="Number of classes [default: as in --features].")
+    ] = None,
     features: Annotated[
         Path | None, typer.Option("--features", help="Feature file: images and classes are counted in it.")
     ] = None,
