@@ -27,7 +27,7 @@ from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, unpacked
+from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
 
 T = TypeVar("T")
 
@@ -347,9 +347,8 @@ def _columns(header: list[str]) -> dict[str, str]:
     plain = {name: plain_name(name) for name in header}
     path = next((name for one in PATH_NAMES for name in header if plain[name] == one), None)
     if path is None:
-        raise _NoList(
-            f"not a list that protoprune wrote (no 'path' column, only {' '.join(', '.join(header).split())})"
-        )
+        only = shortened(" ".join(", ".join(header).split()))
+        raise _NoList(f"not a list that protoprune wrote (no 'path' column, only {only})")
     found = {"path": path}
     for name in header:
         if plain[name] in ("weight", "keep"):

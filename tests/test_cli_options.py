@@ -157,6 +157,38 @@ def test_every_option_for_several_values_takes_text_that_is_split():
     assert {"keep", "size", "order", "dynamic", "theta", "devices", "selection_seconds"} <= kinds[str,]
 
 
+@pytest.mark.parametrize(
+    "line", ["select f.h5 --keep 1 --order {}", "info {}", "select {} --keep 1", "advise --images {}"]
+)
+def test_what_was_typed_is_shown_shortened(line, tmp_path, monkeypatch, feature_file):
+    monkeypatch.chdir(tmp_path)
+    feature_file("f.h5", np.eye(3))
+    result = CliRunner().invoke(app, line.format("x" * 5000).split())
+    assert result.exit_code in (1, 2), result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 700
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense", ""])
+def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_path, monkeypatch, feature_file):
+    monkeypatch.chdir(tmp_path)
+    paths = [f"{name}/{i:02d}.png" for name in ("ape", "bee") for i in range(40)]
+    feature_file("f.h5", np.random.default_rng(0).normal(size=(80, 4)), paths=paths)
+    (tmp_path / "kept.txt").write_text("\n".join(paths[::2]))
+    (tmp_path / "images").mkdir()
+    for line in (
+        "tune --features f.h5 --keep 0.5 --model cnn --images images", "record f.h5",
+        "evaluate kept.txt --features f.h5 --test f.h5",
+        "scaling --features f.h5 --test f.h5 --size 20,40 -o curves",
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*line.split(), "--device", device])
+        assert result.exit_code == 2, (line, result.output, result.exception)
+        assert f"--device {device}: " in result.stderr.splitlines()[-1]
+        assert "expected auto, cuda" in result.stderr or "use auto, cuda, mps or cpu" in result.stderr
+    assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "images", "kept.txt"}
+
+
 # --- options that would do nothing -----------------------------------------------------------------------------------
 
 IDLE = {

@@ -347,6 +347,23 @@ def test_what_is_refused(folder, tmp_path):
         reshard(kept, folder, root=folder)
 
 
+def test_a_wrong_root_can_be_put_right(folder, tmp_path):
+    """What was refused has not made the folder another list's; where a tar is, it is."""
+    for wrong in ({"kept": ["ant/gone.png"], "root": folder}, {"kept": ["ant/001.png"], "root": tmp_path}):
+        with pytest.raises(ProtopruneError, match="No such file"):
+            reshard(out=tmp_path / "new", **wrong)
+    assert reshard(["ant/001.png"], tmp_path / "new", root=folder).images == 1
+    assert list(content(tmp_path / "new")) == ["ant/001.png"]
+    assert json.loads((tmp_path / "new" / PLAN).read_text())["root"] == str(folder)
+    with pytest.raises(UsageError, match="holds the shards of another list"):
+        reshard(["ant/002.png"], tmp_path / "new", root=folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds other things"):
+        reshard(["ant/001.png"], tmp_path / "mine", root=folder)
+    assert [one.name for one in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
 def test_a_shard_that_changed_is_said_and_leaves_no_half_tar(folder, tmp_path):
     write_tars(tmp_path / "in", members(folder), 1)
     with pytest.raises(ProtopruneError, match=r"0000.tar/ant/9.png: not in its shard any more"):

@@ -335,10 +335,12 @@ def _say_selected(chosen: Selected) -> None:
         back = int((chosen.dropped & chosen.keep).sum())
         also = f"; {back:,} of them are kept all the same, easiest first, to make up the number" if back else ""
         say(f"dropped the {int(chosen.dropped.sum()):,} hardest{also}")
-    if not ranking.classes:
+    if not (usable & (ranking.labels >= 0)).any():
         return
-    sizes = np.bincount(ranking.labels[usable], minlength=len(ranking.classes))
-    shares = np.bincount(ranking.labels[chosen.keep], minlength=len(sizes)) / np.maximum(sizes, 1)
+    # Images without a class are a group of their own for --balance, and no class here: counted in front, and left out.
+    sizes = np.bincount(ranking.labels[usable] + 1, minlength=len(ranking.classes) + 1)
+    shares = (np.bincount(ranking.labels[chosen.keep] + 1, minlength=len(sizes)) / np.maximum(sizes, 1))[1:]
+    groups, sizes = int((sizes > 0).sum()), sizes[1:]
     shares[sizes == 0] = np.nan
     low, high = np.nanargmin(shares), np.nanargmax(shares)
     say(
@@ -347,21 +349,21 @@ def _say_selected(chosen: Selected) -> None:
     )
     gone = int((shares == 0).sum())
     if gone:
-        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, sizes)}")
+        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, groups)}")
     elif not rule.balance and shares[high] > 2 * shares[low]:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
 
 
-def _to_keep_each(chosen: Selected, sizes: np.ndarray) -> str:
-    """What gives every class at least one image; sizes: (classes,) usable images of each."""
+def _to_keep_each(chosen: Selected, groups: int) -> str:
+    """What gives every class at least one image; groups: how many --balance splits the list over."""
     from protoprune.selection import by_score
 
-    rule, kept, classes = chosen.rule, int(chosen.keep.sum()), int((sizes > 0).sum())
+    rule, kept = chosen.rule, int(chosen.keep.sum())
     by_order = kept if rule.calibrate is None else by_score(kept, rule.calibrate)
-    if by_order < classes:
+    if by_order < groups:
         what = "keep" if rule.calibrate is None else "take by order"
-        return f"{what} at least {classes:,} images for one of each"
-    least = max(0.5, math.ceil(100 * classes / by_order) / 100)  # floor(balance * kept / classes) is at least 1
+        return f"{what} at least {groups:,} images for one of each"
+    least = max(0.5, math.ceil(100 * groups / by_order) / 100)  # floor(balance * kept / classes) is at least 1
     return f"--balance {least:g} --by class keeps some of each"
 
 

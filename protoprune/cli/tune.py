@@ -75,6 +75,7 @@ def tune(
     """
     import time
 
+    from protoprune.device import resolve_device
     from protoprune.features import open_features
     from protoprune.tuning import report, running
 
@@ -86,6 +87,7 @@ def tune(
     if model is None:
         refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(training)))
     check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
+    resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
     check_results(out, source.provenance["root"], source.paths)
