@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from protoprune import __version__, stores
 from protoprune.errors import UsageError
+from protoprune.paths import encoded
 from protoprune.pruning import Selected
 from protoprune.report import maps, thumbnails
 from protoprune.report.facts import Facts, Options, gather, shown
@@ -56,7 +57,7 @@ def page(
     facts = gather(chosen, options, on_step)
     limit = LIMITS[facts.n > SMALL]
     blocks = {name: _block(array) for name, array in facts.blocks.items()}
-    blocks["names"] = _block(_names([chosen.ranking.paths[row] for row in facts.sample]))
+    blocks["names"] = _names(chosen.ranking.paths, facts.sample)
     whole = _whole_list(chosen, facts)
     why = _no_list(chosen, facts, sum(len(text) for _, text in whole.values()), LIST_SHARE * limit)
     saves = why is None
@@ -95,8 +96,7 @@ def _broken(chosen: Selected) -> int:
 def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
     """What saving a list takes: the stop and the name of every image that can be kept."""
     can = np.flatnonzero(facts.first != NEVER)
-    names = [chosen.ranking.paths[row] for row in can.tolist()]
-    return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
+    return {"list_first": _block(facts.first[can]), "list_names": _names(chosen.ranking.paths, can)}
 
 
 def _pictures(
@@ -112,9 +112,11 @@ def _pictures(
         return thumbnails.make(wanted, lambda row: read(paths[row]), budget, on_image)
 
 
-def _names(paths: list[str]) -> np.ndarray:
-    """The bytes of the names, each followed by a NUL byte."""
-    return np.frombuffer(os.fsencode("".join(f"{path}\0" for path in paths)), np.uint8)
+def _names(paths: Sequence[str], rows: np.ndarray) -> tuple[str, str]:
+    """The bytes of the names, each followed by a NUL byte, as a `_block`."""
+    packer = zlib.compressobj(9)
+    parts = [packer.compress(b"\0".join([*part, b""])) for part in encoded(paths, rows)]
+    return "u1", base64.b64encode(b"".join([*parts, packer.flush()])).decode()
 
 
 def _block(array: np.ndarray) -> tuple[str, str]:
