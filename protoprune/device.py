@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from protoprune.errors import UsageError
+from protoprune.text import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cuda, mps or cpu") from None
+        said = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise UsageError(f"--device {name}: {said}; use auto, cuda, mps or cpu") from None
+    if device.type not in ("cuda", "mps", "cpu"):  # meta computes nothing, and says so only when results are read
+        raise UsageError(f"--device {name}: expected auto, cuda, cuda:N, mps or cpu")
     return device
 
 

@@ -340,7 +340,8 @@ class PartialFile:
     def __init__(self, out: str) -> None:
         self.out, self.damaged = out, 0
         with FeatureFile(partial_path(out)) as file:
-            if file.sealed and not (good := file.intact())[finished := file.finished()].all():
+            finished = file.finished()
+            if file.sealed and finished.any() and not (good := file.intact())[finished].all():
                 self.damaged = int((finished & ~good).sum())
         self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
         self._reader.check_sealed()

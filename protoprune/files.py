@@ -248,12 +248,7 @@ def write_links(
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere
             else:
                 os.symlink(target, link)
-        broken = [name for name in classes if "\n" in name or "\r" in name]
-        if broken:
-            warn(f"{folder}: no {CLASSES}, since {len(broken):,} class names hold a line break (first: {broken[0]!r})")
-        elif classes and not os.path.exists(listed := os.path.join(building, CLASSES)):  # a class may be called so
-            with open(listed, "wb") as file:
-                file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
+        _write_classes(folder, os.path.join(building, CLASSES), classes)
         os.replace(building, folder)
     except OSError as error:
         raise ProtopruneError(
@@ -262,6 +257,16 @@ def write_links(
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)  # only links, and only what this call made
+
+
+def _write_classes(folder: str, path: str, classes: Sequence[str]) -> None:
+    """One a line, unless there is something: a class may be called as the file is."""
+    broken = [name for name in classes if "\n" in name or "\r" in name]
+    if broken:
+        warn(f"{folder}: no {CLASSES}, since {len(broken):,} class names hold a line break (first: {broken[0]!r})")
+    elif classes and not os.path.exists(path):
+        with open(path, "wb") as file:
+            file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
 
 
 def check_free(folder: str | os.PathLike[str]) -> None:

@@ -33,13 +33,13 @@ _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
+_SEAL = b"protoprune-seal "
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive"), (b"PK\x05\x06", "a zip archive"), (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
     (b"PAR1\x15", "a Parquet file"), (b"ARROW1\0", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!\x1a", "a RAR archive"), (b"\x89HDF", "an HDF5 file"),
-    (b"protoprune-seal", "a feature file or a training record"), (b"\x93NUMPY", "a NumPy file"),
+    (b"Rar!\x1a", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"),
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
 )  # fmt: skip
 
@@ -149,6 +149,8 @@ def advice(suffixes: Iterable[str]) -> str:
 
 def archive_kind(head: bytes) -> str | None:
     """'a zip archive' and the like for a file that begins so and cannot be a list; None when it may be one."""
+    if head.startswith(_SEAL):  # text without control characters, and no file is called so
+        return "a feature file or a training record"
     if len(head) < 20 or not _CONTROL.search(head):  # a file may well be called PAR1
         return None
     for magic, kind in _MAGIC:

@@ -27,7 +27,7 @@ from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, unpacked
+from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
 
 T = TypeVar("T")
 
@@ -116,6 +116,8 @@ def _chunks(
     weights: np.ndarray | None,
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
+    if np.isinf(scores).any():
+        raise UsageError(f"{int(np.isinf(scores).sum()):,} scores are infinite; give numbers, or NaN for none")
     if format in ("npy", "datacomp"):
         yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
         return
@@ -133,7 +135,7 @@ def _chunks(
         columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
         if weights is not None:
             columns.append(map(plain_number, weights[here]))
-        yield _records(header, zip(*columns, strict=True), format)
+        yield _records(header, zip(*columns, strict=True), format, {"": None})
 
 
 def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:
@@ -345,9 +347,8 @@ def _columns(header: list[str]) -> dict[str, str]:
     plain = {name: plain_name(name) for name in header}
     path = next((name for one in PATH_NAMES for name in header if plain[name] == one), None)
     if path is None:
-        raise _NoList(
-            f"not a list that protoprune wrote (no 'path' column, only {' '.join(', '.join(header).split())})"
-        )
+        only = shortened(" ".join(", ".join(header).split()))
+        raise _NoList(f"not a list that protoprune wrote (no 'path' column, only {only})")
     found = {"path": path}
     for name in header:
         if plain[name] in ("weight", "keep"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.text import with_slashes
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import datasets
 
 _WORD = re.compile(r"[A-Za-z_]+")
+_LONG = 10_000  # samples of a stream after which one should have been listed
+_OTHER_LIST = "was the list made for these shards? A pass over all of them in one process names what is missing"
 
 Sample = dict[str, Any]  # of a WebDataset: field -> value
 
@@ -37,9 +39,10 @@ def keep_only(
       that was made from shards is matched by shard and key.
 
     `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
-    empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it), so
-    that a wrong root can never train on less than was asked for; for an iterable this is known, and raised, at its end.
-    (Loader workers see a part each and do not check: go through the data set once without workers.)
+    empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and
+    when none is in the part), so that a wrong root can never train on less than was asked for; for an iterable this is
+    known, and raised, at its end. (Several loader workers see a part each: they warn when none of theirs is
+    listed. Go through the data set once in one process to check all of it.)
     """
     listed = _listed(kept)
     if isinstance(dataset, Mapping):
@@ -52,6 +55,7 @@ def keep_only(
         _all_present(wanted - set(ids), len(wanted), where, base, ids)
         mine = ids if places is None else [ids[place] for place in places]
         rows = [row for row, one in enumerate(mine) if one in wanted]
+        _some_left(len(rows), len(mine))
         if _is_hugging_face(dataset):
             return dataset.select(rows)
         from torch.utils.data import Subset
@@ -148,7 +152,17 @@ def weights_of(
     listed = dict(zip(_in_order(list(weights), base, ids), weights.values(), strict=True))
     _all_present(listed.keys() - set(ids), len(listed), where, base, ids)
     mine = ids if places is None else [ids[place] for place in places]
+    _some_left(sum(one in listed for one in mine), len(mine))
     return np.array([listed.get(one, 0) for one in mine], np.float32)
+
+
+def _some_left(kept: int, of: int) -> None:
+    """Raise ProtopruneError for a part of a data set (a split of it) of which nothing would be left."""
+    if not kept:
+        raise ProtopruneError(
+            f"none of the {of:,} images of this part of the data set is in the list, so that nothing would be left to "
+            "train on; filter the whole data set, and split what is kept"
+        )
 
 
 def _whole(dataset: object) -> tuple[object, np.ndarray | None]:
@@ -210,7 +224,7 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
     known = {_suffix(one) for one in ids}
     odd = Counter(_suffix(one) for one in missing)
     advice = "give the root that the list was made for"
-    if known and not known & odd.keys() and os.path.exists(os.path.join(base, min(missing))):
+    if known and not known & odd.keys() and os.path.isfile(os.path.join(base, min(missing))):
         advice = (
             f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
             "is_valid_file=lambda path: True"
@@ -243,7 +257,10 @@ class _KeptSamples:
     def stage(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         unseen = {path for names in self.listed.values() for path in names.values()}
         shards: dict[str, str | None] = {}  # key -> the shard that it was found in
-        for sample in samples:
+        number, any_kept = 0, False
+        for number, sample in enumerate(samples, 1):
+            if number == _LONG and not any_kept:  # a stream that begins again and again has no end that could tell
+                warn(f"none of the first {number:,} samples is in the list; {_OTHER_LIST}")
             if not isinstance(sample, dict) or "__key__" not in sample:
                 has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
                 raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
@@ -257,9 +274,12 @@ class _KeptSamples:
                 )
             if names and (found := _named_in(sample, names)):
                 unseen -= found
+                any_kept = True
                 yield sample
-        if not _is_loader_worker():
+        if not _sees_a_part():
             _all_present(unseen, self.count, "(by key)")
+        elif number and not any_kept:
+            warn(f"none of the {number:,} samples of this worker is in the list; {_OTHER_LIST}")
 
 
 def _keys(sample: Sample, key: str) -> Iterator[str]:
@@ -308,13 +328,16 @@ def _middle(extension: str) -> str:
     return extension.rpartition(".")[0]
 
 
-def _is_loader_worker() -> bool:
-    """Whether this process sees one worker's share of the shards only."""
+def _sees_a_part() -> bool:
+    """Whether this is a loader worker that sees one share of the shards only: of several workers, or of the one in each
+    of several processes (torchrun's, which webdataset splits the shards among)."""
     if "torch" not in sys.modules:
         return False
     from torch.utils.data import get_worker_info
 
-    return get_worker_info() is not None
+    worker = get_worker_info()
+    alone = worker is None or (worker.num_workers == 1 and os.environ.get("WORLD_SIZE", "1") in ("", "1"))
+    return not alone
 
 
 def _key(path: str) -> tuple[str, str]:

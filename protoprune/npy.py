@@ -14,6 +14,7 @@ from typing import IO
 
 import numpy as np
 
+_PICKLED = "it holds pickled Python objects, which are never read, since that can run code; save numbers"
 _DEFLATE = 1100  # what deflate makes of a byte at most is 1032 bytes
 
 
@@ -63,11 +64,13 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError("it holds pickled Python objects, which are never read, since that can run code; save numbers")
+        raise ValueError(_PICKLED)
     return shape, dtype
 
 
 def reason(error: Exception) -> str:
     """What numpy or zipfile said, as a few words on one line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "allow_pickle" in reason:  # numpy's advice
+        return _PICKLED
     return reason if len(reason) <= 120 else reason[:120] + "…"  # zipfile shows the bytes that it found

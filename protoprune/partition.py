@@ -58,12 +58,24 @@ def _parts(
 ) -> list[np.ndarray]:
     """The rows, ascending, in at most FAN parts."""
     k = min(math.ceil(len(rows) / size), FAN)
-    every = len(rows) == features.shape[0]
-    own = prototypes.cluster(
-        features if every else np.asarray(features[rows]), k, seed=seed, iterations=iterations,
-        train_points=min(len(rows), max(FAN * k, _TRAIN)), backend=backend,
-    ).cluster  # fmt: skip
-    own = np.where(own < 0, k, own)  # vectors of zeros, which k-means has no place for
+    points = features if len(rows) == features.shape[0] else np.asarray(features[rows])
+    own = np.full(len(rows), k)
+    if _directed(points, k):
+        found = prototypes.cluster(
+            points, k, seed=seed, iterations=iterations, train_points=min(len(rows), max(FAN * k, _TRAIN)),
+            backend=backend,
+        ).cluster  # fmt: skip
+        own = np.where(found < 0, k, found)  # vectors of zeros, which k-means has no place for
     if np.bincount(own).max() > 0.9 * len(rows):
         own = np.argsort(np.argsort(hashes_of(rows, ids, seed, b"split"))) * k // len(rows)
     return [rows[own == part] for part in range(k + 1) if (own == part).any()]
+
+
+def _directed(points: vectors.Rows, k: int) -> bool:
+    """Whether at least k of the points are not all zeros, which a score table may have scores for too."""
+    found = 0
+    for first in range(0, points.shape[0], vectors.CHUNK):
+        found += int(points[first : first + vectors.CHUNK].any(axis=1).sum())
+        if found >= k:
+            return True
+    return False

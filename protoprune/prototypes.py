@@ -23,7 +23,7 @@ import numpy as np
 
 from protoprune import files, vectors
 from protoprune.bounds import check_whole
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman
 from protoprune.text import parse_json
@@ -343,6 +343,8 @@ def cached(
     found = _kept(path, key)
     if found is not None:
         return found, True
+    if os.path.lexists(path):
+        warn(f"{path}: a damaged clustering, or one that cannot be read; it is made anew")
     result = compute(**settings)
     plain = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _ARRAYS}
     with contextlib.suppress(OSError):

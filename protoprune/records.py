@@ -12,6 +12,7 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     committed          int32   (m,) recorded epochs of each model that are finished
     digest             uint64  (s, m, e) xxh3-64 of each model's values at each recorded epoch, of the s datasets that
                        have such values, in the order of their names
+    probability_digest uint64  (m,) xxh3-64 of each finished model's class probabilities, where there are any
 
 What the statistics are is said in `training.per_example`; everything else about the run is in the attributes, and
 digests of all else in the seal (see `seals`). Files of earlier versions have no digests. While a
@@ -27,13 +28,14 @@ from typing import Any
 
 import h5py
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files, hdf5, seals
 from protoprune.errors import ProtopruneError
 from protoprune.hdf5 import Column
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
+_PROBABILITY_ROWS = 65_536  # that are read at once
 _OVERHEAD = 65_536  # bytes of HDF5's own
 _EACH = ("m", "e", "n")
 KIND = hdf5.Kind(
@@ -53,6 +55,7 @@ KIND = hdf5.Kind(
         "test_true_probability": Column(("float16",), ("m", "e", "t"), optional=True),
         "probability": Column(("float16",), ("m", "n", "c"), optional=True),
         "digest": Column(("uint64",), ("s", "m", "e"), optional=True),
+        "probability_digest": Column(("uint64",), ("m",), optional=True),
     },
     ("uuid", "created", "protoprune"),
 )  # fmt: skip
@@ -238,8 +241,12 @@ class Record:
                 getattr(self, what)
             except ProtopruneError as error:
                 lines = lines or [str(error)]
-        bad = [] if lines else self._digests.differing(self.committed)
-        return lines + [f"its {name} of model {model} at recorded epoch {epoch}" for name, model, epoch in bad]
+        if lines:
+            return lines
+        for name, model, epoch in self._digests.differing(self.committed):
+            lines.append(f"its {name} of model {model} at recorded epoch {epoch}")
+        bad = _differing_probabilities(self._reader, self.committed)
+        return lines + [f"its probability of model {model}" for model in bad]
 
 
 class _Digests:
@@ -291,6 +298,24 @@ def digest(values: np.ndarray) -> int:
     return xxh3_64_intdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
+def _differing_probabilities(reader: hdf5.Reader, committed: np.ndarray) -> list[int]:
+    """The finished models whose class probabilities are not what was written, as far as that is known."""
+    if "probability_digest" not in reader:
+        return []
+    was, done = reader.whole("probability_digest"), np.flatnonzero(committed == reader.dims["e"]).tolist()
+    with reader.trouble("its probability"):
+        return [model for model in done if _probability_digest(reader.file, model) != int(was[model])]
+
+
+def _probability_digest(file: h5py.File, model: int) -> int:
+    state, table = xxh3_64(), file["probability"]
+    for start in range(0, table.shape[1], _PROBABILITY_ROWS):
+        state.update(
+            np.ascontiguousarray(table[model, start : start + _PROBABILITY_ROWS]).reshape(-1).view(np.uint8).data
+        )
+    return state.intdigest()
+
+
 class PartialRecord:
     """The record of a run under way."""
 
@@ -300,7 +325,8 @@ class PartialRecord:
         self._reader.check_sealed()
         self._file, self.provenance = self._reader.file, self._reader.attributes
         self._digests = _Digests(self._reader)
-        for model in {model for _, model, _ in self._digests.differing(self.committed)}:
+        damaged = {model for _, model, _ in self._digests.differing(self.committed)}
+        for model in damaged | set(_differing_probabilities(self._reader, self.committed)):
             self.commit(slice(model, model + 1), 0)  # nothing is built upon damage
 
     @property
@@ -336,6 +362,10 @@ class PartialRecord:
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""
+        if epochs == self._reader.dims["e"] and "probability_digest" in self._reader:
+            for model in range(*models.indices(self._reader.dims["m"])):
+                self._file["probability_digest"][model] = _probability_digest(self._file, model)
+            self._file.flush()
         self._file["committed"][models] = epochs
         self._file.flush()
 
@@ -359,7 +389,7 @@ def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = F
     """Bytes of a record, names not counted; `classes` is their number where class probabilities are recorded."""
     a_row = 2 + 2 * (len(STORED) - (not gradients))
     digests = 8 * (1 + len(STORED) - (not gradients) + 2 * bool(test))
-    of_each = epochs * (n * a_row + test * 4 + digests) + n + 2 * n * classes
+    of_each = epochs * (n * a_row + test * 4 + digests) + n + (2 * n * classes + 8 if classes else 0)
     return models * of_each + n * 4 + test * 4 + _OVERHEAD
 
 
@@ -399,6 +429,7 @@ def create(
                     hdf5.dataset(file, name, shape=(models, epochs, n), dtype=np.dtype(np.float16))
             if probabilities:
                 hdf5.dataset(file, "probability", shape=(models, n, len(classes)), dtype=np.dtype(np.float16))
+                hdf5.dataset(file, "probability_digest", np.zeros(models, np.uint64))
             if test_labels is not None and test:
                 hdf5.dataset(file, "test_path", hdf5.block(test_paths))
                 hdf5.dataset(file, "test_label", test_labels.astype(np.int32))
@@ -406,5 +437,5 @@ def create(
                 hdf5.dataset(file, "test_true_probability", shape=(models, epochs, test), dtype=np.dtype(np.float16))
             names = names_with_digests(file)
             hdf5.dataset(file, "digest", np.zeros((len(names), models, epochs), np.uint64))
-        hdf5.seal(path, KIND, {*names, "digest", "committed", "probability"})
+        hdf5.seal(path, KIND, {*names, "digest", "committed", "probability", "probability_digest"})
         files.reserve(path, "r+b", os.path.getsize(path))

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,14 @@ def reshard(
     if asked is not None:
         asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
-    _prepare(out, {
+    plan = {
         "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
         "shard_size": shard_size, "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
-    })  # fmt: skip
+    }  # fmt: skip
+    _prepare(out)
     done = 0
     with files.lock(os.path.join(out, PLAN)), contextlib.closing(inputs):
+        _claim(out, plan)
         for number, (first, last) in enumerate(shards):
             path = os.path.join(out, f"{number:05d}.tar")
             if os.path.exists(path):
@@ -170,29 +172,36 @@ def _cut(entries: Sequence[str], size: int) -> list[tuple[int, int]]:
     return shards
 
 
-def _prepare(out: str, plan: dict[str, Any]) -> None:
-    """Make the folder, or see that it is of the same list."""
-    path = os.path.join(out, PLAN)
+def _prepare(out: str) -> None:
+    """Make the folder, or see that it is one of tars."""
     try:
         os.makedirs(out, exist_ok=True)
         there = sorted(os.listdir(out))
     except OSError as error:
         raise UsageError(f"{out}: cannot make the folder ({error.strerror}); choose another one") from None
-    if PLAN not in there:
-        if others := [one for one in there if not one.startswith(PLAN)]:
-            raise UsageError(f"{out}: a folder that holds other things ({others[0]}); name a new one for the shards")
-        files.write_file(path, (json.dumps(plan, indent=1) + "\n").encode())
+    if PLAN not in there and (others := _others(there)):
+        raise UsageError(f"{out}: a folder that holds other things ({others[0]}); name a new one for the shards")
+
+
+def _others(names: Iterable[str]) -> list[str]:
+    return [one for one in names if not one.startswith(PLAN)]
+
+
+def _claim(out: str, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that it is this one; one of which nothing was written (its first image could not be read,
+    for a wrong root, say) gives way. Under the lock, so that no other process is about to."""
+    path = os.path.join(out, PLAN)
+    before: Any = None
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        before = json.load(file)
+    if before == plan:
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-    except (OSError, ValueError):
-        before = {}
-    if before != plan:
+    if _others(os.listdir(out)):
         other = next((key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]), "plan")
         raise UsageError(
             f"{out}: holds the shards of another list (another {other.replace('_', ' ')}); name a new folder"
         )
+    files.write_file(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 # --- the images -------------------------------------------------------------------------------------------------------

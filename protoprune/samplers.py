@@ -48,6 +48,7 @@ import torch
 import torch.distributed
 from torch.utils.data import Dataset, Sampler
 
+from protoprune.bounds import SEEDS, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 
 if TYPE_CHECKING:
@@ -579,6 +580,7 @@ def _whole(name: str, value: int, least: int, what: str = "a whole number") -> i
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
         shown = value if isinstance(value, (int, float, str)) else type(value).__name__
         raise UsageError(f"{name}={shown}: expected {what}, {least} or more")
+    check_whole(name, value, least, SEEDS)  # as large as `evaluate --every` and its seeds may be, and not larger
     return int(value)
 
 

@@ -299,6 +299,12 @@ def failure_file(path: str) -> str:
     return path.removesuffix(".h5") + ".failed.json"
 
 
+def forget_failure(path: str) -> None:
+    """Of a feature file in a folder, whose shard could be used after all."""
+    with contextlib.suppress(OSError):
+        os.unlink(failure_file(path))
+
+
 def note_failure(path: str, shard: Shard, error: ShardError) -> None:
     said = {"size": shard.size, "version": shard.version, "status": error.status.label, "reason": error.reason}
     if stores.is_url(path):

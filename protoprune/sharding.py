@@ -62,6 +62,7 @@ class ShardReport:
     skipped: Counter[str] = field(default_factory=Counter)  # suffix -> members that are no images
     left_out: int = 0  # those of them that belong to none; known of an unchanged shard too
     duplicates: int = 0  # members that named an image a second time
+    classes: int = 0  # of a shard embedded in this run: those of its images
 
 
 @dataclass
@@ -154,14 +155,24 @@ def embed_shards(
             run = functools.partial(cluster.run, _work, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
-        uuids = {}
+        uuids, classes = {}, 0
         for one in _reports(mine, source.root, options, engine, out, run, on_start):
             _count(report, one)
             uuids[one.name] = one.uuid
+            classes += one.classes
             if on_shard:
                 on_shard(one)
     _sum_up(report, setstate.finish(out, uuids))
+    if report.states["embedded"] and not classes:
+        _warn_of_no_classes(options, "the shards embedded now")
     return report
+
+
+def _warn_of_no_classes(options: ShardOptions, where: str) -> None:
+    """Say that what was asked for about classes was found in no image."""
+    for option, value in (("--label-column", options.label_column), ("--class-level", options.class_level)):
+        if value is not None:
+            warn(f"{option} {value}: gives no image of {where} a class; leave it out, or look at what lies in them")
 
 
 def _sum_up(report: SetReport, parts: list[Part]) -> None:
@@ -307,6 +318,7 @@ def embed_shard(
                 replaced = _replaces(place, shard, engine.provenance)
                 result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
+                classes = len(images.classes)
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
@@ -315,18 +327,16 @@ def embed_shard(
             raise type(error)(f"{shard.name}: {error}") from None
         except ShardError as error:
             return _failed(path, shard, error)
-        uuid = _uuid(place)
         if place != path:
             try:
                 remoteset.deliver(place, path, setstate.facts_of(place), new=not replaces)
             except FileExistsError:  # somebody else was faster
                 return ShardReport(shard.name, "busy")
     if place == path:
-        with contextlib.suppress(OSError):
-            os.unlink(setstate.failure_file(path))
+        setstate.forget_failure(path)
     return ShardReport(
-        shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
-        failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates,
+        shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
+        failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
     )  # fmt: skip
 
 
@@ -389,14 +399,11 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
             images.provenance = {"shard_options": options.as_text()}
+            if not images.classes:
+                _warn_of_no_classes(options, shard.name)
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
-
-
-def _uuid(path: str) -> str:
-    with FeatureFile(path) as file:
-        return file.provenance["uuid"]
 
 
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:

@@ -24,6 +24,11 @@ def plain_name(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter not in " ._-:")
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """The text, or its beginning and end where it is longer than `limit` characters: for messages."""
+    return text if len(text) <= limit else f"{text[: limit * 3 // 4]}…{text[-limit // 4 :]}"
+
+
 def native(name: str) -> str:
     """A name that was kept as text, as this process reads it from the file system: under a locale that is not UTF-8 the
     same bytes are other text."""

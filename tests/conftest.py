@@ -142,6 +142,21 @@ def command_folder(_commands, monkeypatch, feature_file):
 
 
 @pytest.fixture
+def run():
+    """run("select", "--keep", 0.5, code=0) -> what the command did, in this process; it must end with that code."""
+    from typer.testing import CliRunner
+
+    from protoprune.cli import app
+
+    def run(*arguments, code: int = 0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
 def run_program(tmp_path):
     """run_program("select", "--keep", "0.5", cwd=…) -> the finished process, with bytes in stdout and stderr."""
 

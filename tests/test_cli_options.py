@@ -157,9 +157,46 @@ def test_every_option_for_several_values_takes_text_that_is_split():
     assert {"keep", "size", "order", "dynamic", "theta", "devices", "selection_seconds"} <= kinds[str,]
 
 
+@pytest.mark.parametrize(
+    "line", ["select f.h5 --keep 1 --order {}", "info {}", "select {} --keep 1", "advise --images {}"]
+)
+def test_what_was_typed_is_shown_shortened(line, tmp_path, monkeypatch, feature_file):
+    monkeypatch.chdir(tmp_path)
+    feature_file("f.h5", np.eye(3))
+    result = CliRunner().invoke(app, line.format("x" * 5000).split())
+    assert result.exit_code in (1, 2), result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 700
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense", ""])
+def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_path, monkeypatch, feature_file):
+    monkeypatch.chdir(tmp_path)
+    paths = [f"{name}/{i:02d}.png" for name in ("ape", "bee") for i in range(40)]
+    feature_file("f.h5", np.random.default_rng(0).normal(size=(80, 4)), paths=paths)
+    (tmp_path / "kept.txt").write_text("\n".join(paths[::2]))
+    (tmp_path / "images").mkdir()
+    for line in (
+        "tune --features f.h5 --keep 0.5 --model cnn --images images", "record f.h5",
+        "evaluate kept.txt --features f.h5 --test f.h5",
+        "scaling --features f.h5 --test f.h5 --size 20,40 -o curves",
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*line.split(), "--device", device])
+        assert result.exit_code == 2, (line, result.output, result.exception)
+        assert f"--device {device}: " in result.stderr.splitlines()[-1]
+        assert "expected auto, cuda" in result.stderr or "use auto, cuda, mps or cpu" in result.stderr
+    assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "images", "kept.txt"}
+
+
 # --- options that would do nothing -----------------------------------------------------------------------------------
 
 IDLE = {
+    "select f.h5 --keep 0.5 -o new.csv --format npy": "--format npy: -o new.csv says csv",
+    "select f.h5 --keep 0.5 -o new.txt --format npy": "--format npy: -o new.txt says txt",
+    "record f.h5 -o new.h5 --precision bf16": "--precision bf16: heads are recorded in fp32",
+    "tune --features f.h5 --keep 0.5 -o new.tune --tolerance 0.5": "--tolerance 0.5: goes with --keep auto",
+    "tune --features f.h5 --keep 0.5 -o new.tune --device cpu": "--device cpu: goes with --model",
     "compare a.csv b.csv --count 8": "--count 8: goes with --sheet",
     "compare a.csv b.csv --bootstrap 0 --seed 0": "--seed 0: is of the resamples of --bootstrap",
     "compare a.csv b.csv --by-place": "--by-place: all of these tables name their images",
@@ -245,3 +282,27 @@ def test_restarts_and_clusters_where_they_do_something(here):
         {"order": "cover", "k": 5, "quota": "dbp"},
     ):
         assert protoprune.select("f.h5", 0.5, **options).keep.any()
+
+
+def test_each_list_is_in_the_format_of_its_name(here):
+    """--format is of the list; what is removed goes by its own suffix."""
+    line = "select f.h5 --keep 0.5 --format npy --removed new.gone.csv --no-cache"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0
+    assert result.stdout_bytes.startswith(b"\x93NUMPY")
+    assert (here / "new.gone.csv").read_text().startswith("path,index,score\n")
+    for name, format in (("new.kept.npy", "datacomp"), ("new.txt", "csv"), ("new.list", "jsonl")):
+        result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", name, "--format", format])
+        assert result.exit_code == (2 if format == "datacomp" else 0)  # these images are not called by uids
+        assert "says" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--label-column x", "--class-level 3"])
+@pytest.mark.parametrize("out", ["new.set", "new.h5"])
+def test_classes_that_no_shard_has_are_said(here, option, out):
+    """Only what lies in the shards can tell, which is not looked at before they are embedded."""
+    result = CliRunner().invoke(app, f"embed shard.tar -o {out} --encoder mini {option}".split())
+    assert result.exit_code == 0
+    assert f"warning: {option}: gives no image of " in result.stderr
+    plain = CliRunner().invoke(app, f"embed shard.tar -o new.{out} --encoder mini".split())
+    assert "warning" not in plain.stderr

@@ -75,6 +75,17 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
     assert record(*arguments, "--lr", "0.07", "--overwrite")[0] == 0
 
 
+def test_too_few_steps_are_said_before_the_training(images, feature_file, record, tmp_path):
+    hint = "hint: 2 epochs of 8 images are 8 optimizer steps, and networks that take fewer than 500 have mostly not "
+    arguments = ["--epochs", "2", "--batch-size", "2", "--subset", "0.7", "--plan"]
+    lines = record(images, *arguments)[1]
+    assert lines[-1] == hint + "learned; --epochs 125 makes 500"
+    assert "hint" not in record(images, *arguments, "--epochs", "125")[1][-1]
+    rng = np.random.default_rng(0)
+    feature_file(tmp_path / "f.h5", rng.normal(size=(12, 3)), paths=[f"{'ab'[i % 2]}/{i}.png" for i in range(12)])
+    assert not [line for line in record("f.h5", *arguments)[1] if "hint" in line]
+
+
 def test_features_make_heads(feature_file, record, tmp_path):
     features = np.random.default_rng(0).normal(size=(12, 4))
     file = feature_file(tmp_path / "f.h5", features, paths=[f"c{i % 3}/{i}.png" for i in range(12)])
@@ -111,7 +122,7 @@ def test_networks_are_small_ones_unless_asked_for(images, record):
 
 def test_class_probabilities_are_sized_and_recorded(images, record, tmp_path):
     _, lines = record(images, *QUICK, "--models", "2", "--probabilities", "--plan")
-    assert lines[-1].endswith("kB in record.h5, 144 bytes of it class probabilities")  # 2 x 12 x 3 float16
+    assert lines[-2].endswith("kB in record.h5, 144 bytes of it class probabilities")  # 2 x 12 x 3 float16
     assert record(images, *QUICK, "--models", "2", "--probabilities")[0] == 0
     with Record(tmp_path / "record.h5") as found:
         assert found.probabilities(1).shape == (12, 3)
@@ -121,7 +132,7 @@ def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch
     monkeypatch.setattr(examples, "load", None)
     code, lines = record(images, "--plan", "--epochs", "90", "--models", "20")
     assert code == 0
-    assert lines[-1].startswith("record: 20 models x 90 recorded epochs x 12 examples, ")
+    assert lines[-2].startswith("record: 20 models x 90 recorded epochs x 12 examples, ")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

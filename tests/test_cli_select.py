@@ -12,9 +12,7 @@ import sys
 import numpy as np
 import pytest
 from helpers import write_image
-from typer.testing import CliRunner
 
-from protoprune.cli import app
 from protoprune.decode import Status
 from protoprune.lists import read_list, read_weights
 
@@ -39,16 +37,6 @@ def here(tmp_path, monkeypatch, feature_file):
     monkeypatch.chdir(tmp_path)
     feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
     return tmp_path
-
-
-@pytest.fixture
-def run():
-    def run(*arguments, code: int = 0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
 
 
 def select(run, *arguments, **options):

@@ -8,9 +8,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from protoprune.cli import app
 from protoprune.decode import Status
 
 N, CLASSES = 60, ("ape", "bee", "cat")
@@ -28,16 +26,6 @@ def here(tmp_path, monkeypatch, feature_file):
             features[row, 3 + row % 5] += 0.9
     feature_file("features.h5", features, paths=PATHS, failed={0: Status.TRUNCATED})
     return tmp_path
-
-
-@pytest.fixture
-def run():
-    def run(*arguments, code: int = 0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
 
 
 @pytest.fixture

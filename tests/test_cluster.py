@@ -10,9 +10,11 @@ import sys
 import time
 
 import h5py
+import launch_helpers
 import numpy as np
 import pytest
 import torch
+from launch_helpers import start
 from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
@@ -38,28 +40,22 @@ def ray_here():
         environment.setenv(name, value)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL",
              object_store_memory=100 << 20)  # fmt: skip
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    by_value(ray)
     yield ray
     ray.shutdown()
     environment.undo()
 
 
-def start(device):
-    return device
+def by_value(ray):
+    """The workers cannot import these files."""
+    for module in (sys.modules[__name__], launch_helpers):
+        ray.cloudpickle.register_pickle_by_value(module)
 
 
 def work(state, task, ahead):
-    """'die:FILE' kills its process the first time, 'always' every time."""
-    kind, _, path = task.partition(":")
-    if kind == "always" or (kind == "die" and not os.path.exists(path)):
-        if path:
-            open(path, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "error":
-        raise UsageError("a bad task")
-    if kind == "bug":
+    if task == "bug":
         raise ValueError("not expected")
-    return task
+    return launch_helpers.work(state, task, ahead)[0]
 
 
 def refuse(device):
@@ -204,7 +200,7 @@ def two_gpus(monkeypatch):
     ray.shutdown()
     ray.init("local", num_cpus=5, num_gpus=2, include_dashboard=False, log_to_driver=False,
              logging_level="CRITICAL", object_store_memory=100 << 20)  # fmt: skip
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    by_value(ray)
     yield ray
     ray.shutdown()
 

@@ -213,3 +213,17 @@ def test_many_parts_are_made_in_steps_and_alike_images_are_divided(monkeypatch):
     assert found.min() == 0
     assert np.bincount(found).max() <= 800
     assert partition.split(features[:0], np.zeros(0, int), 50, ids=[]).shape == (0,)
+
+
+@pytest.mark.parametrize("directed", [0, 1, 5, 200])
+def test_groups_of_zeros_are_divided_too(directed):
+    """A score table may score them, so that they are there to be covered; k-means alone refuses so few directions."""
+    features = np.zeros((1000, 8), np.float32)
+    features[:directed] = cloud(directed) if directed else 0
+    groups = np.repeat([0, 1], 500)
+    found = partition.split(features, groups, 60, ids=ids_of(1000))
+    assert found.min() == 0
+    assert np.bincount(found).max() <= 120
+    pairs = set(zip(found.tolist(), groups.tolist(), strict=True))
+    assert len(pairs) == len(np.unique(found))  # a part lies within a group
+    np.testing.assert_array_equal(found, partition.split(features, groups, 60, ids=ids_of(1000)))

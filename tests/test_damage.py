@@ -553,3 +553,47 @@ def test_counts_of_a_record_that_disagree(here, name, value, said):
         assert result.stderr.count("\n") == 1
         assert "r.h5: damaged" in result.stderr
         assert said in result.stderr
+
+
+def test_a_damaged_clustering_is_made_anew_and_said(here, feature_file):
+    feature_file("f.h5", blobs(), paths=PATHS)
+    line = ["select", "f.h5", "--keep", "0.5", "--k", "3"]
+    first = CliRunner().invoke(app, line)
+    assert "damaged clustering" not in first.stderr
+    (entry,) = (here / "f.h5.clusters").iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-50])
+    again = CliRunner().invoke(app, line)
+    assert again.stdout == first.stdout
+    said = f"warning: f.h5.clusters/{entry.name}: a damaged clustering, or one that cannot be read; it is made anew\n"
+    assert again.stderr.count(said) == 1
+    assert "damaged clustering" not in CliRunner().invoke(app, line).stderr
+    assert entry.stat().st_size == len(whole)
+
+
+def test_probabilities_of_an_unfinished_record(here):
+    """Those of a model that is done are known to be what was written, or the model is trained again."""
+    import h5py
+
+    records.create(
+        "r.h5", {"recipe": "{}"}, paths=sorted(PATHS), labels=np.arange(N) % 3, classes=list("abc"),
+        subset=np.ones((3, N), bool), epoch_numbers=[1], probabilities=True,
+    )  # fmt: skip
+    partial = PartialRecord("r.h5")
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), (3, N))
+    for model in range(2):  # the third is not done, and nothing is known of it
+        one = slice(model, model + 1)
+        partial.write(one, 0, {name: np.zeros((1, N)) for name in (*records.STORED[:-1], "prediction")})
+        partial.write_probabilities(one, slice(0, N), shares[one])
+        partial.commit(one, 1)
+    partial.close()
+    assert "r.h5.partial: whole" in CliRunner().invoke(app, ["info", "--verify", "r.h5.partial"]).stdout
+    with h5py.File("r.h5.partial", "r+") as file:
+        file["probability"][1, 7, 0] = 2.0
+        file["probability"][2, 7, 0] = 2.0
+    result = CliRunner().invoke(app, ["info", "--verify", "r.h5.partial"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "its probability of model 1 is not what was written" in result.stderr
+    partial = PartialRecord("r.h5")
+    assert partial.committed.tolist() == [1, 0, 0]
+    partial.close()

@@ -500,6 +500,7 @@ def test_samplers_have_no_luck_of_one_draw():
         ({"lists": [Kept("everything", CLEAN)]}, "rename the list"),
         ({"dynamic": [{"name": "magic", "keep": 0.5}]}, "--dynamic magic: expected one of random"),
         ({"dynamic": [{"name": "random", "keep": 0}]}, "--keep 0"),
+        ({"dynamic": [{"name": "random", "keep": 1e-6}]}, "keep=1e-06: keeps none of"),
         ({"dynamic": [{"name": "rs2", "keep": 0.5}] * 2}, "dynamic rs2 0.5 is given twice"),
         ({"target_accuracy": 90}, "--target-accuracy 90"),
         ({"lists": [Kept("a", CLEAN, np.zeros(300))]}, "a: expected a weight of 0 or more for each of its 300"),

@@ -265,3 +265,16 @@ def test_another_folder_with_the_same_names_sizes_and_times_has_pixels_of_its_ow
         assert failed == {}
         values.append(pixels[:, 0, 0, 0].tolist())
     assert values == [[0, 9], [255, 99]] * 2
+
+
+def test_a_cache_with_another_pixel_is_decoded_again(folder, tmp_path):
+    """A flipped bit of a pixel cannot be seen, and changes what is learned: the side file has a digest."""
+    cache = tmp_path / "p.npy"
+    load_examples(folder, 8, cache=cache)
+    whole = cache.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 1):
+        cache.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.warns(UserWarning, match=r"p.npy: damaged, or of an earlier version; the images are decoded again"):
+            data = load_examples(folder, 8, cache=cache)
+        np.testing.assert_array_equal(data.inputs.numpy(), expected_pixels(folder, data.paths))
+        assert cache.read_bytes() == whole

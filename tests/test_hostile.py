@@ -23,6 +23,7 @@ from protoprune.encoders.checkpoints import read_state
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import open_features
 from protoprune.files import leads_out, write_links
+from protoprune.lists import format_list
 from protoprune.records import Record
 from protoprune.sheet import contact_sheet
 from protoprune.sources.finding import Shard
@@ -281,9 +282,11 @@ def test_arrays_to_import_that_are_none(tmp_path):
     (tmp_path / "header.npy").write_bytes(whole.getvalue().replace(b"(3, 3)", b"((((((", 1))
     with zipfile.ZipFile(tmp_path / "foreign.npz", "w") as archive:
         archive.writestr("a.txt", "hello")
+    np.savez(tmp_path / "objects.npz", features=np.array([[{}]], object))
     (tmp_path / "samples.json").write_text("[" * 99_999)
     for name, said in {
-        "objects.npy": "pickled Python objects, which are never read", "header.npy": "cannot be read",
+        "objects.npy": "pickled Python objects, which are never read",
+        "objects.npz": "pickled Python objects, which are never read", "header.npy": "cannot be read",
         "foreign.npz": "which of no columns is it", "samples.json": "nested too deeply",
     }.items():  # fmt: skip
         with pytest.raises(ProtopruneError) as error:
@@ -300,3 +303,13 @@ def test_numbers_of_thousands_of_digits_are_no_class_numbers(tmp_path):
     assert read_labels(LabelFile(tmp_path / "l.csv"), NAMES, str(tmp_path))[1] == ["9" * 5000]
     with pytest.raises(UsageError, match="--class-names goes with class numbers"):
         read_labels(LabelFile(tmp_path / "l.csv", None, tmp_path / "l.csv"), NAMES, str(tmp_path))
+
+
+def test_lists_hold_no_infinite_scores_and_null_for_none(tmp_path):
+    rows, scores = np.arange(2), np.array([1.5, np.nan])
+    second = json.loads(format_list(["a", "b"], rows, scores, "jsonl").splitlines()[1])
+    assert second == {"path": "b", "index": 1, "score": None}
+    assert format_list(["a", "b"], rows, scores, "csv").splitlines()[2] == b"b,1,"
+    for format in ("csv", "jsonl", "txt"):
+        with pytest.raises(UsageError, match="1 scores are infinite; give numbers, or NaN for none"):
+            format_list(["a", "b"], rows, np.array([-np.inf, 0]), format)

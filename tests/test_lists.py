@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
-from protoprune.lists import format_list, manifest, read_list, read_weights
+from protoprune.lists import format_list, manifest, read_list, read_weights, split_list
 from protoprune.text import with_slashes
 
 # Any name that Linux allows: every byte except the slash and NUL.
@@ -327,3 +327,19 @@ def test_slashes():
     assert with_slashes(["a\\1.png", "b\\2.png"], set().__contains__) == ["a/1.png", "b/2.png"]
     for entries, known in ((["a\\1.png", "b/2.png"], set()), (["a\\1.png", "c\\d.png"], {"c\\d.png"}), (["a"], set())):
         assert with_slashes(entries, known.__contains__) == entries
+
+
+def test_a_feature_file_is_no_list(tmp_path, feature_file):
+    """Its first bytes are text, so that nothing else would tell."""
+    feature_file(tmp_path / "f.h5", np.eye(3))
+    data = (tmp_path / "f.h5").read_bytes()
+    for call in (lambda: read_list(tmp_path / "f.h5"), lambda: split_list(data, "f.h5")):
+        with pytest.raises(UsageError, match=r"f\.h5: a feature file or a training record, not a list of paths"):
+            call()
+
+
+def test_a_header_of_any_length_is_shown_shortened(tmp_path):
+    (tmp_path / "long.csv").write_text(",".join(["column" * 50] * 50) + "\n")
+    with pytest.raises(ProtopruneError, match="no 'path' column, only columncolumn") as error:
+        read_list(tmp_path / "long.csv")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import types
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import lists
 from protoprune.cli import app
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.loaders import keep_only, table_rows, weights_of
 
 KEPT = ["cat/001.png", "dog/000.png", "dog/003.png"]
@@ -161,6 +163,69 @@ def test_webdataset_keeps_its_pipeline_and_loads_with_workers(image_tree, tmp_pa
     assert sorted(keys) == ["cat/001", "dog/000", "dog/003"]
 
 
+class _Other:
+    """Samples of another data set than the list's."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __iter__(self):
+        return ({"__key__": f"ant/{i}", "png": b""} for i in range(self.count))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_that_keeps_nothing_says_so():
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Kept(IterableDataset):
+        def __init__(self):
+            self.samples = keep_only(_Other(5), KEPT)
+
+        def __iter__(self):
+            return iter(self.samples)
+
+    with pytest.raises(ProtopruneError, match="3 of 3 listed images are not in the data set"):
+        list(DataLoader(Kept(), batch_size=None, num_workers=1))  # which sees all of it
+
+
+def test_of_several_workers_each_says_when_none_of_its_samples_is_listed(monkeypatch):
+    import torch.utils.data
+
+    info = types.SimpleNamespace(num_workers=2)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: info)
+    with pytest.warns(ProtopruneWarning, match="none of the 5 samples of this worker is in the list"):
+        assert not list(keep_only(_Other(5), KEPT))
+    info.num_workers = 1
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each process has one worker
+    with pytest.warns(ProtopruneWarning, match="none of the 5 samples"):
+        assert not list(keep_only(_Other(5), KEPT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(keep_only(_Other(5), ["ant/3.png", "ant/9.png"]))) == 1
+        assert not list(keep_only(_Other(0), KEPT))  # more workers than shards
+
+
+def test_an_endless_stream_of_another_data_set_says_so():
+    with (
+        pytest.warns(ProtopruneWarning, match="none of the first 10,000 samples is in the list"),
+        pytest.raises(ProtopruneError, match="3 of 3 listed"),
+    ):
+        list(keep_only(_Other(10_001), KEPT))
+
+
+def test_a_part_of_which_nothing_is_listed(image_folder):
+    """All of the list's images are elsewhere in the data set: an empty training set would be no error of torch."""
+    from torch.utils.data import Subset
+
+    rest = [row for row, (path, _) in enumerate(image_folder.samples)
+            if os.path.relpath(path, image_folder.root) not in KEPT]  # fmt: skip
+    part = Subset(image_folder, rest)
+    for call in (lambda: keep_only(part, KEPT), lambda: weights_of(part, dict.fromkeys(KEPT, 1.0))):
+        with pytest.raises(ProtopruneError, match=rf"none of the {len(rest)} images of this part of the data set"):
+            call()
+    assert len(keep_only(Subset(image_folder, [*rest, 1]), KEPT)) == 1  # cat/001.png
+
+
 def test_samples_of_any_iterable_pass_after_pass():
     samples = [{"__key__": name, "n": i} for i, name in enumerate(("a", "b", "c"))]
     kept = keep_only(samples, ["c.png", "a.png"])
@@ -220,7 +285,7 @@ def test_nothing_to_keep(image_folder, tmp_path):
 def test_a_random_split_keeps_its_part_of_the_list(image_folder):
     import torch
 
-    parts = torch.utils.data.random_split(image_folder, [7, 5], torch.Generator().manual_seed(0))
+    parts = torch.utils.data.random_split(image_folder, [7, 5], torch.Generator().manual_seed(1))
     found = []
     for part in parts:
         kept = keep_only(part, KEPT)

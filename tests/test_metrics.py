@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -842,3 +843,19 @@ def test_a_real_record_gives_the_same_scores(metric, tmp_path):
         result, expected = score(metric, real), score(metric, record)
     np.testing.assert_allclose(result.values, expected.values, rtol=2e-3, atol=2e-3)
     assert result.used == expected.used
+
+
+def test_distances_that_are_lengths_are_warned_about(feature_file, tmp_path):
+    """As a Euclidean ranking by prototypes is: `moderate` measures the same distances."""
+    rng = np.random.default_rng(0)
+    paths = [f"{'ab'[i % 2]}/{i:03d}.png" for i in range(80)]
+    directions = rng.normal(size=(80, 6))
+    varying = feature_file(tmp_path / "v.h5", directions * rng.lognormal(0, 1.5, size=(80, 1)), paths=paths)
+    with pytest.warns(UserWarning, match=r"mostly the lengths of the feature vectors \(Spearman 0.9"):
+        found = catalogue.score("moderate", varying)
+    with FeatureFile(varying) as file:
+        np.testing.assert_array_equal(found.values, geometry.moderate(file.features, file.labels))
+    even = feature_file(tmp_path / "e.h5", directions / np.linalg.norm(directions, axis=1, keepdims=True), paths=paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        catalogue.score("moderate", even)

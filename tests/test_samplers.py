@@ -20,7 +20,9 @@ from scipy import stats
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from protoprune import samplers
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation.runs import DYNAMIC, make_sampler
 from protoprune.samplers import (
     EpsilonGreedySampler,
     InfoBatchSampler,
@@ -896,3 +898,24 @@ def test_an_empty_batch_is_nothing():
     sampler = make(UCBSampler)
     sampler.update([], [])
     assert sampler.state_dict()["trained"] == 0
+
+
+@pytest.mark.parametrize("name", list(DYNAMIC))
+def test_the_command_line_makes_the_same_samplers(name):
+    """`evaluate --dynamic` has no defaults of its own, and refuses what the classes refuse."""
+    kind, sizes = getattr(samplers, DYNAMIC[name]), {"n": 60, "seed": 3, "steps": 90, "batch_size": 10}
+    own = make_sampler(name, 0.5, **sizes)
+    python = kind(60, 0.5, seed=3, **({"epochs": 22} if kind is InfoBatchSampler else {}))
+    assert own._settings == python._settings
+    assert train(own, 12) == train(python, 12)
+    for wrong in (
+        {"keep": 0},
+        {"keep": 1.5},
+        {"keep": math.nan},
+        {"keep": 0.5, "every": 0},
+        {"keep": 0.5, "every": 10**20},
+    ):
+        with pytest.raises(UsageError):
+            make_sampler(name, **wrong, **sizes)
+        with pytest.raises(UsageError):
+            kind(60, **wrong, epochs=10)

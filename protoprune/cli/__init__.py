@@ -34,10 +34,12 @@ from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
 from protoprune.errors import ProtopruneError, ProtopruneWarning, ignore_pillow
+from protoprune.text import shortened
 
 _Misspelt: type[Exception] = typer.BadParameter.__bases__[
     0
 ]  # Typer's own usage errors; it brings its click along, without a name
+_LONG_WORD = re.compile(r"\S{600,}")
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
 
 
@@ -106,7 +108,8 @@ def _command(error: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    say(f"error: {text}")
+    """One line, whatever was typed, or read from a file, and of whatever length it is."""
+    say(f"error: {_LONG_WORD.sub(lambda word: shortened(word[0]), text)}")
 
 
 def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:

@@ -29,7 +29,7 @@ from protoprune.cli.options import (
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import load_sets, show_run, time_text, training_source
+from protoprune.cli.training import hint_steps, load_sets, show_run, time_text, training_source
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def evaluate(
     for one in (train, tested):
         check_results(out, one.root, one.paths)
     kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
+    few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
+    hint_steps(recipe, few, min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,

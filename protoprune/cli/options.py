@@ -254,6 +254,10 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(groups[name]).parameters.values() if name in groups else [one]
         named = get_type_hints(groups[name], include_extras=True) if name in groups else hints
         parameters += [each.replace(annotation=named[each.name], kind=each.KEYWORD_ONLY) for each in own]
+    for one in parameters:
+        for told in getattr(one.annotation, "__metadata__", ()):
+            if isinstance(told, typer.models.ArgumentInfo):  # in capitals, as everywhere but in Typer's newer versions
+                told.metavar = told.metavar or one.name.strip("_").upper()
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {one.name: one.annotation for one in parameters}
     return called

@@ -11,7 +11,7 @@ import typer
 from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions, refuse_idle
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
-from protoprune.cli.training import is_image_folder, load_sets
+from protoprune.cli.training import hint_steps, is_image_folder, load_sets
 from protoprune.units import bytes_text, duration
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def record(
             else ""
         )
     )
+    hint_steps(recipe, max(1, round(subset * len(train))), 0)
     if plan:
         return
     with resumable("what is recorded is kept"), Progress("record", "epochs") as progress:

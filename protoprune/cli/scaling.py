@@ -32,7 +32,7 @@ from protoprune.cli.options import (
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import load_sets, show_run, training_source
+from protoprune.cli.training import hint_steps, load_sets, show_run, training_source
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def scaling(
         check_results(out, one.root, one.paths)
     known = _scores(scores, train, reading)
     vectors = _vectors(features, train) if scores is None else None
+    hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = sweep(
             train, tested, recipe, sizes=sizes, keeps=keeps, orders=orders, scores=known, features=vectors, seeds=seeds,

@@ -105,13 +105,25 @@ def _check_output(
     from protoprune.lists import check_list
 
     check_outputs(*outputs, inputs=inputs, links=links)
+    _check_named(format, outputs[0])
     for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
         tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")
         check_suffix(path, tables, option)
-    for path in outputs[:2]:
-        check_list([], np.empty(0, int), _format(format, path), null=null)
+    check_list([], np.empty(0, int), _format(format, outputs[0]), null=null)
+    if outputs[1] is not None:
+        check_list([], np.empty(0, int), _format_of_removed(format, outputs[1]), null=null)
     if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():
         raise UsageError(f"--format {format} is binary; give -o FILE or redirect stdout")
+
+
+def _check_named(format: str | None, out: Path | None) -> None:
+    """UsageError for a list under a name that says that it is in another format."""
+    from protoprune.lists import list_format
+
+    said = None if out is None else list_format(out)
+    same = {"datacomp": "npy"}.get(format or "", format)
+    if format is not None and said not in (None, same) and not (said == "txt" and format in ("csv", "jsonl")):
+        raise UsageError(f"--format {format}: -o {out} says {said}; leave --format out, or choose another name")
 
 
 def _format(asked: str | None, path: Path | None) -> str:
@@ -119,6 +131,13 @@ def _format(asked: str | None, path: Path | None) -> str:
     from protoprune.lists import list_format
 
     return asked or (path and list_format(path)) or "txt"
+
+
+def _format_of_removed(asked: str | None, path: Path) -> str:
+    """The same of the images that go: a suffix that says it comes first, since --format is about the list."""
+    from protoprune.lists import list_format
+
+    return list_format(path) or _format(asked, path)
 
 
 def _write(
@@ -142,17 +161,15 @@ def _write(
     lists.check_list(ranking.paths, kept, _format(format, out), null=null)
     if removed is not None:  # duplicates are among them
         gone = np.flatnonzero(ranking.readable & ~chosen.keep)
-        lists.check_list(ranking.paths, gone, _format(format, removed), null=null)
+        lists.check_list(ranking.paths, gone, _format_of_removed(format, removed), null=null)
 
-    def text(rows: np.ndarray, path: Path | None, weights: np.ndarray | None = None) -> Iterable[bytes]:
+    def text(rows: np.ndarray, path: Path | None, kind: str, weights: np.ndarray | None = None) -> Iterable[bytes]:
         folder = root if absolute else None
-        chunks = lists.list_chunks(
-            ranking.paths, rows, ranking.scores, _format(format, path), null=null, weights=weights, folder=folder
-        )
+        chunks = lists.list_chunks(ranking.paths, rows, ranking.scores, kind, null=null, weights=weights, folder=folder)
         return lists.packed(path, chunks) if path is not None else chunks
 
     if removed is not None:
-        files.write_file(removed, text(gone, removed))
+        files.write_file(removed, text(gone, removed, _format_of_removed(format, removed)))
     if manifest is not None:
         kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
         zeros = ranking.undirected
@@ -161,9 +178,9 @@ def _write(
     if links is not None:
         _write_links(links, root, chosen, hard_links)
     if out is not None:
-        files.write_file(out, text(kept, out, chosen.weights))
+        files.write_file(out, text(kept, out, _format(format, out), chosen.weights))
     else:
-        files.write_stdout(text(kept, None, chosen.weights))
+        files.write_stdout(text(kept, None, _format(format, None), chosen.weights))
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
@@ -318,10 +335,12 @@ def _say_selected(chosen: Selected) -> None:
         back = int((chosen.dropped & chosen.keep).sum())
         also = f"; {back:,} of them are kept all the same, easiest first, to make up the number" if back else ""
         say(f"dropped the {int(chosen.dropped.sum()):,} hardest{also}")
-    if not ranking.classes:
+    if not (usable & (ranking.labels >= 0)).any():
         return
-    sizes = np.bincount(ranking.labels[usable], minlength=len(ranking.classes))
-    shares = np.bincount(ranking.labels[chosen.keep], minlength=len(sizes)) / np.maximum(sizes, 1)
+    # Images without a class are a group of their own for --balance, and no class here: counted in front, and left out.
+    sizes = np.bincount(ranking.labels[usable] + 1, minlength=len(ranking.classes) + 1)
+    shares = (np.bincount(ranking.labels[chosen.keep] + 1, minlength=len(sizes)) / np.maximum(sizes, 1))[1:]
+    groups, sizes = int((sizes > 0).sum()), sizes[1:]
     shares[sizes == 0] = np.nan
     low, high = np.nanargmin(shares), np.nanargmax(shares)
     say(
@@ -330,21 +349,21 @@ def _say_selected(chosen: Selected) -> None:
     )
     gone = int((shares == 0).sum())
     if gone:
-        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, sizes)}")
+        say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, groups)}")
     elif not rule.balance and shares[high] > 2 * shares[low]:
         say("hint: the classes are pruned unevenly; --balance 0.5 guarantees each of them a share")
 
 
-def _to_keep_each(chosen: Selected, sizes: np.ndarray) -> str:
-    """What gives every class at least one image; sizes: (classes,) usable images of each."""
+def _to_keep_each(chosen: Selected, groups: int) -> str:
+    """What gives every class at least one image; groups: how many --balance splits the list over."""
     from protoprune.selection import by_score
 
-    rule, kept, classes = chosen.rule, int(chosen.keep.sum()), int((sizes > 0).sum())
+    rule, kept = chosen.rule, int(chosen.keep.sum())
     by_order = kept if rule.calibrate is None else by_score(kept, rule.calibrate)
-    if by_order < classes:
+    if by_order < groups:
         what = "keep" if rule.calibrate is None else "take by order"
-        return f"{what} at least {classes:,} images for one of each"
-    least = max(0.5, math.ceil(100 * classes / by_order) / 100)  # floor(balance * kept / classes) is at least 1
+        return f"{what} at least {groups:,} images for one of each"
+    least = max(0.5, math.ceil(100 * groups / by_order) / 100)  # floor(balance * kept / classes) is at least 1
     return f"--balance {least:g} --by class keeps some of each"
 
 

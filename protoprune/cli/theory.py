@@ -14,6 +14,7 @@ import typer
 
 from protoprune.cli.options import numbers
 from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.progress import printable
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
@@ -241,8 +242,12 @@ def information(
 
 
 def advise(
-    images: Annotated[int | None, typer.Option("--images", min=1, help="Number of training images.")] = None,
-    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes.")] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Number of training images [default: as in --features].")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=1, help="Number of classes [default: as in --features].")
+    ] = None,
     features: Annotated[
         Path | None, typer.Option("--features", help="Feature file: images and classes are counted in it.")
     ] = None,
@@ -278,9 +283,9 @@ def advise(
         console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
         pieces = advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder)
         for number, piece in enumerate(pieces, 1):
-            console.print(f"{number}. {piece.text}", markup=False, style="bold")
-            console.print(f"   Because: {piece.support}.", markup=False)
-            console.print(f"   But: {piece.uncertainty}.\n", markup=False)
+            console.print(printable(f"{number}. {piece.text}"), markup=False, style="bold")
+            console.print(printable(f"   Because: {piece.support}."), markup=False)
+            console.print(printable(f"   But: {piece.uncertainty}."), "\n", markup=False, sep="")
     typer.echo(text.get(), nl=False)
 
 

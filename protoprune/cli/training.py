@@ -14,6 +14,7 @@ from protoprune.units import duration
 if TYPE_CHECKING:
     from protoprune.evaluation.runs import Step
     from protoprune.training.examples import Examples
+    from protoprune.training.loop import Recipe
 
 
 def is_image_folder(path: Path) -> bool:
@@ -116,6 +117,29 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
         first, reason = data.unreadable[0]
         say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
     return data
+
+
+def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
+    """Say before the training, and not after it, that the optimizer steps of its epochs are too few to learn by.
+
+    `least` are those that every run takes (None: MIN_STEPS); in `record` 0.
+    """
+    from protoprune.evaluation.runs import MIN_STEPS, to_convergence
+    from protoprune.training.loop import steps_per_epoch
+
+    each = steps_per_epoch(rows, recipe.batch_size)
+    own, least = recipe.epochs * each, MIN_STEPS if least is None else least
+    if own >= MIN_STEPS or to_convergence(recipe):
+        return
+    own_words = f"hint: {recipe.epochs:,} epochs of {rows:,} images are {own:,} optimizer steps"
+    if least >= MIN_STEPS:
+        say(f"{own_words}; every run takes {least:,} at least (--min-steps)")
+    elif recipe.model != "head":
+        more = f" ({least:,} by --min-steps)" if least > own else ""
+        say(
+            f"{own_words}{more}, and networks that take fewer than {MIN_STEPS} have mostly not learned; "
+            f"--epochs {-(-MIN_STEPS // each):,} makes {MIN_STEPS}"
+        )
 
 
 def show_run(out: Path | None) -> Callable[[Step], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,18 +75,19 @@ def tune(
     """
     import time
 
+    from protoprune.device import resolve_device
     from protoprune.features import open_features
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
     check_number("--tolerance", tolerance, 0, 100)
-    if fraction is not None and tolerance != _TOLERANCE:
-        raise UsageError(f"--tolerance {tolerance:g}: goes with --keep auto, which looks for what costs so little")
+    if fraction is not None:
+        refuse_idle("goes with --keep auto, which looks for what costs so little", "tolerance")
     _check(model, images, higher_is, scores, features)
-    idle = training.given().keys() - {"device"}
-    if model is None and idle:
-        raise UsageError(f"--{min(idle).replace('_', '-')}: goes with --model, whose training it is about")
+    if model is None:
+        refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(training)))
     check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
+    resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
     check_results(out, source.provenance["root"], source.paths)

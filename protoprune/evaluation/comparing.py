@@ -219,7 +219,10 @@ def _plan(
         plans.append(plan(one.name, "list", len(rows), rows=rows, **more))
     for sampler in dynamic:
         kept = running.kept_count(sampler["keep"], n)
-        plans.append(plan(dynamic_name(sampler), "dynamic", kept, sampler=dict(sampler), selection_seconds=0.0))
+        own = plan(dynamic_name(sampler), "dynamic", kept, sampler=dict(sampler), selection_seconds=0.0)
+        # What it refuses is known before anything is trained.
+        running.make_sampler(**sampler, n=n, seed=0, steps=own.fixed_steps or 1, batch_size=recipe.batch_size)
+        plans.append(own)
     for kept in sorted({planned.kept for planned in plans}):
         plans.append(plan(random_name(kept), "random", kept, selection_seconds=0.0))
     if class_counts:

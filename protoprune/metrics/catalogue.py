@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from protoprune.bounds import check_seed, check_whole
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.metrics import dynamics, ensembles, geometry
 
 if TYPE_CHECKING:
@@ -395,7 +395,23 @@ def _supervised_prototypes(file: Source) -> Scored:
 
 def _moderate(file: Source) -> Scored:
     labels = _labels_of(file)
-    return Scored(geometry.moderate(file.features, labels, file.usable), {"classes": len(file.classes)})
+    distance = geometry.class_distance(file.features, labels, file.usable)
+    _warn_of_lengths(distance, file)
+    return Scored(geometry.nearest_median(distance), {"classes": len(file.classes)})
+
+
+def _warn_of_lengths(distance: np.ndarray, file: Source) -> None:
+    """As a Euclidean ranking by prototypes does: distances that lengths explain say little about images."""
+    from protoprune.pruning import BY_LENGTH
+    from protoprune.scores import spearman
+
+    known = ~np.isnan(distance)
+    share = spearman(distance[known], geometry.lengths(file.features, known)[known]) if known.sum() > 2 else 0.0
+    if abs(share) >= BY_LENGTH:
+        warn(
+            "these distances are mostly the lengths of the feature vectors (Spearman "
+            f"{share:.2f}), and say little about what is in the images; supervised_prototypes compares directions"
+        )
 
 
 def _labels_of(file: Source) -> np.ndarray:

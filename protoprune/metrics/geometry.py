@@ -37,10 +37,28 @@ def moderate(features: vectors.Rows, labels: np.ndarray, usable: np.ndarray | No
     reads 'larger = kept first' here. One median over all classes, as in the paper; its code takes the middle ranks
     instead and the coordinate-wise median as the centre.
     """
+    return nearest_median(class_distance(features, labels, usable))
+
+
+def nearest_median(distance: np.ndarray) -> np.ndarray:
+    """(n,) minus the difference to the median; NaN stays NaN."""
+    known = ~np.isnan(distance)
+    return -np.abs(distance - np.median(distance[known])) if known.any() else distance
+
+
+def class_distance(features: vectors.Rows, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+    """Euclidean distance to the mean of the example's class."""
     rows = _labelled(labels, usable)
-    means = _class_means(features, labels, rows, False)
-    distance = _distance_to_mean(features, labels, rows, means, False)
-    return -np.abs(distance - np.median(distance[rows])) if rows.any() else distance
+    return _distance_to_mean(features, labels, rows, _class_means(features, labels, rows, False), False)
+
+
+def lengths(features: vectors.Rows, usable: np.ndarray | None = None) -> np.ndarray:
+    """(n,) float32 lengths of the features, NaN where they are not usable."""
+    usable = np.ones(features.shape[0], bool) if usable is None else usable
+    found = np.full(features.shape[0], np.nan, np.float32)
+    for here, x in vectors.slices(features, usable, unit=False):
+        found[here] = np.linalg.norm(x, axis=1)
+    return found
 
 
 def k_center(

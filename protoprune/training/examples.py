@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 
 from protoprune import files
 from protoprune.crew import Crew
 from protoprune.decode import Preprocess, Status, load, silence_libtiff
 from protoprune.device import cores
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import KEY, key_differences
 from protoprune.features import missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
@@ -261,7 +262,7 @@ def _fill_cache(
         os.unlink(side)
     os.replace(partial_path, cache)
     with files.replacing(side) as temporary, open(temporary, "wb") as file:
-        np.savez(file, key=key, rows=list(failed), reasons=[*failed.values(), ""])
+        np.savez(file, key=key, rows=list(failed), reasons=[*failed.values(), ""], digest=_digest(pixels))
     return torch.from_numpy(pixels), failed
 
 
@@ -331,11 +332,27 @@ def _cached(cache: str, key: str, shape: tuple[int, ...]) -> tuple[torch.Tensor,
     """What an earlier run left in the cache file, if it is for exactly these images."""
     try:
         side = load_npz(f"{cache}.failed.npz")
+    except FileNotFoundError:
+        return None
+    except Exception:
+        side = {}
+    try:
         if str(side["key"]) != key:
             return None
         failed = dict(zip(side["rows"].astype(int).tolist(), side["reasons"].tolist()[:-1], strict=True))
         array = np.load(cache, mmap_mode="c")  # copy on write: torch wants memory that it might write to
+        good = array[: shape[0] - len(failed)]
+        if array.shape == shape and array.dtype == np.uint8 and _digest(good) == str(side["digest"]):
+            return torch.from_numpy(good), failed
     except Exception:  # numpy raises whatever it stumbles over; decoding again is always right
-        return None
-    good = shape[0] - len(failed)
-    return (torch.from_numpy(array[:good]), failed) if array.shape == shape and array.dtype == np.uint8 else None
+        pass
+    warn(f"{cache}: damaged, or of an earlier version; the images are decoded again")
+    return None
+
+
+def _digest(pixels: np.ndarray) -> str:
+    """xxh3-64 of pixels, read in pieces: they may not fit into memory."""
+    state = xxhash.xxh3_64()
+    for start in range(0, len(pixels), _BLOCK):
+        state.update(np.ascontiguousarray(pixels[start : start + _BLOCK]).reshape(-1).data)
+    return state.hexdigest()

@@ -74,6 +74,8 @@ def plan(
     check(models, subset_fraction, every, seed)
     if test is not None:
         check_same_inputs(train, test)
+    if recipe.model == "head" and recipe.precision == "bf16":
+        raise UsageError("--precision bf16: heads are recorded in fp32, many at once; leave it out")
     if len(train.classes) > 65_536:
         raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
     n = len(train)

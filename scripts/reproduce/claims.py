@@ -39,6 +39,11 @@ def gap(values: Sequence[float], reference: Sequence[float] | float = 0.0, *, on
     return statistics.compare(values, reference, one_draw=one_draw, resolution=RESOLUTION)
 
 
+def gaps(found: Mapping[str, Sequence[float]], one: str, other: str, keeps: Iterable[float]) -> dict[str, Difference]:
+    """{'30%': the difference of two methods there}; `found` are accuracies by 'method 0.3', one a seed."""
+    return {f"{keep:.0%}": gap(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps}
+
+
 def spanned(mean: float, low: float, high: float, n: int) -> Difference:
     """A difference of which an interval is known, such as one by bootstrap over n images."""
     return beyond(Difference(mean, low, high, low, high, 1.0, n), 0.0)
@@ -95,6 +100,14 @@ def listed(gaps: Mapping[str, Difference]) -> str:
     """'80 % kept +1.20 (+0.40 to +2.00); 60 % kept … points, 5 seeds'."""
     seeds = max(one.n for one in gaps.values())
     return "; ".join(f"{name} {span(one)}".strip() for name, one in gaps.items()) + f" points, {seeds} seeds"
+
+
+def gathered(rows: Iterable[Mapping], names: Sequence[str], value: str) -> dict[tuple, np.ndarray]:
+    """{the row's values of `names`: (seeds, …) of its column `value`} of rows of a table."""
+    found: dict[tuple, list] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row[value])
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def claim(text: str, source: str, gaps: Mapping[str, Difference], about: str = "", **how) -> Claim:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from claims import OPEN, Claim, bars, claim, decide, gap
+from claims import OPEN, Claim, bars, claim, decide, gap, gathered
 from lab import Lab
 
 from protoprune import prototypes, selection
@@ -35,7 +35,8 @@ def run(lab: Lab) -> list[Claim]:
     outcomes = runs.run_all(planned, train, test, recipe, folder=lab.runs, device=lab.device, on_run=lab.progress)
     rows = [row_of(key, run_.rows, train, outcome) for key, run_, outcome in zip(keys, planned, outcomes, strict=True)]
     lab.save_table([{**row, "counts": " ".join(map(str, row["counts"]))} for row in rows])
-    found = {name: gathered(rows, name) for name in ("counts", "accuracy", "worst_class_accuracy")}
+    columns = ("counts", "accuracy", "worst_class_accuracy")
+    found = {name: gathered(rows, ("ratio", "keep", "method"), name) for name in columns}
     initial = {ratio: np.array([before[ratio, seed] for seed in range(lab.seeds)]) for ratio in settings["ratios"]}
     draw(lab, initial, found["counts"], found["accuracy"])
     return judge(initial, **found)
@@ -85,14 +86,6 @@ def row_of(key: tuple, rows: np.ndarray, train, outcome) -> dict:
         "worst_class_accuracy": min(by_class),
         "counts": np.bincount(train.labels[rows], minlength=len(train.classes)).tolist(),
     }  # fmt: skip
-
-
-def gathered(rows: Sequence[dict], name: str) -> dict[Key, np.ndarray]:
-    """{(ratio, keep, method): (seeds, …)} of one column."""
-    found: dict[Key, list] = {}
-    for row in rows:
-        found.setdefault((row["ratio"], row["keep"], row["method"]), []).append(row[name])
-    return {key: np.array(values) for key, values in found.items()}
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
@@ -155,22 +148,18 @@ def uneven_claim(text: str, pairs: Mapping[float, tuple[np.ndarray, np.ndarray]]
 
 def draw(lab: Lab, initial, counts, accuracy) -> None:
     """Left: classes of the first seed in the most uneven situation. Then accuracy less random, a panel a situation."""
-    from matplotlib.figure import Figure
-
     ratios, keeps = sorted(initial), sorted({keep for _, keep, _ in counts})
-    figure = Figure(figsize=(4 + 4 * len(ratios), 4), layout="constrained")
-    panels = figure.subplots(1, 1 + len(ratios))
-    left, ratio, keep = panels[0], ratios[-1], keeps[0]
-    order = np.argsort(-initial[ratio][0], kind="stable")
-    left.plot(keep * initial[ratio][0][order], "k--", label="in proportion")
-    for number, balance in enumerate(lab.settings["balances"]):
-        left.plot(counts[ratio, keep, balance][0][order], "o-", color=f"C{number}", label=f"balance {balance:g}")
-    left.set(xlabel="class, largest first", ylabel=f"images, {keep:.0%} kept", title=f"{ratio:g} to 1, seed 0")
-    left.legend(fontsize="small")
-    for axes, ratio in zip(panels[1:], ratios, strict=True):
+    with lab.panels(4 + 4 * len(ratios), 4, 1 + len(ratios)) as panels:
+        left, ratio, keep = panels[0], ratios[-1], keeps[0]
+        order = np.argsort(-initial[ratio][0], kind="stable")
+        left.plot(keep * initial[ratio][0][order], "k--", label="in proportion")
         for number, balance in enumerate(lab.settings["balances"]):
-            rows = [accuracy[ratio, keep, balance] - accuracy[ratio, keep, "random"] for keep in keeps]
-            bars(axes, keeps, rows, color=f"C{number}")
-        axes.axhline(0, color="grey", lw=0.8)
-        axes.set(xlabel="fraction kept", title=f"accuracy less random, points; {ratio:g} to 1")
-    lab.save_figure(figure)
+            left.plot(counts[ratio, keep, balance][0][order], "o-", color=f"C{number}", label=f"balance {balance:g}")
+        left.set(xlabel="class, largest first", ylabel=f"images, {keep:.0%} kept", title=f"{ratio:g} to 1, seed 0")
+        left.legend(fontsize="small")
+        for axes, ratio in zip(panels[1:], ratios, strict=True):
+            for number, balance in enumerate(lab.settings["balances"]):
+                rows = [accuracy[ratio, keep, balance] - accuracy[ratio, keep, "random"] for keep in keeps]
+                bars(axes, keeps, rows, color=f"C{number}")
+            axes.axhline(0, color="grey", lw=0.8)
+            axes.set(xlabel="fraction kept", title=f"accuracy less random, points; {ratio:g} to 1")

@@ -8,11 +8,11 @@ data model is ours; the numbers of examples, inputs and seeds, the fractions and
 from __future__ import annotations
 
 import numpy as np
-from claims import Claim, bars, claim, fractions_axis, gap, listed, same
-from lab import Lab, accuracies, table_of
+from claims import Claim, bars, claim, fractions_axis, gaps, listed, same
+from lab import Lab, drawn
 
 from protoprune import selection
-from protoprune.evaluation.runs import Run, kept_count, random_rows
+from protoprune.evaluation.runs import Run, kept_count
 
 TOY_KEEP = (0.5, 0.3, 0.1, 0.05)
 TOY_METHODS = ("random", "EL2N-hard", "calibrated", "unweighted")
@@ -27,10 +27,9 @@ def run(lab: Lab) -> list[Claim]:
     lab.save_table(toy_table(toy_found), "toy")
     lab.say(f"toy: everything {np.mean(toy_found['everything']):.3f}; see toy.csv")
     train, test = lab.sets()
-    found = lab.outcomes(plan(lab, train, test), train, test, lab.recipe())
-    lab.save_table(table_of(found))
-    draw(lab, accuracies(found))
-    return toy_claims(toy_found) + claims(accuracies(found), lab.settings["keep"], lab.settings["calibrate"])
+    found = lab.accuracies(plan(lab, train, test), train, test)
+    draw(lab, found)
+    return toy_claims(toy_found) + claims(found, lab.settings["keep"], lab.settings["calibrate"])
 
 
 # --- the toy ---------------------------------------------------------------------------------------------------------
@@ -53,7 +52,7 @@ def toy(n: int, seed: int) -> dict[str, float]:
         count = kept_count(keep, n)
         mask, weights = selection.calibrated(order, n, count, 0.5, ids=ids, seed=seed)
         rows = np.flatnonzero(mask)
-        found[f"random {keep:g}"] = accuracy(random_rows(n, count, seed))
+        found[f"random {keep:g}"] = accuracy(drawn(n, keep, seed))
         found[f"EL2N-hard {keep:g}"] = accuracy(order[:count])
         found[f"calibrated {keep:g}"] = accuracy(rows, weights[rows])
         found[f"unweighted {keep:g}"] = accuracy(rows)
@@ -90,18 +89,13 @@ def toy_table(found: dict[str, list[float]]) -> list[dict]:
 
 def toy_claims(found: dict[str, list[float]]) -> list[Claim]:
     """Verdicts from accuracies by 'method keep', one a seed."""
-
-    def gaps(one: str, other: str, most: float = 1.0) -> dict:
-        keeps = [keep for keep in TOY_KEEP if keep <= most]
-        return {f"{keep:.0%}": gap(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps}
-
     return [
         claim("Toy: score-only pruning collapses at 30 % kept or less (over 10 points below random)", SOURCE,
-              gaps("random", "EL2N-hard", 0.3), margin=COLLAPSE),
+              gaps(found, "random", "EL2N-hard", TOY_KEEP[1:]), margin=COLLAPSE),
         claim("Toy: calibrated pruning is no worse than random (margin 1 point)", SOURCE,
-              gaps("calibrated", "random"), margin=-MARGIN),
+              gaps(found, "calibrated", "random", TOY_KEEP), margin=-MARGIN),
         claim("Toy: without weights it is worse at 10 % kept or less", SOURCE,
-              gaps("calibrated", "unweighted", 0.1)),
+              gaps(found, "calibrated", "unweighted", TOY_KEEP[2:])),
     ]  # fmt: skip
 
 
@@ -118,7 +112,7 @@ def plan(lab: Lab, train, test) -> list[Run]:
         runs.append(Run("everything", seed))
         for keep in settings["keep"]:
             count = kept_count(keep, n)
-            runs.append(Run(f"random {keep:g}", seed, random_rows(n, count, seed)))
+            runs.append(Run(f"random {keep:g}", seed, drawn(n, keep, seed)))
             runs.append(Run(f"score only {keep:g}", seed, np.sort(order[:count])))
             for alpha in (0.0, *settings["calibrate"]):
                 rows, weights = calibrated(order, n, count, alpha, train.paths, seed)
@@ -146,37 +140,31 @@ def claims(found: dict[str, list[float]], keeps: list[float], alphas: list[float
     """Verdicts from accuracies by 'method keep', one a seed."""
     keeps = sorted((keep for keep in keeps if keep <= 0.3), reverse=True)
     alpha = judged(alphas)
-
-    def gaps(one: str, other: str) -> dict:
-        return {f"{keep:.0%}": gap(found[f"{one} {keep:g}"], found[f"{other} {keep:g}"]) for keep in keeps}
-
-    zero = gaps("calibrated 0", "random")
+    zero = gaps(found, "calibrated 0", "random", keeps)
     return [
-        claim("Random beats score-based pruning at 30 % kept or less", SOURCE, gaps("random", "score only")),
+        claim("Random beats score-based pruning at 30 % kept or less", SOURCE,
+              gaps(found, "random", "score only", keeps)),
         claim("Score-only pruning collapses at 30 % kept or less (over 10 points below random)", SOURCE,
-              gaps("random", "score only"), margin=COLLAPSE),
+              gaps(found, "random", "score only", keeps), margin=COLLAPSE),
         claim(f"Calibrated pruning (alpha {alpha:g}) returns to random or better (margin 1 point)", SOURCE,
-              gaps(f"calibrated {alpha:g}", "random"), margin=-MARGIN),
+              gaps(found, f"calibrated {alpha:g}", "random", keeps), margin=-MARGIN),
         claim(f"Its weights are needed: without them it is worse (alpha {alpha:g})", SOURCE,
-              gaps(f"calibrated {alpha:g}", f"unweighted {alpha:g}")),
+              gaps(found, f"calibrated {alpha:g}", f"unweighted {alpha:g}", keeps)),
         Claim("alpha = 0 is random (margin 1 point)", SOURCE, listed(zero), same(zero.values(), MARGIN)),
     ]  # fmt: skip
 
 
 def draw(lab: Lab, found: dict[str, list[float]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.5))
-    axes = figure.add_subplot()
-    keeps = sorted(lab.settings["keep"])
-    alphas = lab.settings["calibrate"]
-    colours = {"random": "black", **{f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}}
-    colours |= {f"unweighted {judged(alphas):g}": "grey", "score only": "red"}
-    for name, colour in colours.items():
-        style = "--v" if name.startswith("unweighted") else "-o"
-        bars(axes, [100 * keep for keep in keeps], [found[f"{name} {keep:g}"] for keep in keeps], style, color=colour,
-             label=name.replace("d 0.", "d, alpha 0."))  # fmt: skip
-    axes.axhline(100 * np.mean(found["everything"]), color="grey", ls=":", lw=1, label="everything")
-    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
-    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.48))
-    lab.save_figure(figure)
+    with lab.panels(6.5, 4.5) as (axes,):
+        keeps = sorted(lab.settings["keep"])
+        alphas = lab.settings["calibrate"]
+        colours = {"random": "black", **{f"calibrated {alpha:g}": f"C{number}" for number, alpha in enumerate(alphas)}}
+        colours |= {f"unweighted {judged(alphas):g}": "grey", "score only": "red"}
+        for name, colour in colours.items():
+            style = "--v" if name.startswith("unweighted") else "-o"
+            rows = [found[f"{name} {keep:g}"] for keep in keeps]
+            label = name.replace("d 0.", "d, alpha 0.")
+            bars(axes, [100 * keep for keep in keeps], rows, style, color=colour, label=label)
+        axes.axhline(100 * np.mean(found["everything"]), color="grey", ls=":", lw=1, label="everything")
+        fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
+        axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.02, 0.48))

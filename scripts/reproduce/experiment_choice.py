@@ -26,8 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from claims import Claim, interval_text
-from lab import Lab
+from claims import Claim, bars, gathered, interval_text
+from lab import Lab, vectors_of
 
 import protoprune
 from protoprune.evaluation import runs, statistics
@@ -60,7 +60,7 @@ def run(lab: Lab) -> list[Claim]:
     for one in lab.settings["networks"]:
         rows += networks(lab, **one)
         lab.save_table(rows)
-    found = gathered(rows)
+    found = gathered(rows, ("set", "judge", "keep", "method"), "accuracy")
     lab.save_table(list(summary(found, lab.settings["resolution"])), "summary")
     lab.save_table(list(times(rows)), "seconds")
     draw(lab, found)
@@ -174,9 +174,7 @@ def networks(
     lab.settings["encoder"] = encoder
     features, _ = lab.features(data)
     train, test = lab.images(data, image_size=image_size)
-    row_of = {path: row for row, path in enumerate(features.paths)}
-    vectors = features.inputs.numpy()[[row_of[path] for path in train.paths]]
-    pool = Pool(train.paths, train.labels, train.classes, vectors)
+    pool = Pool(train.paths, train.labels, train.classes, vectors_of(features, train.paths))
     keys, planned = [], []
     for seed in range(first_seed, first_seed + seeds):
         part = Part(pool, initial(train.labels, images, seed), seed)
@@ -220,14 +218,6 @@ QUESTIONS = (  # method, fractions kept, judge, better or worse, in words
     ("cover by cluster", (0.05, 0.1), "cnn", "better", "From pixels, herding without labels does"),
     ("facility by class", (0.05, 0.1), "cnn", "better", "From pixels, facility location does"),
 )
-
-
-def gathered(rows: Iterable[dict]) -> dict[Key, np.ndarray]:
-    """{(set, judge, keep, method): (seeds,) accuracies}."""
-    found: dict[Key, list] = {}
-    for row in rows:
-        found.setdefault((row["set"], row["judge"], row["keep"], row["method"]), []).append(row["accuracy"])
-    return {key: np.array(values) for key, values in found.items()}
 
 
 def gaps(found: Mapping[Key, np.ndarray], method: str) -> dict[Key, np.ndarray]:
@@ -336,24 +326,16 @@ def times(rows: Iterable[dict]):
 
 def draw(lab: Lab, found: Mapping[Key, np.ndarray]) -> None:
     """Accuracy less random against the fraction kept, a panel a set and judge."""
-    from matplotlib.figure import Figure
-
-    panels = sorted({key[:2] for key in found})
-    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for number, method in enumerate(name for name in (*METHODS, "tune") if name != "random"):
-            keeps = sorted({key[2] for key in found if key[:2] == panel and key[3] == method})
-            if not keeps:
-                continue
-            own = gaps(found, method)
-            spans = [statistics.mean_interval(100 * own[(*panel, keep, method)]) for keep in keeps]
-            half = [0 if one.low is None else one.mean - one.low for one in spans]
-            axes.errorbar(
-                [100 * keep for keep in keeps], [one.mean for one in spans], half, fmt="o-", capsize=2, ms=3,
-                color=f"C{number}", label=method,
-            )  # fmt: skip
-        axes.axhline(0, color="black", lw=0.8)
-        axes.set(xlabel="kept, %", xscale="log", title=f"{panel[0]}\n{panel[1]}", ylim=(-16, 16))
-    figure.axes[0].set_ylabel("accuracy less random, points")
-    figure.axes[0].legend(fontsize=7)
-    lab.save_figure(figure)
+    cells = sorted({key[:2] for key in found})
+    with lab.panels(4.5 * len(cells), 4, len(cells)) as panels:
+        for axes, cell in zip(panels, cells, strict=True):
+            for number, method in enumerate(name for name in (*METHODS, "tune") if name != "random"):
+                own = {key[2]: values for key, values in gaps(found, method).items() if key[:2] == cell}
+                keeps = sorted(own)
+                if keeps:
+                    places = [100 * keep for keep in keeps]
+                    bars(axes, places, [own[keep] for keep in keeps], color=f"C{number}", label=method, ms=3)
+            axes.axhline(0, color="black", lw=0.8)
+            axes.set(xlabel="kept, %", xscale="log", title="\n".join(cell), ylim=(-16, 16))
+        panels[0].set_ylabel("accuracy less random, points")
+        panels[0].legend(fontsize=7)

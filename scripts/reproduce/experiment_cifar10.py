@@ -152,23 +152,21 @@ def judge_law(fits) -> Claim:
 
 def draw(lab: Lab, errors: Errors, sizes: Sequence[int]) -> None:
     """Left and middle: accuracy less that of random, hard and easy, by initial size. Right: error by kept size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    keeps = sorted({keep for _, keep in errors if keep < 1}, reverse=True)
-    for axes, order in zip(panels, ("hard", "easy"), strict=False):
+    with lab.panels(12, 4, 3) as panels:
+        keeps = sorted({keep for _, keep in errors if keep < 1}, reverse=True)
+        for axes, order in zip(panels, ("hard", "easy"), strict=False):
+            for number, keep in enumerate(keeps):
+                gaps = errors["random", keep] - errors[order, keep]
+                bars(axes, sizes, gaps.T, color=f"C{number}", label=f"{keep:.0%} kept")
+            axes.axhline(0, color="grey", lw=0.8)
+            axes.set(
+                xscale="log", yscale="symlog", xlabel="images before pruning", title=f"{order} less random, points"
+            )
+            axes.legend(fontsize="small")
+        right = panels[2]
+        right.plot(sizes, errors[ALL, 1.0].mean(axis=0), "k.-", label="all, or random")
         for number, keep in enumerate(keeps):
-            gaps = errors["random", keep] - errors[order, keep]
-            bars(axes, sizes, gaps.T, color=f"C{number}", label=f"{keep:.0%} kept")
-        axes.axhline(0, color="grey", lw=0.8)
-        axes.set(xscale="log", yscale="symlog", xlabel="images before pruning", title=f"{order} less random, points")
-        axes.legend(fontsize="small")
-    right = panels[2]
-    right.plot(sizes, errors[ALL, 1.0].mean(axis=0), "k.-", label="all, or random")
-    for number, keep in enumerate(keeps):
-        right.plot(np.array(sizes) * keep, errors["hard", keep].mean(axis=0), ".-", color=f"C{number}",
-                   label=f"hard, {keep:.0%} kept")  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="images after pruning", title="test error")
-    right.legend(fontsize="small")
-    lab.save_figure(figure)
+            right.plot(np.array(sizes) * keep, errors["hard", keep].mean(axis=0), ".-", color=f"C{number}",
+                       label=f"hard, {keep:.0%} kept")  # fmt: skip
+        right.set(xscale="log", yscale="log", xlabel="images after pruning", title="test error")
+        right.legend(fontsize="small")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from claims import Claim, bars, claim, fractions_axis, gap
-from lab import Lab, accuracies, stratified_rows, subset, table_of
+from lab import Lab, accuracies, drawn, table_of
 
 from protoprune import prototypes, selection
 from protoprune.evaluation.comparing import time_to
-from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
+from protoprune.evaluation.runs import Run, steps_for
 from protoprune.training import loop
 
 FULL = "everything"
@@ -34,9 +34,7 @@ CLAIMED = 0.3  # claims are about this fraction kept or less
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.sets()
-    train = subset(train, stratified_rows(train.labels, settings["images"], 0))
-    test = subset(test, stratified_rows(test.labels, settings["test_images"], 0))
+    train, test = lab.some()
     runs = plan(lab, train, test, recipe)
     tally = lab.shared / "counts"
     tally.mkdir(exist_ok=True)
@@ -80,8 +78,7 @@ def static_scores(lab: Lab, train, test, vectors: np.ndarray, seed: int) -> dict
 
 def runs_at(lab: Lab, train, scores: dict[str, np.ndarray], keep: float, seed: int, steps: int) -> list[Run]:
     """Every method at one fraction."""
-    n = len(train)
-    lists = {"static random": random_rows(n, kept_count(keep, n), seed)}
+    lists = {"static random": drawn(len(train), keep, seed)}
     for name, values in scores.items():
         lists[name] = np.flatnonzero(selection.kept_mask(values, keep, ids=train.paths))
     static = [Run(f"{name} {keep:g}", seed, rows, None, steps) for name, rows in lists.items()]
@@ -187,37 +184,29 @@ def claims(found: dict[str, list[float]], keeps: list[float]) -> list[Claim]:
 
 
 def draw(lab: Lab, found: dict[str, list[float]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_subplot()
-    keeps = sorted(lab.settings["keep"])
-    names = (*STATIC, *DYNAMIC.values())
-    for number, name in enumerate(names):
-        shift = 1 + 0.015 * (number - len(names) / 2)
-        places = [100 * keep * shift for keep in keeps]
-        style = "--s" if name in STATIC else "-o"
-        bars(axes, places, [found[f"{name} {keep:g}"] for keep in keeps], style, label=name)
-    axes.axhline(100 * np.mean(found[FULL]), color="black", lw=1, ls=":", label=FULL)
-    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
-    axes.legend(fontsize="x-small", ncols=2)
-    lab.save_figure(figure)
+    with lab.panels(7, 4.5) as (axes,):
+        keeps = sorted(lab.settings["keep"])
+        names = (*STATIC, *DYNAMIC.values())
+        for number, name in enumerate(names):
+            shift = 1 + 0.015 * (number - len(names) / 2)
+            places = [100 * keep * shift for keep in keeps]
+            style = "--s" if name in STATIC else "-o"
+            bars(axes, places, [found[f"{name} {keep:g}"] for keep in keeps], style, label=name)
+        axes.axhline(100 * np.mean(found[FULL]), color="black", lw=1, ls=":", label=FULL)
+        fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 % interval, {lab.seeds} seeds)")
+        axes.legend(fontsize="x-small", ncols=2)
 
 
 def draw_counts(lab: Lab, counts) -> None:
     """How often each example was selected, sorted, as a share of the passes: a panel a fraction."""
-    from matplotlib.figure import Figure
-
     keeps = sorted(lab.settings["keep"])
-    figure = Figure(figsize=(3 * len(keeps), 3), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(keeps), sharey=True))
-    for axes, keep in zip(panels, keeps, strict=True):
-        for number, name in enumerate(DYNAMIC.values()):
-            if (name, keep) in counts:
-                times, passes = counts[name, keep]
-                share = np.linspace(0, 100, len(times))
-                axes.plot(share, np.sort(times)[::-1] / passes, color=f"C{number}", lw=1.2, label=name)
-        axes.set(title=f"{100 * keep:g} % kept", xlabel="examples, %")
-    panels[0].set_ylabel("share of passes that select it")
-    panels[0].legend(fontsize="x-small")
-    lab.save_figure(figure, "sometimes")
+    with lab.panels(3 * len(keeps), 3, len(keeps), name="sometimes", sharey=True) as panels:
+        for axes, keep in zip(panels, keeps, strict=True):
+            for number, name in enumerate(DYNAMIC.values()):
+                if (name, keep) in counts:
+                    times, passes = counts[name, keep]
+                    share = np.linspace(0, 100, len(times))
+                    axes.plot(share, np.sort(times)[::-1] / passes, color=f"C{number}", lw=1.2, label=name)
+            axes.set(title=f"{100 * keep:g} % kept", xlabel="examples, %")
+        panels[0].set_ylabel("share of passes that select it")
+        panels[0].legend(fontsize="x-small")

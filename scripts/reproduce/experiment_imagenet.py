@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from claims import Claim, bars, claim, fractions_axis, gap
-from lab import Lab, accuracies, table_of
+from lab import Lab, drawn
 
 from protoprune import prototypes, selection
-from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
+from protoprune.evaluation.runs import Run, steps_for
 
 SOURCE = "Sorscher et al. 2022, section 5"
 MUCH = 0.5  # the paper's claim is about so much kept and more
@@ -25,10 +25,9 @@ def run(lab: Lab) -> list[Claim]:
     train, test = lab.sets()
     vectors = lab.vectors(train)
     runs = [one for seed in range(lab.seeds) for one in plan(lab, train, vectors, seed)]
-    found = lab.outcomes(runs, train, test, lab.recipe())
-    lab.save_table(table_of(found))
-    draw(lab, accuracies(found))
-    return claims(accuracies(found), settings["keeps"], settings["tolerance"], one_draw="images" not in settings)
+    found = lab.accuracies(runs, train, test)
+    draw(lab, found)
+    return claims(found, settings["keeps"], settings["tolerance"], one_draw="images" not in settings)
 
 
 def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
@@ -45,7 +44,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
         for order in ORDERS:
             own = kept_by(hardness, train, rows, keep, order, lab.settings["balance"])
             runs.append(Run(f"{order} {keep:g}", seed, own, None, steps))
-        own = rows[random_rows(len(rows), kept_count(keep, len(rows)), seed)]
+        own = rows[drawn(len(rows), keep, seed)]
         runs.append(Run(f"random {keep:g}", seed, own, None, steps))
     return runs
 
@@ -84,15 +83,11 @@ def claims(
 
 
 def draw(lab: Lab, found: Mapping[str, np.ndarray]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    keeps = sorted(lab.settings["keeps"])
-    for order in (*ORDERS, "random"):
-        style = {"label": order, "color": "grey"} if order == "random" else {"label": order}
-        bars(axes, [100 * keep for keep in keeps], [found[f"{order} {keep:g}"] for keep in keeps], **style)
-    axes.axhline(100 * found["everything"].mean(), color="black", ls=":", lw=1, label="everything")
-    fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 %, {lab.seeds} seeds)", title=lab.folder.name)
-    axes.legend(fontsize="small")
-    lab.save_figure(figure)
+    with lab.panels(5, 3.5) as (axes,):
+        keeps = sorted(lab.settings["keeps"])
+        for order in (*ORDERS, "random"):
+            style = {"label": order, "color": "grey"} if order == "random" else {"label": order}
+            bars(axes, [100 * keep for keep in keeps], [found[f"{order} {keep:g}"] for keep in keeps], **style)
+        axes.axhline(100 * found["everything"].mean(), color="black", ls=":", lw=1, label="everything")
+        fractions_axis(axes, keeps, ylabel=f"test accuracy, % (95 %, {lab.seeds} seeds)", title=lab.folder.name)
+        axes.legend(fontsize="small")

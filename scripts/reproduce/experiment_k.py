@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from claims import Claim, bars, claim, gap, interval_text, listed, same
-from lab import Lab, accuracies, table_of
+from lab import Lab, drawn
 
 from protoprune import prototypes, selection
-from protoprune.evaluation.runs import Run, kept_count, random_rows
+from protoprune.evaluation.runs import Run
 
 SOURCE = "Sorscher et al. 2022"
 MARGIN = 0.01  # of accuracy: what counts as no difference
@@ -22,10 +22,9 @@ def run(lab: Lab) -> list[Claim]:
     train, test = lab.sets()
     vectors = lab.vectors(train)
     runs = [one for seed in range(lab.seeds) for one in plan(lab, train, vectors, seed)]
-    found = lab.outcomes(runs, train, test, lab.recipe())
-    lab.save_table(table_of(found))
-    draw(lab, accuracies(found), len(train.classes))
-    return claims(accuracies(found), lab.settings["k"], len(train.classes))
+    found = lab.accuracies(runs, train, test)
+    draw(lab, found, len(train.classes))
+    return claims(found, lab.settings["k"], len(train.classes))
 
 
 def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
@@ -36,8 +35,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, seed: int) -> list[Run]:
     for k in lab.settings["k"]:
         hardness = prototypes.cluster(vectors[rows], k, seed=seed).distance
         runs.append(Run(f"k = {k}", seed, rows[selection.kept_mask(hardness, keep, ids=ids)]))
-    drawn = rows[random_rows(len(rows), kept_count(keep, len(rows)), seed)]
-    return [*runs, Run("random", seed, drawn), Run("everything", seed, rows)]
+    return [*runs, Run("random", seed, rows[drawn(len(rows), keep, seed)]), Run("everything", seed, rows)]
 
 
 def claims(found: Mapping[str, np.ndarray], ks: Sequence[int], classes: int) -> list[Claim]:
@@ -59,16 +57,12 @@ def claims(found: Mapping[str, np.ndarray], ks: Sequence[int], classes: int) -> 
 
 
 def draw(lab: Lab, found: Mapping[str, np.ndarray], classes: int) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.add_subplot()
-    ks = lab.settings["k"]
-    bars(axes, ks, [found[f"k = {k}"] for k in ks], label=f"prototypes, hardest {lab.settings['keep']:.0%}")
-    for name, style in (("random", "--"), ("everything", ":")):
-        axes.axhline(100 * found[name].mean(), linestyle=style, color="grey")
-        axes.annotate(name, (ks[0], 100 * found[name].mean()), fontsize=8, va="bottom")
-    axes.axvline(classes, color="lightgrey", zorder=0)
-    axes.set(xscale="log", xlabel="k, number of clusters (line: number of classes)", ylabel="test accuracy, %")
-    axes.legend()
-    lab.save_figure(figure)
+    with lab.panels(6, 4) as (axes,):
+        ks = lab.settings["k"]
+        bars(axes, ks, [found[f"k = {k}"] for k in ks], label=f"prototypes, hardest {lab.settings['keep']:.0%}")
+        for name, style in (("random", "--"), ("everything", ":")):
+            axes.axhline(100 * found[name].mean(), linestyle=style, color="grey")
+            axes.annotate(name, (ks[0], 100 * found[name].mean()), fontsize=8, va="bottom")
+        axes.axvline(classes, color="lightgrey", zorder=0)
+        axes.set(xscale="log", xlabel="k, number of clusters (line: number of classes)", ylabel="test accuracy, %")
+        axes.legend()

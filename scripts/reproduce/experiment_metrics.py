@@ -58,15 +58,10 @@ def make_record(lab: Lab, kind: str, train, test) -> str:
         train, test, recipe, models=models, subset_fraction=fraction, every=1 if whole else recipe.epochs,
         initial=gradients, gradients=gradients,
     )  # fmt: skip
-    out, started, shown = lab.folder / f"{kind}.h5", time.monotonic(), 0.0
+    out = lab.folder / f"{kind}.h5"
     lab.say(f"{kind}: {models} x {recipe.model}, {recipe.epochs} epochs, {plan.bytes / 2**20:,.0f} MiB")
 
-    def progress(done: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            lab.say(f"{kind}: {done} of {models * recipe.epochs} epochs, {shown - started:.0f} s")
-
+    progress = lab.now_and_then(lambda done: f"{kind}: {done} of {models * recipe.epochs} epochs")
     recording.record(train, test, recipe, out, plan, gradients=gradients, device=lab.device, on_progress=progress)
     return str(out)
 
@@ -155,23 +150,19 @@ def pays(result, keeps: list[float]) -> list[Claim]:
 
 
 def draw(lab: Lab, result) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5))
-    axes = figure.add_subplot()
-    lines: dict[str, list] = {}
-    for one in result.methods:
-        if one.kind in ("list", "random"):
-            name = "random" if one.kind == "random" else one.name.rpartition(" ")[0]
-            lines.setdefault(name, []).append((one.fraction, one.accuracy))
-    full = result.method("everything").accuracy.mean
-    colours = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
-    for number, (name, points) in enumerate(sorted(lines.items())):
-        points.sort(key=lambda point: point[0])
-        x, y = [100 * fraction for fraction, _ in points], [100 * accuracy.mean for _, accuracy in points]
-        style = {"color": "black", "linewidth": 2.5} if name == "random" else {
-            "color": colours[number % 9], "linestyle": ("-", "--", ":")[number // 9]}  # fmt: skip
-        axes.plot([*x, 100], [*y, 100 * full], marker=".", label=name.replace("_", " "), **style)
-    axes.set(xlabel="kept, % (hardest first)", ylabel="test accuracy, %")
-    axes.legend(fontsize=8, ncols=2)
-    lab.save_figure(figure)
+    with lab.panels(8, 5.5) as (axes,):
+        lines: dict[str, list] = {}
+        for one in result.methods:
+            if one.kind in ("list", "random"):
+                name = "random" if one.kind == "random" else one.name.rpartition(" ")[0]
+                lines.setdefault(name, []).append((one.fraction, one.accuracy))
+        full = result.method("everything").accuracy.mean
+        colours = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+        for number, (name, points) in enumerate(sorted(lines.items())):
+            points.sort(key=lambda point: point[0])
+            x, y = [100 * fraction for fraction, _ in points], [100 * accuracy.mean for _, accuracy in points]
+            style = {"color": "black", "linewidth": 2.5} if name == "random" else {
+                "color": colours[number % 9], "linestyle": ("-", "--", ":")[number // 9]}  # fmt: skip
+            axes.plot([*x, 100], [*y, 100 * full], marker=".", label=name.replace("_", " "), **style)
+        axes.set(xlabel="kept, % (hardest first)", ylabel="test accuracy, %")
+        axes.legend(fontsize=8, ncols=2)

@@ -90,14 +90,10 @@ def too_far_hurts(errors: np.ndarray, keeps: Sequence[float], name: str) -> Clai
 
 
 def draw(lab: Lab, errors: np.ndarray, keeps: Sequence[float], names: Sequence[str]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for one, name in zip(errors, names, strict=True):
-        bars(axes, keeps, one, label=f"probe of {name}")
-    axes.set(xlabel=f"fraction kept (always {lab.settings['kept']:,} images)", ylabel="test error, %", xscale="log")
-    axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
-    axes.minorticks_off()
-    axes.legend()
-    lab.save_figure(figure)
+    with lab.panels(6, 4) as (axes,):
+        for one, name in zip(errors, names, strict=True):
+            bars(axes, keeps, one, label=f"probe of {name}")
+        axes.set(xlabel=f"fraction kept (always {lab.settings['kept']:,} images)", ylabel="test error, %", xscale="log")
+        axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
+        axes.minorticks_off()
+        axes.legend()

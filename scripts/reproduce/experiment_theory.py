@@ -113,12 +113,6 @@ def information_lines(points: int) -> list[dict]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def new_figure(width: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, 4), layout="constrained")
-
-
 def dots(axes, measured: dict, colour, **wanted) -> None:
     """Simulated points with one standard error, where all of `wanted` agree."""
     rows = [row for row in measured.values() if all(row[name] == value for name, value in wanted.items())]
@@ -128,68 +122,60 @@ def dots(axes, measured: dict, colour, **wanted) -> None:
 
 def draw_orders(lab: Lab, measured: dict) -> None:
     """Error against the pruned size for several fractions, hard kept and easy kept, perfect probe."""
-    figure = new_figure(9)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, order in zip(panels, ("hard", "easy"), strict=True):
-        for number, keep in enumerate(KEEPS):
-            shown = "random" if keep == 1 else order
-            errors = [solve(a / keep, keep, 0.0, shown).error for a in LINE]
-            label = "all, or random" if keep == 1 else f"{keep:.0%} kept"
-            axes.plot(LINE, errors, color=f"C{number}", label=label)
-            dots(axes, measured, f"C{number}", keep=keep, order=shown, theta=0, margin="absolute")
-        title = f"{order} examples kept, perfect probe"
-        axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title, ylim=(0.003, 0.5))
-    panels[0].set_ylabel("test error")
-    panels[0].legend(fontsize="small")
-    lab.save_figure(figure, "theory_orders")
+    with lab.panels(9, 4, 2, name="theory_orders", sharey=True) as panels:
+        for axes, order in zip(panels, ("hard", "easy"), strict=True):
+            for number, keep in enumerate(KEEPS):
+                shown = "random" if keep == 1 else order
+                errors = [solve(a / keep, keep, 0.0, shown).error for a in LINE]
+                label = "all, or random" if keep == 1 else f"{keep:.0%} kept"
+                axes.plot(LINE, errors, color=f"C{number}", label=label)
+                dots(axes, measured, f"C{number}", keep=keep, order=shown, theta=0, margin="absolute")
+            title = f"{order} examples kept, perfect probe"
+            axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title, ylim=(0.003, 0.5))
+        panels[0].set_ylabel("test error")
+        panels[0].legend(fontsize="small")
 
 
 def draw_envelopes(lab: Lab, envelopes: dict, measured: dict) -> None:
     """Best error over fractions against the pruned size, for several probe angles; and the best fraction."""
-    figure = new_figure(9)
-    left, right = figure.subplots(1, 2)
-    left.plot(LINE * 3, [solve(a).error for a in LINE * 3], "k--", lw=1, label="all, or random: a power law")
-    for number, (theta, line) in enumerate(envelopes.items()):
-        sizes = [s.alpha_prune for s in line]
-        left.plot(sizes, [s.error for s in line], color=f"C{number}", label=f"best fraction, theta {theta:g}°")
-        right.plot(sizes, [s.keep for s in line], color=f"C{number}", label=f"theta {theta:g}°")
-        if theta:
-            dots(left, {k: r for k, r in measured.items() if k not in REFERENCE}, f"C{number}", theta=theta)
-    left.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="test error", ylim=(3e-6, 0.5))
-    left.set_title("Pareto envelope, hard kept")
-    right.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="best fraction kept")
-    right.set_title("1 % was the smallest fraction tried")
-    left.legend(fontsize="small")
-    right.legend(fontsize="small")
-    lab.save_figure(figure, "theory_pareto")
+    with lab.panels(9, 4, 2, name="theory_pareto") as (left, right):
+        left.plot(LINE * 3, [solve(a).error for a in LINE * 3], "k--", lw=1, label="all, or random: a power law")
+        for number, (theta, line) in enumerate(envelopes.items()):
+            sizes = [s.alpha_prune for s in line]
+            left.plot(sizes, [s.error for s in line], color=f"C{number}", label=f"best fraction, theta {theta:g}°")
+            right.plot(sizes, [s.keep for s in line], color=f"C{number}", label=f"theta {theta:g}°")
+            if theta:
+                dots(left, {k: r for k, r in measured.items() if k not in REFERENCE}, f"C{number}", theta=theta)
+        left.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="test error", ylim=(3e-6, 0.5))
+        left.set_title("Pareto envelope, hard kept")
+        right.set(xscale="log", yscale="log", xlabel="kept examples a dimension", ylabel="best fraction kept")
+        right.set_title("1 % was the smallest fraction tried")
+        left.legend(fontsize="small")
+        right.legend(fontsize="small")
 
 
 def draw_crossover(lab: Lab, crossings: dict) -> None:
     """Where hard starts to win, in examples before pruning."""
-    figure = new_figure(5)
-    axes = figure.subplots()
-    for rival, line in crossings.items():
-        found = [(keep, alpha) for keep, alpha in line if alpha is not None]
-        axes.plot(*zip(*found, strict=True), label=f"hard beats {rival} above")
-    axes.set(xscale="log", yscale="log", xlabel="fraction kept", ylabel="examples a dimension before pruning")
-    axes.set_title("where hard starts to win, perfect probe")
-    axes.legend(fontsize="small")
-    lab.save_figure(figure, "theory_crossover")
+    with lab.panels(5, 4, name="theory_crossover") as (axes,):
+        for rival, line in crossings.items():
+            found = [(keep, alpha) for keep, alpha in line if alpha is not None]
+            axes.plot(*zip(*found, strict=True), label=f"hard beats {rival} above")
+        axes.set(xscale="log", yscale="log", xlabel="fraction kept", ylabel="examples a dimension before pruning")
+        axes.set_title("where hard starts to win, perfect probe")
+        axes.legend(fontsize="small")
 
 
 def draw_information(lab: Lab, gains: list[dict]) -> None:
-    figure = new_figure(9)
-    panels = figure.subplots(1, 2, sharey=True)
-    titles = {"gain": "both overlaps solved for", "energetic": "the paper's form, q = R"}
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        for keep in dict.fromkeys(row["keep"] for row in gains):
-            line = [row for row in gains if row["keep"] == keep]
-            axes.plot([r["alpha_prune"] for r in line], [r[column] for r in line], label=f"{keep:.0%} kept")
-        axes.axhline(1, color="grey", lw=0.8, ls=":")
-        axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title)
-    panels[0].set_ylabel("nats an example")
-    panels[0].legend(fontsize="small")
-    lab.save_figure(figure, "theory_information")
+    with lab.panels(9, 4, 2, name="theory_information", sharey=True) as panels:
+        titles = {"gain": "both overlaps solved for", "energetic": "the paper's form, q = R"}
+        for axes, (column, title) in zip(panels, titles.items(), strict=True):
+            for keep in dict.fromkeys(row["keep"] for row in gains):
+                line = [row for row in gains if row["keep"] == keep]
+                axes.plot([r["alpha_prune"] for r in line], [r[column] for r in line], label=f"{keep:.0%} kept")
+            axes.axhline(1, color="grey", lw=0.8, ls=":")
+            axes.set(xscale="log", yscale="log", xlabel="kept examples a dimension", title=title)
+        panels[0].set_ylabel("nats an example")
+        panels[0].legend(fontsize="small")
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from claims import Claim, bars, claim, fractions_axis, gap
-from lab import Lab, accuracies, stratified_rows, subset, table_of
+from lab import Lab, accuracies, drawn, stratified_rows, subset, table_of, vectors_of
 
 import protoprune
 from protoprune import prototypes, selection
-from protoprune.evaluation.runs import Run, kept_count, random_rows, steps_for
+from protoprune.evaluation.runs import Run, steps_for
+from protoprune.images import list_paths
 from protoprune.training import loop
 from protoprune.training.examples import load_examples
 from protoprune.training.loop import Recipe
@@ -31,9 +32,7 @@ SOURCE = "Sorscher et al. 2022"
 
 def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
-    train, test = lab.sets()
-    train = subset(train, stratified_rows(train.labels, settings["images"], 0))
-    test = subset(test, stratified_rows(test.labels, settings["test_images"], 0))
+    train, test = lab.some()
     vectors = lab.vectors(train)
     runs = [plan(lab, train, vectors, recipe, seed) for seed in range(lab.seeds)]
     found: dict[str, list] = {}
@@ -60,7 +59,7 @@ def plan(lab: Lab, train, vectors: np.ndarray, recipe: Recipe, seed: int) -> lis
     runs = [Run(f"{start}: all 1", seed, None, None, steps) for start in (*STARTS, *HALVES)]
     for keep in lab.settings["keep"]:
         kinds = {
-            "random": random_rows(n, kept_count(keep, n), seed),
+            "random": drawn(n, keep, seed),
             "hard": hard_rows(vectors, len(train.classes), keep, train.paths, seed),
         }
         for start in STARTS:
@@ -80,7 +79,7 @@ def pretrained(lab: Lab, seed: int) -> dict[str, Path]:
     kept = {
         "pretrained": None,
         "prototypes": hard_rows(vectors, len(source.classes), keep, source.paths, seed),
-        "random": random_rows(n, kept_count(keep, n), seed),
+        "random": drawn(n, keep, seed),
     }
     return {name: weights_file(lab, source, recipe, rows, seed, name) for name, rows in kept.items()}
 
@@ -98,25 +97,10 @@ def source_set(lab: Lab):
         size = settings["pretrain_recipe"].get("image_size", 32)
         source = load_examples(folder, size)
         source = subset(source, stratified_rows(source.labels, min(settings["pretrain_images"], len(source)), 0))
-        _sources[key] = source, embedded(lab, folder, source)
+        images = list_paths(source.paths, folder)
+        features = load_examples(lab.embedded(images, f"{settings['pretrain_data']}-{len(source)}"))
+        _sources[key] = source, vectors_of(features, source.paths)
     return _sources[key]
-
-
-def embedded(lab: Lab, folder: Path, source) -> np.ndarray:
-    """(n, d) embeddings of these images alone, made once."""
-    from protoprune.embedding import embed
-    from protoprune.encoders import load_encoder
-    from protoprune.images import list_paths
-
-    images = list_paths(source.paths, folder)
-    encoder = lab.settings.get("encoder", "mini")
-    out = lab.folder.parent / "features" / f"{lab.settings['pretrain_data']}-{len(source)}-{encoder}.h5"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lab.say(f"embed {len(images):,} images of {folder}")
-    embed(images, load_encoder(encoder), out, device=lab.device)
-    made = load_examples(out, classes=source.classes)
-    row_of = {path: row for row, path in enumerate(made.paths)}
-    return made.inputs.numpy()[[row_of[path] for path in source.paths]]
 
 
 def weights_file(lab: Lab, source, recipe: Recipe, rows: np.ndarray | None, seed: int, name: str) -> Path:
@@ -168,21 +152,19 @@ def claims(found: Mapping[str, Sequence[float]], keeps: list[float]) -> list[Cla
 
 
 def draw(lab: Lab, found: dict[str, list[float]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    keeps = sorted(lab.settings["keep"])
-    for number, start in enumerate(STARTS):
-        for kind, style in (("random", "-o"), ("hard", "--s")):
-            values = [found[f"{start}: {kind} {keep:g}"] for keep in keeps] + [found[f"{start}: all 1"]]
-            places = [100 * keep for keep in (*keeps, 1)]
-            bars(axes, places, values, style, color=f"C{number}", label=f"{start}, {kind}")
-    fractions_axis(axes, (*keeps, 1), xlabel="target images kept, %", ylabel=f"test accuracy, % ({lab.seeds} seeds)")
-    axes.legend(fontsize="x-small")
-    names = ("scratch", "random", "prototypes", "pretrained")
-    bars(right, range(4), [found[f"{name}: all 1"] for name in names], "o", color="C2")
-    half = f"{100 * lab.settings['pretrain_keep']:g} %"
-    right.set_xticks(range(4), ["nothing", f"{half}\nrandom", f"{half}\nhard", "all"])
-    right.set(xlabel="pretrained on", title="all target images", xlim=(-0.5, 3.5))
-    lab.save_figure(figure)
+    with lab.panels(8, 4, 2, width_ratios=(2, 1)) as (axes, right):
+        keeps = sorted(lab.settings["keep"])
+        for number, start in enumerate(STARTS):
+            for kind, style in (("random", "-o"), ("hard", "--s")):
+                values = [found[f"{start}: {kind} {keep:g}"] for keep in keeps] + [found[f"{start}: all 1"]]
+                places = [100 * keep for keep in (*keeps, 1)]
+                bars(axes, places, values, style, color=f"C{number}", label=f"{start}, {kind}")
+        fractions_axis(
+            axes, (*keeps, 1), xlabel="target images kept, %", ylabel=f"test accuracy, % ({lab.seeds} seeds)"
+        )
+        axes.legend(fontsize="x-small")
+        names = ("scratch", "random", "prototypes", "pretrained")
+        bars(right, range(4), [found[f"{name}: all 1"] for name in names], "o", color="C2")
+        half = f"{100 * lab.settings['pretrain_keep']:g} %"
+        right.set_xticks(range(4), ["nothing", f"{half}\nrandom", f"{half}\nhard", "all"])
+        right.set(xlabel="pretrained on", title="all target images", xlim=(-0.5, 3.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from claims import VERDICTS, Claim
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import report as reports
-from protoprune.evaluation.runs import Outcome, Run, random_rows, run_all
+from protoprune.evaluation.runs import Outcome, Run, kept_count, random_rows, run_all
 from protoprune.evaluation.statistics import mean_interval
 from protoprune.files import table_csv, write_file
 from protoprune.metrics.catalogue import score
@@ -119,11 +120,17 @@ class Lab:
         recipe, name = self.recipe(), self.settings["data"]
         return self.features(name) if recipe.model == "head" else self.images(name, image_size=recipe.image_size)
 
+    def some(self) -> tuple[Examples, Examples]:
+        """The same of as many images as the settings ask for, with the classes as even as they come."""
+        counts = self.settings["images"], self.settings["test_images"]
+        train, test = (
+            subset(one, stratified_rows(one.labels, count, 0)) for one, count in zip(self.sets(), counts, strict=True)
+        )
+        return train, test
+
     def vectors(self, train: Examples) -> np.ndarray:
         """(n, d) float32 features of these training images by the encoder of the settings, in their order."""
-        source = train if train.vectors else self.features(self.settings["data"])[0]
-        row_of = {path: row for row, path in enumerate(source.paths)}
-        return source.inputs.numpy()[[row_of[path] for path in train.paths]]
+        return vectors_of(train if train.vectors else self.features(self.settings["data"])[0], train.paths)
 
     def initial(self, n: int, seed: int) -> np.ndarray:
         """Rows before pruning, drawn for the seed: `images` of the settings, a number or, up to 1, a share."""
@@ -159,6 +166,14 @@ class Lab:
         for run, outcome in zip(runs, run_all(runs, train, test, recipe, **how, **options), strict=True):
             found.setdefault(run.method, []).append(outcome)
         return found
+
+    def accuracies(
+        self, runs: Sequence[Run], train: Examples, test: Examples, recipe: Recipe | None = None
+    ) -> dict[str, np.ndarray]:
+        """{method: (seeds,)} of runs, with their table."""
+        found = self.outcomes(runs, train, test, recipe or self.recipe())
+        self.save_table(table_of(found))
+        return accuracies(found)
 
     def folder_of(self, name: str) -> Path:
         """The folder of a data set, downloaded where there is a network and torchvision has it.
@@ -216,31 +231,43 @@ class Lab:
 
     def feature_file(self, name: str, split: str) -> Path:
         """The feature file of one split, made where it is not there yet."""
+        return self.embedded(self.image_list(name, split), f"{name}-{split}")
+
+    def embedded(self, images, name: str) -> Path:
+        """The feature file of these images, an `ImageList`, by the encoder of the settings."""
         from protoprune.embedding import embed
         from protoprune.encoders import load_encoder
 
         encoder = self.settings.get("encoder", "mini")
-        out = self.results / "features" / f"{name}-{split}-{encoder}.h5"
+        out = self.results / "features" / f"{name}-{encoder}.h5"
         out.parent.mkdir(parents=True, exist_ok=True)
-        images = self.image_list(name, split)
+        say = self.now_and_then(lambda done: f"embed {name}: {done:,} of {len(images):,}")
+        embed(images, load_encoder(encoder), out, device=self.device, on_progress=lambda done, failed: say(done))
+        return out
+
+    def now_and_then(self, text: Callable[[int], str]) -> Callable[[int], None]:
+        """For `on_progress`: says `text(done)` every ten seconds."""
         shown = time.monotonic()
 
-        def progress(done: int, failed: int) -> None:
+        def progress(done: int) -> None:
             nonlocal shown
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
-                self.say(f"embed {name}/{split}: {done:,} of {len(images):,}")
+                self.say(text(done))
 
-        embed(images, load_encoder(encoder), out, device=self.device, on_progress=progress)
-        return out
+        return progress
 
     def save_table(self, rows: Sequence[dict], name: str = "table") -> None:
         """results/NAME/<name>.csv from dicts of plain values."""
         write_file(self.folder / f"{name}.csv", table_csv(rows))
 
-    def save_figure(self, figure, name: str = "figure") -> None:
-        """results/NAME/<name>.png from a matplotlib figure."""
-        buffer = io.BytesIO()
+    @contextlib.contextmanager
+    def panels(self, width: float, height: float, count: int = 1, *, name: str = "figure", **how) -> Iterator:
+        """(count,) axes side by side, of a figure that becomes results/NAME/<name>.png; `how` is for `subplots`."""
+        from matplotlib.figure import Figure
+
+        figure, buffer = Figure(figsize=(width, height), layout="constrained"), io.BytesIO()
+        yield figure.subplots(1, count, squeeze=False, **how)[0]
         figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
         write_file(self.folder / f"{name}.png", buffer.getvalue())
 
@@ -263,6 +290,17 @@ def stratified_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         own = order[labels[order] == label]
         place[own] = np.arange(len(own))
     return np.sort(order[np.argsort(place[order], kind="stable")][:count])
+
+
+def vectors_of(source: Examples, paths: Sequence[str]) -> np.ndarray:
+    """(n, d) float32 of examples that are vectors, those of these paths, in their order."""
+    row_of = {path: row for row, path in enumerate(source.paths)}
+    return source.inputs.numpy()[[row_of[path] for path in paths]]
+
+
+def drawn(n: int, keep: float, seed: int) -> np.ndarray:
+    """Rows of a random list of a fraction."""
+    return random_rows(n, kept_count(keep, n), seed)
 
 
 def accuracies(found: Mapping[str, Sequence[Outcome]]) -> dict[str, np.ndarray]:
