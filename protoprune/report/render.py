@@ -69,6 +69,9 @@ def page(
         sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
     place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
     blocks["thumb"] = _block(place)
+    if _broken(chosen):  # lines cannot hold the names, and the command must make the list
+        first, last = facts.data["command"]
+        facts.data["command"] = [first, last.removesuffix(" > kept.txt") + " -o kept.jsonl"]
     facts.data |= {"side": thumbnails.SIDE, "across": thumbnails.ACROSS, "saves": saves}
     facts.text |= {"no_list": why, "thumbnails": len(sprites.place) - sprites.missing, "missing": sprites.missing}
     html = _render(facts, blocks, sprites.images)
@@ -78,12 +81,16 @@ def page(
 
 def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | None:
     """Why the page cannot save lists; None where it can."""
-    broken = [path for path in chosen.ranking.paths if "\n" in path or path.endswith("\r")]
-    if broken:
-        return f"{len(broken):,} file names hold a line break, which a list of lines cannot hold"
+    if broken := _broken(chosen):
+        return f"{broken:,} file names hold a line break, which a list of lines cannot hold"
     if size > room:
         return f"the names of {facts.n:,} images would not fit"
     return None
+
+
+def _broken(chosen: Selected) -> int:
+    """How many names a list of lines cannot hold."""
+    return sum("\n" in path or path.endswith("\r") for path in chosen.ranking.paths)
 
 
 def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
