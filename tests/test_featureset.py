@@ -510,3 +510,16 @@ def test_the_way_on_from_a_damaged_set(folder, mini, tmp_path):
     report = run(str(tars), tmp_path / "f", mini, overwrite=True)
     assert dict(report.states) == {"unchanged": 2}
     assert (tmp_path / "f/set.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"size": 1, "version": 2, "status": 3, "reason": "x"}', '{"size": "1"}'])
+def test_a_damaged_note_of_a_failure_is_no_failure(said, folder, mini, tmp_path):
+    tars = write_tars(tmp_path / "tars", members(folder), 2)
+    (tars / "0001.tar").write_bytes(b"")
+    run(str(tars), tmp_path / "f", mini)
+    note = tmp_path / "f/0001.tar.failed.json"
+    assert json.loads(note.read_text())["status"] == "empty"
+    note.write_text(said)
+    report = run(str(tars), tmp_path / "f", mini)
+    assert [one[:2] for one in report.failed_shards] == [("0001.tar", "empty")]
+    assert json.loads(note.read_text())["status"] == "empty"

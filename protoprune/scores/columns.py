@@ -55,7 +55,7 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     score = _named(names, _SCORES)
     if key is not None and score is not None:
         return Columns(key, score, _kind(names[key]), True)
-    numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
+    numeric = _numeric(first, rest or rows)
     if not rest or not (key is not None or score is not None or _is_header(first, numeric)):
         return _without_header(rows, numeric)
     if len(first) == 1 and numeric:
@@ -157,6 +157,11 @@ def _shown(cells: Sequence[str]) -> str:
 
 def _named(names: list[str], wanted: Sequence[str]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
+
+
+def _numeric(first: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns of numbers."""
+    return [column for column in range(len(first)) if _is_numeric(rows, column)]
 
 
 def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
