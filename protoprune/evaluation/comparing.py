@@ -13,7 +13,7 @@ tables, figures.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -394,7 +394,7 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int | float):
+    if not isinstance(seeds, Iterable) or isinstance(seeds, str):
         check_whole("--seeds", seeds, 1, 10_000)
         return list(range(int(seeds)))
     found = list(seeds)
