@@ -21,6 +21,7 @@ import io
 import itertools
 import os
 import random
+import resource
 import shutil
 import socket
 import statistics
@@ -118,7 +119,7 @@ def launcher_way(arguments: list[list[str]], tars: str, options):
     workers = 1 if arguments == [[]] else cores()
 
     def run(out: str) -> tuple[float, float, float]:
-        started = time.time()
+        started, before = time.time(), children()
         command = [sys.executable, "-m", "protoprune", "embed", tars, "-o", out, "--encoder", "mini"]
         running = [
             subprocess.Popen(
@@ -139,10 +140,16 @@ def launcher_way(arguments: list[list[str]], tars: str, options):
         ends = sorted(os.stat(path).st_mtime for path in glob.glob(f"{out}/*.h5"))
         assert len(ends) == options.shards
         images = options.images * (options.shards - workers) / options.shards
-        used = (ended or 0) - (begun or 0)
+        used = (ended or children() - before) - (begun or 0)
         return images / (ends[-1] - ends[workers - 1]), images / used if used > 0 else np.nan, ends[0] - started
 
     return run
+
+
+def children() -> float:
+    """CPU seconds of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def processor(running: list[subprocess.Popen]) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError
 from protoprune.vectors import CHUNK, Rows
 
-MEMORY = 1 << 28  # bytes of features that are in memory at once, unless a group alone is larger
+MEMORY = 1 << 27  # bytes of features that are in memory at once, unless a group alone is larger
 _MOST = 200  # buckets, each of which is an open file
 
 Fetch = Callable[[np.ndarray], np.ndarray]  # rows (m,) of a bucket -> their features (m, d)

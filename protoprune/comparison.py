@@ -18,6 +18,7 @@ from protoprune import selection
 from protoprune.bounds import check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import folder_labels
+from protoprune.paths import chosen
 from protoprune.scores import ScoreTable, Table, match
 
 PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
@@ -30,7 +31,7 @@ class Comparison:
     """m rankings of the n images that all of them score; matrices follow `names`, drawings follow `order`."""
 
     names: list[str]
-    paths: list[str]  # the n images, sorted
+    paths: Sequence[str]  # the n images, sorted
     percentiles: np.ndarray  # (m, n) float32, mid-rank / n: 0 is the easiest
     spearman: np.ndarray  # (m, m)
     low: np.ndarray | None  # (m, m) ends of the bootstrap interval; None without one
@@ -70,8 +71,8 @@ def compare(
     common = np.flatnonzero(~np.isnan(values).any(axis=0))
     if len(common) < 2:
         raise ProtopruneError(f"{len(common)} images have a score in every table; comparing takes two or more")
-    values, names = values[:, common], list(tables)
-    paths = [paths[row] for row in common.tolist()]
+    values, names = values if len(common) == values.shape[1] else values[:, common], list(tables)
+    paths = chosen(paths, common)
     ranks = _ranks(values)
     matrix = correlations(ranks)
     low = high = None
@@ -239,7 +240,7 @@ def draw(result: Comparison, format: str = "png") -> bytes:
 
 def join(
     tables: dict[str, Table], paths: Sequence[str] | None = None, *, by_place: bool = False
-) -> tuple[list[str], dict[str, ScoreTable]]:
+) -> tuple[Sequence[str], dict[str, ScoreTable]]:
     """The tables over the same images: (N paths, each table's scores in their order).
 
     Without `paths` (those of a feature file) the images are those of the first table that has paths, and the rows of
@@ -257,7 +258,7 @@ def join(
     if paths is None:
         paths = _paths_of(tables)
     matched = {name: match(table, paths, row_numbers=row_numbers, by_place=by_place) for name, table in tables.items()}
-    return list(paths), matched
+    return paths, matched
 
 
 def _joined_by_number(tables: dict[str, Table]) -> tuple[list[str], dict[str, ScoreTable]]:

@@ -28,7 +28,7 @@ from protoprune.crew import Crew, Part
 from protoprune.current import content_digest
 from protoprune.decode import Status, crop, silence_libtiff
 from protoprune.device import cores
-from protoprune.engine import PIECE, Encoder, Engine, resolve_precision
+from protoprune.engine import PIECE, Encoder, Engine, alone, resolve_precision
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.featurefile import FeatureFile, PartialFile
 from protoprune.images import ImageList
@@ -66,6 +66,7 @@ class EmbedReport:
     moved_from: str = ""  # the root that the earlier file was for, where that was another one
     compared: int = 0  # images whose content was compared with what had been embedded
     other: int = 0  # those of them that had other content
+    uuid: str = ""  # of the feature file
     device: str = ""
     precision: str = ""
 
@@ -136,6 +137,7 @@ def embed_with(
             _embed_rest(images, engine, report, on_start, on_progress)
         with FeatureFile(out) as done:
             report.failures, report.transparent = done.failure_counts(), int(done.transparent.sum())
+            report.uuid = done.provenance["uuid"]
     return report
 
 
@@ -172,14 +174,13 @@ def _run(
     forward, batch_size = engine.forward
     content = np.zeros(len(images), np.uint64)
     silence_libtiff()
-    ring = _ring(engine, batch_size)
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = engine.device.type == "cpu"
     hunger = _Hunger() if on_cpu else None
     with (
+        _ring(engine, batch_size) as ring,
         _decoders(images, engine.encoder, engine.workers, on_cpu, content) as decoders,
-        ThreadPoolExecutor(cores(), initializer=_alone) as pieces,
         ThreadPoolExecutor(1) as writer,
     ):
         writing: deque[Future[None]] = deque()
@@ -187,10 +188,10 @@ def _run(
             with hunger or contextlib.nullcontext():
                 outcome = [one for part in parts for one in decoders.results(part)]
             if hunger and hunger.starved():
-                decoders.relieve(_alone)
+                decoders.relieve(alone)
                 hunger = None
             if on_cpu and not engine.compile:
-                features = _in_pieces(forward, buffer, len(rows), pieces)
+                features = _in_pieces(forward, buffer, len(rows), engine.pieces)
             else:
                 features = forward(buffer)
             ready = _recorded(engine.device)
@@ -203,15 +204,21 @@ def _run(
                 on_progress(done, failed)
 
 
-def _ring(engine: Engine, batch_size: int) -> SimpleQueue[torch.Tensor]:
-    """Batches of pixels that are used again and again, pinned for a GPU."""
+@contextlib.contextmanager
+def _ring(engine: Engine, batch_size: int) -> Iterator[SimpleQueue[torch.Tensor]]:
+    """Batches of pixels that are used again and again, pinned for a GPU; also by the engine's next file, but not after
+    an error: a decoding thread may still be at work."""
     import torch
 
     side = engine.encoder.preprocess.size
+    shape, pinned = (batch_size, side, side, 3), engine.device.type == "cuda"
+    room, engine.room = engine.room, []
+    room = room or [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
     ring: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for _ in range(_RING):
-        ring.put(torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, pin_memory=engine.device.type == "cuda"))
-    return ring
+    for buffer in room:
+        ring.put(buffer)
+    yield ring
+    engine.room = room
 
 
 def _ahead(
@@ -294,14 +301,12 @@ class _Hunger:
 
 
 def _alone(step_back: bool = False) -> None:
-    """Set up a thread that works by itself: torch must not start more threads for it.
+    """Set up a decoding thread, which works by itself.
 
     Decoding threads beside a forward pass on the CPU step back, so that they run when a core is free (Linux gives each
     thread a priority of its own).
     """
-    import torch
-
-    torch.set_num_threads(1)
+    alone()
     if step_back and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
 

@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from protoprune.bounds import is_whole
@@ -91,6 +92,7 @@ class Engine:
         if encoder.preprocess.size > _LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
+        self.room: list[torch.Tensor] = []  # batches of pixels, which file after file uses, see `embedding`
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, encoder)
         self.provenance = {
@@ -106,6 +108,18 @@ class Engine:
     def forward(self) -> tuple[Forward, int]:
         """(function, batch size), made when the first image needs it; see `_forward`."""
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
+
+    @functools.cached_property
+    def pieces(self) -> ThreadPoolExecutor:
+        """Threads that compute pieces of a batch on a CPU, each by itself; what torch makes for each is made once."""
+        return ThreadPoolExecutor(cores(), initializer=alone)
+
+
+def alone() -> None:
+    """Set up a thread that works by itself: torch must not start more threads for it."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:

@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections import Counter, OrderedDict
@@ -35,6 +36,7 @@ from protoprune.sources.reading import FOLDERS
 from protoprune.text import native, parse_json
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
+_UUID = re.compile("[0-9a-f]{32}")
 _OPEN_FILES = 64  # feature files that are open at once
 _COPY_ROWS = 65_536
 
@@ -73,6 +75,16 @@ class Part:
             return {**plain, "rows": self.rows, "usable": self.usable, "uuid": self.uuid}
         return {**plain, "failed": list(self.failed)} if self.failed else plain
 
+    def consistent(self) -> bool:
+        """Whether all of it is of its kind, and the counts agree with each other and with the state."""
+        counts = (self.size, self.version, self.rows, self.usable)
+        if not all(type(count) is int and -1 <= count < 1 << 63 for count in counts):
+            return False
+        if self.failed is not None:
+            told = len(self.failed) == 2 and all(isinstance(one, str) for one in self.failed)
+            return told and self.rows == -1
+        return self.rows == -1 or (0 <= self.usable <= self.rows and bool(_UUID.fullmatch(self.uuid)))
+
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Part:
         failed = plain.get("failed")
@@ -97,17 +109,33 @@ def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Part]]:
                 f"{shown}: feature set version {plan['format_version']}, this program reads {_VERSION}; upgrade it"
             )
         parts = [Part.from_json(one) for one in plan.pop("shards")]
-        if any(files.leads_out(part.name) for part in parts):
-            raise ValueError("a shard's name leads out of the set")
+        _check_plan(plan, parts)
         plan["root"] = native(plan["root"])
     except FileNotFoundError:
         where = stores.public(os.fspath(folder))
         raise ProtopruneError(f"{where}: a folder without {SET_FILE}; give a feature file or a feature set") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
-            f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again"
+            f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again with "
+            "--overwrite, which keeps the features of shards that are whole"
         ) from None
     return plan, parts
+
+
+def _check_plan(plan: dict[str, Any], parts: list[Part]) -> None:
+    """Raise ValueError for what `write_plan` would not have written."""
+    kinds = {"key": dict, "root": str, "options": dict}
+    if odd := [name for name, kind in kinds.items() if not isinstance(plan.get(name), kind)]:
+        raise ValueError(f"no {odd[0]}")
+    if not parts:
+        raise ValueError("no shards")
+    names = [part.name for part in parts]
+    if any(files.leads_out(name) for name in names):
+        raise ValueError("a shard's name leads out of the set")
+    if len(set(names)) < len(names):
+        raise ValueError("a shard is named twice")
+    if wrong := next((part.name for part in parts if not part.consistent()), None):
+        raise ValueError(f"what it says of {wrong}")
 
 
 def _read(path: str) -> bytes:

@@ -261,10 +261,7 @@ class _KeptSamples:
         for number, sample in enumerate(samples, 1):
             if number == _LONG and not any_kept:  # a stream that begins again and again has no end that could tell
                 warn(f"none of the first {number:,} samples is in the list; {_OTHER_LIST}")
-            if not isinstance(sample, dict) or "__key__" not in sample:
-                has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
-                raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
-            key = sample["__key__"].removeprefix("./")
+            key = _key_of(sample)
             one = next((one for one in _keys(sample, key) if one in self.listed), key)
             names = self.listed.get(one)
             if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
@@ -280,6 +277,14 @@ class _KeptSamples:
             _all_present(unseen, self.count, "(by key)")
         elif number and not any_kept:
             warn(f"none of the {number:,} samples of this worker is in the list; {_OTHER_LIST}")
+
+
+def _key_of(sample: Any) -> str:
+    """WebDataset's key of a sample. Raises UsageError where it has none."""
+    if not isinstance(sample, dict) or "__key__" not in sample:
+        has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
+        raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
+    return str(sample["__key__"]).removeprefix("./")
 
 
 def _keys(sample: Sample, key: str) -> Iterator[str]:

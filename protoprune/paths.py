@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 BATCH = 65_536  # names that are in memory at once
 STEP = 64  # names between two whose places are known
@@ -99,6 +101,55 @@ class Block:
         if len(block) < high - low:
             raise self.damaged()
         return block.split(b"\0")[first % STEP :][: last - first]
+
+
+def held(names: Iterable[bytes]) -> Paths:
+    """Names that are nowhere in a file, in one block of memory. ValueError for one with a NUL byte."""
+    block, places, count = bytearray(), array("q"), 0
+    for name in names:
+        if b"\0" in name:
+            raise ValueError(f"a name with a NUL byte: {name!r}")
+        if count % STEP == 0:
+            places.append(len(block))
+        block += name
+        block += b"\0"
+        count += 1
+    places.append(len(block))
+
+    def read(first: int, last: int) -> list[bytes]:
+        if last <= first:
+            return []
+        low, high = places[first // STEP], places[min(-(-last // STEP), len(places) - 1)]
+        return bytes(block[low:high]).split(b"\0")[first % STEP :][: last - first]
+
+    return Paths(count, read)
+
+
+def chosen(names: Sequence[str], rows: np.ndarray) -> Sequence[str]:
+    """The names of these ascending rows, in their order, as a sequence that decodes them as they are needed."""
+    if len(rows) == len(names):
+        return names
+
+    def read(first: int, last: int) -> list[bytes]:
+        return list(itertools.chain.from_iterable(encoded(names, rows[first:last])))
+
+    return Paths(len(rows), read)
+
+
+def digests(names: Sequence[str], seed: int = 0) -> np.ndarray:
+    """(n,) uint64: a hash of each name."""
+    found, done = np.empty(len(names), np.uint64), 0
+    for part in encoded(names, np.arange(len(names))):
+        found[done : done + len(part)] = [xxh3_64_intdigest(name, seed) for name in part]
+        done += len(part)
+    return found
+
+
+def distinct(names: Sequence[str]) -> bool:
+    """Whether no name occurs twice."""
+    found = digests(names)
+    found.sort()
+    return not (found[1:] == found[:-1]).any() or len(set(names)) == len(names)
 
 
 def encoded(names: Sequence[str], rows: np.ndarray) -> Iterator[list[bytes]]:

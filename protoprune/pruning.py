@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -689,10 +689,21 @@ def unranked(file: Source) -> Ranking:
     )  # fmt: skip
 
 
+class _Settings(TypedDict):
+    """What a clustering is kept by."""
+
+    k: int
+    spherical: bool
+    seed: int
+    iterations: int
+    train_points: int | None
+    backend: str
+
+
 def _cluster(ranking: Ranking, usable: np.ndarray, k: int, how: Clusters, seed: int) -> tuple[Clustering, bool]:
     """A clustering, and whether it was found in the cache."""
     compute = partial(prototypes.cluster, ranking.features, usable=usable)
-    settings: dict[str, Any] = {
+    settings: _Settings = {
         "k": k, "spherical": not how.euclidean, "seed": seed, "iterations": how.iterations,
         "train_points": how.train_points, "backend": how.backend,
     }  # fmt: skip

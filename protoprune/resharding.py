@@ -29,7 +29,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard
 from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
-from protoprune.text import with_slashes
+from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
 SIZE = 10_000  # images a tar
@@ -193,7 +193,7 @@ def _claim(out: str, plan: dict[str, Any]) -> None:
     path = os.path.join(out, PLAN)
     before: Any = None
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        before = json.load(file)
+        before = parse_json(file.read())
     if before == plan:
         return
     if _others(os.listdir(out)):

@@ -315,10 +315,13 @@ def note_failure(path: str, shard: Shard, error: ShardError) -> None:
 
 def _failure(path: str, notes: dict[str, Any] | None) -> dict[str, Any] | None:
     """What was noted of a shard that failed."""
+    said = None
     if notes is not None:
-        return notes.get(path, {}).get("failed")
-    with contextlib.suppress(OSError, ValueError), open(failure_file(path)) as file:
-        said = parse_json(file.read())
-        if isinstance(said, dict) and {"size", "version", "status", "reason"} <= set(said):
-            return said
-    return None
+        said = notes.get(path, {}).get("failed")
+    else:
+        with contextlib.suppress(OSError, ValueError), open(failure_file(path)) as file:
+            said = parse_json(file.read())
+    kinds = {"size": int, "version": int, "status": str, "reason": str}
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), kind) for name, kind in kinds.items()):
+        return None  # or damaged: the shard is tried again
+    return said

@@ -327,7 +327,6 @@ def embed_shard(
             raise type(error)(f"{shard.name}: {error}") from None
         except ShardError as error:
             return _failed(path, shard, error)
-        uuid = _uuid(place)
         if place != path:
             try:
                 remoteset.deliver(place, path, setstate.facts_of(place), new=not replaces)
@@ -336,7 +335,7 @@ def embed_shard(
     if place == path:
         setstate.forget_failure(path)
     return ShardReport(
-        shard.name, "embedded", result.n, uuid, result.embedded, result.transparent,
+        shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
     )  # fmt: skip
 
@@ -405,11 +404,6 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
-
-
-def _uuid(path: str) -> str:
-    with FeatureFile(path) as file:
-        return file.provenance["uuid"]
 
 
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:

@@ -7,6 +7,7 @@ file: URLs are shown without user, password and query. Every kind of trouble is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import posixpath
 import re
@@ -62,6 +63,8 @@ def store(url: str) -> Any:
             f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
         ) from None
     options = {}
+    if protocol in ("gs", "gcs") and "GCSFS_DEBUG" not in os.environ:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints whole tracebacks of what it raises as well
     if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
         options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
     try:
@@ -87,25 +90,24 @@ def answered(url: str, ask: Callable[[], T]) -> T:
     thread.join(_ANSWER_SECONDS)
     if not answer:
         raise ProtopruneError(
-            f"{public(url)}: no answer within {_ANSWER_SECONDS} seconds; check the network and the URL"
+            f"{public(url)}: no answer within {_ANSWER_SECONDS} seconds; check the network and the URL{_and_keys(url)}"
         )
     error = answer[0][1]
     if error is None:
         return cast(T, answer[0][0])
     if isinstance(error, (ProtopruneError, KeyboardInterrupt)):
         raise error
-    raise ProtopruneError(f"{public(url)}: {trouble(error)}") from None
+    raise ProtopruneError(f"{public(url)}: {trouble(error, url)}") from None
 
 
-def trouble(error: BaseException) -> str:
+def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
     text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
     kind = type(error).__name__
+    if "401" in text or "nvalid authentication" in text or "nvalid credentials" in text.lower():
+        return f"the credentials are not accepted, or have expired ({text}); renew them and run it again"
     if "NoCredentials" in kind or "credentials" in text.lower():
-        return (
-            "no credentials; set them as your store's tools expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), "
-            "or FSSPEC_S3_ANON=true for a public bucket"
-        )
+        return f"no credentials; {_set_credentials(url)}"
     if "xpired" in text:
         return f"the credentials have expired ({text}); renew them and run it again"
     if isinstance(error, PermissionError) or "Forbidden" in text or "Denied" in text or "403" in text:
@@ -115,6 +117,25 @@ def trouble(error: BaseException) -> str:
     if "onnect" in kind or "onnect" in text or isinstance(error, (ConnectionError, TimeoutError)):
         return f"cannot be reached ({text}); check the network, the URL and the endpoint (AWS_ENDPOINT_URL)"
     return text
+
+
+def _set_credentials(url: str) -> str:
+    if url.startswith(("gs://", "gcs://")):
+        return (
+            "set them as Google's tools expect (gcloud auth application-default login, or "
+            "GOOGLE_APPLICATION_CREDENTIALS), or FSSPEC_GS_TOKEN=anon for a public bucket"
+        )
+    if url.startswith("hf://"):
+        return "log in with `hf auth login`, or set HF_TOKEN"
+    return (
+        "set them as your store's tools expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), or FSSPEC_S3_ANON=true for a "
+        "public bucket"
+    )
+
+
+def _and_keys(url: str) -> str:
+    """Google's library looks for credentials in many places, and asks a server for them, before it gives up."""
+    return f", and the credentials: {_set_credentials(url)}" if url.startswith(("gs://", "gcs://")) else ""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -181,7 +202,7 @@ def read_all(urls: Iterable[str]) -> list[bytes | None]:
     for url, path in zip(urls, paths, strict=True):
         data = found.get(path)
         if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
-            raise ProtopruneError(f"{public(url)}: {trouble(data)}") from None
+            raise ProtopruneError(f"{public(url)}: {trouble(data, url)}") from None
         results.append(data if isinstance(data, bytes) else None)
     return results
 
@@ -215,7 +236,7 @@ def get(url: str, local: str) -> None:
     try:
         store(url).get_file(_path(url), local)
     except Exception as error:  # every file system raises its own
-        raise ProtopruneError(f"{public(url)}: {trouble(error)}") from None
+        raise ProtopruneError(f"{public(url)}: {trouble(error, url)}") from None
 
 
 def remove(url: str) -> None:
@@ -246,7 +267,7 @@ def _put(url: str, how: Callable[[Any, str, dict[str, str]], object], new: bool)
     except Exception as error:
         if "PreconditionFailed" in f"{type(error).__name__} {error}" or "onditionalRequestConflict" in str(error):
             raise FileExistsError(path) from None
-        raise ProtopruneError(f"{public(url)}: {trouble(error)}; what was written before is kept") from None
+        raise ProtopruneError(f"{public(url)}: {trouble(error, url)}; what was written before is kept") from None
     there.invalidate_cache(posixpath.dirname(path))
 
 

@@ -6,12 +6,15 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from protoprune.cli.training import hint_steps
 from protoprune.decode import Status
+from protoprune.training.loop import Recipe
 
 CLASSES = ("ape", "bee", "cat")
 N = 240
@@ -385,3 +388,19 @@ def test_scarce_images_and_uneven_classes_give_no_false_winner(tmp_path, monkeyp
     assert found["verdict"] != "better"
     assert found["to_classes_verdict"] == "worse"
     assert float(found["class_counts_low"]) > 0  # even classes hide what hard images cost
+
+
+def test_few_steps_are_said_before_the_training(capsys):
+    """24 images in batches of 8 are 3 steps an epoch; every run takes 500 unless --min-steps says otherwise."""
+    cnn, head = (Recipe.for_model(model, epochs=2, batch_size=8) for model in ("cnn", "head"))
+    own = "hint: 2 epochs of 24 images are 6 optimizer steps"
+    for recipe, least, said in (
+        (cnn, None, f"{own}; every run takes 500 at least (--min-steps)\n"),
+        (cnn, 4, f"{own}, and networks that take fewer than 500 have mostly not learned; --epochs 167 makes 500\n"),
+        (cnn, 9, f"{own} (9 by --min-steps), and networks that take fewer than 500 have mostly not learned; "
+                 "--epochs 167 makes 500\n"),
+        (replace(cnn, epochs=167), None, ""), (head, None, ""),
+        (replace(head, hidden=4), None, f"{own}; every run takes 500 at least (--min-steps)\n"),
+    ):  # fmt: skip
+        hint_steps(recipe, 24, least)
+        assert capsys.readouterr().err == said

@@ -454,3 +454,72 @@ def test_damage_is_found_and_mended(tars, mini, tmp_path):
     assert all(np.array_equal(one, other) for one, other in zip(arrays(tmp_path / "f"), before, strict=True))
     result = call("info", tmp_path / "f", "--verify")
     assert (result.exit_code, "whole" in result.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": None}, "what it says of 00.tar"), ({"rows": "6"}, "what it says of 00.tar"),
+        ({"rows": 1.5}, "what it says of 00.tar"), ({"rows": 2**70}, "what it says of 00.tar"),
+        ({"usable": 99}, "what it says of 00.tar"), ({"usable": -1}, "what it says of 00.tar"),
+        ({"size": []}, "what it says of 00.tar"), ({"uuid": "ä\udc84"}, "what it says of 00.tar"),
+        ({"failed": ["corrupt", "cut short"]}, "what it says of 00.tar"), ({"failed": ["x"]}, "what it says of 00.tar"),
+        ({"name": "01.tar"}, "a shard is named twice"), ({"name": 7}, ""), ({"junk": 1}, "junk"), (None, "no shards"),
+        ("root", "no root"), ("options", "no options"), ("key", "no key"),
+    ],
+)  # fmt: skip
+def test_a_set_that_contradicts_itself_is_one_line(change, said, damaged_set):
+    """And its shards are kept where they are whole."""
+    path, whole = damaged_set / "f/set.json", (damaged_set / "f/set.json").read_bytes()
+    plan = json.loads(whole)
+    names = [one["name"] for one in plan["shards"]]
+    if change is None:
+        plan["shards"] = []
+    elif isinstance(change, str):
+        plan[change] = 3
+    else:
+        plan["shards"][0] |= change if change != {"name": "01.tar"} else {"name": names[1]}
+    path.write_text(json.dumps(plan))
+    try:
+        for line in ("info", "select"):
+            result = call(line, damaged_set / "f", *(["--keep", 0.5] if line == "select" else []))
+            assert (result.exit_code, result.stdout) == (1, "")
+            assert result.stderr.count("\n") == 1
+            assert (
+                f"set.json: damaged ({said.replace('00.tar', names[0])}" in result.stderr or not said or said == "junk"
+            )
+            assert "run the same `protoprune embed` again with --overwrite" in result.stderr
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def damaged_set(folder, mini, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("damaged")
+    run(str(write_tars(tmp / "tars", members(folder), 2)), tmp / "f", mini)
+    return tmp
+
+
+def test_the_way_on_from_a_damaged_set(folder, mini, tmp_path):
+    tars = write_tars(tmp_path / "tars", members(folder), 2)
+    run(str(tars), tmp_path / "f", mini)
+    whole = (tmp_path / "f/set.json").read_bytes()
+    (tmp_path / "f/set.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ProtopruneError, match="again with --overwrite"):
+        run(str(tars), tmp_path / "f", mini)
+    report = run(str(tars), tmp_path / "f", mini, overwrite=True)
+    assert dict(report.states) == {"unchanged": 2}
+    assert (tmp_path / "f/set.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"size": 1, "version": 2, "status": 3, "reason": "x"}', '{"size": "1"}'])
+def test_a_damaged_note_of_a_failure_is_no_failure(said, folder, mini, tmp_path):
+    tars = write_tars(tmp_path / "tars", members(folder), 2)
+    (tars / "0001.tar").write_bytes(b"")
+    run(str(tars), tmp_path / "f", mini)
+    note = tmp_path / "f/0001.tar.failed.json"
+    assert json.loads(note.read_text())["status"] == "empty"
+    note.write_text(said)
+    report = run(str(tars), tmp_path / "f", mini)
+    assert [one[:2] for one in report.failed_shards] == [("0001.tar", "empty")]
+    assert json.loads(note.read_text())["status"] == "empty"

@@ -94,6 +94,9 @@ def test_no_command_breaks_a_line(here, line):
     result = CliRunner().invoke(app, line.split())
     assert result.exit_code == (2 if line.startswith("merge") else 0), result.output
     assert not CONTROL.search(result.stdout + result.stderr)
+    if line.startswith("report"):  # the command on the page makes a list that can be made
+        assert " -o kept.jsonl" in (here / "r.html").read_text()
+        assert 'kept.txt"]' not in (here / "r.html").read_text()
     if line.startswith("score"):
         assert np.flatnonzero(np.isnan(read_scores("s.csv", PATHS).scores)).tolist() == BROKEN
 

@@ -158,6 +158,7 @@ def test_a_store_that_does_not_answer(memory, monkeypatch):
     [
         (PermissionError("Access Denied"), "permission denied"),
         (OSError("An error occurred (ExpiredToken): The provided token has expired."), "credentials have expired"),
+        (OSError("Request had invalid authentication credentials. Expected OAuth 2 access token, 401"), "not accepted"),
         (FileNotFoundError("x"), "no such bucket, folder or file"),
         (ConnectionError("refused"), "cannot be reached"),
         (type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"), "FSSPEC_S3_ANON=true"),
@@ -169,6 +170,16 @@ def test_trouble_in_words_without_secrets(error, said):
     assert said in text
     assert "pa55" not in text
     assert "Signature" not in text
+
+
+def test_trouble_with_credentials_names_the_tools_of_the_store(monkeypatch):
+    error = OSError("Your default credentials were not found")
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in stores.trouble(error, "gs://bucket/x")
+    assert "HF_TOKEN" in stores.trouble(error, "hf://datasets/x")
+    assert "AWS_PROFILE" in stores.trouble(error, "s3://bucket/x")
+    monkeypatch.setattr(stores, "_ANSWER_SECONDS", 0.01)
+    with pytest.raises(ProtopruneError, match=r"no answer within .* check the network .* FSSPEC_GS_TOKEN=anon"):
+        stores.answered("gs://bucket/x", lambda: time.sleep(1))
 
 
 def test_urls_are_shown_without_secrets(monkeypatch):

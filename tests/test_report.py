@@ -204,9 +204,11 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     assert b"kept&lt;.txt: better than random by 1.2 points (0.4 to 2.0, 5 seeds)" in html
     assert b"5 seeds); worse than random images of the same class counts by 1.0 points" in html
     assert b'<td class="number">+1.2 (+0.4 to +2.0)</td>' in html
-    (folder / "results.json").write_text("{}")
-    with pytest.raises(ProtopruneError, match="not results of `evaluate`"):
-        page(pruning.select(many, 0.5), Options(evaluation=os.fspath(folder)))
+    for other in ({}, [], {"methods": 3}, {"methods": ["x"]}, {"methods": [{**method, "to_random": [1]}]},
+                  {"methods": [{**method, "kept": "many"}]}, {"methods": [{**method, "accuracy": None}]}):  # fmt: skip
+        (folder / "results.json").write_text(json.dumps(other))
+        with pytest.raises(ProtopruneError, match="not results of `evaluate`"):
+            page(pruning.select(many, 0.5), Options(evaluation=os.fspath(folder)))
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------

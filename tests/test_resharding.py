@@ -25,6 +25,8 @@ from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.resharding import PLAN, reshard
 
+PLACES = ("shards", "f", "kept.txt", "out")
+
 
 def tars(folder) -> list[Path]:
     return sorted(Path(folder).glob("*.tar"))
@@ -163,6 +165,44 @@ def test_the_loaders_of_others_read_them(folder, tmp_path):
         "webdataset", data_files=[str(tmp_path / "out/00000.tar")], split="train", cache_dir=str(tmp_path / "cache")
     )
     assert [one["__key__"] for one in read] == ["ant/0000_001", "ant/0000_003"]
+
+
+@pytest.mark.filterwarnings("ignore")  # webdataset leaves its files to garbage collection
+def test_a_set_as_datacomp_has_it(tmp_path):
+    """Tars of image, caption and metadata, and beside each a Parquet file of all uids, also of images that are gone."""
+    wds, pyarrow = pytest.importorskip("webdataset"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    uid_of = {f"{shard:05d}{number:04d}": f"{shard:016x}{number:016x}" for shard in range(2) for number in range(6)}
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        rows = [(key, uid) for key, uid in uid_of.items() if int(key[:5]) == shard]
+        files = []
+        for key, uid in rows[:5]:  # the last one could not be downloaded
+            meta = json.dumps({"uid": uid, "key": key, "caption": f"number {key}"}).encode()
+            image = encoded(picture(seed=int(key), width=16, height=12), "JPEG")
+            files += [(f"{key}.jpg", image), (f"{key}.json", meta), (f"{key}.txt", f"number {key}".encode())]
+        write_tar(tmp_path / f"shards/{shard:05d}.tar", files)
+        table = pyarrow.table({"uid": [uid for _, uid in rows], "key": [key for key, _ in rows]})
+        parquet.write_table(table, tmp_path / f"shards/{shard:05d}.parquet")
+        (tmp_path / f"shards/{shard:05d}_stats.json").write_text("{}")
+    before = snapshot(tmp_path / "shards")
+    for arguments in (
+        ["embed", "shards", "-o", "f", "--encoder", "mini", "--device", "cpu"],
+        ["select", "f", "--keep", "0.5", "-o", "kept.txt"],
+        ["reshard", "kept.txt", "out", "--features", "f", "--shard-size", "3"],
+    ):
+        result = CliRunner().invoke(app, [str(tmp_path / one) if one in PLACES else one for one in arguments])
+        assert result.exit_code == 0, result.stderr
+    kept = (tmp_path / "kept.txt").read_text().split()
+    assert len(kept) == 5
+    pattern = str(tmp_path / "out" / "{00000..00001}.tar")
+    samples = list(wds.WebDataset(pattern, shardshuffle=False))
+    assert [json.loads(one["json"])["uid"] for one in samples] == [uid_of[name[-13:-4]] for name in kept]
+    assert [one["txt"].decode() for one in samples] == [f"number {name[-13:-4]}" for name in kept]
+    for one, name in zip(samples, kept, strict=True):
+        with tarfile.open(tmp_path / "shards" / name.split("/")[0]) as tar:
+            assert one["jpg"] == tar.extractfile(name.split("/")[1]).read()
+    assert snapshot(tmp_path / "shards") == before
 
 
 def test_a_second_run_does_only_the_rest_and_gives_the_same_bytes(folder, tmp_path):

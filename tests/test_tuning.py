@@ -391,6 +391,22 @@ def test_the_log_tells_lengths_and_damage_apart(tmp_path):
     assert fresh.answers("b", lambda: pytest.fail("kept")).tolist() == [True] * 9
 
 
+def test_a_flipped_bit_of_the_log_is_asked_again(tmp_path):
+    """Of the answers' base64 every letter is an answer too: a digest in each line tells what was written."""
+    log = Log(tmp_path, modes())
+    right = np.arange(40) % 3 == 0
+    log.answers("a", lambda: right)
+    path = tmp_path / "runs.jsonl"
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert Log(tmp_path, modes()).answers("a", lambda: right).tolist() == right.tolist()
+    line = json.loads(whole)
+    for other in ({"key": 3}, {"right": 3}, {"digest": None}, {"right": line["right"].replace("4", "8", 1)}):
+        path.write_text(json.dumps(line | other) + "\n")
+        assert Log(tmp_path, modes()).answers("a", lambda: right).tolist() == right.tolist()
+
+
 # --- keep auto -------------------------------------------------------------------------------------------------------
 
 

@@ -160,17 +160,19 @@ def _load(
         from protoprune.sources.reading import ShardOptions
 
         with open_features(features) as file:
-            paths, labels, classes, usable = list(file.paths), file.labels, file.classes, file.usable
+            paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable
             options = ShardOptions.of(file.provenance)
             root = root or file.provenance["root"]
-    paths, matched = comparison.join(tables, paths, by_place=reading.by_place)
+    ids, matched = comparison.join(tables, paths, by_place=reading.by_place)
+    del read, tables  # of millions of images their names are what takes most
     arrays = {name: table.scores for name, table in matched.items()}
-    if usable is not None:
-        arrays = {name: np.where(usable, scores, np.nan) for name, scores in arrays.items()}
+    for scores in arrays.values():
+        if usable is not None:
+            scores[~usable] = np.nan
     result = comparison.compare(
-        arrays, paths, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
+        arrays, ids, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
     )
-    _say_tables(matched, len(paths) if usable is None else int(usable.sum()), arrays, result)
+    _say_tables(matched, len(ids) if usable is None else int(usable.sum()), arrays, result)
     return result, os.fspath(root or ""), options
 
 

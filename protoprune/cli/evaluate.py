@@ -128,9 +128,8 @@ def evaluate(
     for one in (train, tested):
         check_results(out, one.root, one.paths)
     kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
-    if min_steps is not None:
-        few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
-        hint_steps(recipe, few, min_steps)
+    few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
+    hint_steps(recipe, few, min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,

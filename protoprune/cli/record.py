@@ -78,7 +78,7 @@ def record(
             else ""
         )
     )
-    hint_steps(recipe, round(subset * len(train)))
+    hint_steps(recipe, max(1, round(subset * len(train))), 0)
     if plan:
         return
     with resumable("what is recorded is kept"), Progress("record", "epochs") as progress:

@@ -111,8 +111,7 @@ def scaling(
         check_results(out, one.root, one.paths)
     known = _scores(scores, train, reading)
     vectors = _vectors(features, train) if scores is None else None
-    if min_steps is not None:
-        hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
+    hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = sweep(
             train, tested, recipe, sizes=sizes, keeps=keeps, orders=orders, scores=known, features=vectors, seeds=seeds,

@@ -132,7 +132,10 @@ def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
     import json
 
-    recipe = json.loads(facts.get("recipe", "{}"))
+    try:
+        recipe = dict(json.loads(facts.get("recipe", "{}")))
+    except (ValueError, TypeError):  # of a damaged file of an earlier version
+        return "unknown"
     model, epochs = recipe.pop("model", "unknown"), recipe.pop("epochs", None)
     first = [str(model)] + ([f"{epochs:,} epochs"] if epochs else [])
     return ", ".join(first + [f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value])

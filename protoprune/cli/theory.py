@@ -14,6 +14,7 @@ import typer
 
 from protoprune.cli.options import numbers
 from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.progress import printable
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 
@@ -282,9 +283,9 @@ def advise(
         console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
         pieces = advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder)
         for number, piece in enumerate(pieces, 1):
-            console.print(f"{number}. {piece.text}", markup=False, style="bold")
-            console.print(f"   Because: {piece.support}.", markup=False)
-            console.print(f"   But: {piece.uncertainty}.\n", markup=False)
+            console.print(printable(f"{number}. {piece.text}"), markup=False, style="bold")
+            console.print(printable(f"   Because: {piece.support}."), markup=False)
+            console.print(printable(f"   But: {piece.uncertainty}."), "\n", markup=False, sep="")
     typer.echo(text.get(), nl=False)
 
 

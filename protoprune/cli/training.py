@@ -119,20 +119,26 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
     return data
 
 
-def hint_steps(recipe: Recipe, rows: int, least: int = 1) -> None:
-    """Say before the training, and not after it, that networks will take too few optimizer steps to have learned.
+def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
+    """Say before the training, and not after it, that the optimizer steps of its epochs are too few to learn by.
 
-    `least` are those that every run takes.
+    `least` are those that every run takes (None: MIN_STEPS); in `record` 0.
     """
-    from protoprune.evaluation.runs import MIN_STEPS
+    from protoprune.evaluation.runs import MIN_STEPS, to_convergence
     from protoprune.training.loop import steps_per_epoch
 
     each = steps_per_epoch(rows, recipe.batch_size)
-    steps = max(recipe.epochs * each, least)
-    if recipe.model != "head" and steps < MIN_STEPS:
+    own, least = recipe.epochs * each, MIN_STEPS if least is None else least
+    if own >= MIN_STEPS or to_convergence(recipe):
+        return
+    own_words = f"hint: {recipe.epochs:,} epochs of {rows:,} images are {own:,} optimizer steps"
+    if least >= MIN_STEPS:
+        say(f"{own_words}; every run takes {least:,} at least (--min-steps)")
+    elif recipe.model != "head":
+        more = f" ({least:,} by --min-steps)" if least > own else ""
         say(
-            f"hint: {recipe.epochs:,} epochs of {rows:,} images are {steps:,} optimizer steps, and networks that take "
-            f"fewer than {MIN_STEPS} have mostly not learned; --epochs {-(-MIN_STEPS // each):,} makes {MIN_STEPS}"
+            f"{own_words}{more}, and networks that take fewer than {MIN_STEPS} have mostly not learned; "
+            f"--epochs {-(-MIN_STEPS // each):,} makes {MIN_STEPS}"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from protoprune.decode import Preprocess
 
@@ -11,7 +10,7 @@ SELF_SUPERVISED = "self-supervised"
 SUPERVISED = "supervised (ImageNet labels)"
 
 _DINOV3 = "timm, Siméoni et al. 2025"
-_IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class PackagedFile:
 
 def _vit(name: str, architecture: str, dim: int, parameters: float, source: str, licence: str) -> EncoderInfo:
     """DINO, DINOv2 and DINOv3 share their evaluation: 256 pixels, the middle 224, the class token."""
-    preprocess = Preprocess(224, 256, "bicubic", **_IMAGENET)
+    preprocess = Preprocess(224, 256, "bicubic", mean=_MEAN, std=_STD)
     return EncoderInfo(name, architecture, dim, parameters, 224, source, licence, pool="token", preprocess=preprocess)
 
 
@@ -98,7 +97,7 @@ CATALOGUE = {
             224,
             "authors' file, Caron et al. 2021",
             "Apache-2.0",
-            preprocess=Preprocess(224, 256, "bicubic", **_IMAGENET),
+            preprocess=Preprocess(224, 256, "bicubic", mean=_MEAN, std=_STD),
             url="https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
         ),
         EncoderInfo(
@@ -109,7 +108,7 @@ CATALOGUE = {
             224,
             "authors' file, Caron et al. 2020",
             "CC-BY-NC-4.0",
-            preprocess=Preprocess(224, 256, "bilinear", mean=_IMAGENET["mean"], std=(0.228, 0.224, 0.225)),
+            preprocess=Preprocess(224, 256, "bilinear", mean=_MEAN, std=(0.228, 0.224, 0.225)),
             url="https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
         ),
         _lite(0, 3.4, 224, 256, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),

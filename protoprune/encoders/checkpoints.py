@@ -12,11 +12,16 @@ import re
 import types
 import warnings
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    State = dict[str, torch.Tensor]  # by name
 
 # Where the tensors are in what is saved; of DINO's two networks its authors evaluate the teacher.
 _WRAPPERS = ("teacher", "student", "state_dict", "model", "model_state_dict", "target_encoder", "encoder")
@@ -24,7 +29,7 @@ _WRAPPERS = ("teacher", "student", "state_dict", "model", "model_state_dict", "t
 _PICKLE = 1 << 20  # bytes of a pickle that are looked at for what it would call
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_state(path: str | os.PathLike[str]) -> State:
     """The state dict of a .pth, .pt or .safetensors file, taken out of the training checkpoint around it.
 
     Raises UsageError when there is no such file, ProtopruneError when it is not of that kind, or holds objects whose

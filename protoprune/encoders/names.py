@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from protoprune.encoders.checkpoints import State
 
-def familiar(state: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+
+def familiar(state: State, model: torch.nn.Module) -> State:
     """`state` under names that timm knows, as far as its library is one of those below; else as it is."""
     if "_conv_stem.weight" in state and hasattr(model, "blocks"):
         return _efficientnet(state, model)
@@ -31,7 +34,7 @@ _PARTS = {  # of a block: lukemelas's EfficientNet -> timm's, after an expansion
 _ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
-def _efficientnet(state: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def _efficientnet(state: State, model: torch.nn.Module) -> State:
     """An EfficientNet of lukemelas's port (and what was made from it, Lite included).
 
     There the blocks are numbered through; in timm by stage, which the model knows.
@@ -79,11 +82,11 @@ def _at_the_top(name: str, tensor: str) -> str:
     return _TOP.get(f"{name}.{tensor}") or f"{_TOP.get(name, name)}.{tensor}"
 
 
-def _hugging_face(state: dict[str, Any]) -> dict[str, Any]:
+def _hugging_face(state: State) -> State:
     """ViT, DINOv2, DINOv3 of `transformers` (4 and 5) -> the authors' names; queries, keys and values in one tensor."""
     prefix, old = next((m.group(1), bool(m.group(2))) for m in map(_PATCHES.fullmatch, state) if m)
     registers = "register_tokens" if old else "storage_tokens"  # DINOv2's and DINOv3's name
-    new: dict[str, Any] = {}
+    new: State = {}
     attention: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         name, _, tensor = key.removeprefix(prefix).rpartition(".")

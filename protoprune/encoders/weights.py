@@ -14,7 +14,7 @@ from protoprune.errors import ProtopruneError
 if TYPE_CHECKING:
     import torch
 
-    State = dict[str, torch.Tensor]  # by name
+    from protoprune.encoders.checkpoints import State
 
 _ANOTHER = "give the weights of this architecture, or another --encoder"
 # What a checkpoint has beside the weights of a backbone: counters, masks, and the token of masked training.

@@ -24,7 +24,7 @@ import protoprune
 from protoprune.errors import ProtopruneError
 from protoprune.evaluation import fits
 from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
-from protoprune.evaluation.curves import ALL, Point, Scaling
+from protoprune.evaluation.curves import ALL, Curve, Point, Scaling
 from protoprune.evaluation.runs import device_kind
 from protoprune.evaluation.statistics import Difference, Interval
 from protoprune.files import table_csv, write_file
@@ -275,18 +275,22 @@ def _few(sizes: list[int]) -> list[int]:
 def _draw_panel(axes: Axes, result: Scaling, order: str) -> None:
     curves = [one for one in result.curves if one.order in (order, ALL) and one.keep is not None]
     for number, curve in enumerate(curves):
-        points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
-        everything = curve.order == ALL
-        colour, label = ("black", "everything kept") if everything else (f"C{number}", f"keep {curve.keep:g}")
-        kept, errors = [one.kept for one in points], [one.error.mean for one in points]
-        half = _reach([one.error for one in points])
-        axes.errorbar(kept, errors, half, fmt=".-", color=colour, label=label, capsize=2)
-        if everything and curve.fits and curve.fits.best:
-            law = curve.fits.law(curve.fits.best)
-            axes.plot(kept, fits.predict(law.name, law.parameters, kept), ":", color=colour, label=f"fit: {law.name}")
+        _draw_curve(axes, result, curve, f"C{number}")
     for curve in result.curves:
         if curve.order == order and curve.keep is None:
             axes.plot(curve.kept, curve.errors, "--", color="0.4", linewidth=3, alpha=0.5, label="Pareto envelope")
+
+
+def _draw_curve(axes: Axes, result: Scaling, curve: Curve, colour: str) -> None:
+    """The points of a fraction, and of everything the fit too."""
+    points = [one for one in result.points if (one.order, one.keep) == (curve.order, curve.keep)]
+    everything = curve.order == ALL
+    colour, label = ("black", "everything kept") if everything else (colour, f"keep {curve.keep:g}")
+    kept, errors = [one.kept for one in points], [one.error.mean for one in points]
+    axes.errorbar(kept, errors, _reach([one.error for one in points]), fmt=".-", color=colour, label=label, capsize=2)
+    if everything and curve.fits and curve.fits.best:
+        law = curve.fits.law(curve.fits.best)
+        axes.plot(kept, fits.predict(law.name, law.parameters, kept), ":", color=colour, label=f"fit: {law.name}")
 
 
 def _reach(intervals: list[Interval]) -> np.ndarray:

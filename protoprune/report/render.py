@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from protoprune import __version__, stores
 from protoprune.errors import UsageError
+from protoprune.paths import encoded
 from protoprune.pruning import Selected
 from protoprune.report import maps, thumbnails
 from protoprune.report.facts import Facts, Options, gather, shown
@@ -56,7 +57,7 @@ def page(
     facts = gather(chosen, options, on_step)
     limit = LIMITS[facts.n > SMALL]
     blocks = {name: _block(array) for name, array in facts.blocks.items()}
-    blocks["names"] = _block(_names([chosen.ranking.paths[row] for row in facts.sample]))
+    blocks["names"] = _names(chosen.ranking.paths, facts.sample)
     whole = _whole_list(chosen, facts)
     why = _no_list(chosen, facts, sum(len(text) for _, text in whole.values()), LIST_SHARE * limit)
     saves = why is None
@@ -68,6 +69,9 @@ def page(
         sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
     place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
     blocks["thumb"] = _block(place)
+    if _broken(chosen):  # lines cannot hold the names, and the command must make the list
+        first, last = facts.data["command"]
+        facts.data["command"] = [first, last.removesuffix(" > kept.txt") + " -o kept.jsonl"]
     facts.data |= {"side": thumbnails.SIDE, "across": thumbnails.ACROSS, "saves": saves}
     facts.text |= {"no_list": why, "thumbnails": len(sprites.place) - sprites.missing, "missing": sprites.missing}
     html = _render(facts, blocks, sprites.images)
@@ -77,19 +81,22 @@ def page(
 
 def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | None:
     """Why the page cannot save lists; None where it can."""
-    broken = [path for path in chosen.ranking.paths if "\n" in path or path.endswith("\r")]
-    if broken:
-        return f"{len(broken):,} file names hold a line break, which a list of lines cannot hold"
+    if broken := _broken(chosen):
+        return f"{broken:,} file names hold a line break, which a list of lines cannot hold"
     if size > room:
         return f"the names of {facts.n:,} images would not fit"
     return None
 
 
+def _broken(chosen: Selected) -> int:
+    """How many names a list of lines cannot hold."""
+    return sum("\n" in path or path.endswith("\r") for path in chosen.ranking.paths)
+
+
 def _whole_list(chosen: Selected, facts: Facts) -> dict[str, tuple[str, str]]:
     """What saving a list takes: the stop and the name of every image that can be kept."""
     can = np.flatnonzero(facts.first != NEVER)
-    names = [chosen.ranking.paths[row] for row in can.tolist()]
-    return {"list_first": _block(facts.first[can]), "list_names": _block(_names(names))}
+    return {"list_first": _block(facts.first[can]), "list_names": _names(chosen.ranking.paths, can)}
 
 
 def _pictures(
@@ -105,9 +112,11 @@ def _pictures(
         return thumbnails.make(wanted, lambda row: read(paths[row]), budget, on_image)
 
 
-def _names(paths: list[str]) -> np.ndarray:
-    """The bytes of the names, each followed by a NUL byte."""
-    return np.frombuffer(os.fsencode("".join(f"{path}\0" for path in paths)), np.uint8)
+def _names(paths: Sequence[str], rows: np.ndarray) -> tuple[str, str]:
+    """The bytes of the names, each followed by a NUL byte, as a `_block`."""
+    packer = zlib.compressobj(9)
+    parts = [packer.compress(b"\0".join([*part, b""])) for part in encoded(paths, rows)]
+    return "u1", base64.b64encode(b"".join([*parts, packer.flush()])).decode()
 
 
 def _block(array: np.ndarray) -> tuple[str, str]:

@@ -23,7 +23,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         verdicts = [f"{one['name']}: {_verdicts(one)}" for one in methods if one.get("to_random")]
     except FileNotFoundError:
         raise ProtopruneError(f"{folder}: holds no results.json; give the folder of `protoprune evaluate -o`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(f"{path}: not results of `evaluate` ({error}); run it again, it keeps its runs") from None
     figure = ""
     with contextlib.suppress(OSError):

@@ -6,14 +6,20 @@ never a guess: a ranking by the class label looks like any other ranking. Knows 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import math
+import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from protoprune.errors import ProtopruneError
+from protoprune.paths import held
 from protoprune.text import PATH_NAMES, plain_name
 
 # Names as `plain_name` leaves them; the first of the tuple that occurs is taken.
@@ -49,7 +55,7 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     score = _named(names, _SCORES)
     if key is not None and score is not None:
         return Columns(key, score, _kind(names[key]), True)
-    numeric = [column for column in range(len(first)) if _is_numeric(rest or rows, column)]
+    numeric = _numeric(first, rest or rows)
     if not rest or not (key is not None or score is not None or _is_header(first, numeric)):
         return _without_header(rows, numeric)
     if len(first) == 1 and numeric:
@@ -153,6 +159,11 @@ def _named(names: list[str], wanted: Sequence[str]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
 
+def _numeric(first: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns of numbers."""
+    return [column for column in range(len(first)) if _is_numeric(rows, column)]
+
+
 def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
     values = [row[column] if len(row) > column else "none" for row in rows]
     return any(value.strip() for value in values) and all(number(value) is not None for value in values)
@@ -179,25 +190,25 @@ def number(text: str) -> float | None:
 
 
 def parse_text(
-    text: str, delimiter: str | None = None, wanted: str | None = None
-) -> tuple[list[str] | None, list[float], str]:
-    """(keys or None, scores, kind of the keys) of delimited text.
+    text: bytes, delimiter: str | None = None, wanted: str | None = None
+) -> tuple[Sequence[str] | None, np.ndarray, str]:
+    """(keys or None, scores, kind of the keys) of delimited text, UTF-8.
 
     With a `delimiter` the columns are path and score under a header. Without it, a line that starts with # is a
     comment, unless it reads like a row: `#1.png,0.5`. `wanted` is the name of the score's column. Raises
     ProtopruneError (which names no file) and csv.Error.
     """
     layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text, wanted)
-    pairs, scores = _extract(text, *layout, comments=not delimiter and "#" in text)
-    if not scores:
+    keys, scores = _extract(text, *layout, comments=not delimiter and b"#" in text)
+    if not len(scores):
         raise ProtopruneError("a header and no rows")
     columns = layout[1]
-    return (None if columns.key is None else [key for key, _ in pairs]), scores, columns.kind
+    return (None if columns.key is None else keys), np.array(scores, np.float64), columns.kind
 
 
-def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
+def _rows(text: bytes, delimiter: str) -> Iterator[list[str]]:
     """Rows that are not blank, comments included."""
-    lines = io.StringIO(text, newline="")
+    lines = io.TextIOWrapper(io.BytesIO(text), "utf-8", "surrogateescape", newline="")
     rows: Iterator[list[str]]
     if delimiter == "":
         rows = (line.rsplit(None, 1) for line in lines)
@@ -208,7 +219,7 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
     return (row for row in rows if row)
 
 
-def _layout(text: str, wanted: str | None) -> tuple[str, Columns]:
+def _layout(text: bytes, wanted: str | None) -> tuple[str, Columns]:
     """The delimiter under which the first rows have clear columns, best all of one width; else why there is none."""
     reason = None
     for even, delimiter in itertools.product((True, False), _DELIMITERS):
@@ -233,43 +244,49 @@ def _could_be_rows(rows: list[list[str]], delimiter: str, even: bool) -> bool:
     return not (even and uneven) and not (len(rows[0]) == 1 and (delimiter or uneven))
 
 
-def _sample(text: str, delimiter: str) -> list[list[str]]:
+def _sample(text: bytes, delimiter: str) -> list[list[str]]:
     """The first rows; those that look like comments only when there are no others."""
     rows = list(itertools.islice(_rows(text, delimiter), 4 * _SAMPLE))
     return ([row for row in rows if not row[0].startswith("#")] or rows)[:_SAMPLE]
 
 
-def _extract(text: str, delimiter: str, columns: Columns, comments: bool) -> tuple[list[tuple[str, str]], list[float]]:
-    """(key, cell) and score of every row of data."""
+def _extract(text: bytes, delimiter: str, columns: Columns, comments: bool) -> tuple[Sequence[str], Sequence[float]]:
+    """Key and score of every row of data."""
     key, score = columns.key or 0, columns.score
     rows = _rows(text, delimiter)
     above = _skip_header(rows) if columns.header else 0
-    try:
-        pairs = [(row[key], row[score]) for row in rows]
-        scores = [float(cell) for _, cell in pairs]
-        if not comments and not any("_" in cell for _, cell in pairs):
-            return pairs, scores
-    except (IndexError, ValueError):  # a missing score, a comment, or what cannot be read
-        pass
+    if not comments:
+        scores = array("d")
+
+        def keys() -> Iterator[bytes]:
+            for row in rows:
+                value = number(row[score])
+                if value is None:
+                    raise ValueError("no number")
+                scores.append(value)
+                yield os.fsencode(row[key])
+
+        with contextlib.suppress(IndexError, ValueError):  # what cannot be read is looked for below
+            return held(keys()), scores
     return _extract_each(itertools.islice(_rows(text, delimiter), above, None), above, key, score, comments)
 
 
 def _extract_each(
     rows: Iterator[list[str]], above: int, key: int, score: int, comments: bool
-) -> tuple[list[tuple[str, str]], list[float]]:
+) -> tuple[list[str], list[float]]:
     """The same, row by row; `above` rows stand above them."""
-    pairs: list[tuple[str, str]] = []
+    keys: list[str] = []
     scores: list[float] = []
     for place, row in enumerate(rows, above + 1):
         if comments and row[0].startswith("#") and row[0][1:2] in ("", " ", "\t"):
             continue
         value = number(row[score]) if len(row) > max(key, score) else None
         if value is not None:
-            pairs.append((row[key], row[score]))
+            keys.append(row[key])
             scores.append(value)
         elif not comments or not row[0].startswith("#"):
             raise ProtopruneError(f"row {place} has no number in column {score + 1}: {_shown(row)}")
-    return pairs, scores
+    return keys, scores
 
 
 def _skip_header(rows: Iterator[list[str]]) -> int:

@@ -33,6 +33,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz, reason
+from protoprune.paths import distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import parse_json, plain_bytes
 
@@ -54,7 +55,7 @@ _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
 # (keys or None, scores as they stand, kind of the keys, header)
 _Column = Sequence[object] | np.ndarray
-_Read = tuple[list[str] | None, np.ndarray, str, dict[str, Any]]
+_Read = tuple[Sequence[str] | None, np.ndarray, str, dict[str, Any]]
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Table:
     """A score table as its file has it, but for the direction: a larger score is harder."""
 
     source: str
-    keys: list[str] | None  # r paths or row numbers; None: one score a row of the images
+    keys: Sequence[str] | None  # r paths or row numbers; None: one score a row of the images
     kind: str  # of the keys: name, index (row numbers) or unsure (either)
     scores: np.ndarray  # (r,) float64, NaN where a row has none
     metric: str = ""  # empty when the file does not say
@@ -125,7 +126,8 @@ def _suffix(path: str) -> str:
 def _digest(header: dict[str, Any], paths: Sequence[str], scores: np.ndarray) -> str:
     """xxh3-64 of a header without its digest, the paths and the scores in their own type."""
     digest = xxh3_64(json.dumps({key: header[key] for key in sorted(header) if key != "digest"}).encode())
-    digest.update(b"\0".join(map(os.fsencode, paths)))
+    for place, part in enumerate(encoded(paths, np.arange(len(paths)))):
+        digest.update((b"\0" if place else b"") + b"\0".join(part))
     digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores).data)  # a NaN comes back as another one
     return digest.hexdigest()
 
@@ -203,14 +205,19 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
     if higher == "easier":
         scores = 0.0 - scores
     if keys is not None:
-        keys = keys if header else [key.removeprefix("./") for key in keys]
+        keys = keys if header else _without_dots(keys)
         _refuse_duplicates(source, keys)
     released = _RELEASED_FILE.fullmatch(os.path.basename(file))
     metric = column or header.get("metric") or (released[1] if released else "")
     return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
 
 
-def _as_written(source: str, header: dict[str, Any], keys: list[str], scores: np.ndarray) -> np.ndarray:
+def _without_dots(keys: Sequence[str]) -> Sequence[str]:
+    """The keys without `./` before them."""
+    return [key.removeprefix("./") for key in keys] if any(key.startswith("./") for key in keys) else keys
+
+
+def _as_written(source: str, header: dict[str, Any], keys: Sequence[str], scores: np.ndarray) -> np.ndarray:
     """(r,) float64: the scores in the digits of their own type. Raises ProtopruneError where they, or the keys, are not
     what the header's digest says."""
     if header.get("type") == "float32":  # the shortest digits of a float32 are not those of the same float64
@@ -256,10 +263,10 @@ def named(table: Table, rows: str | os.PathLike[str] | Sequence[str]) -> Table:
     else:
         keys = _names_of_rows(table, table.keys, names, what)
     _refuse_duplicates(f"--rows {what}", keys)
-    return replace(table, keys=[key.removeprefix("./") for key in keys], kind="name")
+    return replace(table, keys=_without_dots(keys), kind="name")
 
 
-def _names_of_rows(table: Table, keys: list[str], names: list[str], what: str) -> list[str]:
+def _names_of_rows(table: Table, keys: Sequence[str], names: list[str], what: str) -> list[str]:
     numbers = [int(key) if key.isascii() and key.isdecimal() else -1 for key in keys]
     wrong = next((key for key, row in zip(keys, numbers, strict=True) if not 0 <= row < len(names)), None)
     if wrong is not None:
@@ -308,8 +315,8 @@ def _refuse_infinite(source: str, keys: Sequence[str] | None, scores: np.ndarray
         )
 
 
-def _refuse_duplicates(source: str, keys: list[str]) -> None:
-    if len(set(keys)) == len(keys):
+def _refuse_duplicates(source: str, keys: Sequence[str]) -> None:
+    if distinct(keys):
         return
     seen: set[str] = set()
     for key in keys:
@@ -354,18 +361,17 @@ def _parsed(data: bytes, suffix: str, column: str | None) -> _Read:
 
 
 def _read_text(data: bytes, column: str | None) -> _Read:
-    text = os.fsdecode(plain_bytes(data))
+    data = plain_bytes(data)
     header: dict[str, Any] = {}
-    delimiter = None
-    if not text.startswith(_MARK):
-        _refuse_damaged_line(text[:2000].partition("\n")[0])
-    if text.startswith(_MARK):
-        line, _, text = text.partition("\n")
-        header = _header(line.removeprefix(_MARK))
+    delimiter, end = None, data.find(b"\n")
+    line = os.fsdecode(data[:end] if end >= 0 else data)
+    if not line.startswith(_MARK):
+        _refuse_damaged_line(line[:2000])
+    else:
+        header, data = _header(line.removeprefix(_MARK)), data[len(os.fsencode(line)) + 1 :]
         if column is None:
-            delimiter = "\t" if text.startswith("path\tscore") else "," if text.startswith("path,score") else None
-    keys, scores, kind = parse_text(text, delimiter, column)
-    return keys, np.array(scores, np.float64), kind, header
+            delimiter = "\t" if data.startswith(b"path\tscore") else "," if data.startswith(b"path,score") else None
+    return *parse_text(data, delimiter, column), header
 
 
 def _refuse_damaged_line(first: str) -> None:

@@ -524,10 +524,7 @@ def _described(schema: pa.Schema, kind: str) -> list[str]:
 def _image_column(schema: pa.Schema, asked: str | None) -> str:
     kinds = {name: schema.field(name).type for name in schema.names}
     if asked is not None:
-        if asked not in kinds:
-            raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
-        if not _holds_bytes(kinds[asked]):
-            raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
+        _check_image_column(kinds, asked)
         return asked
     described = [name for name in _described(schema, "Image") if name in kinds]
     candidates = described or [name for name, kind in kinds.items() if _holds_bytes(kind)]
@@ -538,6 +535,13 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
         which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
         raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
     return candidates[0]
+
+
+def _check_image_column(kinds: Mapping[str, pa.DataType], asked: str) -> None:
+    if asked not in kinds:
+        raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
+    if not _holds_bytes(kinds[asked]):
+        raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -40,8 +40,7 @@ def find_remote(url: str) -> Source | None:
     """The shards of a URL: one file, a pattern or a folder. See `find_shards`."""
     if url.startswith("file://"):
         return local_shards(url.removeprefix("file://"))
-    store = stores.store(url)
-    return stores.answered(url, lambda: _find(store, url))
+    return stores.answered(url, lambda: _find(stores.store(url), url))
 
 
 def _find(store: Any, url: str) -> Source:
@@ -111,10 +110,10 @@ def fetched(shard: Shard) -> Iterator[str]:
             except FileNotFoundError:
                 raise ShardError(Status.MISSING, "no such file on the store") from None
             except PermissionError as error:
-                raise ShardError(Status.UNREADABLE, stores.trouble(error)) from None
+                raise ShardError(Status.UNREADABLE, stores.trouble(error, shard.url)) from None
             except Exception as error:  # every file system raises its own
                 if attempt == _TRIES:
-                    raise ShardError(Status.UNREADABLE, stores.trouble(error)) from None
+                    raise ShardError(Status.UNREADABLE, stores.trouble(error, shard.url)) from None
                 time.sleep(attempt)
         size = os.path.getsize(path)
         if shard.size not in (size, 0):

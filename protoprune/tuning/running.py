@@ -361,6 +361,10 @@ class _Lab:
         return judging.judge({name: np.stack(rows) for name, rows in right.items()})
 
 
+def _line_digest(key: str, right: str) -> str:
+    return hashlib.sha256(f"{key} {right}".encode()).hexdigest()[:16]
+
+
 class Log:
     """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
 
@@ -374,7 +378,8 @@ class Log:
             for line in self.path.read_text(errors="replace").splitlines():
                 try:
                     one = parse_json(line)
-                    self._found[one["key"]] = one["right"]
+                    if one["digest"] == _line_digest(one["key"], one["right"]):  # damage costs a training only
+                        self._found[one["key"]] = one["right"]
                 except (ValueError, KeyError, TypeError):
                     continue
 
@@ -388,10 +393,11 @@ class Log:
             return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=int(count)).astype(bool)
         right = np.asarray(compute(), bool)
         self._found[name] = f"{len(right)} {base64.b64encode(np.packbits(right).tobytes()).decode()}"
+        one = {"key": name, "right": self._found[name], "digest": _line_digest(name, self._found[name])}
         try:
             with open(self.path, "a") as file:
                 fresh = file.tell() == 0 or self._ended(self.path)
-                file.write(("" if fresh else "\n") + json.dumps({"key": name, "right": self._found[name]}) + "\n")
+                file.write(("" if fresh else "\n") + json.dumps(one) + "\n")
         except OSError as error:
             raise ProtopruneError(f"{self.path}: cannot write ({error.strerror}); choose another -o") from None
         return right
