@@ -326,7 +326,8 @@ class PartialRecord:
         self._file, self.provenance = self._reader.file, self._reader.attributes
         self._digests = _Digests(self._reader)
         damaged = {model for _, model, _ in self._digests.differing(self.committed)}
-        for model in damaged | set(_differing_probabilities(self._reader, self.committed)):
+        self.damaged = sorted(damaged | set(_differing_probabilities(self._reader, self.committed)))
+        for model in self.damaged:
             self.commit(slice(model, model + 1), 0)  # nothing is built upon damage
 
     @property

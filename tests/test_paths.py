@@ -151,7 +151,7 @@ def test_threads_may_read_the_parts_of_a_set_at_once(feature_file, tmp_path, mon
         )
         with FeatureFile(tmp_path / "set" / f"{name}.h5") as file:
             parts.append(featureset.Part(name, 1, 1, 40, 40, file.provenance["uuid"]))
-    featureset.write_plan(str(tmp_path / "set"), {"root": "/data"}, parts)
+    featureset.write_plan(str(tmp_path / "set"), {"root": "/data", "key": {}, "options": {}}, parts)
     monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
     whole = featureset.FeatureSet(tmp_path / "set")
     names, features = list(whole.paths), whole.features[:]
@@ -174,3 +174,26 @@ def test_threads_may_read_the_parts_of_a_set_at_once(feature_file, tmp_path, mon
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_names_in_a_block_are_those_that_were_given():
+    names = [f"a/{i}é\udcff.jpg" for i in range(200)]
+    block = paths.held(map(os.fsencode, names))
+    assert (list(block), block, block[130], block[3:9]) == (names, names, names[130], names[3:9])
+    assert list(paths.held([])) == []
+    with pytest.raises(ValueError, match="NUL"):
+        paths.held([b"a\0b"])
+
+
+@pytest.mark.parametrize("rows", [[], [0], [3, 64, 65, 199], list(range(200))])
+def test_chosen_names(rows):
+    names = paths.held(f"{i:03d}".encode() for i in range(200))
+    rows = np.array(rows, np.int64)
+    assert list(paths.chosen(names, rows)) == [f"{i:03d}" for i in rows]
+    assert list(paths.chosen(list(names), rows)) == [f"{i:03d}" for i in rows]
+
+
+def test_names_that_occur_twice_are_found():
+    assert paths.distinct(["a", "b", "ab"])
+    assert not paths.distinct(["a", "b", "a"])
+    assert paths.distinct([])

@@ -392,6 +392,37 @@ def test_checkpoints_that_cannot_be_read_or_are_gone_cost_only_time(tmp_path):
         (tmp_path / "r.h5").unlink()
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_checkpoint_after_damaged_rows_is_never_used(tmp_path, epoch):
+    """A network goes on from its checkpoint only where all that it recorded before is there."""
+    train, test, recipe, layout = KINDS["cnn"]
+    run(train, test, recipe, tmp_path / "whole.h5", **layout)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done == 2:  # epochs 0 and 2 are recorded, 3 is not
+            raise Stop
+
+    for how in ("damaged", "uncommitted"):
+        with pytest.raises(Stop):
+            run(train, test, recipe, tmp_path / "r.h5", on_progress=stop, **layout)
+        assert list((tmp_path / "r.h5.state").glob("*.pt"))
+        with h5py.File(tmp_path / "r.h5.partial", "r+") as file:
+            assert file["committed"][0] == 2
+            file["loss"][0, epoch, 3] += 1
+            if how == "uncommitted":  # killed right after the damage was found
+                file["committed"][0] = 0
+        if how == "damaged":
+            with pytest.warns(UserWarning, match="r.h5: what was recorded of 1 models is damaged; they are trained"):
+                run(train, test, recipe, tmp_path / "r.h5", **layout)
+        else:
+            run(train, test, recipe, tmp_path / "r.h5", **layout)
+        assert stored(tmp_path / "r.h5") == stored(tmp_path / "whole.h5")
+        (tmp_path / "r.h5").unlink()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_checkpoints_of_another_run_are_never_used(tmp_path, overwrite):
     train, test, _, layout = KINDS["cnn"]

@@ -580,3 +580,20 @@ def test_comments_alone_are_no_table(tmp_path):
     (tmp_path / "s.txt").write_text("# x,score,path\n#,b.png,3\n")
     with pytest.raises(ProtopruneError, match="nothing but comments"):
         read_scores(tmp_path / "s.txt", ["b.png"])
+
+
+def test_a_table_in_any_order_is_matched_as_by_an_index_of_all_names(tmp_path):
+    """Brute force: a dict of the paths; some keys are no image, some images have no score, some stand there twice."""
+    rng = np.random.default_rng(0)
+    names = [f"{i // 100:02d}.tar/{i:05d}.jpg" for i in range(3000)]
+    keys = [names[i] for i in rng.permutation(3000)[:2500]] + [f"other/{i}" for i in range(40)]
+    values = rng.random(len(keys))
+    lines = [f"{key},{value!r}\n" for key, value in zip(keys, values.tolist(), strict=True)]
+    (tmp_path / "s.csv").write_text("path,score\n" + "".join(lines))
+    table = read_scores(tmp_path / "s.csv", names)
+    expected = dict(zip(keys, values.tolist(), strict=True))
+    assert np.array_equal(table.scores, [expected.get(name, np.nan) for name in names], equal_nan=True)
+    assert (table.unmatched_rows, table.missing, table.matched_by) == (keys[2500:], 500, "path")
+    (tmp_path / "s.csv").write_text("path,score\n" + "".join(lines) + lines[7])
+    with pytest.raises(ProtopruneError, match="occurs twice"):
+        read_scores(tmp_path / "s.csv", names)

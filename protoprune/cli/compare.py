@@ -164,9 +164,11 @@ def _load(
             options = ShardOptions.of(file.provenance)
             root = root or file.provenance["root"]
     ids, matched = comparison.join(tables, paths, by_place=reading.by_place)
+    del read, tables  # of millions of images their names are what takes most
     arrays = {name: table.scores for name, table in matched.items()}
-    if usable is not None:
-        arrays = {name: np.where(usable, scores, np.nan) for name, scores in arrays.items()}
+    for scores in arrays.values():
+        if usable is not None:
+            scores[~usable] = np.nan
     result = comparison.compare(
         arrays, ids, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
     )

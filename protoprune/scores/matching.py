@@ -222,7 +222,7 @@ def _same(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
     if not len(paths):
         return np.full(len(keys), _NONE)
     own, other = digests(paths), digests(paths, 1)
-    order = np.argsort(own, kind="stable")
+    order = np.argsort(own, kind="stable").astype(np.int32 if len(paths) < 2**31 else np.int64)
     own.sort(kind="stable")
     rows = np.full(len(keys), _NONE)
     for first in range(0, len(keys), BATCH):
@@ -233,6 +233,7 @@ def _same(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
         found = (own[at] == wanted) & (other[row] == check)
         twice = found & (after > at) & (own[after] == wanted)
         rows[first : first + BATCH] = np.where(twice, _AMBIGUOUS, np.where(found, row, _NONE))
+    del own, other, order
     return _once(rows)
 
 

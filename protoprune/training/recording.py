@@ -23,7 +23,7 @@ import torch
 from protoprune import files, hdf5, records
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import parse_json
 from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs
@@ -138,6 +138,8 @@ def record(
                 on_start(laid_out.models * recipe.epochs, laid_out.models * recipe.epochs)
             return
         partial = records.PartialRecord(out)
+        if partial.damaged:
+            warn(f"{out}: what was recorded of {len(partial.damaged):,} models is damaged; they are trained again")
         try:
             job = _Job(train, test, recipe, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
             (_record_heads if recipe.model == "head" else _record_networks)(job, partial)
@@ -306,7 +308,13 @@ def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{folder}: {error.strerror}; checkpoints go there, move what is in the way") from None
-    states = {number: _load_state(folder, number) for number in range(laid_out.models)}
+    for number in partial.damaged:  # its checkpoint comes after rows that are not what was written
+        with contextlib.suppress(OSError):
+            os.unlink(_state_path(folder, number))
+    committed = partial.committed.tolist()
+    states = {
+        number: _after(_load_state(folder, number), committed[number], numbers) for number in range(laid_out.models)
+    }
     before = sum(
         recipe.epochs if partial.committed[number] == len(numbers) else state["epoch"] if state else 0
         for number, state in states.items()
@@ -337,6 +345,8 @@ def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
             _, previous = _measure(model, train, recipe, False, None)
         elif 0 in numbers:
             write(0, loop.make_model(train, recipe, own).to(job.device))
+            partial.sync()
+            partial.commit(one, 1)
         rows = np.flatnonzero(laid_out.subset[number])
         if state is None or state["epoch"] < recipe.epochs:
             for at in loop.epochs(train, recipe, rows=rows, seed=own, device=job.device, resume=state):
@@ -352,6 +362,16 @@ def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
         partial.commit(one, len(numbers))
         with contextlib.suppress(OSError):
             os.unlink(_state_path(folder, number))
+
+
+def _after(state: dict[str, Any] | None, committed: int, numbers: list[int]) -> dict[str, Any] | None:
+    """A checkpoint, unless recorded epochs before it are not there any more: then the model is trained from its start.
+
+    A killed run may have left the rows of the last one without having noted that they are finished.
+    """
+    if state is None or committed < sum(number <= state["epoch"] for number in numbers) - 1:
+        return None
+    return state
 
 
 def _write_probabilities(partial: records.PartialRecord, one: slice, log_probabilities: torch.Tensor) -> None:
