@@ -6,6 +6,7 @@ does not fit, a float that becomes infinity, an array of terabytes.
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -17,11 +18,15 @@ SEEDS = 2_000_000_000  # the largest one: faiss and others take an int of 32 bit
 
 def check_whole(name: str, value: Any, low: int = 1, high: int = MANY, hint: str = "") -> None:
     """Raise UsageError unless `value`, of an option or argument of this name, is a whole number from low to high."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (whole and low <= value <= high):
+    if not is_whole(value, low, high):
         shown = _shown(value)
-        least = f"at least {low:,}" if whole and value < low else f"a whole number from {low:,} to {high:,}"
+        least = f"at least {low:,}" if is_whole(value) and value < low else f"a whole number from {low:,} to {high:,}"
         raise UsageError(f"{name} {shown}: expected {least}{hint}")
+
+
+def is_whole(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether this is a whole number, of Python or numpy, from low to high."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def check_number(name: str, value: Any, low: float, high: float, hint: str = "", *, above: bool = False) -> None:

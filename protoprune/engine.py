@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
+from protoprune.bounds import is_whole
 from protoprune.decode import Preprocess
 from protoprune.device import cores, native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
@@ -86,7 +87,7 @@ class Engine:
         if store not in ("float16", "float32"):
             raise UsageError(f"--store {store}: expected float16 or float32")
         for option, number in (("--batch-size", batch_size), ("--workers", workers)):
-            if number is not None and not 1 <= number <= MOST[option]:
+            if number is not None and not is_whole(number, 1, MOST[option]):
                 raise UsageError(f"{option} {number}: expected auto or a number from 1 to {MOST[option]}")
         if encoder.preprocess.size > _LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")

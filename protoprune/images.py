@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import formats, stores
+from protoprune.bounds import is_whole
 from protoprune.decode import ImageError, open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import with_slashes
@@ -232,7 +233,7 @@ def folder_labels(paths: Sequence[str], level: int | None = None) -> tuple[np.nd
     are at least two first-level folders; otherwise every label is -1 and there are no classes. With `level` N they are
     the folders of level N, 1 the first, whatever lies above them; images that lie less deep have label -1.
     """
-    if level is not None and not 1 <= level <= _DEEPEST:
+    if level is not None and not is_whole(level, 1, _DEEPEST):
         raise UsageError(f"--class-level {level}: expected at least 1, the first-level folders, and at most {_DEEPEST}")
     place = (level or 1) - 1
     parts = [path.split("/", place + 1) for path in paths]

@@ -123,7 +123,10 @@ def import_features(
         raise UsageError(f"--store {store}: expected auto, float16 or float32")
     check_new(out, overwrite)
     if os.path.exists(partial_path(out)) and not overwrite:
-        raise UsageError(f"{partial_path(out)}: an unfinished run of `protoprune embed`; choose another -o")
+        raise UsageError(
+            f"{partial_path(out)}: an unfinished run of `protoprune embed` or `import`; let it end, choose another -o, "
+            "or replace it with --overwrite"
+        )
     with contextlib.ExitStack() as stack:
         columns = _Columns(vector_column, path_column, own_names=paths is None)
         read, parts = _read(vectors, columns, stack)

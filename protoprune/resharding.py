@@ -82,7 +82,7 @@ def reshard(
     report = ReshardReport(out, len(entries), len(shards))
     plan = {
         "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
-        "shard_size": shard_size, "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
+        "shard_size": int(shard_size), "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
     }  # fmt: skip
     _prepare(out)
     done = 0

@@ -111,3 +111,27 @@ def test_numbers_at_their_bounds():
         bounds.check_number("--x", value, 0, 1)
     with pytest.raises(UsageError, match="--x 0: expected a number above 0 to 1"):
         bounds.check_number("--x", 0, 0, 1, above=True)
+
+
+@pytest.mark.parametrize("value", ["auto", "2", 1.5, True, -1, float("nan"), [], 10**30])
+def test_python_refuses_what_is_no_number(value, image_tree, tmp_path):
+    """By the sentence of the command line, and not by whatever Python stumbles over first."""
+    import protoprune
+    from protoprune.evaluation.comparing import _seeds
+
+    encoder, root = protoprune.load_encoder("mini"), image_tree({"a": 1, "b": 1})
+    for option, call in {
+        "--batch-size": lambda: protoprune.embed(None, encoder, tmp_path / "f.h5", batch_size=value),
+        "--workers": lambda: protoprune.embed(None, encoder, tmp_path / "f.h5", workers=value),
+        "--class-level": lambda: protoprune.list_folder(root, class_level=value),
+        "--image-size": lambda: protoprune.load_encoder("mini", image_size=value),
+        "--seeds": lambda: _seeds(value),
+    }.items():
+        with pytest.raises(UsageError, match=f"^{option} "):
+            call()
+
+
+def test_seeds_may_be_numbers_of_numpy():
+    from protoprune.evaluation.comparing import _seeds
+
+    assert _seeds(np.int64(3)) == _seeds(3) == _seeds(range(3)) == _seeds(np.arange(3)) == [0, 1, 2]

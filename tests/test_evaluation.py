@@ -103,6 +103,22 @@ def test_a_random_list_is_no_better_than_random_at_the_stated_rate(recipe):
     assert false <= stats.binom.ppf(0.999, trials, 0.05)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.arange(60) < 20, "a mask, expected the rows of the list; give np.flatnonzero"),
+        (np.array([0.5, 1]), "float64 of shape (2,), expected the rows"), (np.array([], np.int64), "of shape (0,)"),
+        (np.array([3, 60]), "rows 3 to 60 of 60 images; expected 0 to 59"), (np.array([-1, 4]), "rows -1 to 4"),
+        (np.array([4, 4]), "given twice"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_are_refused(rows, message):
+    """A mask taken for rows would be the rows 0 and 1, many times, and its accuracy a number that is not true."""
+    train = blobs(60)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        evaluate(train, train, [Kept("a", rows)], LINEAR, seeds=2, device="cpu")
+
+
 def test_lists_are_compared_with_random_subsets_of_their_own_size():
     fit = FakeFit(effect=lambda rows: len(rows) / 2000, luck=0, noise=0)
     lists = [Kept("few", np.arange(50)), Kept("many", np.arange(400))]

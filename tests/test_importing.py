@@ -304,3 +304,12 @@ def test_at_the_command_line_and_never_over_another_file(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), VECTORS)
     said = CliRunner().invoke(app, ["info", str(tmp_path / "f.h5")]).stdout
     assert "imported: v.npy" in said
+
+
+def test_what_a_killed_import_left_is_said_and_replaced(tmp_path):
+    np.savez(tmp_path / "v.npz", features=np.eye(4, dtype=np.float32), paths=np.array(list("abcd")))
+    (tmp_path / "f.h5.partial").write_bytes(b"\x89HDF")
+    with pytest.raises(UsageError, match=r"of `protoprune embed` or `import`; let it end.* with --overwrite"):
+        import_features(tmp_path / "v.npz", tmp_path / "f.h5")
+    assert import_features(tmp_path / "v.npz", tmp_path / "f.h5", overwrite=True).n == 4
+    assert not (tmp_path / "f.h5.partial").exists()

@@ -352,11 +352,11 @@ def test_a_wrong_root_can_be_put_right(folder, tmp_path):
     for wrong in ({"kept": ["ant/gone.png"], "root": folder}, {"kept": ["ant/001.png"], "root": tmp_path}):
         with pytest.raises(ProtopruneError, match="No such file"):
             reshard(out=tmp_path / "new", **wrong)
-    assert reshard(["ant/001.png"], tmp_path / "new", root=folder).images == 1
+    assert reshard(["ant/001.png"], tmp_path / "new", root=folder, shard_size=np.int64(7)).images == 1
     assert list(content(tmp_path / "new")) == ["ant/001.png"]
     assert json.loads((tmp_path / "new" / PLAN).read_text())["root"] == str(folder)
     with pytest.raises(UsageError, match="holds the shards of another list"):
-        reshard(["ant/002.png"], tmp_path / "new", root=folder)
+        reshard(["ant/002.png"], tmp_path / "new", root=folder, shard_size=7)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds other things"):

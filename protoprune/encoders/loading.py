@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from protoprune.bounds import is_whole
 from protoprune.decode import DECODERS, Preprocess
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
@@ -61,7 +62,7 @@ def load_encoder(
     info = CATALOGUE.get(name)
     if info is None and not name.startswith("timm:"):
         raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
-    if image_size is not None and image_size < 8:
+    if image_size is not None and not is_whole(image_size, 8):
         raise UsageError(f"--image-size {image_size}: expected at least 8")
     if decode not in DECODERS:
         raise UsageError(f"--decode {decode}: expected {' or '.join(DECODERS)}")

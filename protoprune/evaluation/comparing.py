@@ -13,7 +13,7 @@ tables, figures.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -394,7 +394,7 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int | float):
+    if not isinstance(seeds, Iterable) or isinstance(seeds, str):
         check_whole("--seeds", seeds, 1, 10_000)
         return list(range(int(seeds)))
     found = list(seeds)
@@ -437,3 +437,18 @@ def _check(train: Examples, test: Examples, lists: Sequence[Kept]) -> None:
     names = [one.name for one in lists]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")
+    for one in lists:
+        _check_rows(one, len(train.paths))
+
+
+def _check_rows(one: Kept, n: int) -> None:
+    """Raise UsageError for rows that are none: taken as they are, a mask would be the rows 0 and 1 many times."""
+    rows = np.asarray(one.rows)
+    if rows.dtype == bool:
+        raise UsageError(f"{one.name}: a mask, expected the rows of the list; give np.flatnonzero of it")
+    if rows.ndim != 1 or not len(rows) or not np.issubdtype(rows.dtype, np.integer):
+        raise UsageError(f"{one.name}: {rows.dtype} of shape {rows.shape}, expected the rows of its images")
+    if rows.min() < 0 or rows.max() >= n:
+        raise UsageError(f"{one.name}: rows {rows.min()} to {rows.max()} of {n:,} images; expected 0 to {n - 1:,}")
+    if len(np.unique(rows)) < len(rows):
+        raise UsageError(f"{one.name}: rows that are given twice; give each once")
