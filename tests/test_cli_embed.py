@@ -1,5 +1,6 @@
 """`protoprune embed` and `encoders` as a user meets them: exit codes, streams, lists on stdin, Ctrl-C."""
 
+import contextlib
 import csv
 import gzip
 import os
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,18 +263,19 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path):
     command = [sys.executable, "-m", "protoprune", "embed", "images", "--encoder", "mini", "--device", "cpu"]
     command += ["--batch-size", "4", "--overwrite"]
     partial = partial_path(str(tmp_path / "features.h5"))
-    for wait in (0.3, 1, 2, 4, 8):  # until a batch is done, on a machine however busy
-        if os.path.exists(partial):
-            os.unlink(partial)
+    for _ in range(5):  # on a machine however busy
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 180
-        while not os.path.exists(partial) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(wait)
+        seen = set()  # when the partial file was written: made, and then a commit a batch
+        while len(seen) < 4 and process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(os.stat(partial).st_mtime_ns)
+            time.sleep(0.001)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
         if "interrupted: " in said and "interrupted: 0 of" not in said:
             break
+        for path in (partial, tmp_path / "features.h5"):  # all of it was faster than that, or nothing was done
+            Path(path).unlink(missing_ok=True)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "protoprune embed images --encoder mini --device cpu --batch-size 4" in said.splitlines()[-1]
