@@ -87,13 +87,13 @@ def test_an_image_that_waits_for_a_busy_machine_is_not_given_up_but_for_silence_
     monkeypatch.setattr(module, "IMAGE_SECONDS", 0.2)
     let_go = threading.Event()
 
-    def work(item):
-        let_go.wait(1.5)  # no CPU time
-        return np.array([item]), ""
+    def work(seconds):
+        let_go.wait(seconds)  # no CPU time
+        return np.array([seconds]), ""
 
     assert collect(work, [1])[0] == [(Status.OK, "")]
     monkeypatch.setattr(module, "_SILENCE", 0.5)
-    assert collect(work, [1])[0][0][0] == Status.UNREADABLE
+    assert collect(work, [60])[0][0][0] == Status.UNREADABLE
     let_go.set()
 
 
