@@ -136,8 +136,8 @@ def test_threads_can_be_relieved_by_others_with_another_set_up(count):
         crew.relieve(lambda: set_ups.append("second"))
         go_on.set()
         outcome = [one for part in parts for one in crew.results(part)]
-        for thread in old:
-            thread.join(30)
+    for thread in old:  # one that had nothing to do waited until now
+        thread.join(30)
     assert outcome == [(Status.OK, "")] * 9
     assert sorted(done) == list(range(9))
     assert set_ups == ["first"] * count + ["second"] * count
