@@ -132,11 +132,13 @@ def test_threads_can_be_relieved_by_others_with_another_set_up(count):
     with Crew(count, work, lambda: set_ups.append("first")) as crew:
         parts = [crew.start([first, first + 1, first + 2], lambda *_: None) for first in (0, 3, 6)]
         assert at.wait(30)
+        while len(set_ups) < count:
+            time.sleep(0.001)
         old = list(crew.threads)
         crew.relieve(lambda: set_ups.append("second"))
         go_on.set()
         outcome = [one for part in parts for one in crew.results(part)]
-    for thread in old:  # one that had nothing to do waited until now
+    for thread in old + crew.threads:  # one that had nothing to do waited until now
         thread.join(30)
     assert outcome == [(Status.OK, "")] * 9
     assert sorted(done) == list(range(9))
