@@ -146,3 +146,12 @@ def test_what_does_not_go_is_said_in_one_line(here, feature_file, arguments, cod
 def test_rounds_are_those_of_the_documentation():
     assert choosing.ROUNDS == (1, 2, 4, 8)
     assert choosing.FOLDS == 5
+
+
+def test_a_test_set_that_is_the_training_set_and_a_table_of_nothing(here):
+    result = run("tune", "--keep", 0.3, "--features", "features.h5", "--test", "features.h5", "--seeds", 2)
+    assert "warning: 150 of the 150 test images are the training set itself" in result.stderr
+    (here / "nan.csv").write_text("path,score\n" + "".join(f"{path},nan\n" for path in PATHS))
+    result = run("tune", "--keep", 0.3, "--scores", "nan.csv", "-o", "new", code=2)
+    assert result.stderr.splitlines()[-1] == "error: --scores nan.csv: gives none of the images a score; leave it out"
+    assert not (here / "new").exists()

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation import Kept, evaluate, report, runs, scaling
 from protoprune.evaluation import runs as running
 from protoprune.evaluation.curves import envelope
@@ -117,6 +118,23 @@ def test_rows_that_are_none_are_refused(rows, message):
     train = blobs(60)
     with pytest.raises(UsageError, match=re.escape(message)):
         evaluate(train, train, [Kept("a", rows)], LINEAR, seeds=2, device="cpu")
+
+
+def test_test_images_that_are_training_images_are_counted():
+    """Under whatever names; a test set that is a part of the training set gave an accuracy that is not true."""
+    train, other = blobs(60), blobs(40, seed=5)
+    own = [other.inputs[:30], train.inputs[[7, 9, 9, 50]], torch.zeros(6, 8)]
+    mixed = dataclasses.replace(other, inputs=torch.cat(own))
+    train.inputs[3] = 0  # zeros say nothing of what is the same
+    lists = [Kept("a", np.arange(20))]
+    with pytest.warns(ProtopruneWarning, match="4 of the 40 test images are training images too") as said:
+        evaluate(train, mixed, lists, LINEAR, seeds=2, device="cpu", class_counts=False)
+    assert f"first: {mixed.paths[30]}" in str(said[0].message)
+    with pytest.warns(ProtopruneWarning, match="60 of the 60 test images are the training set itself"):
+        evaluate(blobs(60), blobs(60), lists, LINEAR, seeds=2, device="cpu", class_counts=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(train, other, lists, LINEAR, seeds=2, device="cpu", class_counts=False)
 
 
 def test_lists_are_compared_with_random_subsets_of_their_own_size():

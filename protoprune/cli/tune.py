@@ -173,6 +173,8 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
         read = read_scores(table, examples.paths, higher_is=higher_is)
         for note in read.notes():
             say(f"{table}: {note}")
+        if np.isnan(read.scores).all():
+            raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
         tables[os.fspath(table)] = read.scores
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     return replace(pool, tables=tables), examples
@@ -180,11 +182,12 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
 
 def _tested(file: Source, train: Examples) -> Pool:
     """The test set of an open feature file, which must be of the same encoder."""
-    from protoprune.training.examples import check_same_inputs, load_examples
+    from protoprune.training.examples import check_same_inputs, load_examples, warn_of_shared
 
     examples = load_examples(file, classes=train.classes)
     for difference in check_same_inputs(train, examples):
         say(f"warning: {file.path} differs from the training features in {difference}: in the last digits")
+    warn_of_shared(train, examples)
     return _pool_of(examples)
 
 
@@ -196,11 +199,13 @@ def _pool_of(examples: Examples) -> Pool:
 
 def _networks(pool: Pool, model: str, images: Path, test: Path | None, training: TrainingOptions) -> Networks:
     from protoprune.evaluation.runs import list_rows
-    from protoprune.training.examples import subset
+    from protoprune.training.examples import subset, warn_of_shared
     from protoprune.tuning.running import Networks
 
     recipe = training.recipe(model)
     train, tested = load_sets(images, test, model, training, LabelOptions())
+    if tested is not None:
+        warn_of_shared(train, tested)
     rows = list_rows(pool.paths, train, "the feature file")
     return Networks(subset(train, rows), tested, recipe, training.device)
 

@@ -382,13 +382,14 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
 
 def check_sets(train: Examples, test: Examples) -> None:
     """UsageError unless a model trained on the one set can be tested on the other."""
-    from protoprune.training.examples import check_same_inputs
+    from protoprune.training.examples import check_same_inputs, warn_of_shared
 
     if list(train.classes) != list(test.classes):
         raise UsageError("the test set has other classes than the training set; load it with the same ones")
     if not len(test.labels):
         raise UsageError("the test set is empty; give one with labelled images")
     check_same_inputs(train, test)
+    warn_of_shared(train, test)
 
 
 def steps_for(rows: int, recipe: Recipe, min_steps: int | None = 1) -> int | None:

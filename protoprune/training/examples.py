@@ -112,6 +112,28 @@ def load_examples(
         return _load_features(file, classes)
 
 
+def warn_of_shared(train: Examples, test: Examples) -> None:
+    """Warn when the very vectors or pixels of test images are those of training images, under whatever names: what is
+    right on them says nothing about new images."""
+    own, other = (np.asarray(one.inputs.flatten(1)) for one in (train, test))
+    if own.shape[1:] != other.shape[1:]:
+        return
+    some = np.unique(np.linspace(0, own.shape[1] - 1, 32).round().astype(int))  # a look at all of a large set is dear
+    known: dict[bytes, list[int]] = {}
+    for row, part in enumerate(np.ascontiguousarray(other[:, some])):
+        known.setdefault(part.tobytes(), []).append(row)
+    shared: set[int] = set()
+    for row, part in enumerate(np.ascontiguousarray(own[:, some])):
+        rows = known.get(part.tobytes(), ())
+        shared.update(one for one in rows if other[one].any() and np.array_equal(own[row], other[one]))
+    if shared:
+        whole = "the training set itself" if len(shared) == len(test) == len(train) else "training images too"
+        warn(
+            f"{len(shared):,} of the {len(test):,} test images are {whole} (first: {test.paths[min(shared)]}); what is "
+            "right on them says nothing about new images"
+        )
+
+
 def check_same_inputs(train: Examples, test: Examples) -> list[str]:
     """Raise UsageError unless both sets have inputs that one model can take; returns what differs in rounding only.
 
