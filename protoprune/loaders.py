@@ -41,8 +41,8 @@ def keep_only(
     `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
     empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and
     when none is in the part), so that a wrong root can never train on less than was asked for; for an iterable this is
-    known, and raised, at its end. (Several loader workers see a part each: they warn when none of theirs is
-    listed. Go through the data set once in one process to check all of it.)
+    known, and raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs
+    is listed. Go through the data set once in one process to check all of it.)
     """
     listed = _listed(kept)
     if isinstance(dataset, Mapping):
@@ -276,7 +276,7 @@ class _KeptSamples:
         if not _sees_a_part():
             _all_present(unseen, self.count, "(by key)")
         elif number and not any_kept:
-            warn(f"none of the {number:,} samples of this worker is in the list; {_OTHER_LIST}")
+            warn(f"none of the {number:,} samples that this process saw is in the list; {_OTHER_LIST}")
 
 
 def _key_of(sample: Any) -> str:
@@ -334,15 +334,16 @@ def _middle(extension: str) -> str:
 
 
 def _sees_a_part() -> bool:
-    """Whether this is a loader worker that sees one share of the shards only: of several workers, or of the one in each
-    of several processes (torchrun's, which webdataset splits the shards among)."""
+    """Whether this process sees one share of the shards only: of several loader workers, or of several processes
+    (torchrun's, which webdataset splits the shards among)."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        return True
     if "torch" not in sys.modules:
         return False
     from torch.utils.data import get_worker_info
 
     worker = get_worker_info()
-    alone = worker is None or (worker.num_workers == 1 and os.environ.get("WORLD_SIZE", "1") in ("", "1"))
-    return not alone
+    return worker is not None and worker.num_workers > 1
 
 
 def _key(path: str) -> tuple[str, str]:
