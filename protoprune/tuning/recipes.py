@@ -133,15 +133,17 @@ class Part:
 
     def _made(self, candidate: Candidate) -> pruning.Ranking:
         pool, rows = self.pool, self.rows
-        vectors, scores, clusterings = pool.vectors[rows], np.zeros(len(rows)), []
+        vectors, scores, clusterings, placed = pool.vectors[rows], np.zeros(len(rows)), [], None
         if candidate.scores is not None:
             scores = pool.tables[candidate.scores][rows]
         elif self._by_prototypes(candidate):
             k = candidate.k or prototypes.auto_k(len(rows), len(pool.classes))
             clusterings = [prototypes.cluster(vectors, min(k, len(rows)), seed=self.seed)]
             scores = clusterings[0].distance
+        else:
+            placed = vectors.any(axis=1)  # as `select` does: vectors of zeros are kept by a score table alone
         return pruning.Ranking(
             "", "", [pool.paths[row] for row in rows], pool.labels[rows], list(pool.classes),
             np.full(len(rows), Status.OK, np.uint8), scores, clusterings,
-            clusters=pruning.Clusters(k=candidate.k, seed=self.seed), vectors=vectors,
+            clusters=pruning.Clusters(k=candidate.k, seed=self.seed), vectors=vectors, placed=placed,
         )  # fmt: skip
