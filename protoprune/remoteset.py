@@ -55,6 +55,9 @@ def _note(data: bytes | None, file: stores.Seen | None) -> dict[str, Any] | None
         return None
     try:
         found: dict[str, Any] = parse_json(data.decode())
+        digest = found.pop("digest", None)  # those of earlier versions have none
+        if digest is not None and digest != _digest(found):
+            return None  # damaged: the file itself is asked again
         if "failed" in found:
             return found
         if file is None:
@@ -67,8 +70,12 @@ def _note(data: bytes | None, file: stores.Seen | None) -> dict[str, Any] | None
 
 def write_note(path: str, what: dict[str, Any], file: stores.Seen | None = None) -> None:
     """Write the note of a feature file, which is about `file`, if there is one."""
-    about = {"mark": file.mark} if file is not None and file.mark else {}
-    stores.write(note_file(path), json.dumps(what | about).encode())
+    what = what | ({"mark": file.mark} if file is not None and file.mark else {})
+    stores.write(note_file(path), json.dumps(what | {"digest": _digest(what)}).encode())
+
+
+def _digest(what: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def deliver(local: str, path: str, what: dict[str, Any], *, new: bool) -> None:

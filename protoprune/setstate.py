@@ -148,8 +148,9 @@ def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) ->
         return f"cannot be compared with what was embedded ({error})"
 
 
-def finish(out: str, uuids: dict[str, str]) -> list[Part]:
-    """Write what is there into set.json; the parts of it. `uuids` are those of the feature files that this run saw.
+def finish(out: str, seen: dict[str, tuple[str, int]]) -> list[Part]:
+    """Write what is there into set.json; the parts of it. `seen` has the ids and rows of the feature files that this run
+    saw, whatever was written of them before.
 
     On a store, which has no locks, it is looked at again after it was written: whoever writes last has seen all that
     was done before, and what is done later its maker writes.
@@ -158,7 +159,7 @@ def finish(out: str, uuids: dict[str, str]) -> list[Part]:
         with _locked(out):
             plan, parts = read_plan(out)
             notes = remoteset.notes(out) if stores.is_url(out) else None
-            now = [_state(out, part, plan, uuids.get(part.name, part.uuid), notes) for part in parts]
+            now = [_state(out, part, plan, *seen.get(part.name, (part.uuid, part.rows)), notes) for part in parts]
             changed = [part.as_json() for part in now] != [part.as_json() for part in parts]
             if changed:
                 write_plan(out, plan, now)
@@ -167,10 +168,14 @@ def finish(out: str, uuids: dict[str, str]) -> list[Part]:
     return now
 
 
-def _state(out: str, part: Part, plan: Plan, uuid: str, notes: dict[str, Any] | None) -> Part:
-    """A part as its files have it; `uuid` is what its feature file is known to have."""
+def _state(out: str, part: Part, plan: Plan, uuid: str, rows: int, notes: dict[str, Any] | None) -> Part:
+    """A part as its files have it; `uuid` and `rows` are what its feature file is known to have."""
     path = shard_file(out, part.name)
-    if part.done and part.uuid == uuid and (notes is None or notes.get(path, {}).get("uuid") == uuid):
+    if (
+        part.done
+        and (part.uuid, part.rows) == (uuid, rows)
+        and (notes is None or notes.get(path, {}).get("uuid") == uuid)
+    ):
         return part
     shard = Shard(part.name, "", part.size, part.version)
     options = ShardOptions(**plan["options"])

@@ -155,14 +155,15 @@ def embed_shards(
             run = functools.partial(cluster.run, _work, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
-        uuids, classes = {}, 0
+        seen: dict[str, tuple[str, int]] = {}
+        classes = 0
         for one in _reports(mine, source.root, options, engine, out, run, on_start):
             _count(report, one)
-            uuids[one.name] = one.uuid
+            seen[one.name] = one.uuid, one.rows
             classes += one.classes
             if on_shard:
                 on_shard(one)
-    _sum_up(report, setstate.finish(out, uuids))
+    _sum_up(report, setstate.finish(out, seen))
     if report.states["embedded"] and not classes:
         _warn_of_no_classes(options, "the shards embedded now")
     return report

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -523,3 +524,17 @@ def test_a_damaged_note_of_a_failure_is_no_failure(said, folder, mini, tmp_path)
     report = run(str(tars), tmp_path / "f", mini)
     assert [one[:2] for one in report.failed_shards] == [("0001.tar", "empty")]
     assert json.loads(note.read_text())["status"] == "empty"
+
+
+def test_rows_that_set_json_has_wrong_are_put_right(tars, mini, tmp_path):
+    """By the same `embed`, as the message says: the files know how many they have."""
+    run(tars, tmp_path / "f", mini)
+    path = tmp_path / "f" / "set.json"
+    whole = path.read_text()
+    path.write_text(re.sub(r'"rows": (\d+), "usable": \d+', r'"rows": 1\1, "usable": 1', whole, count=1))
+    with pytest.raises(
+        ProtopruneError, match=r"not the file that .*set.json names; .* else the same `protoprune embed`"
+    ):
+        FeatureSet(tmp_path / "f")
+    assert run(tars, tmp_path / "f", mini).embedded == 0
+    assert path.read_text() == whole

@@ -130,3 +130,8 @@ def test_a_wild_seed_weighs_on_its_own_size_only():
 def test_what_cannot_be_fitted_is_refused(sizes, errors, message):
     with pytest.raises(UsageError, match=message):
         fit_laws(sizes, errors)
+
+
+def test_where_laws_cannot_be_compared_none_is_best_in_a_share():
+    found = fit_laws([10, 20, 40], np.array([[0.4, 0.3, 0.2], [0.41, 0.28, 0.21]]), bootstrap=5)
+    assert [(law.aicc, law.wins) for law in found.laws] == [(None, None)] * 3

@@ -123,6 +123,18 @@ def test_a_file_whose_writer_was_killed_before_its_note_counts(memory, tars, min
     assert memory.exists("/set/f/0001.tar.note.json")
 
 
+def test_a_note_whose_numbers_were_damaged_is_made_again(memory, tars, mini, monkeypatch):
+    """Its rows would be those of set.json, which then names a file that is not there."""
+    run(tars, "memory://set/f", mini)
+    whole = memory.cat("/set/f/0001.tar.note.json")
+    memory.pipe("/set/f/0001.tar.note.json", whole.replace(b'"rows": 3', b'"rows": 2'))
+    monkeypatch.setattr("protoprune.sharding.open_shard", None)  # nothing is embedded for that
+    report = run(tars, "memory://set/f", mini)
+    assert (report.embedded, report.n) == (0, 12)
+    assert memory.cat("/set/f/0001.tar.note.json") == whole
+    assert [part.rows for part in read_plan("memory://set/f")[1]] == [3, 3, 3, 3]
+
+
 def test_failed_shards_are_noted_and_tried_again(memory, tars, mini):
     data = (tars / "0001.tar").read_bytes()
     (tars / "0001.tar").write_bytes(b"<html>no</html>")

@@ -369,6 +369,12 @@ def test_what_protoprune_itself_lists_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
+        ("s.csv", b"path,status,reason\n", "a header and no rows"),
+        (
+            "s.csv",
+            b"path,label\na.png,cat\nb.png,dog\n",
+            "no score table: none of its columns path, label holds numbers",
+        ),
         ("s.csv", b"path,label,el2n\ncat/a.png,3,0.5\n", "which of its columns path, label, el2n is the score"),
         ("s.csv", b"cat/a.png,3,0.5\ncat/b.png,9,0.1\n", "which of its columns cat/a.png, 3, 0.5 is the score.*header"),
         ("s.csv", b"cat/a.png,cat,0.5\ncat/b.png,cat,0.1\n", "which of its columns .* is the path"),

@@ -34,7 +34,7 @@ class Law:
     parameters: dict[str, float]  # a, b and for the offset c
     intervals: dict[str, list[float]] | None  # 95 %, bootstrap over seeds; None with one seed
     aicc: float | None  # None where there are too few sizes for this many parameters
-    wins: float | None  # share of the bootstrap samples in which this law has the lowest AICc
+    wins: float | None  # share of the bootstrap samples in which this law has the lowest AICc, where it has one
     rms_log: float  # root mean square of log(error / fit) over sizes: how far off, about as a fraction
 
 
@@ -89,7 +89,7 @@ def fit_laws(
         parameters = _natural(name, found[name][0], at, mean)
         gap = np.log(mean / np.maximum(predict(name, parameters, at), 1e-300))
         intervals = _intervals(parameters, samples[name], len(table), confidence) if samples else None
-        wins = won[name] if won else None
+        wins = won[name] if won and aicc[name] is not None else None
         laws.append(Law(name, parameters, intervals, aicc[name], wins, float(np.sqrt(np.mean(gap**2)))))
     return _choose(laws, len(at), len(table))
 

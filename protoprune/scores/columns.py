@@ -56,6 +56,8 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     if key is not None and score is not None:
         return Columns(key, score, _kind(names[key]), True)
     numeric = _numeric(first, rest or rows)
+    if not rest and key is not None and not numeric:
+        raise ProtopruneError("a header and no rows")
     if not rest or not (key is not None or score is not None or _is_header(first, numeric)):
         return _without_header(rows, numeric)
     if len(first) == 1 and numeric:
@@ -135,6 +137,8 @@ def _find_score(
         candidates = candidates[1:]
     if len(candidates) == 1:
         return candidates[0]
+    if not candidates and names is not None:
+        raise ProtopruneError(f"no score table: none of its columns {_shown(first)} holds numbers, beside the path")
     advice = (
         f"give it as FILE:{_shown([first[candidates[0]]])}, or name it score (and the other one path)"
         if names and candidates
