@@ -615,12 +615,14 @@ def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None 
         groups, size = groups_of(ranking, by), partition.CLASS_SIZE
     else:
         groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
-    features = ranking.features
+    features, folder = ranking.features, _scratch(ranking)
     groups = partition.split(
         features, groups, size, ids=ranking.paths, usable=usable, seed=seed, iterations=how.iterations,
-        backend=how.backend,
+        backend=how.backend, folder=folder,
     )  # fmt: skip
-    return selection.cover(features, groups, method=order, ids=ranking.paths, usable=usable, seed=seed, workers=cores())
+    return selection.cover(
+        features, groups, method=order, ids=ranking.paths, usable=usable, seed=seed, folder=folder, workers=cores()
+    )
 
 
 @dataclass

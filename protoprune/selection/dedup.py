@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +82,7 @@ def near_duplicates(
             ascending = np.argsort(members)
             found.add(members[ascending], x[ascending])
 
-    _through(features, _groups(rows, cluster), one, folder, workers)
+    buckets.through(features, _groups(rows, cluster), one, folder, workers)
     return duplicate_of, found.counted()
 
 
@@ -104,20 +103,6 @@ def _visited(rows: np.ndarray, cluster: np.ndarray, side: np.ndarray, ids: Seque
 def _groups(rows: np.ndarray, cluster: np.ndarray) -> list[np.ndarray]:
     """The rows, which are in the order of clusters, cluster by cluster."""
     return np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1) if len(rows) else []
-
-
-def _through(
-    features: vectors.Rows,
-    groups: Sequence[np.ndarray],
-    one: Callable[[np.ndarray, np.ndarray], None],
-    folder: str | os.PathLike[str] | None,
-    workers: int,
-) -> None:
-    """Call `one(rows, features)` for each group, in threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for some, fetch in buckets.grouped(features, groups, folder):
-            for _ in pool.map(lambda rows, fetch=fetch: one(rows, fetch(rows)), some):
-                pass
 
 
 @dataclass(frozen=True)
@@ -166,7 +151,7 @@ def likeness(
     def one(members: np.ndarray, x: np.ndarray) -> None:
         found.add(members, vectors.prepared(x, members, unit=True))
 
-    _through(features, _groups(rows, cluster), one, folder, workers)
+    buckets.through(features, _groups(rows, cluster), one, folder, workers)
     return found.counted()
 
 
