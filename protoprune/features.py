@@ -27,7 +27,7 @@ def open_features(path: str | os.PathLike[str]) -> FeatureFile | FeatureSet:
     if os.path.isdir(path):
         return open_set(path)
     if not os.path.exists(path) and not os.path.exists(partial_path(path)) and is_feature_set(folder):
-        raise ProtopruneError(f"{path}: no such feature file; the feature set is {folder}: give that")
+        raise UsageError(f"{path}: no such feature file; the feature set is {folder}: give that")
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     file = FeatureFile(there)
     try:

@@ -335,7 +335,7 @@ def _ends(text: bytes, place: int) -> bool:
 def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
     """The file, if it is there, can be read and is of this kind; else ProtopruneError."""
     if not os.path.exists(path):
-        raise ProtopruneError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`")
+        raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`")
     try:
         file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
     except OSError as error:

@@ -21,12 +21,10 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import contents, parse_json, plain_bytes
+from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
-_CLASSES = ("label", "class", "classname", "labelname", "category", "target", "wnid", "synset", "species", "classid",
-            "categoryid", "labelid", "labels", "predictionstring", "y")  # fmt: skip
 _DELIMITERS = ("\t", ",", ";", "|", " ")
 _WNID = re.compile(r"n\d{8}")
 
@@ -170,7 +168,7 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
     if not rows:
         raise _Unclear("the file has no rows")
     width = len(rows[0])
-    header = any(_plain(name) in (*_PATHS, *_CLASSES) for name in rows[0]) or column in rows[0]
+    header = any(_plain(name) in (*_PATHS, *CLASS_NAMES) for name in rows[0]) or column in rows[0]
     if width == 1:
         if column is not None and column not in rows[0]:
             raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
@@ -225,7 +223,7 @@ def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     """(path, class) columns by name."""
     plain = [_plain(name) for name in names]
     key = _first_of(_PATHS, plain)
-    label = _first_of(_CLASSES, ["" if place == key else name for place, name in enumerate(plain)])
+    label = _first_of(CLASS_NAMES, ["" if place == key else name for place, name in enumerate(plain)])
     if column is not None:
         if column not in names:
             raise _Unclear(f"no column {column}, only {', '.join(names)}")

@@ -22,18 +22,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
+from protoprune.text import CLASS_NAMES, PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
 
 T = TypeVar("T")
 
 FORMATS = ("txt", "csv", "jsonl", "npy", "datacomp")
 _UID = re.compile(rb"[0-9a-fA-F]{32}")
 _TABLES = (".csv", ".tsv")
+_SAMPLE = 50  # rows whose numbers are looked at
 _OURS = ("index", "score", "keep", "weight")  # columns of our lists and manifests
 _TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
@@ -216,6 +217,11 @@ def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[st
     found = _read(os.fspath(source))
     if not isinstance(found, _Rows):
         return found
+    if found.scored and not every:
+        warn(
+            f"{os.fspath(source)}: has a column {found.scored} and none of a list (keep, index, weight), so "
+            f"that all its {len(found.paths):,} rows are taken; a score table goes to `protoprune select --scores`"
+        )
     return found.paths if every else found.kept(found.paths)
 
 
@@ -251,14 +257,18 @@ class _Rows:
     weights: list[Any] | None = None  # as they stand; None without such a column
     keep: list[bool] | None = None  # of a manifest
     table: bool = True  # csv or jsonl
+    scored: str = ""  # a column of numbers, in a table without any of those that lists have
 
     def kept(self, values: list[T]) -> list[T]:
         return values if self.keep is None else list(itertools.compress(values, self.keep))
 
 
 def _read(source: str) -> _Rows | np.ndarray:
-    if not os.path.isfile(source):
+    if not os.path.exists(source):
         raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
+    if not os.path.isfile(source):
+        what = "a folder" if os.path.isdir(source) else "a pipe or a device, which can be read only once"
+        raise UsageError(f"{source}: {what}; give a file that lists the images")
     data = unpacked(contents(source), source)
     try:
         return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])
@@ -318,7 +328,8 @@ def _from_records(records: list[Any]) -> _Rows:
         )
     names = _columns(list(records[0]))
     columns = {what: [record.get(name) for record in records] for what, name in names.items()}
-    return _from_columns(columns)
+    others = {name: [record.get(name) for record in records[:_SAMPLE]] for name in _foreign(list(records[0]))}
+    return _from_columns(columns, others)
 
 
 def _from_table(data: bytes) -> _Rows:
@@ -336,10 +347,14 @@ def _from_table(data: bytes) -> _Rows:
     names = _columns(header)
     places = {what: header.index(name) for what, name in names.items()}
     columns: dict[str, list[str | None]] = {what: [] for what in places}
-    for row in rows:
+    others: dict[str, list[str | None]] = {name: [] for name in _foreign(header)}
+    for number, row in enumerate(rows):
         for what, place in places.items():
             columns[what].append(row[place] if len(row) > place else None)
-    return _from_columns(columns)
+        if number < _SAMPLE:
+            for name, values in others.items():
+                values.append(row[header.index(name)] if len(row) > header.index(name) else None)
+    return _from_columns(columns, others)
 
 
 def _columns(header: list[str]) -> dict[str, str]:
@@ -356,13 +371,31 @@ def _columns(header: list[str]) -> dict[str, str]:
     return found
 
 
-def _from_columns(columns: Mapping[str, list[Any]]) -> _Rows:
+def _foreign(header: list[str]) -> list[str]:
+    """The columns that may be scores, of a table in which no column says that it is a list."""
+    plain = {name: plain_name(name) for name in header}
+    if any(one in ("index", "keep", "weight") for one in plain.values()):
+        return []
+    return [name for name, one in plain.items() if one not in (*PATH_NAMES, *CLASS_NAMES)]
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    given = [value for value in values if value not in ("", None)]
+    try:
+        return bool([float(str(value)) for value in given])
+    except ValueError:
+        return False
+
+
+def _from_columns(columns: Mapping[str, list[Any]], others: Mapping[str, list[Any]]) -> _Rows:
     paths = columns["path"]
+    scored = next((name for name, values in others.items() if _are_numbers(values)), "")
     for number, path in enumerate(paths, 1):
         if not isinstance(path, str):
             raise _NoList(f"not a list that protoprune wrote (row {number} has no 'path')")
     keep = columns.get("keep")
-    return _Rows(paths, columns.get("weight"), None if keep is None else [_truth(*one) for one in enumerate(keep, 1)])
+    kept = None if keep is None else [_truth(*one) for one in enumerate(keep, 1)]
+    return _Rows(paths, columns.get("weight"), kept, scored=scored)
 
 
 def _truth(number: int, value: object) -> bool:

@@ -84,9 +84,8 @@ def reshard(
         "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
         "shard_size": int(shard_size), "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
     }  # fmt: skip
-    _prepare(out)
     done = 0
-    with files.lock(os.path.join(out, PLAN)), contextlib.closing(inputs):
+    with _prepared(out), files.lock(os.path.join(out, PLAN)), contextlib.closing(inputs), _given_up(out):
         _claim(out, plan)
         for number, (first, last) in enumerate(shards):
             path = os.path.join(out, f"{number:05d}.tar")
@@ -172,8 +171,10 @@ def _cut(entries: Sequence[str], size: int) -> list[tuple[int, int]]:
     return shards
 
 
-def _prepare(out: str) -> None:
-    """Make the folder, or see that it is one of tars."""
+@contextlib.contextmanager
+def _prepared(out: str) -> Iterator[None]:
+    """Make the folder, or see that it is one of tars. One that was made here and stays empty goes again."""
+    new = not os.path.lexists(out)
     try:
         os.makedirs(out, exist_ok=True)
         there = sorted(os.listdir(out))
@@ -181,6 +182,24 @@ def _prepare(out: str) -> None:
         raise UsageError(f"{out}: cannot make the folder ({error.strerror}); choose another one") from None
     if PLAN not in there and (others := _others(there)):
         raise UsageError(f"{out}: a folder that holds other things ({others[0]}); name a new one for the shards")
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds tars
+                os.rmdir(out)
+
+
+@contextlib.contextmanager
+def _given_up(out: str) -> Iterator[None]:
+    """Remove the plan again where not one tar comes of it."""
+    try:
+        yield
+    except BaseException:
+        if not _others(os.listdir(out)):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(out, PLAN))
+        raise
 
 
 def _others(names: Iterable[str]) -> list[str]:

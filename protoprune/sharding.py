@@ -168,6 +168,19 @@ def embed_shards(
     return report
 
 
+def _look_for_classes(shard: Shard, root: str, options: ShardOptions) -> None:
+    """Warn before hours of work, and not after them, where the first shard has no classes by what was asked for. One on
+    a store is not fetched for that."""
+    if shard.size < 0 or "://" in root or (options.label_column, options.class_level) == (None, None):
+        return
+    with (
+        contextlib.suppress(ShardError),  # which is told when its turn comes
+        Copies().of(shard) as local, open_shard(shard, local, options, root) as images,
+    ):  # fmt: skip
+        if not images.classes:
+            _warn_of_no_classes(options, shard.name)
+
+
 def _warn_of_no_classes(options: ShardOptions, where: str) -> None:
     """Say that what was asked for about classes was found in no image."""
     for option, value in (("--label-column", options.label_column), ("--class-level", options.class_level)):
@@ -224,6 +237,8 @@ def _reports(
             left.append(shard)
         else:
             yield _as_it_was(shard, before)
+    if left:
+        _look_for_classes(left[0], root, options)
     if on_start:
         on_start(len(shards), len(left))
     for again in (True, False):

@@ -6,7 +6,6 @@ One reader for lists, score tables and files of labels. Knows nothing of what is
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import os
 import zlib
@@ -14,9 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from protoprune.errors import ProtopruneError
+from protoprune.memory import free_memory
+from protoprune.units import bytes_text
+
+_UNPACKED = 400_000_000  # bytes of which a quarter may come out of a gzip file whatever memory is free
 
 # How the column of paths is called, as `plain_name` leaves it.
 PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
+
+# And that of classes, the surest first.
+CLASS_NAMES = ("label", "class", "classname", "labelname", "category", "target", "wnid", "synset", "species", "classid",
+               "categoryid", "labelid", "labels", "predictionstring", "y")  # fmt: skip
 
 
 def plain_name(name: str) -> str:
@@ -39,13 +46,28 @@ def native(name: str) -> str:
 
 
 def unpacked(data: bytes, source: str) -> bytes:
-    """The content of a gzip file, whatever its name; other data as they are. Raises ProtopruneError when damaged."""
+    """The content of a gzip file, whatever its name; other data as they are. Raises ProtopruneError when it is damaged,
+    or too much for this machine's memory: a thousand times its size may come out of a file."""
     if not data.startswith(b"\x1f\x8b\x08") or len(data) < 20:  # that of nothing has 20 bytes
         return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
+    free = free_memory()
+    most = _UNPACKED if free is None else max(_UNPACKED, free) // 4  # names take a multiple of their text
+    parts: list[bytes] = []
+    while data:  # a member after the other
+        member = zlib.decompressobj(31)
+        try:
+            parts.append(member.decompress(data, max(1, most - sum(map(len, parts)))))
+        except zlib.error as error:
+            raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
+        if sum(map(len, parts)) >= most:
+            raise ProtopruneError(
+                f"{source}: unpacks to more than {bytes_text(most)}, a quarter of the free memory; look at it with "
+                "`zcat | head`, and split it if that is what you meant"
+            )
+        if not member.eof:
+            raise ProtopruneError(f"{source}: a damaged gzip file (cut short)")
+        data = member.unused_data.lstrip(b"\0")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def contents(source: str) -> bytes:

@@ -18,3 +18,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def rounded(value: float, digits: int = 1, sign: str = "") -> str:
+    """A number with so many digits after the point, and no minus before a zero: '0.0', with `sign` + '+0.0'."""
+    text = f"{value:{sign}.{digits}f}"
+    return text if float(text) else text.replace("-", sign)

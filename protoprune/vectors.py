@@ -7,7 +7,7 @@ and what the vectors are compared with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -64,6 +64,20 @@ def prepared(x: np.ndarray, rows: np.ndarray, *, unit: bool) -> np.ndarray:
         length[odd] = np.linalg.norm(x[odd], axis=1)
     x /= np.where(length > 0, length, 1)[:, None]
     return x
+
+
+def check_finite(source: str, vectors: np.ndarray, names: Sequence[str]) -> None:
+    """Raise ProtopruneError for NaN and infinity in (n, d) vectors of so many named images.
+
+    No error of a model would show them: it answers with some class all the same.
+    """
+    for first in range(0, len(vectors), CHUNK):
+        bad = np.flatnonzero(~np.isfinite(vectors[first : first + CHUNK]).all(axis=1))
+        if len(bad):
+            raise ProtopruneError(
+                f"{source}: the vector of {names[first + int(bad[0])]} is NaN or infinite; embed again, or leave such "
+                "images out"
+            )
 
 
 def _refuse(bad: np.ndarray, rows: np.ndarray, what: str, remedy: str) -> None:

@@ -40,8 +40,8 @@ LINES = {
     "import": "v.npz -o new.h5",
     "theory error": "--alpha-tot 3 --keep 0.5 --order random",
     "theory curve": "--keep 0.5 --order random --points 2",
-    "theory pareto": "--theta 0 --order random --points 2 --min-keep 0.5",
-    "theory best-keep": "--alpha-tot 3 --theta 0 --order random --min-keep 0.5",
+    "theory pareto": "--order random --points 2 --min-keep 0.5",
+    "theory best-keep": "--alpha-tot 3 --order random --min-keep 0.5",
     "theory crossover": "--keep 0.5 --theta 0",
     "theory information": "--keep 0.5 --points 2",
 }

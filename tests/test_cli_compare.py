@@ -194,7 +194,7 @@ def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypa
         (["a.csv", "c.txt", "--classes", "x.csv"], 2, "--classes x.csv: goes with --keep"),
         (["a.csv", "c.txt", "--sheet", "x.png"], 2, "--sheet x.png: where are the images? give --features"),
         (["a.csv", "other.csv"], 1, "other.csv: none of its 1 rows names an image"),
-        (["a.csv", "c.txt", "--features", "none.h5"], 1, "none.h5: no such feature file"),
+        (["a.csv", "c.txt", "--features", "none.h5"], 2, "none.h5: no such feature file"),
     ],
 )
 def test_errors_are_one_line(here, run, arguments, code, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 
 from protoprune.cli.training import hint_steps
 from protoprune.decode import Status
+from protoprune.errors import ProtopruneError
 from protoprune.training.loop import Recipe
+from protoprune.units import rounded
 
 CLASSES = ("ape", "bee", "cat")
 N = 240
@@ -404,3 +407,103 @@ def test_few_steps_are_said_before_the_training(capsys):
     ):  # fmt: skip
         hint_steps(recipe, 24, least)
         assert capsys.readouterr().err == said
+
+
+def test_features_that_are_no_numbers_are_refused(here, run, feature_file):
+    """A model answers for NaN too, always with some class."""
+    vectors = blobs(PATHS, 1)
+    vectors[7, 2], vectors[9, 0] = np.nan, np.inf
+    feature_file("odd.h5", vectors, paths=PATHS, root="test-images")
+    said = f"odd.h5: the vector of {PATHS[7]} is NaN or infinite"
+    for command in (
+        ["evaluate", "good.txt", *QUICK[:2], "--test", "odd.h5"],
+        ["evaluate", "good.txt", "--features", "odd.h5", *QUICK[2:]],
+        ["scaling", *QUICK[:2], "--test", "odd.h5", "--size", "50", "--order", "random"],
+        ["record", "odd.h5", "-o", "r.h5"], ["record", "train.h5", "--test", "odd.h5", "-o", "r.h5"],
+    ):  # fmt: skip
+        assert said in run(*command, code=1).stderr
+    assert not list(here.glob("r.h5*"))
+    from protoprune import Kept, Recipe, evaluate, load_examples
+
+    train, test = load_examples("train.h5"), load_examples("test.h5")
+    test.inputs[3] = np.nan
+    with pytest.raises(ProtopruneError, match=r"the test set: the vector of ape/009.png is NaN"):
+        evaluate(train, test, [Kept("a", np.arange(50))], Recipe.for_model("head"))
+
+
+def test_test_images_of_the_training_set_are_said_once(here, run):
+    result = run("evaluate", "good.txt", *QUICK[:2], "--test", "train.h5", "--seeds", "1", "--no-class-counts")
+    assert result.stderr.count("says nothing about new images") == 1
+    assert "239 of the 239 test images are the training set itself" in result.stderr
+
+
+def test_a_set_without_classes_is_called_what_it_is(here, run, feature_file):
+    feature_file("apes.h5", blobs(PATHS[:20], 1), paths=PATHS[:20], root="test-images")
+    error = run("evaluate", "good.txt", *QUICK[:2], "--test", "apes.h5", code=1).stderr
+    assert "apes.h5: a test set needs labels, and no two classes were found; " in error
+    assert error.endswith("or give --labels FILE to `protoprune embed`\n")
+    feature_file("none.h5", blobs(PATHS, 1), paths=PATHS, failed=dict.fromkeys(range(N), Status.CORRUPT))
+    for option in ("--test", "--features"):
+        error = run("evaluate", "good.txt", *QUICK, option, "none.h5", code=1).stderr
+        assert "none.h5: none of its 240 images could be read" in error
+
+
+def test_a_table_counts_the_images_that_cannot_be_read_too(here, run):
+    """As for `select`: its row numbers, and its places, are those of the feature file."""
+    scores = [int(wrong(path)) for path in PATHS]
+    Path("names.csv").write_text(
+        "path,score\n" + "".join(f"{path},{one}\n" for path, one in zip(PATHS, scores, strict=True))
+    )
+    Path("rows.csv").write_text("index,score\n" + "".join(f"{row},{one}\n" for row, one in enumerate(scores)))
+    np.save("places.npy", np.array(scores, float))
+    sizes = ["--size", "60,239", "--keep", "0.3", "--order", "hard", "--seeds", "1"]
+    points = []
+    for name, more in (("names.csv", []), ("rows.csv", []), ("places.npy", ["--by-place"])):
+        run("scaling", *QUICK, *sizes, "--scores", name, *more, "-o", f"of-{name}")
+        points.append([row["error"] for row in table(f"of-{name}/points.csv")])
+    assert points[0] == points[1] == points[2]
+    np.save("few.npy", np.array(scores[1:], float))  # those that can be read: whose is the first?
+    error = run("scaling", *QUICK, *sizes, "--scores", "few.npy", "--by-place", code=1).stderr
+    assert "few.npy: shape (239,), expected (240,)" in error
+
+
+def test_what_is_no_list_is_said(here, run):
+    assert run("evaluate", ".", *QUICK, code=2).stderr.endswith(".: a folder; give a file that lists the images\n")
+    os.mkfifo("pipe")
+    assert "pipe: a pipe or a device, which can be read only once" in run("evaluate", "pipe", *QUICK, code=2).stderr
+    Path("s.csv").write_text("path,el2n\n" + "".join(f"{path},0.5\n" for path in PATHS[1:]))
+    said = run("evaluate", "s.csv", *QUICK, "--seeds", "1", "--no-class-counts").stderr
+    assert (
+        said.count("s.csv: has a column el2n and none of a list (keep, index, weight), so that all its 239 rows") == 1
+    )
+
+
+@pytest.mark.parametrize("option", [["--epochs", "20"], ["--batch-size", "256"], ["--schedule", "linear"],
+                                    ["--precision", "auto"], ["--lr", "0.1"], ["--min-steps", "500"]])  # fmt: skip
+def test_what_a_head_has_no_use_for_is_refused_with_its_default_too(here, run, option):
+    for command in (["evaluate", "good.txt"], ["scaling", "--size", "50"]):
+        error = run(*command, *QUICK, *option, code=2).stderr
+        assert f"{' '.join(option)}: a linear head is trained to convergence, and this changes nothing" in error
+
+
+def test_results_of_others_are_not_written_over(here, run):
+    Path("mine").mkdir()
+    Path("mine/results.csv").write_text("mine")
+    error = run("evaluate", "good.txt", *QUICK, "-o", "mine", code=2).stderr
+    assert "-o mine: holds a results.csv that `protoprune evaluate` did not write; choose another folder" in error
+    assert Path("mine/results.csv").read_text() == "mine"
+    assert list(Path("mine").iterdir()) == [Path("mine/results.csv")]
+    quick = [*QUICK, "--seeds", "1"]
+    run("evaluate", "good.txt", *quick, "--no-class-counts", "-o", "out")
+    for command in (["scaling", *quick, "--size", "50"], ["tune", "--features", "train.h5", "--keep", "0.5"]):
+        error = run(*command, "-o", "out", code=2).stderr
+        assert "-o out: holds what `protoprune evaluate` found; choose another folder" in error
+    Path("out/results.json").unlink()  # as when it was stopped
+    run("evaluate", "bad.txt", *quick, "--no-class-counts", "-o", "out")
+    assert {row["method"] for row in table("out/summary.csv")} == {"bad.txt", "random 120", "everything"}
+
+
+def test_no_zero_has_a_minus():
+    assert [rounded(-0.04, sign="+"), rounded(0.04, sign="+"), rounded(-0.004, 2), rounded(-0.06, sign="+")] == [
+        "+0.0", "+0.0", "0.00", "-0.1"
+    ]  # fmt: skip

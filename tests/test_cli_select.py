@@ -482,7 +482,7 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere.h5"], 1, "nowhere.h5: no such feature file; make one with `protoprune embed"),
+        (["nowhere.h5"], 2, "nowhere.h5: no such feature file; make one with `protoprune embed"),
         (["half.h5"], 1, "not finished, 30 of 60 images are embedded; run the same `protoprune embed` again"),
         (["garbage.h5"], 1, "garbage.h5: not a readable HDF5 file"),
         (["empty.h5"], 1, "empty.h5: not a readable HDF5 file"),
@@ -568,7 +568,7 @@ def test_keep_must_be_given(here, run):
 
 def test_error_in_a_process_of_its_own(here, run_program):
     result = run_program("select", "nowhere.h5", "--keep", "0.5")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(b"error: nowhere.h5: no such feature file")
     assert result.stderr.count(b"\n") == 1
 
@@ -590,4 +590,4 @@ def test_info(here, run):
 
 def test_info_lists_what_could_not_be_read(here, run):
     assert run("info", "--errors").stdout == "ape/000.png\ttruncated\tmade up truncated\n"
-    assert run("info", "nowhere.h5", code=1).stderr.startswith("error: nowhere.h5")
+    assert run("info", "nowhere.h5", code=2).stderr.startswith("error: nowhere.h5")

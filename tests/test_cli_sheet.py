@@ -95,7 +95,7 @@ def test_sheet_warns_of_images_that_are_gone(coloured, run):
 
 def test_sheet_errors(here, run):
     assert "--by colour: expected none, class or cluster" in run("sheet", "--by", "colour", code=2).stderr
-    assert "no such feature file" in run("sheet", "nowhere.h5", code=1).stderr
+    assert "no such feature file" in run("sheet", "nowhere.h5", code=2).stderr
     assert "its folder does not exist" in run("sheet", "--k", "3", "-o", "nowhere/s.png", code=2).stderr
 
 

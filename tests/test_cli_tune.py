@@ -13,6 +13,9 @@ from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
 from protoprune.cli import app
+from protoprune.cli.tune import _pool
+from protoprune.decode import Status
+from protoprune.features import open_features
 from protoprune.training import converged
 from protoprune.tuning import choosing, running
 from protoprune.tuning.recipes import Candidate
@@ -129,8 +132,22 @@ def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):
         (["--keep", "0.02"], 2, "too few to compare anything"),
         (["--keep", "0.3", "--test", "wide.h5"], 2, "the inputs of the training set are 6 and those of the test set 9"),
         (["--keep", "0.3", "--test", "other.h5"], 2, "embed both with the same encoder"),
-        (["--keep", "0.3", "--test", "none.h5"], 1, "none.h5: no such feature file"),
+        (["--keep", "0.3", "--test", "none.h5"], 2, "none.h5: no such feature file"),
         (["--keep", "0.3", "--scores", "none.csv"], 2, "none.csv: no such score table"),
+        (["--keep", "0.3", "--test", "."], 2, "--test .: a folder of images, which only --model takes"),
+        (["--keep", "1"], 2, "--keep 1: keeps every image, whatever the recipe"),
+        (
+            ["--keep", "0.001", "--features", "plain.h5"],
+            2,
+            "--keep 0.001: 0 of 80 images, which leaves nothing to compare",
+        ),
+        (["--keep", "0.3", "--features", "nan.h5"], 1, "nan.h5: the vector of ape/003.png is NaN or infinite"),
+        (["--keep", "0.3", "--test", "nan.h5"], 1, "nan.h5: the vector of ape/003.png is NaN or infinite"),
+        (
+            ["--keep", "0.3", "--features", "plain-nan.h5"],
+            1,
+            "the features: the vector of 00004.png is NaN or infinite",
+        ),
         (["--keep", "auto", "--features", "plain.h5"], 2, "give a fraction"),
     ],
 )
@@ -138,7 +155,10 @@ def test_what_does_not_go_is_said_in_one_line(here, feature_file, arguments, cod
     feature_file("wide.h5", np.ones((150, 9)), paths=PATHS)
     feature_file("plain.h5", np.ones((80, 5)))
     feature_file("other.h5", np.ones((150, 6)), paths=PATHS, made_by={"encoder": "another"})
+    feature_file("nan.h5", np.where(np.arange(150)[:, None] == 1, np.nan, 1), paths=PATHS)
+    feature_file("plain-nan.h5", np.where(np.arange(80)[:, None] == 4, np.nan, np.ones(5)))
     result = run("tune", *arguments, code=code)
+    assert not (here / "tune").exists()
     assert message in result.stderr.splitlines()[-1]
     assert result.stdout == ""
 
@@ -155,3 +175,36 @@ def test_a_test_set_that_is_the_training_set_and_a_table_of_nothing(here):
     result = run("tune", "--keep", 0.3, "--scores", "nan.csv", "-o", "new", code=2)
     assert result.stderr.splitlines()[-1] == "error: --scores nan.csv: gives none of the images a score; leave it out"
     assert not (here / "new").exists()
+
+
+def test_a_table_of_row_numbers_is_that_of_the_file(here, feature_file):
+    """What is compared, and what the command at the end does, are the same list: rows count the unreadable image."""
+    feature_file("features.h5", np.ones((150, 6)), paths=PATHS, failed={4: Status.CORRUPT})
+    values = np.random.default_rng(1).permutation(150)
+    (here / "rows.csv").write_text("index,score\n" + "".join(f"{row},{one}\n" for row, one in enumerate(values)))
+    with open_features("features.h5") as file:
+        pool, _ = _pool(file, [here / "rows.csv"], "harder")
+    assert pool.tables[str(here / "rows.csv")].tolist() == np.delete(values, 4).tolist()
+
+
+def test_without_labels_the_command_has_the_seed(here, feature_file):
+    feature_file("plain.h5", np.random.default_rng(0).normal(size=(80, 5)))
+    result = run("tune", "--keep", 0.25, "--features", "plain.h5", "--seed", 3)
+    assert result.stdout.splitlines()[-1].endswith("--order cover --by cluster -o tune/kept.txt --seed 3")
+    assert run("tune", "--keep", 0.25, "--features", "plain.h5").exit_code == 0  # into the same folder again
+
+
+def test_a_folder_holds_the_results_of_one_call(here, feature_file):
+    (here / "tune").mkdir()
+    (here / "tune" / "kept.txt").write_text("mine")
+    error = run("tune", "--keep", 0.5, code=2).stderr
+    assert "-o tune: holds a kept.txt that `protoprune tune` did not write; choose another folder" in error
+    assert (here / "tune" / "kept.txt").read_text() == "mine"
+    (here / "out").mkdir()  # as `--keep auto` left it
+    (here / "out" / "results.json").write_text('{"answer": "you can leave out 10%", "environment": {}}')
+    (here / "out" / "curve.csv").write_text("keep,recipe\n")
+    run("tune", "--keep", 0.5, "--seeds", 2, "-o", "out")
+    assert not (here / "out" / "curve.csv").exists()
+    feature_file("plain.h5", np.random.default_rng(0).normal(size=(80, 5)))
+    error = run("tune", "--keep", 0.5, "--features", "plain.h5", "-o", "out", code=2).stderr
+    assert "-o out: holds what was found for images with classes; choose another folder" in error

@@ -343,3 +343,51 @@ def test_a_header_of_any_length_is_shown_shortened(tmp_path):
     with pytest.raises(ProtopruneError, match="no 'path' column, only columncolumn") as error:
         read_list(tmp_path / "long.csv")
     assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_what_would_not_fit_into_memory_is_not_unpacked(tmp_path, monkeypatch):
+    """A thousand times its size may come out of a file: lists and score tables stop at a quarter of free memory."""
+    from protoprune import text
+    from protoprune.scores import read_table
+
+    whole = b"a/1.png\n" * 50_000
+    parts = [gzip.compress(part) for part in (whole, whole[:200_000], whole[200_000:])]
+    files = {"one.txt.gz": parts[0], "members.txt.gz": parts[1] + parts[2], "padded.txt.gz": parts[0] + b"\0" * 512}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        monkeypatch.setattr(text, "free_memory", lambda: 4 * (len(whole) + 1))
+        assert len(read_list(tmp_path / name)) == 50_000
+        monkeypatch.setattr(text, "_UNPACKED", 1)
+        for free in (4 * len(whole), 1000):
+            monkeypatch.setattr(text, "free_memory", lambda free=free: free)
+            for read in (read_list, read_table):
+                with pytest.raises(ProtopruneError, match=r"unpacks to more than .*, a quarter of the free memory"):
+                    read(tmp_path / name)
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(whole)[:-9])
+    monkeypatch.setattr(text, "free_memory", lambda: None)
+    monkeypatch.setattr(text, "_UNPACKED", 4 * (len(whole) + 1))
+    with pytest.raises(ProtopruneError, match=r"a damaged gzip file \(cut short\)"):
+        read_list(tmp_path / "cut.txt.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "column"),
+    [
+        ("s.csv", "path,score\na.png,0.5\nb.png,\n", "score"),
+        ("s.jsonl", '{"path": "a.png", "el2n": 0.5}\n{"path": "b.png", "el2n": null}\n', "el2n"),
+        ("s.json", '[{"path": "a.png", "el2n": 0.5}, {"path": "b.png", "el2n": 1}]', "el2n"),
+        ("kept.csv", "path,index,score\na.png,0,0.5\nb.png,1,0.5\n", ""),
+        ("labels.csv", "path,label\na.png,0\nb.png,1\n", ""),
+        ("all.csv", "path,score,keep\na.png,0.5,1\nb.png,0.1,1\n", ""),
+        ("words.csv", "path,note\na.png,good\nb.png,7\n", ""),
+        ("bare.csv", "path,score\na.png,\nb.png,\n", ""),
+    ],
+)
+def test_a_score_table_that_is_given_as_a_list_is_said(tmp_path, recwarn, name, data, column):
+    (tmp_path / name).write_text(data)
+    assert read_list(tmp_path / name) == ["a.png", "b.png"]
+    said = f"has a column {column} and none of a list (keep, index, weight), so that all its 2 rows are taken"
+    assert [said in str(one.message) for one in recwarn] == ([True] if column else [])
+    recwarn.clear()
+    read_list(tmp_path / name, every=True)
+    assert not len(recwarn)

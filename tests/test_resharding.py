@@ -368,7 +368,11 @@ def test_a_shard_that_changed_is_said_and_leaves_no_half_tar(folder, tmp_path):
     write_tars(tmp_path / "in", members(folder), 1)
     with pytest.raises(ProtopruneError, match=r"0000.tar/ant/9.png: not in its shard any more"):
         reshard(["0000.tar/ant/000.png", "0000.tar/ant/9.png"], tmp_path / "out", root=tmp_path / "in")
-    assert sorted(os.listdir(tmp_path / "out")) == [PLAN]
+    assert not (tmp_path / "out").exists()  # it was new, and nothing came of it
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ProtopruneError, match=r"9.png: not in its shard any more"):
+        reshard(["0000.tar/ant/000.png", "0000.tar/ant/9.png"], tmp_path / "empty", root=tmp_path / "in", shard_size=1)
+    assert sorted(os.listdir(tmp_path / "empty")) == ["00000.tar", PLAN]  # the whole tar is kept, to go on from
     data = (tmp_path / "in/0000.tar").read_bytes()
     (tmp_path / "in/0000.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(ProtopruneError, match=r"0000.tar: truncated: cut off"):

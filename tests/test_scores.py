@@ -381,7 +381,7 @@ def test_what_protoprune_itself_lists_is_read(tmp_path):
         ("s.csv", b"# protoprune-scores: {\npath,score\na,1\n", "header protoprune-scores is not valid JSON"),
         ("s.csv", b'# protoprune-scores: {"higher": "up"}\npath,score\na,1\n', "says higher is 'up'"),
         ("s.csv", b"index,score,who\n0,0.5,me\n1,2,me\n", "'me' occurs twice"),
-        ("s.csv.gz", b"\x1f\x8b\x08\x00broken", "Compressed file ended"),
+        ("s.csv.gz", b"\x1f\x8b\x08\x00broken", "a damaged gzip file"),
         ("s.jsonl", b'{"path": "a"\n', "not a table in the form .jsonl"),
         ("s.jsonl", b"[1, 2]\n", "expected one object"),
         ("s.jsonl", b"", "expected one object"),

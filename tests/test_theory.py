@@ -609,3 +609,21 @@ def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
     assert "3 to 7 images" in " ".join(result.stdout.split())
     assert "protoprune tune" in result.stdout
     assert "Nearest neighbours in your features are right on " in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["error --alpha-tot 5", "curve --points 2", "pareto --points 2", "best-keep --alpha-tot 5"]
+)
+def test_random_examples_have_no_probe(command):
+    """Its angle and its margin change nothing about them: typed they are refused, and their defaults give no rows."""
+    for option in ("--theta 20", "--margin absolute"):
+        result = run_line(f"theory {command} --order random {option}")
+        assert result.exit_code == 2
+        assert f"{option}: is of the probe, and --order random asks no probe; leave it out" in result.stderr
+    rows = rows_of(run_line(f"theory {command} --order random --csv -"))
+    assert {row["theta"] for row in rows} == {"0.0"}
+    assert run_line("theory error --alpha-tot 5 --theta 20 --keep 1").exit_code == 0  # of all three orders
+
+
+def test_numbers_that_are_given_twice_count_once():
+    assert len(rows_of(run_line("theory error --alpha-tot 5,5 --keep 0.5,0.5,1 --order hard --csv -"))) == 2

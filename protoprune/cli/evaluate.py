@@ -29,8 +29,9 @@ from protoprune.cli.options import (
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_sets, show_run, time_text, training_source
+from protoprune.cli.training import hint_steps, load_sets, refuse_length, show_run, time_text, training_source
 from protoprune.errors import UsageError
+from protoprune.units import rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,16 +119,16 @@ def evaluate(
         numbers(selection_seconds, "--selection-seconds", low=0, high=1e9, closed=True, example="12"), len(lists)
     )
     recipe = training.recipe(model, hidden)
+    refuse_length(recipe)
     check_options(lists, samplers, recipe, budget, min_steps, target_accuracy, training.device)
-    check_folder(out, [*lists, source, test, training.weights, *labels.files])
+    check_folder(out, "evaluate", [*lists, source, test, training.weights, *labels.files])
     labels.arguments()
-    for path in lists:
-        read_list(path)
+    listed = [read_list(path) for path in lists]
     train, tested = load_sets(source, test, model, training, labels)
     assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)
-    kept = [_kept(path, train, cost) for path, cost in zip(lists, costs, strict=True)]
+    kept = [_kept(*one, train) for one in zip(lists, listed, costs, strict=True)]
     few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
     hint_steps(recipe, few, min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
@@ -149,12 +150,11 @@ def evaluate(
         say(f"wrote {', '.join(report.save_evaluation(out, result, config, train.classes))}")
 
 
-def _kept(path: Path, train: Examples, cost: float | None) -> Kept:
-    from protoprune import lists
+def _kept(path: Path, listed: list[str] | np.ndarray, cost: float | None, train: Examples) -> Kept:
     from protoprune.evaluation.comparing import Kept
     from protoprune.evaluation.runs import list_rows
 
-    rows = list_rows(lists.read_list(path), train, os.fspath(path))
+    rows = list_rows(listed, train, os.fspath(path))
     return Kept(os.fspath(path), rows, _weights(path, rows, train), cost)
 
 
@@ -238,9 +238,5 @@ def _cells(one: Method, result: Evaluation) -> list[str]:
 
 def _span(value: float, low: float | None, high: float | None, *, sign: str = "", digits: int = 1) -> str:
     """'92.31 (92.02 to 92.60)' of fractions."""
-    text = f"{100 * value:{sign}.{digits}f}"
-    return (
-        text
-        if low is None or high is None
-        else f"{text} ({100 * low:{sign}.{digits}f} to {100 * high:{sign}.{digits}f})"
-    )
+    text, *ends = ("" if one is None else rounded(100 * one, digits, sign) for one in (value, low, high))
+    return f"{text} ({' to '.join(ends)})" if all(ends) else text

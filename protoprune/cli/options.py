@@ -283,6 +283,7 @@ def _words(name: str, value: Any) -> str:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
+    value = f"{value:g}" if isinstance(value, float) else value
     return f"--{option} {shlex.quote(','.join(map(str, value)) if isinstance(value, list) else str(value))}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -130,8 +131,11 @@ def check_results(out: Path | None, root: str, paths: Sequence[str]) -> None:
     check_beside(out / "figure.png", root, paths, f"-o {out}")
 
 
-def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
-    """As `check_outputs`, for the folder of results of `evaluate`, `scaling` and `tune`. It need not exist."""
+def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None] = ()) -> None:
+    """As `check_outputs`, for the folder of results of `evaluate`, `scaling` or `tune`, which need not exist.
+
+    Results that are there are replaced if they are those of the same command, and of nobody else.
+    """
     if out is None:
         return
     sources = [one for one in inputs if one is not None and one.exists()]
@@ -140,8 +144,30 @@ def check_folder(out: Path | None, inputs: Iterable[Path | None] = ()) -> None:
     for one in sources:
         if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
-    if out.is_dir():
-        check_outputs(*(out / name for name in _RESULTS), inputs=sources)
+    if not out.is_dir():
+        return
+    check_outputs(*(out / name for name in _RESULTS), inputs=sources)
+    there = next((name for name in _RESULTS if (out / name).exists()), None)
+    if there is not None and (whose := _maker(out, command)) != command:
+        of = f"what `protoprune {whose}` found" if whose else f"a {there} that `protoprune {command}` did not write"
+        raise UsageError(f"-o {out}: holds {of}; choose another folder")
+
+
+def _maker(out: Path, command: str) -> str | None:
+    """The command whose results a folder holds, None where nothing says so."""
+    import json
+
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((out / "results.json").read_bytes())
+        if isinstance(found, dict) and "environment" in found:
+            return "tune" if "answer" in found else found.get("config", {}).get("command")
+        return None
+    if (out / "runs").is_dir():  # stopped before its results were written
+        return command if command != "tune" else "evaluate"
+    with contextlib.suppress(OSError):
+        if (out / "runs.jsonl").exists() or (out / "table.csv").read_bytes().startswith(b"recipe,farness,"):
+            return "tune"
+    return None
 
 
 def _lies_in_set(path: Path, source: str | Path) -> bool:

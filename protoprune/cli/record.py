@@ -58,6 +58,7 @@ def record(
     labels.arguments()  # what is wrong with them is said before torch loads
     from protoprune.device import resolve_device
     from protoprune.training import recording
+    from protoprune.training.examples import warn_of_shared
 
     resolve_device(training.device)
     recording.check(models, subset, every, seed)
@@ -65,6 +66,8 @@ def record(
         model = "cnn" if is_image_folder(source) else "head"
     recipe = training.recipe(model, hidden)
     train, held_out = load_sets(source, test, model, training, labels, decode=not plan)
+    if held_out is not None:
+        warn_of_shared(train, held_out)
     laid_out = recording.plan(
         train, held_out, recipe, models=models, subset_fraction=subset, every=every, initial=initial,
         gradients=gradients, probabilities=probabilities, seed=seed,

@@ -32,7 +32,7 @@ from protoprune.cli.options import (
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_sets, show_run, training_source
+from protoprune.cli.training import hint_steps, load_sets, read_table, refuse_length, show_run, training_source
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def scaling(
     sizes, keeps = whole_numbers(size, "--size", example="1000,2000"), numbers(keep, "--keep")
     orders, clusters = several(order), number_of_clusters(k)
     recipe = training.recipe(model, hidden)
+    refuse_length(recipe)
     check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
     if set(orders) == {"random"}:
@@ -104,12 +105,12 @@ def scaling(
         if path is not None and not path.exists():
             raise missing(path, what)
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
-    check_folder(out, inputs)
+    check_folder(out, "scaling", inputs)
     train, tested = load_sets(source, test, model, training, labels)
     assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)
-    known = _scores(scores, train, reading)
+    known = None if scores is None else read_table(scores, train, **vars(reading))
     vectors = _vectors(features, train) if scores is None else None
     hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
@@ -132,17 +133,6 @@ def scaling(
             "device": training.device,
         }  # fmt: skip
         say(f"wrote {', '.join(report.save_scaling(out, result, config))}")
-
-
-def _scores(path: Path | None, train: Examples, reading: TableOptions) -> np.ndarray | None:
-    from protoprune.scores import read_scores
-
-    if path is None:
-        return None
-    table = read_scores(path, train.paths, **vars(reading))
-    for note in table.notes():
-        say(f"{path}: {note}")
-    return table.scores
 
 
 def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:

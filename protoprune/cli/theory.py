@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import numbers
+from protoprune.cli.options import numbers, refuse_idle, spread
 from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import printable
 from protoprune.cli.tables import echo, print_table
@@ -84,6 +84,7 @@ _MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy c
 
 
 @theory_app.command()
+@spread
 def error(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
@@ -102,6 +103,7 @@ def error(
     """Test error at given sizes and fractions kept."""
     (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
     _check_outputs(csv, plot)
+    _check_probe(order)
     orders = [order] if order else list(Order)
     points = [
         (a if name == "alpha_tot" else a / f, f, theta, o.value, margin.value)
@@ -114,6 +116,7 @@ def error(
 
 
 @theory_app.command()
+@spread
 def curve(
     keep: Keeps = ["1,0.5,0.2,0.1"],
     theta: Theta = 0.0,
@@ -130,6 +133,7 @@ def curve(
     plot: Plot = None,
 ) -> None:
     """Test error by number of examples, a line a fraction kept."""
+    _check_probe(order)
     keeps, grid = _fractions(keep), _grid(start, stop, points)
     _check_outputs(csv, plot)
     total = against is Size.total
@@ -144,6 +148,7 @@ def curve(
 
 
 @theory_app.command()
+@spread
 def pareto(
     theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
@@ -156,7 +161,7 @@ def pareto(
     plot: Plot = None,
 ) -> None:
     """Lowest test error at each pruned size."""
-    thetas, grid = _angles(theta), _grid(start, stop, points)
+    thetas, grid = _angles(theta, order), _grid(start, stop, points)
     _check_outputs(csv, plot)
     from protoprune.theory.solver import pareto as envelope
 
@@ -165,6 +170,7 @@ def pareto(
 
 
 @theory_app.command("best-keep")
+@spread
 def best_keep(
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
@@ -179,7 +185,7 @@ def best_keep(
 
     For a number of examples before or after pruning.
     """
-    (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta)
+    (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta, order)
     _check_outputs(csv, plot)
     from protoprune.theory import solver as theory
 
@@ -189,6 +195,7 @@ def best_keep(
 
 
 @theory_app.command()
+@spread
 def crossover(
     keep: Keeps = ["0.8,0.5,0.2"],
     theta: Thetas = ["0,10,20"],
@@ -200,7 +207,7 @@ def crossover(
 
     And random ones; - says: not by 200.
     """
-    keeps, thetas = numbers(keep, "--keep", low=0, high=0.99), _angles(theta)
+    keeps, thetas = _each(numbers(keep, "--keep", low=0, high=0.99)), _angles(theta)
     _check_outputs(csv, plot)
     from protoprune.theory.solver import crossover as cross
 
@@ -214,6 +221,7 @@ def crossover(
 
 
 @theory_app.command()
+@spread
 def information(
     keep: Keeps = ["1,0.5,0.2,0.05"],
     start: Start = 0.1,
@@ -297,16 +305,29 @@ def _sizes(alpha_tot: list[str] | None, alpha_prune: list[str] | None) -> tuple[
     if (alpha_tot is None) == (alpha_prune is None):
         raise UsageError("--alpha-tot or --alpha-prune: give exactly one of the two, for example --alpha-tot 5")
     if alpha_prune is not None:
-        return "alpha_prune", numbers(alpha_prune, "--alpha-prune", low=0, high=_MOST)
-    return "alpha_tot", numbers(alpha_tot, "--alpha-tot", low=0, high=_MOST)
+        return "alpha_prune", _each(numbers(alpha_prune, "--alpha-prune", low=0, high=_MOST))
+    return "alpha_tot", _each(numbers(alpha_tot, "--alpha-tot", low=0, high=_MOST))
 
 
 def _fractions(given: list[str]) -> list[float]:
-    return numbers(given, "--keep", low=0, high=1)
+    return _each(numbers(given, "--keep", low=0, high=1))
 
 
-def _angles(given: list[str]) -> list[float]:
-    return numbers(given, "--theta", low=0, high=89, closed=True)
+def _angles(given: list[str], order: Order = Order.hard) -> list[float]:
+    """The probe's; one, of any, where examples are kept at random."""
+    _check_probe(order)
+    angles = _each(numbers(given, "--theta", low=0, high=89, closed=True))
+    return angles[:1] if order is Order.random else angles
+
+
+def _check_probe(order: Order | None) -> None:
+    if order is Order.random:
+        refuse_idle("is of the probe, and --order random asks no probe; leave it out", "theta", "margin")
+
+
+def _each(values: list[float]) -> list[float]:
+    """Without those that are given a second time."""
+    return list(dict.fromkeys(values))
 
 
 def _grid(start: float, stop: float, points: int) -> np.ndarray:

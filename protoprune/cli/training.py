@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protoprune.cli.options import LabelOptions, TrainingOptions
+from protoprune.cli.options import LabelOptions, TrainingOptions, refuse_idle
 from protoprune.cli.progress import Progress, say
 from protoprune.errors import UsageError
 from protoprune.units import duration
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from protoprune.evaluation.runs import Step
     from protoprune.training.examples import Examples
     from protoprune.training.loop import Recipe
@@ -94,8 +96,6 @@ def _check_sets(source: Path, test: Path | None, model: str) -> None:
         )
     if test is not None and is_image_folder(test) != is_image_folder(source):
         raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
-    if test is not None and test.samefile(source):
-        say(f"warning: --test {test} is the training set itself; what is right on it says nothing about new images")
 
 
 def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Examples:
@@ -117,6 +117,39 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
         first, reason = data.unreadable[0]
         say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
     return data
+
+
+def read_table(path: Path, examples: Examples, **reading: Any) -> np.ndarray:
+    """(n,) scores of the examples from a table, with a line about how it was read.
+
+    It is about the images of the whole source, as for `protoprune select`: row numbers and places count those too that
+    cannot be read or have no class.
+    """
+    import numpy as np
+
+    from protoprune.scores import read_scores
+
+    everyone = examples.every_path or examples.paths
+    table = read_scores(path, everyone, **reading)
+    for note in table.notes():
+        say(f"{path}: {note}")
+    if len(everyone) == len(examples):
+        return table.scores
+    place = {name: row for row, name in enumerate(everyone)}
+    return table.scores[np.array([place[name] for name in examples.paths])]
+
+
+def refuse_length(recipe: Recipe) -> None:
+    """UsageError for an option about the course of a training that was typed where a linear head is trained to
+    convergence, be it with its default."""
+    from protoprune.evaluation.runs import to_convergence
+
+    if to_convergence(recipe):
+        refuse_idle(
+            "a linear head is trained to convergence, and this changes nothing; leave it out, or train a small network "
+            "on the features with --hidden 256",
+            "epochs", "batch_size", "lr", "weight_decay", "schedule", "precision", "budget", "min_steps",
+        )  # fmt: skip
 
 
 def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:

@@ -14,9 +14,9 @@ from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, refu
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
-from protoprune.cli.training import load_sets
+from protoprune.cli.training import load_sets, read_table
 from protoprune.errors import UsageError
-from protoprune.units import duration
+from protoprune.units import duration, rounded
 
 if TYPE_CHECKING:
     from protoprune.pruning import Source
@@ -83,10 +83,10 @@ def tune(
     check_number("--tolerance", tolerance, 0, 100)
     if fraction is not None:
         refuse_idle("goes with --keep auto, which looks for what costs so little", "tolerance")
-    _check(model, images, higher_is, scores, features)
+    _check(model, images, higher_is, scores, features, test)
     if model is None:
         refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(training)))
-    check_folder(out, [features, test, images, training.weights, *map(table_file, scores or [])])
+    check_folder(out, "tune", [features, test, images, training.weights, *map(table_file, scores or [])])
     resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
@@ -104,7 +104,6 @@ def tune(
     elif test is not None and examples is not None:
         with open_features(test) as file:
             tested = _tested(file, examples)
-    out.mkdir(parents=True, exist_ok=True)
     with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
@@ -118,6 +117,9 @@ def tune(
         "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
+    for name in ("kept.txt", "kept.jsonl", "curve.csv"):  # of an earlier call, which would seem to be this one's
+        if out / name not in (kept, *map(Path, written)):
+            (out / name).unlink(missing_ok=True)
     _print(result, command)
     say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
     say(f"wrote {', '.join([os.fspath(kept), *written])}")
@@ -134,11 +136,18 @@ def _fraction(text: str) -> float | None:
     except ValueError:
         raise UsageError(f"--keep {text}: expected auto or the fraction to keep, such as 0.3") from None
     check_keep(value)
+    if value == 1:
+        raise UsageError("--keep 1: keeps every image, whatever the recipe; give a smaller fraction, or auto")
     return value
 
 
 def _check(
-    model: str | None, images: Path | None, higher_is: str | None, scores: list[Path] | None, features: Path
+    model: str | None,
+    images: Path | None,
+    higher_is: str | None,
+    scores: list[Path] | None,
+    features: Path,
+    test: Path | None,
 ) -> None:
     from protoprune.features import missing
     from protoprune.images import is_feature_set
@@ -151,15 +160,19 @@ def _check(
         raise UsageError("--images goes with --model, which trains on them")
     if higher_is is not None and not scores:
         raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-    if not features.exists() or (features.is_dir() and not is_feature_set(features)):
-        raise missing(features, f"feature file or feature set; make one with `protoprune embed IMAGES -o {features}`")
+    for path in (features, test if model is None else None):
+        if path is None:
+            continue
+        if path == test and path.is_dir() and not is_feature_set(path):
+            raise UsageError(f"--test {path}: a folder of images, which only --model takes; embed it first")
+        if not path.exists() or (path.is_dir() and not is_feature_set(path)):
+            raise missing(path, f"feature file or feature set; make one with `protoprune embed IMAGES -o {path}`")
 
 
 def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool, Examples | None]:
     """The labelled images of an open feature file or set; all images, without classes, where it has none."""
     import numpy as np
 
-    from protoprune.scores import read_scores
     from protoprune.training.examples import load_examples
     from protoprune.tuning.recipes import Pool
 
@@ -170,12 +183,10 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
     pool = _pool_of(examples)
     tables = {}
     for table in scores:
-        read = read_scores(table, examples.paths, higher_is=higher_is)
-        for note in read.notes():
-            say(f"{table}: {note}")
-        if np.isnan(read.scores).all():
+        found = read_table(table, examples, higher_is=higher_is)
+        if np.isnan(found).all():
             raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
-        tables[os.fspath(table)] = read.scores
+        tables[os.fspath(table)] = found
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     return replace(pool, tables=tables), examples
 
@@ -238,16 +249,20 @@ def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: 
     rows = np.flatnonzero(chosen.keep)
     format = lists.list_format(out) or "txt"
     write_file(out, lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], format))
-    return one.command(features, result.keep, out, higher_is) + (f" --seed {seed}" if seed else "")
+    return one.command(features, result.keep, out, higher_is) + _seed_words(seed)
+
+
+def _seed_words(seed: int) -> str:
+    return f" --seed {seed}" if seed else ""
 
 
 def _print(result: Tuned, command: str) -> None:
     from protoprune.tuning import report
 
     for row in report.rows(result)[:8]:
-        span = "" if row["low"] is None else f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        span = "" if row["low"] is None else f" ({_signed(row['low'])} to {_signed(row['high'])})"
         say(
-            f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {100 * row['to_random']:+.1f} points to random{span}, "
+            f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {_signed(row['to_random'])} points to random{span}, "
             f"{row['splits']} splits"
         )
     one = result.judgement
@@ -261,6 +276,10 @@ def _print(result: Tuned, command: str) -> None:
     echo(command)
 
 
+def _signed(share: float) -> str:
+    return rounded(100 * share, sign="+")
+
+
 def _describe(pool: Pool, features: Path, keep: float | None, seed: int, out: Path) -> None:
     """Without labels: what can be said, and that accuracy cannot."""
     from protoprune.tuning import report, unlabelled
@@ -270,15 +289,17 @@ def _describe(pool: Pool, features: Path, keep: float | None, seed: int, out: Pa
             f"--keep auto: {features} has no classes (first-level folders), without which what leaving images out "
             "costs cannot be judged; give a fraction"
         )
+    if (out / "results.json").exists():
+        raise UsageError(f"-o {out}: holds what was found for images with classes; choose another folder")
     say(f"{features}: {len(pool):,} images without classes")
     result = unlabelled.describe(pool, keep, seed)
     out.mkdir(parents=True, exist_ok=True)
     written = report.save_unlabelled(out, result)
-    _print_unlabelled(result, keep, features, out)
+    _print_unlabelled(result, keep, features, out, seed)
     say(f"wrote {', '.join(written)}; no list, since nothing here says which is best")
 
 
-def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path) -> None:
+def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path, seed: int) -> None:
     say(f"features: {100 * result.consistency:.1f} % of an image's 10 nearest lie in its cluster (by chance "
         f"{100 * result.chance:.1f} %); {100 * result.duplicates:.1f} % have a near-duplicate "
         f"({result.sampled:,} images looked at)")  # fmt: skip
@@ -292,4 +313,4 @@ def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path
         "without labels coverage, near-duplicates and stability can be judged, accuracy cannot; where it was measured, "
         "cover beat random at 10 % kept and less (docs/results.md):"
     )
-    echo(best.command(features, keep, out / "kept.txt"))
+    echo(best.command(features, keep, out / "kept.txt") + _seed_words(seed))

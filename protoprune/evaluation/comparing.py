@@ -25,6 +25,7 @@ from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
 from protoprune.evaluation.runs import Fit, Outcome, Run, Step
 from protoprune.evaluation.statistics import Difference, Interval
+from protoprune.units import rounded
 
 if TYPE_CHECKING:
     from protoprune.training.examples import Examples
@@ -83,7 +84,7 @@ class Method:
         if self.to_classes is None or self.class_counts is None:
             return None
         against = statistics.sentence(self.to_classes, against="random images of the same class counts")
-        return f"{against}; the class counts alone make {100 * self.class_counts.mean:+.1f} points"
+        return f"{against}; the class counts alone make {rounded(100 * self.class_counts.mean, sign='+')} points"
 
 
 @dataclass(frozen=True)

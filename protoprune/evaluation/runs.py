@@ -383,12 +383,16 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
 def check_sets(train: Examples, test: Examples) -> None:
     """UsageError unless a model trained on the one set can be tested on the other."""
     from protoprune.training.examples import check_same_inputs, warn_of_shared
+    from protoprune.vectors import check_finite
 
     if list(train.classes) != list(test.classes):
         raise UsageError("the test set has other classes than the training set; load it with the same ones")
     if not len(test.labels):
         raise UsageError("the test set is empty; give one with labelled images")
     check_same_inputs(train, test)
+    for name, one in (("the training set", train), ("the test set", test)):
+        if one.vectors:
+            check_finite(name, one.inputs.numpy(), one.paths)
     warn_of_shared(train, test)
 
 

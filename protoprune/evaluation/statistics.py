@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from protoprune.errors import UsageError
+from protoprune.units import rounded
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,7 @@ def sentence(one: Difference, *, against: str = "random", confidence: float = 0.
 
 
 def _points(value: float) -> str:
-    text = f"{100 * value:.1f}"
-    return "0.0" if text == "-0.0" else text
+    return rounded(100 * value)
 
 
 def _quantile(confidence: float, n: int) -> float:

@@ -18,10 +18,8 @@ import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +33,7 @@ from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import parse_json, plain_bytes
+from protoprune.text import contents, parse_json, plain_bytes, unpacked
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -327,13 +325,14 @@ def _refuse_duplicates(source: str, keys: Sequence[str]) -> None:
 
 def _read(source: str, column: str | None = None) -> _Read:
     """What is in a file of any format."""
-    suffix = _suffix(source)
+    suffix, data = _suffix(source), unpacked(contents(source), source)
+    if data.startswith(b"\x1f\x8b"):
+        raise ProtopruneError(f"{source}: a damaged gzip file (cut short)")
     try:
-        data = Path(source).read_bytes()
-        return _parsed(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data, suffix, column)
+        return _parsed(data, suffix, column)
     except ProtopruneError as error:
         raise ProtopruneError(f"{source}: {error}") from None
-    except (OSError, zlib.error) as error:
+    except OSError as error:
         raise ProtopruneError(f"{source}: cannot be read ({reason(error)})") from None
     except csv.Error as error:
         raise ProtopruneError(f"{source}: cannot be read as a table ({error})") from None

@@ -29,8 +29,10 @@ from protoprune.featurefile import KEY, key_differences
 from protoprune.features import missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
+from protoprune.memory import free_memory
 from protoprune.npy import load_npz
 from protoprune.units import bytes_text
+from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
     from protoprune.pruning import Source
@@ -115,23 +117,32 @@ def load_examples(
 def warn_of_shared(train: Examples, test: Examples) -> None:
     """Warn when the very vectors or pixels of test images are those of training images, under whatever names: what is
     right on them says nothing about new images."""
-    own, other = (np.asarray(one.inputs.flatten(1)) for one in (train, test))
-    if own.shape[1:] != other.shape[1:]:
-        return
-    some = np.unique(np.linspace(0, own.shape[1] - 1, 32).round().astype(int))  # a look at all of a large set is dear
-    known: dict[bytes, list[int]] = {}
-    for row, part in enumerate(np.ascontiguousarray(other[:, some])):
-        known.setdefault(part.tobytes(), []).append(row)
-    shared: set[int] = set()
-    for row, part in enumerate(np.ascontiguousarray(own[:, some])):
-        rows = known.get(part.tobytes(), ())
-        shared.update(one for one in rows if other[one].any() and np.array_equal(own[row], other[one]))
+    shared = _shared(train, test)
     if shared:
         whole = "the training set itself" if len(shared) == len(test) == len(train) else "training images too"
         warn(
             f"{len(shared):,} of the {len(test):,} test images are {whole} (first: {test.paths[min(shared)]}); what is "
             "right on them says nothing about new images"
         )
+
+
+def _shared(train: Examples, test: Examples) -> set[int]:
+    """The rows of the test images that are training images; where nothing was decoded, by what they are called."""
+    own, other = (np.asarray(one.inputs.flatten(1)) for one in (train, test))
+    if own.shape[1:] != other.shape[1:]:
+        return set()
+    if not own.shape[1]:
+        known = set(train.paths) if os.path.realpath(train.root) == os.path.realpath(test.root) else set()
+        return {row for row, path in enumerate(test.paths) if path in known}
+    some = np.unique(np.linspace(0, own.shape[1] - 1, 32).round().astype(int))  # a look at all of a large set is dear
+    looks: dict[bytes, list[int]] = {}
+    for row, part in enumerate(np.ascontiguousarray(other[:, some])):
+        looks.setdefault(part.tobytes(), []).append(row)
+    shared: set[int] = set()
+    for row, part in enumerate(np.ascontiguousarray(own[:, some])):
+        rows = looks.get(part.tobytes(), ())
+        shared.update(one for one in rows if other[one].any() and np.array_equal(own[row], other[one]))
+    return shared
 
 
 def check_same_inputs(train: Examples, test: Examples) -> list[str]:
@@ -170,16 +181,19 @@ def subset(examples: Examples, rows: np.ndarray) -> Examples:
 
 def _load_features(file: Source, classes: Sequence[str] | None) -> Examples:
     labels, usable, own, paths = file.labels, file.usable, file.classes, list(file.paths)
+    if not usable.any():
+        raise ProtopruneError(f"{file.path}: none of its {len(paths):,} images could be read; see `protoprune info`")
     rows = np.flatnonzero(usable & (labels >= 0))
-    _require_classes(file.path, own, len(rows), paths)
-    vectors = torch.empty(len(rows), file.dim)
+    _require_classes(file.path, own, len(rows), paths, classes, "give --labels FILE to `protoprune embed`")
+    vectors, own_paths = torch.empty(len(rows), file.dim), [paths[row] for row in rows]
     for start in range(0, len(rows), _READ_ROWS):  # a second copy of all of them would be the peak
         some = rows[start : start + _READ_ROWS]
         block = file.features[some[0] : some[-1] + 1][some - some[0]]
         vectors[start : start + len(some)] = torch.from_numpy(block.astype(np.float32))
+    check_finite(file.path, vectors.numpy(), own_paths)
     unreadable = [(path, reason) for path, _, reason in file.failures()]
     return Examples(
-        file.provenance["root"], [paths[row] for row in rows], _renumber(file.path, labels[rows], own, classes),
+        file.provenance["root"], own_paths, _renumber(file.path, labels[rows], own, classes),
         list(classes or own), vectors, unreadable, int((usable & (labels < 0)).sum()),
         {name: file.provenance.get(name) for name in KEY}, paths,
     )  # fmt: skip
@@ -197,7 +211,7 @@ def _load_images(
     if size < 8:
         raise UsageError(f"--image-size {size}: expected at least 8")
     labelled = np.flatnonzero(images.labels >= 0)
-    _require_classes(root, images.classes, len(labelled), images.paths)
+    _require_classes(root, images.classes, len(labelled), images.paths, classes, "give --labels FILE")
     labels = _renumber(root, images.labels[labelled], images.classes, classes)
     if decode:
         pixels, failed = _pixels(images, labelled, size, cache, on_progress)
@@ -214,12 +228,16 @@ def _load_images(
     )  # fmt: skip
 
 
-def _require_classes(source: str, classes: Sequence[str], labelled: int, paths: Sequence[str]) -> None:
-    if not labelled or len(classes) < 2:
+def _require_classes(
+    source: str, own: Sequence[str], labelled: int, paths: Sequence[str], known: Sequence[str] | None, remedy: str
+) -> None:
+    """Raise ProtopruneError without labelled images of two classes; of one where the classes are `known`, of a test."""
+    if not labelled or (known is None and len(own) < 2):
         stray = next((path for path in paths if "/" not in path), None)
+        who = "training" if known is None else "a test set"
         raise ProtopruneError(
-            f"{source}: training needs labels, and no two classes were found; put the images of each class into a "
-            f"first-level folder of its own{f' (not so: {stray})' if stray else ''}, or give --labels FILE"
+            f"{source}: {who} needs labels, and no two classes were found; put the images of each class into a "
+            f"first-level folder of its own{f' (not so: {stray})' if stray else ''}, or {remedy}"
         )
 
 
@@ -329,12 +347,8 @@ def _decode_all(
 
 def _check_memory(shape: tuple[int, ...]) -> None:
     need = int(np.prod(shape, dtype=np.int64))
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: the allocation itself will tell
-        return
-    if need > _MEMORY_SHARE * free:
+    free = free_memory()
+    if free is not None and need > _MEMORY_SHARE * free:  # where it is not known the allocation itself will tell
         raise ProtopruneError(
             f"{shape[0]:,} images of {shape[2]} x {shape[3]} pixels take {bytes_text(need)} and "
             f"{bytes_text(free)} are free; give --pixels FILE on a fast disk, or a smaller --image-size"

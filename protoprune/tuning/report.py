@@ -19,6 +19,7 @@ from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import REFERENCES
 from protoprune.tuning.running import Tuned
 from protoprune.tuning.unlabelled import Unlabelled
+from protoprune.units import rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,8 +168,7 @@ def _draw_curves(axes: Axes, result: Tuned) -> None:
 
 
 def _points(value: float) -> str:
-    text = f"{100 * value:.1f}"
-    return "0.0" if text == "-0.0" else text
+    return rounded(100 * value)
 
 
 def _signed(one: Difference) -> str:

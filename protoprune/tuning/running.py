@@ -29,6 +29,7 @@ from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, candidates
+from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
     from protoprune.training.converged import Head, Space
@@ -182,6 +183,9 @@ def tune(
     check_whole("--seeds", seeds, 2, 1000, ", for an interval")
     check_number("--tolerance", tolerance, 0, 1)
     check_seed(seed)
+    for name, one in (("the training set", pool), ("the test set", test)):
+        if one is not None:
+            check_finite(name, one.vectors, one.paths)
     if recipes is None:
         recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]
@@ -258,6 +262,8 @@ def _settle(
 def _check(pool: Pool, choosers: int, keep: float) -> None:
     kept = round(keep * round(choosers * (1 - 1 / choosing.FOLDS)))
     least = max(LEAST, len(pool.classes))
+    if keep == 1:
+        raise UsageError("--keep 1: keeps every image, whatever the recipe; give a smaller fraction")
     if kept < least:
         raise UsageError(
             f"--keep {keep:g}: a split of {len(pool):,} images would keep {kept}, too few to compare anything; keep "
@@ -395,6 +401,7 @@ class Log:
         self._found[name] = f"{len(right)} {base64.b64encode(np.packbits(right).tobytes()).decode()}"
         one = {"key": name, "right": self._found[name], "digest": _line_digest(name, self._found[name])}
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # now, and not for a run that is refused
             with open(self.path, "a") as file:
                 fresh = file.tell() == 0 or self._ended(self.path)
                 file.write(("" if fresh else "\n") + json.dumps(one) + "\n")

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from protoprune import prototypes
+from protoprune.errors import UsageError
+from protoprune.selection import check_keep
 from protoprune.tuning.recipes import RANDOM, Candidate, Part, Pool
+from protoprune.vectors import check_finite
 
 SAMPLE = 5000  # images that distances and neighbours are measured for
 NEIGHBOURS = 10
@@ -51,6 +54,10 @@ def recipes() -> list[Candidate]:
 def describe(pool: Pool, keep: float, seed: int = 0) -> Unlabelled:
     """Coverage, near-duplicates and stability of every recipe's list of the pool, whose labels are not looked at."""
     n = len(pool)
+    check_keep(keep)
+    if not 1 <= round(keep * n) < n:
+        raise UsageError(f"--keep {keep:g}: {round(keep * n):,} of {n:,} images, which leaves nothing to compare")
+    check_finite("the features", pool.vectors, pool.paths)
     unit: np.ndarray = np.asarray(pool.vectors, np.float32)
     norm = np.linalg.norm(unit, axis=1, keepdims=True)
     unit = unit / np.where(norm > 0, norm, 1)
