@@ -299,8 +299,8 @@ class Selected:
         often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0
         return [
             f"in {often} measurements (docs/results.md) the {_EXTREME[rule.order]} {100 * rule.keep:.3g} % trained "
-            f"worse models than random images, and `--order cover` better ones; `protoprune tune --keep {rule.keep:.3g}` "
-            "compares them on your images"
+            "worse models than random images, and `--order cover` better ones; "
+            f"`protoprune tune --keep {rule.keep:.3g}` compares them on your images"
         ]
 
 
