@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import BinaryIO
 
@@ -26,6 +27,20 @@ _MOST = 200  # buckets, each of which is an open file
 Fetch = Callable[[np.ndarray], np.ndarray]  # rows (m,) of a bucket -> their features (m, d)
 
 
+def through(
+    features: Rows,
+    groups: Sequence[np.ndarray],
+    one: Callable[[np.ndarray, np.ndarray], None],
+    folder: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+) -> None:
+    """Call `one(rows, their features)` for each group, in threads; see `grouped`."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for some, fetch in grouped(features, groups, folder):
+            for _ in pool.map(lambda rows, fetch=fetch: one(rows, fetch(rows)), some):
+                pass
+
+
 def grouped(
     features: Rows, groups: Sequence[np.ndarray], folder: str | os.PathLike[str] | None = None
 ) -> Iterator[tuple[Sequence[np.ndarray], Fetch]]:
@@ -33,13 +48,16 @@ def grouped(
 
     features: (n, d), read in rising slices; no row may be in two groups. `folder` is where the temporary files are made
     (by default the system's place), which need as much room as the features; they have no name and vanish with the
-    process. Raises ProtopruneError where there is no room.
+    process; features that are in memory need none. Raises ProtopruneError where there is no room.
     """
+    if type(features) is np.ndarray:
+        yield groups, features.__getitem__
+        return
     row_bytes = features.shape[1] * getattr(features, "dtype", np.dtype(np.float64)).itemsize
     sizes = np.array([len(rows) for rows in groups], np.int64)
     shares = _shares(sizes * row_bytes, max(MEMORY, int(sizes.sum()) * row_bytes // _MOST))
     if len(shares) == 1:
-        yield groups, partial(_of, *_all(features, groups))
+        yield groups, partial(_of, _all(features, groups))
         return
     folder = os.fspath(folder or tempfile.gettempdir())
     bucket_of = np.full(features.shape[0], -1, np.int16)
@@ -55,7 +73,10 @@ def grouped(
             files[number].seek(0)
             vectors = np.fromfile(files[number], dtype).reshape(len(rows), features.shape[1])
             files[number].close()
-            yield groups[first:last], partial(_of, rows, vectors)
+            bucket = [rows, vectors]
+            del rows, vectors
+            yield groups[first:last], partial(_of, bucket)
+            bucket.clear()  # whoever still has the function must not hold two buckets in memory
 
 
 def _shares(sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
@@ -69,15 +90,16 @@ def _shares(sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
     return [*shares, (first, len(sizes))]
 
 
-def _of(rows: np.ndarray, vectors: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Those of the vectors whose rows, ascending, are `own`, in its order."""
+def _of(bucket: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:
+    """The vectors of the rows `own`, in its order, of a bucket: its rows, ascending, and their vectors."""
+    rows, vectors = bucket
     return vectors[np.searchsorted(rows, own)]
 
 
 def _all(features: Rows, groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     rows = np.sort(np.concatenate([np.empty(0, np.int64), *groups]))
     vectors, filled = np.empty((0, features.shape[1]), np.float32), 0
-    for here, x in _slices(features, rows):
+    for here, x in slices(features, rows):
         if not filled:
             vectors = np.empty((len(rows), features.shape[1]), x.dtype)
         vectors[filled : filled + len(here)] = x
@@ -88,7 +110,7 @@ def _all(features: Rows, groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.n
 def _spread(features: Rows, bucket_of: np.ndarray, files: Sequence[BinaryIO]) -> np.dtype:
     """Write each row to the file of its bucket, in rising order; returns the type of the numbers."""
     dtype = np.dtype(np.float32)
-    for here, x in _slices(features, np.flatnonzero(bucket_of >= 0)):
+    for here, x in slices(features, np.flatnonzero(bucket_of >= 0)):
         dtype, bucket = x.dtype, bucket_of[here]
         order = np.argsort(bucket, kind="stable")
         present, starts = np.unique(bucket[order], return_index=True)
@@ -97,8 +119,8 @@ def _spread(features: Rows, bucket_of: np.ndarray, files: Sequence[BinaryIO]) ->
     return dtype
 
 
-def _slices(features: Rows, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, features) of those ascending rows, a slice of all features at a time."""
+def slices(features: Rows, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, their features) of ascending rows, a slice of all features at a time."""
     for first in range(0, features.shape[0], CHUNK):
         low, high = np.searchsorted(rows, (first, first + CHUNK))
         if low < high:

@@ -17,6 +17,7 @@ import numpy as np
 from protoprune import selection
 from protoprune.bounds import check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.ids import row_type
 from protoprune.images import folder_labels
 from protoprune.paths import chosen
 from protoprune.scores import ScoreTable, Table, match
@@ -67,18 +68,22 @@ def compare(
     check_whole("--bootstrap", resamples, 0, 100_000)
     for keep in keeps:
         selection.check(keep)
-    values = np.stack([np.asarray(scores, np.float64) for scores in tables.values()])  # (m, N)
-    common = np.flatnonzero(~np.isnan(values).any(axis=0))
+    names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
+    common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
         raise ProtopruneError(f"{len(common)} images have a score in every table; comparing takes two or more")
-    values, names = values if len(common) == values.shape[1] else values[:, common], list(tables)
+    if len(common) < len(values[0]):
+        values = [row[common] for row in values]
     paths = chosen(paths, common)
     ranks = _ranks(values)
     matrix = correlations(ranks)
     low = high = None
     if resamples:
         low, high = bootstrap(values, matrix, resamples=resamples, level=level, seed=seed)
-    percentiles = ((ranks - 0.5) / len(paths)).astype(np.float32)
+    ranks -= 0.5
+    ranks /= len(paths)
+    percentiles = ranks.astype(np.float32)
+    del ranks
     result = Comparison(names, paths, percentiles, matrix, low, high, similar_order(matrix))
     if labels is None:
         labels, classes = folder_labels(paths)
@@ -90,17 +95,20 @@ def compare(
     return result
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _ranks(values: Sequence[np.ndarray]) -> np.ndarray:
     """(m, n) mid-ranks, 1 to n; ties share their mean."""
     from scipy.stats import rankdata
 
-    return np.stack([rankdata(row) for row in values])
+    ranks = np.empty((len(values), len(values[0])))
+    for row, own in zip(ranks, values, strict=True):
+        row[:] = rankdata(own)
+    return ranks
 
 
 def correlations(ranks: np.ndarray) -> np.ndarray:
     """(m, m) Pearson correlations of ranks (m, n). A constant row has 1 with a constant row and 0 with the others."""
     centred = ranks - ranks.mean(axis=1, keepdims=True)
-    norms = np.sqrt((centred**2).sum(axis=1))
+    norms = np.sqrt([(row**2).sum() for row in centred])
     constant = norms == 0
     centred /= np.where(constant, 1, norms)[:, None]
     matrix = np.clip(centred @ centred.T, -1, 1)
@@ -110,9 +118,9 @@ def correlations(ranks: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    values: np.ndarray, estimate: np.ndarray, *, resamples: int = 200, level: float = 0.95, seed: int = 0
+    values: Sequence[np.ndarray], estimate: np.ndarray, *, resamples: int = 200, level: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile intervals (low, high), each (m, m), of the Spearman matrix of values (m, n).
+    """Percentile intervals (low, high), each (m, m), of the Spearman matrix of m times (n,) values.
 
     Images are drawn with replacement and ranked anew in every resample (drawing the finished ranks would give another
     spread). Of more than 10,000 images 10,000 are drawn, and the deviations shrunk by sqrt(10,000 / n): the m-out-of-n
@@ -121,13 +129,13 @@ def bootstrap(
     """
     from scipy.stats import rankdata
 
-    n = values.shape[1]
+    n = len(values[0])
     size = min(n, _RESAMPLE)
     rng = np.random.default_rng(seed)
     deviations = np.empty((resamples, *estimate.shape))
     for deviation in deviations:
-        drawn = values[:, rng.integers(0, n, size)]
-        deviation[:] = correlations(rankdata(drawn, axis=1)) - estimate
+        drawn = rng.integers(0, n, size)
+        deviation[:] = correlations(rankdata([row[drawn] for row in values], axis=1)) - estimate
     ends = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2], axis=0)
     low, high = np.clip(estimate + ends * np.sqrt(size / n), -1, 1)
     return low, high
@@ -144,17 +152,17 @@ def similar_order(matrix: np.ndarray) -> np.ndarray:
 
 
 def _compare_kept(
-    result: Comparison, values: np.ndarray, keeps: Sequence[float], labels: np.ndarray, seed: int
+    result: Comparison, values: Sequence[np.ndarray], keeps: Sequence[float], labels: np.ndarray, seed: int
 ) -> None:
     """Fill in overlap, tied and class_shares."""
     if not keeps:
         return
-    n = values.shape[1]
-    orders = [selection.ranking(row, ids=result.paths, seed=seed) for row in values]
+    n = len(values[0])
+    orders = [selection.ranking(row, ids=result.paths, seed=seed).astype(row_type(n)) for row in values]
     for keep in keeps:
-        masks = np.stack([selection.cut(order, n, keep) for order in orders])  # (m, n)
-        kept = masks.astype(np.float32)
-        result.overlap[keep] = (kept @ kept.T) / max(1, masks[0].sum())
+        masks = [selection.cut(order, n, keep) for order in orders]
+        common = np.array([[np.count_nonzero(one & other) for other in masks] for one in masks])
+        result.overlap[keep] = common / max(1, masks[0].sum())
         result.tied[keep] = np.array([_tied(row, mask) for row, mask in zip(values, masks, strict=True)])
         if result.classes and result.class_sizes is not None:
             counts = [np.bincount(labels[mask & (labels >= 0)], minlength=len(result.classes)) for mask in masks]

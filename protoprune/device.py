@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from protoprune.errors import UsageError
+from protoprune.errors import UsageError, warn
 from protoprune.text import shortened
 
 if TYPE_CHECKING:
@@ -39,6 +39,19 @@ def native_bf16(device: torch.device) -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def warn_if_emulated(precision: str, device: torch.device) -> None:
+    """Warn where this device would imitate a precision that it has no arithmetic for; nothing fails, it takes long."""
+    import torch
+
+    half = getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)
+    native = {"bf16": native_bf16(device), "fp16": device.type != "cpu" or half()}
+    if device.type in ("cpu", "cuda") and not native.get(precision, True):
+        warn(
+            f"--precision {precision}: this {device.type} has no {precision} arithmetic and imitates it, many times "
+            "slower than fp32; auto takes the fastest that it has"
+        )
 
 
 def cores() -> int:

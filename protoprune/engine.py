@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from protoprune.bounds import is_whole
 from protoprune.decode import Preprocess
-from protoprune.device import cores, native_bf16, resolve_device
+from protoprune.device import cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class Engine:
     @functools.cached_property
     def forward(self) -> tuple[Forward, int]:
         """(function, batch size), made when the first image needs it; see `_forward`."""
+        warn_if_emulated(self.precision, self.device)
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
 
     @functools.cached_property

@@ -36,6 +36,11 @@ def hashes_of(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = 
     return found
 
 
+def row_type(n: int) -> type[np.int32] | type[np.int64]:
+    """The type for the numbers of n rows, of which there are several arrays: the smaller one as long as it does."""
+    return np.int32 if n < 1 << 31 else np.int64
+
+
 def shuffled(rows: np.ndarray, ids: Sequence[str], seed: int, purpose: bytes = b"") -> np.ndarray:
     """The rows (m,) at random: sorted by the hashes of their ids among all (n,) `ids`."""
     return rows[np.argsort(hashes_of(rows, ids, seed, purpose), kind="stable")]

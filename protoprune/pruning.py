@@ -265,6 +265,14 @@ class Rule:
                 )
 
 
+# Metrics whose extremes were compared with random images (docs/results.md, "All metrics").
+_EXTREME = {"hard": "hardest", "easy": "easiest"}
+_MEASURED = frozenset((
+    "el2n", "grand", "forgetting", "memorization", "ddd", "ensemble_active_learning", "aum", "margin", "entropy",
+    "loss", "dyn_unc", "tdds", "supervised_prototypes", "self_supervised_prototypes",
+))  # fmt: skip
+
+
 @dataclass
 class Selected:
     """A kept set: `keep` marks the rows of `ranking`."""
@@ -280,6 +288,20 @@ class Selected:
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
         return picked(self.ranking.paths, np.flatnonzero(self.keep))
+
+    def notes(self) -> list[str]:
+        """What a user should know before training on the list, a line each: docs/results.md, "Which list?"."""
+        rule, table = self.rule, self.ranking.table
+        if rule.order not in _EXTREME or rule.keep > 0.5 or rule.calibrate is not None:
+            return []
+        if table is not None and table.metric not in _MEASURED:
+            return []  # nothing is known of a score from elsewhere; covers and random draws are no extremes
+        often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0
+        return [
+            f"in {often} measurements (docs/results.md) the {_EXTREME[rule.order]} {100 * rule.keep:.3g} % trained "
+            "worse models than random images, and `--order cover` better ones; "
+            f"`protoprune tune --keep {rule.keep:.3g}` compares them on your images"
+        ]
 
 
 def rank(
@@ -615,12 +637,14 @@ def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None 
         groups, size = groups_of(ranking, by), partition.CLASS_SIZE
     else:
         groups, size = np.zeros(n, np.int64), partition.CLUSTER_SIZE
-    features = ranking.features
+    features, folder = ranking.features, _scratch(ranking)
     groups = partition.split(
         features, groups, size, ids=ranking.paths, usable=usable, seed=seed, iterations=how.iterations,
-        backend=how.backend,
+        backend=how.backend, folder=folder,
     )  # fmt: skip
-    return selection.cover(features, groups, method=order, ids=ranking.paths, usable=usable, seed=seed, workers=cores())
+    return selection.cover(
+        features, groups, method=order, ids=ranking.paths, usable=usable, seed=seed, folder=folder, workers=cores()
+    )
 
 
 @dataclass

@@ -307,3 +307,20 @@ def test_classes_that_no_shard_has_are_said(here, option, out):
     assert result.stderr.index("warning") < result.stderr.index("img/s")
     plain = CliRunner().invoke(app, f"embed shard.tar -o new.{out} --encoder mini".split())
     assert "warning" not in plain.stderr
+
+
+BARE = "No such option: --features; the feature file stands without an option here"
+NAMED = "Got unexpected extra argument(s) (f.h5); the feature file goes behind --features"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("select --features f.h5 --keep 0.5", BARE),
+        ("sheet --features f.h5", BARE),
+        ("tune f.h5 --keep 0.5", NAMED),
+        ("scaling f.h5 --test t.h5 --size 10", NAMED),
+    ],
+)
+def test_a_feature_file_named_as_another_command_takes_it(run, words, said):
+    assert run(*words.split(), code=2).stderr == f"error: {said}; see `protoprune {words.split()[0]} --help`\n"

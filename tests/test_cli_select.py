@@ -15,6 +15,7 @@ from helpers import write_image
 
 from protoprune.decode import Status
 from protoprune.lists import read_list, read_weights
+from protoprune.scores import write_scores
 
 N, CLASSES = 60, ("ape", "bee", "cat")
 PATHS = [f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(N)]
@@ -209,6 +210,30 @@ def test_scores_of_a_table_in_which_higher_means_prune(here, run):
     assert alone.stderr == "error: --higher-is prune: goes with --scores, whose direction it gives\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--keep", "0.1", "--k", "3"], "in nearly all measurements (docs/results.md) the hardest 10 % trained worse"),
+        (["--keep", "0.5", "--order", "easy"], "in most measurements (docs/results.md) the easiest"),
+        (["--keep", "0.6"], None),
+        (["--keep", "0.1", "--order", "cover"], None),
+        (["--keep", "0.1", "--order", "random"], None),
+        (["--keep", "0.1", "--calibrate", "0.5"], None),
+    ],
+)
+def test_a_list_that_loses_to_random_in_measurements_is_said_to(here, run, options, said):
+    warned = [line for line in run("select", *options).stderr.splitlines() if "measurements" in line]
+    assert len(warned) == (said is not None)
+    assert said is None or f"warning: {said}" in warned[0]
+
+
+@pytest.mark.parametrize(("metric", "warned"), [("el2n", True), ("random", False), ("mine", False)])
+def test_what_is_said_of_a_table_is_what_was_measured_of_its_metric(here, run, metric, warned):
+    write_scores("scores.csv", PATHS, np.arange(60.0), metric=metric)
+    said = run("select", "--scores", "scores.csv", "--keep", "0.2").stderr
+    assert ("in nearly all measurements" in said) is warned
+
+
 def test_scores_that_not_every_image_has(here, run):
     with open("scores.csv", "w") as file:
         file.writelines(f"{path},{i}\n" for i, path in enumerate(PATHS[:21]))
@@ -368,7 +393,7 @@ def test_a_table_without_names(here, run):
         assert "--by-place: goes with --scores" in run(*command, "--by-place", code=2).stderr
     kept = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--rows", "rows.txt")
     assert kept.stdout.splitlines() == sorted(shuffled[48:])
-    assert "warning" not in kept.stderr
+    assert "warning: matched" not in kept.stderr
     placed = run("select", "--keep", "0.2", "--scores", "s.npz:el2n", "--by-place")
     assert placed.stdout.splitlines() == sorted(PATHS)[48:]
     assert f"scores: warning: matched by place: 0 is taken as {sorted(PATHS)[0]}, 59 as" in placed.stderr

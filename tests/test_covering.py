@@ -6,11 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from counted import Counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoprune import partition
+import protoprune
+from protoprune import buckets, featureset, partition, prototypes
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.featurefile import FeatureFile
+from protoprune.ids import hashes_of, shuffled
 from protoprune.selection import by_place, cover, covering
 
 
@@ -227,3 +231,98 @@ def test_groups_of_zeros_are_divided_too(directed):
     pairs = set(zip(found.tolist(), groups.tolist(), strict=True))
     assert len(pairs) == len(np.unique(found))  # a part lies within a group
     np.testing.assert_array_equal(found, partition.split(features, groups, 60, ids=ids_of(1000)))
+
+
+# --- features on the disk --------------------------------------------------------------------------------------------
+
+
+def split_one_by_one(x, groups, size, ids, usable, fan) -> np.ndarray:
+    """Parts as they were made when each group's features were gathered from all over the file."""
+    rows = np.flatnonzero(usable)
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    given = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1)
+    numbers, count = np.full(len(groups), -1), 0
+
+    def divide(own, most):
+        nonlocal count
+        if len(own) <= most:
+            numbers[own], count = count, count + 1
+            return
+        k = min(-(-len(own) // size), fan)
+        part = np.full(len(own), k)
+        if x[own].any(axis=1).sum() >= k:
+            found = prototypes.cluster(x[own], k, train_points=min(len(own), max(fan * k, partition._TRAIN))).cluster
+            part = np.where(found < 0, k, found)
+        if np.bincount(part).max() > 0.9 * len(own):
+            part = np.argsort(np.argsort(hashes_of(own, ids, 0, b"split"))) * k // len(own)
+        for one in range(k + 1):
+            if (part == one).any():
+                divide(own[part == one], 2 * size)
+
+    for own in given:
+        divide(own, size)
+    return numbers
+
+
+def covered_one_by_one(x, groups, ids, usable, method) -> np.ndarray:
+    mean = x[usable].astype(np.float64).mean(axis=0).astype(np.float32)
+    places = np.full(len(x), np.nan)
+    for group in np.unique(groups[usable]):
+        own = shuffled(np.flatnonzero(usable & (groups == group)), ids, 0, b"cover")
+        taken = covering.order_of(covering._directions(x[own], mean), covering.METHODS[method])
+        places[own[taken]] = (np.arange(len(own)) + 0.5) / len(own)
+    return places
+
+
+@pytest.mark.parametrize("method", sorted(covering.METHODS))
+@pytest.mark.parametrize("most_in_one", [False, True])
+@pytest.mark.parametrize("memory", [1, 3000, 1 << 28])
+def test_features_are_read_in_slices_and_ranks_do_not_change(monkeypatch, tmp_path, method, most_in_one, memory):
+    monkeypatch.setattr(partition, "FAN", 4)
+    monkeypatch.setattr(buckets, "CHUNK", 31)
+    monkeypatch.setattr(buckets, "MEMORY", memory)
+    rng = np.random.default_rng(1)
+    x, ids = cloud(600).astype(np.float16), ids_of(600)
+    x[rng.choice(600, 60, replace=False)] = x[rng.choice(600, 60, replace=False)]
+    x[rng.choice(600, 5, replace=False)] = 0
+    groups = np.where(rng.random(600) < (0.8 if most_in_one else 0.3), 2, rng.integers(-1, 4, 600)).astype(np.int32)
+    usable = rng.random(600) < 0.95
+    read = Counted(x)
+    parts = partition.split(read, groups, 40, ids=ids, usable=usable, folder=tmp_path)
+    np.testing.assert_array_equal(parts, split_one_by_one(x, groups, 40, ids, usable, 4))
+    read = Counted(x)
+    places = cover(read, parts, ids=ids, usable=usable, method=method, folder=tmp_path, workers=2)
+    np.testing.assert_array_equal(places, covered_one_by_one(x, parts, ids, usable, method))
+    assert read.reads.max() <= 2  # once for the mean, once for the groups
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_set_of_many_parts_is_covered_as_one_file_and_opens_each_a_few_times(feature_file, tmp_path, monkeypatch):
+    """Groups lie across all parts: to gather each from them would open every part once a group."""
+    x, parts, names = cloud(240, 4), [], [f"{i // 40:02d}.tar/{'ab'[i % 2]}/{i:04d}.png" for i in range(240)]
+    labels = np.arange(240) % 2
+    monkeypatch.setattr(FeatureFile, "labels", property(lambda file: labels[: file.n].astype(np.int32)))
+    monkeypatch.setattr(FeatureFile, "classes", property(lambda file: ["a", "b"]))
+    (tmp_path / "set").mkdir()
+    for number in range(6):
+        rows, name = slice(40 * number, 40 * number + 40), f"{number:02d}.tar"
+        path = feature_file(tmp_path / "set" / f"{name}.h5", x[rows], paths=names[rows])
+        with FeatureFile(path) as file:
+            parts.append(featureset.Part(name, 1, 1, 40, 40, file.provenance["uuid"]))
+    featureset.write_plan(str(tmp_path / "set"), {"root": "/data", "key": {}, "options": {}}, parts)
+    whole = feature_file(tmp_path / "f.h5", x, paths=names)
+    monkeypatch.setattr(partition, "CLUSTER_SIZE", 20)
+    monkeypatch.setattr(partition, "CLASS_SIZE", 20)
+    want = {by: protoprune.select(whole, 0.3, order="cover", by=by) for by in ("class", "cluster")}
+    monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
+    opened, make = [], FeatureFile.__init__
+
+    def counting(self, path):
+        opened.append(path)
+        make(self, path)
+
+    monkeypatch.setattr(FeatureFile, "__init__", counting)
+    for by, one in want.items():
+        opened.clear()
+        np.testing.assert_array_equal(protoprune.select(tmp_path / "set", 0.3, order="cover", by=by).rank, one.rank)
+        assert len(opened) <= 12 * 6  # passes over them, 7 to 9, however many groups there are

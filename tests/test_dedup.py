@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from counted import Counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,19 +175,6 @@ def test_the_suggested_threshold_parts_planted_copies_from_others():
 # --- each row of the features is read once ---------------------------------------------------------------------------
 
 
-class Counted:
-    """Features that are read in slices, and count how often each row is."""
-
-    def __init__(self, x: np.ndarray):
-        self.x, self.shape, self.dtype = x, x.shape, x.dtype
-        self.reads = np.zeros(len(x), int)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        assert isinstance(rows, slice)
-        self.reads[rows] += 1
-        return self.x[rows]
-
-
 def one_row_at_a_time(x, cluster, distance, epsilon, ids, seed, usable, block) -> np.ndarray:
     """What dedup did before it read features once: each block of a cluster gathered as it was needed."""
 
@@ -255,7 +243,7 @@ def test_rows_read_once_through_buckets_give_the_same_bytes(small_blocks, small_
 
 
 def test_no_room_for_temporary_files_is_said_in_time(monkeypatch, tmp_path):
-    x, groups = np.ones((100, 4), np.float32), np.split(np.arange(100), 10)
+    x, groups = Counted(np.ones((100, 4), np.float32)), np.split(np.arange(100), 10)
     monkeypatch.setattr(buckets, "MEMORY", 200)
     with pytest.raises(ProtopruneError, match=r"cannot write temporary files \(No such file"):
         list(buckets.grouped(x, groups, tmp_path / "gone"))

@@ -98,6 +98,20 @@ def test_rows_in_pieces_are_written_where_they_belong(tmp_path):
         assert file.usable.all()
 
 
+def test_features_are_indexed_as_an_array_is(feature_file, tmp_path):
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+    path = feature_file(tmp_path / "f.h5", x)
+    odd = np.arange(8) % 2 == 1
+    rows = [3, -1, np.int32(2), slice(2, 5), slice(None, None, -2), slice(6, 99), [], [1, 1, -8], odd]
+    for index in (*rows, np.array([7, 0], np.int32), (slice(1, 4), 2), ([0, 5], slice(1, 3))):
+        with FeatureFile(path) as file:
+            np.testing.assert_array_equal(file.features[index], x[index])
+    with FeatureFile(path) as file:
+        for index in (8, -9, [0, 8], np.array([-9]), odd[:5]):
+            with pytest.raises(IndexError):
+                file.features[index]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not hdf5", "other hdf5", "other version"])
 def test_what_is_no_feature_file_is_one_clear_line(content, tmp_path):
     path = tmp_path / "f.h5"

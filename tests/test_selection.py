@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.selection import ORDERS, kept_mask, ranking
+from protoprune.ids import hashes
+from protoprune.selection import ORDERS, by_place, kept_mask, orders, ranking
 
 
 def ids_of(n: int) -> list[str]:
@@ -184,6 +185,23 @@ def test_random_does_not_look_at_the_scores():
     another_seed = kept_mask(one, 0.3, ids=ids_of(n), order="random", seed=2)
     assert 5 < (masks[0] & another_seed).sum() < 35  # 60 and 60 of 200 meet in 18 by chance
     assert abs(one[masks[0]].mean() - one.mean()) < 0.12
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 200), st.integers(1, 60), st.booleans(), st.integers(0, 10**6))
+def test_ties_broken_in_pieces_are_those_of_one_sort(n, values, whole, seed):
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, values, n) / values
+    keys[rng.random(n) < 0.2] = 0.5  # a run that is longer than a piece
+    rows, ties = np.arange(n) if whole else np.flatnonzero(rng.random(n) < 0.7), hashes(ids_of(n), 3)
+    before = keys.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders, "BATCH", 7)
+        upwards = by_place(keys, rows, ids_of(n), 3)
+        downwards = orders._sorted(keys, rows, ids_of(n), 3, largest=True)
+    assert upwards.tolist() == rows[np.lexsort((ties[rows], keys[rows]))].tolist()
+    assert downwards.tolist() == rows[np.lexsort((ties[rows], -keys[rows]))].tolist()
+    assert np.array_equal(keys, before)  # the caller's
 
 
 def test_ties_are_broken_by_a_hash_that_the_seed_changes():

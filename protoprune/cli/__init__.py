@@ -93,8 +93,19 @@ def _explain(error: Any) -> None:
     """Say in one line what is wrong with the words of the command line, and exit with 2."""
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error  # the help itself
-    _complain(f"{error.format_message().rstrip('.')}; see `{_command(error)} --help`")
+    said = error.format_message().rstrip(".")
+    _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error)} --help`")
     raise typer.Exit(error.exit_code) from None
+
+
+def _where_features_go(context: Any, said: str) -> str:
+    """For who named the feature file in the way of another command: lists are the arguments of some, it of others."""
+    places = {} if context is None else {one.name: one.param_type_name for one in context.command.params}
+    if places.get("features") == "option" and said.startswith("Got unexpected extra argument"):
+        return "; the feature file goes behind --features"
+    if places.get("features") == "argument" and said.startswith("No such option: --features"):
+        return "; the feature file stands without an option here"
+    return ""
 
 
 def _command(error: Any) -> str:

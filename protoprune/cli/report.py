@@ -79,7 +79,7 @@ def report(
         features, how.rule(keep, clustering.seed), clustering.clusters(), scores=scores, **vars(reading),
         dedup=how.dedup, dedup_prefer=how.dedup_prefer,
     )  # fmt: skip
-    say_notes(chosen.ranking)
+    say_notes(chosen.ranking.notes() + chosen.notes())
     with Progress("thumbnails", "img") as bar:
 
         def on_image(done: int, total: int) -> None:

@@ -80,6 +80,7 @@ def select(
         chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
     )
     _say_selected(chosen)
+    say_notes(chosen.notes())
     if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
@@ -267,7 +268,7 @@ def say_ranking(ranking: Ranking) -> None:
         sizes = one.sizes()
         empty = f", {int((sizes == 0).sum())} empty" if (sizes == 0).any() else ""
         say(f"clusters: {sizes.min():,} to {sizes.max():,} images, median {int(np.median(sizes)):,}{empty}")
-    say_notes(ranking)
+    say_notes(ranking.notes())
     values = ranking.scores[ranking.scored]
     if len(values):
         low, quarter, median, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
@@ -275,9 +276,9 @@ def say_ranking(ranking: Ranking) -> None:
         say(f"{what}: {low:.4g} to {high:.4g}, quartiles {quarter:.4g}, {median:.4g}, {upper:.4g}")
 
 
-def say_notes(ranking: Ranking) -> None:
-    """What to know before trusting the ranking."""
-    for note in ranking.notes():
+def say_notes(notes: Iterable[str]) -> None:
+    """What to know before trusting a ranking or a list."""
+    for note in notes:
         say(f"warning: {note}")
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 import protoprune
 from protoprune.bounds import check_number, check_whole
+from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.text import parse_json, with_slashes
@@ -211,6 +212,8 @@ def run_all(
     keys = [{**shared, **_own_key(run)} for run in runs]
     names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
     known = {name: _read(folder, name, key, curves) for name, key in zip(names, keys, strict=True)}
+    if None in known.values():
+        warn_if_emulated(shared["computes_in"], resolve_device(device))
     clock = _Clock({name: _planned_steps(run, len(train.paths), recipe) for name, run in zip(names, runs, strict=True)
                     if known[name] is None})  # fmt: skip
     outcomes, cached = [], 0
@@ -358,7 +361,6 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, device: str = "auto") -> None:
     """UsageError for a budget, device or file of weights that there is not, and for settings of a training's length
     where it has none."""
-    from protoprune.device import resolve_device
     from protoprune.training.loop import Recipe
 
     resolve_device(device)
@@ -447,7 +449,6 @@ class _HeadFit:
 
 def _head_fit() -> Fit:
     """A function like `training.loop.fit`, which prepares the training vectors once, at its first call."""
-    from protoprune.device import resolve_device
     from protoprune.training import converged
 
     space = None
@@ -481,7 +482,6 @@ def _head_fit() -> Fit:
 def _shared_key(train: Examples, test: Examples, recipe: Recipe, device: str) -> dict[str, Any]:
     import torch
 
-    from protoprune.device import resolve_device
     from protoprune.training.loop import computes_in
 
     return {
@@ -513,8 +513,6 @@ def _digest(array: np.ndarray | None, kind: type[np.generic]) -> str | None:
 def device_kind(device: str) -> str:
     """'cpu', or the name of the GPU that `device` stands for."""
     import torch
-
-    from protoprune.device import resolve_device
 
     found = resolve_device(device)
     return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type

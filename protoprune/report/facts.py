@@ -16,6 +16,7 @@ import numpy as np
 
 from protoprune import pruning, selection
 from protoprune.decode import Status
+from protoprune.ids import row_type
 from protoprune.images import describe_counts
 from protoprune.pruning import Selected
 from protoprune.report import maps, results, stops
@@ -69,7 +70,7 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     found = stops.find(ranking, chosen.rule)
     order = selection.ranking(
         ranking.scores, ids=ranking.paths, order="easy", seed=chosen.rule.seed, usable=ranking.scored
-    )
+    ).astype(row_type(n))
     say("near-duplicates")
     duplicates = _duplicates(chosen, options.duplicates)
     say("scores")
@@ -210,11 +211,10 @@ def _histogram(ranking: pruning.Ranking, found: Stops) -> tuple[np.ndarray, dict
     """(stops, bins) kept images a bin of the scores, and what the bins are; the last row may be less than all."""
     scores = ranking.scores[ranking.scored]
     low, high = float(scores.min()), float(scores.max())
-    bins = np.zeros(len(ranking.scores), np.int64)
-    inside = (ranking.scores[ranking.scored] - low) / max(high - low, 1e-12) * BINS
-    bins[ranking.scored] = np.minimum(inside.astype(np.int64), BINS - 1)
-    bins[~ranking.scored] = -1
-    whole = np.bincount(bins[ranking.scored], minlength=BINS)
+    inside = np.minimum(((scores - low) / max(high - low, 1e-12) * BINS).astype(np.int16), BINS - 1)
+    bins = np.full(len(ranking.scores), -1, np.int16)
+    bins[ranking.scored] = inside
+    whole = np.bincount(inside, minlength=BINS)
     return stops.table(found.first, bins, BINS, len(found.fractions)), {"low": low, "high": high, "all": whole.tolist()}
 
 
@@ -234,7 +234,7 @@ def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict[s
     sizes = np.bincount(group[group >= 0], minlength=len(names))
     biggest = np.sort(np.argsort(-sizes, kind="stable")[:GROUPS])
     biggest = biggest[sizes[biggest] > 0]
-    place_of = np.full(len(names) + 1, -1)
+    place_of = np.full(len(names) + 1, -1, np.int32)
     place_of[biggest] = np.arange(len(biggest))
     small = place_of[group]  # -1 stays -1: the last place
     scored = small >= 0
@@ -328,12 +328,12 @@ def _tables(chosen: Selected, options: Options) -> dict[str, Any]:
         name = os.path.basename(path)
         tables[name if name not in tables else os.fspath(path)] = read_scores(path, ranking.paths).scores
     result = compare(tables, ranking.paths, resamples=0)
-    row_of = {path: row for row, path in enumerate(ranking.paths)}
+    compared = np.flatnonzero(~np.any([np.isnan(scores) for scores in tables.values()], axis=0))
     pairs = []
     for number, name in enumerate(result.names[1:], 1):
         gap = result.percentiles[number] - result.percentiles[0]
         for sign, what in ((1, f"hard by {name}, easy by {own}"), (-1, f"easy by {name}, hard by {own}")):
-            rows = [row_of[result.paths[at]] for at in np.argsort(-sign * gap, kind="stable")[:12]]
+            rows = compared[np.argsort(-sign * gap, kind="stable")[:12]].tolist()
             pairs.append({"title": shown(what), "rows": rows})
     matrix = [[f"{value:.2f}" for value in row] for row in result.spearman]
     return {"spearman": {"names": result.names, "rows": matrix, "images": len(result.paths)}, "pairs": pairs}

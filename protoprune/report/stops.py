@@ -53,6 +53,6 @@ def find(ranking: Ranking, rule: Rule, on_stop: Callable[[int, int], None] | Non
 def table(first: np.ndarray, groups: np.ndarray, number: int, stops: int) -> np.ndarray:
     """(stops, number) uint32: images kept of each group at each stop; rows with a negative group count nowhere."""
     counted = (groups >= 0) & (first != NEVER)
-    flat = first[counted].astype(np.int64) * number + groups[counted]
+    flat = first[counted].astype(np.int32) * number + groups[counted]  # at most 255 times `facts.GROUPS`
     entering = np.bincount(flat, minlength=stops * number).reshape(stops, number)
     return entering.cumsum(axis=0).astype(np.uint32)

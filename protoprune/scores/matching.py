@@ -270,8 +270,8 @@ def _paths_end_in_keys(paths: Sequence[str], index: dict[str, int], n_keys: int)
 
 def _once(rows: np.ndarray) -> np.ndarray:
     """Rows that were found by one key only; the others become _AMBIGUOUS."""
-    found = rows >= 0
-    if found.any():
-        twice = np.bincount(rows[found]) > 1
-        rows[found] = np.where(twice[rows[found]], _AMBIGUOUS, rows[found])
+    found = np.flatnonzero(rows >= 0)
+    twice = np.bincount(rows[found]) > 1
+    if twice.any():
+        rows[found[twice[rows[found]]]] = _AMBIGUOUS
     return rows

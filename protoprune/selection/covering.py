@@ -7,23 +7,23 @@ replacement, and with the authors' greedy rule. Facility location (Mirchandani &
 lazy evaluation): always the image next that raises most the sum over the group of the similarity to the nearest one
 taken.
 
-Groups are covered each by itself and interleaved in proportion to their sizes, so that growing lists are nested. Pure
-arrays: features are anything that gives rows for an array of ascending row numbers.
+Groups are covered each by itself and interleaved in proportion to their sizes, so that growing lists are nested. Knows
+nothing of files: features are anything that gives rows in slices.
 """
 
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from protoprune import buckets
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.ids import shuffled
+from protoprune.ids import hashes_of, row_type
 from protoprune.vectors import Rows
 
-BLOCK = 65_536  # rows that are read at once for the mean
 LARGEST = 8192  # images a group: a kernel of 256 MiB
 
 
@@ -35,6 +35,7 @@ def cover(
     method: str = "cover",
     usable: np.ndarray | None = None,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> np.ndarray:
     """(n,) float64: each usable image's place in the order that covers its group, above 0 and below 1; NaN elsewhere.
@@ -43,8 +44,10 @@ def cover(
     place (t + 0.5) / s, so sorting by place interleaves the groups in proportion. Within a group x is the feature less
     the mean of all usable ones, at length 1; the kernel is exp(-D / median D), with D the squared distances of the
     group's distinct x. Images of equal x are told apart by a seeded hash of the id, and so are equal gains; an image
-    that lies at the mean itself has no direction, x = 0, and resembles its equals alone. `workers` threads hold a
-    kernel each, 4 bytes a pair of images, and do not change the answer.
+    that lies at the mean itself has no direction, x = 0, and resembles its equals alone.
+
+    Features are read in two passes (see `buckets.grouped`, which `folder` is for). `workers` threads hold a kernel
+    each, 4 bytes a pair of images, and do not change the answer.
 
     Raises UsageError for a method that there is not or a group too large, ProtopruneError for NaN or infinite features.
     """
@@ -54,21 +57,19 @@ def cover(
     places = np.full(len(groups), np.nan)
     if not len(rows):
         return places
-    rows = rows[np.argsort(groups[rows], kind="stable")]
+    # By group, and within each at random: all ids are hashed at once, for names are read fast in their own order.
+    rows = rows[np.lexsort((hashes_of(rows, ids, seed, b"cover"), groups[rows]))].astype(row_type(len(groups)))
     members = np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1)
     largest = max(map(len, members))
     if largest > LARGEST:
         raise UsageError(f"a group of {largest:,} images is too large to cover, at most {LARGEST:,}; split it")
     mean = _mean(features, np.sort(rows))
 
-    def one(own: np.ndarray) -> None:
-        own = shuffled(own, ids, seed, b"cover")
-        order = order_of(_directions(features, own, mean), METHODS[method])
+    def one(own: np.ndarray, x: np.ndarray) -> None:
+        order = order_of(_directions(x, mean), METHODS[method])
         places[own[order]] = (np.arange(len(own)) + 0.5) / len(own)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for _ in pool.map(one, members):
-            pass
+    buckets.through(features, members, one, folder, workers)
     return places
 
 
@@ -167,25 +168,22 @@ def _row_sums(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _mean(features: Rows, rows: np.ndarray) -> np.ndarray:
-    """(d,) mean of the rows, rounded to float32, so that neither blocks nor the order of the rows can be seen in it."""
+    """(d,) mean of the ascending rows, rounded to float32, so that neither slices nor the order of the rows can be seen
+    in it."""
     total = np.zeros(features.shape[1])
-    for first in range(0, len(rows), BLOCK):
-        block = rows[first : first + BLOCK]
-        part = np.asarray(features[block], np.float64).sum(axis=0)
+    for here, x in buckets.slices(features, rows):
+        part = np.asarray(x, np.float64).sum(axis=0)
         if not np.isfinite(part).all():
-            values = np.isfinite(np.asarray(features[block])).all(axis=1)
-            bad = block[~values]
+            bad = here[~np.isfinite(x).all(axis=1)]
             where = f" (first: row {bad[0]})" if len(bad) else ""
             raise ProtopruneError(f"features of {len(bad)} images are NaN or infinite{where}; embed them again")
         total += part
     return (total / len(rows)).astype(np.float32)
 
 
-def _directions(features: Rows, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(len(rows), d) float32: the features less the mean, at length 1; what lies at the mean itself stays 0."""
-    ascending = np.argsort(rows)
-    x = np.empty((len(rows), features.shape[1]))
-    x[ascending] = features[rows[ascending]]
+def _directions(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(m, d) float32: the features less the mean, at length 1; what lies at the mean itself stays 0."""
+    x = features.astype(np.float64)
     x -= mean
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     return (x / np.where(norm > 0, norm, 1)).astype(np.float32)

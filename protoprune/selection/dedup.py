@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from protoprune import buckets, vectors
 from protoprune.errors import UsageError
-from protoprune.ids import hashes_of
+from protoprune.ids import hashes_of, row_type
 
 PREFER = ("harder", "central")
 LEAST = 1e-5  # float32 cosines of equal vectors differ from 1 by up to about 1e-6
@@ -83,41 +82,27 @@ def near_duplicates(
             ascending = np.argsort(members)
             found.add(members[ascending], x[ascending])
 
-    _through(features, _groups(rows, cluster), one, folder, workers)
+    buckets.through(features, _groups(rows, cluster), one, folder, workers)
     return duplicate_of, found.counted()
 
 
 def _visited(rows: np.ndarray, cluster: np.ndarray, side: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
     """The rows, ascending, by cluster, then side, then hash; only what is tied is hashed, since hashing takes long."""
-    order = np.lexsort((side[rows], cluster[rows]))
-    group, key = cluster[rows[order]], side[rows[order]]
+    rows = rows[np.lexsort((side[rows], cluster[rows]))].astype(row_type(len(cluster)))
+    group, key = cluster[rows], side[rows]
     same_as_next = (group[1:] == group[:-1]) & (key[1:] == key[:-1])
     tied = np.zeros(len(rows), bool)
     tied[1:] |= same_as_next
     tied[:-1] |= same_as_next
     if tied.any():
-        some = rows[order[tied]]
-        order[tied] = order[tied][np.lexsort((hashes_of(some, ids, seed), side[some], cluster[some]))]
-    return rows[order]
+        some = rows[tied]
+        rows[tied] = some[np.lexsort((hashes_of(some, ids, seed), side[some], cluster[some]))]
+    return rows
 
 
 def _groups(rows: np.ndarray, cluster: np.ndarray) -> list[np.ndarray]:
     """The rows, which are in the order of clusters, cluster by cluster."""
     return np.split(rows, np.flatnonzero(np.diff(cluster[rows])) + 1) if len(rows) else []
-
-
-def _through(
-    features: vectors.Rows,
-    groups: Sequence[np.ndarray],
-    one: Callable[[np.ndarray, np.ndarray], None],
-    folder: str | os.PathLike[str] | None,
-    workers: int,
-) -> None:
-    """Call `one(rows, features)` for each group, in threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for some, fetch in buckets.grouped(features, groups, folder):
-            for _ in pool.map(lambda rows, fetch=fetch: one(rows, fetch(rows)), some):
-                pass
 
 
 @dataclass(frozen=True)
@@ -161,12 +146,13 @@ def likeness(
     All pairs of a cluster are compared once, which costs as much as `duplicates` does when it removes little.
     """
     rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
-    rows, found = rows[np.argsort(cluster[rows], kind="stable")], _Pairs(thresholds, len(cluster))
+    rows = rows[np.argsort(cluster[rows], kind="stable")].astype(row_type(len(cluster)))
+    found = _Pairs(thresholds, len(cluster))
 
     def one(members: np.ndarray, x: np.ndarray) -> None:
         found.add(members, vectors.prepared(x, members, unit=True))
 
-    _through(features, _groups(rows, cluster), one, folder, workers)
+    buckets.through(features, _groups(rows, cluster), one, folder, workers)
     return found.counted()
 
 

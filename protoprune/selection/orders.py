@@ -13,6 +13,7 @@ import numpy as np
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes_of, shuffled
+from protoprune.paths import BATCH
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
 COVERS = ("cover", "facility")  # orders that look at features, not at scores: see `covering`
@@ -129,20 +130,39 @@ def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int, l
     """The rows, given ascending, by their keys (n,) upwards, or the largest first; only the ids of tied rows are
     hashed, since hashing all takes seconds."""
     whole = len(rows) == len(keys)
-    keys = keys[rows]
     if largest:
-        np.negative(keys, out=keys)
+        keys = -keys if whole else -keys[rows]
+    elif not whole:
+        keys = keys[rows]
     by_key = np.argsort(keys, kind="stable")
-    ordered = keys[by_key]
-    same_as_next = ordered[1:] == ordered[:-1]
-    tied = np.zeros(len(keys), bool)
-    tied[1:] |= same_as_next
-    tied[:-1] |= same_as_next
-    if tied.any():
-        positions = by_key[tied]
-        ties = hashes_of(rows[positions], ids, seed)
-        by_key[tied] = positions[np.lexsort((ties, keys[positions]))]
+    ordered, last_of_its_key = keys[by_key], np.ones(len(keys), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=last_of_its_key[:-1])
+    del ordered
+    if not last_of_its_key.all():
+        _break_ties(by_key, last_of_its_key, keys, rows, ids, seed)
     return by_key if whole else rows[by_key]
+
+
+def _break_ties(
+    by_key: np.ndarray, last_of_its_key: np.ndarray, keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int
+) -> None:
+    """Sort places that are in the order of their keys by a seeded hash where these are equal; in pieces, since at
+    places in groups (see `covering`) nearly all are."""
+    tied = ~last_of_its_key
+    tied[1:] |= tied[:-1]
+    marked, ties = np.zeros(len(keys), bool), np.zeros(len(keys), np.uint64)
+    marked[by_key] = tied
+    for first in range(0, len(keys), BATCH):  # in the order of ids, which are read fast in it
+        here = first + np.flatnonzero(marked[first : first + BATCH])
+        ties[here] = hashes_of(rows[here], ids, seed)
+    first = 0
+    while first < len(keys):
+        last = min(first + BATCH, len(keys))
+        last += int(last_of_its_key[last - 1 :].argmax())
+        here = by_key[first:last]
+        some = here[tied[first:last]]
+        here[tied[first:last]] = some[np.lexsort((ties[some], keys[some]))]
+        first = last
 
 
 def place_in_group(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import torch
 
 from protoprune import files, hdf5, records
 from protoprune.bounds import check_number, check_seed, check_whole
-from protoprune.device import resolve_device
+from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import parse_json
 from protoprune.training import heads, loop, per_example
@@ -137,6 +137,7 @@ def record(
             if on_start:
                 on_start(laid_out.models * recipe.epochs, laid_out.models * recipe.epochs)
             return
+        warn_if_emulated(provenance["computes_in"], where)
         partial = records.PartialRecord(out)
         if partial.damaged:
             warn(f"{out}: what was recorded of {len(partial.damaged):,} models is damaged; they are trained again")
