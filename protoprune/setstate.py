@@ -149,8 +149,9 @@ def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) ->
 
 
 def finish(out: str, seen: dict[str, tuple[str, int]]) -> list[Part]:
-    """Write what is there into set.json; the parts of it. `seen` has the ids and rows of the feature files that this run
-    saw, whatever was written of them before.
+    """Write what is there into set.json; the parts of it.
+
+    `seen` has the ids and rows of the feature files that this run saw, whatever was written of them before.
 
     On a store, which has no locks, it is looked at again after it was written: whoever writes last has seen all that
     was done before, and what is done later its maker writes.
