@@ -15,6 +15,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.text import with_slashes
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import datasets
@@ -120,9 +121,10 @@ def table_rows(
     if not listed:
         raise ProtopruneError("the list keeps no image; select some")
     if left:
+        of = f"of {len(listed):,} listed images"
         raise ProtopruneError(
-            f"{len(left):,} of {len(listed):,} listed images are in none of the files (first: {min(left)}); give the "
-            "files, and the root, that the list was made for"
+            f"{many(len(left), f'{of} is', f'{of} are')} in none of the files (first: {min(left)}); give the files, "
+            "and the root, that the list was made for"
         )
     return np.concatenate(rows)
 
@@ -229,9 +231,8 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
             f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
             "is_valid_file=lambda path: True"
         )
-    raise ProtopruneError(
-        f"{len(missing)} of {listed} listed images are not in the data set {where} (first: {min(missing)}); {advice}"
-    )
+    some = many(len(missing), f"of {listed:,} listed images is", f"of {listed:,} listed images are")
+    raise ProtopruneError(f"{some} not in the data set {where} (first: {min(missing)}); {advice}")
 
 
 def _suffix(path: str) -> str:

@@ -118,7 +118,7 @@ def test_models_that_have_not_learned_are_warned_about(feature_file, record, tmp
 def test_networks_are_small_ones_unless_asked_for(images, record):
     code, lines = record(images, "--image-size", "8", "--epochs", "1", "--batch-size", "4", "--device", "cpu")
     assert code == 0
-    assert lines[-1].startswith("record.h5: 1 x cnn, 1 epochs, in ")
+    assert lines[-1].startswith("record.h5: 1 x cnn, 1 epoch, in ")
 
 
 def test_class_probabilities_are_sized_and_recorded(images, record, tmp_path):
@@ -140,7 +140,7 @@ def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch
 def test_what_is_left_out_is_said(images, record):
     (images / "cat" / "000.png").write_bytes(b"")
     _, lines = record(images, *QUICK)
-    assert "warning: 1 images of " in lines[1]
+    assert "warning: 1 image of " in lines[1]
     assert "cannot be read, first cat/000.png (empty: the file has zero bytes)" in lines[1]
 
 
