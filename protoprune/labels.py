@@ -97,7 +97,7 @@ def _read(source: str, option: str) -> bytes:
         raise UsageError(f"{option} {source}: no such file; give a table of path and class")
     data = contents(source)
     if not data.startswith(b"PAR1"):
-        refuse_archive(data, source)
+        refuse_archive(data, source, "a table of classes")
     return data
 
 

@@ -165,7 +165,8 @@ def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
     own, least = recipe.epochs * each, MIN_STEPS if least is None else least
     if own >= MIN_STEPS or to_convergence(recipe):
         return
-    own_words = f"hint: {many(recipe.epochs, 'epoch')} of {many(rows, 'image')} are {many(own, 'optimizer step')}"
+    of = f"of {many(rows, 'image')}"
+    own_words = f"hint: {many(recipe.epochs, f'epoch {of} is', f'epochs {of} are')} {many(own, 'optimizer step')}"
     if least >= MIN_STEPS:
         say(f"{own_words}; every run takes {least:,} at least (--min-steps)")
     elif recipe.model != "head":

@@ -251,7 +251,7 @@ def _renumber(source: str, labels: np.ndarray, own: Sequence[str], classes: Sequ
         raise ProtopruneError(
             f"{source}: {many(len(unknown), 'of its classes is', 'of its classes are')} not in the training set "
             f"(first: {unknown[0]}); "
-            "the class folders of both must have the same names"
+            "both need classes of the same names, from folders or --labels and --test-labels"
         )
     return np.array([index[name] for name in own], np.int64)[labels]
 

@@ -142,12 +142,20 @@ def record(
         partial = records.PartialRecord(out)
         if partial.damaged:
             warn(f"{out}: what was recorded of {many(len(partial.damaged), 'model')} is damaged and trained again")
+        failed_at_once = False
         try:
             job = _Job(train, test, recipe, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
             (_record_heads if recipe.model == "head" else _record_networks)(job, partial)
             partial.finish()
+        except ProtopruneError:  # weights that are none, a loss that is no number: nothing to go on from
+            failed_at_once = not partial.committed.any()
+            raise
         finally:
             partial.close()
+            if failed_at_once:
+                shutil.rmtree(_state_folder(out), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(records.partial_path(out))
         shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
 
 
