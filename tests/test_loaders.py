@@ -7,6 +7,7 @@ import os
 import tarfile
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_weights_in_the_order_of_the_data_set(image_folder):
     assert whole.sum() == 7.5  # 0 for what is not listed
     absolute = {os.path.join(image_folder.root, path): weight for path, weight in BY_PATH.items()}
     assert weights_of(kept, absolute).tolist() == [1, 4, 2.5]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, 0, float("inf"), "2"])
+def test_weights_that_are_none_are_refused(image_folder, weight):
+    with pytest.raises(UsageError, match=r"the weight of cat/000.png .*: expected a number above 0"):
+        weights_of(image_folder, {"cat/000.png": weight, "cat/001.png": 1.0})
+
+
+def test_paths_may_be_objects(image_folder):
+    assert len(keep_only(image_folder, [Path("cat/000.png"), Path("dog/001.png")])) == 2
 
 
 def test_weights_of_a_part_of_a_part(image_folder):
@@ -450,6 +461,8 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
     listed = [f"{os.path.basename(saved[0])}/{row:06d}" for row in (3, 9)]
     rows = table_rows(listed, saved)
     assert datasets.load_from_disk(tmp_path / "saved").select(rows)["image"][:] == [b"3", b"9"]
+    with pytest.raises(UsageError, match="no files: give the Parquet or Arrow files"):
+        protoprune.table_rows(["a"], [])
     with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
     with pytest.raises(ProtopruneError, match="the list keeps no image"):
