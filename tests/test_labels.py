@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path):
         ("a.png,1,2\n", {}, "which of its 3 columns is the path"),
         ("", {}, "no rows"),
         ("path,label\na.png,\n", {}, "gives no image a class"),
-        (b"PK\x03\x04" + bytes(100), {}, "a zip archive, not a list"),
+        (b"PK\x03\x04" + bytes(100), {}, "a zip archive, not a table of classes"),
         ('[{"path": "a.png", "label": ["x", "y"]}]', {}, "expected one class an image"),
     ],
 )
