@@ -507,3 +507,10 @@ def test_no_zero_has_a_minus():
     assert [rounded(-0.04, sign="+"), rounded(0.04, sign="+"), rounded(-0.004, 2), rounded(-0.06, sign="+")] == [
         "+0.0", "+0.0", "0.00", "-0.1"
     ]  # fmt: skip
+
+
+def test_a_first_run_that_fails_leaves_no_folder(here, run):
+    network = [*QUICK, "--hidden", "4", "--epochs", "1", "--min-steps", "5", "--seeds", "1"]
+    for command in (["evaluate", "good.txt"], ["scaling", "--size", "50", "--order", "random"]):
+        assert "the loss is " in run(*command, *network, "--lr", "1e30", "-o", "new/out", code=1).stderr
+        assert not (here / "new" / "out").exists()

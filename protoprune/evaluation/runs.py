@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -214,8 +214,24 @@ def run_all(
     """
     shared = _shared_key(train, test, recipe, device)
     fit = fit or _real_fit(recipe)
-    if folder is not None:
-        _make_folder(folder)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(_made(folder))
+        return _outcomes(runs, train, test, recipe, fit, shared, folder, device, curves, on_run)
+
+
+def _outcomes(
+    runs: Sequence[Run],
+    train: Examples,
+    test: Examples,
+    recipe: Recipe,
+    fit: Fit,
+    shared: dict[str, Any],
+    folder: str | os.PathLike[str] | None,
+    device: str,
+    curves: bool,
+    on_run: Callable[[Step], None] | None,
+) -> list[Outcome]:
     keys = [{**shared, **_own_key(run)} for run in runs]
     names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
     known = {name: _read(folder, name, key, curves) for name, key in zip(names, keys, strict=True)}
@@ -525,11 +541,21 @@ def device_kind(device: str) -> str:
     return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
 
 
-def _make_folder(folder: str | os.PathLike[str]) -> None:
+@contextlib.contextmanager
+def _made(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """The folder, made where it was not there; it goes again where the first run fails already."""
+    new = [one for one in (folder, os.path.dirname(folder)) if one and not os.path.isdir(one)]
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
+    try:
+        yield
+    except BaseException:
+        for one in new:
+            with contextlib.suppress(OSError):  # it holds results
+                os.rmdir(one)
+        raise
 
 
 def _read(folder: str | os.PathLike[str] | None, name: str, key: dict[str, Any], curves: bool) -> Outcome | None:
