@@ -21,6 +21,7 @@ from protoprune.ids import row_type
 from protoprune.images import folder_labels
 from protoprune.paths import chosen
 from protoprune.scores import ScoreTable, Table, match
+from protoprune.units import many
 
 PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
 CLASS_COLUMNS = ["keep", "table", "class", "images", "share"]  # those of `class_rows`
@@ -63,7 +64,7 @@ def compare(
     Raises UsageError for fewer than two tables, ProtopruneError when fewer than two images have every score.
     """
     if len(tables) < 2:
-        raise UsageError(f"{len(tables)} score tables: expected two or more to compare")
+        raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
     check_seed(seed)
     check_whole("--bootstrap", resamples, 0, 100_000)
     for keep in keeps:
@@ -71,7 +72,11 @@ def compare(
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
-        raise ProtopruneError(f"{len(common)} images have a score in every table; comparing takes two or more")
+        raise ProtopruneError(
+            f"{many(len(common), 'image has', 'images have')} a score in every table; comparing takes two or more"
+        )
+    if none := [keep for keep in keeps if round(keep * len(common)) < 1]:
+        raise UsageError(f"--keep {none[0]:g} of {len(common):,} images is none; keep more")
     if len(common) < len(values[0]):
         values = [row[common] for row in values]
     paths = chosen(paths, common)

@@ -32,6 +32,7 @@ from protoprune.engine import PIECE, Encoder, Engine, alone, resolve_precision
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.featurefile import FeatureFile, PartialFile
 from protoprune.images import ImageList
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import torch
@@ -375,11 +376,11 @@ def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
     if np.isfinite(values).all():
         how = "overflow" if np.abs(values).max() > 1 else "underflow"
         raise ProtopruneError(
-            f"features of {count} images of a batch (first: row {row}) {how} {dtype} "
+            f"features of {many(count, 'image')} of a batch (first: row {row}) {how} {dtype} "
             f"(largest {np.abs(values).max():.3g}); run again with --store float32 --overwrite"
         )
     raise ProtopruneError(
-        f"the encoder gave NaN or infinity for {count} images of a batch (first: row {row}); "
+        f"the encoder gave NaN or infinity for {many(count, 'image')} of a batch (first: row {row}); "
         "run again with --precision fp32 --overwrite"
     )
 

@@ -164,10 +164,10 @@ def archive_kind(head: bytes) -> str | None:
     return "a tar archive"
 
 
-def refuse_archive(data: bytes, name: str) -> None:
-    """Raise UsageError for what is no list by its content, whatever its name."""
+def refuse_archive(data: bytes, name: str, wanted: str = "a list of paths") -> None:
+    """Raise UsageError for what is no list (or what else is `wanted`) by its content, whatever its name."""
     kind = archive_kind(data[:512])
     if kind == "a gzip file":
-        raise UsageError(f"{name}: {kind}, not a list of paths; unpack it first (gzip -d)")
+        raise UsageError(f"{name}: {kind}, not {wanted}; unpack it first (gzip -d)")
     if kind:
-        raise UsageError(f"{name}: {kind}, not a list of paths")
+        raise UsageError(f"{name}: {kind}, not {wanted}")

@@ -25,6 +25,7 @@ from protoprune.bounds import is_whole
 from protoprune.decode import ImageError, open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import with_slashes
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
@@ -212,7 +213,9 @@ def image_labels(
         raise UsageError(f"--class-level {class_level}: no image of {root} lies that deep; count folders from there")
     if without:
         first = paths[int(np.flatnonzero(label < 0)[0])]
-        warn(f"{without:,} images lie in no folder of level {class_level} and get no class (first: {first})")
+        nowhere = f"in no folder of level {class_level} and"
+        some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
+        warn(f"{some} no class (first: {first})")
     return label, classes, f"folders of level {class_level}"
 
 

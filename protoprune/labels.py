@@ -22,6 +22,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
 from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes
+from protoprune.units import many
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
           "imageid", "img", "id", "name", "key")  # fmt: skip
@@ -86,7 +87,8 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     label[list(found)] = [index[value] for value in found.values()]
     without = np.flatnonzero(label < 0)
     if len(without):
-        warn(f"{source}: {len(without):,} of {len(paths):,} images have no class (first: {paths[without[0]]})")
+        of = f"of {len(paths):,} images"
+        warn(f"{source}: {many(len(without), f'{of} has', f'{of} have')} no class (first: {paths[without[0]]})")
     return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
 
@@ -95,7 +97,7 @@ def _read(source: str, option: str) -> bytes:
         raise UsageError(f"{option} {source}: no such file; give a table of path and class")
     data = contents(source)
     if not data.startswith(b"PAR1"):
-        refuse_archive(data, source)
+        refuse_archive(data, source, "a table of classes")
     return data
 
 
@@ -343,14 +345,14 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     for key, value in zip(keys, values, strict=True):
         of.setdefault(key.removeprefix("./"), set()).add(value)
     if len(of) < len(keys):
-        warn(f"{source}: {len(keys) - len(of):,} rows name an image a second time")
+        warn(f"{source}: {many(len(keys) - len(of), 'row names', 'rows name')} an image a second time")
     unique = list(of)
     rows = match_names(_below(source, unique, paths, root), paths)[0].tolist()
     found = {row: of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
     if not found:
         raise ProtopruneError(
-            f"{source}: none of its {len(unique):,} rows names an image (it has {unique[0]!r}, the images are like "
-            f"{paths[0]!r}); paths must be relative to the same root"
+            f"{source}: none of its {many(len(unique), 'row')} names an image (it has {unique[0]!r}, the images are "
+            f"like {paths[0]!r}); paths must be relative to the same root"
         )
     lost = [key for key, row in zip(unique, rows, strict=True) if row < 0]
     if lost:
@@ -363,10 +365,8 @@ def _one_each(source: str, found: dict[int, set[str]], paths: Sequence[str]) -> 
     torn = [row for row, classes in found.items() if len(classes) > 1]
     if torn:
         first = min(torn)
-        warn(
-            f"{source}: {len(torn):,} images have several classes and get none "
-            f"(first: {paths[first]}: {', '.join(sorted(found[first])[:4])})"
-        )
+        some = many(len(torn), "image has several classes and gets", "images have several classes and get")
+        warn(f"{source}: {some} none (first: {paths[first]}: {', '.join(sorted(found[first])[:4])})")
     return {row: next(iter(classes)) for row, classes in found.items() if len(classes) == 1}
 
 

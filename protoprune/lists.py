@@ -28,6 +28,7 @@ from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
 from protoprune.text import CLASS_NAMES, PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
+from protoprune.units import many
 
 T = TypeVar("T")
 
@@ -118,7 +119,9 @@ def _chunks(
 ) -> Iterator[bytes]:
     """The list, piece by piece; rows, scores and weights are those of all the names."""
     if np.isinf(scores).any():
-        raise UsageError(f"{int(np.isinf(scores).sum()):,} scores are infinite; give numbers, or NaN for none")
+        raise UsageError(
+            f"{many(int(np.isinf(scores).sum()), 'score is', 'scores are')} infinite; give numbers, or NaN for none"
+        )
     if format in ("npy", "datacomp"):
         yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
         return

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.text import with_slashes
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +77,7 @@ def _listed(kept: Iterable[str] | str | os.PathLike[str]) -> list[str]:
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
     found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
     paths = [] if isinstance(found, np.ndarray) else list(found)  # an iterator can be gone through only once
+    paths = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in paths]
     if isinstance(found, np.ndarray) or any(not isinstance(path, str) for path in paths):
         raise UsageError(
             f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
@@ -105,6 +108,10 @@ def table_rows(
     if isinstance(listed, np.ndarray):
         raise UsageError("table_rows takes paths; row indices count the rows of the feature file")
     places = [os.path.abspath(file) for file in files]
+    if not places:
+        raise UsageError(
+            "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
+        )
     base = os.path.abspath(root) if root is not None else os.path.commonpath([os.path.dirname(one) for one in places])
     left, rows, start = set(listed), [], 0
     for place in places:
@@ -120,9 +127,10 @@ def table_rows(
     if not listed:
         raise ProtopruneError("the list keeps no image; select some")
     if left:
+        of = f"of {len(listed):,} listed images"
         raise ProtopruneError(
-            f"{len(left):,} of {len(listed):,} listed images are in none of the files (first: {min(left)}); give the "
-            "files, and the root, that the list was made for"
+            f"{many(len(left), f'{of} is', f'{of} are')} in none of the files (first: {min(left)}); give the files, "
+            "and the root, that the list was made for"
         )
     return np.concatenate(rows)
 
@@ -141,6 +149,8 @@ def weights_of(
     weights = kept if isinstance(kept, Mapping) else read_weights(kept)
     if not weights:
         raise UsageError("the list holds no image with a weight")
+    for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
+        check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, places = _whole(dataset)
     if not hasattr(whole, "samples") and not _is_hugging_face(whole):
         raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
@@ -229,9 +239,8 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
             f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
             "is_valid_file=lambda path: True"
         )
-    raise ProtopruneError(
-        f"{len(missing)} of {listed} listed images are not in the data set {where} (first: {min(missing)}); {advice}"
-    )
+    some = many(len(missing), f"of {listed:,} listed images is", f"of {listed:,} listed images are")
+    raise ProtopruneError(f"{some} not in the data set {where} (first: {min(missing)}); {advice}")
 
 
 def _suffix(path: str) -> str:

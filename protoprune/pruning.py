@@ -31,6 +31,7 @@ from protoprune.features import open_features
 from protoprune.paths import picked
 from protoprune.prototypes import Clustering
 from protoprune.scores import ScoreTable, check_reading, mean_overlap, overlap, read_scores, spearman
+from protoprune.units import many
 from protoprune.vectors import CHUNK, Rows
 
 if TYPE_CHECKING:
@@ -123,15 +124,16 @@ class Ranking:
         if zeros := int(self.undirected.sum()):
             effect = "in no cluster" if self.table is not None else "not ranked and not kept"
             first = self.paths[int(np.flatnonzero(self.undirected)[0])]
-            notes.append(f"{zeros:,} images have features that are all zeros, and are {effect} (first: {first})")
+            zero = "features that are all zeros, and"
+            some = many(zeros, f"image has {zero} is", f"images have {zero} are")
+            notes.append(f"{some} {effect} (first: {first})")
         if self.table is not None or not self.clusterings:
             return notes
         one = self.clusterings[0]
         alone = int((one.sizes() == 1).sum())
         if alone and one.k < int(self.scored.sum()):
-            notes.append(
-                f"{alone:,} images are alone in a cluster and so rank easiest; try --restarts 5 or another --k"
-            )
+            some = many(alone, "image is alone in a cluster and so ranks", "images are alone in a cluster and so rank")
+            notes.append(f"{some} easiest; try --restarts 5 or another --k")
         if one.length_spearman is not None and abs(one.length_spearman) >= BY_LENGTH:
             notes.append(
                 "this ranking is mostly that of the lengths of the feature vectors (Spearman "
@@ -459,7 +461,8 @@ def prune(ranking: Ranking, keep: float | Rule, **options: Unpack[RuleOptions]) 
     rule = _rule(keep, options)
     n, usable = len(ranking.paths), ranking.usable
     if np.isinf(ranking.scores).any():
-        raise UsageError(f"{int(np.isinf(ranking.scores).sum()):,} scores are infinite; give numbers, or NaN for none")
+        some = many(int(np.isinf(ranking.scores).sum()), "score is", "scores are")
+        raise UsageError(f"{some} infinite; give numbers, or NaN for none")
     if not round(rule.keep * int(usable.sum())):
         raise UsageError(f"--keep {rule.keep:g} of {int(usable.sum()):,} images is none; keep more")
     groups = groups_of(ranking, rule.by) if rule.balance else None
@@ -747,9 +750,8 @@ def groups_of(ranking: Ranking, by: str | None) -> np.ndarray:
     by = by or ("class" if ranking.classes else "cluster")
     if by == "class":
         if not ranking.classes:
-            other = (
-                "use --by cluster" if ranking.clusterings else "and a score table has no clusters to balance instead"
-            )
+            clustered = ranking.clusterings or ranking.table is None
+            other = "use --by cluster" if clustered else "and a score table has no clusters to balance instead"
             raise UsageError(f"--by class: the images have no classes (no first-level folders); {other}")
         return ranking.labels
     if by != "cluster":

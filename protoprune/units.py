@@ -24,3 +24,8 @@ def rounded(value: float, digits: int = 1, sign: str = "") -> str:
     """A number with so many digits after the point, and no minus before a zero: '0.0', with `sign` + '+0.0'."""
     text = f"{value:{sign}.{digits}f}"
     return text if float(text) else text.replace("-", sign)
+
+
+def many(count: float, one: str, more: str | None = None) -> str:
+    """'1 image', '1,234 images'; `more` where that is not `one` with an s: 'image has', 'images have'."""
+    return f"{count:,} {one if count == 1 else one + 's' if more is None else more}"

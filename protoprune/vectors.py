@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from protoprune.errors import ProtopruneError
+from protoprune.units import many
 
 CHUNK = 65_536  # rows that are read at once
 _SAFE = 1e-15, 1e15  # lengths whose squares are ordinary float32 numbers
@@ -83,4 +84,4 @@ def check_finite(source: str, vectors: np.ndarray, names: Sequence[str]) -> None
 def _refuse(bad: np.ndarray, rows: np.ndarray, what: str, remedy: str) -> None:
     if bad.any():
         first = rows[np.flatnonzero(bad)[0]]
-        raise ProtopruneError(f"features of {int(bad.sum()):,} images are {what} (first: row {first}); {remedy}")
+        raise ProtopruneError(f"features of {many(int(bad.sum()), 'image')} are {what} (first: row {first}); {remedy}")

@@ -58,7 +58,7 @@ def test_the_matrix_is_on_stdout_and_what_did_not_match_on_stderr(here, run):
     assert found["a", "a"] == 1
     assert found["a", "b"] > 0.95
     assert "a: metric el2n, direction from its header\n" in result.stderr
-    assert "b: 1 table rows name none of the images, first new.png\n" in result.stderr
+    assert "b: 1 table row names none of the images, first new.png\n" in result.stderr
     assert (
         "c: a higher score is taken as harder, since the table does not say (--higher-is); matched by path, relative"
         in (result.stderr)
@@ -193,7 +193,7 @@ def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypa
         (["a.csv", "c.txt", "-o", "x.csv", "--classes", "x.csv", "--keep", "1"], 2, "is named for two outputs"),
         (["a.csv", "c.txt", "--classes", "x.csv"], 2, "--classes x.csv: goes with --keep"),
         (["a.csv", "c.txt", "--sheet", "x.png"], 2, "--sheet x.png: where are the images? give --features"),
-        (["a.csv", "other.csv"], 1, "other.csv: none of its 1 rows names an image"),
+        (["a.csv", "other.csv"], 1, "other.csv: none of its 1 row names an image"),
         (["a.csv", "c.txt", "--features", "none.h5"], 2, "none.h5: no such feature file"),
     ],
 )
@@ -214,3 +214,12 @@ def test_shares_of_classes_that_there_are_not(here, run):
     assert result.stderr.endswith("\nerror: --classes x.csv: the images have no classes (no first-level folders)\n")
     assert result.stdout == ""
     assert not (here / "x.csv").exists()
+
+
+def test_a_table_that_ranks_nothing_is_said(here, run):
+    """Its correlations are 0 by agreement, not by measurement."""
+    (here / "same.csv").write_text((here / "a.csv").read_text().splitlines()[1] + "\n" + "".join(
+        f"{line.partition(',')[0]},0.5\n" for line in (here / "a.csv").read_text().splitlines()[2:]))  # fmt: skip
+    said = run("a.csv", "same.csv", "--bootstrap", "0").stderr
+    assert "same: warning: all images have the same score, so that it ranks none of them before another\n" in said
+    assert "a: warning" not in said

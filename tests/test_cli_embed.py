@@ -48,7 +48,7 @@ def test_a_folder_becomes_a_feature_file(images, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     assert "12 images in 2 classes" in result.stderr
-    assert "left out 1 files that are not images by name: .txt 1" in result.stderr
+    assert "left out 1 file that is not an image by name: .txt 1" in result.stderr
     assert "12 embedded" in result.stderr
     assert call(images, "-o", tmp_path / "f.h5").stderr.splitlines()[-1].endswith("up to date, 12 images x 192 (mini)")
     with FeatureFile(tmp_path / "f.h5") as file:
@@ -151,7 +151,7 @@ def test_all_failed_is_an_error(tmp_path):
     (tmp_path / "images" / "a.jpg").write_text("no")
     result = call(tmp_path / "images", "-o", tmp_path / "f.h5")
     assert result.exit_code == 1
-    assert "error: none of the 1 images could be used" in result.stderr
+    assert "error: none of 1 image could be used" in result.stderr
 
 
 def test_lists_from_a_file_and_from_stdin(images, tmp_path):

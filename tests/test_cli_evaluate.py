@@ -80,7 +80,7 @@ def test_two_lists_their_verdicts_and_files(here, run):
     ]
     assert "12.0 s" in lines[1]
     assert re.search(r"-1\d\.\d s$", lines[1])  # the selection cost more than one training of it saves
-    assert "warning: 1 images of train.h5 cannot be read" in result.stderr
+    assert "warning: 1 image of train.h5 cannot be read" in result.stderr
     assert re.search(r"^run 3/19: random 119, seed 0: [\d.]+ % in [\d.]+ s, [\d.]+ s left$", result.stderr, re.M)
     rows = table("out/results.csv")
     assert len(rows) == 3 + 4 * 4  # lists and everything give one number

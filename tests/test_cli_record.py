@@ -118,7 +118,7 @@ def test_models_that_have_not_learned_are_warned_about(feature_file, record, tmp
 def test_networks_are_small_ones_unless_asked_for(images, record):
     code, lines = record(images, "--image-size", "8", "--epochs", "1", "--batch-size", "4", "--device", "cpu")
     assert code == 0
-    assert lines[-1].startswith("record.h5: 1 x cnn, 1 epochs, in ")
+    assert lines[-1].startswith("record.h5: 1 x cnn, 1 epoch, in ")
 
 
 def test_class_probabilities_are_sized_and_recorded(images, record, tmp_path):
@@ -140,7 +140,7 @@ def test_a_plan_decodes_and_writes_nothing(images, record, tmp_path, monkeypatch
 def test_what_is_left_out_is_said(images, record):
     (images / "cat" / "000.png").write_bytes(b"")
     _, lines = record(images, *QUICK)
-    assert "warning: 1 images of " in lines[1]
+    assert "warning: 1 image of " in lines[1]
     assert "cannot be read, first cat/000.png (empty: the file has zero bytes)" in lines[1]
 
 
@@ -245,3 +245,19 @@ def test_a_network_needs_images_and_a_test_set_of_its_own(images, record, featur
     code, lines = record(images, *QUICK, "--test", images, "--plan")
     assert code == 0
     assert sum("are the training set itself" in line for line in lines) == 1
+
+
+def test_what_fails_before_an_epoch_is_recorded_leaves_nothing(images, record, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    for fault, said in ((["--weights", tmp_path / "w.pth"], "--weights "), (["--lr", "1e30"], "the loss is ")):
+        code, lines = record(images, *QUICK, *fault)
+        assert code == 1
+        assert lines[-1].startswith(f"error: {said}")
+        assert not list(tmp_path.glob("record.h5*"))
+
+
+def test_a_file_of_classes_that_is_none_is_called_so(images, record, tmp_path):
+    (tmp_path / "f.gz").write_bytes(b"\x1f\x8b\x08" + bytes(40))
+    assert record(images, "--labels", tmp_path / "f.gz")[1][-1].endswith(
+        "a gzip file, not a table of classes; unpack it first (gzip -d)"
+    )

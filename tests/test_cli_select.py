@@ -192,7 +192,7 @@ def test_scores_from_a_table(here, run):
         file.write("other.png,5\n")
     result = run("select", "--scores", "scores.csv", "--keep", 10 / 59)
     assert result.stdout.splitlines() == sorted(PATHS[50:])
-    assert "1 table rows name no image, first other.png" in result.stderr
+    assert "1 table row names no image, first other.png" in result.stderr
     assert "k-means" not in result.stderr
     easy = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--order", "easy").stdout.splitlines()
     assert easy == sorted(PATHS[1:11])  # not the first image, which has a score but could not be read
@@ -269,6 +269,14 @@ def test_cover_stands_for_every_class_and_its_table_gives_the_same_list(here, ru
     run("score", order, "--by", "cluster", "-o", "table.csv")
     assert run("select", "--keep", 0.3, "--scores", "table.csv").stdout == clusters.stdout
     assert clusters.stdout != result.stdout
+
+
+def test_cover_without_classes_goes_by_clusters(tmp_path, feature_file, run):
+    flat = feature_file(tmp_path / "flat.h5", np.random.default_rng(0).normal(size=(40, 4)))
+    lists = [run("select", flat, "--keep", "0.3", "--order", "cover", *by).stdout for by in ([], ["--by", "cluster"])]
+    assert lists[0] == lists[1] != ""
+    error = run("select", flat, "--keep", "0.3", "--order", "cover", "--by", "class", code=2).stderr
+    assert error.endswith("the images have no classes (no first-level folders); use --by cluster\n")
 
 
 def test_cover_composes(here, run):
@@ -513,7 +521,7 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["empty.h5"], 1, "empty.h5: not a readable HDF5 file"),
         (["foreign.h5"], 1, "an HDF5 file, but not a feature file"),
         (["."], 1, ".: a folder without set.json"),
-        (["nan.h5"], 1, "features of 1 images are NaN or infinite (first: row 2)"),
+        (["nan.h5"], 1, "features of 1 image are NaN or infinite (first: row 2)"),
         (["lost.h5"], 1, "none of its 60 images could be read"),
         (["--k", "many"], 2, "--k many: expected auto or a whole number"),
         (["--k", "0"], 2, "--k 0: expected at least 1"),

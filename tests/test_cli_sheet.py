@@ -53,7 +53,7 @@ def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
     (coloured / "s.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(PATHS)))
     result = run("sheet", "--scores", "s.csv", "--count", "4")
     assert result.stdout == ""
-    assert "sheet.png: 1 rows of the 4 easiest and the 4 hardest images" in result.stderr
+    assert "sheet.png: 1 row of the 4 easiest and the 4 hardest images" in result.stderr
     assert cells("sheet.png", 4, 1) == [[1, 2, 3, 4, 59, 58, 57, 56]]
 
 
@@ -105,7 +105,7 @@ def test_sheet_says_how_it_read_the_table(coloured, run):
     said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
     assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
     assert "57 images have one; 2 have none and are not kept" in said
-    assert "1 table rows name no image, first x.png" in said
+    assert "1 table row names no image, first x.png" in said
     assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
     assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
     assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr

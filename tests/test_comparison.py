@@ -200,13 +200,14 @@ def test_rows_may_come_in_any_order():
 @pytest.mark.parametrize(
     ("tables", "options", "error", "message"),
     [
-        ({"a": np.ones(3)}, {}, UsageError, "1 score tables: expected two or more"),
+        ({"a": np.ones(3)}, {}, UsageError, "1 score table: expected two or more"),
         ({"a": np.ones(3), "b": np.ones(3)}, {"keeps": [1.5]}, UsageError, "--keep 1.5"),
+        ({"a": np.ones(3), "b": np.ones(3)}, {"keeps": [0.9, 0.1]}, UsageError, "--keep 0.1 of 3 images is none"),
         (
             {"a": np.array([1, np.nan, 2]), "b": np.array([np.nan, 1, 2])},
             {},
             ProtopruneError,
-            "1 images have a score in every table",
+            "1 image has a score in every table",
         ),
     ],
 )

@@ -177,7 +177,7 @@ def test_what_cannot_be_covered_is_said():
     with pytest.raises(UsageError, match="--order nearest: expected one of cover, facility"):
         cover(features, np.zeros(10, int), ids=ids_of(10), method="nearest")
     features[4, 2] = np.inf
-    with pytest.raises(ProtopruneError, match=r"features of 1 images are NaN or infinite \(first: row 4\)"):
+    with pytest.raises(ProtopruneError, match=r"features of 1 image are NaN or infinite \(first: row 4\)"):
         cover(features, np.zeros(10, int), ids=ids_of(10))
     with pytest.raises(UsageError, match="a group of 9,000 images is too large to cover, at most 8,192"):
         cover(np.zeros((9000, 1), np.float32), np.zeros(9000, int), ids=ids_of(9000))

@@ -213,7 +213,7 @@ def test_the_command_line_says_what_moved(tmp_path):
     said = CliRunner().invoke(app, ["embed", str(tmp_path / "b"), *command]).stderr
     assert "comparing 8 images with what was embedded" in said
     assert f"the images were below {a} when they were embedded" in said
-    assert "of 8 images compared 7 are the same, 1 have other content and are embedded again" in said
+    assert "of 8 images compared 7 are the same, 1 has other content and is embedded again" in said
     said = CliRunner().invoke(app, ["embed", str(a), *command, "--moved"]).stderr
     assert "compar" not in said
     assert "8 of 8 images are embedded already, 0 to go" in said

@@ -350,7 +350,7 @@ def test_weights_are_found_by_path():
     rows = np.array([2, 5])
     weights = {"00005.png": 0.5, "./00002.png": 3.0, "elsewhere.png": 1.0}
     assert list_weights(weights, rows, TRAIN, "w.csv").tolist() == [3.0, 0.5]
-    with pytest.raises(ProtopruneError, match=r"w.csv: 1 of 3 images have no weight \(first: 00009.png\)"):
+    with pytest.raises(ProtopruneError, match=r"w.csv: 1 of 3 images has no weight \(first: 00009.png\)"):
         list_weights(weights, np.array([2, 5, 9]), TRAIN, "w.csv")
 
 
@@ -373,8 +373,8 @@ def test_rows_of_a_list_in_any_form():
         (["00001.png", "x.png", "y.png"], r"2 of its 3 images are not usable .*first: x.png is not there"),
         (["bad.png"], r"first: bad.png cannot be read: truncated"),
         ([], "lists no image"),
-        (["00001.png", "./00001.png"], "1 images are listed more than once"),
-        (np.array([3, 10]), r"1 of its row indices are not .* 10 images \(first: 10\)"),
+        (["00001.png", "./00001.png"], "1 image is listed more than once"),
+        (np.array([3, 10]), r"1 of its row indices is not .* 10 images \(first: 10\)"),
         (np.array([0.5]), "expected one row index an image"),
     ],
 )
@@ -673,7 +673,7 @@ def test_a_sweep_that_cannot_be_is_refused(options, message):
 def test_images_without_a_score_are_named():
     scores = np.zeros(600)
     scores[17] = np.nan
-    with pytest.raises(ProtopruneError, match=r"1 training images have no score \(first: 00017.png\)"):
+    with pytest.raises(ProtopruneError, match=r"1 training image has no score \(first: 00017.png\)"):
         scaling(TRAIN, TEST, HEAD, scores=scores, fit=FakeFit(), seeds=1, **SWEEP)
 
 

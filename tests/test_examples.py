@@ -101,7 +101,7 @@ def test_a_test_set_gets_the_numbers_of_the_training_set(folder, tmp_path):
     assert data.labels.tolist() == [1, 2, 2]
     assert data.classes == ["cat", "dog", "eel"]
     write_folder(test, {"fox": 1})
-    with pytest.raises(ProtopruneError, match=r"1 of its classes are not in the training set \(first: fox\)"):
+    with pytest.raises(ProtopruneError, match=r"1 of its classes is not in the training set \(first: fox\)"):
         load_examples(test, 8, classes=["cat", "dog", "eel"])
 
 

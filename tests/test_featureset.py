@@ -145,7 +145,7 @@ def test_nothing_usable_is_an_error(tmp_path, mini):
     (tmp_path / "s.tar").write_bytes(b"nothing")
     result = call("embed", tmp_path / "s.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
     assert result.exit_code == 1
-    assert "none of the 1 shards could be used" in result.stderr.splitlines()[-1]
+    assert "none of 1 shard could be used" in result.stderr.splitlines()[-1]
     with pytest.raises(ProtopruneError, match=r"no shard could be used \(first: s\.tar: corrupt"):
         FeatureSet(tmp_path / "f")
 

@@ -229,12 +229,12 @@ def table_files(folder: Path) -> dict[str, str]:
     return {
         "list.csv": "its header says higher is ['harder']", "dict.csv": "its header says higher is {'a': 1}",
         "cut.csv": "is not valid JSON", "deep.csv": "is not valid JSON", "from.csv": "is not valid JSON",
-        "inf.csv": "2 scores are infinite (first: a/3.png)", "huge.csv": "1 scores are infinite (first: a/3.png)",
+        "inf.csv": "2 scores are infinite (first: a/3.png)", "huge.csv": "1 score is infinite (first: a/3.png)",
         "nested.jsonl": "row 1 has no number as its score: {'a': 1}", "lists.jsonl": "row 1 has no number as its score",
         "broken.jsonl": "not a table in the form .jsonl", "null.jsonl": "expected one object with path and score",
         "deep.jsonl": "nested too deeply", "complex.npy": "holds complex128, expected numbers",
         "objects.npy": "pickled Python objects, which are never read",
-        "inf.npz": "1 scores are infinite (first: a/0.png)",
+        "inf.npz": "1 score is infinite (first: a/0.png)",
     }  # fmt: skip
 
 
@@ -266,12 +266,12 @@ def test_an_array_of_json_is_a_table_and_a_list(tmp_path, monkeypatch, feature_f
 
 def test_infinite_scores_are_neither_written_nor_ranked(tmp_path, feature_file):
     values = np.r_[np.inf, np.zeros(11)].astype(np.float32)
-    with pytest.raises(ProtopruneError, match=r"1 scores are infinite \(first: a/0.png\)"):
+    with pytest.raises(ProtopruneError, match=r"1 score is infinite \(first: a/0.png\)"):
         scores.write_scores(tmp_path / "s.csv", NAMES, values, metric="m")
     assert not (tmp_path / "s.csv").exists()
     ranking = pruning.rank(feature_file(tmp_path / "f.h5", np.random.default_rng(0).normal(size=(12, 3)), paths=NAMES))
     ranking.scores[3] = -np.inf
-    with pytest.raises(UsageError, match="1 scores are infinite"):
+    with pytest.raises(UsageError, match="1 score is infinite"):
         pruning.prune(ranking, 0.5)
 
 
@@ -311,5 +311,5 @@ def test_lists_hold_no_infinite_scores_and_null_for_none(tmp_path):
     assert second == {"path": "b", "index": 1, "score": None}
     assert format_list(["a", "b"], rows, scores, "csv").splitlines()[2] == b"b,1,"
     for format in ("csv", "jsonl", "txt"):
-        with pytest.raises(UsageError, match="1 scores are infinite; give numbers, or NaN for none"):
+        with pytest.raises(UsageError, match="1 score is infinite; give numbers, or NaN for none"):
             format_list(["a", "b"], rows, np.array([-np.inf, 0]), format)

@@ -392,7 +392,7 @@ def test_a_single_image_is_enough(tmp_path):
 def test_class_level_takes_the_folders_below_the_splits(tmp_path):
     for path in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "val/dog/more/4.png", "train/5.png"):
         put(tmp_path, path)
-    with pytest.warns(ProtopruneWarning, match=r"1 images lie in no folder of level 2 .*train/5\.png"):
+    with pytest.warns(ProtopruneWarning, match=r"1 image lies in no folder of level 2 .*train/5\.png"):
         found = list_folder(tmp_path, class_level=2)
     assert (found.classes, found.labels_from) == (["cat", "dog"], "folders of level 2")
     named = {

@@ -107,20 +107,20 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path):
     text = "\n".join(said)
     assert "2 rows name an image a second time" in text
     assert "1 of 4 rows name no image, or could name several (first: gone.png)" in text
-    assert "1 images have several classes and get none (first: b.png: cat, dog)" in text
+    assert "1 image has several classes and gets none (first: b.png: cat, dog)" in text
     assert "3 of 4 images have no class (first: b.png)" in text
 
 
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("path,label\nx.png,cat\n", {}, "none of its 1 rows names an image"),
+        ("path,label\nx.png,cat\n", {}, "none of its 1 row names an image"),
         ("path,a,b\na.png,1,2\n", {}, "which of its columns path, a, b is the class"),
         ("path,a,b\na.png,1,2\n", {"column": "c"}, "no column c, only path, a, b"),
         ("a.png,1,2\n", {}, "which of its 3 columns is the path"),
         ("", {}, "no rows"),
         ("path,label\na.png,\n", {}, "gives no image a class"),
-        (b"PK\x03\x04" + bytes(100), {}, "a zip archive, not a list"),
+        (b"PK\x03\x04" + bytes(100), {}, "a zip archive, not a table of classes"),
         ('[{"path": "a.png", "label": ["x", "y"]}]', {}, "expected one class an image"),
     ],
 )
@@ -138,7 +138,7 @@ def test_metadata_names_files_relative_to_its_own_folder(tmp_path):
     for split in ("train", "test"):
         write_image(tmp_path / "set" / split / "1.png")
     (tmp_path / "set/train/metadata.csv").write_text("file_name,label\n1.png,cat\n")
-    with pytest.warns(ProtopruneWarning, match="1 of 2 images have no class"):
+    with pytest.warns(ProtopruneWarning, match="1 of 2 images has no class"):
         found = list_folder(tmp_path / "set", labels=tmp_path / "set/train/metadata.csv")
     assert dict(zip(found.paths, found.labels.tolist(), strict=True)) == {"test/1.png": -1, "train/1.png": 0}
 
@@ -166,7 +166,7 @@ def test_embed_takes_them_and_keeps_where_they_are_from(flat):
     assert result.exit_code == 0, result.stderr
     assert "6 images in 2 classes (y.csv, sha256 " in result.stderr
     assert "warning: " in result.stderr
-    assert "1 of 6 images have no class (first: 5.png)" in result.stderr
+    assert "1 of 6 images has no class (first: 5.png)" in result.stderr
     with FeatureFile(flat / "f.h5") as file:
         assert (file.classes, file.labels.tolist()) == (["even", "odd"], [0, 1, 0, 1, 0, -1])
         assert file.provenance["labels_from"].startswith("y.csv, sha256 ")

@@ -7,6 +7,7 @@ import os
 import tarfile
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,13 +82,23 @@ def test_weights_in_the_order_of_the_data_set(image_folder):
     assert weights_of(kept, absolute).tolist() == [1, 4, 2.5]
 
 
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, 0, float("inf"), "2"])
+def test_weights_that_are_none_are_refused(image_folder, weight):
+    with pytest.raises(UsageError, match=r"the weight of cat/000.png .*: expected a number above 0"):
+        weights_of(image_folder, {"cat/000.png": weight, "cat/001.png": 1.0})
+
+
+def test_paths_may_be_objects(image_folder):
+    assert len(keep_only(image_folder, [Path("cat/000.png"), Path("dog/001.png")])) == 2
+
+
 def test_weights_of_a_part_of_a_part(image_folder):
     from torch.utils.data import Subset
 
     backwards = Subset(keep_only(image_folder, KEPT), [2, 0, 1])
     assert weights_of(backwards, BY_PATH).tolist() == [2.5, 1, 4]
     assert weights_of(Subset(backwards, [0, 1]), BY_PATH).tolist() == [2.5, 1]
-    with pytest.raises(ProtopruneError, match="1 of 4 listed images are not in the data set"):
+    with pytest.raises(ProtopruneError, match="1 of 4 listed images is not in the data set"):
         weights_of(backwards, {**BY_PATH, "cat/9.png": 1})
 
 
@@ -111,7 +122,7 @@ def test_hugging_face(image_tree):
     assert len(kept) == 3
     assert [kept.features["label"].int2str(label) for label in kept["label"]] == ["cat", "dog", "dog"]
     assert keep_only(full, KEPT)["label"] == kept["label"]  # the root is the images' common folder
-    with pytest.raises(ProtopruneError, match="1 of 4 listed images are not in the data set"):
+    with pytest.raises(ProtopruneError, match="1 of 4 listed images is not in the data set"):
         keep_only(full, [*KEPT, "cat/999.png"], root=root)
     assert weights_of(kept, BY_PATH, root=root).tolist() == [1, 4, 2.5]
     with pytest.raises(UsageError, match="weights_of needs root="):
@@ -404,7 +415,7 @@ def test_lists_of_shards_match_by_shard_and_key(tmp_path):
     assert [one["id"] for one in keep_only(samples[:2], ["0.tar/cat/2.png"])] == [("a/0", 2)]
     with pytest.raises(ProtopruneError, match=r"0\.tar/cat/1 is in /mnt/set/a/0\.tar and in /mnt/set/b/0\.tar"):
         list(keep_only(samples, ["0.tar/cat/1.png"]))
-    with pytest.raises(ProtopruneError, match=r"1 of 1 listed images are not in the data set"):
+    with pytest.raises(ProtopruneError, match=r"1 of 1 listed images is not in the data set"):
         list(keep_only(samples, ["c/0.tar/cat/1.png"]))
 
 
@@ -415,7 +426,7 @@ def test_webdataset_by_the_list_of_a_feature_set(image_tree, tmp_path):
     kept = ["shard-0.tar/cat/000.png", "shard-1.tar/cat/001.png"]
     dataset = webdataset.WebDataset(urls, shardshuffle=False)
     assert [one["__key__"] for one in keep_only(dataset, kept)] == ["cat/000", "cat/001"]
-    with pytest.raises(ProtopruneError, match="1 of 1 listed images are not in the data set"):
+    with pytest.raises(ProtopruneError, match="1 of 1 listed images is not in the data set"):
         list(keep_only(webdataset.WebDataset(urls, shardshuffle=False), ["shard-1.tar/cat/000.png"]))
 
 
@@ -450,7 +461,9 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
     listed = [f"{os.path.basename(saved[0])}/{row:06d}" for row in (3, 9)]
     rows = table_rows(listed, saved)
     assert datasets.load_from_disk(tmp_path / "saved").select(rows)["image"][:] == [b"3", b"9"]
-    with pytest.raises(ProtopruneError, match=r"1 of 3 listed images are in none of the files \(first: b/part-0"):
+    with pytest.raises(UsageError, match="no files: give the Parquet or Arrow files"):
+        protoprune.table_rows(["a"], [])
+    with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
     with pytest.raises(ProtopruneError, match="the list keeps no image"):
         table_rows([], files)

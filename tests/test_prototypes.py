@@ -144,7 +144,7 @@ def test_bad_settings_are_usage_errors(options, message):
 def test_bad_features_name_the_first_row(value):
     x = blobs(100)
     x[42, 3] = value
-    with pytest.raises(ProtopruneError, match=r"1 images are NaN or infinite \(first: row 42\)"):
+    with pytest.raises(ProtopruneError, match=r"1 image are NaN or infinite \(first: row 42\)"):
         cluster(x, 5)
 
 

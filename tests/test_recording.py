@@ -415,7 +415,7 @@ def test_a_checkpoint_after_damaged_rows_is_never_used(tmp_path, epoch):
             if how == "uncommitted":  # killed right after the damage was found
                 file["committed"][0] = 0
         if how == "damaged":
-            with pytest.warns(UserWarning, match="r.h5: what was recorded of 1 models is damaged; they are trained"):
+            with pytest.warns(UserWarning, match="r.h5: what was recorded of 1 model is damaged and trained"):
                 run(train, test, recipe, tmp_path / "r.h5", **layout)
         else:
             run(train, test, recipe, tmp_path / "r.h5", **layout)

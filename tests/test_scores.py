@@ -74,7 +74,7 @@ def test_arrays_hold_one_score_a_row(tmp_path):
         (b"path,score\ncat/1.png,1\ncat/2.png,high\n", r"row 3 has no number in column 2: cat/2.png, high"),
         (b"path,score\ncat/1.png,1\ncat/2.png\n", "row 3 has no number in column 2"),
         (b"path,score\ncat/1.png,1\n./cat/1.png,2\n", "'cat/1.png' occurs twice"),
-        (b"path,score\nbird/1.png,1\n", "none of its 1 rows names an image .*same root"),
+        (b"path,score\nbird/1.png,1\n", "none of its 1 row names an image .*same root"),
         (b"path,score\n" + b"x" * 200_000 + b",1\n", "cannot be read as a table"),
         (bytes(range(256)) * 2000, None),
     ],
@@ -447,13 +447,13 @@ def test_what_could_be_several_images_is_left_out_and_counted(tmp_path):
     assert table.ambiguous == ["1.png"]
     assert table.missing == 2
     assert table.scores[2] == 6
-    assert "1 table rows could mean several images, or share one, and are left out, first 1.png" in table.notes()
+    assert "1 table row could mean several images, or share one, and are left out, first 1.png" in table.notes()
     (tmp_path / "s.csv").write_text("train/cat/1.png,5\nval/cat/1.png,6\ntrain/dog/1.png,7\nval/dog/2.png,7\n")
     table = read_scores(tmp_path / "s.csv", images)
     assert table.ambiguous == ["train/cat/1.png", "val/cat/1.png"]
     assert table.scores[1:].tolist() == [7, 7]
     (tmp_path / "s.csv").write_text("1.png,5\n")
-    with pytest.raises(ProtopruneError, match="each of its 1 rows could be several images"):
+    with pytest.raises(ProtopruneError, match="each of its 1 row could be several images"):
         read_scores(tmp_path / "s.csv", images)
 
 
@@ -464,7 +464,7 @@ def test_a_row_of_another_folder_is_not_taken_for_an_image(tmp_path):
     assert np.isnan(table.scores[0])
     assert table.unmatched_rows == ["old/cat/1.png"]
     (tmp_path / "s.csv").write_text("test/cat/1.png,9\n")  # another split: neither path is the end of the other
-    with pytest.raises(ProtopruneError, match="none of its 1 rows names an image"):
+    with pytest.raises(ProtopruneError, match="none of its 1 row names an image"):
         read_scores(tmp_path / "s.csv", ["train/cat/1.png"])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protoprune.ids import hashes, shuffled
-from protoprune.units import bytes_text, duration
+from protoprune.units import bytes_text, duration, many
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_a_shuffle_takes_the_rows_in_the_order_of_their_hashes():
     keys = hashes(ids, 3, b"cover")[found]
     assert (keys[1:] >= keys[:-1]).all()
     assert shuffled(rows[::-1], ids, 3, b"cover").tolist() == found.tolist()
+
+
+def test_one_is_one():
+    assert [many(n, "image") for n in (0, 1, 2, 1234)] == ["0 images", "1 image", "2 images", "1,234 images"]
+    assert [many(n, "class is", "classes are") for n in (1, 3)] == ["1 class is", "3 classes are"]

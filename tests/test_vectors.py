@@ -50,10 +50,10 @@ def test_slices_give_the_marked_rows_and_name_them_in_errors(monkeypatch):
     np.testing.assert_array_equal(np.concatenate([rows for rows, _ in found]), np.flatnonzero(wanted))
     np.testing.assert_array_equal(np.concatenate([part for _, part in found]), x[wanted])
     x[26] = 1e20
-    with pytest.raises(ProtopruneError, match=r"1 images are longer than 1e\+15 \(first: row 26\)"):
+    with pytest.raises(ProtopruneError, match=r"1 image are longer than 1e\+15 \(first: row 26\)"):
         list(vectors.slices(x, wanted, unit=False))
     x[26, 3] = np.inf
-    with pytest.raises(ProtopruneError, match=r"1 images are NaN or infinite \(first: row 26\)"):
+    with pytest.raises(ProtopruneError, match=r"1 image are NaN or infinite \(first: row 26\)"):
         list(vectors.slices(x, wanted, unit=True))
 
 

@@ -14,6 +14,7 @@ from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,9 +201,11 @@ def _say_tables(matched: dict[str, ScoreTable], images: int, arrays: dict[str, n
         scored = int((~np.isnan(arrays[name])).sum())
         if scored < images:
             say(f"{name}: has no score for {images - scored:,} of {images:,} images")
+        if scored and np.nanmin(arrays[name]) == np.nanmax(arrays[name]):
+            say(f"{name}: warning: all images have the same score, so that it ranks none of them before another")
         if table.unmatched_rows:
             say(
-                f"{name}: {len(table.unmatched_rows):,} table rows name none of the images, "
+                f"{name}: {many(len(table.unmatched_rows), 'table row names', 'table rows name')} none of the images, "
                 f"first {table.unmatched_rows[0]}"
             )
     say(f"compared: {len(result.paths):,} of {images:,} images, those with a score in all {len(matched)} tables")
@@ -250,7 +253,7 @@ def _write_sheet(result: Comparison, path: Path, root: str, options: ShardOption
     picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads, options=options)
     write_file(path, picture)
     if unreadable:
-        say(f"warning: {unreadable} images could not be read; --root says where they are")
+        say(f"warning: {many(unreadable, 'image')} could not be read; --root says where they are")
     say(f"{path}: the {min(len(rows), _SHEET_ROWS)} of {len(rows)} pairs that agree least")
 
 

@@ -27,7 +27,7 @@ from protoprune.cli.shards import (
 )
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.units import duration
+from protoprune.units import duration, many
 
 if TYPE_CHECKING:
     from protoprune.embedding import EmbedReport
@@ -168,8 +168,8 @@ def _embed_images(
 
         def on_compare(count: int) -> None:
             say(
-                f"comparing {count:,} images with what was embedded: they lie below another root, or were copied or "
-                "restored (--moved takes them for the same by name, size and time)"
+                f"comparing {many(count, 'image')} with what was embedded: they lie below another root, or were "
+                "copied or restored (--moved takes them for the same by name, size and time)"
             )
 
         def on_progress(done: int, failed: int) -> None:
@@ -284,17 +284,20 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
     from protoprune.images import describe_counts
 
-    classes = f" in {len(found.classes):,} classes ({found.labels_from})" if found.classes else ""
-    say(f"{len(found):,} images{classes} under {found.root}")
+    classes = f" in {many(len(found.classes), 'class', 'classes')} ({found.labels_from})" if found.classes else ""
+    say(f"{many(len(found), 'image')}{classes} under {found.root}")
     if found.skipped:
         count = sum(found.skipped.values())
         some = f"; {len(found.left_out):,} of them belong to no image" if found.why else ""
         listed = some + ("" if errors or not found.left_out else " (list them with --errors FILE)")
-        say(f"left out {count:,} files that are not images by name: {describe_counts(found.skipped)}{listed}")
+        say(
+            f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
+            f"{describe_counts(found.skipped)}{listed}"
+        )
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
     if found.duplicates:
-        say(f"{found.duplicates:,} entries of the list named an image a second time")
+        say(f"{many(found.duplicates, 'entry', 'entries')} of the list named an image a second time")
     for folder, reason in found.unreadable_folders[:5]:
         say(f"warning: folder {folder}: {reason}; the images in it are missing")
     if len(found.unreadable_folders) > 5:
@@ -306,18 +309,23 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
         say(f"the images were below {report.moved_from} when they were embedded")
     if report.compared:
         same = report.compared - report.other
-        other = f", {report.other:,} have other content and are embedded again" if report.other else ""
-        say(f"of {report.compared:,} images compared {same:,} are the same{other}")
+        again = many(report.other, "has other content and is", "have other content and are")
+        other = f", {again} embedded again" if report.other else ""
+        say(f"of {many(report.compared, 'image')} compared {many(same, 'is', 'are')} the same{other}")
     if report.transparent:
-        say(f"{report.transparent:,} images have transparent parts; they are shown on white")
+        some = many(report.transparent, "image has transparent parts; it is", "images have transparent parts; they are")
+        say(f"{some} shown on white")
     if report.dropped:
-        say(f"{report.dropped:,} images of the earlier file are gone and were dropped")
+        gone = many(
+            report.dropped, "image of the earlier file is gone and was", "images of the earlier file are gone and were"
+        )
+        say(f"{gone} dropped")
     if not report.embedded:
-        say(f"{report.out}: up to date, {report.n:,} images x {model.dim} ({model.name})")
+        say(f"{report.out}: up to date, {many(report.n, 'image')} x {model.dim} ({model.name})")
         return
     rate = report.embedded / max(seconds, 1e-9)
     say(
-        f"{report.out}: {report.n:,} images x {model.dim} ({model.name}, {report.precision}, {report.device}); "
+        f"{report.out}: {many(report.n, 'image')} x {model.dim} ({model.name}, {report.precision}, {report.device}); "
         f"{report.embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
     )
 
@@ -331,7 +339,7 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"
-        say(f"{report.failed:,} images could not be used: {describe_counts(report.failures, 10)} ({where})")
+        say(f"{many(report.failed, 'image')} could not be used: {describe_counts(report.failures, 10)} ({where})")
     if errors:
         with FeatureFile(report.out) as file:
             rows = [(path, status.label, reason) for path, status, reason in file.failures()]
@@ -339,7 +347,9 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
         rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
         write_file(errors, table_chunks(["path", "status", "reason"], rows))
     if report.failed == report.n:
-        raise ProtopruneError(f"none of the {report.n:,} images could be used; see {errors or '--errors FILE'} for why")
+        raise ProtopruneError(
+            f"none of {many(report.n, 'image')} could be used; see {errors or '--errors FILE'} for why"
+        )
     if strict and (report.failed or found.unreadable_folders):
         raise ProtopruneError("--strict: not everything could be read")
 

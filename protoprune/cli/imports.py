@@ -10,6 +10,7 @@ import typer
 from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
+from protoprune.units import many
 
 
 def import_(
@@ -43,6 +44,6 @@ def import_(
         class_level=class_level, overwrite=overwrite,
     )  # fmt: skip
     read = f" from {len(report.files):,} files" if len(report.files) > 1 else ""
-    say(f"{out}: {report.n:,} vectors x {report.dim} ({report.store}){read}, names: {report.names}")
+    say(f"{out}: {many(report.n, 'vector')} x {report.dim} ({report.store}){read}, names: {report.names}")
     if report.unusable:
-        say(f"{report.unusable:,} vectors hold NaN or infinity and cannot be used")
+        say(f"{many(report.unusable, 'vector holds', 'vectors hold')} NaN or infinity and cannot be used")

@@ -12,7 +12,7 @@ from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions,
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.training import hint_steps, is_image_folder, load_sets
-from protoprune.units import bytes_text, duration
+from protoprune.units import bytes_text, duration, many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ def record(
             device=training.device, overwrite=overwrite, on_start=on_start, on_progress=progress.update,
         )  # fmt: skip
     _say_accuracy(out)
-    say(f"{out}: {models:,} x {model}, {recipe.epochs} epochs, in {duration(time.monotonic() - started)}")
+    say(f"{out}: {models:,} x {model}, {many(recipe.epochs, 'epoch')}, in {duration(time.monotonic() - started)}")
 
 
 def _say_accuracy(out: Path) -> None:
@@ -117,8 +117,9 @@ def _say_accuracy(out: Path) -> None:
     poor = int((own < chance + _LEARNED * (1 - chance)).sum())
     if poor:
         say(
-            f"warning: {poor:,} of {len(own):,} models have hardly learned (the largest class alone is "
-            f"{100 * chance:.1f} %), and scores from them are mostly noise; train longer (--epochs) or try another --lr"
+            f"warning: {poor:,} of {many(len(own), 'model has', 'models have')} hardly learned (the largest class is "
+            f"{100 * chance:.1f} %), and scores from {'it' if poor == 1 else 'them'} are mostly noise; train longer "
+            "(--epochs) or try another --lr"
         )
 
 

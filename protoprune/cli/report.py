@@ -23,7 +23,7 @@ from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.select import say_notes
 from protoprune.errors import UsageError
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 
 
 def report(
@@ -102,10 +102,10 @@ def _command(
 
 
 def _say_told(out: Path, told: dict[str, Any]) -> None:
-    say(f"{out}: {bytes_text(told['bytes'])}, {told['thumbnails']:,} thumbnails; open it in any browser")
+    say(f"{out}: {bytes_text(told['bytes'])}, {many(told['thumbnails'], 'thumbnail')}; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")
     if told["missing"]:
-        say(f"warning: {told['missing']:,} images could not be read any more; --root says where they are now")
+        say(f"warning: {many(told['missing'], 'image')} could not be read any more; --root says where they are now")
     if not told["saves"]:
         say(f"note: {told['why']}; the page shows the command instead")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.progress import Progress, resumable, say
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 
 
 def reshard(
@@ -44,9 +44,9 @@ def reshard(
             kept, out, root=root, features=features, shard_size=shard_size, options=options, on_progress=on_progress
         )
     there = f" ({report.there:,} were there already)" if report.there else ""
-    say(f"{out}: {report.images:,} images in {report.shards:,} tars{there}, {bytes_text(report.bytes)}")
+    say(f"{out}: {many(report.images, 'image')} in {many(report.shards, 'tar')}{there}, {bytes_text(report.bytes)}")
     if report.others:
-        say(f"{report.others:,} other files went with them (.txt, .json, …)")
+        say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")
     _warn(kept, out, root)
 
 

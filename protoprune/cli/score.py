@@ -14,7 +14,7 @@ from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
-from protoprune.units import duration
+from protoprune.units import duration, many
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
 
@@ -156,8 +156,8 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
     missing = len(result.values) - len(values)
     if missing:
         say(
-            f"without a score: {missing:,} images (unreadable, without a class or the models that it takes, or with "
-            "features that are all zeros), which `protoprune select --scores` does not keep"
+            f"without a score: {many(missing, 'image')} (unreadable, without a class or the models that it takes, or "
+            "with features that are all zeros), which `protoprune select --scores` does not keep"
         )
     if result.used.get("right_with", 1) < _FITS:
         say(

@@ -15,6 +15,7 @@ from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, 
 from protoprune.cli.outputs import below, check_beside, check_outputs, check_suffix
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,7 +249,7 @@ def say_ranking(ranking: Ranking) -> None:
     from protoprune.images import describe_counts
 
     excluded = ranking.status != Status.OK
-    say(f"{ranking.file}: {len(excluded):,} images")
+    say(f"{ranking.file}: {many(len(excluded), 'image')}")
     if excluded.any():
         from collections import Counter
 
@@ -284,11 +285,13 @@ def say_notes(notes: Iterable[str]) -> None:
 
 def say_table(ranking: Ranking, table: ScoreTable) -> None:
     """How the score table of a ranking was read, and what did not match, on either side."""
-    say(f"scores: {int(ranking.scored.sum()):,} images have one; {table.missing:,} have none and are not kept")
+    scored, none = int(ranking.scored.sum()), many(table.missing, "has none and is", "have none and are")
+    say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
     for note in table.notes():
         say(f"scores: {note}")
     if table.unmatched_rows:
-        say(f"scores: {len(table.unmatched_rows):,} table rows name no image, first {table.unmatched_rows[0]}")
+        rows = many(len(table.unmatched_rows), "table row names", "table rows name")
+        say(f"scores: {rows} no image, first {table.unmatched_rows[0]}")
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:

@@ -15,7 +15,7 @@ from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.units import bytes_text, duration
+from protoprune.units import bytes_text, duration, many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def embed_source(
     if errors is not None:
         _write_errors(errors, report)
     if report.finished and not report.n:
-        raise ProtopruneError(f"none of the {report.shards:,} shards could be used; see {errors or '--errors FILE'}")
+        raise ProtopruneError(f"none of {many(report.shards, 'shard')} could be used; see {errors or '--errors FILE'}")
     if strict and (report.failed_shards or report.failed):
         raise ProtopruneError("--strict: not everything could be read")
 
@@ -105,18 +105,18 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
 
     _say_left_out(report)
     if report.failed:
-        say(f"{report.failed:,} images could not be used: {describe_counts(report.failures, 10)}")
+        say(f"{many(report.failed, 'image')} could not be used: {describe_counts(report.failures, 10)}")
     if report.transparent:
         say(f"{report.transparent:,} of the images embedded now have transparent parts; they are shown on white")
     states = ", ".join(f"{count:,} {state}" for state, count in report.states.most_common())
     rate = f" in {duration(seconds)} ({report.embedded / max(seconds, 1e-9):,.0f} img/s)" if report.embedded else ""
     say(
-        f"{report.out}: {report.shards:,} shards ({states}), {report.n:,} images x {model.dim} ({model.name}, "
-        f"{report.precision}, {report.device}); {report.embedded:,} embedded{rate}"
+        f"{report.out}: {many(report.shards, 'shard')} ({states}), {many(report.n, 'image')} x {model.dim} "
+        f"({model.name}, {report.precision}, {report.device}); {report.embedded:,} embedded{rate}"
     )
     if report.failed_shards:
         first, status, reason = report.failed_shards[0]
-        say(f"{len(report.failed_shards):,} shards could not be used, first {first}: {status}: {reason}")
+        say(f"{many(len(report.failed_shards), 'shard')} could not be used, first {first}: {status}: {reason}")
     if not report.finished:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
 
@@ -127,9 +127,13 @@ def _say_left_out(report: SetReport) -> None:
     count = sum(report.skipped.values())
     if count:
         some = f"; {report.left_out:,} of them belong to no image (--errors FILE lists them)" if report.left_out else ""
-        say(f"left out {count:,} files that are not images by name: {describe_counts(report.skipped)}{some}")
+        say(
+            f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
+            f"{describe_counts(report.skipped)}{some}"
+        )
     if report.duplicates:
-        say(f"{report.duplicates:,} images came twice under one name in a shard; the last one counts, as in unpacking")
+        twice = many(report.duplicates, "image")
+        say(f"{twice} came twice under one name in a shard; the last one counts, as in unpacking")
 
 
 def _write_errors(errors: Path, report: SetReport) -> None:
@@ -226,13 +230,13 @@ def show_set(folder: str, errors: bool) -> bool:
             echo_fields(*one)
         return bool(done) and not pending
     rows = sum(part.rows for part in parts if part.done)
-    states = f"{done:,} done ({rows:,} images), {len(failed):,} failed, {pending:,} not yet embedded"
-    echo(f"{public(folder)}: feature set of {len(parts):,} shards: {states}")
+    states = f"{done:,} done ({many(rows, 'image')}), {len(failed):,} failed, {pending:,} not yet embedded"
+    echo(f"{public(folder)}: feature set of {many(len(parts), 'shard')}: {states}")
     for status, count in Counter(status for _, status, _ in failed).most_common():
         name, reason = next((name, reason) for name, of, reason in failed if of == status)
         echo(f"failed      {count:,} {status} (first: {name}: {reason})")
     for who, count in _makers(folder, parts).most_common(8):
-        echo(f"made by     {who}: {count:,} shards")
+        echo(f"made by     {who}: {many(count, 'shard')}")
     return bool(done) and not pending
 
 

@@ -16,7 +16,7 @@ from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,15 +81,18 @@ def _describe_features(file: Source) -> None:
 
     facts = file.provenance
     usable, failures = int(file.usable.sum()), file.failure_counts()
-    echo(f"{file.path}: {file.n:,} images x {file.dim} {file.features.dtype}, {bytes_text(file.bytes)}")
+    echo(f"{file.path}: {many(file.n, 'image')} x {file.dim} {file.features.dtype}, {bytes_text(file.bytes)}")
     done = int(file.finished().sum())
     if done < file.n or file.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
     echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
     if left_out := len(file.left_out):
-        echo(f"left out    {left_out:,} members of shards that are no images and belong to none (--errors lists them)")
+        some = many(
+            left_out, "member of shards that is no image and belongs", "members of shards that are no images and belong"
+        )
+        echo(f"left out    {some} to none (--errors lists them)")
     if file.transparent.any():
-        echo(f"transparent {file.transparent.sum():,} images, shown on white")
+        echo(f"transparent {many(int(file.transparent.sum()), 'image')}, shown on white")
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
     echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
     echo(f"root        {facts['root']}")
@@ -122,7 +125,7 @@ def _describe_record(record: Record) -> None:
         echo(f"{'' if number else 'accuracy':<11} {line}")
     echo(f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}")
     if record.test_labels is not None:
-        echo(f"test        {len(record.test_labels):,} images")
+        echo(f"test        {many(len(record.test_labels), 'image')}")
     echo(f"root        {facts.get('root', 'unknown')}")
     echo(f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}")
     echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
@@ -247,7 +250,7 @@ def sheet(
     write_file(out, picture)
     if unreadable:
         say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
-    say(f"{out}: {min(len(lines), max_rows)} rows of {what}")
+    say(f"{out}: {many(min(len(lines), max_rows), 'row')} of {what}")
 
 
 def _ranked(
@@ -273,7 +276,7 @@ def _duplicates(ranking: Ranking, epsilon: float, count: int) -> list[tuple[str,
     duplicate_of = ranking.duplicate_of
     assert duplicate_of is not None  # `deduplicate` has set it
     gone = np.flatnonzero(duplicate_of >= 0)
-    say(f"duplicates: {len(gone):,} images would be removed by `select --dedup {epsilon:g}`")
+    say(f"duplicates: {many(len(gone), 'image')} would be removed by `select --dedup {epsilon:g}`")
     likeness = dict(zip(gone.tolist(), _cosines(ranking, gone).tolist(), strict=True))
     groups: dict[int, list[int]] = {}
     for row in sorted(likeness, key=lambda row: (-likeness[row], row)):

@@ -17,6 +17,7 @@ from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import printable
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,7 +289,8 @@ def advise(
         raise UsageError(f"--classes {classes}: more than the {images} images; expected at least one image a class")
     console = Console(highlight=False, soft_wrap=False)
     with console.capture() as text:  # rich would end the process itself where nobody reads on
-        console.print(f"{images:,} images, {classes:,} classes, {images / classes:,.0f} a class on average.\n")
+        size = f"{many(images, 'image')}, {many(classes, 'class', 'classes')}"
+        console.print(f"{size}, {images / classes:,.0f} a class on average.\n")
         pieces = advice_for(images, classes, counts, probe_quality, knn=quality, encoder=encoder)
         for number, piece in enumerate(pieces, 1):
             console.print(printable(f"{number}. {piece.text}"), markup=False, style="bold")

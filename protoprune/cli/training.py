@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from protoprune.cli.options import LabelOptions, TrainingOptions, refuse_idle
 from protoprune.cli.progress import Progress, say
 from protoprune.errors import UsageError
-from protoprune.units import duration
+from protoprune.units import duration, many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,10 +112,11 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
         data = load_examples(path, cache=cache, on_progress=show, **options)
     say(f"{what}: {len(data):,} examples in {len(data.classes):,} classes, {path}")
     if data.unlabelled:
-        say(f"warning: {data.unlabelled:,} images of {path} have no class and are left out")
+        left = many(data.unlabelled, f"image of {path} has no class and is", f"images of {path} have no class and are")
+        say(f"warning: {left} left out")
     if data.unreadable:
         first, reason = data.unreadable[0]
-        say(f"warning: {len(data.unreadable):,} images of {path} cannot be read, first {first} ({reason})")
+        say(f"warning: {many(len(data.unreadable), 'image')} of {path} cannot be read, first {first} ({reason})")
     return data
 
 
@@ -164,7 +165,8 @@ def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
     own, least = recipe.epochs * each, MIN_STEPS if least is None else least
     if own >= MIN_STEPS or to_convergence(recipe):
         return
-    own_words = f"hint: {recipe.epochs:,} epochs of {rows:,} images are {own:,} optimizer steps"
+    of = f"of {many(rows, 'image')}"
+    own_words = f"hint: {many(recipe.epochs, f'epoch {of} is', f'epochs {of} are')} {many(own, 'optimizer step')}"
     if least >= MIN_STEPS:
         say(f"{own_words}; every run takes {least:,} at least (--min-steps)")
     elif recipe.model != "head":

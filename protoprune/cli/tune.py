@@ -16,7 +16,7 @@ from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
 from protoprune.cli.training import load_sets, read_table
 from protoprune.errors import UsageError
-from protoprune.units import duration, rounded
+from protoprune.units import duration, many, rounded
 
 if TYPE_CHECKING:
     from protoprune.pruning import Source
@@ -263,7 +263,7 @@ def _print(result: Tuned, command: str) -> None:
         span = "" if row["low"] is None else f" ({_signed(row['low'])} to {_signed(row['high'])})"
         say(
             f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {_signed(row['to_random'])} points to random{span}, "
-            f"{row['splits']} splits"
+            f"{many(row['splits'], 'split')}"
         )
     one = result.judgement
     if one is not None:

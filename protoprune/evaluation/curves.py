@@ -24,6 +24,7 @@ from protoprune.evaluation import runs as running
 from protoprune.evaluation.comparing import _seeds
 from protoprune.evaluation.runs import Fit, Outcome, Run, Step
 from protoprune.evaluation.statistics import Interval
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.training.examples import Examples
@@ -146,9 +147,8 @@ def _ranker(
         known = np.asarray(scores, np.float64)
         missing = np.flatnonzero(np.isnan(known))
         if len(missing):
-            raise ProtopruneError(
-                f"{len(missing):,} training images have no score (first: {train.paths[missing[0]]}); give a full table"
-            )
+            some = many(len(missing), "training image has", "training images have")
+            raise ProtopruneError(f"{some} no score (first: {train.paths[missing[0]]}); give a full table")
         return lambda rows, seed: known[rows]
 
     def by_prototype(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -254,7 +254,7 @@ def _check(
 ) -> tuple[list[int], list[float]]:
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
-        raise UsageError(f"--size {sizes}: expected from 2 to {n:,}, the number of training images")
+        raise UsageError(f"--size {','.join(map(str, sizes))}: expected from 2 to {n:,}, the number of training images")
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")

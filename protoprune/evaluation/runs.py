@@ -29,6 +29,7 @@ from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.text import parse_json, with_slashes
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.samplers import PruningSampler
@@ -143,16 +144,20 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str)
     missing = [path for path in listed if path not in row_of]
     if missing:
         reasons = dict(getattr(examples, "unreadable", ()))
+        of = f"of its {len(listed):,} images"
         why = f" cannot be read: {reasons[missing[0]]}" if missing[0] in reasons else " is not there"
+        some = many(len(missing), f"{of} is no usable training image", f"{of} are not usable training images")
         raise ProtopruneError(
-            f"{name}: {len(missing):,} of its {len(listed):,} images are not usable training images of "
-            f"{examples.root} (first: {missing[0]}{why}); lists hold paths relative to the training set's root"
+            f"{name}: {some} of {examples.root} (first: {missing[0]}{why}); lists hold paths relative to the training "
+            "set's root"
         )
     if not listed:
         raise ProtopruneError(f"{name}: lists no image")
     rows = np.unique([row_of[path] for path in listed])
     if len(rows) < len(listed):
-        raise ProtopruneError(f"{name}: {len(listed) - len(rows):,} images are listed more than once; list each once")
+        raise ProtopruneError(
+            f"{name}: {many(len(listed) - len(rows), 'image is', 'images are')} listed more than once; list each once"
+        )
     return rows
 
 
@@ -162,8 +167,9 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples
     by_path = dict(zip(_relative(list(weights), examples, known), weights.values(), strict=True))
     missing = [examples.paths[row] for row in rows if examples.paths[row] not in by_path]
     if missing:
+        of = f"of {len(rows):,} images"
         raise ProtopruneError(
-            f"{name}: {len(missing):,} of {len(rows):,} images have no weight (first: {missing[0]}); give each one"
+            f"{name}: {many(len(missing), f'{of} has', f'{of} have')} no weight (first: {missing[0]}); give each one"
         )
     return np.array([by_path[examples.paths[row]] for row in rows], np.float32)
 
@@ -180,9 +186,10 @@ def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> l
         raise ProtopruneError(f"{name}: {indices.dtype} of shape {indices.shape}, expected one row index an image")
     outside = indices[(indices < 0) | (indices >= len(paths))]
     if len(outside):
+        some = many(len(outside), "of its row indices is", "of its row indices are")
         raise ProtopruneError(
-            f"{name}: {len(outside):,} of its row indices are not in the training set of {len(paths):,} images "
-            f"(first: {outside[0]}); it was made for another set"
+            f"{name}: {some} not in the training set of "
+            f"{len(paths):,} images (first: {outside[0]}); it was made for another set"
         )
     return [paths[row] for row in indices]
 

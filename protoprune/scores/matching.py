@@ -21,6 +21,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.paths import BATCH, digests, distinct
 from protoprune.scores.table import Table, check_higher, named, read_table
+from protoprune.units import many
 
 _NONE, _AMBIGUOUS = -1, -2
 
@@ -58,7 +59,7 @@ class ScoreTable:
             lines.append(f"matched by {self.matched_by}")
         if self.ambiguous:
             lines.append(
-                f"{len(self.ambiguous):,} table rows could mean several images, or share one, and are left out, "
+                f"{many(len(self.ambiguous), 'table row')} could mean several images, or share one, and are left out, "
                 f"first {self.ambiguous[0]}"
             )
         return lines
@@ -149,7 +150,7 @@ def _match_keys(table: Table, keys: Sequence[str], paths: Sequence[str], row_num
     if not found.any():
         what = "could be several images" if (rows == _AMBIGUOUS).any() else "names an image"
         raise ProtopruneError(
-            f"{table.source}: {'each' if 'could' in what else 'none'} of its {len(keys):,} rows {what} "
+            f"{table.source}: {'each' if 'could' in what else 'none'} of its {many(len(keys), 'row')} {what} "
             f"(it has {keys[0]!r}, the images are like {paths[0]!r}); paths must be relative to the same root"
         )
     return rows, matched_by

@@ -34,6 +34,7 @@ from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import contents, parse_json, plain_bytes, unpacked
+from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
 _META = b"protoprune-scores"
@@ -307,8 +308,9 @@ def _refuse_infinite(source: str, keys: Sequence[str] | None, scores: np.ndarray
     rows = np.flatnonzero(np.isinf(scores))
     if len(rows):
         first = f"row {rows[0] + 1}" if keys is None else keys[rows[0]]
+        some = many(len(rows), "score is", "scores are")
         raise ProtopruneError(
-            f"{source}: {len(rows):,} scores are infinite (first: {first}); give numbers in their place, or nothing "
+            f"{source}: {some} infinite (first: {first}); give numbers in their place, or nothing "
             "where an image has no score"
         )
 

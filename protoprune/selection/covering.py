@@ -22,6 +22,7 @@ import numpy as np
 from protoprune import buckets
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes_of, row_type
+from protoprune.units import many
 from protoprune.vectors import Rows
 
 LARGEST = 8192  # images a group: a kernel of 256 MiB
@@ -176,7 +177,7 @@ def _mean(features: Rows, rows: np.ndarray) -> np.ndarray:
         if not np.isfinite(part).all():
             bad = here[~np.isfinite(x).all(axis=1)]
             where = f" (first: row {bad[0]})" if len(bad) else ""
-            raise ProtopruneError(f"features of {len(bad)} images are NaN or infinite{where}; embed them again")
+            raise ProtopruneError(f"features of {many(len(bad), 'image')} are NaN or infinite{where}; embed them again")
         total += part
     return (total / len(rows)).astype(np.float32)
 

@@ -31,7 +31,7 @@ from protoprune.images import ImageList, is_feature_set, list_folder
 from protoprune.labels import LabelFile
 from protoprune.memory import free_memory
 from protoprune.npy import load_npz
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
@@ -249,8 +249,9 @@ def _renumber(source: str, labels: np.ndarray, own: Sequence[str], classes: Sequ
     unknown = [name for name in own if name not in index]
     if unknown:
         raise ProtopruneError(
-            f"{source}: {len(unknown)} of its classes are not in the training set (first: {unknown[0]}); "
-            "the class folders of both must have the same names"
+            f"{source}: {many(len(unknown), 'of its classes is', 'of its classes are')} not in the training set "
+            f"(first: {unknown[0]}); "
+            "both need classes of the same names, from folders or --labels and --test-labels"
         )
     return np.array([index[name] for name in own], np.int64)[labels]
 

@@ -19,6 +19,7 @@ from protoprune.errors import ProtopruneError
 from protoprune.training import loop, models, per_example
 from protoprune.training.examples import Examples
 from protoprune.training.loop import Recipe
+from protoprune.units import many
 
 _STEP_BYTES = 256 * 2**20  # of one step's activations; more models than that are trained one group after another
 
@@ -128,7 +129,7 @@ def epochs(
             optimizer.step()
             step += 1
         if not torch.isfinite(loss):
-            raise ProtopruneError(f"the loss is {loss.item()} after {step} steps; train with a smaller --lr")
+            raise ProtopruneError(f"the loss is {loss.item()} after {many(step, 'step')}; train with a smaller --lr")
         yield epoch + 1, ensemble
 
 

@@ -27,6 +27,7 @@ from protoprune.device import native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import models
 from protoprune.training.examples import Examples
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.samplers import PruningSampler
@@ -194,7 +195,7 @@ def epochs(
                 if sampler is not None:
                     sampler.update(picked, losses.detach())
         if not torch.isfinite(loss):
-            raise ProtopruneError(f"the loss is {loss.item()} after {step} steps; train with a smaller --lr")
+            raise ProtopruneError(f"the loss is {loss.item()} after {many(step, 'step')}; train with a smaller --lr")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         epoch += 1

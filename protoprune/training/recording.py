@@ -29,6 +29,7 @@ from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs
 from protoprune.training.loop import Recipe
 from protoprune.training.models import file_digest
+from protoprune.units import many
 
 _NAMES = {
     "train": "other training examples",
@@ -140,13 +141,21 @@ def record(
         warn_if_emulated(provenance["computes_in"], where)
         partial = records.PartialRecord(out)
         if partial.damaged:
-            warn(f"{out}: what was recorded of {len(partial.damaged):,} models is damaged; they are trained again")
+            warn(f"{out}: what was recorded of {many(len(partial.damaged), 'model')} is damaged and trained again")
+        failed_at_once = False
         try:
             job = _Job(train, test, recipe, laid_out, gradients, probabilities, seed, where, on_start, on_progress)
             (_record_heads if recipe.model == "head" else _record_networks)(job, partial)
             partial.finish()
+        except ProtopruneError:  # weights that are none, a loss that is no number: nothing to go on from
+            failed_at_once = not partial.committed.any()
+            raise
         finally:
             partial.close()
+            if failed_at_once:
+                shutil.rmtree(_state_folder(out), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(records.partial_path(out))
         shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
 
 

@@ -29,6 +29,7 @@ from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, candidates
+from protoprune.units import many
 from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def _standings(
 
     def told(number: int, alive: list[Standing]) -> None:
         lead = ", ".join(f"{everyone[one.number].name} {100 * one.mean:.2f}" for one in alive[:3])
-        say(f"round {number} of {len(rounds)}: {len(alive)} compared on {rounds[number - 1]} splits; {lead}")
+        say(f"round {number} of {len(rounds)}: {len(alive)} compared on {many(rounds[number - 1], 'split')}; {lead}")
 
     def measure(number: int, split: int) -> float:
         return lab.on_split(lab.heads, everyone[number], keep, split)
