@@ -170,7 +170,8 @@ class _Pairs:
         blocks = [slice(first, first + BLOCK) for first in range(0, len(members), BLOCK)]
         for number, block in enumerate(blocks):
             for other in blocks[number:]:
-                distance = 1 - x[block] @ x[other].T
+                distance = x[block] @ x[other].T
+                np.subtract(1, distance, out=distance)
                 if other is block:
                     np.fill_diagonal(distance, np.inf)
                 near[block] = np.minimum(near[block], distance.min(axis=1))
