@@ -79,14 +79,11 @@ def order_of(x: np.ndarray, greedy: Callable[[np.ndarray, np.ndarray], np.ndarra
 
     Equal rows are made one with a count, and so are exactly equal in all sums; the first of them comes first.
     """
-    codes = np.ascontiguousarray(x + np.float32(0)).view(np.dtype((np.void, x.itemsize * x.shape[1])))[:, 0]
-    _, first, same_as = np.unique(codes, return_index=True, return_inverse=True)
-    by_first = np.argsort(first)  # distinct rows in the order given: of equal gains the earlier one is taken
-    number = np.empty(len(first), np.int64)
-    number[by_first] = np.arange(len(first))
-    same_as = number[same_as]
+    number: dict[bytes, int] = {}  # of each distinct row, in the order given: of equal gains the earlier one is taken
+    same_as = np.array([number.setdefault(row.tobytes(), len(number)) for row in x + np.float32(0)])  # and no -0
+    first = np.unique(same_as, return_index=True)[1]
     counts = np.bincount(same_as)
-    taken = greedy(kernel(x[first[by_first]]), counts)
+    taken = greedy(kernel(x[first]), counts)
     # The t-th time that a distinct row is taken means its t-th copy.
     order = np.empty(len(x), np.int64)
     order[np.argsort(taken, kind="stable")] = np.argsort(same_as, kind="stable")
