@@ -6,6 +6,8 @@ One reader for lists, score tables and files of labels. Knows nothing of what is
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
 import json
 import os
 import zlib
@@ -17,6 +19,7 @@ from protoprune.memory import free_memory
 from protoprune.units import bytes_text
 
 _UNPACKED = 400_000_000  # bytes of which a quarter may come out of a gzip file whatever memory is free
+_ASSUMED = 16_000_000_000  # bytes of free memory where the system does not say
 
 # How the column of paths is called, as `plain_name` leaves it.
 PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
@@ -50,24 +53,21 @@ def unpacked(data: bytes, source: str) -> bytes:
     or too much for this machine's memory: a thousand times its size may come out of a file."""
     if not data.startswith(b"\x1f\x8b\x08") or len(data) < 20:  # that of nothing has 20 bytes
         return data
-    free = free_memory()
-    most = _UNPACKED if free is None else max(_UNPACKED, free) // 4  # names take a multiple of their text
-    parts: list[bytes] = []
-    while data:  # a member after the other
-        member = zlib.decompressobj(31)
-        try:
-            parts.append(member.decompress(data, max(1, most - sum(map(len, parts)))))
-        except zlib.error as error:
-            raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
-        if sum(map(len, parts)) >= most:
-            raise ProtopruneError(
-                f"{source}: unpacks to more than {bytes_text(most)}, a quarter of the free memory; look at it with "
-                "`zcat | head`, and split it if that is what you meant"
-            )
-        if not member.eof:
-            raise ProtopruneError(f"{source}: a damaged gzip file (cut short)")
-        data = member.unused_data.lstrip(b"\0")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    most = max(_UNPACKED, free_memory() or _ASSUMED) // 4  # names take a multiple of their text
+    parts, total = [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # piece by piece: what comes out may have no end
+            while piece := file.read(1 << 20):
+                parts.append(piece)
+                total += len(piece)
+                if total > most:
+                    raise ProtopruneError(
+                        f"{source}: unpacks to more than {bytes_text(most)}, a quarter of the free memory; look at it "
+                        "with `zcat | head`, and split it if that is what you meant"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
+    return b"".join(parts)
 
 
 def contents(source: str) -> bytes:

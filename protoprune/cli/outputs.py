@@ -157,7 +157,7 @@ def _maker(out: Path, command: str) -> str | None:
     """The command whose results a folder holds, None where nothing says so."""
     import json
 
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((out / "results.json").read_bytes())
         if isinstance(found, dict) and "environment" in found:
             return "tune" if "answer" in found else found.get("config", {}).get("command")
