@@ -77,3 +77,10 @@ def test_every_other_command(here):
     ):  # fmt: skip
         run(line)
     assert len((here / "e.csv").read_text().splitlines()) == 2 + 24  # those without a class were not trained on
+
+
+def test_a_list_with_images_that_have_no_class_is_not_said_to_lack_them(here):
+    (here / "more.txt").write_text("".join(f"{path}\n" for path in PATHS[20:30]))
+    error = run("evaluate more.txt --features f.h5 --test f.h5", code=1).stderr.splitlines()[-1]
+    assert "more.txt: 6 of its 10 images are not usable training images of " in error
+    assert "(first: 24.png has no class); leave out what cannot be trained on, or give it a class" in error

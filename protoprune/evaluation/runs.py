@@ -143,14 +143,10 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str)
     listed = _relative(listed, examples, row_of)
     missing = [path for path in listed if path not in row_of]
     if missing:
-        reasons = dict(getattr(examples, "unreadable", ()))
         of = f"of its {len(listed):,} images"
-        why = f" cannot be read: {reasons[missing[0]]}" if missing[0] in reasons else " is not there"
+        why, advice = _why_not(missing[0], examples)
         some = many(len(missing), f"{of} is no usable training image", f"{of} are not usable training images")
-        raise ProtopruneError(
-            f"{name}: {some} of {examples.root} (first: {missing[0]}{why}); lists hold paths relative to the training "
-            "set's root"
-        )
+        raise ProtopruneError(f"{name}: {some} of {examples.root} (first: {missing[0]} {why}); {advice}")
     if not listed:
         raise ProtopruneError(f"{name}: lists no image")
     rows = np.unique([row_of[path] for path in listed])
@@ -159,6 +155,16 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str)
             f"{name}: {many(len(listed) - len(rows), 'image is', 'images are')} listed more than once; list each once"
         )
     return rows
+
+
+def _why_not(path: str, examples: Examples) -> tuple[str, str]:
+    """Why an image cannot be trained on, and what to do."""
+    reasons = dict(getattr(examples, "unreadable", ()))
+    if path in reasons:
+        return f"cannot be read: {reasons[path]}", "leave out what cannot be trained on"
+    if path in (getattr(examples, "every_path", None) or ()):
+        return "has no class", "leave out what cannot be trained on, or give it a class"
+    return "is not there", "lists hold paths relative to the training set's root"
 
 
 def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples, name: str) -> np.ndarray:
