@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from protoprune import select
 from protoprune.cli import app
+from protoprune.cli.tune import _pool
 from protoprune.features import open_features
 
 PATHS = [f"{i:02d}.png" for i in range(40)]
@@ -84,3 +85,14 @@ def test_a_list_with_images_that_have_no_class_is_not_said_to_lack_them(here):
     error = run("evaluate more.txt --features f.h5 --test f.h5", code=1).stderr.splitlines()[-1]
     assert "more.txt: 6 of its 10 images are not usable training images of " in error
     assert "(first: 24.png has no class); leave out what cannot be trained on, or give it a class" in error
+
+
+def test_tune_says_that_its_list_is_of_all_images(here, capsys):
+    with open_features("f.h5") as file:
+        pool, _ = _pool(file, [], None)
+    assert len(pool) == 24
+    said = capsys.readouterr().err
+    assert (
+        "warning: 16 images have no class: recipes are compared without them, and the list that is written is of"
+        in said
+    )

@@ -188,6 +188,11 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
             raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
         tables[os.fspath(table)] = found
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
+    if examples.unlabelled:
+        some = many(examples.unlabelled, "image has", "images have")
+        say(
+            f"warning: {some} no class: recipes are compared without them, and the list that is written is of all images"
+        )
     return replace(pool, tables=tables), examples
 
 
