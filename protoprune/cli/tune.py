@@ -190,9 +190,7 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     if examples.unlabelled:
         some = many(examples.unlabelled, "image has", "images have")
-        say(
-            f"warning: {some} no class: recipes are compared without them, and the list that is written is of all images"
-        )
+        say(f"warning: {some} no class: recipes are compared without them, and the list written is of all images")
     return replace(pool, tables=tables), examples
 
 
