@@ -93,6 +93,6 @@ def test_tune_says_that_its_list_is_of_all_images(here, capsys):
     assert len(pool) == 24
     said = capsys.readouterr().err
     assert (
-        "warning: 16 images have no class: recipes are compared without them, and the list that is written is of"
+        "warning: 16 images have no class: recipes are compared without them, and the list written is of all images"
         in said
     )
