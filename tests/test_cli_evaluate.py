@@ -279,6 +279,7 @@ def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):
         ["evaluate", "good.txt", *sets, "--target-accuracy", "90"],
         ["evaluate", "none.txt", *sets],
         ["evaluate", "good.txt", *sets, "-o", "file"],
+        ["evaluate", "good.txt", *sets, "-o", "file/new"],
         ["evaluate", *sets, "--dynamic", "best", "--keep", "0.5"],
         ["evaluate", "good.txt", *sets, "--device", "abacus"],
         ["evaluate", "good.txt", "--images", ".", "--test", ".", "--model", "cnn", "--weights", "none.pt"],

@@ -145,6 +145,11 @@ def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None] =
         if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
     if not out.is_dir():
+        above = next(one for one in out.absolute().parents if one.exists())  # now, and not when images are loaded
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UsageError(
+                f"-o {out}: cannot be made, {above} is no folder that can be written; choose another place"
+            )
         return
     check_outputs(*(out / name for name in _RESULTS), inputs=sources)
     there = next((name for name in _RESULTS if (out / name).exists()), None)
