@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -298,11 +299,12 @@ class Selected:
             return []
         if table is not None and table.metric not in _MEASURED:
             return []  # nothing is known of a score from elsewhere; covers and random draws are no extremes
+        named = "" if self.ranking.file in ("", "features.h5") else f" --features {shlex.quote(self.ranking.file)}"
         often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0
         return [
             f"in {often} measurements (docs/results.md) the {_EXTREME[rule.order]} {100 * rule.keep:.3g} % trained "
             "worse models than random images, and `--order cover` better ones; "
-            f"`protoprune tune --keep {rule.keep:.3g}` compares them on your images"
+            f"`protoprune tune{named} --keep {rule.keep:.3g}` compares them on your images"
         ]
 
 

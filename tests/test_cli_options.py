@@ -309,8 +309,8 @@ def test_classes_that_no_shard_has_are_said(here, option, out):
     assert "warning" not in plain.stderr
 
 
-BARE = "No such option: --features; the feature file stands without an option here"
-NAMED = "Got unexpected extra argument(s) (f.h5); the feature file goes behind --features"
+BARE = "No such option: --features; the feature file is given without an option here"
+NAMED = "Got unexpected extra argument(s) (f.h5); the feature file goes after --features"
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,13 @@ def test_a_list_that_loses_to_random_in_measurements_is_said_to(here, run, optio
     warned = [line for line in run("select", *options).stderr.splitlines() if "measurements" in line]
     assert len(warned) == (said is not None)
     assert said is None or f"warning: {said}" in warned[0]
+    assert said is None or f"`protoprune tune --keep {options[1]}` compares them" in warned[0]
+
+
+def test_the_command_that_compares_lists_names_the_features(here, run):
+    os.rename("features.h5", "my features.h5")
+    said = run("select", "my features.h5", "--keep", "0.1", "--k", "3").stderr
+    assert "`protoprune tune --features 'my features.h5' --keep 0.1` compares them on your images" in said
 
 
 @pytest.mark.parametrize(("metric", "warned"), [("el2n", True), ("random", False), ("mine", False)])

@@ -102,9 +102,9 @@ def _where_features_go(context: Any, said: str) -> str:
     """For who named the feature file in the way of another command: lists are the arguments of some, it of others."""
     places = {} if context is None else {one.name: one.param_type_name for one in context.command.params}
     if places.get("features") == "option" and said.startswith("Got unexpected extra argument"):
-        return "; the feature file goes behind --features"
+        return "; the feature file goes after --features"
     if places.get("features") == "argument" and said.startswith("No such option: --features"):
-        return "; the feature file stands without an option here"
+        return "; the feature file is given without an option here"
     return ""
 
 
