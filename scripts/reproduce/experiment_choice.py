@@ -325,9 +325,10 @@ def times(rows: Iterable[dict]):
 
 
 def draw(lab: Lab, found: Mapping[Key, np.ndarray]) -> None:
-    """Accuracy less random against the fraction kept, a panel a set and judge."""
-    cells = sorted({key[:2] for key in found})
-    with lab.panels(4.5 * len(cells), 4, len(cells)) as panels:
+    """Accuracy less random against the fraction kept, a panel a set and judge that has three fractions and more."""
+    fractions = {cell: {key[2] for key in found if key[:2] == cell} for cell in sorted({key[:2] for key in found})}
+    cells = [cell for cell, own in fractions.items() if len(own) > 2] or list(fractions)
+    with lab.panels(4.5 * min(3, len(cells)), 4 * -(-len(cells) // 3), len(cells), across=3) as panels:
         for axes, cell in zip(panels, cells, strict=True):
             for number, method in enumerate(name for name in (*METHODS, "tune") if name != "random"):
                 own = {key[2]: values for key, values in gaps(found, method).items() if key[:2] == cell}
@@ -336,6 +337,6 @@ def draw(lab: Lab, found: Mapping[Key, np.ndarray]) -> None:
                     places = [100 * keep for keep in keeps]
                     bars(axes, places, [own[keep] for keep in keeps], color=f"C{number}", label=method, ms=3)
             axes.axhline(0, color="black", lw=0.8)
-            axes.set(xlabel="kept, %", xscale="log", title="\n".join(cell), ylim=(-16, 16))
+            axes.set(xlabel="kept, %", xscale="log", title=", ".join(cell), ylim=(-25, 32))
         panels[0].set_ylabel("accuracy less random, points")
         panels[0].legend(fontsize=7)

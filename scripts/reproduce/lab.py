@@ -262,12 +262,21 @@ class Lab:
         write_file(self.folder / f"{name}.csv", table_csv(rows))
 
     @contextlib.contextmanager
-    def panels(self, width: float, height: float, count: int = 1, *, name: str = "figure", **how) -> Iterator:
-        """(count,) axes side by side, of a figure that becomes results/NAME/<name>.png; `how` is for `subplots`."""
+    def panels(
+        self, width: float, height: float, count: int = 1, *, across: int | None = None, name: str = "figure", **how
+    ) -> Iterator:
+        """(count,) axes, `across` side by side (default: all), of a figure that becomes results/NAME/<name>.png.
+
+        `how` is for `subplots`.
+        """
         from matplotlib.figure import Figure
 
         figure, buffer = Figure(figsize=(width, height), layout="constrained"), io.BytesIO()
-        yield figure.subplots(1, count, squeeze=False, **how)[0]
+        across = min(across or count, count)
+        axes = figure.subplots(-(-count // across), across, squeeze=False, **how).ravel()
+        for spare in axes[count:]:
+            spare.set_visible(False)
+        yield axes[:count]
         figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
         write_file(self.folder / f"{name}.png", buffer.getvalue())
 
