@@ -72,6 +72,7 @@ def difficulty(features, prototypes):
     return 1 - (features / np.linalg.norm(features, axis=1, keepdims=True) @ prototypes.T).max(1)
 
 
+@pytest.mark.timeout(600)  # bf16 where the processor imitates it
 @pytest.mark.parametrize(("precision", "store", "least"), [("fp32", "float32", 0.9999), ("bf16", "float16", 0.995)])
 def test_features_and_ranking_of_photos_equal_the_plain_reference(precision, store, least, photos, reference, tmp_path):
     encoder, rows = reference
