@@ -203,8 +203,10 @@ def test_a_folder_holds_the_results_of_one_call(here, feature_file):
     (here / "out").mkdir()  # as `--keep auto` left it
     (here / "out" / "results.json").write_text('{"answer": "you can leave out 10%", "environment": {}}')
     (here / "out" / "curve.csv").write_text("keep,recipe\n")
+    (here / "out" / "kept.jsonl").write_text("mine")  # `select -o out/kept.jsonl`
     run("tune", "--keep", 0.5, "--seeds", 2, "-o", "out")
     assert not (here / "out" / "curve.csv").exists()
+    assert (here / "out" / "kept.jsonl").read_text() == "mine"
     feature_file("plain.h5", np.random.default_rng(0).normal(size=(80, 5)))
     error = run("tune", "--keep", 0.5, "--features", "plain.h5", "-o", "out", code=2).stderr
     assert "-o out: holds what was found for images with classes; choose another folder" in error

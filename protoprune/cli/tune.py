@@ -117,12 +117,14 @@ def tune(
         "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
-    for name in ("kept.txt", "kept.jsonl", "curve.csv"):  # of an earlier call, which would seem to be this one's
-        if out / name not in (kept, *map(Path, written)):
-            (out / name).unlink(missing_ok=True)
+    if fraction is not None:
+        (out / "curve.csv").unlink(missing_ok=True)  # of an earlier --keep auto; it would seem to be this answer's
     _print(result, command)
     say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
     say(f"wrote {', '.join([os.fspath(kept), *written])}")
+    for other in {out / "kept.txt", out / "kept.jsonl"} - {kept}:  # perhaps somebody's own, made by `select`
+        if other.exists():
+            say(f"warning: {other} was there before and is not this answer's list")
 
 
 def _fraction(text: str) -> float | None:
