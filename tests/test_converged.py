@@ -104,6 +104,30 @@ def test_a_subset_is_trained_on_alone_and_a_space_serves_many():
     assert (head.predict(new) == truth).mean() > 0.9 > 0.6 > (fit_head(space, labels, 3).predict(new) == truth).mean()
 
 
+def objective(head, vectors, labels, rows) -> float:
+    """What is minimised, for each image, in float64."""
+    std = vectors.std(0, ddof=1).astype(np.float64) * vectors.shape[1] ** 0.5
+    logits = vectors[rows].astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
+    own = logits[np.arange(len(rows)), labels[rows]]
+    loss = (np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - own).mean()
+    return loss + np.square(head.weight * std).sum() / (2 * head.strength * len(rows))
+
+
+@pytest.mark.parametrize("near_rows", [np.arange(1500), np.arange(1000, 3000)])
+def test_a_head_nearby_is_a_start_and_no_other_solution(near_rows):
+    vectors, labels = blobs(3000, 5)
+    rows, space = np.arange(500, 2900), Space(vectors)
+    near = fit_head(space, labels, 5, rows=near_rows, strength=30)
+    cold = fit_head(space, labels, 5, rows=rows, strength=30)
+    warm = fit_head(space, labels, 5, rows=rows, strength=30, near=near)
+    assert warm.evaluations < cold.evaluations
+    assert objective(warm, vectors, labels, rows) == pytest.approx(objective(cold, vectors, labels, rows), abs=2e-6)
+    same = fit_head(space, labels, 5, rows=rows, strength=30, near=cold)
+    assert same.evaluations <= 3  # it is there, but for float32's digits
+    other = fit_head(space, labels % 2, 5, rows=rows, strength=30, near=near)  # of other classes: no start
+    assert other.evaluations == fit_head(space, labels % 2, 5, rows=rows, strength=30).evaluations
+
+
 def test_weights_repeat_an_image_and_0_leaves_it_out():
     vectors, labels = blobs(90, 3)
     weights = np.r_[np.full(30, 2.0), np.full(30, 1.0), np.zeros(30)]
