@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from protoprune import files
 from protoprune.bounds import check_whole
+from protoprune.current import content_digest
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.lists import read_list
@@ -74,9 +75,9 @@ def reshard(
     check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
     asked = options
-    root, entries, options = _entries(kept, name, root, features, asked)
+    root, entries, options, content = _entries(kept, name, root, features, asked)
     shards = _cut(entries, shard_size)
-    inputs = _Inputs(root, options, entries)
+    inputs = _Inputs(root, options, entries, content)
     if asked is not None:
         asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
@@ -110,17 +111,25 @@ def _entries(
     root: str | os.PathLike[str] | None,
     features: str | os.PathLike[str] | None,
     options: ShardOptions | None,
-) -> tuple[str, list[str], ShardOptions]:
-    """(root, paths below it, sorted, and how shards are read)."""
+) -> tuple[str, list[str], ShardOptions, dict[str, int]]:
+    """(root, paths below it, sorted, how shards are read, digests of what was embedded where that is known)."""
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
-    if features is not None:
-        from protoprune.features import open_features
+    if features is None:
+        return (*_sorted(listed, name, root), options or ShardOptions(), {})
+    from protoprune.current import digests_of
+    from protoprune.features import open_features
 
-        with open_features(features) as file:
-            root = file.provenance["root"] if root is None else root
-            options = options or ShardOptions.of(file.provenance)
-            if isinstance(listed, np.ndarray):
-                listed = _by_number(listed, file.paths, name)
+    with open_features(features) as file:
+        if isinstance(listed, np.ndarray):
+            listed = _by_number(listed, file.paths, name)
+        root, entries = _sorted(listed, name, file.provenance["root"] if root is None else root)
+        return root, entries, options or ShardOptions.of(file.provenance), digests_of(file, entries)
+
+
+def _sorted(
+    listed: Sequence[str] | np.ndarray, name: str, root: str | os.PathLike[str] | None
+) -> tuple[str, list[str]]:
+    """(root, paths below it, sorted)."""
     if isinstance(listed, np.ndarray):
         raise UsageError(f"{name}: row indices do not name images; give --features, whose rows they count")
     if not listed:
@@ -134,7 +143,7 @@ def _entries(
     for one, other in itertools.pairwise(entries):
         if one == other:
             raise UsageError(f"{name}: {one} is listed more than once; list each image once")
-    return root, entries, options or ShardOptions()
+    return root, entries
 
 
 def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
@@ -229,8 +238,8 @@ def _claim(out: str, plan: dict[str, Any]) -> None:
 class _Inputs:
     """The images of the list, from the folder or the shards below a root; one shard is open at a time."""
 
-    def __init__(self, root: str, options: ShardOptions, entries: Sequence[str]):
-        self.root, self.options = root, options
+    def __init__(self, root: str, options: ShardOptions, entries: Sequence[str], content: Mapping[str, int]):
+        self.root, self.options, self.content = root, options, content
         self.shard_of = {folder: self._find(folder) for folder in dict.fromkeys(map(os.path.dirname, entries))}
         self.label_of = _labels([shard for shard in self.shard_of.values() if shard])
         self._stack = contextlib.ExitStack()
@@ -258,7 +267,7 @@ class _Inputs:
         return self.shard_of[os.path.dirname(path)], _key(path)
 
     def _in_folder(self, key: str, own: list[str]) -> list[tuple[str, bytes, bool]]:
-        found = [(path, _read(os.path.join(self.root, path)), True) for path in own]
+        found = [(path, self._as_embedded(path, _read(os.path.join(self.root, path))), True) for path in own]
         for suffix in _BESIDE:
             if os.path.isfile(os.path.join(self.root, key + suffix)):
                 found.append((key + suffix, _read(os.path.join(self.root, key + suffix)), False))
@@ -273,7 +282,7 @@ class _Inputs:
         found = []
         for path in [*own, *also]:
             try:
-                data = images.read(rows[path])
+                data = self._as_embedded(path, images.read(rows[path]))
             except ImageError as error:
                 raise ProtopruneError(
                     f"{path}: {error.status.label} ({error.reason}); embed and select again"
@@ -285,6 +294,13 @@ class _Inputs:
         except ImageError as error:
             raise ProtopruneError(f"{own[0]}: {error.status.label} beside it ({error.reason})") from None
         return found + [(self._name(shard, name), data, False) for name, data in beside]
+
+    def _as_embedded(self, path: str, data: bytes) -> bytes:
+        """The image, where it is the one that the list was chosen by: a table that was written anew has the same row
+        numbers, and a file that was replaced its name."""
+        if content_digest(data) != self.content.get(path, content_digest(data)):
+            raise ProtopruneError(f"{path}: is another image than the one that was embedded; embed and select again")
+        return data
 
     def _opened(self, shard: str) -> tuple[ShardImages, dict[str, int], dict[str, list[str]]]:
         if self._open is None or self._open[0] != shard:

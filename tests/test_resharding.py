@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.report import page
 from protoprune.resharding import PLAN, reshard
 
 PLACES = ("shards", "f", "kept.txt", "out")
@@ -377,6 +379,45 @@ def test_a_shard_that_changed_is_said_and_leaves_no_half_tar(folder, tmp_path):
     (tmp_path / "in/0000.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(ProtopruneError, match=r"0000.tar: truncated: cut off"):
         reshard(["0000.tar/ant/000.png"], tmp_path / "other", root=tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip", "parquet"])
+def test_another_image_of_the_same_name_is_not_taken_for_it(folder, tmp_path, kind):
+    """A table that was written anew in another order has the same row numbers, and a file that was replaced its name:
+    with the features, the content decides. The pictures of `sheet` and `report` go by it too."""
+    files, place = members(folder), tmp_path / "in"
+
+    def pack(files):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        if kind == "parquet":
+            pytest.importorskip("pyarrow")
+            write_parquet(place / "p.parquet", files)
+        elif kind == "tar":
+            write_tar(place / "t.tar", files)
+        elif kind == "zip":
+            write_zip(place / "z.zip", files)
+        for name, data in files if kind == "folder" else ():
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(data)
+
+    pack(files)
+    out = tmp_path / ("f.h5" if kind == "folder" else "f")
+    result = CliRunner().invoke(app, ["embed", str(place), "-o", str(out), "--encoder", "mini", "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    paths = list(protoprune.select(out, 1.0, k=2).ranking.paths)
+    pack([files[0], *([(name, data) for (name, _), (_, data) in zip(files[1:], files[:0:-1], strict=True)])])
+    assert reshard(paths[:1], tmp_path / "one", features=out).images == 1  # this one is as it was
+    with pytest.raises(ProtopruneError, match=f"{paths[1]}: is another image than the one that was embedded"):
+        reshard(paths[:2], tmp_path / "out", features=out)
+    with pytest.raises(ProtopruneError, match="is another image"):
+        reshard(paths[1:2], tmp_path / "out", features=out, root=place)
+    assert not tars(tmp_path / "out")
+    reshard(paths[:2], tmp_path / "out", root=place)  # without features nothing says what it was
+    result = CliRunner().invoke(app, ["sheet", str(out), "--k", "2", "--count", "3", "-o", str(tmp_path / "s.png")])
+    assert "could not be read any more, or changed since" in result.stderr
+    _, told = page(protoprune.select(out, 0.5, k=2))
+    assert told["missing"] == len(paths) - 1
 
 
 def test_weights_that_stay_behind_are_said(folder, tmp_path):
