@@ -255,8 +255,8 @@ def sheet(
     write_file(out, picture)
     if unreadable:
         say(
-            f"warning: {many(unreadable, 'image')} could not be read any more, or changed since; --root says where they "
-            "are now"
+            f"warning: {many(unreadable, 'image')} could not be read any more, or changed since; --root says where "
+            "they are now"
         )
     say(f"{out}: {many(min(len(lines), max_rows), 'row')} of {what}")
 

@@ -39,7 +39,8 @@ from protoprune.files import leads_out
 from protoprune.formats import archive_kind
 from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_image
 from protoprune.sources.finding import Shard
-from protoprune.text import native, parse_json
+from protoprune.sources.keys import key_of, levels, owner, stem_of
+from protoprune.text import native, parse_json, plain_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -428,7 +429,8 @@ def _table(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         places: list[tuple[int, int]] = []
         found = _Found(lambda row: _pread(spool.fileno(), *places[row]), labels_from=f"column {label}" if label else "")
-        columns = [*dict.fromkeys(filter(None, (image, label, options.id_column)))]
+        top = label if label in schema.names else (label or "").partition(".")[0]
+        columns = [*dict.fromkeys(filter(None, (image, top, options.id_column)))]
         for batch in batches(columns):
             _spool(batch, image, label, names, options.id_column, spool, found, places)
         if count is not None and len(found.names) != count:
@@ -559,6 +561,8 @@ def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple
     if not options.labels or options.class_level is not None:
         return None, []
     name = options.label_column
+    if name is not None and name.partition(".")[0] in schema.names and name not in schema.names:
+        return name, list((_inside(_hugging_face(schema), name) or {}).get("names", []))
     if name is not None and name not in schema.names:
         raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
     if name is None:
@@ -581,7 +585,7 @@ def _spool(
     places: list[tuple[int, int]],
 ) -> None:
     """Write the images of a batch to the temporary file, and note the rest of it."""
-    labels = batch.column(label).to_pylist() if label else [None] * len(batch)
+    labels = _labels_in(batch, label) if label else [None] * len(batch)
     ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
     for value, one, own in zip(batch.column(image), labels, ids, strict=True):
         row, plain = len(found.names), value.as_py()
@@ -596,6 +600,15 @@ def _spool(
         places.append((spool.tell(), len(data)))
         spool.write(data)
         _add(found, _id(own), len(data), _name(one, names))
+
+
+def _labels_in(batch: pa.RecordBatch, label: str) -> list[Any]:
+    """The cells of a column, or of one inside structs ('meta.label')."""
+    if label in batch.schema.names:
+        return batch.column(label).to_pylist()
+    first, _, rest = label.partition(".")
+    found = (_inside(one, rest) for one in batch.column(first).to_pylist())
+    return [None if isinstance(one, (list, dict)) else one for one in found]
 
 
 def _id(value: object) -> str:
@@ -623,10 +636,10 @@ class _Others:
         self.of_key: dict[str, dict[str, Callable[[], bytes]]] = {}
 
     def add(self, name: str, read: Callable[[], bytes]) -> None:
-        self.of_key.setdefault(_key(name), {})[name] = read
+        self.of_key.setdefault(key_of(name), {})[name] = read
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
-        return [(one, read()) for one, read in sorted(self.of_key.get(_key(name), {}).items())]
+        return [(one, read()) for one, read in sorted(self.of_key.get(key_of(name), {}).items())]
 
 
 class _Columns:
@@ -648,8 +661,8 @@ class _Columns:
 
 def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tuple[str, str]]:
     """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
-    keys = set(map(_key, images))
-    alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
+    keys = set(map(key_of, images))
+    alone = sorted((name for name in others if key_of(name) not in keys), key=os.fsencode)
     return [(native(name), why_no_image(name, others[name])) for name in alone]
 
 
@@ -664,27 +677,33 @@ def _is_plain(kind: pa.DataType) -> bool:
     return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
+def _inside(value: object, name: str) -> Any:
+    """What an object has under a name, or one level deeper for each dot of it; None where it has none."""
+    if not isinstance(value, dict):
+        return None
+    if name in value:
+        return value[name]
+    first, dot, rest = name.partition(".")
+    return _inside(value.get(first), rest) if dot else None
+
+
 class _Sidecars:
     """Classes that lie beside images under the same key (the name up to the first dot): .cls, and .json's label."""
 
     def __init__(self, options: ShardOptions) -> None:
         self.key_of_label = (options.label_column,) if options.label_column else _LABEL_KEYS
         self.wanted = options.labels and options.class_level is None
-        self.found: dict[str, str] = {}
-        self.kinds: set[str] = set()
+        self.found: list[tuple[str, str, str]] = []  # (name, suffix, class)
 
     def add(self, name: str, read: Callable[[], bytes], size: int) -> None:
         suffix = _suffix(name)
         if not self.wanted or suffix not in (".cls", ".json") or size > _LARGEST_SIDECAR:
             return
-        key = _key(name)
         with contextlib.suppress(ImageError):
-            data = read()
-            text = data.decode("utf-8", "surrogateescape").strip()
+            text = plain_bytes(read()).decode("utf-8", "surrogateescape").strip()
             value = text if suffix == ".cls" else self._from_json(text)
-            if value and (suffix == ".cls" or key not in self.found):
-                self.found[key] = value
-                self.kinds.add(suffix)
+            if value:
+                self.found.append((name, suffix, value))
 
     def _from_json(self, text: str) -> str:
         try:
@@ -693,19 +712,24 @@ class _Sidecars:
             return ""
         if not isinstance(whole, dict):
             return ""
-        value = next((whole[key] for key in self.key_of_label if key in whole), None)
+        value = next((one for key in self.key_of_label if (one := _inside(whole, key)) is not None), None)
         return "" if isinstance(value, (list, dict)) else _name(value, [])
 
     def apply(self, found: _Found) -> None:
-        if self.found:
-            found.labels = [self.found.get(_key(name), "") for name in found.names]
-            found.labels_from = " and ".join(sorted(self.kinds)) + " in the shards"
-
-
-def _key(name: str) -> str:
-    """WebDataset's key of a member: its path up to the first dot of the file name."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.split('.', 1)[0]}"
+        """Give each image the class beside it, else that of its key: `a.1.jpg` that of `a.1.cls`, or of `a.cls`."""
+        if not self.found:
+            return
+        stems = set(map(stem_of, found.names))
+        classes: dict[str, tuple[tuple[bool, bool], str]] = {}  # stem or key -> (how sure: .cls, of this very name)
+        for name, suffix, value in self.found:
+            place = owner(name, stems) or key_of(name)
+            sure = suffix == ".cls", stem_of(name) == place
+            if place not in classes or sure > classes[place][0] or (sure == classes[place][0] and sure[0]):
+                classes[place] = sure, value
+        found.labels = [
+            next((classes[one][1] for one in levels(stem_of(name)) if one in classes), "") for name in found.names
+        ]
+        found.labels_from = " and ".join(sorted({suffix for _, suffix, _ in self.found})) + " in the shards"
 
 
 def _clean(name: str) -> str:
