@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import posixpath
 import re
@@ -56,6 +57,7 @@ _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarro
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
+_SUFFIX = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of Pillow's names; others in lower case
 _WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -296,7 +298,6 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
     places: list[tuple[int, int]] = []
     found = _Found(lambda place: _pread(handle, *places[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
-    found.beside = others.of
     left_out: dict[str, Head] = {}
     for name, member in members.items():
         if not _is_image(name, partial(_start_of, handle, member, 512)):
@@ -315,6 +316,7 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
         places.append((target.offset_data, target.size))
         _add(found, name, target.size)
     labels.apply(found)
+    found.beside = others.by_key()
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
 
@@ -371,7 +373,6 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
     images: list[zipfile.ZipInfo] = []
     found = _Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
-    found.beside = others.of
     left_out: dict[str, Head] = {}
     for name, info in members.items():
         if _is_image(name, partial(_head_of, archive, info)):
@@ -384,6 +385,7 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
             labels.add(name, read, info.file_size)
             others.add(name, read)
     labels.apply(found)
+    found.beside = others.by_name(found.names)
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
 
@@ -633,30 +635,83 @@ class _Others:
     """The members of a tar or zip that are no images, by key."""
 
     def __init__(self) -> None:
-        self.of_key: dict[str, dict[str, Callable[[], bytes]]] = {}
+        self.all: dict[str, Callable[[], bytes]] = {}
+        self.belonging: dict[str, list[str]] = {}  # key, or stem of an image -> names
 
     def add(self, name: str, read: Callable[[], bytes]) -> None:
-        self.of_key.setdefault(key_of(name), {})[name] = read
+        self.all[name] = read
 
-    def of(self, name: str) -> list[tuple[str, bytes]]:
-        return [(one, read()) for one, read in sorted(self.of_key.get(key_of(name), {}).items())]
+    def by_key(self) -> Beside:
+        """As in WebDataset's tars: all that has the image's key."""
+        for name in sorted(self.all):
+            self.belonging.setdefault(key_of(name), []).append(name)
+        return lambda image: [(one, self.all[one]()) for one in self.belonging.get(key_of(image), ())]
+
+    def by_name(self, images: list[str]) -> Beside:
+        """What is called as the image is, and then what is called as its key is."""
+        stems = set(map(stem_of, images))
+        for name in sorted(self.all):
+            self.belonging.setdefault(owner(name, stems) or key_of(name), []).append(name)
+        return self._nearest
+
+    def _nearest(self, image: str) -> list[tuple[str, bytes]]:
+        found: dict[str, str] = {}  # what follows the stem -> name
+        for level in levels(stem_of(image)):
+            for name in self.belonging.get(level, ()):
+                found.setdefault(name[len(level) :], name)
+        return [(name, self.all[name]()) for name in found.values()]
 
 
 class _Columns:
-    """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
+    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for."""
 
     def __init__(self, file: IO[bytes], image: str, names: list[str]) -> None:
         self.file, self.image, self.names = file, image, names
         self.rows: dict[str, dict[str, Any]] | None = None
+        self.bytes_in: list[str] = []
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
             schema, batches, _ = _batches(self.file)
-            plain = [one for one in schema.names if one != self.image and _is_plain(schema.field(one).type)]
-            rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
-            self.rows = dict(zip(self.names, rows, strict=bool(plain)))
-        row = self.rows.get(name)
-        return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+            others = [one for one in schema.names if one != self.image]
+            self.bytes_in = [one for one in others if _holds_bytes(schema.field(one).type)]
+            wanted = [one for one in others if one in self.bytes_in or _is_plain(schema.field(one).type)]
+            rows = (row for batch in batches(wanted) for row in batch.to_pylist()) if wanted else iter(())
+            self.rows = dict(zip(self.names, rows, strict=bool(wanted)))
+        row = dict(self.rows.get(name, {}))
+        suffix = posixpath.splitext(name)[1]
+        stem = name.removesuffix(suffix) if suffix.lower() in image_suffixes() else name
+        files = []
+        for column in self.bytes_in:
+            cell = row.pop(column, None)
+            data = cell.get("bytes") if isinstance(cell, dict) else cell
+            if data:
+                files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
+        if row:
+            files.insert(0, (f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        return files
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def kind_of(data: bytes) -> str:
+    """The suffix of an image's format, without a dot; 'bin' where it is none."""
+    from PIL import Image
+
+    formats.register()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format or "bin"
+    except Exception:
+        return "bin"
+    return _SUFFIX.get(kind, kind.lower())
 
 
 def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tuple[str, str]]:
