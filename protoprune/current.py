@@ -8,8 +8,9 @@ then (a digest of all its bytes, see `featurefile`) is compared with what it hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -17,6 +18,9 @@ from xxhash import xxh3_64_intdigest
 from protoprune.decode import TRANSIENT
 from protoprune.featurefile import FeatureFile
 from protoprune.images import ImageList
+
+if TYPE_CHECKING:
+    from protoprune.featureset import FeatureSet
 
 
 @dataclass
@@ -31,6 +35,13 @@ class Known:
 def content_digest(data: bytes) -> int:
     """xxh3-64 of an encoded image; never 0, which stands for an image that was not read."""
     return xxh3_64_intdigest(data) or 1
+
+
+def digests_of(file: FeatureFile | FeatureSet, paths: Iterable[str]) -> dict[str, int]:
+    """Path -> digest of the encoded image that was embedded, of those of `paths` of which the file knows it."""
+    wanted = set(paths)
+    return {path: digest for path, digest in zip(file.paths, file.content.tolist(), strict=True)
+            if digest and path in wanted}  # fmt: skip
 
 
 def known_rows(
