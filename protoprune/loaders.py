@@ -113,7 +113,9 @@ def table_rows(
             "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
         )
     base = os.path.abspath(root) if root is not None else os.path.commonpath([os.path.dirname(one) for one in places])
-    left, rows, start = set(listed), [], 0
+    above = os.path.join(base, "")
+    left = {one.removeprefix(above).removeprefix("./") for one in listed}
+    rows, start = [], 0
     for place in places:
         name = os.path.relpath(place, base)
         try:
@@ -127,7 +129,7 @@ def table_rows(
     if not listed:
         raise ProtopruneError("the list keeps no image; select some")
     if left:
-        of = f"of {len(listed):,} listed images"
+        of = f"of {len(set(listed)):,} listed images"
         raise ProtopruneError(
             f"{many(len(left), f'{of} is', f'{of} are')} in none of the files (first: {min(left)}); give the files, "
             "and the root, that the list was made for"

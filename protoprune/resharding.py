@@ -14,21 +14,27 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from protoprune import files
 from protoprune.bounds import check_whole
+from protoprune.current import content_digest
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.formats import archive_kind
+from protoprune.images import image_suffixes
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.sources.keys import key_of, levels, stem_of
+from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, kind_of, open_shard
 from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
@@ -36,7 +42,12 @@ SIZE = 10_000  # images a tar
 _FORMAT, _VERSION = "protoprune-reshard", 1
 _BESIDE = (".cls", ".json", ".txt")  # files that go with an image of a folder
 _WORD = re.compile(r"[A-Za-z_]+")
-_SUFFIX = {"JPEG": "jpg", "TIFF": "tif"}  # of Pillow's names; others as they are
+_TABLES = (".parquet", ".pq", ".arrow")
+# How names make samples: as WebDataset's keys (tars); each image one, but for fields that are words (folders, zips);
+# each row one.
+_KEYED, _PLAIN, _ROWS = "keyed", "plain", "rows"
+_File = tuple[str, bytes, bool]  # name in the tar, content, whether it is an image of the list
+_Opened = tuple[ShardImages, dict[str, int], dict[str, list[str]], dict[str, list[str]]]
 
 
 @dataclass
@@ -49,6 +60,9 @@ class ReshardReport:
     there: int = 0  # shards that an earlier run had made
     others: int = 0  # files that went with images, in the shards of this run
     bytes: int = 0  # of all shards
+    fields: Counter[str] = field(
+        default_factory=Counter
+    )  # of WebDataset's samples -> images, in the shards of this run
 
 
 def reshard(
@@ -74,9 +88,9 @@ def reshard(
     check_whole("--shard-size", shard_size)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
     asked = options
-    root, entries, options = _entries(kept, name, root, features, asked)
-    shards = _cut(entries, shard_size)
-    inputs = _Inputs(root, options, entries)
+    root, entries, options, content = _entries(kept, name, root, features, asked)
+    inputs = _Inputs(root, options, entries, content)
+    shards = _cut(entries, shard_size, inputs.sample_of)
     if asked is not None:
         asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
@@ -93,8 +107,9 @@ def reshard(
                 report.there, done = report.there + 1, last
             else:
                 with files.told(path), files.replacing(path, f"{path}.partial") as temporary:
-                    for count in _write(temporary, entries[first:last], inputs):
+                    for name, count in _write(temporary, entries[first:last], inputs):
                         report.others, done = report.others + count, done + 1
+                        report.fields[name[len(key_of(name)) + 1 :].lower()] += 1
                         if on_progress:
                             on_progress(done, len(entries))
             report.bytes += os.path.getsize(path)
@@ -110,17 +125,25 @@ def _entries(
     root: str | os.PathLike[str] | None,
     features: str | os.PathLike[str] | None,
     options: ShardOptions | None,
-) -> tuple[str, list[str], ShardOptions]:
-    """(root, paths below it, sorted, and how shards are read)."""
+) -> tuple[str, list[str], ShardOptions, dict[str, int]]:
+    """(root, paths below it, sorted, how shards are read, digests of what was embedded where that is known)."""
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
-    if features is not None:
-        from protoprune.features import open_features
+    if features is None:
+        return (*_sorted(listed, name, root), options or ShardOptions(), {})
+    from protoprune.current import digests_of
+    from protoprune.features import open_features
 
-        with open_features(features) as file:
-            root = file.provenance["root"] if root is None else root
-            options = options or ShardOptions.of(file.provenance)
-            if isinstance(listed, np.ndarray):
-                listed = _by_number(listed, file.paths, name)
+    with open_features(features) as file:
+        if isinstance(listed, np.ndarray):
+            listed = _by_number(listed, file.paths, name)
+        root, entries = _sorted(listed, name, file.provenance["root"] if root is None else root)
+        return root, entries, options or ShardOptions.of(file.provenance), digests_of(file, entries)
+
+
+def _sorted(
+    listed: Sequence[str] | np.ndarray, name: str, root: str | os.PathLike[str] | None
+) -> tuple[str, list[str]]:
+    """(root, paths below it, sorted)."""
     if isinstance(listed, np.ndarray):
         raise UsageError(f"{name}: row indices do not name images; give --features, whose rows they count")
     if not listed:
@@ -134,7 +157,7 @@ def _entries(
     for one, other in itertools.pairwise(entries):
         if one == other:
             raise UsageError(f"{name}: {one} is listed more than once; list each image once")
-    return root, entries, options or ShardOptions()
+    return root, entries
 
 
 def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
@@ -152,19 +175,26 @@ def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
     found = []
     for path in with_slashes(listed, lambda path: os.path.exists(os.path.join(base, path))):
         whole = path if path.startswith(base) or os.path.isabs(path) else base + path
-        inside = os.path.normpath(whole.removeprefix(base)) if whole.startswith(base) else ".."
+        inside = _normal(whole.removeprefix(base)) if whole.startswith(base) else ".."
         if inside.startswith(("..", "/")):
             raise UsageError(f"{name}: {path} is not below {root}; give the --root that the list was made for")
         found.append(inside)
     return found
 
 
-def _cut(entries: Sequence[str], size: int) -> list[tuple[int, int]]:
-    """[first, last) of each tar: `size` images, and those that share the key of its last one."""
+def _normal(path: str) -> str:
+    """Without ./ and the like, up to the shard: what follows is an id, which may be a URL."""
+    parts = path.split("/")
+    shard = next((place for place, part in enumerate(parts) if part.lower().endswith(SUFFIXES)), len(parts) - 1) + 1
+    return "/".join([os.path.normpath("/".join(parts[:shard])), *parts[shard:]])
+
+
+def _cut(entries: Sequence[str], size: int, sample_of: Callable[[str], object]) -> list[tuple[int, int]]:
+    """[first, last) of each tar: `size` images, and those that are one sample with its last one."""
     shards, first = [], 0
     while first < len(entries):
         last = min(first + size, len(entries))
-        while last < len(entries) and _key(entries[last]) == _key(entries[last - 1]):
+        while last < len(entries) and sample_of(entries[last]) == sample_of(entries[last - 1]):
             last += 1
         shards.append((first, last))
         first = last
@@ -229,12 +259,15 @@ def _claim(out: str, plan: dict[str, Any]) -> None:
 class _Inputs:
     """The images of the list, from the folder or the shards below a root; one shard is open at a time."""
 
-    def __init__(self, root: str, options: ShardOptions, entries: Sequence[str]):
-        self.root, self.options = root, options
+    def __init__(self, root: str, options: ShardOptions, entries: Sequence[str], content: Mapping[str, int]):
+        self.root, self.options, self.content = root, options, content
         self.shard_of = {folder: self._find(folder) for folder in dict.fromkeys(map(os.path.dirname, entries))}
         self.label_of = _labels([shard for shard in self.shard_of.values() if shard])
         self._stack = contextlib.ExitStack()
-        self._open: tuple[str, ShardImages, dict[str, int], dict[str, list[str]]] | None = None
+        self.kind_of = {shard: self._kind(shard) for shard in set(self.shard_of.values()) if shard}
+        self.listed = set(entries)
+        self.key_for = self._own_keys(entries)
+        self._open: tuple[str, _Opened] | None = None
 
     def close(self) -> None:
         self._stack.close()
@@ -248,45 +281,127 @@ class _Inputs:
                 return some
         return None
 
-    def samples(self, entries: Sequence[str]) -> Iterator[list[tuple[str, bytes, bool]]]:
-        """For each key of the entries, which are sorted, its files: (name in the tar, content, whether listed)."""
-        for (shard, key), group in itertools.groupby(entries, self._sample_of):
+    def _kind(self, shard: str) -> str:
+        """By content, by URL by name: in tars the names make samples, in zips only those do that cannot be mistaken."""
+        head = b""
+        with contextlib.suppress(OSError):
+            if "://" not in self.root:
+                with open(os.path.join(self.root, shard), "rb") as file:
+                    head = file.read(512)
+        kind = archive_kind(head) or ""
+        if kind in ("a Parquet file", "an Arrow file") or head.startswith(b"\xff\xff\xff\xff"):
+            return _ROWS
+        if kind:
+            return _PLAIN if kind == "a zip archive" else _KEYED
+        return _PLAIN if shard.lower().endswith(".zip") else _ROWS if shard.lower().endswith(_TABLES) else _KEYED
+
+    def samples(self, entries: Sequence[str]) -> Iterator[list[_File]]:
+        """For each sample of the entries, which are sorted, its files."""
+        for (shard, key), group in itertools.groupby(entries, self.sample_of):
             own = list(group)
-            yield self._in_shard(shard, key, own) if shard else self._in_folder(key, own)
+            if shard and self.kind_of[shard] == _KEYED:
+                yield self._as_they_are(shard, key, own)
+            else:
+                yield self._one_by_one(shard, own)
 
-    def _sample_of(self, path: str) -> tuple[str | None, str]:
-        return self.shard_of[os.path.dirname(path)], _key(path)
+    def sample_of(self, path: str) -> tuple[str | None, str]:
+        """(its shard or None, what it has in common with the other images of its sample)."""
+        shard = self.shard_of[os.path.dirname(path)]
+        kind = self.kind_of[shard] if shard else _PLAIN
+        return shard, key_of(path) if kind == _KEYED else _split(path, kind)[0]
 
-    def _in_folder(self, key: str, own: list[str]) -> list[tuple[str, bytes, bool]]:
-        found = [(path, _read(os.path.join(self.root, path)), True) for path in own]
+    def _own_keys(self, entries: Sequence[str]) -> dict[str, str]:
+        """Path -> key without dots of each image that is a sample of its own; no two alike in all tars."""
+        keys: dict[str, str] = {}
+        taken: dict[str, tuple[str | None, str]] = {}  # key -> the sample that has it
+        alone: set[str] = set()  # keys of images without a word between dots: one each
+        for path in entries:
+            shard, base = sample = self.sample_of(path)
+            kind = self.kind_of[shard] if shard else _PLAIN
+            if kind == _KEYED:
+                continue
+            rest = _split(path, kind)[1]
+            key = self._named(shard, base)
+            if taken.get(key, sample) != sample or (key in alone and rest.count(".") < 2):  # a.png beside a.jpg
+                key += rest.replace(".", "_") or "_"
+                while key in taken:
+                    key += "_"
+            taken[key], keys[path] = sample, key
+            if rest.count(".") < 2:
+                alone.add(key)
+        return keys
+
+    def _one_by_one(self, shard: str | None, own: list[str]) -> list[_File]:
+        """The files of images that are samples of their own."""
+        kind = self.kind_of[shard] if shard else _PLAIN
+        samples: dict[str, dict[str, tuple[bytes, bool]]] = {}  # key -> what follows it -> (content, listed)
+        for path in own:
+            data = self._data(shard, path)
+            base, rest = _split(path, kind)
+            sample = samples.setdefault(self.key_for[path], {})
+            sample[rest or f".{kind_of(data)}"] = data, True
+            for name, content in self._beside(shard, path, base):
+                sample.setdefault(name, (content, False))
+        return [(key + rest, *one) for key, sample in samples.items() for rest, one in sample.items()]
+
+    def _beside(self, shard: str | None, path: str, base: str) -> Iterator[tuple[str, bytes]]:
+        """(what follows the key in its name, content) of each file that goes with an image; its very own ones first."""
+        beside = self._beside_in(shard, path) if shard else self._beside_file(path)
+        for name, data in beside:
+            yield next(name[len(one) :] for one in levels(base) if name == one or name.startswith(f"{one}.")), data
+        if shard and self.kind_of[shard] == _PLAIN:
+            images, rows, _, of_stem = self._opened(shard)
+            for other in of_stem.get(path.removesuffix(_split(path, _ROWS)[1]), ()):  # 12.mask.png of 12.png
+                if other not in self.listed:
+                    yield other[len(base) :], self._read_row(images, rows[other], other)
+
+    def _beside_file(self, path: str) -> Iterator[tuple[str, bytes]]:
         for suffix in _BESIDE:
-            if os.path.isfile(os.path.join(self.root, key + suffix)):
-                found.append((key + suffix, _read(os.path.join(self.root, key + suffix)), False))
-        return [(_with_suffix(name, data) if listed else name, data, listed) for name, data, listed in found]
+            for stem in levels(_split(path, _ROWS)[0]):
+                if os.path.isfile(whole := os.path.join(self.root, stem + suffix)):
+                    yield stem + suffix, _read(whole)
+                    break
 
-    def _in_shard(self, shard: str, key: str, own: list[str]) -> list[tuple[str, bytes, bool]]:
-        images, rows, of_key = self._opened(shard)
-        missing = [path for path in own if path not in rows]
-        if missing:
-            raise ProtopruneError(f"{missing[0]}: not in its shard any more; embed and select again")
-        also = [path for path in of_key[key] if path not in own and _belongs(path, own)]
-        found = []
-        for path in [*own, *also]:
-            try:
-                data = images.read(rows[path])
-            except ImageError as error:
-                raise ProtopruneError(
-                    f"{path}: {error.status.label} ({error.reason}); embed and select again"
-                ) from None
-            inside = path[len(shard) + 1 :]
-            found.append((self._name(shard, _with_suffix(inside, data)), data, path in own))
+    def _beside_in(self, shard: str, path: str) -> list[tuple[str, bytes]]:
         try:
-            beside = images.beside(own[0][len(shard) + 1 :])
+            found = self._opened(shard)[0].beside(path[len(shard) + 1 :])
         except ImageError as error:
-            raise ProtopruneError(f"{own[0]}: {error.status.label} beside it ({error.reason})") from None
-        return found + [(self._name(shard, name), data, False) for name, data in beside]
+            raise ProtopruneError(f"{path}: {error.status.label} beside it ({error.reason})") from None
+        return [(f"{shard}/{name}", data) for name, data in found]
 
-    def _opened(self, shard: str) -> tuple[ShardImages, dict[str, int], dict[str, list[str]]]:
+    def _data(self, shard: str | None, path: str) -> bytes:
+        if shard is None:
+            return self._as_embedded(path, _read(os.path.join(self.root, path)))
+        images, rows, _, _ = self._opened(shard)
+        if path not in rows:
+            raise ProtopruneError(f"{path}: not in its shard any more; embed and select again")
+        return self._as_embedded(path, self._read_row(images, rows[path], path))
+
+    def _read_row(self, images: ShardImages, row: int, path: str) -> bytes:
+        try:
+            return images.read(row)
+        except ImageError as error:
+            raise ProtopruneError(f"{path}: {error.status.label} ({error.reason}); embed and select again") from None
+
+    def _as_they_are(self, shard: str, key: str, own: list[str]) -> list[_File]:
+        """The files of one key of a WebDataset tar, under their names."""
+        images, rows, of_key, _ = self._opened(shard)
+        found = [(path, self._data(shard, path), True) for path in own]
+        also = [path for path in of_key.get(key, ()) if path not in own and _belongs(path, own)]
+        found += [(path, self._read_row(images, rows[path], path), False) for path in also]
+        named = [(_with_suffix(path, data), data, listed) for path, data, listed in found]
+        named += [(name, data, False) for name, data in self._beside_in(shard, own[0])]
+        return [(self._named(shard, name), data, listed) for name, data, listed in named]
+
+    def _as_embedded(self, path: str, data: bytes) -> bytes:
+        """The image, where it is the one that the list was chosen by: a table that was written anew has the same row
+        numbers, and a file that was replaced its name."""
+        if content_digest(data) != self.content.get(path, content_digest(data)):
+            raise ProtopruneError(f"{path}: is another image than the one that was embedded; embed and select again")
+        return data
+
+    def _opened(self, shard: str) -> _Opened:
+        """(images, path -> row, key -> paths, stem -> paths of images that belong to the one of that stem)."""
         if self._open is None or self._open[0] != shard:
             self._stack.close()
             try:
@@ -304,14 +419,24 @@ class _Inputs:
             except ShardError as error:
                 raise ProtopruneError(f"{shard}: {error.status.label}: {error.reason}") from None
             of_key: dict[str, list[str]] = {}
+            of_stem: dict[str, list[str]] = {}
             for path in images.paths:
-                of_key.setdefault(_key(path), []).append(path)
-            self._open = shard, images, {path: row for row, path in enumerate(images.paths)}, of_key
-        return self._open[1:]
+                of_key.setdefault(key_of(path), []).append(path)
+                stem, _, middle = stem_of(path).rpartition(".")
+                if _WORD.fullmatch(middle):
+                    of_stem.setdefault(stem, []).append(path)
+            self._open = shard, (images, {path: row for row, path in enumerate(images.paths)}, of_key, of_stem)
+        return self._open[1]
 
-    def _name(self, shard: str, inside: str) -> str:
-        folder, _, last = inside.rpartition("/")
-        return f"{folder}/{self.label_of[shard]}_{last}" if folder else f"{self.label_of[shard]}_{last}"
+    def _named(self, shard: str | None, path: str) -> str:
+        """The name in the tar: below the root, or in the shard, with the shard's name in front of the file's. A key
+        gets no dots."""
+        inside = path[len(shard) + 1 :] if shard else path
+        folder, slash, last = inside.rpartition("/")
+        label = f"{self.label_of[shard]}_" if shard else ""
+        if shard is None or self.kind_of[shard] != _KEYED:
+            last = last.replace(".", "_")
+        return posixpath.normpath(f"{folder}{slash}{label}{last}")
 
 
 def _labels(shards: Sequence[str]) -> dict[str, str]:
@@ -328,33 +453,29 @@ def _labels(shards: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _key(path: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file's name."""
-    folder, _, last = path.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}" if folder else last.partition(".")[0]
+def _split(path: str, kind: str) -> tuple[str, str]:
+    """(key, what follows it) of an image whose name was not made for WebDataset: `scan.1` and `.jpg`.
+
+    Only of words between dots a field is made, as in `7.left.jpg`, and none of the ids of rows.
+    """
+    suffix = posixpath.splitext(path)[1]
+    suffix = suffix if suffix.lower() in image_suffixes() else ""
+    stem = path.removesuffix(suffix)
+    middle = stem[len(key_of(stem)) :]
+    if kind == _PLAIN and middle and all(map(_WORD.fullmatch, middle[1:].split("."))):
+        return key_of(stem), middle + suffix
+    return stem, suffix
 
 
 def _belongs(path: str, own: Sequence[str]) -> bool:
     """Whether an image that is not listed belongs to one that is: `7.mask.png` to `7.jpg`, but not to `7.left.jpg`."""
-    middle = path[len(_key(path)) + 1 :].rpartition(".")[0]
-    return bool(_WORD.fullmatch(middle)) and not any(one[len(_key(one)) + 1 :].rpartition(".")[0] for one in own)
+    middle = path[len(key_of(path)) + 1 :].rpartition(".")[0]
+    return bool(_WORD.fullmatch(middle)) and not any(one[len(key_of(one)) + 1 :].rpartition(".")[0] for one in own)
 
 
 def _with_suffix(name: str, data: bytes) -> str:
     """The name, with a suffix for what the image is where it has none."""
-    if "." in name.rpartition("/")[2]:
-        return name
-    from PIL import Image
-
-    from protoprune import formats
-
-    formats.register()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind = image.format or "bin"
-    except Exception:
-        kind = "bin"
-    return f"{name}.{_SUFFIX.get(kind, kind.lower())}"
+    return name if "." in name.rpartition("/")[2] else f"{name}.{kind_of(data)}"
 
 
 def _read(path: str) -> bytes:
@@ -368,9 +489,9 @@ def _read(path: str) -> bytes:
 # --- a tar ------------------------------------------------------------------------------------------------------------
 
 
-def _write(path: str, entries: Sequence[str], inputs: _Inputs) -> Iterator[int]:
-    """Write a tar, whose bytes depend on names and contents alone; yields of each listed image how many other files
-    went with it."""
+def _write(path: str, entries: Sequence[str], inputs: _Inputs) -> Iterator[tuple[str, int]]:
+    """Write a tar, whose bytes depend on names and contents alone; yields of each listed image its name and how many
+    other files went with it."""
     names: set[str] = set()
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
         for sample in inputs.samples(entries):
@@ -383,5 +504,5 @@ def _write(path: str, entries: Sequence[str], inputs: _Inputs) -> Iterator[int]:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
                 if listed:
-                    yield others
+                    yield name, others
                     others = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +22,16 @@ def contact_sheet(
     root: str,
     *,
     options: ShardOptions | None = None,
+    content: Mapping[str, int] | None = None,
     thumb: int = 96,
     heads: tuple[str, str] = ("easiest (most prototypical)", "hardest"),
 ) -> tuple[bytes, int]:
     """A PNG with one line a row: (title, easiest image paths, hardest image paths); `thumb` is their side in pixels.
 
-    `heads` says what stands left and right, where that is something else, `options` how shards were read.
+    `heads` says what stands left and right, where that is something else, `options` how shards were read, `content`
+    what the images were when they were embedded (see `current.digests_of`).
 
-    Returns the PNG's bytes and how many images could not be read any more (grey squares on the sheet).
+    Returns the PNG's bytes and how many images could not be read any more, or are other ones now (grey squares).
     """
     import io
 
@@ -45,7 +47,7 @@ def contact_sheet(
     draw.text((_GAP, 1), heads[0], fill="black")
     draw.text((middle, 1), heads[1], fill="black")
     unreadable = 0
-    with ImageReader(root, options) as read:
+    with ImageReader(root, options, content) as read:
         for number, (title, easiest, hardest) in enumerate(rows):
             top = _LABEL + number * line
             draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")

@@ -452,6 +452,8 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
     rows = table_rows(kept, files, root=tmp_path, id_column=id_column)
     assert rows.tolist() == [0, 7, 11]
     assert table_rows(kept, files, id_column=id_column).tolist() == [0, 7, 11]  # their common folder
+    absolute = [f"{tmp_path}/{one}" for one in kept]  # select --absolute
+    assert table_rows(absolute, files, id_column=id_column).tolist() == [0, 7, 11]
     whole = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert whole.select(rows)["image"][:] == [b"0", b"7", b"11"]
     taken = arrow.dataset(files, format="parquet").take(rows)

@@ -178,7 +178,7 @@ def test_command(many, tmp_path, monkeypatch):
     assert run.exit_code == 0, run.output
     assert run.stdout == ""
     assert "kB, 0 thumbnails; open it in any browser" in run.stderr
-    assert "148 images could not be read any more; --root says where" in run.stderr
+    assert "148 images could not be read any more, or changed since; --root says where" in run.stderr
     data = json.loads(Path("r.html").read_text().split('id="data">')[1].split("</script>")[0])
     assert data["command"] == ["protoprune select f.h5 --keep ", " --balance 0.5 --k 4 > kept.txt"]
     for wrong in (["-o", "-"], ["-o", "f.h5"], ["--keep", "70"]):

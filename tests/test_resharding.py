@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.report import page
 from protoprune.resharding import PLAN, reshard
 
 PLACES = ("shards", "f", "kept.txt", "out")
@@ -284,6 +288,72 @@ def content_of(path) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
+def test_rows_whose_ids_have_dots_are_samples_of_their_own(tmp_path):
+    """The ids `u.0.v2`, `u.1.v2`, … have one WebDataset key, URLs two slashes; every row keeps its columns, a second
+    column of images too."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    jpeg = [encoded(picture(8, 8, seed), "JPEG") for seed in range(6)]
+    png = [encoded(picture(8, 8, seed), "PNG") for seed in range(6)]
+    ids = ["u.0.v2", "u.1.v2", "u.left", "u", "https://h.example/a.b/x.jpg?w=1.5", "u.jpg"]
+    masks = [{"bytes": data, "path": None} for data in png[:5]] + [None]
+    table = pyarrow.table({"image": jpeg, "id": ids, "mask": masks, "score": [0.5, float("nan"), None, 1.0, 2.0, 3.0]})
+    (tmp_path / "in").mkdir()
+    parquet.write_table(table, tmp_path / "in/p.parquet")
+    options = protoprune.sources.ShardOptions(id_column="id")
+    kept = [f"p.parquet/{one}" for one in ids]
+    report = reshard(kept, tmp_path / "out", root=tmp_path / "in", options=options, shard_size=3)
+    assert (report.images, report.shards, report.others, report.fields) == (6, 2, 11, {"jpg": 6})
+    found = content(tmp_path / "out")
+    keys = ["p_u_0_v2", "p_u_1_v2", "p_u_left", "p_u", "https:/h.example/a.b/p_x_jpg?w=1_5", "p_u_jpg"]
+    for place, key in enumerate(keys):
+        assert found[f"{key}.jpg"] == jpeg[place]
+        assert found.get(f"{key}.mask.png") == (png[place] if place < 5 else None)
+        columns = json.loads(found[f"{key}.json"].decode(), parse_constant=pytest.fail)  # NaN is no JSON
+        assert columns == {"id": ids[place], "score": [0.5, None, None, 1.0, 2.0, 3.0][place]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_names_with_dots_that_were_not_made_for_webdataset(tmp_path, kind):
+    """Photographs and scans: one key for many, of which a loader would take one, with the captions of others."""
+    images = {
+        name: encoded(picture(8, 8, seed), name.rpartition(".")[2].upper().replace("JPG", "JPEG"))
+        for seed, name in enumerate(
+            ["d/s.1.jpg", "d/s.2.jpg", "d/s.2.png", "d/v.left.png", "d/v.right.png", "d/w.jpg", "d/x.9.JPG"]
+        )
+    }
+    others = {
+        "d/s.1.txt": b"one",
+        "d/s.2.txt": b"two",
+        "d/s.cls": b"3",
+        "d/s.2.cls": b"4",
+        "d/v.json": b"{}",
+        "d/w.txt": b"w",
+        "d/w.1.txt": b"of w too",
+    }
+    if kind == "zip":
+        (tmp_path / "in").mkdir()
+        write_zip(tmp_path / "in/z.zip", [*images.items(), *others.items()])
+    for name, data in {**images, **others}.items() if kind == "folder" else ():
+        (tmp_path / "in/d").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    kept = [name for name in images if name != "d/w.jpg"]
+    report = reshard(
+        [f"z.zip/{name}" for name in kept] if kind == "zip" else kept, tmp_path / "out", root=tmp_path / "in"
+    )
+    z = "z_" if kind == "zip" else ""
+    assert content(tmp_path / "out") == {
+        f"d/{z}s_1.jpg": images["d/s.1.jpg"], f"d/{z}s_1.txt": b"one", f"d/{z}s_1.cls": b"3",
+        f"d/{z}s_2.jpg": images["d/s.2.jpg"], f"d/{z}s_2.txt": b"two", f"d/{z}s_2.cls": b"4",
+        f"d/{z}s_2_png.png": images["d/s.2.png"], f"d/{z}s_2_png.txt": b"two", f"d/{z}s_2_png.cls": b"4",
+        f"d/{z}v.left.png": images["d/v.left.png"], f"d/{z}v.right.png": images["d/v.right.png"], f"d/{z}v.json": b"{}",
+        f"d/{z}x_9.JPG": images["d/x.9.JPG"],
+    }  # fmt: skip
+    assert report.fields == {"jpg": 3, "png": 1, "left.png": 1, "right.png": 1}
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:  # the files of a sample stand together
+        keys = [re.match(r"[^.]*", name)[0] for name in tar.getnames()]
+    assert len(list(itertools.groupby(keys))) == len(set(keys)) == 5
+
+
 def test_from_an_object_store(folder, tmp_path):
     fsspec = pytest.importorskip("fsspec")
     write_tars(tmp_path / "in", members(folder), 2)
@@ -379,6 +449,45 @@ def test_a_shard_that_changed_is_said_and_leaves_no_half_tar(folder, tmp_path):
         reshard(["0000.tar/ant/000.png"], tmp_path / "other", root=tmp_path / "in")
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip", "parquet"])
+def test_another_image_of_the_same_name_is_not_taken_for_it(folder, tmp_path, kind):
+    """A table that was written anew in another order has the same row numbers, and a file that was replaced its name:
+    with the features, the content decides. The pictures of `sheet` and `report` go by it too."""
+    files, place = members(folder), tmp_path / "in"
+
+    def pack(files):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        if kind == "parquet":
+            pytest.importorskip("pyarrow")
+            write_parquet(place / "p.parquet", files)
+        elif kind == "tar":
+            write_tar(place / "t.tar", files)
+        elif kind == "zip":
+            write_zip(place / "z.zip", files)
+        for name, data in files if kind == "folder" else ():
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(data)
+
+    pack(files)
+    out = tmp_path / ("f.h5" if kind == "folder" else "f")
+    result = CliRunner().invoke(app, ["embed", str(place), "-o", str(out), "--encoder", "mini", "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    paths = list(protoprune.select(out, 1.0, k=2).ranking.paths)
+    pack([files[0], *([(name, data) for (name, _), (_, data) in zip(files[1:], files[:0:-1], strict=True)])])
+    assert reshard(paths[:1], tmp_path / "one", features=out).images == 1  # this one is as it was
+    with pytest.raises(ProtopruneError, match=f"{paths[1]}: is another image than the one that was embedded"):
+        reshard(paths[:2], tmp_path / "out", features=out)
+    with pytest.raises(ProtopruneError, match="is another image"):
+        reshard(paths[1:2], tmp_path / "out", features=out, root=place)
+    assert not tars(tmp_path / "out")
+    reshard(paths[:2], tmp_path / "out", root=place)  # without features nothing says what it was
+    result = CliRunner().invoke(app, ["sheet", str(out), "--k", "2", "--count", "3", "-o", str(tmp_path / "s.png")])
+    assert "could not be read any more, or changed since" in result.stderr
+    _, told = page(protoprune.select(out, 0.5, k=2))
+    assert told["missing"] == len(paths) - 1
+
+
 def test_weights_that_stay_behind_are_said(folder, tmp_path):
     (tmp_path / "kept.csv").write_text("path,weight\nant/000.png,1.5\n")
     result = CliRunner().invoke(
@@ -402,6 +511,7 @@ def test_columns_of_a_table_go_along_as_json(tmp_path):
     reshard(["p.parquet/000002", "p.parquet/000000"], tmp_path / "out", root=tmp_path / "in")
     found = content(tmp_path / "out")
     assert found["p_000000.png"] == png[0]
+    assert found["p_000000.thumb.bin"] == b"x"
     assert json.loads(found["p_000002.json"]) == {"text": None, "score": 2.5, "tags": None, "id": "three"}
     options = protoprune.sources.ShardOptions(id_column="id")
     reshard(["p.parquet/two"], tmp_path / "ids", root=tmp_path / "in", options=options)

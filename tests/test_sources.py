@@ -243,6 +243,51 @@ def test_several_images_of_one_key_are_images_with_one_label(tmp_path):
         assert (named, images.labels_from) == (["7", "7", "12", ""], ".cls in the shards")
 
 
+@pytest.mark.parametrize("pack", [write_tar, write_zip])
+def test_a_class_belongs_to_the_image_whose_name_it_has(pack, tmp_path):
+    """All of a.1, a.2, a.3 have the key `a`, and each its own class."""
+    files = [("a.1.png", PNG), ("a.1.cls", b"ant"), ("a.2.png", PNG), ("a.2.json", b'{"label": "bee"}'),
+             ("a.3.png", PNG), ("a.3.cls", b"cat"), ("a.3.json", b'{"label": "no"}'), ("a.4.png", PNG),
+             ("b.x.png", PNG), ("b.y.png", PNG), ("b.cls", b"of the key"), ("b.y.cls", b"own"),
+             ("c.png", PNG), ("c.mask.png", PNG), ("c.cls", b"c"),
+             ("d.png", PNG), ("d.label.cls", b"d"), ("e.png", PNG), ("e.json", b'\xef\xbb\xbf{"label": "mark"}'),
+             ("f.png", PNG), ("f.cls", b"\xef\xbb\xbfmark\r\n")]  # fmt: skip
+    with opened(pack(tmp_path / "s", files)) as images:
+        named = {
+            path[2:-4]: images.classes[label] if label >= 0 else ""
+            for path, label in zip(images.paths, images.labels, strict=True)
+        }
+    assert named == {
+        "a.1": "ant", "a.2": "bee", "a.3": "cat", "a.4": "", "b.x": "of the key", "b.y": "own", "c": "c", "c.mask": "c",
+        "d": "d", "e": "mark", "f": "mark",
+    }  # fmt: skip
+
+
+def test_classes_deeper_in_json_and_tables(tmp_path):
+    files = [
+        ("a.png", PNG),
+        ("a.json", b'{"meta": {"label": "ant", "a": {"c": 4}}}'),
+        ("b.png", PNG),
+        ("b.json", b'{"meta": 3}'),
+    ]
+    write_tar(tmp_path / "s.tar", files)
+    for column, named in (
+        ("meta.label", ["ant", ""]),
+        ("meta.a.c", ["4", ""]),
+        ("meta", ["", "3"]),
+        ("meta.none", ["", ""]),
+    ):
+        with opened(tmp_path / "s.tar", label_column=column) as images:
+            assert [images.classes[x] if x >= 0 else "" for x in images.labels] == named
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [PNG] * 3, "meta": [{"label": "ant", "n": 1}, {"label": "bee", "n": 2}, None]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    for column, named in (("meta.label", ["ant", "bee", ""]), ("meta.n", ["1", "2", ""]), ("meta.none", ["", "", ""])):
+        with opened(tmp_path / "p.parquet", label_column=column) as images:
+            assert [images.classes[x] if x >= 0 else "" for x in images.labels] == named
+    assert refused(tmp_path / "p.parquet", label_column="metal.label")[0] == Status.CORRUPT
+
+
 def test_labels_from_json_beside_the_images(tmp_path):
     meta = [{"label": "ant", "kind": "x"}, {"label": 3.0, "kind": "y"}, ["no"], {"kind": "z"}]
     files = [one for i, value in enumerate(meta) for one in

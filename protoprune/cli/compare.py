@@ -95,7 +95,7 @@ def compare(
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
-        _write_sheet(result, sheet, place, options, count or 8)
+        _write_sheet(result, sheet, place, options, count or 8, features)
     _say_result(result, bootstrap)
     _show(result)
 
@@ -235,8 +235,12 @@ def _say_result(result: Comparison, bootstrap: int) -> None:
             )
 
 
-def _write_sheet(result: Comparison, path: Path, root: str, options: ShardOptions | None, count: int) -> None:
+def _write_sheet(
+    result: Comparison, path: Path, root: str, options: ShardOptions | None, count: int, features: Path | None
+) -> None:
     from protoprune import comparison
+    from protoprune.current import digests_of
+    from protoprune.features import open_features
     from protoprune.files import write_file
     from protoprune.sheet import contact_sheet
 
@@ -250,10 +254,15 @@ def _write_sheet(result: Comparison, path: Path, root: str, options: ShardOption
         say(f"{path}: not written, the rankings are the same")
         return
     heads = ("hard for the first table, easy for the second", "easy for the first, hard for the second")
-    picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads, options=options)
+    content = None
+    if features is not None:
+        with open_features(features) as file:
+            content = digests_of(file, (one for _, *sides in rows[:_SHEET_ROWS] for side in sides for one in side))
+    picture, unreadable = contact_sheet(rows[:_SHEET_ROWS], root, heads=heads, options=options, content=content)
     write_file(path, picture)
     if unreadable:
-        say(f"warning: {many(unreadable, 'image')} could not be read; --root says where they are")
+        changed = ", or changed since they were embedded" if content else ""
+        say(f"warning: {many(unreadable, 'image')} could not be read{changed}; --root says where they are")
     say(f"{path}: the {min(len(rows), _SHEET_ROWS)} of {len(rows)} pairs that agree least")
 
 

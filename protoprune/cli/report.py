@@ -106,6 +106,7 @@ def _say_told(out: Path, told: dict[str, Any]) -> None:
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")
     if told["missing"]:
-        say(f"warning: {many(told['missing'], 'image')} could not be read any more; --root says where they are now")
+        some = f"{many(told['missing'], 'image')} could not be read any more, or changed since"
+        say(f"warning: {some}; --root says where they are now")
     if not told["saves"]:
         say(f"note: {told['why']}; the page shows the command instead")

@@ -47,6 +47,13 @@ def reshard(
     say(f"{out}: {many(report.images, 'image')} in {many(report.shards, 'tar')}{there}, {bytes_text(report.bytes)}")
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")
+    if len(report.fields) > 1:
+        from protoprune.images import describe_counts
+
+        say(
+            f"images are in the fields {describe_counts(report.fields, 10)} of their samples: name all of them in your "
+            f"loader ('{';'.join(sorted(report.fields)[:4])}'), or it leaves some out"
+        )
     _warn(kept, out, root)
 
 

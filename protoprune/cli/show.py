@@ -214,6 +214,7 @@ def sheet(
     clustering: ClusterOptions,
 ) -> None:
     """Draw the easiest and the hardest images, or near-duplicates."""
+    from protoprune.current import digests_of
     from protoprune.files import write_file
     from protoprune.scores import check_reading
     from protoprune.sheet import contact_sheet
@@ -246,10 +247,17 @@ def sheet(
         what = f"the {count} easiest and the {count} hardest images"
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
-    picture, unreadable = contact_sheet(lines[:max_rows], place, heads=heads, options=ranking.shard_options)
+    shown = [path for _, *sides in lines[:max_rows] for side in sides for path in side]
+    content = digests_of(ranking.source, shown) if ranking.source is not None else None
+    picture, unreadable = contact_sheet(
+        lines[:max_rows], place, heads=heads, options=ranking.shard_options, content=content
+    )
     write_file(out, picture)
     if unreadable:
-        say(f"warning: {unreadable} images could not be read any more; --root says where they are now")
+        say(
+            f"warning: {many(unreadable, 'image')} could not be read any more, or changed since; --root says where "
+            "they are now"
+        )
     say(f"{out}: {many(min(len(lines), max_rows), 'row')} of {what}")
 
 

@@ -107,8 +107,11 @@ def _pictures(
     paths = chosen.ranking.paths
     budget = int((room - 400_000) * 0.74)  # base64 makes 4 bytes of 3
     root = root if stores.is_url(root) else os.path.abspath(root)
-    with ImageReader(root, chosen.ranking.shard_options) as read:
-        wanted = facts.thumbs[: max(0, budget // 900)]
+    wanted = facts.thumbs[: max(0, budget // 900)]
+    source = chosen.ranking.source
+    was = source.content if source is not None else np.zeros(len(paths), np.uint64)
+    content = {paths[row]: int(was[row]) for row in wanted if was[row]}
+    with ImageReader(root, chosen.ranking.shard_options, content) as read:
         return thumbnails.make(wanted, lambda row: read(paths[row]), budget, on_image)
 
 

@@ -6,9 +6,11 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import NoReturn
 
 from protoprune import stores
+from protoprune.current import content_digest
 from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.errors import ProtopruneError, warn
 from protoprune.files import leads_out
@@ -22,12 +24,18 @@ _FETCHED = 2 << 30  # bytes of shards that are fetched from a store, in all
 class ImageReader:
     """`reader(path)` gives the bytes of the image `path` below `root`, from any thread. Raises ImageError.
 
-    Shards below a URL are fetched, up to _FETCHED bytes of them; images of the others cannot be read, with a warning.
-    A context manager: the copies are removed at its end.
+    `content` has the digests of what was embedded, by path: another image of the same name (or in the same row of a
+    table that was written anew) is not taken for it. Shards below a URL are fetched, up to _FETCHED bytes of them;
+    images of the others cannot be read, with a warning. A context manager: the copies are removed at its end.
     """
 
-    def __init__(self, root: str | os.PathLike[str], options: ShardOptions | None = None):
-        self.root, self.options = stores.given(root), options or ShardOptions()
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        options: ShardOptions | None = None,
+        content: Mapping[str, int] | None = None,
+    ):
+        self.root, self.options, self.content = stores.given(root), options or ShardOptions(), content or {}
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, tuple[ShardImages, dict[str, int]]] = OrderedDict()
         self._copies: dict[str, str] = {}  # shard -> its copy here
@@ -35,6 +43,12 @@ class ImageReader:
         self._fetched, self._refused = 0, ""
 
     def __call__(self, path: str) -> bytes:
+        data = self._read(path)
+        if content_digest(data) != self.content.get(path, content_digest(data)):
+            raise ImageError(Status.CHANGED, "not the image that was embedded")
+        return data
+
+    def _read(self, path: str) -> bytes:
         if leads_out(path):  # a score table may hold any name
             raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         if stores.is_url(self.root):

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import posixpath
 import re
@@ -39,7 +40,8 @@ from protoprune.files import leads_out
 from protoprune.formats import archive_kind
 from protoprune.images import ImageList, folder_labels, image_suffixes, why_no_image
 from protoprune.sources.finding import Shard
-from protoprune.text import native, parse_json
+from protoprune.sources.keys import key_of, levels, owner, stem_of
+from protoprune.text import native, parse_json, plain_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,6 +57,7 @@ _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarro
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
+_SUFFIX = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of Pillow's names; others in lower case
 _WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -241,6 +244,7 @@ def _images(shard: Shard, found: _Found, options: ShardOptions, root: str, stack
         labels=label,
         classes=classes,
         labels_from=source,
+        labels_asked=(options.labels, options.label_column, options.class_level) != (True, None, None),
         skipped=found.skipped,
         left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
         why=[why for _, why in found.left_out],
@@ -295,7 +299,6 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
     places: list[tuple[int, int]] = []
     found = _Found(lambda place: _pread(handle, *places[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
-    found.beside = others.of
     left_out: dict[str, Head] = {}
     for name, member in members.items():
         if not _is_image(name, partial(_start_of, handle, member, 512)):
@@ -314,6 +317,7 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
         places.append((target.offset_data, target.size))
         _add(found, name, target.size)
     labels.apply(found)
+    found.beside = others.by_key()
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
 
@@ -370,7 +374,6 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
     images: list[zipfile.ZipInfo] = []
     found = _Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
-    found.beside = others.of
     left_out: dict[str, Head] = {}
     for name, info in members.items():
         if _is_image(name, partial(_head_of, archive, info)):
@@ -383,6 +386,7 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
             labels.add(name, read, info.file_size)
             others.add(name, read)
     labels.apply(found)
+    found.beside = others.by_name(found.names)
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
 
@@ -428,7 +432,8 @@ def _table(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         places: list[tuple[int, int]] = []
         found = _Found(lambda row: _pread(spool.fileno(), *places[row]), labels_from=f"column {label}" if label else "")
-        columns = [*dict.fromkeys(filter(None, (image, label, options.id_column)))]
+        top = label if label in schema.names else (label or "").partition(".")[0]
+        columns = [*dict.fromkeys(filter(None, (image, top, options.id_column)))]
         for batch in batches(columns):
             _spool(batch, image, label, names, options.id_column, spool, found, places)
         if count is not None and len(found.names) != count:
@@ -559,6 +564,8 @@ def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple
     if not options.labels or options.class_level is not None:
         return None, []
     name = options.label_column
+    if name is not None and name.partition(".")[0] in schema.names and name not in schema.names:
+        return name, list((_inside(_hugging_face(schema), name) or {}).get("names", []))
     if name is not None and name not in schema.names:
         raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
     if name is None:
@@ -581,7 +588,7 @@ def _spool(
     places: list[tuple[int, int]],
 ) -> None:
     """Write the images of a batch to the temporary file, and note the rest of it."""
-    labels = batch.column(label).to_pylist() if label else [None] * len(batch)
+    labels = _labels_in(batch, label) if label else [None] * len(batch)
     ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
     for value, one, own in zip(batch.column(image), labels, ids, strict=True):
         row, plain = len(found.names), value.as_py()
@@ -596,6 +603,15 @@ def _spool(
         places.append((spool.tell(), len(data)))
         spool.write(data)
         _add(found, _id(own), len(data), _name(one, names))
+
+
+def _labels_in(batch: pa.RecordBatch, label: str) -> list[Any]:
+    """The cells of a column, or of one inside structs ('meta.label')."""
+    if label in batch.schema.names:
+        return batch.column(label).to_pylist()
+    first, _, rest = label.partition(".")
+    found = (_inside(one, rest) for one in batch.column(first).to_pylist())
+    return [None if isinstance(one, (list, dict)) else one for one in found]
 
 
 def _id(value: object) -> str:
@@ -620,36 +636,89 @@ class _Others:
     """The members of a tar or zip that are no images, by key."""
 
     def __init__(self) -> None:
-        self.of_key: dict[str, dict[str, Callable[[], bytes]]] = {}
+        self.all: dict[str, Callable[[], bytes]] = {}
+        self.belonging: dict[str, list[str]] = {}  # key, or stem of an image -> names
 
     def add(self, name: str, read: Callable[[], bytes]) -> None:
-        self.of_key.setdefault(_key(name), {})[name] = read
+        self.all[name] = read
 
-    def of(self, name: str) -> list[tuple[str, bytes]]:
-        return [(one, read()) for one, read in sorted(self.of_key.get(_key(name), {}).items())]
+    def by_key(self) -> Beside:
+        """As in WebDataset's tars: all that has the image's key."""
+        for name in sorted(self.all):
+            self.belonging.setdefault(key_of(name), []).append(name)
+        return lambda image: [(one, self.all[one]()) for one in self.belonging.get(key_of(image), ())]
+
+    def by_name(self, images: list[str]) -> Beside:
+        """What is called as the image is, and then what is called as its key is."""
+        stems = set(map(stem_of, images))
+        for name in sorted(self.all):
+            self.belonging.setdefault(owner(name, stems) or key_of(name), []).append(name)
+        return self._nearest
+
+    def _nearest(self, image: str) -> list[tuple[str, bytes]]:
+        found: dict[str, str] = {}  # what follows the stem -> name
+        for level in levels(stem_of(image)):
+            for name in self.belonging.get(level, ()):
+                found.setdefault(name[len(level) :], name)
+        return [(name, self.all[name]()) for name in found.values()]
 
 
 class _Columns:
-    """The columns of a table but those of bytes, a row each as JSON; read when they are first asked for."""
+    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for."""
 
     def __init__(self, file: IO[bytes], image: str, names: list[str]) -> None:
         self.file, self.image, self.names = file, image, names
         self.rows: dict[str, dict[str, Any]] | None = None
+        self.bytes_in: list[str] = []
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
             schema, batches, _ = _batches(self.file)
-            plain = [one for one in schema.names if one != self.image and _is_plain(schema.field(one).type)]
-            rows = (row for batch in batches(plain) for row in batch.to_pylist()) if plain else iter(())
-            self.rows = dict(zip(self.names, rows, strict=bool(plain)))
-        row = self.rows.get(name)
-        return [(f"{name}.json", json.dumps(row, default=str).encode())] if row else []
+            others = [one for one in schema.names if one != self.image]
+            self.bytes_in = [one for one in others if _holds_bytes(schema.field(one).type)]
+            wanted = [one for one in others if one in self.bytes_in or _is_plain(schema.field(one).type)]
+            rows = (row for batch in batches(wanted) for row in batch.to_pylist()) if wanted else iter(())
+            self.rows = dict(zip(self.names, rows, strict=bool(wanted)))
+        row = dict(self.rows.get(name, {}))
+        suffix = posixpath.splitext(name)[1]
+        stem = name.removesuffix(suffix) if suffix.lower() in image_suffixes() else name
+        files = []
+        for column in self.bytes_in:
+            cell = row.pop(column, None)
+            data = cell.get("bytes") if isinstance(cell, dict) else cell
+            if data:
+                files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
+        if row:
+            files.insert(0, (f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        return files
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def kind_of(data: bytes) -> str:
+    """The suffix of an image's format, without a dot; 'bin' where it is none."""
+    from PIL import Image
+
+    formats.register()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format or "bin"
+    except Exception:
+        return "bin"
+    return _SUFFIX.get(kind, kind.lower())
 
 
 def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tuple[str, str]]:
     """(name, why) of the members that are no images by their names and have the key of none, sorted by name."""
-    keys = set(map(_key, images))
-    alone = sorted((name for name in others if _key(name) not in keys), key=os.fsencode)
+    keys = set(map(key_of, images))
+    alone = sorted((name for name in others if key_of(name) not in keys), key=os.fsencode)
     return [(native(name), why_no_image(name, others[name])) for name in alone]
 
 
@@ -664,27 +733,33 @@ def _is_plain(kind: pa.DataType) -> bool:
     return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
+def _inside(value: object, name: str) -> Any:
+    """What an object has under a name, or one level deeper for each dot of it; None where it has none."""
+    if not isinstance(value, dict):
+        return None
+    if name in value:
+        return value[name]
+    first, dot, rest = name.partition(".")
+    return _inside(value.get(first), rest) if dot else None
+
+
 class _Sidecars:
     """Classes that lie beside images under the same key (the name up to the first dot): .cls, and .json's label."""
 
     def __init__(self, options: ShardOptions) -> None:
         self.key_of_label = (options.label_column,) if options.label_column else _LABEL_KEYS
         self.wanted = options.labels and options.class_level is None
-        self.found: dict[str, str] = {}
-        self.kinds: set[str] = set()
+        self.found: list[tuple[str, str, str]] = []  # (name, suffix, class)
 
     def add(self, name: str, read: Callable[[], bytes], size: int) -> None:
         suffix = _suffix(name)
         if not self.wanted or suffix not in (".cls", ".json") or size > _LARGEST_SIDECAR:
             return
-        key = _key(name)
         with contextlib.suppress(ImageError):
-            data = read()
-            text = data.decode("utf-8", "surrogateescape").strip()
+            text = plain_bytes(read()).decode("utf-8", "surrogateescape").strip()
             value = text if suffix == ".cls" else self._from_json(text)
-            if value and (suffix == ".cls" or key not in self.found):
-                self.found[key] = value
-                self.kinds.add(suffix)
+            if value:
+                self.found.append((name, suffix, value))
 
     def _from_json(self, text: str) -> str:
         try:
@@ -693,19 +768,24 @@ class _Sidecars:
             return ""
         if not isinstance(whole, dict):
             return ""
-        value = next((whole[key] for key in self.key_of_label if key in whole), None)
+        value = next((one for key in self.key_of_label if (one := _inside(whole, key)) is not None), None)
         return "" if isinstance(value, (list, dict)) else _name(value, [])
 
     def apply(self, found: _Found) -> None:
-        if self.found:
-            found.labels = [self.found.get(_key(name), "") for name in found.names]
-            found.labels_from = " and ".join(sorted(self.kinds)) + " in the shards"
-
-
-def _key(name: str) -> str:
-    """WebDataset's key of a member: its path up to the first dot of the file name."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.split('.', 1)[0]}"
+        """Give each image the class beside it, else that of its key: `a.1.jpg` that of `a.1.cls`, or of `a.cls`."""
+        if not self.found:
+            return
+        stems = set(map(stem_of, found.names))
+        classes: dict[str, tuple[tuple[bool, bool], str]] = {}  # stem or key -> (how sure: .cls, of this very name)
+        for name, suffix, value in self.found:
+            place = owner(name, stems) or key_of(name)
+            sure = suffix == ".cls", stem_of(name) == place
+            if place not in classes or sure > classes[place][0] or (sure == classes[place][0] and sure[0]):
+                classes[place] = sure, value
+        found.labels = [
+            next((classes[one][1] for one in levels(stem_of(name)) if one in classes), "") for name in found.names
+        ]
+        found.labels_from = " and ".join(sorted({suffix for _, suffix, _ in self.found})) + " in the shards"
 
 
 def _clean(name: str) -> str:

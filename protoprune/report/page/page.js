@@ -68,7 +68,7 @@
     if (cluster && cluster[at] >= 0) parts.push("cluster " + cluster[at]);
     if (!Number.isNaN(score[at])) parts.push("score " + score[at].toPrecision(4));
     parts.push(kept(at) ? "kept" : "left out");
-    if (thumb[at] === MISSING) parts.push("the image could not be read any more");
+    if (thumb[at] === MISSING) parts.push("the image could not be read any more, or changed since");
     return parts.join(" · ");
   }
   function mark({ at, one }) {
