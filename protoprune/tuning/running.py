@@ -95,7 +95,15 @@ class Heads:
 
         own = np.searchsorted(self.choosers, rows)
         labels, classes = self.pool.labels[self.choosers], len(self.pool.classes)
-        return fit_head(self.space, labels, classes, rows=own, strength=near and near.strength, near=near, seed=seed)
+        return fit_head(
+            self.space,
+            labels,
+            classes,
+            rows=own,
+            strength=None if near is None else near.strength,
+            near=near,
+            seed=seed,
+        )
 
     def _near(self, count: int, held_out: np.ndarray, split: int) -> Head:
         """A head of about so many random images, whose strength and place the others share."""
