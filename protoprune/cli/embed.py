@@ -332,6 +332,7 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
+    from protoprune.decode import Status
     from protoprune.featurefile import NO_IMAGE, FeatureFile
     from protoprune.files import write_file
     from protoprune.images import describe_counts, why_left_out
@@ -347,9 +348,10 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
         rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
         write_file(errors, table_chunks(["path", "status", "reason"], rows))
     if report.failed == report.n:
-        raise ProtopruneError(
-            f"none of {many(report.n, 'image')} could be used; see {errors or '--errors FILE'} for why"
-        )
+        why = f"see {errors or '--errors FILE'} for why"
+        if set(report.failures) == {Status.MISSING.label}:
+            why = f"there is no such file below {found.root}; give --root, the folder that the paths are relative to"
+        raise ProtopruneError(f"none of {many(report.n, 'image')} could be used; {why}")
     if strict and (report.failed or found.unreadable_folders):
         raise ProtopruneError("--strict: not everything could be read")
 

@@ -17,7 +17,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.text import parse_json
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".pq", ".arrow")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
@@ -234,4 +234,4 @@ def describe_source(source: Source) -> str:
     """'40 shards (.tar 38, .zip 2), 1.2 GB, under /data' for a line on stderr."""
     kinds = Counter(os.path.splitext(shard.name)[1] or "(no suffix)" for shard in source.shards)
     size = sum(max(shard.size, 0) for shard in source.shards)
-    return f"{len(source):,} shards ({describe_counts(kinds)}), {bytes_text(size)}, under {source.root}"
+    return f"{many(len(source), 'shard')} ({describe_counts(kinds)}), {bytes_text(size)}, under {source.root}"
