@@ -1,9 +1,9 @@
 """Which rows of an earlier feature file still hold an image: by name, size and times, and by content where in doubt.
 
-A tree that was copied or restored has the names, sizes and times of modification of another one, whatever its pixels.
-What no program can set is the ctime, so within one root it vouches for a file; where it is another one, and for files
-below another root, what was read of the image then (a digest of all its bytes, see `featurefile`) is compared with what
-it holds now. Knows nothing of pixels.
+A tree that was copied or restored may have the names, sizes and times of modification of another one, whatever its
+pixels, or other times and the same pixels. What no program can set is the ctime, so within one root it vouches for a
+file; where it or the time of modification is another one, and for files below another root, what was read of the image
+then (a digest of all its bytes, see `featurefile`) is compared with what it holds now. Knows nothing of pixels.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def known_rows(
     """Match the images with the rows of earlier files.
 
     read: rows of the list (m,) -> their content digests (m,) uint64, 0 where an image cannot be read; called once, for
-    the images in doubt. With `moved` there is no doubt: names, sizes and times of modification are enough.
+    the images in doubt. With `moved` there is no doubt: names, sizes and times of modification say all.
     """
-    rows = [_alike(images, file) for file in files]
+    rows = [_alike(images, file, moved) for file in files]
     was = [np.where(at >= 0, file.content[at], 0).astype(np.uint64) for file, at in zip(files, rows, strict=True)]
     doubt = [_doubt(images, file, at, moved) for file, at in zip(files, rows, strict=True)]
     compared = np.zeros(len(images), bool)
@@ -62,18 +62,21 @@ def known_rows(
     if compared.any():
         now[compared] = read(np.flatnonzero(compared))
     for file, at, one, digests in zip(files, rows, doubt, was, strict=True):
-        if file.provenance["root"] == images.root:  # without a digest, or unreadable now: nothing speaks against it
-            at[one & (digests != 0) & (now != 0) & (now != digests)] = -1
+        speaks = now != digests
+        if file.provenance["root"] == images.root:  # without a digest, or unreadable now: only the times can
+            speaks &= ((digests != 0) & (now != 0)) | _other_time(images, file, at)
         else:
-            at[one & ((digests == 0) | (now != digests))] = -1
+            speaks |= digests == 0
+        at[one & speaks] = -1
     found = np.zeros(len(images), bool)
     for at in rows:
         found |= at >= 0
     return Known(rows, compared, compared & ~found)
 
 
-def _alike(images: ImageList, file: FeatureFile) -> np.ndarray:
-    """(n,) the finished row of each image with the same name, size and time of modification, -1 for none."""
+def _alike(images: ImageList, file: FeatureFile, moved: bool) -> np.ndarray:
+    """(n,) the finished row of each image with the same name and size, -1 for none; and with the same time of
+    modification, where there is no digest to compare the content by."""
     paths = file.paths
     if paths == images.paths:
         rows = np.arange(len(paths))
@@ -82,17 +85,24 @@ def _alike(images: ImageList, file: FeatureFile) -> np.ndarray:
         rows = np.array([row_of.get(path, -1) for path in images.paths], np.int64)
     good = file.finished() & ~np.isin(file.status, TRANSIENT)
     same = (rows >= 0) & good[rows] & (images.mtime_ns >= 0)
-    same &= (file.size[rows] == images.size) & (file.mtime_ns[rows] == images.mtime_ns)
-    return np.where(same, rows, -1)
+    same &= file.size[rows] == images.size
+    comparable = np.zeros(len(rows), bool) if moved else file.content[rows] != 0
+    return np.where(same & (comparable | ~_other_time(images, file, rows)), rows, -1)
+
+
+def _other_time(images: ImageList, file: FeatureFile, rows: np.ndarray) -> np.ndarray:
+    """(n,) bool: rows of another time of modification."""
+    return (rows >= 0) & (file.mtime_ns[rows] != images.mtime_ns)
 
 
 def _doubt(images: ImageList, file: FeatureFile, rows: np.ndarray, moved: bool) -> np.ndarray:
-    """(n,) bool: rows that are an image's by name, size and time of modification only."""
+    """(n,) bool: rows that are an image's by name and size, perhaps by time of modification, and no more."""
     if moved:
         return np.zeros(len(rows), bool)
     if file.provenance["root"] != images.root:
         return rows >= 0
-    if images.ctime_ns is None:
-        return np.zeros(len(rows), bool)
-    before = file.ctime_ns[rows]
-    return (rows >= 0) & (before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)
+    doubt = _other_time(images, file, rows)
+    if images.ctime_ns is not None:
+        before = file.ctime_ns[rows]
+        doubt |= (rows >= 0) & (before >= 0) & (images.ctime_ns >= 0) & (before != images.ctime_ns)
+    return doubt

@@ -19,9 +19,10 @@ from protoprune import hdf5
 from protoprune.crew import Crew
 from protoprune.current import Known, content_digest, known_rows
 from protoprune.decode import TRANSIENT, Status, crop
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, warn
 from protoprune.featurefile import FeatureFile, PartialFile, partial_path
 from protoprune.images import ImageList
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.engine import Engine
@@ -80,6 +81,7 @@ def prepare(
         if finished is not None:
             before.moved_from = _moved_from(finished, images)
             _check_losses(finished, images, rows[out])
+            _warn_of_other_classes(finished, images)
             before.dropped = len(set(finished.paths).difference(images.paths))
             if (started is None or left.differences) and _up_to_date(finished, images, engine):
                 before.up_to_date = True
@@ -202,6 +204,17 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> No
     raise LossError(
         f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
     )
+
+
+def _warn_of_other_classes(file: FeatureFile, images: ImageList) -> None:
+    """Say that classes are lost or replaced which nobody asked to: the file had them from elsewhere."""
+    before = file.provenance.get("labels_from", "")
+    if file.classes and before != images.labels_from and not images.labels_asked:
+        now = f"{many(len(images.classes), 'class', 'classes')} ({images.labels_from})" if images.classes else "none"
+        warn(
+            f"{file.path}: had {many(len(file.classes), 'class', 'classes')} ({before}), and has {now} now; give "
+            "--labels or --class-level again in each run, or --no-labels where there are to be none"
+        )
 
 
 def _check_denied(file: FeatureFile, images: ImageList, lost: list[str], ways: str) -> None:

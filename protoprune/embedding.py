@@ -99,7 +99,7 @@ def embed(
     `on_progress(done, failed)` after every batch, with the numbers of this run.
 
     An image is the one that was embedded when name, size and times are the same. Below another root, and where files
-    were copied or restored, its content is compared too, unless `moved`; `on_compare(images)` is called before that.
+    were copied, restored or touched, contents are compared, unless `moved`; `on_compare(images)` is called before that.
 
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder or most
     of its images would be lost (unless `overwrite`), cannot be written, or a feature overflows `store`. A file that has

@@ -50,6 +50,7 @@ class ImageList:
     labels: np.ndarray  # (n,) int32 index into classes, -1 where there is none
     classes: list[str]
     labels_from: str = ""  # where the classes come from, in words; empty without classes
+    labels_asked: bool = False  # whether the caller said where they come from, or that there are none
     skipped: Counter[str] = field(default_factory=Counter)  # suffix -> files that are not images by their name
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
     duplicates: int = 0  # list entries that named an image a second time
@@ -182,6 +183,7 @@ def _build(root: str, found: list[_Entry], labels: Labels, class_level: int | No
         labels=label,
         classes=classes,
         labels_from=source,
+        labels_asked=labels is not True or class_level is not None,
     )
 
 
@@ -207,6 +209,8 @@ def image_labels(
                 f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
                 "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
             )
+        if not classes:
+            _warn_of_stray(paths)
         return label, classes, "first-level folders" if classes else ""
     without = int((label < 0).sum())
     if not classes:
@@ -217,6 +221,19 @@ def image_labels(
         some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
         warn(f"{some} no class (first: {first})")
     return label, classes, f"folders of level {class_level}"
+
+
+def _warn_of_stray(paths: Sequence[str]) -> None:
+    """Say what keeps the first-level folders from being classes, where most images lie in two of them or more."""
+    stray = [path for path in paths if "/" not in path]
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
+    if stray and len(folders) >= 2 and 2 * len(stray) <= len(paths):
+        of = f"of {len(paths):,} images"
+        warn(
+            f"no classes, since {many(len(stray), f'{of} lies', f'{of} lie')} in no folder (first: {stray[0]}); move "
+            "what does not belong there, or give --class-level 1, which takes the folders all the same, --labels FILE "
+            "or --no-labels"
+        )
 
 
 def _doubt_common_root(images: ImageList) -> None:

@@ -346,6 +346,29 @@ def test_class_level_is_kept_in_the_provenance(tmp_path):
         assert (file.classes, file.provenance["labels_from"]) == (["cat", "dog"], "folders of level 2")
 
 
+def test_classes_that_a_later_run_loses_are_told(images, tmp_path):
+    """The run that adds an image, without the options of the first one."""
+    table, out = tmp_path / "labels.csv", tmp_path / "f.h5"
+    table.write_text("path,label\n" + "".join(f"c{i % 2}/{i:02d}.png,k{i % 3}\n" for i in range(12)))
+
+    def told(*options):
+        return [line for line in call(images, "-o", out, *options).stderr.splitlines() if "had" in line]
+
+    assert told("--labels", table) == []
+    first = told()[0]
+    assert "had 3 classes (labels.csv, sha256" in first
+    assert "and has 2 classes (first-level folders) now" in first
+    assert told() == []  # they are what this file has by now
+    assert told("--labels", table) == told("--class-level", "1") == told("--no-labels") == []  # asked for
+    assert told() == []  # nothing is lost
+    (images / "stray.png").write_bytes((images / "c0" / "00.png").read_bytes())
+    said = call(images, "-o", out).stderr
+    assert "warning: no classes, since 1 of 13 images lies in no folder (first: stray.png)" in said
+    assert "had 2 classes (first-level folders), and has none now" in said
+    with FeatureFile(out) as file:
+        assert (file.n, file.classes) == (13, [])
+
+
 def test_transparent_images_are_counted_and_decoding_and_pooling_are_shown(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):

@@ -170,7 +170,7 @@ def test_what_was_typed_is_shown_shortened(line, tmp_path, monkeypatch, feature_
     assert len(result.stderr) < 700
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense", ""])
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense"])
 def test_a_device_that_does_not_compute_is_refused_before_the_work(device, tmp_path, monkeypatch, feature_file):
     monkeypatch.chdir(tmp_path)
     paths = [f"{name}/{i:02d}.png" for name in ("ape", "bee") for i in range(40)]
@@ -324,3 +324,22 @@ NAMED = "Got unexpected extra argument(s) (f.h5); the feature file goes after --
 )
 def test_a_feature_file_named_as_another_command_takes_it(run, words, said):
     assert run(*words.split(), code=2).stderr == f"error: {said}; see `protoprune {words.split()[0]} --help`\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["select", "f.h5", "--keep", "0.5", "-o", ""], "-o: "),
+        (["select", "f.h5", "--keep="], "--keep: "),
+        (["evaluate", "kept.txt", "--features", "f.h5", "--test", "t.h5", "--out="], "--out: "),
+        (["embed", ""], ""),
+        (["theory", "error", ""], ""),
+    ],
+)
+def test_an_empty_argument_is_refused(words, named, tmp_path, monkeypatch):
+    """As a path it would be the current folder: `-o "$OUT"` with OUT not set."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {named}an empty argument; is a variable of the shell not set?\n"
+    assert not list(tmp_path.iterdir())

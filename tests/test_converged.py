@@ -104,6 +104,30 @@ def test_a_subset_is_trained_on_alone_and_a_space_serves_many():
     assert (head.predict(new) == truth).mean() > 0.9 > 0.6 > (fit_head(space, labels, 3).predict(new) == truth).mean()
 
 
+def objective(head, vectors, labels, rows) -> float:
+    """What is minimised, for each image, in float64."""
+    std = vectors.std(0, ddof=1).astype(np.float64) * vectors.shape[1] ** 0.5
+    logits = vectors[rows].astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
+    own = logits[np.arange(len(rows)), labels[rows]]
+    loss = (np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - own).mean()
+    return loss + np.square(head.weight * std).sum() / (2 * head.strength * len(rows))
+
+
+@pytest.mark.parametrize("near_rows", [np.arange(1500), np.arange(1000, 3000)])
+def test_a_head_nearby_is_a_start_and_no_other_solution(near_rows):
+    vectors, labels = blobs(3000, 5)
+    rows, space = np.arange(500, 2900), Space(vectors)
+    near = fit_head(space, labels, 5, rows=near_rows, strength=30)
+    cold = fit_head(space, labels, 5, rows=rows, strength=30)
+    warm = fit_head(space, labels, 5, rows=rows, strength=30, near=near)
+    assert warm.evaluations < cold.evaluations
+    assert objective(warm, vectors, labels, rows) == pytest.approx(objective(cold, vectors, labels, rows), abs=2e-6)
+    same = fit_head(space, labels, 5, rows=rows, strength=30, near=cold)
+    assert same.evaluations <= 3  # it is there, but for float32's digits
+    other = fit_head(space, labels % 2, 5, rows=rows, strength=30, near=near)  # of other classes: no start
+    assert other.evaluations == fit_head(space, labels % 2, 5, rows=rows, strength=30).evaluations
+
+
 def test_weights_repeat_an_image_and_0_leaves_it_out():
     vectors, labels = blobs(90, 3)
     weights = np.r_[np.full(30, 2.0), np.full(30, 1.0), np.zeros(30)]
@@ -190,16 +214,13 @@ def test_what_cannot_be_fitted_is_said(change, message):
         fit_head(**given)
 
 
-@pytest.mark.slow
-def test_hundreds_of_fits_take_minutes():
-    import time
-
+def test_a_fit_takes_some_hundred_evaluations():
+    """Hundreds of fits are to take minutes: of 5,000 images half a second each, with 100 evaluations."""
     vectors, labels = blobs(20_000, 10, dim=192, apart=0.2)
-    space, began = Space(vectors), time.process_time()
-    for seed in range(20):
-        rows = np.random.default_rng(seed).choice(20_000, 5000, replace=False)
-        assert fit_head(space, labels, 10, rows=rows, seed=seed).converged
-    assert time.process_time() - began < 60  # 3 s a fit, on one core; 0.5 s where this was written
+    rows = np.random.default_rng(0).choice(20_000, 3000, replace=False)  # one fold
+    head = fit_head(Space(vectors), labels, 10, rows=rows)
+    assert head.converged
+    assert head.evaluations < 300
 
 
 def test_few_images_are_fitted_by_one_thread_and_the_number_is_given_back(monkeypatch):
@@ -221,7 +242,7 @@ def test_few_images_are_fitted_by_one_thread_and_the_number_is_given_back(monkey
         assert torch.get_num_threads() == 2
         monkeypatch.setattr(converged, "_THREADS_PAY", 0)
         seen.clear()
-        fit_head(vectors, labels, 3)
+        fit_head(vectors, labels, 3, strength=1.0)  # threads wait for each other: one solution is enough
         assert set(seen) == {2}
     finally:
         torch.set_num_threads(before)

@@ -138,6 +138,36 @@ def test_a_tree_restored_under_the_same_name_is_compared(tmp_path, run, fresh):
     assert stored(tmp_path / "f.h5") == fresh(a)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_other_times_alone_cost_one_comparison(tmp_path, run, fresh, elsewhere):
+    """`touch`, or `cp -r`, a checkout, an archive without times."""
+    a = tree(tmp_path / "a", range(N))
+    run(a)
+    before = identity(tmp_path / "f.h5")
+    b = tree(tmp_path / "b", range(N)) if elsewhere else a
+    for number in range(N):
+        os.utime(b / f"{number}.ppm", ns=(5, 5 + number))
+    report, compared = run(b)
+    assert (report.embedded, report.unchanged, report.other, compared) == (0, N, 0, N)
+    assert (identity(tmp_path / "f.h5"), run(b)[1]) == (before, 0)
+    (b / "3.ppm").write_bytes(bitmap(99))
+    report, compared = run(b)
+    assert (report.embedded, report.other, compared) == (1, 1, 1)
+    assert stored(tmp_path / "f.h5") == fresh(b)
+
+
+def test_other_times_are_another_image_where_nothing_can_be_compared(tmp_path, run):
+    a = tree(tmp_path / "a", range(N))
+    run(a)
+    os.utime(a / "3.ppm", ns=(5, 5))
+    report, compared = run(a, moved=True)
+    assert (report.embedded, compared) == (1, 0)
+    listed = list_folder(a)
+    listed.mtime_ns[4] = 7  # not the file that is there: it cannot be read as the one that was listed
+    report, compared = run(listed)
+    assert (report.embedded, compared, dict(report.failures)) == (1, 1, {"changed": 1})
+
+
 def test_rights_that_were_changed_cost_one_comparison(tmp_path, run):
     a = tree(tmp_path / "a", range(N))
     run(a)

@@ -54,6 +54,14 @@ def make_images(folder, count, start=0):
     return folder
 
 
+def make_other(folder):
+    """Other images under the same names."""
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        pixels = np.random.default_rng(900 + number).integers(0, 256, (SIDE + 7, SIDE, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
 @pytest.fixture
 def images(tmp_path):
     return make_images(tmp_path / "images", 21)
@@ -593,8 +601,7 @@ def test_a_disk_that_is_away_leaves_the_file(images, tmp_path):
 def test_a_disk_that_goes_away_during_the_run_leaves_the_file(images, tmp_path):
     run(images, tmp_path / "f.h5")
     before = bytes_of(tmp_path)
-    for path in images.rglob("*.png"):
-        os.utime(path, ns=(1, 1))  # all have to be embedded again
+    make_other(images)  # all have to be embedded again
     listed = list_folder(images)
     images.rename(tmp_path / "unmounted")
     with pytest.raises(ProtopruneError, match=r"none of the 21 images could be used \(missing 21\).*stays as it is"):
@@ -606,8 +613,7 @@ def test_a_disk_that_goes_away_during_the_run_leaves_the_file(images, tmp_path):
 def test_what_was_computed_before_the_disk_went_away_is_kept_for_the_next_run(images, tmp_path):
     run(images, tmp_path / "f.h5")
     before = bytes_of(tmp_path)
-    for path in images.rglob("*.png"):
-        os.utime(path, ns=(1, 1))
+    make_other(images)
     listed = list_folder(images)
     away = sorted(images.rglob("*.png"))[5:]
     moved = [path.rename(tmp_path / path.name) for path in away]
@@ -634,9 +640,7 @@ def test_another_folder_is_refused_and_overwritten_on_request(images, tmp_path):
 
 def test_the_same_names_in_another_folder_are_other_images(images, tmp_path):
     run(images, tmp_path / "f.h5")
-    other = make_images(tmp_path / "other", 21)
-    for path in other.rglob("*.png"):
-        os.utime(path, ns=(5, 5))
+    other = make_other(make_images(tmp_path / "other", 21))
     with pytest.raises(ProtopruneError, match="21 of its 21 features would be lost"):
         run(other, tmp_path / "f.h5")
 

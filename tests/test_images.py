@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import io
 import os
@@ -409,6 +410,27 @@ def test_class_level_takes_the_folders_below_the_splits(tmp_path):
             list_folder(tmp_path, class_level=level)
     with pytest.raises(UsageError, match="goes with classes from folders"):
         list_folder(tmp_path, class_level=2, labels=False)
+
+
+@pytest.mark.parametrize(
+    ("paths", "warned"),
+    [
+        (("cat/1.png", "dog/2.png", "dog/3.png", "stray.png"), True),
+        (("cat/1.png", "dog/2.png", "dog/3.png"), False),  # classes
+        (("cat/1.png", "stray.png", "other.png", "dog/2.png", "third.png"), False),  # hardly a folder a class
+        (("cat/1.png", "cat/2.png", "stray.png"), False),  # one folder is no class anyway
+    ],
+)
+def test_stray_images_that_cost_the_classes_are_named(tmp_path, paths, warned):
+    for path in paths:
+        put(tmp_path, path)
+    for listing in (list_folder, functools.partial(list_paths, paths)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert bool(listing(tmp_path).classes) == ("stray.png" not in paths)
+            assert listing(tmp_path, labels=False).classes == []
+        assert len(told) == warned
+        assert not warned or f"1 of {len(paths)} images lies in no folder (first: stray.png)" in str(told[0].message)
 
 
 @pytest.mark.parametrize(

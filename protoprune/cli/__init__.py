@@ -33,7 +33,7 @@ from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
-from protoprune.errors import ProtopruneError, ProtopruneWarning, ignore_pillow
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_pillow
 from protoprune.text import shortened
 
 _Misspelt: type[Exception] = typer.BadParameter.__bases__[
@@ -45,6 +45,10 @@ _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory",
 
 class _Group(TyperGroup):
     """Shows what the user can act on in one line, with the exit code that it carries."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_empty(args)
+        return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         with _in_one_line():
@@ -59,6 +63,15 @@ class _Group(TyperGroup):
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where it can be said that it fails
             return answer
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """UsageError for a word without a letter, which as a path would be the current folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        option = word[:-1] if re.fullmatch(r"--[\w-]+=", word) else before if before.startswith("-") else ""
+        if not word or word == f"{option}=":
+            where = f"{option}: " if option else ""
+            raise UsageError(f"{where}an empty argument; is a variable of the shell not set?")
 
 
 @contextlib.contextmanager

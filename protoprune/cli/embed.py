@@ -169,7 +169,7 @@ def _embed_images(
         def on_compare(count: int) -> None:
             say(
                 f"comparing {many(count, 'image')} with what was embedded: they lie below another root, or were "
-                "copied or restored (--moved takes them for the same by name, size and time)"
+                "copied, restored or touched (--moved goes by name, size and time alone)"
             )
 
         def on_progress(done: int, failed: int) -> None:

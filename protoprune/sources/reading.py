@@ -244,6 +244,7 @@ def _images(shard: Shard, found: _Found, options: ShardOptions, root: str, stack
         labels=label,
         classes=classes,
         labels_from=source,
+        labels_asked=(options.labels, options.label_column, options.class_level) != (True, None, None),
         skipped=found.skipped,
         left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
         why=[why for _, why in found.left_out],

@@ -62,15 +62,17 @@ class Heads:
     """Linear heads on the features, trained to convergence.
 
     All recipes on a split share one strength of the penalty: choosing it costs most of a fit, and the same for all is
-    fair to all. It is the one that suits as many random images of the same training part. What judges has its own.
+    fair to all. It is the one that suits as many random images of the same training part. From some thousands on, where
+    such parts agree, it is found once, on as many random ones of all images that choose (their number to two digits),
+    and the fits of all lists start from that head. What judges has its own.
     """
 
     def __init__(self, pool: Pool, choosers: np.ndarray, test: Pool | None = None) -> None:
         from protoprune.training import converged
 
         self.pool, self.choosers, self.test = pool, choosers, test
-        self.name = f"head {converged.VERSION}, shared strength"
-        self._strengths: dict[tuple[int, int], float] = {}  # by the number of images and the split
+        self.name = f"head {converged.VERSION}, shared strength and start"
+        self._random: dict[tuple[int, int], Head] = {}  # of random images, by number and split
 
     @cached_property
     def space(self) -> Space:
@@ -83,24 +85,39 @@ class Heads:
         if held_out is None:
             assert self.test is not None, "without a test set there are rows that are held out"
             return self._fit(rows, seed).predict(self.test.vectors) == self.test.labels
-        strength = None
+        near = None
         if np.isin(held_out[:1], self.choosers).any():  # a split of the images that choose
-            strength = self._strength(len(rows), held_out, seed)
-        return self._fit(rows, seed, strength).predict(self.pool.vectors[held_out]) == self.pool.labels[held_out]
+            near = self._near(len(rows), held_out, seed)
+        return self._fit(rows, seed, near).predict(self.pool.vectors[held_out]) == self.pool.labels[held_out]
 
-    def _fit(self, rows: np.ndarray, seed: int, strength: float | None = None) -> Head:
+    def _fit(self, rows: np.ndarray, seed: int, near: Head | None = None) -> Head:
         from protoprune.training.converged import fit_head
 
         own = np.searchsorted(self.choosers, rows)
         labels, classes = self.pool.labels[self.choosers], len(self.pool.classes)
-        return fit_head(self.space, labels, classes, rows=own, strength=strength, seed=seed)
+        return fit_head(
+            self.space,
+            labels,
+            classes,
+            rows=own,
+            strength=None if near is None else near.strength,
+            near=near,
+            seed=seed,
+        )
 
-    def _strength(self, count: int, held_out: np.ndarray, split: int) -> float:
-        if (count, split) not in self._strengths:
-            part = np.setdiff1d(self.choosers, held_out)
+    def _near(self, count: int, held_out: np.ndarray, split: int) -> Head:
+        """A head of about so many random images, whose strength and place the others share."""
+        from protoprune.training.converged import ONE_FOLD
+
+        part = self.choosers
+        if count < ONE_FOLD:
+            part = np.setdiff1d(part, held_out)
+        else:
+            count, split = int(float(f"{count:.2g}")), 0
+        if (count, split) not in self._random:
             drawn = np.random.default_rng([split, 0x57E6]).permutation(part)[:count]
-            self._strengths[count, split] = self._fit(np.sort(drawn), split).strength
-        return self._strengths[count, split]
+            self._random[count, split] = self._fit(np.sort(drawn), split)
+        return self._random[count, split]
 
 
 class Networks:
