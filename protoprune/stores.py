@@ -121,9 +121,9 @@ def answered(url: str, ask: Callable[[], T]) -> T:
     raise ProtopruneError(f"{public(url)}: {trouble(error, url)}") from None
 
 
-def refused(error: FileNotFoundError) -> BaseException | None:
+def refused(error: FileNotFoundError, url: str) -> BaseException | None:
     """What a web server said instead of a file; None where it is not there. fsspec calls both by one name."""
-    cause = error.__cause__
+    cause = error.__cause__ if url.startswith(("http://", "https://")) else None
     if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
         return None
     return cause
@@ -215,7 +215,7 @@ def _of_one(url: str, ask: Callable[[Any, str], T]) -> T | None:
         try:
             return ask(there, path)
         except FileNotFoundError as error:
-            if why := refused(error):
+            if why := refused(error, url):
                 raise why from None
             return None
         except OSError:  # S3 answers HEAD without a word of why; a listing is told it

@@ -154,7 +154,7 @@ def _ask(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] | s
         try:
             return store.info(path)
         except FileNotFoundError as error:
-            why = stores.refused(error)
+            why = stores.refused(error, url)
             return stores.trouble(why, url) if why else None
         except PermissionError as error:
             if len(paths) == 1:
