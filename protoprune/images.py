@@ -142,7 +142,8 @@ def list_paths(
     that does not exist is kept: it becomes a row with a failed status, never a silent loss. `labels` and `class_level`
     are those of `list_folder`, with levels counted from the root.
 
-    Raises UsageError for an entry outside `root` or that no file can be called, and ProtopruneError for an empty list.
+    Raises UsageError for an entry outside `root` or that no file can be called, and for a `root` below which nothing
+    of the list is, while all of it is below the current folder; ProtopruneError for an empty list.
     """
     entries = [e for e in entries if e]
     if not entries:
@@ -155,6 +156,11 @@ def list_paths(
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
+    if chosen and all(mtime < 0 for _, _, mtime, _ in found) and all(map(os.path.isfile, unique)):
+        raise UsageError(
+            f"--root {root}: none of the {len(unique):,} listed images is below it, and all are where the current "
+            f"folder is the root (first: {unique[0]}); leave --root out"
+        )
     images = _build(root, found, labels, class_level)
     images.duplicates = len(ids) - len(unique)
     if not chosen and labels is True and class_level is None:

@@ -32,6 +32,7 @@ from protoprune.files import leads_out
 from protoprune.images import ImageList, image_labels, stat_files
 from protoprune.npy import map_npy, reason
 from protoprune.text import parse_json
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -136,6 +137,7 @@ def import_features(
         names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
         size, mtime_ns = stat_files(base, names) if root is not None else (np.full(n, -1), np.full(n, -1))
+        _warn_of_missing(names, size, base if root is not None else None)
         label, classes, labels_from = image_labels(base, names, labels, class_level)
         store = store if store != "auto" else "float16" if dtype == np.float16 else "float32"
         images = ImageList(base, names, size, mtime_ns, label, classes, labels_from)
@@ -149,6 +151,17 @@ def import_features(
         with files.lock(out):
             report.unusable = _write(out, images, parts, order, dim, provenance)
     return report
+
+
+def _warn_of_missing(names: list[str], size: np.ndarray, root: str | None) -> None:
+    """Say which names are no files below a root that was given, perhaps the wrong one."""
+    away = np.flatnonzero(size < 0)
+    if root is not None and len(away):
+        of = f"of {len(names):,} names"
+        warn(
+            f"--root {root}: {many(len(away), f'{of} is no file', f'{of} are no files')} below it (first: "
+            f"{names[away[0]]})"
+        )
 
 
 def _write(
@@ -281,7 +294,8 @@ def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[st
     ordered = [names[i] for i in order]
     twice = [one for one, other in itertools.pairwise(ordered) if one == other]
     if twice:
-        raise ProtopruneError(f"{len(twice):,} names have two vectors (first: {twice[0]}); each image needs one")
+        some = many(len(twice), "name has", "names have")
+        raise ProtopruneError(f"{some} two vectors (first: {twice[0]}); each image needs one")
     return ordered, base or os.getcwd(), order
 
 

@@ -175,7 +175,14 @@ def weights_of(
     listed = dict(zip(_in_order(list(weights), base, ids), weights.values(), strict=True))
     _all_present(listed.keys() - set(ids), len(listed), where, base, ids)
     mine = ids if places is None else [ids[place] for place in places]
-    _some_left(sum(one in listed for one in mine), len(mine))
+    have = sum(one in listed for one in mine)
+    _some_left(have, len(mine))
+    if places is not None and have < len(mine):
+        of = f"of the {len(mine):,} images of this part of the data set"
+        warn(
+            f"{many(len(mine) - have, f'{of} has', f'{of} have')} no weight in the list, and a weight of 0; take the "
+            "part that `keep_only` makes with this list"
+        )
     return np.array([listed.get(one, 0) for one in mine], np.float32)
 
 

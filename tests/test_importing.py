@@ -236,7 +236,8 @@ def test_names_that_are_files_have_size_and_time(tmp_path):
         write_image(tmp_path / "images" / name)
     np.save(tmp_path / "v.npy", VECTORS)
     absolute = [str(tmp_path / "images" / name) for name in NAMES]
-    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=absolute, root=tmp_path / "images")
+    with pytest.warns(ProtopruneWarning, match=rf"--root .*/images: 1 of {N} names is no file below it \(first: "):
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=absolute, root=tmp_path / "images")
     with FeatureFile(tmp_path / "f.h5") as file:
         assert file.paths == sorted(NAMES)
         assert file.provenance["root"] == str(tmp_path / "images")
@@ -253,7 +254,7 @@ def test_names_that_are_files_have_size_and_time(tmp_path):
     ("make", "options", "message"),
     [
         (lambda f: np.save(f / "v.npy", VECTORS), {"paths": NAMES[:5]}, "12 vectors and 5 names"),
-        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": [*NAMES[:11], NAMES[0]]}, r"1 names have two vectors"),
+        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": [*NAMES[:11], NAMES[0]]}, r"1 name has two vectors"),
         (lambda f: np.save(f / "v.npy", VECTORS[0]), {"paths": NAMES}, r"shape \(5,\), expected"),
         (lambda f: np.save(f / "v.npy", np.arange(24).reshape(12, 2)), {"paths": NAMES}, "numbers of type int64"),
         (lambda f: (f / "v.npy").write_bytes(b"junk"), {}, "cannot be read"),

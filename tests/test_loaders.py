@@ -100,6 +100,9 @@ def test_weights_of_a_part_of_a_part(image_folder):
     backwards = Subset(keep_only(image_folder, KEPT), [2, 0, 1])
     assert weights_of(backwards, BY_PATH).tolist() == [2.5, 1, 4]
     assert weights_of(Subset(backwards, [0, 1]), BY_PATH).tolist() == [2.5, 1]
+    with pytest.warns(ProtopruneWarning, match=r"1 of the 3 images .* has no weight in the list"):
+        other = weights_of(backwards, {path: weight for path, weight in BY_PATH.items() if path != "cat/001.png"})
+    assert other.tolist() == [2.5, 0, 4]
     with pytest.raises(ProtopruneError, match="1 of 4 listed images is not in the data set"):
         weights_of(backwards, {**BY_PATH, "cat/9.png": 1})
 

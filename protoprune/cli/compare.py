@@ -65,6 +65,7 @@ def compare(
     Spearman rank correlations, and the overlap of the sets that would be kept.
     """
     from protoprune import comparison, files, selection
+    from protoprune.lists import packed
     from protoprune.scores import check_reading
 
     keeps = list(dict.fromkeys(numbers(keep, "--keep")))
@@ -89,9 +90,9 @@ def compare(
     for picture in (sheet, figure):
         check_picture(picture, place, result.paths)
     if out is not None:
-        files.write_file(out, files.table_csv(comparison.pair_rows(result)))
+        files.write_file(out, packed(out, [files.table_csv(comparison.pair_rows(result))]))
     if classes is not None:
-        files.write_file(classes, files.table_csv(comparison.class_rows(result)))
+        files.write_file(classes, packed(classes, [files.table_csv(comparison.class_rows(result))]))
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:

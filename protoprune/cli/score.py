@@ -124,7 +124,7 @@ def _check_out(out: Path, source: Path) -> None:
     from protoprune.scores.table import check_name
 
     check_name(out)
-    check_outputs(out, inputs=[source])
+    check_outputs(stdout=out, inputs=[source])
     check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
 
 

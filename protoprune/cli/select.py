@@ -106,7 +106,7 @@ def _check_output(
 
     from protoprune.lists import check_list
 
-    check_outputs(*outputs, inputs=inputs, links=links)
+    check_outputs(*outputs[1:], inputs=inputs, links=links, stdout=outputs[0])
     _check_named(format, outputs[0])
     for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
         tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")
