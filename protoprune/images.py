@@ -290,7 +290,7 @@ def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> 
             path = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
                 stack.append((path, ancestors | {identity}))
-            elif _is_image_name(entry):
+            elif is_image_name(entry.path):
                 yield (path, *_size_and_times(entry.path))
             else:
                 left_out.append(path)
@@ -303,17 +303,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image_name(entry: os.DirEntry[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
+def is_image_name(path: str) -> bool:
+    """By the suffix of a file; of one without a suffix by how it begins."""
+    suffix = os.path.splitext(path)[1].lower()
     if suffix:  # and not the content: backups and half downloads (x.jpg_original, x.jpg.part) begin like images too
         return suffix in image_suffixes()
-    try:
-        if not entry.is_file():
-            return False
-    except OSError:  # a link that points to itself
+    if not os.path.isfile(path):
         return False
     try:  # content-addressed stores have names without a suffix
-        return formats.is_image(_head(entry.path), lambda: open(entry.path, "rb", opener=open_at_once))
+        return formats.is_image(_head(path), lambda: open(path, "rb", opener=open_at_once))
     except OSError:  # unless it is read nobody knows: it becomes a row with a status
         return True
 

@@ -151,6 +151,34 @@ def test_nothing_usable_is_an_error(tmp_path, mini):
         FeatureSet(tmp_path / "f")
 
 
+def test_shards_that_are_no_longer_named_are_said(tars, mini, tmp_path):
+    """A glob finds what is there: a shard that is missing takes its images out of the set, and of every list."""
+    embed_shards(find_shards(tars), mini, tmp_path / "f", device="cpu")
+    (tars / "0002.tar").rename(tmp_path / "elsewhere.tar")
+    with pytest.warns(
+        ProtopruneWarning, match=r"1 shard of .*f is not among those given now: 6 images fewer in it \(fir"
+    ):
+        report = embed_shards(find_shards(f"{tars}/*.tar"), mini, tmp_path / "f", device="cpu")
+    assert report.n == 18
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed_shards(find_shards(f"{tars}/*.tar"), mini, tmp_path / "f", device="cpu")  # it is known by now
+
+
+def test_a_set_of_failures_holds_nothing_to_lose(folder, mini, tmp_path):
+    """The wrong column made no features: the right one needs no --overwrite."""
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "train-0.parquet", members(folder))
+    write_parquet(tmp_path / "test-0.parquet", members(folder))
+    source = find_shards(tmp_path)
+    with pytest.warns(ProtopruneWarning, match=r"splits \(test, train\), and one set is made of all of them"):
+        report = embed_shards(source, mini, tmp_path / "f", options=ShardOptions(image_column="name"), device="cpu")
+    assert len(report.failed_shards) == 2
+    assert embed_shards(source, mini, tmp_path / "f", options=ShardOptions(id_column="name"), device="cpu").n == 48
+    with pytest.raises(ProtopruneError, match="other features"):
+        embed_shards(source, mini, tmp_path / "f", device="cpu")
+
+
 def test_a_shard_that_is_gone_keeps_its_features(tars, mini, tmp_path):
     run(f"{tars}/{{0000..0003}}.tar", tmp_path / "f", mini)
     before = arrays(tmp_path / "f")

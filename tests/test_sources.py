@@ -23,7 +23,7 @@ from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
-from protoprune.sources.finding import Shard, expand, fixed_part, in_order
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order, splits_among
 from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
@@ -129,6 +129,63 @@ def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
     (tmp_path / "list.gz").write_bytes(gzip.compress(b"a.png\n"))
     assert find_shards(tmp_path / "list.gz") is None
     assert find_shards(tmp_path / "nowhere") is None
+
+
+def test_what_lies_beside_shards_hides_them_not(folder, tmp_path):
+    """Spark's _SUCCESS, a licence, links to other disks: a folder of shards all the same."""
+    write_tars(tmp_path / "disk" / "train", members(folder), 2)
+    place = tmp_path / "set"
+    place.mkdir()
+    (place / "train").symlink_to(tmp_path / "disk/train")
+    (tmp_path / "disk/train/again").symlink_to(tmp_path / "disk")  # back to a folder that we are in
+    for name, content in (
+        ("_SUCCESS", b""),
+        ("LICENSE", b"Permission is granted"),
+        ("README.md", b"#"),
+        (".crc", b"1"),
+    ):
+        (place / name).write_bytes(content)
+    source = find_shards(place)
+    assert [shard.name for shard in source.shards] == ["train/0000.tar", "train/0001.tar"]
+    (place / "cover").write_bytes(PNG)  # an image, whatever it is called
+    assert find_shards(place) is None
+
+
+def test_shards_beside_images_are_said(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    (tmp_path / "set/preview.png").write_bytes(PNG)
+    result = call("embed", tmp_path / "set", "-o", tmp_path / "f.h5", "--encoder", "mini", "--device", "cpu")
+    assert "2 of them are shards (0000.tar), whose images are not embedded" in result.stderr
+    assert f"such as '{tmp_path}/set/*.tar'" in result.stderr
+    result = call("embed", tmp_path / "set/*.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
+    assert "15 images" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], ["test", "train"]),
+        (["imagenet-train-000000.tar", "imagenet-val-000000.tar", "x.tar"], ["train", "val"]),
+        (["train2017.zip", "val2017.zip"], ["train", "val"]),
+        (["Train/0.tar", "train/1.tar"], ["train"]),
+        (["training-set/0.tar", "latest/1.tar", "devices/2.tar", "contest.tar", "00000.tar"], ["training"]),
+    ],
+)
+def test_splits_by_the_names_of_shards(names, splits):
+    assert splits_among(names) == splits
+
+
+def test_shells_that_expand_a_pattern_and_archives_that_are_not_read(tmp_path):
+    assert "several shards are a pattern in quotes" in call("embed", "0.tar", "1.tar").stderr
+    (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(256)))
+    assert (
+        "a Zstandard file, not a list of paths; unpack it first (zstd -d)"
+        in call("embed", tmp_path / "x.tar.zst").stderr
+    )
+    (tmp_path / "list.txt").write_text("https://h.example/a.jpg\nb.jpg\n")
+    assert "single images are not fetched by URL" in call("embed", tmp_path / "list.txt").stderr
+    (tmp_path / "list.txt").write_text("a.tar\n")
+    assert "give --root, the folder that its paths are relative to" in call("embed", tmp_path / "list.txt").stderr
 
 
 def test_shards_are_in_the_order_of_ids():

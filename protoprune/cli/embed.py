@@ -235,6 +235,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     from protoprune.lists import split_list
     from protoprune.sources import find_shards, list_shards
     from protoprune.sources.finding import looks_like_shards
+    from protoprune.stores import is_url, public
 
     if images == "-":
         if sys.stdin is None:  # `<&-`
@@ -258,6 +259,11 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
         entries = listed
     if looks_like_shards(entries):
         return list_shards(entries, root), None
+    if (url := next((one for one in entries if is_url(one)), None)) is not None:
+        raise UsageError(
+            f"{images}: lists {public(url)}, and single images are not fetched by URL; download them (img2dataset), or "
+            "list URLs of shards only"
+        )
     return None, entries
 
 
@@ -284,6 +290,7 @@ def _say_listing(count: int) -> None:
 def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
     from protoprune.images import describe_counts
+    from protoprune.sources.finding import SUFFIXES
 
     classes = f" in {many(len(found.classes), 'class', 'classes')} ({found.labels_from})" if found.classes else ""
     say(f"{many(len(found), 'image')}{classes} under {found.root}")
@@ -295,6 +302,14 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
             f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
             f"{describe_counts(found.skipped)}{listed}"
         )
+        shards = [path for path in found.left_out if path.lower().endswith(SUFFIXES)] if found.why is None else []
+        if shards:
+            some = many(len(shards), "of them is a shard", "of them are shards")
+            pattern = f"{found.root}/*{os.path.splitext(shards[0])[1]}"
+            say(
+                f"warning: {some} ({shards[0]}), whose images are not embedded: a folder with images in it is one of "
+                f"images. Shards are given by a pattern in quotes, such as '{pattern}'"
+            )
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
     if found.duplicates:

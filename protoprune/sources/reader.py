@@ -108,7 +108,7 @@ class ImageReader:
             return self._copies[name]
         if self._refused:
             raise ImageError(Status.UNREADABLE, self._refused)
-        url = f"{self.root}/{name}"
+        url = stores.below(self.root, name)
         try:
             size = stores.size(url)
         except ProtopruneError as error:
