@@ -217,6 +217,10 @@ def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> _Fou
         return _zip(file, options, stack)
     if kind in ("a Parquet file", "an Arrow file") or head.startswith(b"\xff\xff\xff\xff"):  # an Arrow stream
         return _table(path, file, options, stack)
+    if path.lower().endswith(".tar") and not any(head):  # as tar writes one of nothing: its end, and no more
+        whole = file.read(10_241)
+        if len(whole) <= 10_240 and len(whole) % 512 == 0 and not any(whole):
+            raise ShardError(Status.EMPTY, "a tar without members")
     if path.lower().endswith((".tar", ".zip")) and not any(head):
         raise ShardError(Status.CORRUPT, "begins with zeros: not a tar, zip, Parquet or Arrow file")
     raise ShardError(Status.CORRUPT, f"{kind or f'begins with {head[:12]!r}'}: not a tar, zip, Parquet or Arrow file")
@@ -289,7 +293,7 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
         for member in tar:
             if member.isdir():
                 continue
-            if member.isreg() and member.offset_data + member.size > end:
+            if member.isreg() and member.offset_data + _stored(member) > end:
                 raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
             name = _clean(member.name)
             duplicates += name in members and _is_image(name)
@@ -320,6 +324,12 @@ def _tar(file: IO[bytes], options: ShardOptions) -> _Found:
     found.beside = others.by_key()
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
+
+
+def _stored(member: tarfile.TarInfo) -> int:
+    """Bytes that a member has in the tar: the holes of a sparse file are not in it."""
+    sparse: Any = member.sparse if member.issparse() else None
+    return member.size if sparse is None else sum(size for _, size in sparse)
 
 
 def _start_of(handle: int, member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
@@ -367,8 +377,9 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
     members: dict[str, zipfile.ZipInfo] = {}
     duplicates = 0
     for info in archive.infolist():
-        if not info.is_dir():
-            name = _clean(info.filename)
+        path = _with_slashes(info)
+        if not path.endswith("/"):
+            name = _clean(path)
             duplicates += name in members and _is_image(name)
             members[name] = info
     images: list[zipfile.ZipInfo] = []
@@ -389,6 +400,12 @@ def _zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) ->
     found.beside = others.by_name(found.names)
     found.left_out = _belonging_to_none(left_out, found.names)
     return found
+
+
+def _with_slashes(info: zipfile.ZipInfo) -> str:
+    """A name as `unzip` reads it: zips of old .NET have backslashes, against the format's rules."""
+    name = info.filename
+    return name.replace("\\", "/") if info.create_system == 0 and "/" not in name else name
 
 
 def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
