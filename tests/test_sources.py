@@ -23,7 +23,7 @@ from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
-from protoprune.sources.finding import Shard, expand, fixed_part, in_order, splits_among
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
@@ -673,3 +673,27 @@ def test_half_characters_in_json_do_not_end_a_run(tmp_path):
     with opened(write_tar(tmp_path / "a.tar", files)) as images:
         assert images.classes == ["é", os.fsdecode(b"\xed\xa0\x80")]
         assert [os.fsencode(name) for name in images.classes] == ["é".encode(), b"\xed\xa0\x80"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("0.tar/a/1.jpg", ("0.tar", "a/1.jpg")),
+        ("x.y/d.PARQUET/https://h/b.zip/1", ("x.y/d.PARQUET", "https://h/b.zip/1")),
+        ("s.tar.gz/1", ("s.tar.gz", "1")),
+        ("a/1.jpg", ("", "a/1.jpg")),
+        ("1.tar", ("", "1.tar")),
+    ],
+)
+def test_ids_of_images_in_shards(path, parts):
+    assert split_id(path) == parts
+
+
+def test_no_links_into_shards(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    features = tmp_path / "f"
+    assert call("embed", tmp_path / "set", "-o", features, "--encoder", "mini", "--device", "cpu").exit_code == 0
+    result = call("select", features, "--keep", "0.5", "--links", tmp_path / "links")
+    assert result.exit_code == 2
+    assert "lies in a shard, to which no link can lead; `protoprune reshard LIST OUT` writes" in result.stderr
+    assert not (tmp_path / "links").exists()
