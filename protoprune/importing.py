@@ -33,7 +33,7 @@ from protoprune.files import leads_out
 from protoprune.images import ImageList, folder_labels, image_labels, stat_files
 from protoprune.npy import map_npy, reason
 from protoprune.sources.finding import split_id
-from protoprune.sources.reading import FOLDERS
+from protoprune.sources.shard import FOLDERS
 from protoprune.text import parse_json
 from protoprune.units import many
 

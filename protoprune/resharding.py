@@ -34,7 +34,8 @@ from protoprune.images import image_suffixes
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, kind_of, open_shard
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions, kind_of
 from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"

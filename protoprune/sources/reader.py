@@ -15,7 +15,8 @@ from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.errors import ProtopruneError, warn
 from protoprune.files import leads_out
 from protoprune.sources.finding import Shard, split_id
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions
 
 _OPEN = 8  # shards that stay open
 _FETCHED = 2 << 30  # bytes of shards that are fetched from a store, in all
