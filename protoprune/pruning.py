@@ -518,6 +518,10 @@ def select(
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
     rule, clusters = _rule_and_clusters(keep, clusters, options)
+    if not isinstance(scores, str | os.PathLike | None):
+        raise UsageError(
+            f"scores: {type(scores).__name__}: expected the path of a score table; `write_scores` makes one of an array"
+        )
     check_reading(scores, higher_is, rows, by_place)
     _check_together(rule, clusters, scores, dedup, dedup_prefer)
     if scores is None:

@@ -236,6 +236,9 @@ def test_missing_and_foreign_parts_are_errors_that_name_them(tars, mini, tmp_pat
             open_features(tmp_path / "f")
     with pytest.raises(ProtopruneError, match=r"a folder without set\.json"):
         open_features(tars)
+    for other in (tars / "0000.tar", tmp_path / "nothing"):
+        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json; give"):
+            protoprune.merge(other, tmp_path / "m.h5")
 
 
 def test_merge_is_the_set_in_one_file(tars, mini, tmp_path):
@@ -304,7 +307,9 @@ def test_labels_of_shards_become_one_numbering(folder, mini, tmp_path):
     write_tar(tmp_path / "s/1.tar", [("a.png", image), ("a.cls", b"2"), ("b.png", image), ("b.cls", b"10")])
     write_tar(tmp_path / "s/2.tar", [("x/a.png", image)])  # its folder is no class beside .cls
     run(tmp_path / "s", tmp_path / "f", mini)
-    with FeatureSet(tmp_path / "f") as whole:
+    with pytest.warns(ProtopruneWarning, match=r"1 image has no class: .* from \.cls"):
+        whole = FeatureSet(tmp_path / "f")
+    with whole:
         assert whole.classes == ["2", "9", "10"]
         assert whole.labels.tolist() == [2, 1, 0, 2, -1]
         assert whole.paths[0] == "0.tar/a.png"
@@ -316,6 +321,21 @@ def test_labels_of_shards_become_one_numbering(folder, mini, tmp_path):
     with FeatureSet(tmp_path / "f") as whole:
         assert whole.classes == []
     assert report.embedded == 0  # other labels are no reason to compute anything
+
+
+@pytest.mark.parametrize(("stray", "warned"), [(1, True), (0, False), (4, False)])
+def test_images_in_no_folder_of_their_shard_cost_the_classes(folder, mini, tmp_path, stray, warned):
+    image = members(folder)[0][1]
+    write_tar(tmp_path / "s/0.tar", [("x/a.png", image), ("y/b.png", image)])
+    write_tar(tmp_path / "s/1.tar", [("x/c.png", image), *((f"{number}.png", image) for number in range(stray))])
+    run(tmp_path / "s", tmp_path / "f", mini)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with FeatureSet(tmp_path / "f") as whole:
+            assert whole.classes == ([] if stray else ["x", "y"])
+    assert [str(one.message)[:60] for one in told] == [
+        "no classes, since 1 of 4 images lies in no folder of its sha"
+    ] * warned
 
 
 def test_training_takes_a_set(tars, mini, tmp_path):

@@ -50,6 +50,7 @@ def check_outputs(
         if path != hdf5:
             _check_kind(path)
         written.append(path)
+    check_suffix(hdf5, (".h5", ".hdf5"))
 
 
 # Suffixes that say what a file holds, so that something else in it would mislead people and programs.
