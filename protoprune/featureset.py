@@ -32,7 +32,7 @@ from protoprune.errors import ProtopruneError, warn
 from protoprune.featurefile import FeatureFile, Index
 from protoprune.images import SET_FILE
 from protoprune.paths import STEP, Block, Paths
-from protoprune.sources.reading import FOLDERS
+from protoprune.sources.shard import FOLDERS
 from protoprune.text import native, parse_json
 from protoprune.units import many
 

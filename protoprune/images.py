@@ -357,6 +357,8 @@ def why_no_image(name: str, head: Callable[[], bytes | None], or_else: str = "")
     """Why a file is none by its name, and what its first bytes say; `head` gives None for what is no regular file."""
     suffix = os.path.splitext(name)[1]
     why = f"no image has the suffix {suffix}" if suffix else "it has no suffix"
+    if any(part.startswith(".") for part in name.split("/")) and suffix.lower() in image_suffixes():
+        return "hidden: its name, or that of a folder above it, begins with a dot"
     try:
         data = head()
     except (OSError, ImageError) as error:

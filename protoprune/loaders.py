@@ -113,7 +113,8 @@ def table_rows(
     folder of the files), and `id_column` the one that the shards were embedded with. Raises ProtopruneError where an
     entry is in no file.
     """
-    from protoprune.sources.reading import ShardError, table_ids
+    from protoprune.sources.shard import ShardError
+    from protoprune.sources.tables import table_ids
 
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
     if isinstance(listed, np.ndarray):

@@ -38,7 +38,7 @@ from protoprune.vectors import CHUNK, Rows
 if TYPE_CHECKING:
     from protoprune.featurefile import FeatureFile
     from protoprune.featureset import FeatureSet
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
     Source = FeatureFile | FeatureSet
 
@@ -713,7 +713,7 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 
 def unranked(file: Source) -> Ranking:
     """The images of an open feature file or set, without scores."""
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
     return Ranking(
         file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status,

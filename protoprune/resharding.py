@@ -32,9 +32,10 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images import image_suffixes
 from protoprune.lists import read_list
-from protoprune.sources.finding import SUFFIXES, Shard
+from protoprune.sources.finding import SUFFIXES, Shard, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, kind_of, open_shard
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions, kind_of
 from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
@@ -186,9 +187,8 @@ def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
 
 def _normal(path: str) -> str:
     """Without ./ and the like, up to the shard: what follows is an id, which may be a URL."""
-    parts = path.split("/")
-    shard = next((place for place, part in enumerate(parts) if part.lower().endswith(SUFFIXES)), len(parts) - 1) + 1
-    return "/".join([os.path.normpath("/".join(parts[:shard])), *parts[shard:]])
+    shard, name = split_id(path)
+    return f"{os.path.normpath(shard)}/{name}" if shard else os.path.normpath(path)
 
 
 def _cut(entries: Sequence[str], size: int, sample_of: Callable[[str], object]) -> list[tuple[int, int]]:

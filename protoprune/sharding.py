@@ -31,8 +31,8 @@ from protoprune.featureset import Part, shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.finding import splits_among
-from protoprune.sources.reading import FOLDERS
 from protoprune.sources.remote import Copies
+from protoprune.sources.shard import FOLDERS
 from protoprune.units import many
 
 Copy = Callable[[Shard], AbstractContextManager[str]]

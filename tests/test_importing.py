@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import warnings
 import zlib
 
 import numpy as np
@@ -314,3 +315,22 @@ def test_what_a_killed_import_left_is_said_and_replaced(tmp_path):
         import_features(tmp_path / "v.npz", tmp_path / "f.h5")
     assert import_features(tmp_path / "v.npz", tmp_path / "f.h5", overwrite=True).n == 4
     assert not (tmp_path / "f.h5.partial").exists()
+
+
+def test_names_of_images_in_shards(tmp_path):
+    """The shards are no classes, the folders in them are; and an image in a shard that is there is there."""
+    names = [f"{shard:04d}.tar/{kind}/{i}.jpg" for shard in range(2) for kind in ("ant", "bee") for i in range(3)]
+    (tmp_path / "0000.tar").write_bytes(b"")
+    (tmp_path / "0001.tar").write_bytes(b"")
+    np.save(tmp_path / "v.npy", np.eye(12, dtype=np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names, root=tmp_path)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert (file.classes, file.labels.tolist()) == (["ant", "bee"], [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3)
+    flat = [name.replace("/ant/", "/a").replace("/bee/", "/b") for name in names]
+    (tmp_path / "0001.tar").unlink()
+    with pytest.warns(ProtopruneWarning, match=r"6 of 12 names are no files below it \(first: 0001.tar/a0.jpg"):
+        import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=flat, root=tmp_path)
+    with FeatureFile(tmp_path / "g.h5") as file:
+        assert file.classes == []

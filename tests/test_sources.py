@@ -23,7 +23,7 @@ from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
-from protoprune.sources.finding import Shard, expand, fixed_part, in_order, splits_among
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
@@ -266,6 +266,8 @@ def test_members_that_are_no_images_are_counted_and_hidden_ones_left_out(tmp_pat
         with opened(path) as images:
             assert images.paths == [f"{path.name}/{name}" for name in ("a/1.png", "a/2", "abs/5.PNG")]
             assert images.skipped == {".txt": 1, "(no suffix)": 1, ".png": 2}
+            why = dict(zip(images.left_out, images.why, strict=True))
+            assert why[f"{path.name}/.git/4.png"].startswith("hidden: its name, or that of a folder above it")
 
 
 def test_an_image_name_with_other_content_is_an_image_that_fails(tmp_path):
@@ -356,6 +358,45 @@ def test_labels_from_json_beside_the_images(tmp_path):
         assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["x", "y", "", "z"]
     with opened(path, class_level=1) as images:
         assert images.classes == ["d"]
+
+
+def test_a_zip_with_backslashes_has_folders(tmp_path):
+    """As old .NET writes them. On Linux a name may hold one."""
+    for system, names in ((0, ["s.zip/ant/1.png", "s.zip/bee/2.png"]), (3, ["s.zip/ant\\1.png", "s.zip/bee\\2.png"])):
+        with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+            for name, data in (("ant\\", b""), ("ant\\1.png", PNG), ("bee\\2.png", PNG)):
+                info = zipfile.ZipInfo("x")
+                info.filename, info.create_system = name, system
+                archive.writestr(info, data)
+        with opened(tmp_path / "s.zip") as images:
+            assert images.paths == names
+            assert images.classes == (["ant", "bee"] if system == 0 else [])
+            assert all(images.read(row) == PNG for row in range(2))
+
+
+def test_a_sparse_member_does_not_make_a_tar_truncated(tmp_path):
+    """`tar -S`: a log file with a hole of a gigabyte has few bytes in the tar."""
+
+    def sparse(name: str, data: bytes, size: int) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.size, info.type = len(data), b"S"
+        head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        head[386:410] = b"%011o\0%011o\0" % (size - len(data), len(data))  # where the data lie
+        head[483:495] = b"%011o\0" % size
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        return bytes(head) + data + bytes(-len(data) % 512)
+
+    plain = write_tar(tmp_path / "plain.tar", [("a.png", PNG)]).read_bytes()
+    whole = sparse("x.log", b"end", 1 << 30) + sparse("b.png", PNG, 1 << 20) + plain
+    (tmp_path / "s.tar").write_bytes(whole)
+    with opened(tmp_path / "s.tar") as images:
+        assert images.paths == ["s.tar/a.png", "s.tar/b.png"]
+        assert images.read(0) == PNG
+        with pytest.raises(ImageError, match="a sparse file in a tar"):
+            images.read(1)
+    (tmp_path / "s.tar").write_bytes(whole[:514])
+    assert refused(tmp_path / "s.tar")[0] == Status.TRUNCATED
 
 
 def test_links_in_a_tar(tmp_path):
@@ -459,7 +500,10 @@ def test_a_damaged_member_of_a_zip_fails_alone(tmp_path):
         ("s.tar", b"", Status.EMPTY, "zero bytes"),
         ("s.tar", b"<html>404 not found</html>", Status.CORRUPT, "begins with b'<html>404 no'"),
         ("s.parquet", PNG, Status.CORRUPT, "an image: not a tar, zip, Parquet or Arrow file"),
-        ("s.tar", bytes(10240), Status.CORRUPT, "not a tar"),
+        ("s.tar", bytes(10240), Status.EMPTY, "a tar without members"),
+        ("s.tar", bytes(1024), Status.EMPTY, "a tar without members"),
+        ("s.tar", bytes(20480), Status.CORRUPT, "begins with zeros: not a tar"),
+        ("s.zip", bytes(10240), Status.CORRUPT, "begins with zeros: not a tar"),
     ],
 )
 def test_what_is_not_what_its_name_says(name, data, status, reason, tmp_path):
@@ -629,3 +673,27 @@ def test_half_characters_in_json_do_not_end_a_run(tmp_path):
     with opened(write_tar(tmp_path / "a.tar", files)) as images:
         assert images.classes == ["é", os.fsdecode(b"\xed\xa0\x80")]
         assert [os.fsencode(name) for name in images.classes] == ["é".encode(), b"\xed\xa0\x80"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("0.tar/a/1.jpg", ("0.tar", "a/1.jpg")),
+        ("x.y/d.PARQUET/https://h/b.zip/1", ("x.y/d.PARQUET", "https://h/b.zip/1")),
+        ("s.tar.gz/1", ("s.tar.gz", "1")),
+        ("a/1.jpg", ("", "a/1.jpg")),
+        ("1.tar", ("", "1.tar")),
+    ],
+)
+def test_ids_of_images_in_shards(path, parts):
+    assert split_id(path) == parts
+
+
+def test_no_links_into_shards(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    features = tmp_path / "f"
+    assert call("embed", tmp_path / "set", "-o", features, "--encoder", "mini", "--device", "cpu").exit_code == 0
+    result = call("select", features, "--keep", "0.5", "--links", tmp_path / "links")
+    assert result.exit_code == 2
+    assert "lies in a shard, to which no link can lead; `protoprune reshard LIST OUT` writes" in result.stderr
+    assert not (tmp_path / "links").exists()

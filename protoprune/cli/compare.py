@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from protoprune.comparison import Comparison
     from protoprune.scores import ScoreTable
     from protoprune.scores.table import Table
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
 _FIGURES = (".png", ".svg", ".pdf")
 _SHEET_ROWS = 10
@@ -159,7 +159,7 @@ def _load(
     paths = labels = classes = usable = options = None
     if features is not None:
         from protoprune.features import open_features
-        from protoprune.sources.reading import ShardOptions
+        from protoprune.sources.shard import ShardOptions
 
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable

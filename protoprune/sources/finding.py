@@ -103,6 +103,17 @@ def is_shard(path: str) -> bool:
     return kind in known or path.lower().endswith(SUFFIXES)
 
 
+def split_id(path: str) -> tuple[str, str]:
+    """(shard, name in it) of an image's id, by the shard's suffix; ('', path) where no part of it has one.
+
+    What follows a shard may be anything, a URL too.
+    """
+    end = path.find("/")
+    while end > 0 and not path[:end].lower().endswith(SUFFIXES):
+        end = path.find("/", end + 1)
+    return (path[:end], path[end + 1 :]) if end > 0 else ("", path)
+
+
 def expand(pattern: str) -> list[str]:
     """'s/{0000..0002}.tar' -> three names; {a,b} too, nested and several. Widths are kept, as bash keeps them."""
     start = pattern.find("{")

@@ -33,7 +33,7 @@ from protoprune.sources.finding import (
     local_shards,
     pick_shards,
 )
-from protoprune.sources.reading import ShardError
+from protoprune.sources.shard import ShardError
 from protoprune.stores import without_query
 
 _TRIES = 3
