@@ -106,6 +106,8 @@ def embed(
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
+    if not isinstance(images, ImageList):
+        raise UsageError(f"images: {str(images)[:60]!r}: expected what list_folder(…) or list_paths(…) gives")
     return embed_with(
         engine, images, out, overwrite=overwrite, moved=moved, on_compare=on_compare, on_start=on_start,
         on_progress=on_progress,

@@ -46,6 +46,7 @@ from protoprune.hdf5 import Column
 from protoprune.images import ImageList
 from protoprune.paths import Paths
 from protoprune.text import parse_json
+from protoprune.units import many
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
@@ -251,7 +252,7 @@ class FeatureFile:
                 lines = lines or [str(error)]
         if not lines:
             bad = np.flatnonzero(self.finished() & ~self.intact())
-            lines += [f"its features of {len(bad):,} images, first {self.paths[bad[0]]}"] if len(bad) else []
+            lines += [f"its features of {many(len(bad), 'image')}, first {self.paths[bad[0]]}"] if len(bad) else []
         return lines
 
 

@@ -32,8 +32,9 @@ from protoprune.errors import ProtopruneError, warn
 from protoprune.featurefile import FeatureFile, Index
 from protoprune.images import SET_FILE
 from protoprune.paths import STEP, Block, Paths
-from protoprune.sources.reading import FOLDERS
+from protoprune.sources.shard import FOLDERS
 from protoprune.text import native, parse_json
+from protoprune.units import many
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _UUID = re.compile("[0-9a-f]{32}")
@@ -111,9 +112,11 @@ def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Part]]:
         parts = [Part.from_json(one) for one in plan.pop("shards")]
         _check_plan(plan, parts)
         plan["root"] = native(plan["root"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = os.path.isdir(folder) or stores.is_url(folder)
+        what = f"a folder without {SET_FILE}" if is_folder else f"no folder with a {SET_FILE}"
         where = stores.public(os.fspath(folder))
-        raise ProtopruneError(f"{where}: a folder without {SET_FILE}; give a feature file or a feature set") from None
+        raise ProtopruneError(f"{where}: {what}; give a feature file or a feature set") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
             f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again with "
@@ -389,13 +392,32 @@ def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray,
     kinds = {source for _, classes, source in parts if classes}
     others = kinds - {FOLDERS}
     if others:
+        _warn_of_folders(sum(len(own) for own, classes, source in parts if classes and source == FOLDERS), others)
         parts = [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
     names = _sorted_classes({name for _, classes, _ in parts for name in classes})
     index = {name: number for number, name in enumerate(names)}
     labels = np.concatenate([_renumbered(own, classes, index) for own, classes, _ in parts])
     if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
+        _warn_of_stray(int((labels < 0).sum()), len(labels), len(names))
         labels, names = np.full(len(labels), -1, np.int32), []
     return labels, names, " and ".join(sorted(others or kinds)) if names else ""
+
+
+def _warn_of_folders(images: int, others: set[str]) -> None:
+    """Say that folders which could be classes are none beside classes of another kind."""
+    if images:
+        some = many(images, "image has", "images have")
+        warn(f"{some} no class: other shards have theirs from {' and '.join(sorted(others))}, and folders go without")
+
+
+def _warn_of_stray(stray: int, images: int, folders: int) -> None:
+    """As of a folder of images, see `images`."""
+    if stray and folders >= 2 and 2 * stray <= images:
+        of = f"of {images:,} images"
+        warn(
+            f"no classes, since {many(stray, f'{of} lies', f'{of} lie')} in no folder of its shard; embed with "
+            "--class-level 1, which takes the folders all the same, or with --no-labels"
+        )
 
 
 def _renumbered(labels: np.ndarray, classes: list[str], index: dict[str, int]) -> np.ndarray:

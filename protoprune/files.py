@@ -243,6 +243,14 @@ def write_links(
                 os.makedirs(parent, exist_ok=True)
                 made.add(parent)
             if not os.path.isfile(target):
+                above = os.path.dirname(target)
+                while len(above) > len(root) and not os.path.isfile(above):
+                    above = os.path.dirname(above)
+                if os.path.isfile(above):
+                    raise UsageError(
+                        f"--links: {path} lies in a shard, to which no link can lead; `protoprune reshard LIST OUT` "
+                        "writes new tars of what is kept"
+                    )
                 raise ProtopruneError(f"--links: {target} does not exist; embed again, or give --root where it is now")
             if hard:
                 os.link(os.path.realpath(target), link)  # a hard link of a relative symbolic one would lead nowhere

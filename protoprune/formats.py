@@ -44,6 +44,14 @@ _MAGIC = (
 )  # fmt: skip
 
 
+_UNPACKING = {
+    "a gzip file": "gzip -d",
+    "a Zstandard file": "zstd -d",
+    "a 7z archive": "7z x",
+    "a RAR archive": "unrar x",
+}
+
+
 @cache
 def register() -> frozenset[str]:
     """Teach Pillow the formats whose plugins are installed; the extras that are there.
@@ -167,7 +175,7 @@ def archive_kind(head: bytes) -> str | None:
 def refuse_archive(data: bytes, name: str, wanted: str = "a list of paths") -> None:
     """Raise UsageError for what is no list (or what else is `wanted`) by its content, whatever its name."""
     kind = archive_kind(data[:512])
-    if kind == "a gzip file":
-        raise UsageError(f"{name}: {kind}, not {wanted}; unpack it first (gzip -d)")
+    if kind in _UNPACKING:
+        raise UsageError(f"{name}: {kind}, not {wanted}; unpack it first ({_UNPACKING[kind]})")
     if kind:
         raise UsageError(f"{name}: {kind}, not {wanted}")

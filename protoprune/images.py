@@ -12,7 +12,7 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from protoprune.units import many
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
-    Labels = bool | str | os.PathLike[str] | LabelFile  # where classes come from, see `list_folder`
+    Labels = bool | str | os.PathLike[str] | LabelFile | Mapping[str, str]  # where classes come from, see `list_folder`
 
 SET_FILE = "set.json"  # what makes a folder a feature set
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
@@ -97,8 +97,8 @@ def list_folder(
     """Every image below `root`, recursively.
 
     Classes are the first-level folders, where the tree has that shape (see `folder_labels`); with `class_level` N the
-    folders of level N (2 for `train/<class>/…`); with `labels` a file those that it lists (see `labels.LabelFile`);
-    with `labels=False` there are none.
+    folders of level N (2 for `train/<class>/…`); with `labels` a file those that it lists (see `labels.LabelFile`),
+    a mapping those of its paths; with `labels=False` there are none.
 
     Hidden files and folders are skipped, links are followed, and a link to one of its own parents is not entered
     again. A file without a suffix counts as an image when it begins like one, or cannot be read. What is left out for
@@ -142,7 +142,8 @@ def list_paths(
     that does not exist is kept: it becomes a row with a failed status, never a silent loss. `labels` and `class_level`
     are those of `list_folder`, with levels counted from the root.
 
-    Raises UsageError for an entry outside `root` or that no file can be called, and ProtopruneError for an empty list.
+    Raises UsageError for an entry outside `root` or that no file can be called, and for a `root` below which nothing
+    of the list is, while all of it is below the current folder; ProtopruneError for an empty list.
     """
     entries = [e for e in entries if e]
     if not entries:
@@ -155,6 +156,11 @@ def list_paths(
     ids = [_relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
+    if chosen and all(mtime < 0 for _, _, mtime, _ in found) and all(map(os.path.isfile, unique)):
+        raise UsageError(
+            f"--root {root}: none of the {len(unique):,} listed images is below it, and all are where the current "
+            f"folder is the root (first: {unique[0]}); leave --root out"
+        )
     images = _build(root, found, labels, class_level)
     images.duplicates = len(ids) - len(unique)
     if not chosen and labels is True and class_level is None:
@@ -197,6 +203,8 @@ def image_labels(
         )
     if labels is False:
         return np.full(len(paths), -1, np.int32), [], ""
+    if isinstance(labels, Mapping):
+        return _given_labels(root, paths, labels)
     if labels is not True:
         from protoprune.labels import LabelFile, read_labels
 
@@ -221,6 +229,20 @@ def image_labels(
         some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
         warn(f"{some} no class (first: {first})")
     return label, classes, f"folders of level {class_level}"
+
+
+def _given_labels(root: str, paths: Sequence[str], given: Mapping[str, str]) -> tuple[np.ndarray, list[str], str]:
+    """Of a mapping of path and class."""
+    classes = sorted(set(given.values()))
+    index = {name: number for number, name in enumerate(classes)}
+    label = np.array([index[given[path]] if path in given else -1 for path in paths], np.int32)
+    if not (label >= 0).any():
+        first = next(iter(given), None)
+        raise UsageError(
+            f"none of the {len(paths):,} images below {root} has a class (first: {paths[0]}; those of {len(given):,} "
+            f"are known, first: {first}); is it the folder that these paths are relative to?"
+        )
+    return label, classes, "as given"
 
 
 def _warn_of_stray(paths: Sequence[str]) -> None:
@@ -284,7 +306,7 @@ def _walk(root: str, left_out: list[str], unreadable: list[tuple[str, str]]) -> 
             path = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
                 stack.append((path, ancestors | {identity}))
-            elif _is_image_name(entry):
+            elif is_image_name(entry.path):
                 yield (path, *_size_and_times(entry.path))
             else:
                 left_out.append(path)
@@ -297,17 +319,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image_name(entry: os.DirEntry[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
+def is_image_name(path: str) -> bool:
+    """By the suffix of a file; of one without a suffix by how it begins."""
+    suffix = os.path.splitext(path)[1].lower()
     if suffix:  # and not the content: backups and half downloads (x.jpg_original, x.jpg.part) begin like images too
         return suffix in image_suffixes()
-    try:
-        if not entry.is_file():
-            return False
-    except OSError:  # a link that points to itself
+    if not os.path.isfile(path):
         return False
     try:  # content-addressed stores have names without a suffix
-        return formats.is_image(_head(entry.path), lambda: open(entry.path, "rb", opener=open_at_once))
+        return formats.is_image(_head(path), lambda: open(path, "rb", opener=open_at_once))
     except OSError:  # unless it is read nobody knows: it becomes a row with a status
         return True
 
@@ -337,6 +357,8 @@ def why_no_image(name: str, head: Callable[[], bytes | None], or_else: str = "")
     """Why a file is none by its name, and what its first bytes say; `head` gives None for what is no regular file."""
     suffix = os.path.splitext(name)[1]
     why = f"no image has the suffix {suffix}" if suffix else "it has no suffix"
+    if any(part.startswith(".") for part in name.split("/")) and suffix.lower() in image_suffixes():
+        return "hidden: its name, or that of a folder above it, begins with a dot"
     try:
         data = head()
     except (OSError, ImageError) as error:

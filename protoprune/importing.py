@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +30,12 @@ from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
-from protoprune.images import ImageList, image_labels, stat_files
+from protoprune.images import ImageList, folder_labels, image_labels, stat_files
 from protoprune.npy import map_npy, reason
+from protoprune.sources.finding import split_id
+from protoprune.sources.shard import FOLDERS
 from protoprune.text import parse_json
+from protoprune.units import many
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -136,7 +140,8 @@ def import_features(
         names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
         size, mtime_ns = stat_files(base, names) if root is not None else (np.full(n, -1), np.full(n, -1))
-        label, classes, labels_from = image_labels(base, names, labels, class_level)
+        _warn_of_missing(names, size, base if root is not None else None)
+        label, classes, labels_from = _classes(base, names, labels, class_level)
         store = store if store != "auto" else "float16" if dtype == np.float16 else "float32"
         images = ImageList(base, names, size, mtime_ns, label, classes, labels_from)
         digest = _digest(read)
@@ -145,10 +150,35 @@ def import_features(
             "preprocess": "{}", "precision": "as imported", "store": store,
         }  # fmt: skip
         images.provenance = {"imported_from": os.path.abspath(vectors), "names_from": origin}
+        if (np.diff(order) < 0).any():  # a row index is then another one than in the vectors
+            images.provenance["reordered"] = 1
         report = ImportReport(out, n, dim, store, origin, files=read)
         with files.lock(out):
             report.unusable = _write(out, images, parts, order, dim, provenance)
     return report
+
+
+def _classes(base: str, names: list[str], labels: Labels, class_level: int | None) -> tuple[np.ndarray, list[str], str]:
+    """As of images; shards are no classes, but the folders in them may be."""
+    inside = [split_id(name) for name in names]
+    if labels is not True or class_level is not None or not all(shard for shard, _ in inside):
+        return image_labels(base, names, labels, class_level)
+    label, classes = folder_labels([name for _, name in inside])
+    return label, classes, FOLDERS if classes else ""
+
+
+def _warn_of_missing(names: list[str], size: np.ndarray, root: str | None) -> None:
+    """Say which names are no files below a root that was given, perhaps the wrong one."""
+    if root is None:
+        return
+    there = cache(lambda shard: os.path.isfile(os.path.join(root, shard)))
+    away = [row for row in np.flatnonzero(size < 0) if not there(split_id(names[row])[0] or names[row])]
+    if away:
+        of = f"of {len(names):,} names"
+        warn(
+            f"--root {root}: {many(len(away), f'{of} is no file', f'{of} are no files')} below it (first: "
+            f"{names[away[0]]})"
+        )
 
 
 def _write(
@@ -281,7 +311,8 @@ def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[st
     ordered = [names[i] for i in order]
     twice = [one for one, other in itertools.pairwise(ordered) if one == other]
     if twice:
-        raise ProtopruneError(f"{len(twice):,} names have two vectors (first: {twice[0]}); each image needs one")
+        some = many(len(twice), "name has", "names have")
+        raise ProtopruneError(f"{some} two vectors (first: {twice[0]}); each image needs one")
     return ordered, base or os.getcwd(), order
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 
+from protoprune import stores
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"[A-Za-z_]+")
 _LONG = 10_000  # samples of a stream after which one should have been listed
+_BY_ROWS = "of one that was loaded from Parquet or Arrow files, protoprune.table_rows gives the rows"
 _OTHER_LIST = "was the list made for these shards? A pass over all of them in one process names what is missing"
 
 Sample = dict[str, Any]  # of a WebDataset: field -> value
@@ -35,7 +41,8 @@ def keep_only(
 
     - torchvision `ImageFolder`, other sets with `.samples` of paths, a `random_split` or other `Subset` of them: a
       `torch.utils.data.Subset` (classes keep their numbers);
-    - Hugging Face `datasets.Dataset` with an image column: `dataset.select(...)`;
+    - Hugging Face `datasets.Dataset` with an image column, or of `load_dataset("webdataset", …)`:
+      `dataset.select(...)`;
     - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
       file's name; where that makes one key of several images, of which some are to go, the sample is refused. A list
       that was made from shards is matched by shard and key.
@@ -51,6 +58,8 @@ def keep_only(
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
     whole, places = _whole(dataset)
+    if _is_hugging_face(dataset) and "__key__" in dataset.features:  # of load_dataset("webdataset", …)
+        return dataset.select([row["__row__"] for row in _KeptSamples(_rows(dataset), listed, whole=True)])
     if hasattr(whole, "samples") or _is_hugging_face(whole):
         ids, base, where = _identified(whole, root)
         wanted = set(_in_order(listed, base, ids))
@@ -63,10 +72,12 @@ def keep_only(
         from torch.utils.data import Subset
 
         return Subset(dataset, rows)
-    if hasattr(whole, "features") or not hasattr(whole, "__iter__"):
+    streamed = hasattr(whole, "features") and "__key__" not in (whole.features or ())
+    if streamed or not hasattr(whole, "__iter__"):
+        timm = "; for timm see docs/loaders.md (select --links, or reshard)" if hasattr(whole, "reader") else ""
         raise UsageError(
             f"{type(whole).__name__}: expected .samples, a Hugging Face data set that is not streamed, or samples with "
-            "__key__"
+            f"__key__{timm}"
         )
     samples = _KeptSamples(dataset, listed)
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
@@ -102,7 +113,8 @@ def table_rows(
     folder of the files), and `id_column` the one that the shards were embedded with. Raises ProtopruneError where an
     entry is in no file.
     """
-    from protoprune.sources.reading import ShardError, table_ids
+    from protoprune.sources.shard import ShardError
+    from protoprune.sources.tables import table_ids
 
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
     if isinstance(listed, np.ndarray):
@@ -164,7 +176,14 @@ def weights_of(
     listed = dict(zip(_in_order(list(weights), base, ids), weights.values(), strict=True))
     _all_present(listed.keys() - set(ids), len(listed), where, base, ids)
     mine = ids if places is None else [ids[place] for place in places]
-    _some_left(sum(one in listed for one in mine), len(mine))
+    have = sum(one in listed for one in mine)
+    _some_left(have, len(mine))
+    if places is not None and have < len(mine):
+        of = f"of the {len(mine):,} images of this part of the data set"
+        warn(
+            f"{many(len(mine) - have, f'{of} has', f'{of} have')} no weight in the list, and a weight of 0; take the "
+            "part that `keep_only` makes with this list"
+        )
     return np.array([listed.get(one, 0) for one in mine], np.float32)
 
 
@@ -216,16 +235,30 @@ def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
     return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in kept]
 
 
+def _rows(dataset: datasets.Dataset) -> Iterator[Sample]:
+    """Key, URL and number of each row, and the fields of images that it has, which are not decoded."""
+    fields = [one for one in dataset.features if _suffix(f"x.{one}") in image_suffixes()]
+    names = ["__key__", *(["__url__"] if "__url__" in dataset.features else [])]
+    number = 0
+    for batch in dataset.select_columns([*names, *fields]).with_format("arrow").iter(batch_size=1000):
+        there = {field: batch.column(field).is_valid().to_pylist() for field in fields}
+        for place, one in enumerate(batch.select(names).to_pylist()):
+            yield one | {field: True for field in fields if there[field][place]} | {"__row__": number}
+            number += 1
+
+
 def _hugging_face_paths(dataset: datasets.Dataset) -> list[str]:
     import datasets
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise UsageError(f"the data set has no image column, only {', '.join(dataset.features)}")
+        raise UsageError(f"the data set has no image column, only {', '.join(dataset.features)}; {_BY_ROWS}")
     undecoded = dataset.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
     paths = [record["path"] for record in undecoded[columns[0]]]
     if not all(path and os.path.isabs(path) for path in paths):
-        raise UsageError("the data set does not know its files' paths; load it with load_dataset('imagefolder', …)")
+        raise UsageError(
+            f"the data set does not know its files' paths; load it with load_dataset('imagefolder', …); {_BY_ROWS}"
+        )
     return paths
 
 
@@ -235,7 +268,7 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
         return
     known = {_suffix(one) for one in ids}
     odd = Counter(_suffix(one) for one in missing)
-    advice = "give the root that the list was made for"
+    advice = "give the root that the list was made for" if base else "are these the shards that the list was made for?"
     if known and not known & odd.keys() and os.path.isfile(os.path.join(base, min(missing))):
         advice = (
             f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
@@ -252,12 +285,13 @@ def _suffix(path: str) -> str:
 class _KeptSamples:
     """The samples whose images are in the list, pass after pass; each whole pass checks that all of them were seen."""
 
-    def __init__(self, dataset: Iterable[Sample], kept: Iterable[str]) -> None:
+    def __init__(self, dataset: Iterable[Sample], kept: Iterable[str], whole: bool = False) -> None:
         self.dataset = dataset
+        self.whole = whole  # whether every process goes through all samples
         self.listed: dict[str, dict[str, str]] = {}  # key -> what follows it in the file's name -> the listed path
         for path in kept:
             for spelt in {path, path.replace("\\", "/")} if "/" not in path else {path}:
-                key, extension = _key(os.path.normpath(spelt))
+                key, extension = _key(os.path.normpath(spelt).lstrip("/"))
                 if self.listed.setdefault(key, {}).setdefault(extension, path) != path:
                     raise ProtopruneError(f"{path} and {self.listed[key][extension]}: one key and suffix; rename one")
         self.count = len(set(kept))
@@ -268,11 +302,12 @@ class _KeptSamples:
     def stage(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         unseen = {path for names in self.listed.values() for path in names.values()}
         shards: dict[str, str | None] = {}  # key -> the shard that it was found in
-        number, any_kept = 0, False
+        number, any_kept, first = 0, False, ""
         for number, sample in enumerate(samples, 1):
             if number == _LONG and not any_kept:  # a stream that begins again and again has no end that could tell
                 warn(f"none of the first {number:,} samples is in the list; {_OTHER_LIST}")
             key = _key_of(sample)
+            first = first or f"{key} in {stores.public(str(sample.get('__url__') or 'no shard'))}"
             one = next((one for one in _keys(sample, key) if one in self.listed), key)
             names = self.listed.get(one)
             if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
@@ -284,8 +319,8 @@ class _KeptSamples:
                 unseen -= found
                 any_kept = True
                 yield sample
-        if not _sees_a_part():
-            _all_present(unseen, self.count, "(by key)")
+        if self.whole or not _sees_a_part():
+            _all_present(unseen, self.count, f"(by key; its first sample is {first or 'none'})")
         elif number and not any_kept:
             warn(f"none of the {number:,} samples that this process saw is in the list; {_OTHER_LIST}")
 
@@ -295,15 +330,34 @@ def _key_of(sample: Any) -> str:
     if not isinstance(sample, dict) or "__key__" not in sample:
         has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
         raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one")
-    return str(sample["__key__"]).removeprefix("./")
+    return posixpath.normpath(f"/{sample['__key__']}").lstrip("/")
 
 
 def _keys(sample: Sample, key: str) -> Iterator[str]:
     """What the sample may be called in a list, the longest first: its shard's path and key where the list was made from
     shards (`0000.tar/cat/1`, below whichever root), else its key."""
-    parts = str(sample.get("__url__") or "").removesuffix(" -").split("/")
-    yield from (f"{'/'.join(parts[start:])}/{key}" for start in range(len(parts)) if parts[start])
+    yield from (f"{shard}/{key}" for shard in _shard_names(str(sample.get("__url__") or "")))
     yield key
+
+
+@lru_cache(maxsize=64)
+def _shard_names(url: str) -> tuple[str, ...]:
+    """What a shard may be called in a list: its path below whichever root, the longest first. Of a command
+    (`pipe:curl -s -L 'https://…/0000.tar?…'`) any of its words may be the shard."""
+    words = [url.removeprefix("file:").removesuffix(" -")]
+    if url.startswith("pipe:"):
+        try:
+            words = shlex.split(url.removeprefix("pipe:"))
+        except ValueError:  # a quotation mark that is not closed
+            words = url.removeprefix("pipe:").split()
+    names: list[str] = []
+    for word in words:
+        web = word.startswith(("http://", "https://"))
+        plain = unquote(re.split("[?#]", word)[0]) if web else word
+        for path in dict.fromkeys([plain, word] if "://" in word else [os.path.abspath(word), word]):
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            names += ["/".join(parts[start:]) for start in range(len(parts))]
+    return tuple(dict.fromkeys(names))
 
 
 def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
@@ -313,7 +367,10 @@ def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
     suffix than the listed file has, or under another field, as long as it is clear which it is; beside `a.jpg`, fields
     with a word (`a.mask.png`) belong to it. Raises ProtopruneError for a sample of which only a part is listed.
     """
-    held = {field for field in sample if not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()}
+    held = {
+        field for field, value in sample.items()
+        if value is not None and not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()
+    }  # fmt: skip
     exact, others = held & names.keys(), held - names.keys()
     if not any(map(_middle, names)):
         others = {field for field in others if not _WORD.fullmatch(_middle(field))}

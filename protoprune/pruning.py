@@ -38,7 +38,7 @@ from protoprune.vectors import CHUNK, Rows
 if TYPE_CHECKING:
     from protoprune.featurefile import FeatureFile
     from protoprune.featureset import FeatureSet
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
     Source = FeatureFile | FeatureSet
 
@@ -518,6 +518,10 @@ def select(
     Raises UsageError, before any work, for what is out of range or does not go together.
     """
     rule, clusters = _rule_and_clusters(keep, clusters, options)
+    if not isinstance(scores, str | os.PathLike | None):
+        raise UsageError(
+            f"scores: {type(scores).__name__}: expected the path of a score table; `write_scores` makes one of an array"
+        )
     check_reading(scores, higher_is, rows, by_place)
     _check_together(rule, clusters, scores, dedup, dedup_prefer)
     if scores is None:
@@ -709,7 +713,7 @@ def restart_overlap(ranking: Ranking, rule: Rule) -> float:
 
 def unranked(file: Source) -> Ranking:
     """The images of an open feature file or set, without scores."""
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
     return Ranking(
         file.path, file.provenance["root"], file.paths, file.labels, file.classes, file.status,

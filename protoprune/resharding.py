@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from protoprune import files
+from protoprune import files, stores
 from protoprune.bounds import check_whole
 from protoprune.current import content_digest
 from protoprune.decode import ImageError, Status
@@ -32,9 +32,10 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images import image_suffixes
 from protoprune.lists import read_list
-from protoprune.sources.finding import SUFFIXES, Shard
+from protoprune.sources.finding import SUFFIXES, Shard, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, kind_of, open_shard
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions, kind_of
 from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
@@ -95,8 +96,9 @@ def reshard(
         asked.check(name for name in inputs.shard_of.values() if name)
     report = ReshardReport(out, len(entries), len(shards))
     plan = {
-        "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards), "root": root,
-        "shard_size": int(shard_size), "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
+        "format": _FORMAT, "format_version": _VERSION, "images": len(entries), "shards": len(shards),
+        "root": stores.public(root), "shard_size": int(shard_size),
+        "list": hashlib.sha256(os.fsencode("\0".join(entries))).hexdigest(),
     }  # fmt: skip
     done = 0
     with _prepared(out), files.lock(os.path.join(out, PLAN)), contextlib.closing(inputs), _given_up(out):
@@ -171,7 +173,8 @@ def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
 
 def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
     """The paths relative to the root, as they are in feature files."""
-    base = root.rstrip("/") + "/" if "://" in root else os.path.join(os.path.abspath(root), "")
+    base = stores.without_query(root).rstrip("/") if stores.is_url(root) else os.path.abspath(root)
+    base = os.path.join(base, "")
     found = []
     for path in with_slashes(listed, lambda path: os.path.exists(os.path.join(base, path))):
         whole = path if path.startswith(base) or os.path.isabs(path) else base + path
@@ -184,9 +187,8 @@ def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
 
 def _normal(path: str) -> str:
     """Without ./ and the like, up to the shard: what follows is an id, which may be a URL."""
-    parts = path.split("/")
-    shard = next((place for place, part in enumerate(parts) if part.lower().endswith(SUFFIXES)), len(parts) - 1) + 1
-    return "/".join([os.path.normpath("/".join(parts[:shard])), *parts[shard:]])
+    shard, name = split_id(path)
+    return f"{os.path.normpath(shard)}/{name}" if shard else os.path.normpath(path)
 
 
 def _cut(entries: Sequence[str], size: int, sample_of: Callable[[str], object]) -> list[tuple[int, int]]:
@@ -407,12 +409,12 @@ class _Inputs:
             try:
                 where = os.path.join(self.root, shard)
                 if "://" in self.root:
-                    from protoprune.sources.remote import fetched, find_remote
+                    from protoprune.sources.remote import fetched
 
-                    source = find_remote(where)
-                    if source is None:
-                        raise ShardError(Status.MISSING, "no shard")
-                    where = self._stack.enter_context(fetched(source.shards[0]))
+                    where = stores.below(self.root, shard)
+                    if (size := stores.size(where)) is None:
+                        raise ShardError(Status.MISSING, "no such shard on the store")
+                    where = self._stack.enter_context(fetched(Shard(shard, where, size, 0)))
                 images = self._stack.enter_context(
                     open_shard(Shard(shard, where, 0, 0), where, self.options, self.root)
                 )

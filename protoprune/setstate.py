@@ -33,25 +33,30 @@ _LOCK_SECONDS = 60
 
 def prepare(
     source: Source, key: dict[str, str], options: ShardOptions, out: str, overwrite: bool, moved: bool = False
-) -> None:
-    """Leave a set.json for exactly this source, key and options, which keeps what is done already."""
+) -> list[Part]:
+    """Leave a set.json for exactly this source, key and options, which keeps what is done already; the parts that are
+    done and of none of these shards."""
     there = is_feature_set(out)
     if not there:
         _check_free(out)
     wanted: Plan = {"key": key, "root": source.root, "options": asdict(options)}
     with _locked(out):
         before: dict[str, Part] = {}
+        dropped: list[Part] = []
         if there or is_feature_set(out):
             plan, parts = _read(out, overwrite)
             if plan is not None:
                 _check(out, plan, parts, wanted, source, overwrite, moved)
+                names = {shard.name for shard in source.shards}
+                dropped = [part for part in parts if part.done and part.name not in names]
                 before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
         parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
         if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
             try:
                 write_plan(out, wanted, parts, new=not there)
             except FileExistsError:  # on a store, by a process that began at the same moment
-                prepare(source, key, options, out, overwrite, moved)
+                return prepare(source, key, options, out, overwrite, moved)
+    return dropped
 
 
 def _check_free(out: str) -> None:
@@ -98,7 +103,7 @@ def _unchanged(part: Part, shard: Shard) -> bool:
 
 def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source, overwrite: bool, moved: bool) -> None:
     """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
-    if overwrite:
+    if overwrite or all(part.failed for part in parts):  # by a wrong column, say: there is nothing to lose
         return
     ways = "write to another folder with -o, or replace it with --overwrite"
     if differences := _differences(plan, wanted):

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
@@ -30,8 +30,10 @@ from protoprune.featurefile import FeatureFile
 from protoprune.featureset import Part, shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
-from protoprune.sources.reading import FOLDERS
+from protoprune.sources.finding import splits_among
 from protoprune.sources.remote import Copies
+from protoprune.sources.shard import FOLDERS
+from protoprune.units import many
 
 Copy = Callable[[Shard], AbstractContextManager[str]]
 
@@ -145,7 +147,8 @@ def embed_shards(
             device = "cpu"  # of the driver, which embeds nothing
         engine = Engine(encoder, devices[0] if devices else device, **settings)
         settings["precision"] = engine.precision
-        setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
+        dropped = setstate.prepare(source, engine.provenance, options, out, overwrite, moved)
+        _warn_of_shards(source, dropped, out)
         mine = source.shards[rank::world_size]
         report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
         start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
@@ -167,6 +170,19 @@ def embed_shards(
     if report.states["embedded"] and not classes:
         _warn_of_no_classes(options, "the shards embedded now")
     return report
+
+
+def _warn_of_shards(source: Source, dropped: Sequence[Part], out: str) -> None:
+    """Say what of an earlier set is not in this one, and that the shards seem to be of several splits."""
+    if dropped:
+        rows = many(sum(part.rows for part in dropped), "image")
+        some = many(len(dropped), f"shard of {out} is", f"shards of {out} are")
+        warn(f"{some} not among those given now: {rows} fewer in it (first: {dropped[0].name})")
+    if len(splits := splits_among(shard.name for shard in source.shards)) > 1:
+        warn(
+            f"the shards look like those of several splits ({', '.join(splits)}), and one set is made of all of them; "
+            "to choose from one of them, name its shards with a pattern in quotes"
+        )
 
 
 def _look_for_classes(shard: Shard, root: str, options: ShardOptions) -> None:
@@ -319,7 +335,9 @@ def embed_shard(
     if before is not None:
         return _as_it_was(shard, before)
     if shard.size < 0 and (kept := setstate.done(path, shard, root, options, engine.provenance, source_gone=True)):
-        return _as_it_was(shard, kept, "kept")
+        return replace(
+            _as_it_was(shard, kept, "kept"), reason=f", or cannot be read ({shard.trouble})" if shard.trouble else ""
+        )
     with _place(path) as place:
         replaces = False
         if place != path and (replaces := stores.size(path) is not None):
@@ -327,8 +345,7 @@ def embed_shard(
             if found is not None:
                 return _as_it_was(shard, found)
         try:
-            if shard.size < 0:
-                raise ShardError(Status.MISSING, "no such file")
+            _check_there(shard)
             with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
                 images.provenance = _made_of(shard, options)
                 replaced = _replaces(place, shard, engine.provenance)
@@ -354,6 +371,14 @@ def embed_shard(
         shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
     )  # fmt: skip
+
+
+def _check_there(shard: Shard) -> None:
+    """Raise ShardError for a shard that is not there, or of which its store says nothing."""
+    if shard.size < 0 and shard.trouble:
+        raise ShardError(Status.UNREADABLE, shard.trouble)
+    if shard.size < 0:
+        raise ShardError(Status.MISSING, "no such file")
 
 
 def _made_of(shard: Shard, options: ShardOptions) -> dict[str, str | int]:
@@ -409,8 +434,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
     """
     options.check([shard.name])
     try:
-        if shard.size < 0:
-            raise ShardError(Status.MISSING, "no such file")
+        _check_there(shard)
         with Copies().of(shard) as local, open_shard(shard, local, options, root) as images:
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
@@ -444,4 +468,4 @@ def _count(report: SetReport, one: ShardReport) -> None:
     report.left_out += one.left_out
     report.duplicates += one.duplicates
     if one.state == "kept":
-        warn(f"{one.name}: the shard is gone; its {one.rows:,} features are kept")
+        warn(f"{one.name}: the shard is gone{one.reason}; its {one.rows:,} features are kept")

@@ -9,7 +9,7 @@ import numpy as np
 
 from protoprune.decode import ImageError, decode
 from protoprune.sources.reader import ImageReader
-from protoprune.sources.reading import ShardOptions
+from protoprune.sources.shard import ShardOptions
 
 if TYPE_CHECKING:
     from PIL import Image

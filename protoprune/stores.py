@@ -20,7 +20,10 @@ from protoprune.errors import ProtopruneError, UsageError
 
 T = TypeVar("T")
 _ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not hang the program
+_SILENCE_SECONDS = 60  # within a download
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_OBJECTS = ("s3", "s3a", "gs", "gcs", "memory")
 _COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
 # Where an object appears when all of it has arrived; elsewhere a file is put under another name and renamed.
 _WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
@@ -44,8 +47,21 @@ def given(path: str | os.PathLike[str]) -> str:
 
 
 def public(url: str) -> str:
-    """A URL without user, password, query and fragment; a path as it is."""
+    """A URL without user, password, query and fragment; a path as it is. The names of objects may hold ? and #."""
+    if url.partition("://")[0] in _OBJECTS:
+        return _USER.sub("", url)
     return _SECRETS.sub("", url) if is_url(url) else url
+
+
+def below(root: str, name: str) -> str:
+    """The URL of a file below a root, which keeps its query: a signature may be for a whole folder."""
+    path = without_query(root)
+    return f"{path.rstrip('/')}/{name}{root[len(path) :]}"
+
+
+def without_query(url: str) -> str:
+    """A URL of the web without its query; elsewhere ? is part of a name, or a wildcard."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def store(url: str) -> Any:
@@ -62,12 +78,17 @@ def store(url: str) -> Any:
         raise ProtopruneError(
             f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
         ) from None
-    options = {}
+    options: dict[str, Any] = {}
     if protocol in ("gs", "gcs") and "GCSFS_DEBUG" not in os.environ:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints whole tracebacks of what it raises as well
     if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
         options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
     try:
+        if protocol in ("http", "https"):  # aiohttp's limit is five minutes for a whole shard, however fast it arrives
+            import aiohttp
+
+            times = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_SECONDS)
+            options["client_kwargs"] = {"timeout": times}
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         raise ProtopruneError(f"{public(url)}: {error}; pip install what {protocol}:// needs") from None
@@ -100,10 +121,23 @@ def answered(url: str, ask: Callable[[], T]) -> T:
     raise ProtopruneError(f"{public(url)}: {trouble(error, url)}") from None
 
 
+def refused(error: FileNotFoundError, url: str) -> BaseException | None:
+    """What a web server said instead of a file; None where it is not there. fsspec calls both by one name."""
+    cause = error.__cause__ if url.startswith(("http://", "https://")) else None
+    if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+        return None
+    return cause
+
+
 def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
     text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
     kind = type(error).__name__
+    status = int(getattr(error, "status", None) or 0)  # of an answer of the web
+    if status in (401, 403) and url.startswith(("http://", "https://")):
+        return f"the server refuses it ({text}); a signed URL may have expired"
+    if status == 429 or status >= 500:
+        return f"the server has no answer now ({text}); run the same again later"
     if "401" in text or "nvalid authentication" in text or "nvalid credentials" in text.lower():
         return f"the credentials are not accepted, or have expired ({text}); renew them and run it again"
     if "NoCredentials" in kind or "credentials" in text.lower():
@@ -180,7 +214,9 @@ def _of_one(url: str, ask: Callable[[Any, str], T]) -> T | None:
         there, path = store(url), _path(url)
         try:
             return ask(there, path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if why := refused(error, url):
+                raise why from None
             return None
         except OSError:  # S3 answers HEAD without a word of why; a listing is told it
             there.ls(posixpath.dirname(path))

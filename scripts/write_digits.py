@@ -1,5 +1,6 @@
 """Write scikit-learn's scanned digits (1,797 real images, on every machine) as PNG class folders, for the demo."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,4 +19,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)

@@ -58,3 +58,15 @@ def test_every_module_says_what_it_is(module):
 def test_python_refuses_what_the_command_line_refuses(call, message, tmp_path, feature_file):
     with pytest.raises(UsageError, match=message):
         call(feature_file(tmp_path / "f.h5", np.eye(12)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: protoprune.embed("images", protoprune.load_encoder("mini")), r"'images': expected what list_folder"),
+        (lambda: protoprune.select("f.h5", 0.5, scores=np.arange(3.0)), "ndarray: expected the path of a score table"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_or_no_list_is_said_plainly(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()

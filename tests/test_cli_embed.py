@@ -154,6 +154,25 @@ def test_all_failed_is_an_error(tmp_path):
     assert "error: none of 1 image could be used" in result.stderr
 
 
+def test_a_list_that_is_relative_to_another_folder_says_to_which(images, tmp_path, monkeypatch):
+    """`find images | protoprune embed - --root images`, and a list that is taken elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"images/c{i % 2}/{i:02d}.png" for i in range(12)]
+    listed = "\n".join(names)
+    result = call("-", "--root", "images", "-o", "f.h5", input=listed)
+    assert result.exit_code == 2
+    assert "error: --root images: none of the 12 listed images is below it" in result.stderr
+    assert "leave --root out" in result.stderr
+    assert not Path("f.h5").exists()
+    assert call("-", "-o", "f.h5", input=listed).exit_code == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    result = call("-", "-o", "g.h5", input=listed)
+    assert result.exit_code == 1
+    assert f"there is no such file below {tmp_path}/elsewhere; give --root" in result.stderr
+    assert call("-", "--root", "..", "-o", "g.h5", input=listed).exit_code == 0
+
+
 def test_lists_from_a_file_and_from_stdin(images, tmp_path):
     names = ["c0/00.png", "c1/01.png", "c1/gone.png"]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -86,6 +88,54 @@ def test_nothing_is_written_over(here, line, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert contents(here) == before
+
+
+@pytest.mark.parametrize("line", [
+    "select f.h5 --keep 0.5 --manifest -", "select f.h5 --keep 0.5 --removed -", "select f.h5 --keep 0.5 --links -",
+    "compare s.csv t.csv -o -", "compare s.csv t.csv --features f.h5 --keep 0.5 --classes -", "sheet f.h5 -o -",
+    "embed list.txt -o -", "embed list.txt -o new.h5 --errors -", "record f.h5 -o -", "import v.npy -o -",
+])  # fmt: skip
+def test_no_file_is_called_as_stdout_is(here, line):
+    np.save("v.npy", np.ones((3, 2)))
+    before = contents(here)
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 2
+    assert "error: -: this goes into a file, not to stdout; name one" in result.stderr
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("line", [
+    "select f.h5 --keep 0.5 -o new.txt.gz", "select f.h5 --keep 0.5 -o a --manifest new.csv.gz",
+    "select f.h5 --keep 0.5 -o a --removed new.jsonl.gz", "score random --features f.h5 -o new.csv.gz",
+    "compare s.csv t.csv --bootstrap 0 -o new.csv.gz",
+    "compare s.csv t.csv --bootstrap 0 --features f.h5 --keep 0.5 --classes new.csv.gz",
+    "embed images --encoder mini --device cpu -o new.h5 --errors new.csv.gz",
+    "embed shards.tar --encoder mini --device cpu -o newset --errors new.csv.gz",
+    " ".join([*THEORY, "--csv", "new.csv.gz"]),
+])  # fmt: skip
+def test_tables_whose_names_end_so_go_through_gzip(here, line):
+    (here / "images").mkdir()
+    (here / "images" / "a.jpg").write_bytes((here / "photo.jpg").read_bytes())
+    with tarfile.open("shards.tar", "w") as tar:
+        tar.add("photo.jpg")
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.output
+    name = next(here.glob("new*.gz"))
+    packed = gzip.decompress(name.read_bytes())
+    plain = CliRunner().invoke(app, line.replace(".gz", "").replace("newset", "otherset").split())
+    assert plain.exit_code == 0, plain.output
+    assert packed == (here / name.stem).read_bytes()
+
+
+@pytest.mark.parametrize("line", [
+    "sheet f.h5 -o new.png.gz", "report f.h5 -o new.html.gz", "embed images -o new.h5 --errors new.json",
+    "embed images -o new.csv", "record f.h5 -o new.csv", "import v.npy -o new.npz", "embed images -o new.h5.gz",
+])  # fmt: skip
+def test_what_is_no_table_does_not(here, line):
+    (here / "images").mkdir()
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 2
+    assert "give it a name that ends so" in result.stderr
 
 
 def test_results_in_the_folder_of_images_are_refused(here, image_tree):

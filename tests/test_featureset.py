@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -150,6 +151,34 @@ def test_nothing_usable_is_an_error(tmp_path, mini):
         FeatureSet(tmp_path / "f")
 
 
+def test_shards_that_are_no_longer_named_are_said(tars, mini, tmp_path):
+    """A glob finds what is there: a shard that is missing takes its images out of the set, and of every list."""
+    embed_shards(find_shards(tars), mini, tmp_path / "f", device="cpu")
+    (tars / "0002.tar").rename(tmp_path / "elsewhere.tar")
+    with pytest.warns(
+        ProtopruneWarning, match=r"1 shard of .*f is not among those given now: 6 images fewer in it \(fir"
+    ):
+        report = embed_shards(find_shards(f"{tars}/*.tar"), mini, tmp_path / "f", device="cpu")
+    assert report.n == 18
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed_shards(find_shards(f"{tars}/*.tar"), mini, tmp_path / "f", device="cpu")  # it is known by now
+
+
+def test_a_set_of_failures_holds_nothing_to_lose(folder, mini, tmp_path):
+    """The wrong column made no features: the right one needs no --overwrite."""
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "train-0.parquet", members(folder))
+    write_parquet(tmp_path / "test-0.parquet", members(folder))
+    source = find_shards(tmp_path)
+    with pytest.warns(ProtopruneWarning, match=r"splits \(test, train\), and one set is made of all of them"):
+        report = embed_shards(source, mini, tmp_path / "f", options=ShardOptions(image_column="name"), device="cpu")
+    assert len(report.failed_shards) == 2
+    assert embed_shards(source, mini, tmp_path / "f", options=ShardOptions(id_column="name"), device="cpu").n == 48
+    with pytest.raises(ProtopruneError, match="other features"):
+        embed_shards(source, mini, tmp_path / "f", device="cpu")
+
+
 def test_a_shard_that_is_gone_keeps_its_features(tars, mini, tmp_path):
     run(f"{tars}/{{0000..0003}}.tar", tmp_path / "f", mini)
     before = arrays(tmp_path / "f")
@@ -207,6 +236,9 @@ def test_missing_and_foreign_parts_are_errors_that_name_them(tars, mini, tmp_pat
             open_features(tmp_path / "f")
     with pytest.raises(ProtopruneError, match=r"a folder without set\.json"):
         open_features(tars)
+    for other in (tars / "0000.tar", tmp_path / "nothing"):
+        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json; give"):
+            protoprune.merge(other, tmp_path / "m.h5")
 
 
 def test_merge_is_the_set_in_one_file(tars, mini, tmp_path):
@@ -275,7 +307,9 @@ def test_labels_of_shards_become_one_numbering(folder, mini, tmp_path):
     write_tar(tmp_path / "s/1.tar", [("a.png", image), ("a.cls", b"2"), ("b.png", image), ("b.cls", b"10")])
     write_tar(tmp_path / "s/2.tar", [("x/a.png", image)])  # its folder is no class beside .cls
     run(tmp_path / "s", tmp_path / "f", mini)
-    with FeatureSet(tmp_path / "f") as whole:
+    with pytest.warns(ProtopruneWarning, match=r"1 image has no class: .* from \.cls"):
+        whole = FeatureSet(tmp_path / "f")
+    with whole:
         assert whole.classes == ["2", "9", "10"]
         assert whole.labels.tolist() == [2, 1, 0, 2, -1]
         assert whole.paths[0] == "0.tar/a.png"
@@ -287,6 +321,21 @@ def test_labels_of_shards_become_one_numbering(folder, mini, tmp_path):
     with FeatureSet(tmp_path / "f") as whole:
         assert whole.classes == []
     assert report.embedded == 0  # other labels are no reason to compute anything
+
+
+@pytest.mark.parametrize(("stray", "warned"), [(1, True), (0, False), (4, False)])
+def test_images_in_no_folder_of_their_shard_cost_the_classes(folder, mini, tmp_path, stray, warned):
+    image = members(folder)[0][1]
+    write_tar(tmp_path / "s/0.tar", [("x/a.png", image), ("y/b.png", image)])
+    write_tar(tmp_path / "s/1.tar", [("x/c.png", image), *((f"{number}.png", image) for number in range(stray))])
+    run(tmp_path / "s", tmp_path / "f", mini)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with FeatureSet(tmp_path / "f") as whole:
+            assert whole.classes == ([] if stray else ["x", "y"])
+    assert [str(one.message)[:60] for one in told] == [
+        "no classes, since 1 of 4 images lies in no folder of its sha"
+    ] * warned
 
 
 def test_training_takes_a_set(tars, mini, tmp_path):

@@ -28,7 +28,8 @@ from protoprune.records import Record
 from protoprune.sheet import contact_sheet
 from protoprune.sources.finding import Shard
 from protoprune.sources.reader import ImageReader
-from protoprune.sources.reading import ShardOptions, open_shard
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardOptions
 
 OUTSIDE = ["../x.png", "a/../../x.png", "/etc/x.png", "..", "a/..", "", "a\0b.png"]
 INSIDE = ["x.png", "a/x.png", "..a/x.png", "a/..x", "a..b/x..png", "a/.../x.png", "a//b.png", "./a.png"]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import warnings
 import zlib
 
 import numpy as np
@@ -236,7 +237,8 @@ def test_names_that_are_files_have_size_and_time(tmp_path):
         write_image(tmp_path / "images" / name)
     np.save(tmp_path / "v.npy", VECTORS)
     absolute = [str(tmp_path / "images" / name) for name in NAMES]
-    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=absolute, root=tmp_path / "images")
+    with pytest.warns(ProtopruneWarning, match=rf"--root .*/images: 1 of {N} names is no file below it \(first: "):
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=absolute, root=tmp_path / "images")
     with FeatureFile(tmp_path / "f.h5") as file:
         assert file.paths == sorted(NAMES)
         assert file.provenance["root"] == str(tmp_path / "images")
@@ -253,7 +255,7 @@ def test_names_that_are_files_have_size_and_time(tmp_path):
     ("make", "options", "message"),
     [
         (lambda f: np.save(f / "v.npy", VECTORS), {"paths": NAMES[:5]}, "12 vectors and 5 names"),
-        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": [*NAMES[:11], NAMES[0]]}, r"1 names have two vectors"),
+        (lambda f: np.save(f / "v.npy", VECTORS), {"paths": [*NAMES[:11], NAMES[0]]}, r"1 name has two vectors"),
         (lambda f: np.save(f / "v.npy", VECTORS[0]), {"paths": NAMES}, r"shape \(5,\), expected"),
         (lambda f: np.save(f / "v.npy", np.arange(24).reshape(12, 2)), {"paths": NAMES}, "numbers of type int64"),
         (lambda f: (f / "v.npy").write_bytes(b"junk"), {}, "cannot be read"),
@@ -268,6 +270,19 @@ def test_what_does_not_fit(make, options, message, tmp_path):
     with pytest.raises(ProtopruneError, match=message):
         import_features(tmp_path / "v.npy", tmp_path / "f.h5", **options)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
+
+
+@pytest.mark.parametrize("reordered", [True, False])
+def test_row_indices_of_vectors_in_another_order_are_warned_of(tmp_path, monkeypatch, reordered):
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", VECTORS)
+    names = sorted(NAMES, reverse=reordered)
+    import_features("v.npy", "f.h5", paths=names)
+    for options in (["-o", "k.npy"], ["-o", "k.txt", "--removed", "r.npy"]):
+        result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", *options])
+        assert result.exit_code == 0, result.output
+        assert ("warning: row indices count the rows of f.h5, which are sorted" in result.stderr) == reordered
+    assert "row indices" not in CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", "k.txt"]).stderr
 
 
 def test_several_arrays_ask_which(tmp_path):
@@ -313,3 +328,22 @@ def test_what_a_killed_import_left_is_said_and_replaced(tmp_path):
         import_features(tmp_path / "v.npz", tmp_path / "f.h5")
     assert import_features(tmp_path / "v.npz", tmp_path / "f.h5", overwrite=True).n == 4
     assert not (tmp_path / "f.h5.partial").exists()
+
+
+def test_names_of_images_in_shards(tmp_path):
+    """The shards are no classes, the folders in them are; and an image in a shard that is there is there."""
+    names = [f"{shard:04d}.tar/{kind}/{i}.jpg" for shard in range(2) for kind in ("ant", "bee") for i in range(3)]
+    (tmp_path / "0000.tar").write_bytes(b"")
+    (tmp_path / "0001.tar").write_bytes(b"")
+    np.save(tmp_path / "v.npy", np.eye(12, dtype=np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names, root=tmp_path)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert (file.classes, file.labels.tolist()) == (["ant", "bee"], [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3)
+    flat = [name.replace("/ant/", "/a").replace("/bee/", "/b") for name in names]
+    (tmp_path / "0001.tar").unlink()
+    with pytest.warns(ProtopruneWarning, match=r"6 of 12 names are no files below it \(first: 0001.tar/a0.jpg"):
+        import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=flat, root=tmp_path)
+    with FeatureFile(tmp_path / "g.h5") as file:
+        assert file.classes == []

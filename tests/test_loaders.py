@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import types
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import encoded, picture
+from shard_helpers import write_tar
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import lists
+from protoprune import lists, loaders
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.loaders import keep_only, table_rows, weights_of
@@ -98,6 +100,9 @@ def test_weights_of_a_part_of_a_part(image_folder):
     backwards = Subset(keep_only(image_folder, KEPT), [2, 0, 1])
     assert weights_of(backwards, BY_PATH).tolist() == [2.5, 1, 4]
     assert weights_of(Subset(backwards, [0, 1]), BY_PATH).tolist() == [2.5, 1]
+    with pytest.warns(ProtopruneWarning, match=r"1 of the 3 images .* has no weight in the list"):
+        other = weights_of(backwards, {path: weight for path, weight in BY_PATH.items() if path != "cat/001.png"})
+    assert other.tolist() == [2.5, 0, 4]
     with pytest.raises(ProtopruneError, match="1 of 4 listed images is not in the data set"):
         weights_of(backwards, {**BY_PATH, "cat/9.png": 1})
 
@@ -420,6 +425,82 @@ def test_lists_of_shards_match_by_shard_and_key(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "DIR/shard-{0..1}.tar",
+        "shard-{0..1}.tar",
+        "file:DIR/shard-{0..1}.tar",
+        "pipe:cat DIR/shard-{0..1}.tar",
+        "pipe:cat 'DIR/shard-{0..1}.tar' || true",
+        "pipe:cat shard-{0..1}.tar | cat",
+        "pipe:cat shard-{0..1}.tar # it's",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # webdataset leaves its files to garbage collection
+def test_lists_of_shards_by_every_kind_of_url(url, image_tree, tmp_path, monkeypatch):
+    """The images that arrive, and not only their number: the shards have the same keys."""
+    webdataset = pytest.importorskip("webdataset")
+    for shard in range(2):
+        write_tar(tmp_path / f"shard-{shard}.tar", [(f"{i:03d}.png", bytes([shard, i])) for i in range(4)])
+    monkeypatch.chdir(tmp_path)
+    url = url.replace("DIR", str(tmp_path))
+    kept = ["shard-0.tar/000.png", "shard-1.tar/002.png"]
+    for listed in (kept, [f"{tmp_path}/{one}" for one in kept], [f"./{one}" for one in kept]):
+        samples = keep_only(webdataset.WebDataset(url, shardshuffle=False), listed)
+        assert [sample["png"] for sample in samples] == [bytes([0, 0]), bytes([1, 2])]
+    with pytest.raises(ProtopruneError, match=r"first sample is 000 in .*shard-0.tar.*; are these the shards"):
+        list(keep_only(webdataset.WebDataset(url, shardshuffle=False), ["shard-7.tar/000.png"]))
+
+
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        ("https://user:pw@h.example/a%20b/0.tar?X-Sig=q/w#x", "a b/0.tar"),
+        ("pipe:curl -s -L https://h.example/d/0.tar -H 'Authorization:Bearer tok/en'", "d/0.tar"),
+        ("pipe:aws s3 cp s3://bucket/d/0.tar -", "s3:/bucket/d/0.tar"),
+        ("s3://bucket/d/0?.tar", "s3:/bucket/d/0?.tar"),
+        ("hf://datasets/o/n/0.tar", "datasets/o/n/0.tar"),
+    ],
+)
+def test_what_a_shard_may_be_called(url, names):
+    found = loaders._shard_names(url)
+    assert {names, names.rpartition("/")[2]} <= set(found)
+    sample = {"__key__": "k", "__url__": url, "jpg": b""}
+    assert list(keep_only([sample], [f"{names}/k.jpg"])) == [sample]
+    with pytest.raises(ProtopruneError) as error:
+        list(keep_only([sample], ["other.tar/k.jpg"]))
+    assert "pw" not in str(error.value)
+
+
+def test_keys_as_tars_spell_them(tmp_path):
+    """`tar -P`, `./` and doubled slashes: what the list has is the plain path."""
+    for key in ("/data/a/1", "./data/a/1", "data//a/1", "data/b/../a/1"):
+        sample = {"__key__": key, "__url__": "0.tar", "jpg": b""}
+        for listed in ("0.tar/data/a/1.jpg", "data/a/1.jpg"):
+            assert list(keep_only([sample], [listed])) == [sample]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_from_tars(tmp_path, streaming):
+    datasets = pytest.importorskip("datasets")
+    for shard in range(2):
+        files = [(f"{i}.jpg", encoded(picture(8, 8, 10 * shard + i), "JPEG")) for i in range(5)]
+        both = [(name.split(".")[0] + ".json", json.dumps({"is": f"{shard}/{name}"}).encode()) for name, _ in files]
+        write_tar(tmp_path / f"{shard}.tar", [one for pair in zip(files, both, strict=True) for one in pair])
+    paths = [str(tmp_path / f"{shard}.tar") for shard in range(2)]
+    whole = datasets.load_dataset(
+        "webdataset", data_files=paths, split="train", cache_dir=str(tmp_path / "c"), streaming=streaming
+    )
+    kept = keep_only(whole, ["0.tar/1.jpg", "1.tar/0.jpg", "1.tar/4.jpg"])
+    assert [one["json"]["is"] for one in kept] == ["0/1.jpg", "1/0.jpg", "1/4.jpg"]
+    with pytest.raises(ProtopruneError, match="1 of 2 listed images is not in the data set"):
+        list(keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"]))
+    if not streaming:
+        part = keep_only(whole.select([9, 1]), ["0.tar/1.jpg"])
+        assert [one["json"]["is"] for one in part] == ["0/1.jpg"]
+
+
 def test_webdataset_by_the_list_of_a_feature_set(image_tree, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     urls = shards(image_tree(), tmp_path)

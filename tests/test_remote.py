@@ -1,5 +1,6 @@
 """Shards by URL: the same features as from the disk, and every kind of trouble in one line without secrets."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -12,7 +13,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from shard_helpers import image_folder, members, write_parquet, write_tars
+from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars
 from typer.testing import CliRunner
 
 import protoprune
@@ -21,12 +22,12 @@ from protoprune.cli import app
 from protoprune.decode import Status
 from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.featureset import FeatureSet, read_plan
 from protoprune.images import list_folder
 from protoprune.pruning import open_features
 from protoprune.sharding import embed_shards
-from protoprune.sources import ShardError, find_shards
+from protoprune.sources import ShardError, find_shards, list_shards
 from protoprune.sources.finding import Shard
 
 fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
@@ -444,3 +445,178 @@ def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monk
     for secret in secrets:
         assert secret.encode() not in said, said.decode()
         assert [name for name, data in written.items() if secret.encode() in data] == []
+
+
+# --- web servers ------------------------------------------------------------------------------------------------------
+
+
+class Web:
+    """Answers of a web server: path -> content, or the status that it answers; `asked` is what it was asked for."""
+
+    def __init__(self, served):
+        self.files: dict[str, bytes | int] = {}
+        self.headers: dict[str, str] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.together: threading.Barrier | None = None  # where only so many requests at once are answered
+        self.url = f"http://{served(self._handler())}"
+
+    def _handler(self):
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                web.asked.append((self.command, self.path))
+                found = web.files.get(self.path.partition("?")[0].lstrip("/"), 404)
+                if web.together is not None and self.command == "HEAD":
+                    web.together.wait(60)
+                body = b"no" if isinstance(found, int) else found
+                self.send_response(found if isinstance(found, int) else 200)
+                for name, value in {**web.headers, "Content-Length": len(body)}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    with contextlib.suppress(OSError):  # who asked has hung up
+                        self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def web(served, folder, tmp_path):
+    """Four tars on a web server, and none of a store's clients of an earlier test."""
+    pytest.importorskip("aiohttp")
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+    web = Web(served)
+    for path in write_tars(tmp_path / "tars", members(folder), 4).iterdir():
+        web.files[path.name] = path.read_bytes()
+    return web
+
+
+def test_what_a_web_server_answers_for_some_of_many(web, mini, tmp_path, monkeypatch):
+    """fsspec calls every answer but 200 a file that is not there."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    whole = dict(web.files)
+    report = run(f"{web.url}/{{0000..0003}}.tar", tmp_path / "done", mini)
+    assert report.n == 12
+    web.files |= {"0000.tar": 403, "0001.tar": 429, "0002.tar": 404}
+    report = run(f"{web.url}/{{0000..0003}}.tar", tmp_path / "f", mini)
+    assert report.n == 3
+    said = {name: (status, reason) for name, status, reason in report.failed_shards}
+    assert said["0000.tar"][0] == said["0001.tar"][0] == "unreadable"
+    assert "the server refuses it (403" in said["0000.tar"][1]
+    assert "a signed URL may have expired" in said["0000.tar"][1]
+    assert "the server has no answer now (429" in said["0001.tar"][1]
+    assert said["0002.tar"] == ("missing", "no such file")
+    with pytest.warns(ProtopruneWarning, match=r"0000.tar: the shard is gone, or cannot be read \(the server refuses"):
+        report = run(f"{web.url}/{{0000..0003}}.tar", tmp_path / "done", mini)
+    assert (report.n, report.states) == (12, {"unchanged": 1, "kept": 3})
+    web.files = dict.fromkeys(whole, 503)
+    with pytest.raises(ProtopruneError, match=r"none of the 4 shards can be read: the server has no answer now \(503"):
+        find_shards(f"{web.url}/{{0000..0003}}.tar")
+    with pytest.raises(ProtopruneError, match=r"0000.tar: cannot be read: the server has no answer now"):
+        find_shards(f"{web.url}/0000.tar")
+    with pytest.raises(ProtopruneError, match=r"nothing.tar: not there; check the URL"):
+        find_shards(f"{web.url}/nothing.tar")
+
+
+def test_a_server_that_recovers_is_asked_again(web, monkeypatch):
+    whole = web.files["0001.tar"]
+    web.files["0001.tar"] = 503
+    monkeypatch.setattr(remote.time, "sleep", lambda _: web.files.update({"0001.tar": whole}))
+    assert all(shard.size > 0 for shard in find_shards(f"{web.url}/{{0000..0003}}.tar").shards)
+
+
+@pytest.mark.parametrize("mark", ["ETag", "Last-Modified", "Content-MD5"])
+def test_a_shard_that_changed_on_a_web_server_is_embedded_again(mark, web, folder, mini, tmp_path):
+    """Tars are padded to 10 kB: their size says little, and Python's own web server sends no ETag."""
+    packed = [write_tar(tmp_path / "one.tar", [("1.png", data)]).read_bytes() for _, data in members(folder)[:2]]
+    assert len(packed[0]) == len(packed[1])
+    web.files["0000.tar"] = packed[0]
+    web.headers = {mark: "Mon, 01 Jun 2026 10:00:00 GMT"}
+    assert run(f"{web.url}/0000.tar", tmp_path / "f", mini).embedded == 1
+    assert run(f"{web.url}/0000.tar", tmp_path / "f", mini).embedded == 0
+    web.files["0000.tar"], web.headers = packed[1], {mark: "Tue, 02 Jun 2026 10:00:00 GMT"}
+    assert run(f"{web.url}/0000.tar", tmp_path / "f", mini).embedded == 1
+
+
+def test_what_hugging_face_calls_a_files_content_is_its_version():
+    class Hub:
+        def unstrip_protocol(self, path):
+            return f"hf://{path}"
+
+    facts = [{"name": "datasets/o/n/a.tar", "size": 10_240, "blob_id": blob} for blob in ("1a", "2b", "2b")]
+    versions = [remote._shard(Hub(), one["name"], "datasets/o/n", one).version for one in facts]
+    assert versions[0] != versions[1] == versions[2]
+
+
+def test_signed_urls(web, mini, tmp_path):
+    """The query is no part of a name, whatever is in it, and a shard is fetched once: looking whether it is a folder
+    would fetch it too."""
+    query = "?X-Amz-Credential=AKIA/2026/s3&X-Amz-Signature=abc"
+    out = tmp_path / "f"
+    source = find_shards(f"{web.url}/0001.tar{query}")
+    assert ([shard.name for shard in source.shards], source.root) == (["0001.tar"], web.url)
+    assert web.asked == [("HEAD", f"/0001.tar{query}")]
+    assert run(f"{web.url}/{{0000..0001}}.tar{query}", out, mini).n == 6
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{web.url}/{name}.tar{query}\n" for name in ("0000", "0001")))
+    result = CliRunner().invoke(app, ["embed", str(listed), "-o", str(out), "--encoder", "mini", "--device", "cpu"])
+    assert "2 shards (2 unchanged), 6 images" in result.stderr, result.stderr
+    kept = list(protoprune.select(out, 1.0, k=2).kept_paths)
+    web.asked.clear()
+    protoprune.reshard(kept, tmp_path / "new", root=f"{web.url}/{query}", features=out)
+    assert {path for _, path in web.asked} == {f"/000{n}.tar{query}" for n in (0, 1)}
+    assert "Signature" not in (tmp_path / "new/reshard.json").read_text()
+    web.files["0001.tar"] = 403
+    with pytest.raises(ProtopruneError, match=r"0001.tar: the server refuses it \(403"):
+        protoprune.reshard(kept, tmp_path / "newer", features=out)
+
+
+def test_lists_of_urls(web, memory, tmp_path):
+    source = list_shards([f"{web.url}/0001.tar?a=b/c", f"{web.url}/0000.tar"])
+    assert ([shard.name for shard in source.shards], source.root) == (["0000.tar", "0001.tar"], web.url)
+    source = list_shards(["memory://set/tars/0001.tar", "memory://set/tars/0002.tar"], "memory://set")
+    assert [shard.name for shard in source.shards] == ["tars/0001.tar", "tars/0002.tar"]
+    for urls, root, said in (
+        (["memory://set/0.tar", "http://h/0.tar"], None, "http://h/0.tar: in one list with memory://set/0.tar"),
+        (["memory://set/0.tar", "0.tar"], None, "0.tar: in one list with"),
+        (["http://h1/0.tar", "http://h2/0.tar"], None, "several servers or buckets"),
+        (["memory://set/tars/0000.tar"], "memory://set/t", "outside the root"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            list_shards(urls, root)
+
+
+def test_many_shards_are_asked_for_at_once(web, monkeypatch):
+    """One after the other, a thousand of them took longer than a server may take to answer at all."""
+    monkeypatch.setattr(remote, "_AT_ONCE", 4)
+    web.together = threading.Barrier(4)  # nobody is answered before four have asked
+    web.files |= {f"{number:04d}.tar": web.files["0000.tar"] for number in range(4, 8)}
+    assert len(find_shards(f"{web.url}/{{0000..0007}}.tar")) == 8
+
+
+def test_a_shard_may_take_longer_than_five_minutes(web):
+    """aiohttp's own limit is for the whole of a download, however fast it arrives."""
+    times = stores.store(web.url).client_kwargs["timeout"]
+    assert (times.total, times.sock_read) == (None, 60)
+
+
+@pytest.mark.parametrize("key", ["a#1/q?0.tar", "br[1]/x.tar", "{a}/b.tar", "a b/x+y%20z.tar", "ünï/ö.tar"])
+def test_names_that_urls_and_patterns_read_otherwise(key, memory, folder, mini, tmp_path):
+    data = write_tars(tmp_path / "one", members(folder), 1).joinpath("0000.tar").read_bytes()
+    memory.pipe(f"/odd/{key}", data)
+    above = f"memory://odd/{key.partition('/')[0]}"
+    for number, url in enumerate(
+        ["memory://odd", above, f"memory://odd/{key}"] if "{" not in key else ["memory://odd"]
+    ):
+        out = tmp_path / f"f{number}"
+        assert run(url, out, mini).n == 12
+        kept = list(protoprune.select(out, 1.0, k=2).kept_paths)
+        assert protoprune.reshard(kept, tmp_path / f"r{number}", features=out).images == 12

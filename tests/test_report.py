@@ -209,6 +209,9 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
         (folder / "results.json").write_text(json.dumps(other))
         with pytest.raises(ProtopruneError, match="not results of `evaluate`"):
             page(pruning.select(many, 0.5), Options(evaluation=os.fspath(folder)))
+    (folder / "results.json").write_text(json.dumps({"answer": "keep 30%", "environment": {}}))  # of tune
+    with pytest.raises(ProtopruneError, match="results of another command"):
+        page(pruning.select(many, 0.5), Options(evaluation=os.fspath(folder)))
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
-from protoprune.sources.finding import Shard, expand, fixed_part, in_order
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
@@ -120,6 +120,8 @@ def test_a_missing_shard_of_a_pattern_is_known_and_all_missing_is_an_error(folde
 
 def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
     assert find_shards(folder) is None
+    with pytest.raises(UsageError, match=rf"matches {len(members(folder))} images, and patterns are for shards"):
+        find_shards(f"{folder}/**/*.*")
     write_tar(tmp_path / "mixed/a.tar", [("1.png", PNG)])
     (tmp_path / "mixed/2.png").write_bytes(PNG)
     assert find_shards(tmp_path / "mixed") is None
@@ -129,6 +131,63 @@ def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
     (tmp_path / "list.gz").write_bytes(gzip.compress(b"a.png\n"))
     assert find_shards(tmp_path / "list.gz") is None
     assert find_shards(tmp_path / "nowhere") is None
+
+
+def test_what_lies_beside_shards_hides_them_not(folder, tmp_path):
+    """Spark's _SUCCESS, a licence, links to other disks: a folder of shards all the same."""
+    write_tars(tmp_path / "disk" / "train", members(folder), 2)
+    place = tmp_path / "set"
+    place.mkdir()
+    (place / "train").symlink_to(tmp_path / "disk/train")
+    (tmp_path / "disk/train/again").symlink_to(tmp_path / "disk")  # back to a folder that we are in
+    for name, content in (
+        ("_SUCCESS", b""),
+        ("LICENSE", b"Permission is granted"),
+        ("README.md", b"#"),
+        (".crc", b"1"),
+    ):
+        (place / name).write_bytes(content)
+    source = find_shards(place)
+    assert [shard.name for shard in source.shards] == ["train/0000.tar", "train/0001.tar"]
+    (place / "cover").write_bytes(PNG)  # an image, whatever it is called
+    assert find_shards(place) is None
+
+
+def test_shards_beside_images_are_said(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    (tmp_path / "set/preview.png").write_bytes(PNG)
+    result = call("embed", tmp_path / "set", "-o", tmp_path / "f.h5", "--encoder", "mini", "--device", "cpu")
+    assert "2 of them are shards (0000.tar), whose images are not embedded" in result.stderr
+    assert f"such as '{tmp_path}/set/*.tar'" in result.stderr
+    result = call("embed", tmp_path / "set/*.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
+    assert "15 images" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], ["test", "train"]),
+        (["imagenet-train-000000.tar", "imagenet-val-000000.tar", "x.tar"], ["train", "val"]),
+        (["train2017.zip", "val2017.zip"], ["train", "val"]),
+        (["Train/0.tar", "train/1.tar"], ["train"]),
+        (["training-set/0.tar", "latest/1.tar", "devices/2.tar", "contest.tar", "00000.tar"], ["training"]),
+    ],
+)
+def test_splits_by_the_names_of_shards(names, splits):
+    assert splits_among(names) == splits
+
+
+def test_shells_that_expand_a_pattern_and_archives_that_are_not_read(tmp_path):
+    assert "several shards are a pattern in quotes" in call("embed", "0.tar", "1.tar").stderr
+    (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(256)))
+    assert (
+        "a Zstandard file, not a list of paths; unpack it first (zstd -d)"
+        in call("embed", tmp_path / "x.tar.zst").stderr
+    )
+    (tmp_path / "list.txt").write_text("https://h.example/a.jpg\nb.jpg\n")
+    assert "single images are not fetched by URL" in call("embed", tmp_path / "list.txt").stderr
+    (tmp_path / "list.txt").write_text("a.tar\n")
+    assert "give --root, the folder that its paths are relative to" in call("embed", tmp_path / "list.txt").stderr
 
 
 def test_shards_are_in_the_order_of_ids():
@@ -209,6 +268,8 @@ def test_members_that_are_no_images_are_counted_and_hidden_ones_left_out(tmp_pat
         with opened(path) as images:
             assert images.paths == [f"{path.name}/{name}" for name in ("a/1.png", "a/2", "abs/5.PNG")]
             assert images.skipped == {".txt": 1, "(no suffix)": 1, ".png": 2}
+            why = dict(zip(images.left_out, images.why, strict=True))
+            assert why[f"{path.name}/.git/4.png"].startswith("hidden: its name, or that of a folder above it")
 
 
 def test_an_image_name_with_other_content_is_an_image_that_fails(tmp_path):
@@ -299,6 +360,45 @@ def test_labels_from_json_beside_the_images(tmp_path):
         assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["x", "y", "", "z"]
     with opened(path, class_level=1) as images:
         assert images.classes == ["d"]
+
+
+def test_a_zip_with_backslashes_has_folders(tmp_path):
+    """As old .NET writes them. On Linux a name may hold one."""
+    for system, names in ((0, ["s.zip/ant/1.png", "s.zip/bee/2.png"]), (3, ["s.zip/ant\\1.png", "s.zip/bee\\2.png"])):
+        with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+            for name, data in (("ant\\", b""), ("ant\\1.png", PNG), ("bee\\2.png", PNG)):
+                info = zipfile.ZipInfo("x")
+                info.filename, info.create_system = name, system
+                archive.writestr(info, data)
+        with opened(tmp_path / "s.zip") as images:
+            assert images.paths == names
+            assert images.classes == (["ant", "bee"] if system == 0 else [])
+            assert all(images.read(row) == PNG for row in range(2))
+
+
+def test_a_sparse_member_does_not_make_a_tar_truncated(tmp_path):
+    """`tar -S`: a log file with a hole of a gigabyte has few bytes in the tar."""
+
+    def sparse(name: str, data: bytes, size: int) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.size, info.type = len(data), b"S"
+        head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        head[386:410] = b"%011o\0%011o\0" % (size - len(data), len(data))  # where the data lie
+        head[483:495] = b"%011o\0" % size
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        return bytes(head) + data + bytes(-len(data) % 512)
+
+    plain = write_tar(tmp_path / "plain.tar", [("a.png", PNG)]).read_bytes()
+    whole = sparse("x.log", b"end", 1 << 30) + sparse("b.png", PNG, 1 << 20) + plain
+    (tmp_path / "s.tar").write_bytes(whole)
+    with opened(tmp_path / "s.tar") as images:
+        assert images.paths == ["s.tar/a.png", "s.tar/b.png"]
+        assert images.read(0) == PNG
+        with pytest.raises(ImageError, match="a sparse file in a tar"):
+            images.read(1)
+    (tmp_path / "s.tar").write_bytes(whole[:514])
+    assert refused(tmp_path / "s.tar")[0] == Status.TRUNCATED
 
 
 def test_links_in_a_tar(tmp_path):
@@ -402,7 +502,10 @@ def test_a_damaged_member_of_a_zip_fails_alone(tmp_path):
         ("s.tar", b"", Status.EMPTY, "zero bytes"),
         ("s.tar", b"<html>404 not found</html>", Status.CORRUPT, "begins with b'<html>404 no'"),
         ("s.parquet", PNG, Status.CORRUPT, "an image: not a tar, zip, Parquet or Arrow file"),
-        ("s.tar", bytes(10240), Status.CORRUPT, "not a tar"),
+        ("s.tar", bytes(10240), Status.EMPTY, "a tar without members"),
+        ("s.tar", bytes(1024), Status.EMPTY, "a tar without members"),
+        ("s.tar", bytes(20480), Status.CORRUPT, "begins with zeros: not a tar"),
+        ("s.zip", bytes(10240), Status.CORRUPT, "begins with zeros: not a tar"),
     ],
 )
 def test_what_is_not_what_its_name_says(name, data, status, reason, tmp_path):
@@ -572,3 +675,27 @@ def test_half_characters_in_json_do_not_end_a_run(tmp_path):
     with opened(write_tar(tmp_path / "a.tar", files)) as images:
         assert images.classes == ["é", os.fsdecode(b"\xed\xa0\x80")]
         assert [os.fsencode(name) for name in images.classes] == ["é".encode(), b"\xed\xa0\x80"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("0.tar/a/1.jpg", ("0.tar", "a/1.jpg")),
+        ("x.y/d.PARQUET/https://h/b.zip/1", ("x.y/d.PARQUET", "https://h/b.zip/1")),
+        ("s.tar.gz/1", ("s.tar.gz", "1")),
+        ("a/1.jpg", ("", "a/1.jpg")),
+        ("1.tar", ("", "1.tar")),
+    ],
+)
+def test_ids_of_images_in_shards(path, parts):
+    assert split_id(path) == parts
+
+
+def test_no_links_into_shards(folder, tmp_path):
+    write_tars(tmp_path / "set", members(folder), 2)
+    features = tmp_path / "f"
+    assert call("embed", tmp_path / "set", "-o", features, "--encoder", "mini", "--device", "cpu").exit_code == 0
+    result = call("select", features, "--keep", "0.5", "--links", tmp_path / "links")
+    assert result.exit_code == 2
+    assert "lies in a shard, to which no link can lead; `protoprune reshard LIST OUT` writes" in result.stderr
+    assert not (tmp_path / "links").exists()

@@ -34,6 +34,12 @@ def test_names_tell_candidates_apart():
     assert not any(one.k for one in candidates(300, 10))  # 10 images a cluster at least
 
 
+@pytest.mark.parametrize(("keep", "text"), [(0.3, "0.3"), (1.0, "1"), (1, "1"), (0.123456789, "0.123456789")])
+def test_the_command_has_every_digit_of_the_fraction(keep, text):
+    words = RANDOM.command("features.h5", keep, "kept.txt").split()
+    assert words[words.index("--keep") + 1] == text
+
+
 @pytest.mark.parametrize("number", range(len(candidates(2000, 3, ["t.csv"])) + 2))
 def test_parts_select_as_the_command_does(number, pool, tmp_path, monkeypatch, feature_file):
     monkeypatch.chdir(tmp_path)

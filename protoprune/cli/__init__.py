@@ -112,7 +112,10 @@ def _explain(error: Any) -> None:
 
 
 def _where_features_go(context: Any, said: str) -> str:
-    """For who named the feature file in the way of another command: lists are the arguments of some, it of others."""
+    """For who named the feature file in the way of another command: lists are the arguments of some, it of others; and
+    for whom the shell made several names of a pattern."""
+    if context is not None and context.command.name == "embed" and said.startswith("Got unexpected extra argument"):
+        return "; several shards are a pattern in quotes ('shards/*.tar'), or a list of them in a file"
     places = {} if context is None else {one.name: one.param_type_name for one in context.command.params}
     if places.get("features") == "option" and said.startswith("Got unexpected extra argument"):
         return "; the feature file goes after --features"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from protoprune.comparison import Comparison
     from protoprune.scores import ScoreTable
     from protoprune.scores.table import Table
-    from protoprune.sources.reading import ShardOptions
+    from protoprune.sources.shard import ShardOptions
 
 _FIGURES = (".png", ".svg", ".pdf")
 _SHEET_ROWS = 10
@@ -65,6 +65,7 @@ def compare(
     Spearman rank correlations, and the overlap of the sets that would be kept.
     """
     from protoprune import comparison, files, selection
+    from protoprune.lists import packed
     from protoprune.scores import check_reading
 
     keeps = list(dict.fromkeys(numbers(keep, "--keep")))
@@ -89,9 +90,9 @@ def compare(
     for picture in (sheet, figure):
         check_picture(picture, place, result.paths)
     if out is not None:
-        files.write_file(out, files.table_csv(comparison.pair_rows(result)))
+        files.write_file(out, packed(out, [files.table_csv(comparison.pair_rows(result))]))
     if classes is not None:
-        files.write_file(classes, files.table_csv(comparison.class_rows(result)))
+        files.write_file(classes, packed(classes, [files.table_csv(comparison.class_rows(result))]))
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
@@ -158,7 +159,7 @@ def _load(
     paths = labels = classes = usable = options = None
     if features is not None:
         from protoprune.features import open_features
-        from protoprune.sources.reading import ShardOptions
+        from protoprune.sources.shard import ShardOptions
 
         with open_features(features) as file:
             paths, labels, classes, usable = file.paths, file.labels, file.classes, file.usable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file
-from protoprune.cli.outputs import check_outputs
+from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import (
     Address,
@@ -117,6 +117,7 @@ def embed(
         check_outputs(errors, hdf5=file, inputs=inputs)
         _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size, "--address": address,
                                "--engine": None if engine == "local" else engine})  # fmt: skip
+    check_suffix(errors, (".csv",), "--errors")
     if source is None:
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
         classes = label_argument(labels, label_column, class_names, class_level, no_labels)
@@ -234,6 +235,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     from protoprune.lists import split_list
     from protoprune.sources import find_shards, list_shards
     from protoprune.sources.finding import looks_like_shards
+    from protoprune.stores import is_url, public
 
     if images == "-":
         if sys.stdin is None:  # `<&-`
@@ -257,6 +259,11 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
         entries = listed
     if looks_like_shards(entries):
         return list_shards(entries, root), None
+    if (url := next((one for one in entries if is_url(one)), None)) is not None:
+        raise UsageError(
+            f"{images}: lists {public(url)}, and single images are not fetched by URL; download them (img2dataset), or "
+            "list URLs of shards only"
+        )
     return None, entries
 
 
@@ -283,6 +290,7 @@ def _say_listing(count: int) -> None:
 def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
     from protoprune.images import describe_counts
+    from protoprune.sources.finding import SUFFIXES
 
     classes = f" in {many(len(found.classes), 'class', 'classes')} ({found.labels_from})" if found.classes else ""
     say(f"{many(len(found), 'image')}{classes} under {found.root}")
@@ -294,6 +302,14 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
             f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
             f"{describe_counts(found.skipped)}{listed}"
         )
+        shards = [path for path in found.left_out if path.lower().endswith(SUFFIXES)] if found.why is None else []
+        if shards:
+            some = many(len(shards), "of them is a shard", "of them are shards")
+            pattern = f"{found.root}/*{os.path.splitext(shards[0])[1]}"
+            say(
+                f"warning: {some} ({shards[0]}), whose images are not embedded: a folder with images in it is one of "
+                f"images. Shards are given by a pattern in quotes, such as '{pattern}'"
+            )
         if formats.advice(found.skipped):
             say(formats.advice(found.skipped))
     if found.duplicates:
@@ -332,10 +348,11 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
+    from protoprune.decode import Status
     from protoprune.featurefile import NO_IMAGE, FeatureFile
     from protoprune.files import write_file
     from protoprune.images import describe_counts, why_left_out
-    from protoprune.lists import table_chunks
+    from protoprune.lists import packed, table_chunks
 
     if report.failed:
         where = f"listed in {errors}" if errors else "list them with --errors FILE"
@@ -345,11 +362,12 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
             rows = [(path, status.label, reason) for path, status, reason in file.failures()]
         rows += [(folder + "/", "unreadable folder", reason) for folder, reason in found.unreadable_folders]
         rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
-        write_file(errors, table_chunks(["path", "status", "reason"], rows))
+        write_file(errors, packed(errors, table_chunks(["path", "status", "reason"], rows)))
     if report.failed == report.n:
-        raise ProtopruneError(
-            f"none of {many(report.n, 'image')} could be used; see {errors or '--errors FILE'} for why"
-        )
+        why = f"see {errors or '--errors FILE'} for why"
+        if set(report.failures) == {Status.MISSING.label}:
+            why = f"there is no such file below {found.root}; give --root, the folder that the paths are relative to"
+        raise ProtopruneError(f"none of {many(report.n, 'image')} could be used; {why}")
     if strict and (report.failed or found.unreadable_folders):
         raise ProtopruneError("--strict: not everything could be read")
 

@@ -23,14 +23,18 @@ def check_outputs(
     inputs: Iterable[str | Path | None] = (),
     hdf5: Path | None = None,
     links: Path | None = None,
+    stdout: str | Path | None = None,
 ) -> None:
     """Raise UsageError for an output that cannot be made, is an input or another output, or holds something better.
 
-    None is an option not given, and - is stdout, which may be redirected to a file. `hdf5` is an output with a lock
-    and a partial file beside it, whose maker knows what it replaces; `links` a folder of links that is made too.
+    None is an option not given. `stdout` is an output for which - is stdout, which may be redirected to a file; `hdf5`
+    one with a lock and a partial file beside it, whose maker knows what it replaces; `links` a folder of links that is
+    made too.
     Files are compared as files: through links, by another name, and by names that differ in case only.
     """
-    given = [Path(one) for one in outputs if one is not None and str(one) != "-"]
+    if any(str(one) == "-" for one in (*outputs, hdf5, links)):
+        raise UsageError("-: this goes into a file, not to stdout; name one")
+    given = [Path(one) for one in (stdout, *outputs) if one is not None and str(one) != "-"]
     sources = [Path(one) for one in inputs if one is not None and os.path.exists(one)]
     written: list[Path] = [] if links is None else [links]
     if hdf5 is not None:
@@ -46,22 +50,24 @@ def check_outputs(
         if path != hdf5:
             _check_kind(path)
         written.append(path)
+    check_suffix(hdf5, (".h5", ".hdf5"))
 
 
 # Suffixes that say what a file holds, so that something else in it would mislead people and programs.
 _TELLING = frozenset((
     ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
     ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
-    ".pth", ".safetensors",
+    ".pth", ".safetensors", ".gz",
 ))  # fmt: skip
 
 
 def check_suffix(path: str | Path | None, right: Sequence[str], option: str = "-o", *, only: bool = False) -> None:
     """Raise UsageError for a name whose suffix promises another format than the `right` ones that can be written; with
-    `only` for every other suffix. `.gz` after it does not count."""
+    `only` for every other suffix. `.gz` after it does not count where tables are written: they go through gzip."""
     if path is None or str(path) == "-":
         return
-    suffix = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
+    name = os.fspath(path).lower()
+    suffix = os.path.splitext(name.removesuffix(".gz") if ".csv" in right else name)[1]
     if suffix not in right and (only or suffix in _TELLING):
         raise UsageError(f"{option} {path}: is written as {' or '.join(right)}; give it a name that ends so")
 

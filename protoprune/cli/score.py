@@ -70,7 +70,10 @@ def score(
         ),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="Groups that cover and facility cover: class or cluster [default: class].")
+        str | None,
+        typer.Option(
+            help="Groups that cover and facility cover: class or cluster [default: class, where there are classes]."
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -124,7 +127,7 @@ def _check_out(out: Path, source: Path) -> None:
     from protoprune.scores.table import check_name
 
     check_name(out)
-    check_outputs(out, inputs=[source])
+    check_outputs(stdout=out, inputs=[source])
     check_suffix(out, (".csv", ".tsv", ".parquet", ".pq"))
 
 

@@ -77,15 +77,32 @@ def select(
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     if links is not None:
         check_beside(links, root or ranking.root, ranking.paths, f"--links {links}")
-    _write(
-        chosen, out, format, null, os.path.abspath(root or ranking.root), absolute, removed, links, hard_links, manifest
-    )
+    place = _place(root or ranking.root, absolute)
+    _write(chosen, out, format, null, place, absolute, removed, links, hard_links, manifest)
+    kinds = [_format(format, out), *([] if removed is None else [_format_of_removed(format, removed)])]
+    if "npy" in kinds and ranking.source is not None and ranking.source.provenance.get("reordered"):
+        say(
+            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
+            "that it was imported from; take paths, or a manifest"
+        )
     _say_selected(chosen)
     say_notes(chosen.notes())
     if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
+
+
+def _place(root: str | os.PathLike[str], absolute: bool) -> str:
+    """The root as lists and links have it; with a word where absolute paths would lead nowhere."""
+    from protoprune.stores import given, is_url
+
+    place = given(root)
+    if is_url(place):
+        return place
+    if absolute and not os.path.isdir(place):
+        say(f"warning: --absolute: {place} is no folder on this machine; --root says where the images are now")
+    return os.path.abspath(place)
 
 
 def check_links(links: Path | None, hard: bool) -> None:
@@ -106,7 +123,7 @@ def _check_output(
 
     from protoprune.lists import check_list
 
-    check_outputs(*outputs, inputs=inputs, links=links)
+    check_outputs(*outputs[1:], inputs=inputs, links=links, stdout=outputs[0])
     _check_named(format, outputs[0])
     for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
         tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")

@@ -141,7 +141,7 @@ def _write_errors(errors: Path, report: SetReport) -> None:
     from protoprune.features import local_path
     from protoprune.featureset import FeatureSet
     from protoprune.files import write_file
-    from protoprune.lists import table_chunks
+    from protoprune.lists import packed, table_chunks
     from protoprune.stores import is_url
 
     def rows() -> Iterator[tuple[str, str, str]]:
@@ -150,7 +150,7 @@ def _write_errors(errors: Path, report: SetReport) -> None:
             with FeatureSet(local_path(report.out)) as whole:
                 yield from whole.problems()
 
-    write_file(errors, table_chunks(["path", "status", "reason"], rows()))
+    write_file(errors, packed(errors, table_chunks(["path", "status", "reason"], rows())))
 
 
 def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

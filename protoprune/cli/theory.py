@@ -344,7 +344,7 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
 def _check_outputs(csv: str | None, plot: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
-    check_outputs(csv, plot)
+    check_outputs(plot, stdout=csv)
     check_suffix(csv, (".csv",), "--csv")
 
 
@@ -405,6 +405,7 @@ def _answer(
 ) -> None:
     """The rows as a table, or as CSV on stdout; besides, to files."""
     from protoprune.files import table_csv, write_file, write_stdout
+    from protoprune.lists import packed
 
     if plot is not None:
         write_file(plot, _draw(rows, plot.suffix[1:].lower(), x, y, by, title))
@@ -412,7 +413,7 @@ def _answer(
         write_stdout(table_csv(rows))
         return
     if csv is not None:
-        write_file(csv, table_csv(rows))
+        write_file(csv, packed(csv, [table_csv(rows)]))
     _print_rows(rows, title)
 
 

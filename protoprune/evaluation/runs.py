@@ -28,6 +28,7 @@ from protoprune.bounds import check_number, check_whole
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
+from protoprune.stores import is_url
 from protoprune.text import parse_json, with_slashes
 from protoprune.units import many
 
@@ -182,8 +183,11 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples
 
 def _relative(listed: Sequence[str], examples: Examples, known: Collection[str]) -> list[str]:
     """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
-    base = os.path.join(os.path.abspath(examples.root), "")
     listed = with_slashes(listed, known.__contains__)
+    if is_url(examples.root):
+        base = f"{examples.root.rstrip('/')}/"
+        return [path.removeprefix(base).removeprefix("./") for path in listed]
+    base = os.path.join(os.path.abspath(examples.root), "")
     return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 

@@ -18,7 +18,10 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """{'header', 'rows', 'verdicts', 'figure'} of a folder of results; ProtopruneError where there are none."""
     path = os.path.join(folder, "results.json")
     try:
-        methods = parse_json(Path(path).read_bytes())["methods"]
+        found = parse_json(Path(path).read_bytes())
+        if isinstance(found, dict) and "methods" not in found and "environment" in found:
+            raise ProtopruneError(f"{folder}: results of another command; give the folder of `protoprune evaluate -o`")
+        methods = found["methods"]
         rows = [_row(one) for one in methods]
         verdicts = [f"{one['name']}: {_verdicts(one)}" for one in methods if one.get("to_random")]
     except FileNotFoundError:

@@ -9,8 +9,9 @@ as a whole is a `ShardError`; what is wrong with one image is a status of that i
 import os
 
 from protoprune.sources.finding import Shard, Source, list_shards, local_shards
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.sources.reading import open_shard
 from protoprune.sources.remote import find_remote
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions
 
 __all__ = ["Shard", "ShardError", "ShardImages", "ShardOptions", "Source", "find_shards", "list_shards", "open_shard"]
 

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
-from protoprune.images import describe_counts, image_suffixes
+from protoprune.images import describe_counts, is_image_name
+from protoprune.stores import given, without_query
 from protoprune.text import parse_json
-from protoprune.units import bytes_text
+from protoprune.units import bytes_text, many
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".pq", ".arrow")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
+_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval)(?![a-z])", re.I)
+_LIST_ROOT = ", and for a list give --root, the folder that its paths are relative to"
 _MOST = 1_000_000  # shards of one pattern: more is a slip of the keyboard
 
 
@@ -33,6 +36,7 @@ class Shard:
     size: int  # bytes; -1: not there
     version: int  # changes with the content: the time of modification in ns, or a number made of the store's etag
     ctime_ns: int = -1  # of a file on this machine: what vouches for it, see `current`
+    trouble: str = ""  # of one on a store, whose size is then -1: why it says nothing of it
 
 
 @dataclass
@@ -59,10 +63,14 @@ def local_shards(spec: str) -> Source | None:
 
 
 def list_shards(paths: Iterable[str], root: str | os.PathLike[str] | None = None) -> Source:
-    """The shards of a list, absolute or relative to `root` (default: as for lists of images)."""
+    """The shards of a list, absolute or relative to `root` (default: as for lists of images); or URLs, all of them."""
     paths = list(dict.fromkeys(path for path in paths if path))
     if not paths:
         raise ProtopruneError("the list of shards is empty; give one path a line")
+    if any("://" in path for path in paths):
+        from protoprune.sources.remote import list_remote
+
+        return list_remote(paths, None if root is None else given(root))
     if root is None:
         root = os.getcwd()
         if all(os.path.isabs(path) for path in paths):
@@ -74,7 +82,7 @@ def list_shards(paths: Iterable[str], root: str | os.PathLike[str] | None = None
 def looks_like_shards(paths: Iterable[str]) -> bool:
     """Whether all entries of a list are shards by their names."""
     paths = list(paths)
-    return bool(paths) and all(path.lower().endswith(SUFFIXES) for path in paths)
+    return bool(paths) and all(without_query(path).lower().endswith(SUFFIXES) for path in paths)
 
 
 def is_pattern(spec: str) -> bool:
@@ -93,6 +101,17 @@ def is_shard(path: str) -> bool:
         return path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tbz2", ".txz"))
     known = ("a tar archive", "a zip archive", "a Parquet file", "an Arrow file")
     return kind in known or path.lower().endswith(SUFFIXES)
+
+
+def split_id(path: str) -> tuple[str, str]:
+    """(shard, name in it) of an image's id, by the shard's suffix; ('', path) where no part of it has one.
+
+    What follows a shard may be anything, a URL too.
+    """
+    end = path.find("/")
+    while end > 0 and not path[:end].lower().endswith(SUFFIXES):
+        end = path.find("/", end + 1)
+    return (path[:end], path[end + 1 :]) if end > 0 else ("", path)
 
 
 def expand(pattern: str) -> list[str]:
@@ -143,6 +162,11 @@ def _pattern(spec: str) -> Source:
     found = [os.path.abspath(path) for path in dict.fromkeys(found) if not os.path.isdir(path)]
     if not found:
         raise UsageError(f"{spec}: matches no file; give a pattern in quotes, such as 'shards/{{0000..0099}}.tar'")
+    if all(is_image_name(path) and not path.lower().endswith(SUFFIXES) for path in found):
+        raise UsageError(
+            f"{spec}: matches {many(len(found), 'image')}, and patterns are for shards; give the folder of the images, "
+            "or a list of their names"
+        )
     return _local(os.path.abspath(fixed_part(spec)), found)
 
 
@@ -162,8 +186,7 @@ def _folder(folder: str) -> Source | None:
     paths: list[str] = []
     skipped: Counter[str] = Counter()
     for path in _walk(folder):
-        suffix = os.path.splitext(path)[1].lower()
-        if not path.lower().endswith(SUFFIXES) and (suffix in image_suffixes() or not suffix):
+        if not path.lower().endswith(SUFFIXES) and is_image_name(path):
             return None
         paths.append(path)
     shards = pick_shards(paths, skipped)
@@ -190,9 +213,12 @@ def pick_shards(paths: Iterable[str], skipped: Counter[str]) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below a folder, those of a folder before those of its folders: the first image ends the search."""
-    for above, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = sorted(one for one in folders if not one.startswith("."))
+    """Files below a folder, those of a folder before those of its folders: the first image ends the search. Links are
+    followed, but not back to a folder that we are in."""
+    for above, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(above), "")
+        below = {one: os.path.join(os.path.realpath(os.path.join(above, one)), "") for one in folders}
+        folders[:] = sorted(one for one in folders if not one.startswith(".") and not here.startswith(below[one]))
         yield from (os.path.join(above, one) for one in files if not one.startswith("."))
 
 
@@ -219,9 +245,8 @@ def _local(root: str, paths: list[str], skipped: Counter[str] | None = None) -> 
         except OSError:
             shards.append(Shard(name, path, -1, -1))
     if all(shard.size < 0 for shard in shards):
-        raise ProtopruneError(
-            f"none of the {len(shards):,} shards is there (first: {shards[0].url}); check that the disk is mounted"
-        )
+        none = f"none of the {len(shards):,} shards is there (first: {shards[0].url})"
+        raise ProtopruneError(f"{none}; check that the disk is mounted{'' if root != os.getcwd() else _LIST_ROOT}")
     return Source(root, in_order(shards), skipped or Counter())
 
 
@@ -230,8 +255,14 @@ def in_order(shards: list[Shard]) -> list[Shard]:
     return sorted(shards, key=lambda shard: os.fsencode(shard.name + "/"))
 
 
+def splits_among(shards: Iterable[str]) -> list[str]:
+    """The splits that shards are of by their names ('train-00000.parquet', 'val/0000.tar', 'set-test-000.tar')."""
+    found = (_SPLIT.search(name) for name in shards)
+    return sorted({match[0].lower() for match in found if match})
+
+
 def describe_source(source: Source) -> str:
     """'40 shards (.tar 38, .zip 2), 1.2 GB, under /data' for a line on stderr."""
     kinds = Counter(os.path.splitext(shard.name)[1] or "(no suffix)" for shard in source.shards)
     size = sum(max(shard.size, 0) for shard in source.shards)
-    return f"{len(source):,} shards ({describe_counts(kinds)}), {bytes_text(size)}, under {source.root}"
+    return f"{many(len(source), 'shard')} ({describe_counts(kinds)}), {bytes_text(size)}, under {source.root}"

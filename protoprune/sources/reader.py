@@ -14,8 +14,9 @@ from protoprune.current import content_digest
 from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.errors import ProtopruneError, warn
 from protoprune.files import leads_out
-from protoprune.sources.finding import SUFFIXES, Shard
-from protoprune.sources.reading import ShardError, ShardImages, ShardOptions, open_shard
+from protoprune.sources.finding import Shard, split_id
+from protoprune.sources.reading import open_shard
+from protoprune.sources.shard import ShardError, ShardImages, ShardOptions
 
 _OPEN = 8  # shards that stay open
 _FETCHED = 2 << 30  # bytes of shards that are fetched from a store, in all
@@ -52,7 +53,7 @@ class ImageReader:
         if leads_out(path):  # a score table may hold any name
             raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         if stores.is_url(self.root):
-            return self._from_shard(path, _shard_name(path))
+            return self._from_shard(path, split_id(path)[0])
         whole = os.path.join(self.root, path)
         try:
             with open(whole, "rb", opener=open_at_once) as file:
@@ -108,7 +109,7 @@ class ImageReader:
             return self._copies[name]
         if self._refused:
             raise ImageError(Status.UNREADABLE, self._refused)
-        url = f"{self.root}/{name}"
+        url = stores.below(self.root, name)
         try:
             size = stores.size(url)
         except ProtopruneError as error:
@@ -128,11 +129,3 @@ class ImageReader:
         self._refused = why
         warn(f"{why}; their images are not shown")
         raise ImageError(Status.UNREADABLE, why)
-
-
-def _shard_name(path: str) -> str:
-    """The part of an id that is a shard's name, by its suffix."""
-    end = path.find("/")
-    while end > 0 and not path[:end].lower().endswith(SUFFIXES):
-        end = path.find("/", end + 1)
-    return path[: max(end, 0)]

@@ -14,7 +14,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from protoprune import stores
@@ -31,68 +33,143 @@ from protoprune.sources.finding import (
     local_shards,
     pick_shards,
 )
-from protoprune.sources.reading import ShardError
+from protoprune.sources.shard import ShardError
+from protoprune.stores import without_query
 
 _TRIES = 3
+_AT_ONCE = 200  # files that a web server is asked for before it counts as silent
+# What tells a file from another one of its name, in the words of each file system; the surest first.
+_MARKS = (
+    "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "sha", "mtime", "LastModified", "Last-Modified",
+    "last_modified", "modificationTime", "modified", "modify", "updated", "created",
+)  # fmt: skip
 
 
 def find_remote(url: str) -> Source | None:
     """The shards of a URL: one file, a pattern or a folder. See `find_shards`."""
     if url.startswith("file://"):
         return local_shards(url.removeprefix("file://"))
-    return stores.answered(url, lambda: _find(stores.store(url), url))
-
-
-def _find(store: Any, url: str) -> Source:
     skipped: Counter[str] = Counter()
-    if is_pattern(_path(url)):
-        root, found = fixed_part(url), []
-        for one in expand(url):
-            path = store._strip_protocol(one)
-            found += sorted(store.glob(path)) if any(mark in _path(path) for mark in "*?[") else [path]
-    else:
-        path = store._strip_protocol(url)
-        if store.isdir(path):
-            root, found = url.rstrip("/"), pick_shards(store.find(path), skipped)
-        else:
-            root, found = url.rpartition("/")[0], [path]
+    store = stores.store(url)
+    root, found = stores.answered(url, lambda: _find(store, url, skipped))
     if not found:
         kinds = ", ".join(SUFFIXES[:2])
         raise UsageError(f"{stores.public(url)}: matches no shard; give a folder of {kinds} …, or a pattern")
+    return _source(store, url, root, found, skipped)
+
+
+def list_remote(urls: Sequence[str], root: str | None = None) -> Source:
+    """The shards of a list of URLs; ids are relative to `root`, by default the deepest folder that they share."""
+    kind = urls[0].partition("://")[0]
+    if odd := next((url for url in urls if not url.startswith(f"{kind}://")), None):
+        raise UsageError(
+            f"{stores.public(odd)}: in one list with {stores.public(urls[0])}; list shards of one store at a time"
+        )
+    if root is None:
+        folders = [posixpath.dirname(without_query(url)).replace("://", "/", 1) for url in urls]
+        root = posixpath.commonpath(folders).replace("/", "://", 1)
+    if "://" not in root:
+        raise UsageError(f"{stores.public(urls[0])}: the list names several servers or buckets; embed one at a time")
+    store = stores.store(urls[0])
+    found = [store._strip_protocol(url) for url in urls]
+    outside = next(
+        (url for url in urls if not without_query(url).startswith(without_query(root).rstrip("/") + "/")), None
+    )
+    if outside is not None:
+        raise UsageError(f"{stores.public(outside)}: outside the root {stores.public(root)}")
+    return _source(store, urls[0], root, found, Counter())
+
+
+def _find(store: Any, url: str, skipped: Counter[str]) -> tuple[str, list[str]]:
+    """(root, paths on the store)."""
+    if is_pattern(without_query(url)) and not _is_there(store, url):
+        found = []
+        for one in expand(url):
+            path = store._strip_protocol(one)
+            found += sorted(store.glob(path)) if any(mark in without_query(path) for mark in "*?[") else [path]
+        return fixed_part(without_query(url)), found
+    path = store._strip_protocol(url)
+    web = "http" in store.protocol  # where looking whether it is a folder would fetch all of a shard
+    if not (web and without_query(url).lower().endswith(SUFFIXES)) and store.isdir(path):
+        return url.rstrip("/"), pick_shards(store.find(path), skipped)
+    return without_query(url).rpartition("/")[0], [path]
+
+
+def _is_there(store: Any, url: str) -> bool:
+    """Whether a URL that looks like a pattern is a name: stores take brackets and question marks in names."""
+    if not any(mark in without_query(url) for mark in "[?") or "*" in url:
+        return False
+    with contextlib.suppress(Exception):
+        return bool(store.exists(store._strip_protocol(url)))
+    return False
+
+
+def _source(store: Any, url: str, root: str, found: list[str], skipped: Counter[str]) -> Source:
     base = store._strip_protocol(root).rstrip("/")
-    facts = _facts(store, found)
-    shards = [_shard(store, path, base, facts.get(path)) for path in dict.fromkeys(found)]
+    found = list(dict.fromkeys(found))
+    facts = _facts(store, url, found)
+    shards = [_shard(store, path, base, facts.get(path)) for path in found]
     if all(shard.size < 0 for shard in shards):
-        raise ProtopruneError(f"{stores.public(url)}: none of the {len(shards):,} shards is there; check the URL")
+        why = next((shard.trouble for shard in shards if shard.trouble), "")
+        cannot = f"cannot be read: {why}" if why else "not there; check the URL"
+        raise ProtopruneError(
+            f"{stores.public(url)}: {cannot}"
+            if len(shards) == 1
+            else f"{stores.public(url)}: none of the {len(shards):,} shards {'can' if why else 'is'} "
+            f"{cannot.removeprefix('cannot ').removeprefix('not ')}"
+        )
     return Source(stores.public(root), in_order(shards), skipped)
 
 
-def _path(url: str) -> str:
-    """A URL without its query, in which ? is no wildcard."""
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
-
-
-def _facts(store: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
-    """path -> what the store says of it; by folder, since a request for each of 10,000 shards takes minutes."""
-    facts: dict[str, dict[str, Any]] = {}
+def _facts(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] | str]:
+    """path -> what the store says of it, or why it says nothing; by folder, since a request for each of 10,000 shards
+    takes minutes, and where there are no folders many at once."""
+    facts: dict[str, dict[str, Any] | str] = {}
     folders = Counter(posixpath.dirname(path) for path in paths)
+    web = "http" in store.protocol
     for folder, count in folders.items():
-        if count > 1 and "http" not in store.protocol:
-            with contextlib.suppress(FileNotFoundError):
-                facts.update((one["name"], one) for one in store.ls(folder, detail=True))
-    for path in paths:
-        if folders[posixpath.dirname(path)] == 1 or "http" in store.protocol:
-            with contextlib.suppress(FileNotFoundError):
-                facts[path] = store.info(path)
-    return {path: one for path, one in facts.items() if one.get("type", "file") == "file"}
+        if count > 1 and not web:
+            facts.update(stores.answered(url, partial(_listed, store, folder)))
+    single = [path for path in paths if web or folders[posixpath.dirname(path)] == 1]
+    for attempt in range(_TRIES):
+        for first in range(0, len(single), _AT_ONCE):
+            facts.update(stores.answered(url, partial(_ask, store, url, single[first : first + _AT_ONCE])))
+        single = [path for path in single if isinstance(facts.get(path), str)]
+        if not single or attempt == _TRIES - 1:
+            break
+        time.sleep(attempt + 1)
+    return {path: one for path, one in facts.items() if isinstance(one, str) or one.get("type", "file") == "file"}
 
 
-def _shard(store: Any, path: str, base: str, facts: dict[str, Any] | None) -> Shard:
-    name = posixpath.relpath(_path(path), _path(base) or ".")
-    if facts is None:
-        return Shard(name, store.unstrip_protocol(path), -1, -1)
-    mark = next((facts[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated",
-                                        "created") if facts.get(key)), "")  # fmt: skip
+def _listed(store: Any, folder: str) -> dict[str, dict[str, Any]]:
+    with contextlib.suppress(FileNotFoundError):
+        return {one["name"]: one for one in store.ls(folder, detail=True)}
+    return {}
+
+
+def _ask(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] | str]:
+    """What the store says of single files, or its trouble with them; nothing of one that is not there."""
+
+    def one(path: str) -> dict[str, Any] | str | None:
+        try:
+            return store.info(path)
+        except FileNotFoundError as error:
+            why = stores.refused(error, url)
+            return stores.trouble(why, url) if why else None
+        except PermissionError as error:
+            if len(paths) == 1:
+                raise
+            return stores.trouble(error, url)
+
+    with ThreadPoolExecutor(min(16, len(paths))) as pool:
+        return {path: found for path, found in zip(paths, pool.map(one, paths), strict=True) if found is not None}
+
+
+def _shard(store: Any, path: str, base: str, facts: dict[str, Any] | str | None) -> Shard:
+    name = posixpath.relpath(without_query(path), without_query(base) or ".")
+    if facts is None or isinstance(facts, str):
+        return Shard(name, store.unstrip_protocol(path), -1, -1, trouble=facts or "")
+    mark = next((facts[key] for key in _MARKS if facts.get(key)), "")
     version = int.from_bytes(hashlib.sha256(str(mark).encode()).digest()[:8], "big") >> 1
     return Shard(name, store.unstrip_protocol(path), int(facts.get("size") or 0), version)
 

@@ -53,7 +53,8 @@ class Candidate:
         self, features: str | os.PathLike[str], keep: float, out: str | os.PathLike[str], higher_is: str | None = None
     ) -> str:
         """The command line that writes this list."""
-        words = ["protoprune", "select", os.fspath(features), "--keep", f"{keep:g}", "--order", self.order]
+        fraction = str(float(keep)).removesuffix(".0")  # every digit counts where images are many
+        words = ["protoprune", "select", os.fspath(features), "--keep", fraction, "--order", self.order]
         options = {"--by": self.by, "--balance": self.balance, "--drop-hardest": self.drop_hardest, "--k": self.k}
         options |= {"--scores": self.scores, "--higher-is": higher_is if self.scores else None}
         for option, value in options.items():
