@@ -40,7 +40,7 @@ from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
 SIZE = 10_000  # images a tar
-_FORMAT, _VERSION = "protoprune-reshard", 1
+_FORMAT, _VERSION = "protoprune-reshard", 2
 _BESIDE = (".cls", ".json", ".txt")  # files that go with an image of a folder
 _WORD = re.compile(r"[A-Za-z_]+")
 _TABLES = (".parquet", ".pq", ".arrow")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
 _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
+_ONLY_A_PATH = "no bytes in its row, only a path: to_parquet of datasets leaves images out, save_to_disk puts them in"
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 
@@ -158,6 +159,9 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
     named = [name for name in _IMAGE_COLUMNS if name in candidates]
     if named and len(candidates) > 1:
         return named[0]
+    lists = [name for name, kind in kinds.items() if _holds_lists(kind)]
+    if not candidates and lists:
+        raise ShardError(Status.CORRUPT, f"its column {lists[0]} holds lists of images; write one image a row")
     if len(candidates) != 1:
         which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
         raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
@@ -167,6 +171,8 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
 def _check_image_column(kinds: Mapping[str, pa.DataType], asked: str) -> None:
     if asked not in kinds:
         raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
+    if _holds_lists(kinds[asked]):
+        raise ShardError(Status.CORRUPT, f"its column {asked} holds lists of images; write one image a row")
     if not _holds_bytes(kinds[asked]):
         raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
 
@@ -177,6 +183,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_list(kind) or types.is_large_list(kind)) and _holds_bytes(kind.value_type)
 
 
 def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple[str | None, list[str]]:
@@ -218,7 +230,7 @@ def _spool(
         data = cell.get("bytes") or b""
         if not data:
             status = Status.EMPTY if cell.get("bytes") is not None else Status.MISSING
-            why = "no bytes in its row, only a path" if cell.get("path") else "no bytes in its row"
+            why = _ONLY_A_PATH if cell.get("path") else "no bytes in its row"
             found.failed[row] = status, why
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
