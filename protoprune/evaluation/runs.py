@@ -28,6 +28,7 @@ from protoprune.bounds import check_number, check_whole
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
+from protoprune.stores import is_url
 from protoprune.text import parse_json, with_slashes
 from protoprune.units import many
 
@@ -182,9 +183,10 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples
 
 def _relative(listed: Sequence[str], examples: Examples, known: Collection[str]) -> list[str]:
     """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
-    base = os.path.join(os.path.abspath(examples.root), "")
+    base = os.path.join(examples.root if is_url(examples.root) else os.path.abspath(examples.root), "")
     listed = with_slashes(listed, known.__contains__)
-    return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
+    short = [path.removeprefix(base) for path in listed]
+    return [path if path in known else os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in short]
 
 
 def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> list[str]:

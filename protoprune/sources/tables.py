@@ -69,7 +69,7 @@ def read_table(path: str, file: IO[bytes], options: ShardOptions, stack: context
         raise ShardError(Status.TRUNCATED if _CUT.search(text) else Status.CORRUPT, text) from None
     if options.id_column is None:
         found.names = _row_numbers(len(found.names))
-    found.beside = _Columns(file, image, found.names).of
+    found.beside = _Columns(file, image, found.names, stack).of
     return found
 
 
@@ -254,33 +254,50 @@ def _id(value: object) -> str:
 
 
 class _Columns:
-    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for."""
+    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for.
 
-    def __init__(self, file: IO[bytes], image: str, names: list[str]) -> None:
-        self.file, self.image, self.names = file, image, names
+    Bytes go to an unnamed temporary file, as those of the images do.
+    """
+
+    def __init__(self, file: IO[bytes], image: str, names: list[str], stack: contextlib.ExitStack) -> None:
+        self.file, self.image, self.names, self.stack = file, image, names, stack
         self.rows: dict[str, dict[str, Any]] | None = None
-        self.bytes_in: list[str] = []
+        self.places: dict[str, dict[str, tuple[int, int]]] = {}  # name -> column -> (offset, bytes)
+        self.spool: IO[bytes] | None = None
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
-            schema, batches, _ = _batches(self.file)
-            others = [one for one in schema.names if one != self.image]
-            self.bytes_in = [one for one in others if _holds_bytes(schema.field(one).type)]
-            wanted = [one for one in others if one in self.bytes_in or _is_plain(schema.field(one).type)]
-            rows = (row for batch in batches(wanted) for row in batch.to_pylist()) if wanted else iter(())
-            self.rows = dict(zip(self.names, rows, strict=bool(wanted)))
-        row = dict(self.rows.get(name, {}))
+            self.rows = self._read()
         suffix = posixpath.splitext(name)[1]
         stem = name.removesuffix(suffix) if suffix.lower() in image_suffixes() else name
         files = []
-        for column in self.bytes_in:
-            cell = row.pop(column, None)
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            if data:
-                files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
-        if row:
-            files.insert(0, (f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        if row := self.rows.get(name):
+            files.append((f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        for column, (offset, size) in self.places.get(name, {}).items():
+            data = pread(self.spool.fileno(), offset, size) if self.spool else b""
+            files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
         return files
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        schema, batches, _ = _batches(self.file)
+        others = [one for one in schema.names if one != self.image]
+        of_bytes = [one for one in others if _holds_bytes(schema.field(one).type)]
+        wanted = [one for one in others if one in of_bytes or _is_plain(schema.field(one).type)]
+        if not wanted:
+            return {}
+        rows: dict[str, dict[str, Any]] = {}
+        names = iter(self.names)
+        spool = self.spool = self.stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with the shard
+        for batch in batches(wanted):
+            for row in batch.to_pylist():
+                rows[name := next(names)] = row
+                for column in of_bytes:
+                    cell = row.pop(column)
+                    if data := cell.get("bytes") if isinstance(cell, dict) else cell:
+                        self.places.setdefault(name, {})[column] = spool.tell(), len(data)
+                        spool.write(data)
+        spool.flush()
+        return rows
 
 
 def _without_nan(value: Any) -> Any:
