@@ -12,7 +12,7 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from protoprune.units import many
 if TYPE_CHECKING:
     from protoprune.labels import LabelFile
 
-    Labels = bool | str | os.PathLike[str] | LabelFile  # where classes come from, see `list_folder`
+    Labels = bool | str | os.PathLike[str] | LabelFile | Mapping[str, str]  # where classes come from, see `list_folder`
 
 SET_FILE = "set.json"  # what makes a folder a feature set
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
@@ -97,8 +97,8 @@ def list_folder(
     """Every image below `root`, recursively.
 
     Classes are the first-level folders, where the tree has that shape (see `folder_labels`); with `class_level` N the
-    folders of level N (2 for `train/<class>/…`); with `labels` a file those that it lists (see `labels.LabelFile`);
-    with `labels=False` there are none.
+    folders of level N (2 for `train/<class>/…`); with `labels` a file those that it lists (see `labels.LabelFile`),
+    a mapping those of its paths; with `labels=False` there are none.
 
     Hidden files and folders are skipped, links are followed, and a link to one of its own parents is not entered
     again. A file without a suffix counts as an image when it begins like one, or cannot be read. What is left out for
@@ -203,6 +203,8 @@ def image_labels(
         )
     if labels is False:
         return np.full(len(paths), -1, np.int32), [], ""
+    if isinstance(labels, Mapping):
+        return _given_labels(root, paths, labels)
     if labels is not True:
         from protoprune.labels import LabelFile, read_labels
 
@@ -227,6 +229,20 @@ def image_labels(
         some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
         warn(f"{some} no class (first: {first})")
     return label, classes, f"folders of level {class_level}"
+
+
+def _given_labels(root: str, paths: Sequence[str], given: Mapping[str, str]) -> tuple[np.ndarray, list[str], str]:
+    """Of a mapping of path and class."""
+    classes = sorted(set(given.values()))
+    index = {name: number for number, name in enumerate(classes)}
+    label = np.array([index[given[path]] if path in given else -1 for path in paths], np.int32)
+    if not (label >= 0).any():
+        first = next(iter(given), None)
+        raise UsageError(
+            f"none of the {len(paths):,} images below {root} has a class (first: {paths[0]}; those of {len(given):,} "
+            f"are known, first: {first}); is it the folder that these paths are relative to?"
+        )
+    return label, classes, "as given"
 
 
 def _warn_of_stray(paths: Sequence[str]) -> None:

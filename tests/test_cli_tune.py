@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from helpers import write_image
 from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
+import protoprune
 from protoprune.cli import app
-from protoprune.cli.tune import _pool
+from protoprune.cli.options import TrainingOptions
+from protoprune.cli.tune import _networks, _pool
 from protoprune.decode import Status
+from protoprune.errors import UsageError
 from protoprune.features import open_features
 from protoprune.training import converged
 from protoprune.tuning import choosing, running
@@ -105,6 +109,32 @@ def test_networks_judge_the_finalists(here):
     content = json.loads((here / "tune" / "results.json").read_text())
     assert set(content["networks"]) == {"cover by class", "easy, k 6"}
     assert content["settings"]["recipe"]["width"] == 4
+
+
+def test_networks_learn_the_classes_of_the_feature_file(here):
+    """And not those of folders that are called after something else."""
+    names = [f"{'left' if i < 20 else 'right'}/{i:03d}.png" for i in range(40)]
+    kinds = [CLASSES[i % 3] for i in range(40)]
+    for number, name in enumerate(names):
+        write_image(here / "images" / name, seed=number)
+        write_image(here / "test" / f"{number}.png", seed=100 + number)
+    (here / "labels.csv").write_text("path,label\n" + "".join(map("{},{}\n".format, names, kinds)))
+    (here / "tested.csv").write_text("path,label\n" + "".join(f"{i}.png,{kinds[i]}\n" for i in range(40)))
+    np.save("v.npy", np.random.default_rng(0).normal(size=(40, 5)))
+    protoprune.import_features("v.npy", "f.h5", paths=names, labels="labels.csv")
+    with open_features("f.h5") as file:
+        pool, _ = _pool(file, [], None)
+    options = TrainingOptions(image_size=16, epochs=1, width=4)
+    networks = _networks(pool, "cnn", Path("images"), Path("test"), Path("tested.csv"), options)
+    assert networks.examples.paths == pool.paths == names
+    assert [networks.examples.classes[label] for label in networks.examples.labels.tolist()] == kinds
+    assert (networks.examples.labels == pool.labels).all()
+    by_number = dict(zip((f"{i}.png" for i in range(40)), kinds, strict=True))
+    tested = [networks.test.classes[label] for label in networks.test.labels.tolist()]
+    assert tested == [by_number[path] for path in networks.test.paths]
+    with pytest.raises(UsageError, match=r"none of the 40 images below .*/test has a class .* is it the folder"):
+        _networks(pool, "cnn", Path("test"), None, None, options)
+    run("tune", "--keep", 0.4, "--features", "f.h5", "--test-labels", "tested.csv", code=2)
 
 
 def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):

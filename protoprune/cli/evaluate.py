@@ -124,7 +124,7 @@ def evaluate(
     check_folder(out, "evaluate", [*lists, source, test, training.weights, *labels.files])
     labels.arguments()
     listed = [read_list(path) for path in lists]
-    train, tested = load_sets(source, test, model, training, labels)
+    train, tested = load_sets(source, test, model, training, labels.arguments())
     assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)

@@ -116,7 +116,10 @@ class RuleOptions:
     balance: Annotated[float, typer.Option(help="Share of the list that is split evenly over groups (paper: 0.5).")] = (
         0.0
     )
-    by: Annotated[str | None, typer.Option(help="Groups to balance or to cover: class or cluster.")] = None
+    by: Annotated[
+        str | None,
+        typer.Option(help="Groups to balance or to cover: class or cluster [default: class, where there are classes]."),
+    ] = None
     calibrate: Annotated[
         float | None,
         typer.Option(help="Share of the list that goes by --order; the rest is random, with weights."),

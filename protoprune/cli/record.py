@@ -65,7 +65,7 @@ def record(
     if model is None:
         model = "cnn" if is_image_folder(source) else "head"
     recipe = training.recipe(model, hidden)
-    train, held_out = load_sets(source, test, model, training, labels, decode=not plan)
+    train, held_out = load_sets(source, test, model, training, labels.arguments(), decode=not plan)
     if held_out is not None:
         warn_of_shared(train, held_out)
     laid_out = recording.plan(

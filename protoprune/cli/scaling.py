@@ -106,7 +106,7 @@ def scaling(
             raise missing(path, what)
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
     check_folder(out, "scaling", inputs)
-    train, tested = load_sets(source, test, model, training, labels)
+    train, tested = load_sets(source, test, model, training, labels.arguments())
     assert tested is not None  # --test is asked for
     for one in (train, tested):
         check_results(out, one.root, one.paths)

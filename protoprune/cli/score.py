@@ -70,7 +70,10 @@ def score(
         ),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="Groups that cover and facility cover: class or cluster [default: class].")
+        str | None,
+        typer.Option(
+            help="Groups that cover and facility cover: class or cluster [default: class, where there are classes]."
+        ),
     ] = None,
     seed: Annotated[
         int | None,

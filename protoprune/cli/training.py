@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protoprune.cli.options import LabelOptions, TrainingOptions, refuse_idle
+from protoprune.cli.options import TrainingOptions, refuse_idle
 from protoprune.cli.progress import Progress, say
 from protoprune.errors import UsageError
 from protoprune.units import duration, many
@@ -63,15 +63,18 @@ def load_sets(
     test: Path | None,
     model: str,
     training: TrainingOptions,
-    labels: LabelOptions,
+    labels: tuple[dict[str, Any], dict[str, Any]],
     *,
     decode: bool = True,
 ) -> tuple[Examples, Examples | None]:
-    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`."""
+    """(training examples, test examples or None), with a line about each; without their pixels where not `decode`.
+
+    labels: where the classes of both come from, as arguments of `load_examples`.
+    """
     from protoprune.training.examples import check_same_inputs
 
     _check_sets(source, test, model)
-    own, others = labels.arguments()
+    own, others = labels
     size = {"image_size": training.image_size or 32, "decode": decode}
     train = _load(source, "training", training.pixels, **size, **own)
     if test is None:

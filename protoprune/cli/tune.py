@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.bounds import check_number
-from protoprune.cli.options import HigherIs, LabelOptions, TrainingOptions, refuse_idle, table_file
+from protoprune.cli.options import HigherIs, TrainingOptions, refuse_idle, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
@@ -54,7 +54,13 @@ def tune(
         str | None,
         typer.Option(help="Train this on the images for the finalists and the verdict: cnn, resnet18, timm:NAME."),
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the training images, for --model.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the training images, for --model; classes are those of --features.")
+    ] = None,
+    test_labels: Annotated[
+        Path | None,
+        typer.Option(help="File of the classes of --test with --model [default: first-level folders]."),
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=2, max=1000, help="Random lists in the verdict [default: 10; with --model 5].")
     ] = None,
@@ -86,7 +92,10 @@ def tune(
     _check(model, images, higher_is, scores, features, test)
     if model is None:
         refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(training)))
-    check_folder(out, "tune", [features, test, images, training.weights, *map(table_file, scores or [])])
+    if model is None or test is None:
+        refuse_idle("is of the images of --test, which --model takes", "test_labels")
+    inputs = [features, test, images, test_labels, training.weights, *map(table_file, scores or [])]
+    check_folder(out, "tune", inputs)
     resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
@@ -99,7 +108,7 @@ def tune(
         return
     networks, tested = None, None
     if model is not None and images is not None:
-        networks = _networks(pool, model, images, test, training)
+        networks = _networks(pool, model, images, test, test_labels, training)
         tested = None if networks.test is None else _pool_of(networks.test)
     elif test is not None and examples is not None:
         with open_features(test) as file:
@@ -213,13 +222,20 @@ def _pool_of(examples: Examples) -> Pool:
     return Pool(examples.paths, examples.labels, examples.classes, examples.inputs.flatten(1).numpy())
 
 
-def _networks(pool: Pool, model: str, images: Path, test: Path | None, training: TrainingOptions) -> Networks:
+def _networks(
+    pool: Pool, model: str, images: Path, test: Path | None, test_labels: Path | None, training: TrainingOptions
+) -> Networks:
+    """The images of the pool, with its classes, whatever their folders are called."""
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset, warn_of_shared
     from protoprune.tuning.running import Networks
 
     recipe = training.recipe(model)
-    train, tested = load_sets(images, test, model, training, LabelOptions())
+    classes = {path: pool.classes[label] for path, label in zip(pool.paths, pool.labels.tolist(), strict=True)}
+    own = {"labels": classes, "classes": pool.classes}
+    train, tested = load_sets(
+        images, test, model, training, (own, {"labels": True if test_labels is None else test_labels})
+    )
     if tested is not None:
         warn_of_shared(train, tested)
     rows = list_rows(pool.paths, train, "the feature file")

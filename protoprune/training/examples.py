@@ -28,13 +28,13 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import KEY, key_differences
 from protoprune.features import missing, open_features
 from protoprune.images import ImageList, is_feature_set, list_folder
-from protoprune.labels import LabelFile
 from protoprune.memory import free_memory
 from protoprune.npy import load_npz
 from protoprune.units import bytes_text, many
 from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
+    from protoprune.images import Labels
     from protoprune.pruning import Source
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -84,7 +84,7 @@ def load_examples(
     classes: Sequence[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     decode: bool = True,
-    labels: bool | str | os.PathLike[str] | LabelFile = True,
+    labels: Labels = True,
     class_level: int | None = None,
     on_progress: Progress | None = None,
 ) -> Examples:
@@ -211,7 +211,8 @@ def _load_images(
     if size < 8:
         raise UsageError(f"--image-size {size}: expected at least 8")
     labelled = np.flatnonzero(images.labels >= 0)
-    _require_classes(root, images.classes, len(labelled), images.paths, classes, "give --labels FILE")
+    remedy = "give --labels FILE" if classes is None else "give --test-labels FILE"
+    _require_classes(root, images.classes, len(labelled), images.paths, classes, remedy)
     labels = _renumber(root, images.labels[labelled], images.classes, classes)
     if decode:
         pixels, failed = _pixels(images, labelled, size, cache, on_progress)
