@@ -150,6 +150,8 @@ def import_features(
             "preprocess": "{}", "precision": "as imported", "store": store,
         }  # fmt: skip
         images.provenance = {"imported_from": os.path.abspath(vectors), "names_from": origin}
+        if (np.diff(order) < 0).any():  # a row index is then another one than in the vectors
+            images.provenance["reordered"] = 1
         report = ImportReport(out, n, dim, store, origin, files=read)
         with files.lock(out):
             report.unusable = _write(out, images, parts, order, dim, provenance)

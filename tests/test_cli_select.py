@@ -132,8 +132,19 @@ def test_absolute_and_root(here, run):
     first = select(run, "--keep", "0.5", "--absolute").stdout.splitlines()[0]
     assert first.startswith(str(here / "images") + "/")
     assert select(run, "--keep", "0.5", "--absolute", "--root", "/data").stdout.startswith("/data/ape/")
-    relative = select(run, "--keep", "0.5", "--absolute", "--root", "moved").stdout
-    assert relative.startswith(str(here / "moved/ape/"))
+    relative = select(run, "--keep", "0.5", "--absolute", "--root", "moved")
+    assert relative.stdout.startswith(str(here / "moved/ape/"))
+    assert "warning: --absolute: moved is no folder on this machine; --root says where" in relative.stderr
+    (here / "moved").mkdir()
+    assert "--absolute" not in select(run, "--keep", "0.5", "--absolute", "--root", "moved").stderr
+
+
+def test_absolute_paths_below_a_url(here, run, feature_file):
+    feature_file("url.h5", np.random.default_rng(0).normal(size=(4, 3)), paths=[f"0.tar/{i}.png" for i in range(4)],
+                 root="s3://bucket/shards")  # fmt: skip
+    result = run("select", "url.h5", "--keep", "1", "--absolute")
+    assert result.stdout.splitlines() == [f"s3://bucket/shards/0.tar/{i}.png" for i in range(4)]
+    assert "warning: --absolute" not in result.stderr
 
 
 def test_kept_and_removed_are_all_that_could_be_read(here, run):

@@ -272,6 +272,19 @@ def test_what_does_not_fit(make, options, message, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
 
 
+@pytest.mark.parametrize("reordered", [True, False])
+def test_row_indices_of_vectors_in_another_order_are_warned_of(tmp_path, monkeypatch, reordered):
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", VECTORS)
+    names = sorted(NAMES, reverse=reordered)
+    import_features("v.npy", "f.h5", paths=names)
+    for options in (["-o", "k.npy"], ["-o", "k.txt", "--removed", "r.npy"]):
+        result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", *options])
+        assert result.exit_code == 0, result.output
+        assert ("warning: row indices count the rows of f.h5, which are sorted" in result.stderr) == reordered
+    assert "row indices" not in CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", "k.txt"]).stderr
+
+
 def test_several_arrays_ask_which(tmp_path):
     np.savez(tmp_path / "v.npz", a=VECTORS, b=VECTORS + 1)
     with pytest.raises(UsageError, match="which of a, b is it? give --vector-column NAME".replace("?", r"\?")):

@@ -120,6 +120,8 @@ def test_a_missing_shard_of_a_pattern_is_known_and_all_missing_is_an_error(folde
 
 def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
     assert find_shards(folder) is None
+    with pytest.raises(UsageError, match=rf"matches {len(members(folder))} images, and patterns are for shards"):
+        find_shards(f"{folder}/**/*.*")
     write_tar(tmp_path / "mixed/a.tar", [("1.png", PNG)])
     (tmp_path / "mixed/2.png").write_bytes(PNG)
     assert find_shards(tmp_path / "mixed") is None

@@ -75,19 +75,36 @@ def select(
         share = pruning.restart_overlap(ranking, rule)
         seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
-    place = stores.given(root or ranking.root)
-    place = place if stores.is_url(place) else os.path.abspath(place)
+    place = _place(root or ranking.root, absolute)
     if links is not None:
         if stores.is_url(place):
             raise UsageError(f"--links: the images are on a store ({stores.public(place)}), to which no link can lead")
         check_beside(links, place, ranking.paths, f"--links {links}")
     _write(chosen, out, format, null, place, absolute, removed, links, hard_links, manifest)
+    kinds = [_format(format, out), *([] if removed is None else [_format_of_removed(format, removed)])]
+    if "npy" in kinds and ranking.source is not None and ranking.source.provenance.get("reordered"):
+        say(
+            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
+            "that it was imported from; take paths, or a manifest"
+        )
     _say_selected(chosen)
     say_notes(chosen.notes())
     if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
+
+
+def _place(root: str | os.PathLike[str], absolute: bool) -> str:
+    """The root as lists and links have it; with a word where absolute paths would lead nowhere."""
+    from protoprune.stores import given, is_url
+
+    place = given(root)
+    if is_url(place):
+        return place
+    if absolute and not os.path.isdir(place):
+        say(f"warning: --absolute: {place} is no folder on this machine; --root says where the images are now")
+    return os.path.abspath(place)
 
 
 def check_links(links: Path | None, hard: bool) -> None:

@@ -163,6 +163,11 @@ def _pattern(spec: str) -> Source:
     found = [os.path.abspath(path) for path in dict.fromkeys(found) if not os.path.isdir(path)]
     if not found:
         raise UsageError(f"{spec}: matches no file; give a pattern in quotes, such as 'shards/{{0000..0099}}.tar'")
+    if all(is_image_name(path) and not path.lower().endswith(SUFFIXES) for path in found):
+        raise UsageError(
+            f"{spec}: matches {many(len(found), 'image')}, and patterns are for shards; give the folder of the images, "
+            "or a list of their names"
+        )
     return _local(os.path.abspath(os.path.join(above, fixed_part(rest))), found)
 
 
