@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from protoprune.errors import UsageError, warn
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import shortened
 
 if TYPE_CHECKING:
@@ -27,6 +28,29 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cuda", "mps", "cpu"):  # meta computes nothing, and says so only when results are read
         raise UsageError(f"--device {name}: expected auto, cuda, cuda:N, mps or cpu")
     return device
+
+
+def compiled(model: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch.compile of a model. What it cannot do (there is no C++ compiler) it says at the first batch, at length."""
+    import torch
+    from torch._dynamo.exc import TorchDynamoException
+
+    def failed(error: Exception) -> ProtopruneError:
+        said = shortened(" ".join(str(error).split("\n\n")[0].split()) or type(error).__name__)
+        return ProtopruneError(f"--compile: torch cannot compile this model here ({said}); leave --compile out")
+
+    try:
+        run = torch.compile(model)
+    except RuntimeError as error:  # not on this version of Python
+        raise failed(error) from None
+
+    def forward(*arguments: torch.Tensor) -> torch.Tensor:
+        try:
+            return run(*arguments)
+        except TorchDynamoException as error:
+            raise failed(error) from None
+
+    return forward
 
 
 def native_bf16(device: torch.device) -> bool:

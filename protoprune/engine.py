@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from protoprune.bounds import is_whole
 from protoprune.decode import Preprocess
-from protoprune.device import cores, native_bf16, resolve_device, warn_if_emulated
+from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _forward(
     if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
         model = copy.deepcopy(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
     if compile:
-        model = torch.compile(model)
+        model = compiled(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     scale = 1 / (torch.tensor(encoder.preprocess.std, device=device).view(1, 3, 1, 1) * 255)
 

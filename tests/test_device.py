@@ -3,17 +3,18 @@
 import pytest
 import torch
 from helpers import write_image
+from torch._dynamo.exc import TorchDynamoException
 from training_helpers import pixels
 
 from protoprune.decode import Preprocess
 from protoprune.device import warn_if_emulated
 from protoprune.embedding import embed
 from protoprune.encoders import Encoder
-from protoprune.errors import ProtopruneWarning
+from protoprune.errors import ProtopruneError, ProtopruneWarning
 from protoprune.evaluation import runs
 from protoprune.images import list_folder
 from protoprune.training import recording
-from protoprune.training.loop import Recipe
+from protoprune.training.loop import Recipe, fit
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,31 @@ def test_embedding_says_it_once_and_only_when_it_embeds(native, tmp_path, recwar
         embed(list_folder(tmp_path / "images"), encoder, tmp_path / "f.h5", **options)
         assert len(said(recwarn)) == (0 if native else expected)
         recwarn.clear()
+
+
+@pytest.mark.parametrize("when", ["when it is asked", "at the first batch"])
+def test_what_torch_cannot_compile_is_one_line(when, tmp_path, monkeypatch):
+    def compile(model):
+        if when == "when it is asked":
+            raise RuntimeError("Dynamo is not supported on Python 9")
+
+        def fails(*_):
+            raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH_LOGS for more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile)
+    write_image(tmp_path / "images" / "a.png")
+    encoder = Encoder(
+        "linear", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)), 4, Preprocess(8, 8), "0"
+    )
+    recipe = Recipe.for_model("cnn", epochs=1, width=4, compile=True)
+    for call in (
+        lambda: embed(list_folder(tmp_path / "images"), encoder, tmp_path / "f.h5", device="cpu", compile=True),
+        lambda: fit(pixels(12), None, recipe, device="cpu"),
+    ):
+        with pytest.raises(ProtopruneError, match=r"^--compile: .*(Python 9|compiler found)\); leave --compile out$"):
+            call()
 
 
 def test_recording_says_it_once_and_only_when_it_records(native, tmp_path, recwarn):

@@ -363,6 +363,9 @@ def test_rows_of_a_list_in_any_form():
     listed = ["00007.png", "./00001.png", "/data/images/00004.png"]
     assert list_rows(listed, train, "a.txt").tolist() == [1, 4, 7]
     assert list_rows(np.array([7, 1]), train, "a.npy").tolist() == [1, 7]
+    train.root = "s3://bucket/shards"
+    listed = ["00007.png", "./00001.png", "s3://bucket/shards/00004.png"]
+    assert list_rows(listed, train, "a.txt").tolist() == [1, 4, 7]
     train.every_path = ["-first.png", *train.paths]  # an image that cannot be used shifts the indices
     assert list_rows(np.array([8, 2]), train, "a.npy").tolist() == [1, 7]
 

@@ -183,10 +183,12 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples
 
 def _relative(listed: Sequence[str], examples: Examples, known: Collection[str]) -> list[str]:
     """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
-    base = os.path.join(examples.root if is_url(examples.root) else os.path.abspath(examples.root), "")
     listed = with_slashes(listed, known.__contains__)
-    short = [path.removeprefix(base) for path in listed]
-    return [path if path in known else os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in short]
+    if is_url(examples.root):
+        base = f"{examples.root.rstrip('/')}/"
+        return [path.removeprefix(base).removeprefix("./") for path in listed]
+    base = os.path.join(os.path.abspath(examples.root), "")
+    return [path if path in known else os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 
 def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> list[str]:

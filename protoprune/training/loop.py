@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from protoprune.bounds import check_number, check_whole
-from protoprune.device import native_bf16, resolve_device
+from protoprune.device import compiled, native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.training import models
 from protoprune.training.examples import Examples
@@ -160,7 +160,7 @@ def epochs(
     source = _Batches(data, device)
     labels = torch.from_numpy(data.labels).to(device)
     weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
-    forward = torch.compile(model) if recipe.compile else model
+    forward = compiled(model) if recipe.compile else model
     cast = autocast(recipe.precision, device, recipe.model)
     while step < total:
         began = time.perf_counter()
