@@ -141,12 +141,12 @@ def test_a_package_of_an_extra_that_is_missing_is_one_line(here, monkeypatch):
     said = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
-        assert main_with("tune --features f.h5 --keep 0.5 -o tuned", text(), said) == 1
+        assert main_with("tune --features f.h5 --keep 0.5 -o without", text(), said) == 1
     assert (
         said.getvalue()
         == "error: this needs torch, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])\n"
     )
-    assert not (here / "tuned").exists()
+    assert not (here / "without").exists()
 
     def fault(path):
         raise ModuleNotFoundError("No module named 'protoprune.nothing'", name="protoprune.nothing")
