@@ -20,6 +20,7 @@ from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
+from protoprune.sources.finding import split_id
 from protoprune.text import with_slashes
 from protoprune.units import many
 
@@ -274,6 +275,8 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
             f"they are there, but it leaves out {describe_counts(odd)}: ImageFolder takes them with "
             "is_valid_file=lambda path: True"
         )
+    if base and split_id(min(missing))[0]:
+        advice = "the list names images in shards; filter what reads those, or embed the folder"
     some = many(len(missing), f"of {listed:,} listed images is", f"of {listed:,} listed images are")
     raise ProtopruneError(f"{some} not in the data set {where} (first: {min(missing)}); {advice}")
 

@@ -55,6 +55,12 @@ def test_image_folder_with_another_root(image_folder):
     assert sample_ids(keep_only(image_folder, [f"images/{one}" for one in KEPT], root=above)) == KEPT
 
 
+def test_a_list_of_shards_is_none_of_their_unpacked_folder(image_folder):
+    """Keys may repeat across shards: which one was unpacked last nobody knows."""
+    with pytest.raises(ProtopruneError, match=r"the list names images in shards; filter what reads those"):
+        keep_only(image_folder, ["0000.tar/cat/001.png"])
+
+
 def test_image_folder_that_lacks_listed_images(image_folder):
     with pytest.raises(ProtopruneError, match=r"2 of 4 listed images are not in the data set .*first: ape/1\.png"):
         keep_only(image_folder, [*KEPT[:2], "cat/9.png", "ape/1.png"])
