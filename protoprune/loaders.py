@@ -355,9 +355,11 @@ def _shard_names(url: str) -> tuple[str, ...]:
             words = url.removeprefix("pipe:").split()
     names: list[str] = []
     for word in words:
-        web = word.startswith(("http://", "https://"))
-        plain = unquote(re.split("[?#]", word)[0]) if web else word
-        for path in dict.fromkeys([plain, word] if "://" in word else [os.path.abspath(word), word]):
+        paths = [os.path.abspath(word), word]
+        if "://" in word:
+            bare = re.split("[?#]", word)[0] if word.startswith(("http://", "https://")) else word
+            paths = [bare, unquote(bare), word]
+        for path in dict.fromkeys(paths):
             parts = [part for part in path.split("/") if part not in ("", ".")]
             names += ["/".join(parts[start:]) for start in range(len(parts))]
     return tuple(dict.fromkeys(names))
