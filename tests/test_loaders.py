@@ -478,6 +478,9 @@ def test_what_a_shard_may_be_called(url, names):
     with pytest.raises(ProtopruneError) as error:
         list(keep_only([sample], ["other.tar/k.jpg"]))
     assert "pw" not in str(error.value)
+    assert "tok" not in str(error.value)
+    assert "X-Sig" not in str(error.value)
+    assert ".tar" in str(error.value).partition("first sample")[2]
 
 
 def test_keys_as_tars_spell_them(tmp_path):
