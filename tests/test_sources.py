@@ -739,3 +739,19 @@ def test_where_classes_are_from_is_said(tmp_path):
     write_tar(tmp_path / "s.tar", files)
     result = call("embed", tmp_path / "s.tar", "--encoder", "mini", "--device", "cpu", "-o", tmp_path / "f")
     assert "classes are from .cls and .json in the shards" in result.stderr
+
+
+def test_what_lies_beside_an_image_may_be_a_link(tmp_path):
+    """`tar` of a tree whose copies were made hard links: the second class file is a link to the first."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data, to in (("a.png", PNG, ""), ("a.cls", b"x", ""), ("b.png", PNG, ""), ("b.cls", b"", "a.cls"),
+                               ("c.png", b"", "a.png"), ("c.json", b"", "gone.json")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size, info.linkname, info.type = len(data), to, tarfile.LNKTYPE if to else tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(data))
+    with opened(tmp_path / "s.tar") as images:
+        assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["x", "x", ""]
+        assert images.beside("b.png") == [("b.cls", b"x")]
+        assert (images.links, images.read(2)) == (1, PNG)
+    result = call("embed", tmp_path / "s.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
+    assert "1 image is a link in its tar: WebDataset passes over links" in result.stderr

@@ -137,6 +137,11 @@ def _say_left_out(report: SetReport) -> None:
             f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
             f"{describe_counts(report.skipped)}{some}"
         )
+    if report.links:
+        say(
+            f"{many(report.links, 'image is a link in its tar', 'images are links in their tars')}: WebDataset passes "
+            "over links, so train on what `protoprune reshard` writes, or pack with `tar --hard-dereference -h`"
+        )
     if report.duplicates:
         twice = many(report.duplicates, "image")
         say(f"{twice} came twice under one name in a shard; the last one counts, as in unpacking")
