@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from protoprune.featureset import FeatureSet
 
 
+_BATCH = 65_536  # names that are decoded at once
+
+
 @dataclass
 class Known:
     """What earlier files have of a list of images."""
@@ -39,9 +42,13 @@ def content_digest(data: bytes) -> int:
 
 def digests_of(file: FeatureFile | FeatureSet, paths: Iterable[str]) -> dict[str, int]:
     """Path -> digest of the encoded image that was embedded, of those of `paths` of which the file knows it."""
-    wanted = set(paths)
-    return {path: digest for path, digest in zip(file.paths, file.content.tolist(), strict=True)
-            if digest and path in wanted}  # fmt: skip
+    wanted, content = set(paths), file.content
+    found: dict[str, int] = {}
+    for first in range(0, len(content), _BATCH):
+        some = slice(first, first + _BATCH)
+        pairs = zip(file.paths[some], content[some].tolist(), strict=True)
+        found.update((path, digest) for path, digest in pairs if digest and path in wanted)
+    return found
 
 
 def known_rows(

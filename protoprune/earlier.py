@@ -80,7 +80,7 @@ def prepare(
         rows = {file.path: mine for file, mine in zip(left.alike, known.rows, strict=True)}
         if finished is not None:
             before.moved_from = _moved_from(finished, images)
-            _check_losses(finished, images, rows[out])
+            _check_losses(finished, images, rows[out], moved)
             _warn_of_other_classes(finished, images)
             before.dropped = len(set(finished.paths).difference(images.paths))
             if (started is None or left.differences) and _up_to_date(finished, images, engine):
@@ -178,7 +178,7 @@ def _check_findable(out: str, images: ImageList) -> None:
         )
 
 
-def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> None:
+def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray, moved: bool) -> None:
     """Refuse to lose most of the features that a finished file has, as other images or a disk that is away would, and
     any for want of a permission. `known` are its rows that hold an image of the list."""
     usable = np.flatnonzero(file.usable)
@@ -201,6 +201,8 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray) -> No
             "and it has no digests of their content, to compare them by (an earlier version wrote it); if they were "
             f"only moved or copied, say so with --moved, else {ways}"
         )
+    elif moved_from and moved:  # other times of modification, which --moved goes by
+        ways = f"leave --moved out, and contents are compared, {ways}"
     raise LossError(
         f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
     )

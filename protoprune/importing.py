@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune import files
+from protoprune import files, stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
@@ -113,8 +113,8 @@ def import_features(
 
     paths    list of their names in the order of the vectors (a file that `read_list` reads, Parquet, or names), where
              the vectors' own file has none; without both the names are row numbers
-    root     folder that the names are relative to, where they are files: then size and time are noted. Absolute names
-             get their deepest common folder
+    root     folder that the names are relative to, where they are files: then size and time are noted; or the URL of
+             the shards that they name. Absolute names get their deepest common folder
     encoder  what made the vectors, for the provenance
     store    float16, float32, or auto: float16 where the vectors are
     labels, class_level  where classes come from, as in `list_folder`
@@ -139,8 +139,9 @@ def import_features(
         n = sum(len(part.vectors) for part in parts)
         names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
-        size, mtime_ns = stat_files(base, names) if root is not None else (np.full(n, -1), np.full(n, -1))
-        _warn_of_missing(names, size, base if root is not None else None)
+        there = root is not None and not stores.is_url(base)
+        size, mtime_ns = stat_files(base, names) if there else (np.full(n, -1), np.full(n, -1))
+        _warn_of_missing(names, size, base if there else None)
         label, classes, labels_from = _classes(base, names, labels, class_level)
         store = store if store != "auto" else "float16" if dtype == np.float16 else "float32"
         images = ImageList(base, names, size, mtime_ns, label, classes, labels_from)
@@ -301,7 +302,9 @@ def _read_names(path: str, column: str | None) -> list[str]:
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
     """(ids sorted by code point, root, the vector of each)."""
-    base = os.path.abspath(root) if root is not None else None
+    base = None if root is None else stores.given(root)
+    if base is not None:
+        base = stores.public(base).rstrip("/") if stores.is_url(base) else os.path.abspath(base)
     if base is None and all(os.path.isabs(name) for name in names):
         base = os.path.commonpath([os.path.dirname(name) for name in names])
     if base is not None:
@@ -317,6 +320,11 @@ def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[st
 
 
 def _below(name: str, base: str) -> str:
+    if stores.is_url(base):
+        inside = name.removeprefix(f"{base}/")
+        if stores.is_url(name) and inside == name:
+            raise UsageError(f"{stores.public(name)}: outside the root {base}; give a --root that holds every image")
+        return inside
     path = os.path.normpath(os.path.relpath(name, base) if os.path.isabs(name) else name)
     if path == ".." or path.startswith("../"):
         raise UsageError(f"{name}: outside the root {base}; give --root a folder that holds every image")

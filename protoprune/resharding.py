@@ -40,7 +40,7 @@ from protoprune.text import parse_json, with_slashes
 
 PLAN = "reshard.json"
 SIZE = 10_000  # images a tar
-_FORMAT, _VERSION = "protoprune-reshard", 1
+_FORMAT, _VERSION = "protoprune-reshard", 2
 _BESIDE = (".cls", ".json", ".txt")  # files that go with an image of a folder
 _WORD = re.compile(r"[A-Za-z_]+")
 _TABLES = (".parquet", ".pq", ".arrow")
@@ -61,9 +61,7 @@ class ReshardReport:
     there: int = 0  # shards that an earlier run had made
     others: int = 0  # files that went with images, in the shards of this run
     bytes: int = 0  # of all shards
-    fields: Counter[str] = field(
-        default_factory=Counter
-    )  # of WebDataset's samples -> images, in the shards of this run
+    fields: Counter[str] = field(default_factory=Counter)  # WebDataset's field -> images, in the shards of this run
 
 
 def reshard(
@@ -150,6 +148,8 @@ def _sorted(
         raise UsageError(f"{name}: row indices do not name images; give --features, whose rows they count")
     if not listed:
         raise UsageError(f"{name}: lists no image, so that nothing would be left")
+    if root is None and all(map(stores.is_url, listed)):
+        root = _common_url(listed)
     if root is None:
         if not all(os.path.isabs(path) for path in listed):
             raise UsageError(f"{name}: give --root, the folder that its paths are relative to, or --features")
@@ -183,6 +183,13 @@ def _below(listed: Sequence[str], root: str, name: str) -> list[str]:
             raise UsageError(f"{name}: {path} is not below {root}; give the --root that the list was made for")
         found.append(inside)
     return found
+
+
+def _common_url(listed: Sequence[str]) -> str | None:
+    """The deepest folder above the shards of URLs; None where they share no server or bucket."""
+    above = [posixpath.dirname(split_id(url)[0] or url).replace("://", "/", 1) for url in listed]
+    kind, _, rest = posixpath.commonpath(above).partition("/")
+    return f"{kind}://{rest}" if rest else None
 
 
 def _normal(path: str) -> str:
@@ -398,7 +405,7 @@ class _Inputs:
     def _as_embedded(self, path: str, data: bytes) -> bytes:
         """The image, where it is the one that the list was chosen by: a table that was written anew has the same row
         numbers, and a file that was replaced its name."""
-        if content_digest(data) != self.content.get(path, content_digest(data)):
+        if path in self.content and content_digest(data) != self.content[path]:
             raise ProtopruneError(f"{path}: is another image than the one that was embedded; embed and select again")
         return data
 

@@ -64,7 +64,9 @@ class ShardReport:
     skipped: Counter[str] = field(default_factory=Counter)  # suffix -> members that are no images
     left_out: int = 0  # those of them that belong to none; known of an unchanged shard too
     duplicates: int = 0  # members that named an image a second time
+    links: int = 0  # images that are links in a tar, of a shard embedded in this run
     classes: int = 0  # of a shard embedded in this run: those of its images
+    classes_from: str = ""  # where they are from
 
 
 @dataclass
@@ -82,6 +84,8 @@ class SetReport:
     skipped: Counter[str] = field(default_factory=Counter)
     left_out: int = 0  # members of shards that are no images and belong to none
     duplicates: int = 0
+    links: int = 0
+    classes_from: set[str] = field(default_factory=set)  # of shards embedded in this run; folders are told afterwards
     device: str = ""
     precision: str = ""
     finished: bool = False  # whether all shards of the set are done, by whomever
@@ -351,7 +355,8 @@ def embed_shard(
                 replaced = _replaces(place, shard, engine.provenance)
                 result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
-                classes = len(images.classes)
+                links = images.links
+                classes, classes_from = len(images.classes), images.labels_from
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
@@ -370,6 +375,7 @@ def embed_shard(
     return ShardReport(
         shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
+        classes_from=classes_from, links=links,
     )  # fmt: skip
 
 
@@ -467,5 +473,7 @@ def _count(report: SetReport, one: ShardReport) -> None:
     report.skipped += one.skipped
     report.left_out += one.left_out
     report.duplicates += one.duplicates
+    report.links += one.links
+    report.classes_from |= {one.classes_from} - {"", FOLDERS}
     if one.state == "kept":
         warn(f"{one.name}: the shard is gone{one.reason}; its {one.rows:,} features are kept")

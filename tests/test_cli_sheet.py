@@ -57,6 +57,13 @@ def test_sheet_shows_the_easiest_and_the_hardest(coloured, run):
     assert cells("sheet.png", 4, 1) == [[1, 2, 3, 4, 59, 58, 57, 56]]
 
 
+def test_classes_that_are_not_there_are_said_before_the_clustering(here, run, feature_file):
+    feature_file("flat.h5", np.random.default_rng(0).normal(size=(20, 4)))
+    said = run("sheet", "flat.h5", "--by", "class", code=2).stderr
+    assert said == "error: --by class: the images have no classes (no first-level folders); use --by cluster\n"
+    assert not (here / "flat.h5.clusters").exists()
+
+
 def test_sheet_has_a_row_for_each_class(coloured, run):
     run("sheet", "--k", "1", "--by", "class", "--count", "3", "-o", "s.png")
     shown = cells("s.png", 3, 3)

@@ -168,6 +168,16 @@ def test_other_times_are_another_image_where_nothing_can_be_compared(tmp_path, r
     assert (report.embedded, compared, dict(report.failures)) == (1, 1, {"changed": 1})
 
 
+def test_moved_says_that_it_goes_by_times(tmp_path, run):
+    run(tree(tmp_path / "a", range(N)))
+    b = tree(tmp_path / "b", range(N))
+    for number in range(N):
+        os.utime(b / f"{number}.ppm", ns=(5, 5))
+    with pytest.raises(ProtopruneError, match="8 of its 8 features would be lost; leave --moved out, and contents are"):
+        run(b, moved=True)
+    assert run(b)[0].unchanged == N
+
+
 def test_rights_that_were_changed_cost_one_comparison(tmp_path, run):
     a = tree(tmp_path / "a", range(N))
     run(a)

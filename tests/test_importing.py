@@ -341,6 +341,15 @@ def test_names_of_images_in_shards(tmp_path):
         import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names, root=tmp_path)
     with FeatureFile(tmp_path / "f.h5") as file:
         assert (file.classes, file.labels.tolist()) == (["ant", "bee"], [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_features(tmp_path / "v.npy", tmp_path / "u.h5", paths=[f"s3://bucket/set/{one}" for one in names],
+                        root="s3://bucket/set")  # fmt: skip
+    with FeatureFile(tmp_path / "u.h5") as file:
+        assert (file.provenance["root"], list(file.paths)) == ("s3://bucket/set", names)
+    with pytest.raises(UsageError, match=r"s3://other/0000.tar/ant/0.jpg: outside the root s3://bucket/set"):
+        import_features(tmp_path / "v.npy", tmp_path / "w.h5", paths=[f"s3://other/{one}" for one in names],
+                        root="s3://bucket/set")  # fmt: skip
     flat = [name.replace("/ant/", "/a").replace("/bee/", "/b") for name in names]
     (tmp_path / "0001.tar").unlink()
     with pytest.warns(ProtopruneWarning, match=r"6 of 12 names are no files below it \(first: 0001.tar/a0.jpg"):

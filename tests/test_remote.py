@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 
 import numpy as np
@@ -23,6 +24,7 @@ from protoprune.decode import Status
 from protoprune.embedding import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.evaluation import runs
 from protoprune.featureset import FeatureSet, read_plan
 from protoprune.images import list_folder
 from protoprune.pruning import open_features
@@ -162,6 +164,7 @@ def test_a_store_that_does_not_answer(memory, monkeypatch):
         (OSError("Request had invalid authentication credentials. Expected OAuth 2 access token, 401"), "not accepted"),
         (FileNotFoundError("x"), "no such bucket, folder or file"),
         (ConnectionError("refused"), "cannot be reached"),
+        (type("TooManyRedirects", (Exception,), {"status": 0})("0, message=''"), "redirects without end"),
         (type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"), "FSSPEC_S3_ANON=true"),
         (ValueError("bad http://me:pa55@host/x?X-Amz-Signature=abc"), "bad http://host/x"),
     ],
@@ -620,3 +623,45 @@ def test_names_that_urls_and_patterns_read_otherwise(key, memory, folder, mini, 
         assert run(url, out, mini).n == 12
         kept = list(protoprune.select(out, 1.0, k=2).kept_paths)
         assert protoprune.reshard(kept, tmp_path / f"r{number}", features=out).images == 12
+
+
+def test_absolute_lists_of_a_store_are_urls(memory, mini, tmp_path):
+    """They were paths below the current folder, /here/memory:/set/tars/…, which nothing takes."""
+    out = tmp_path / "f"
+    run("memory://set/tars", out, mini)
+    result = CliRunner().invoke(app, ["select", str(out), "--keep", "0.5", "--absolute", "--k", "2"])
+    kept = result.stdout.split()
+    plain = CliRunner().invoke(app, ["select", str(out), "--keep", "0.5", "--k", "2"]).stdout.split()
+    assert kept == [f"memory://set/tars/{one}" for one in plain]
+    written = [protoprune.reshard(kept, tmp_path / "a", root="memory://set/tars").images,
+               protoprune.reshard(kept, tmp_path / "b").images]  # fmt: skip
+    assert written == [6, 6]
+    assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
+    samples = [{"__key__": name.partition(".tar/")[2][:-4], "__url__": f"memory://set/tars/{name[:8]}", "png": b""}
+               for name in plain]  # fmt: skip
+    assert list(protoprune.keep_only(samples, kept)) == samples
+    examples = types.SimpleNamespace(root="memory://set/tars")
+    assert runs._relative(kept, examples, set(plain)) == plain
+    result = CliRunner().invoke(app, ["select", str(out), "--keep", "0.5", "--links", str(tmp_path / "links")])
+    assert "the images are on a store (memory://set/tars), to which no link can lead" in result.stderr
+
+
+def test_a_listing_is_as_new_as_the_call(s3, bucket):
+    """s3fs keeps listings for the life of the process: in a notebook a changed shard was not seen."""
+    url, key = "s3://images-bucket/listed/{0..1}.tar", "images-bucket/listed"
+    for number in range(2):
+        bucket.pipe_file(f"{key}/{number}.tar", b"1" * 1000)
+    before = find_shards(url).shards
+    other = fsspec.filesystem("s3", skip_instance_cache=True)
+    other.pipe_file(f"{key}/0.tar", b"2" * 1000)
+    other.rm_file(f"{key}/1.tar")
+    after = find_shards(url).shards
+    assert (after[0].size, after[1].size) == (1000, -1)
+    assert after[0].version != before[0].version
+
+
+def test_loose_images_on_a_store_are_said(memory):
+    memory.pipe("/loose/a/1.jpg", b"x")
+    memory.pipe("/loose/a/2.jpg", b"x")
+    with pytest.raises(UsageError, match=r"memory://loose: holds images \(.jpg 2\) and no shard; images are read from"):
+        find_shards("memory://loose")

@@ -534,6 +534,15 @@ def test_directions_that_contradict_each_other(tmp_path):
         read_scores(tmp_path / "s.csv", ["a", "b"], higher_is="up")
 
 
+def test_a_rank_says_from_which_end_it_counts(tmp_path):
+    """That of a manifest is 0 for the image that is kept first."""
+    (tmp_path / "all.csv").write_text("path,score,rank\na.png,0.1,1\nb.png,0.9,0\n")
+    with pytest.raises(UsageError, match=r"all\.csv:rank: a rank may count from either end; .*all\.csv:rank:easier"):
+        read_scores(f"{tmp_path}/all.csv:rank", ["a.png", "b.png"])
+    assert read_scores(f"{tmp_path}/all.csv:rank:easier", ["a.png", "b.png"]).scores.tolist() == [-1, 0]
+    assert read_scores(f"{tmp_path}/all.csv:rank", ["a.png", "b.png"], higher_is="harder").scores.tolist() == [1, 0]
+
+
 def test_turned_leaves_tables_with_a_direction_alone(tmp_path):
     write_with(tmp_path / "s.csv", None)
     assert turned(read_table(tmp_path / "s.csv"), "prune").scores.tolist() == [-1, -2]

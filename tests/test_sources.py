@@ -22,7 +22,7 @@ from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
-from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard
+from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, tables
 from protoprune.sources.finding import Shard, expand, fixed_part, in_order, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
@@ -431,7 +431,7 @@ def test_rows_without_bytes_fail_one_by_one(tmp_path):
             with pytest.raises(ImageError) as error:
                 images.read(row)
             said.append((error.value.status, error.value.reason))
-    assert said == [(Status.MISSING, "no bytes in its row, only a path"), (Status.MISSING, "no bytes in its row"),
+    assert said == [(Status.MISSING, tables._ONLY_A_PATH), (Status.MISSING, "no bytes in its row"),
                     (Status.EMPTY, "no bytes in its row")]  # fmt: skip
 
 
@@ -699,3 +699,59 @@ def test_no_links_into_shards(folder, tmp_path):
     assert result.exit_code == 2
     assert "lies in a shard, to which no link can lead; `protoprune reshard LIST OUT` writes" in result.stderr
     assert not (tmp_path / "links").exists()
+
+
+def test_folders_that_are_called_like_patterns(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tars(tmp_path / "[2024] {a}/deep", members(folder), 2)
+    for spec in (
+        "[2024] {a}/deep/*.tar",
+        "[2024] {a}/deep/{0000..0001}.tar",
+        str(tmp_path / "[2024] {a}/deep/000?.tar"),
+    ):
+        source = find_shards(spec)
+        assert [shard.name for shard in source.shards] == ["0000.tar", "0001.tar"]
+        assert source.root == str(tmp_path / "[2024] {a}/deep")
+    assert [shard.name for shard in find_shards("[2024] {a}/**/*.tar").shards] == ["deep/0000.tar", "deep/0001.tar"]
+    with pytest.raises(ProtopruneError, match="none of the 1 shards is there"):
+        find_shards("[2024] {a}/gone.tar")
+
+
+def test_tables_that_hold_paths_or_lists_say_what_to_do(tmp_path):
+    """`to_parquet` of datasets writes the paths of an image folder, and embed of it must not look like a success."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"bytes": None, "path": f"/data/{i}.png"} for i in range(3)]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    parquet.write_table(pyarrow.table({"image": pyarrow.array(rows, kind)}), tmp_path / "p.parquet")
+    embed = ["--encoder", "mini", "--device", "cpu", "-o", tmp_path / "f"]
+    result = call("embed", tmp_path / "p.parquet", *embed, "--errors", tmp_path / "e.csv")
+    assert result.exit_code == 1
+    assert "none of 3 images could be used; see" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "e.csv").read_text().count("only a path: to_parquet of datasets leaves images out") == 3
+    lists = pyarrow.array([[{"bytes": PNG, "path": None}] * 2], pyarrow.list_(kind))
+    parquet.write_table(pyarrow.table({"pages": lists}), tmp_path / "l.parquet")
+    for options in ({}, {"image_column": "pages"}):
+        assert "its column pages holds lists of images" in refused(tmp_path / "l.parquet", **options)[1]
+
+
+def test_where_classes_are_from_is_said(tmp_path):
+    files = [("a.png", PNG), ("a.json", b'{"label": "x"}'), ("b.png", PNG), ("b.cls", b"y")]
+    write_tar(tmp_path / "s.tar", files)
+    result = call("embed", tmp_path / "s.tar", "--encoder", "mini", "--device", "cpu", "-o", tmp_path / "f")
+    assert "classes are from .cls and .json in the shards" in result.stderr
+
+
+def test_what_lies_beside_an_image_may_be_a_link(tmp_path):
+    """`tar` of a tree whose copies were made hard links: the second class file is a link to the first."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data, to in (("a.png", PNG, ""), ("a.cls", b"x", ""), ("b.png", PNG, ""), ("b.cls", b"", "a.cls"),
+                               ("c.png", b"", "a.png"), ("c.json", b"", "gone.json")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size, info.linkname, info.type = len(data), to, tarfile.LNKTYPE if to else tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(data))
+    with opened(tmp_path / "s.tar") as images:
+        assert [images.classes[x] if x >= 0 else "" for x in images.labels] == ["x", "x", ""]
+        assert images.beside("b.png") == [("b.cls", b"x")]
+        assert (images.links, images.read(2)) == (1, PNG)
+    result = call("embed", tmp_path / "s.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
+    assert "1 image is a link in its tar: WebDataset passes over links" in result.stderr

@@ -132,3 +132,25 @@ def test_without_memory_there_is_one_line(here, monkeypatch):
     monkeypatch.setattr(features, "open_features", fault)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main_with("advise --features f.h5", text(), io.StringIO())
+
+
+def test_a_package_of_an_extra_that_is_missing_is_one_line(here, monkeypatch):
+    """`pip install 'protoprune[select]'` comes without torch, and `tune`, `embed` and others need it."""
+    import protoprune.features as features
+
+    said = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        assert main_with("tune --features f.h5 --keep 0.5 -o without", text(), said) == 1
+    assert (
+        said.getvalue()
+        == "error: this needs torch, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])\n"
+    )
+    assert not (here / "without").exists()
+
+    def fault(path):
+        raise ModuleNotFoundError("No module named 'protoprune.nothing'", name="protoprune.nothing")
+
+    monkeypatch.setattr(features, "open_features", fault)
+    with pytest.raises(ModuleNotFoundError, match="nothing"):
+        main_with("advise --features f.h5", text(), io.StringIO())

@@ -40,6 +40,7 @@ _Misspelt: type[Exception] = typer.BadParameter.__bases__[
     0
 ]  # Typer's own usage errors; it brings its click along, without a name
 _LONG_WORD = re.compile(r"\S{600,}")
+_ENCODERS = ("torch", "torchvision", "timm", "safetensors")  # of the extras cpu and gpu; `select` comes without
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
 
 
@@ -84,6 +85,12 @@ def _in_one_line() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except _Misspelt as error:
         _explain(error)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _ENCODERS:
+            raise
+        _complain(f"this needs {name}, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])")
+        raise typer.Exit(1) from None
     except BrokenPipeError as error:  # `| head`
         streams.stdout_failed(error)
         raise typer.Exit(0) from None

@@ -49,7 +49,7 @@ def select(
     manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
-    from protoprune import pruning
+    from protoprune import pruning, stores
 
     out = None if out == Path("-") else out
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
@@ -75,9 +75,11 @@ def select(
         share = pruning.restart_overlap(ranking, rule)
         seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
-    if links is not None:
-        check_beside(links, root or ranking.root, ranking.paths, f"--links {links}")
     place = _place(root or ranking.root, absolute)
+    if links is not None:
+        if stores.is_url(place):
+            raise UsageError(f"--links: the images are on a store ({stores.public(place)}), to which no link can lead")
+        check_beside(links, place, ranking.paths, f"--links {links}")
     _write(chosen, out, format, null, place, absolute, removed, links, hard_links, manifest)
     kinds = [_format(format, out), *([] if removed is None else [_format_of_removed(format, removed)])]
     if "npy" in kinds and ranking.source is not None and ranking.source.provenance.get("reordered"):

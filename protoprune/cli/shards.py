@@ -70,6 +70,10 @@ def embed_source(
         _write_errors(errors, report)
     if report.finished and not report.n:
         raise ProtopruneError(f"none of {many(report.shards, 'shard')} could be used; see {errors or '--errors FILE'}")
+    if report.finished and report.failed == report.n:
+        raise ProtopruneError(
+            f"none of {many(report.n, 'image')} could be used; see {errors or '--errors FILE'} for why"
+        )
     if strict and (report.failed_shards or report.failed):
         raise ProtopruneError("--strict: not everything could be read")
 
@@ -108,6 +112,8 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
         say(f"{many(report.failed, 'image')} could not be used: {describe_counts(report.failures, 10)}")
     if report.transparent:
         say(f"{report.transparent:,} of the images embedded now have transparent parts; they are shown on white")
+    if report.classes_from:
+        say(f"classes are from {' and '.join(sorted(report.classes_from))}")
     states = ", ".join(f"{count:,} {state}" for state, count in report.states.most_common())
     rate = f" in {duration(seconds)} ({report.embedded / max(seconds, 1e-9):,.0f} img/s)" if report.embedded else ""
     say(
@@ -130,6 +136,11 @@ def _say_left_out(report: SetReport) -> None:
         say(
             f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
             f"{describe_counts(report.skipped)}{some}"
+        )
+    if report.links:
+        say(
+            f"{many(report.links, 'image is a link in its tar', 'images are links in their tars')}: WebDataset passes "
+            "over links, so train on what `protoprune reshard` writes, or pack with `tar --hard-dereference -h`"
         )
     if report.duplicates:
         twice = many(report.duplicates, "image")

@@ -232,7 +232,7 @@ def sheet(
         raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))
     clusters = clustering.clusters()
-    ranking = _ranked(features, scores, reading, clusters, duplicates)
+    ranking = _ranked(features, scores, reading, clusters, duplicates, by)
     say_ranking(ranking)
     place = given(root or ranking.root)
     check_picture(out, place, ranking.paths)
@@ -262,16 +262,20 @@ def sheet(
 
 
 def _ranked(
-    features: Path, scores: Path | None, reading: TableOptions, clusters: Clusters, duplicates: float | None
+    features: Path, scores: Path | None, reading: TableOptions, clusters: Clusters, duplicates: float | None, by: str
 ) -> Ranking:
     from protoprune import pruning
+    from protoprune.features import open_features
     from protoprune.selection import check_duplicates
 
     if scores is not None:
         return pruning.rank_by_table(features, scores, **vars(reading))
     if duplicates is not None:
         check_duplicates(duplicates, option="--duplicates")
-    ranking = pruning.rank(features, clusters)
+    source = open_features(features)
+    if by == "class" and not source.classes:  # said before the clustering
+        raise UsageError("--by class: the images have no classes (no first-level folders); use --by cluster")
+    ranking = pruning.rank(source, clusters)
     if duplicates is not None:
         pruning.deduplicate(ranking, duplicates, seed=clusters.seed)
     return ranking

@@ -188,7 +188,7 @@ def _relative(listed: Sequence[str], examples: Examples, known: Collection[str])
         base = f"{examples.root.rstrip('/')}/"
         return [path.removeprefix(base).removeprefix("./") for path in listed]
     base = os.path.join(os.path.abspath(examples.root), "")
-    return [os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
+    return [path if path in known else os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
 
 
 def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> list[str]:

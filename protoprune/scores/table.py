@@ -199,6 +199,11 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
         raise UsageError(f"{file}: no such score table; `protoprune score METRIC -o {file}` makes one")
     keys, scores, kind, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
+    if direction == "assumed" and (column or "").lower() == "rank":
+        raise UsageError(
+            f"{source}: a rank may count from either end; {source}:easier is for one whose 0 or 1 is the hardest, as "
+            f"in a manifest, and {source}:harder for the other"
+        )
     scores = _as_written(source, header, keys or [], scores)
     _refuse_infinite(source, keys, scores)
     if higher == "easier":

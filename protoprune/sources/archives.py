@@ -59,21 +59,22 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
     labels, others = _Sidecars(options), _Others()
     left_out: dict[str, Head] = {}
     for name, member in members.items():
-        if not _is_image(name, partial(_start_of, handle, member, 512)):
+        target = _target(name, member, members)
+        plain = target if target is not None and not target.issparse() else None  # what can be read at its place
+        if not _is_image(name, partial(_start_of, handle, plain, 512)):
             found.skipped[_suffix(name)] += 1
-            left_out[name] = partial(_start_of, handle, member)
-            if member.isreg():
-                read = partial(pread, handle, member.offset_data, member.size)
-                labels.add(name, read, member.size)
+            left_out[name] = partial(_start_of, handle, plain)
+            if plain is not None:
+                read = partial(pread, handle, plain.offset_data, plain.size)
+                labels.add(name, read, plain.size)
                 others.add(name, read)
             continue
-        target = _target(name, member, members)
-        if target is None or target.issparse():
+        if plain is None:
             why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
             found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
-            target = member
-        places.append((target.offset_data, target.size))
-        add_image(found, name, target.size)
+        found.links += plain not in (None, member)
+        places.append(((plain or member).offset_data, (plain or member).size))
+        add_image(found, name, (plain or member).size)
     labels.apply(found)
     found.beside = others.by_key()
     found.left_out = _belonging_to_none(left_out, found.names)
@@ -86,9 +87,9 @@ def _stored(member: tarfile.TarInfo) -> int:
     return member.size if sparse is None else sum(size for _, size in sparse)
 
 
-def _start_of(handle: int, member: tarfile.TarInfo, count: int = formats.HEAD) -> bytes | None:
+def _start_of(handle: int, member: tarfile.TarInfo | None, count: int = formats.HEAD) -> bytes | None:
     """How a member of a tar begins; None for what is no regular file."""
-    return pread(handle, member.offset_data, min(member.size, count)) if member.isreg() else None
+    return None if member is None else pread(handle, member.offset_data, min(member.size, count))
 
 
 def _check_end(file: IO[bytes], offset: int, end: int) -> None:

@@ -155,10 +155,11 @@ def _range(text: str) -> list[str] | None:
 
 
 def _pattern(spec: str) -> Source:
-    names = expand(spec)
+    above, rest = _as_written(spec)
     found: list[str] = []
-    for name in names:
-        found += sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+    for name in expand(rest):
+        path = os.path.join(glob.escape(above), name)
+        found += sorted(glob.glob(path, recursive=True)) if glob.has_magic(name) else [os.path.join(above, name)]
     found = [os.path.abspath(path) for path in dict.fromkeys(found) if not os.path.isdir(path)]
     if not found:
         raise UsageError(f"{spec}: matches no file; give a pattern in quotes, such as 'shards/{{0000..0099}}.tar'")
@@ -167,12 +168,22 @@ def _pattern(spec: str) -> Source:
             f"{spec}: matches {many(len(found), 'image')}, and patterns are for shards; give the folder of the images, "
             "or a list of their names"
         )
-    return _local(os.path.abspath(fixed_part(spec)), found)
+    return _local(os.path.abspath(os.path.join(above, fixed_part(rest))), found)
+
+
+def _as_written(spec: str) -> tuple[str, str]:
+    """(folders whose names hold marks of patterns and are there by these very names, the rest): '[2024] photos/'."""
+    parts = spec.split("/")
+    for count in range(len(parts) - 1, 0, -1):
+        above = "/".join(parts[:count])
+        if is_pattern(above) and os.path.isdir(above):
+            return above, "/".join(parts[count:])
+    return "", spec
 
 
 def fixed_part(pattern: str) -> str:
     """The folder above the first wildcard: the root, whichever shards are there."""
-    first = min(place for mark in "*?[{" if (place := pattern.find(mark)) >= 0)
+    first = min((place for mark in "*?[{" if (place := pattern.find(mark)) >= 0), default=len(pattern))
     return pattern[:first].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
 
 

@@ -125,6 +125,7 @@ def _images(shard: Shard, found: Found, options: ShardOptions, root: str, stack:
         left_out=[f"{shard.name}/{name}" for name, _ in found.left_out],
         why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
+        links=found.links,
         reader=lambda row: found.read(order[row]),
         beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},

@@ -22,6 +22,7 @@ from typing import Any
 from protoprune import stores
 from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import describe_counts, image_suffixes
 from protoprune.sources.finding import (
     SUFFIXES,
     Shard,
@@ -51,7 +52,14 @@ def find_remote(url: str) -> Source | None:
         return local_shards(url.removeprefix("file://"))
     skipped: Counter[str] = Counter()
     store = stores.store(url)
+    store.invalidate_cache()  # of listings of an earlier call in this process
     root, found = stores.answered(url, lambda: _find(store, url, skipped))
+    pictures = {suffix: count for suffix, count in skipped.items() if suffix in image_suffixes()}
+    if not found and pictures:
+        raise UsageError(
+            f"{stores.public(url)}: holds images ({describe_counts(Counter(pictures))}) and no shard; images are read "
+            "from stores in shards only: pack them into tars, or copy them here"
+        )
     if not found:
         kinds = ", ".join(SUFFIXES[:2])
         raise UsageError(f"{stores.public(url)}: matches no shard; give a folder of {kinds} …, or a pattern")
@@ -71,6 +79,7 @@ def list_remote(urls: Sequence[str], root: str | None = None) -> Source:
     if "://" not in root:
         raise UsageError(f"{stores.public(urls[0])}: the list names several servers or buckets; embed one at a time")
     store = stores.store(urls[0])
+    store.invalidate_cache()
     found = [store._strip_protocol(url) for url in urls]
     outside = next(
         (url for url in urls if not without_query(url).startswith(without_query(root).rstrip("/") + "/")), None
@@ -133,7 +142,11 @@ def _facts(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] |
     single = [path for path in paths if web or folders[posixpath.dirname(path)] == 1]
     for attempt in range(_TRIES):
         for first in range(0, len(single), _AT_ONCE):
-            facts.update(stores.answered(url, partial(_ask, store, url, single[first : first + _AT_ONCE])))
+            some = single[first : first + _AT_ONCE]
+            said = stores.answered(url, partial(_ask, store, url, some))
+            for path in some:
+                facts.pop(path, None)
+            facts.update(said)
         single = [path for path in single if isinstance(facts.get(path), str)]
         if not single or attempt == _TRIES - 1:
             break

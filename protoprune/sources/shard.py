@@ -94,6 +94,7 @@ class ShardImages(ImageList):
     reader: Callable[[int], bytes] = field(kw_only=True)  # row -> bytes of the image
     beside: Beside = field(kw_only=True)
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)  # rows that need not be read
+    links: int = 0  # images that are links in a tar, which loaders pass over
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def read(self, row: int) -> bytes:
@@ -124,6 +125,7 @@ class Found:
     failed: dict[int, tuple[Status, str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    links: int = 0  # images that are links in a tar
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what is no image and beside none
     beside: Beside = lambda name: []
 

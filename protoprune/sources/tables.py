@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
 _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
+_ONLY_A_PATH = "no bytes in its row, only a path: to_parquet of datasets leaves images out, save_to_disk puts them in"
 _BATCH = 64  # rows of a Parquet file that are in memory at once
 _WIDTH = 6  # digits of a row number in an id, at least
 
@@ -68,7 +69,7 @@ def read_table(path: str, file: IO[bytes], options: ShardOptions, stack: context
         raise ShardError(Status.TRUNCATED if _CUT.search(text) else Status.CORRUPT, text) from None
     if options.id_column is None:
         found.names = _row_numbers(len(found.names))
-    found.beside = _Columns(file, image, found.names).of
+    found.beside = _Columns(file, image, found.names, stack).of
     return found
 
 
@@ -158,6 +159,9 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
     named = [name for name in _IMAGE_COLUMNS if name in candidates]
     if named and len(candidates) > 1:
         return named[0]
+    lists = [name for name, kind in kinds.items() if _holds_lists(kind)]
+    if not candidates and lists:
+        raise ShardError(Status.CORRUPT, f"its column {lists[0]} holds lists of images; write one image a row")
     if len(candidates) != 1:
         which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
         raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
@@ -167,6 +171,8 @@ def _image_column(schema: pa.Schema, asked: str | None) -> str:
 def _check_image_column(kinds: Mapping[str, pa.DataType], asked: str) -> None:
     if asked not in kinds:
         raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
+    if _holds_lists(kinds[asked]):
+        raise ShardError(Status.CORRUPT, f"its column {asked} holds lists of images; write one image a row")
     if not _holds_bytes(kinds[asked]):
         raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
 
@@ -177,6 +183,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_list(kind) or types.is_large_list(kind)) and _holds_bytes(kind.value_type)
 
 
 def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple[str | None, list[str]]:
@@ -218,7 +230,7 @@ def _spool(
         data = cell.get("bytes") or b""
         if not data:
             status = Status.EMPTY if cell.get("bytes") is not None else Status.MISSING
-            why = "no bytes in its row, only a path" if cell.get("path") else "no bytes in its row"
+            why = _ONLY_A_PATH if cell.get("path") else "no bytes in its row"
             found.failed[row] = status, why
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
@@ -242,33 +254,50 @@ def _id(value: object) -> str:
 
 
 class _Columns:
-    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for."""
+    """The other columns of a table, by row: those of bytes as files, all else as JSON; read when first asked for.
 
-    def __init__(self, file: IO[bytes], image: str, names: list[str]) -> None:
-        self.file, self.image, self.names = file, image, names
+    Bytes go to an unnamed temporary file, as those of the images do.
+    """
+
+    def __init__(self, file: IO[bytes], image: str, names: list[str], stack: contextlib.ExitStack) -> None:
+        self.file, self.image, self.names, self.stack = file, image, names, stack
         self.rows: dict[str, dict[str, Any]] | None = None
-        self.bytes_in: list[str] = []
+        self.places: dict[str, dict[str, tuple[int, int]]] = {}  # name -> column -> (offset, bytes)
+        self.spool: IO[bytes] | None = None
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
-            schema, batches, _ = _batches(self.file)
-            others = [one for one in schema.names if one != self.image]
-            self.bytes_in = [one for one in others if _holds_bytes(schema.field(one).type)]
-            wanted = [one for one in others if one in self.bytes_in or _is_plain(schema.field(one).type)]
-            rows = (row for batch in batches(wanted) for row in batch.to_pylist()) if wanted else iter(())
-            self.rows = dict(zip(self.names, rows, strict=bool(wanted)))
-        row = dict(self.rows.get(name, {}))
+            self.rows = self._read()
         suffix = posixpath.splitext(name)[1]
         stem = name.removesuffix(suffix) if suffix.lower() in image_suffixes() else name
         files = []
-        for column in self.bytes_in:
-            cell = row.pop(column, None)
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            if data:
-                files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
-        if row:
-            files.insert(0, (f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        if row := self.rows.get(name):
+            files.append((f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
+        for column, (offset, size) in self.places.get(name, {}).items():
+            data = pread(self.spool.fileno(), offset, size) if self.spool else b""
+            files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
         return files
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        schema, batches, _ = _batches(self.file)
+        others = [one for one in schema.names if one != self.image]
+        of_bytes = [one for one in others if _holds_bytes(schema.field(one).type)]
+        wanted = [one for one in others if one in of_bytes or _is_plain(schema.field(one).type)]
+        if not wanted:
+            return {}
+        rows: dict[str, dict[str, Any]] = {}
+        names = iter(self.names)
+        spool = self.spool = self.stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with the shard
+        for batch in batches(wanted):
+            for row in batch.to_pylist():
+                rows[name := next(names)] = row
+                for column in of_bytes:
+                    cell = row.pop(column)
+                    if data := cell.get("bytes") if isinstance(cell, dict) else cell:
+                        self.places.setdefault(name, {})[column] = spool.tell(), len(data)
+                        spool.write(data)
+        spool.flush()
+        return rows
 
 
 def _without_nan(value: Any) -> Any:
