@@ -20,7 +20,7 @@ from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
-from protoprune.sources.finding import split_id
+from protoprune.sources.finding import SUFFIXES, split_id
 from protoprune.text import with_slashes
 from protoprune.units import many
 
@@ -310,13 +310,13 @@ class _KeptSamples:
             if number == _LONG and not any_kept:  # a stream that begins again and again has no end that could tell
                 warn(f"none of the first {number:,} samples is in the list; {_OTHER_LIST}")
             key = _key_of(sample)
-            first = first or f"{key} in {stores.public(str(sample.get('__url__') or 'no shard'))}"
+            first = first or f"{key} in {_shown(sample.get('__url__'))}"
             one = next((one for one in _keys(sample, key) if one in self.listed), key)
             names = self.listed.get(one)
             if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
+                both = f"{_shown(shards[one])} and in {_shown(sample['__url__'])}"
                 raise ProtopruneError(
-                    f"{one} is in {shards[one]} and in {sample['__url__']}: two shards of one name; list them by their "
-                    "paths below a common root"
+                    f"{one} is in {both}: two shards of one name; list them by their paths below a common root"
                 )
             if names and (found := _named_in(sample, names)):
                 unseen -= found
@@ -343,6 +343,16 @@ def _keys(sample: Sample, key: str) -> Iterator[str]:
     yield key
 
 
+def _shown(url: object) -> str:
+    """A shard's URL for a message, without what is secret in it: of a command only its first word, and the shard."""
+    if not isinstance(url, str) or not url:
+        return "no shard"
+    if not url.startswith("pipe:"):
+        return stores.public(url)
+    words = [stores.public(word.strip("'\"")) for word in url.split()]
+    return " … ".join([words[0], *(word for word in words[1:] if word.lower().endswith(SUFFIXES))])
+
+
 @lru_cache(maxsize=64)
 def _shard_names(url: str) -> tuple[str, ...]:
     """What a shard may be called in a list: its path below whichever root, the longest first. Of a command
@@ -355,9 +365,11 @@ def _shard_names(url: str) -> tuple[str, ...]:
             words = url.removeprefix("pipe:").split()
     names: list[str] = []
     for word in words:
-        web = word.startswith(("http://", "https://"))
-        plain = unquote(re.split("[?#]", word)[0]) if web else word
-        for path in dict.fromkeys([plain, word] if "://" in word else [os.path.abspath(word), word]):
+        paths = [os.path.abspath(word), word]
+        if "://" in word:
+            bare = re.split("[?#]", word)[0] if word.startswith(("http://", "https://")) else word
+            paths = [bare, unquote(bare), word]
+        for path in dict.fromkeys(paths):
             parts = [part for part in path.split("/") if part not in ("", ".")]
             names += ["/".join(parts[start:]) for start in range(len(parts))]
     return tuple(dict.fromkeys(names))

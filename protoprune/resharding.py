@@ -61,9 +61,7 @@ class ReshardReport:
     there: int = 0  # shards that an earlier run had made
     others: int = 0  # files that went with images, in the shards of this run
     bytes: int = 0  # of all shards
-    fields: Counter[str] = field(
-        default_factory=Counter
-    )  # of WebDataset's samples -> images, in the shards of this run
+    fields: Counter[str] = field(default_factory=Counter)  # WebDataset's field -> images, in the shards of this run
 
 
 def reshard(
@@ -407,7 +405,7 @@ class _Inputs:
     def _as_embedded(self, path: str, data: bytes) -> bytes:
         """The image, where it is the one that the list was chosen by: a table that was written anew has the same row
         numbers, and a file that was replaced its name."""
-        if content_digest(data) != self.content.get(path, content_digest(data)):
+        if path in self.content and content_digest(data) != self.content[path]:
             raise ProtopruneError(f"{path}: is another image than the one that was embedded; embed and select again")
         return data
 

@@ -133,7 +133,10 @@ def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
     text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
     kind = type(error).__name__
-    status = int(getattr(error, "status", None) or 0)  # of an answer of the web
+    status = getattr(error, "status", 0)  # of an answer of the web
+    status = status if isinstance(status, int) else 0
+    if kind == "TooManyRedirects":
+        return "the server redirects without end; check the URL"
     if status in (401, 403) and url.startswith(("http://", "https://")):
         return f"the server refuses it ({text}); a signed URL may have expired"
     if status == 429 or status >= 500:
@@ -149,7 +152,12 @@ def trouble(error: BaseException, url: str = "") -> str:
     if isinstance(error, FileNotFoundError) or "does not exist" in text:
         return "no such bucket, folder or file; check the URL"
     if "onnect" in kind or "onnect" in text or isinstance(error, (ConnectionError, TimeoutError)):
-        return f"cannot be reached ({text}); check the network, the URL and the endpoint (AWS_ENDPOINT_URL)"
+        endpoint = (
+            " and the URL"
+            if url.startswith(("http://", "https://"))
+            else ", the URL and the endpoint (AWS_ENDPOINT_URL)"
+        )
+        return f"cannot be reached ({text}); check the network{endpoint}"
     return text
 
 

@@ -463,6 +463,7 @@ def test_lists_of_shards_by_every_kind_of_url(url, image_tree, tmp_path, monkeyp
     ("url", "names"),
     [
         ("https://user:pw@h.example/a%20b/0.tar?X-Sig=q/w#x", "a b/0.tar"),
+        ("https://user:pw@h.example/a%20b/0.tar?X-Sig=q/w#x", "a%20b/0.tar"),
         ("pipe:curl -s -L https://h.example/d/0.tar -H 'Authorization:Bearer tok/en'", "d/0.tar"),
         ("pipe:aws s3 cp s3://bucket/d/0.tar -", "s3:/bucket/d/0.tar"),
         ("s3://bucket/d/0?.tar", "s3:/bucket/d/0?.tar"),
@@ -477,6 +478,9 @@ def test_what_a_shard_may_be_called(url, names):
     with pytest.raises(ProtopruneError) as error:
         list(keep_only([sample], ["other.tar/k.jpg"]))
     assert "pw" not in str(error.value)
+    assert "tok" not in str(error.value)
+    assert "X-Sig" not in str(error.value)
+    assert ".tar" in str(error.value).partition("first sample")[2]
 
 
 def test_keys_as_tars_spell_them(tmp_path):

@@ -45,7 +45,7 @@ class ImageReader:
 
     def __call__(self, path: str) -> bytes:
         data = self._read(path)
-        if content_digest(data) != self.content.get(path, content_digest(data)):
+        if path in self.content and content_digest(data) != self.content[path]:
             raise ImageError(Status.CHANGED, "not the image that was embedded")
         return data
 

@@ -142,7 +142,11 @@ def _facts(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] |
     single = [path for path in paths if web or folders[posixpath.dirname(path)] == 1]
     for attempt in range(_TRIES):
         for first in range(0, len(single), _AT_ONCE):
-            facts.update(stores.answered(url, partial(_ask, store, url, single[first : first + _AT_ONCE])))
+            some = single[first : first + _AT_ONCE]
+            said = stores.answered(url, partial(_ask, store, url, some))
+            for path in some:
+                facts.pop(path, None)
+            facts.update(said)
         single = [path for path in single if isinstance(facts.get(path), str)]
         if not single or attempt == _TRIES - 1:
             break
