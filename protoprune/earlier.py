@@ -210,7 +210,7 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray, moved
 
 def _warn_of_other_classes(file: FeatureFile, images: ImageList) -> None:
     """Say that classes are lost or replaced which nobody asked to: the file had them from elsewhere."""
-    before = file.provenance.get("labels_from", "")
+    before = file.provenance.get("labels_from") or images.labels_from or "of an earlier version"  # which did not say
     if file.classes and before != images.labels_from and not images.labels_asked:
         now = f"{many(len(images.classes), 'class', 'classes')} ({images.labels_from})" if images.classes else "none"
         warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -226,6 +227,21 @@ def test_a_file_of_an_earlier_version_has_nothing_to_compare(tmp_path, run, monk
         run(tmp_path / "b")
     assert run(tmp_path / "b", moved=True)[0].unchanged == N
     assert identity(tmp_path / "f.h5") == before
+
+
+def test_classes_of_an_earlier_version_do_not_say_where_they_are_from(tmp_path, run):
+    for name in ("x", "y"):
+        tree(tmp_path / "a" / name, range(3))
+    first = list_folder(tmp_path / "a")
+    first.labels_from = ""
+    run(first)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(tmp_path / "a")
+        assert not told
+        (tmp_path / "a" / "0.ppm").write_bytes(bitmap(9))
+        run(tmp_path / "a")
+    assert "had 2 classes (of an earlier version), and has none now" in str(told[-1].message)
 
 
 def test_an_interrupted_run_is_not_continued_with_other_images(tmp_path, run, fresh):
