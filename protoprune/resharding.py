@@ -255,10 +255,13 @@ def _claim(out: str, plan: dict[str, Any]) -> None:
     if before == plan:
         return
     if _others(os.listdir(out)):
-        other = next((key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]), "plan")
-        raise UsageError(
-            f"{out}: holds the shards of another list (another {other.replace('_', ' ')}); name a new folder"
-        )
+        was = before if isinstance(before, dict) else {}
+        how = "as another version writes them"
+        for key, said in (("list", "of another list"), ("root", "from another root"), ("shard_size", "of another size")):
+            if was.get(key) != plan[key]:
+                how = said
+                break
+        raise UsageError(f"{out}: holds shards {how}; name a new folder")
     files.write_file(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 

@@ -484,6 +484,17 @@ def test_the_files_hold_what_was_found(tmp_path):
     assert (random["to_random"], random["low"]) == (0.0, None)
 
 
+def test_two_equal_differences_are_no_interval():
+    gaps = [[0.5, 0.5], [0.75, 0.75], [0.75, 0.5]]  # random, and two recipes
+    result = running.Tuned(
+        0.5, [RANDOM, COVER, Candidate()], [choosing.Standing(n, own, 2) for n, own in enumerate(gaps)],
+        COVER, None, 10, "linear heads",
+    )  # fmt: skip
+    same, other = report.rows(result)[1:]
+    assert (same["to_random"], same["low"], same["high"]) == (0.25, None, None)
+    assert other["low"] < 0.125 < other["high"]
+
+
 def test_nothing_beats_random_is_said_with_numbers():
     rng = np.random.default_rng(1)
     pool = pool_of(rng.standard_normal((200, 5)), np.sort(rng.integers(0, 2, 200)))

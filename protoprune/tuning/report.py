@@ -83,7 +83,8 @@ def rows(result: Tuned) -> list[dict[str, Any]]:
     table = []
     for place, one in enumerate(result.standings, 1):
         gap = np.subtract(one.accuracies, reference.accuracies[: len(one.accuracies)])
-        interval = judging.resampled(gap) if one.number else Interval(0.0, None, None, len(gap))
+        told = one.number and len(set(gap.tolist())) > 1  # two equal differences are no certainty
+        interval = judging.resampled(gap) if told else Interval(float(gap.mean()), None, None, len(gap))
         candidate = result.candidates[one.number]
         table.append({
             "place": place, "recipe": candidate.name, "rounds": one.rounds, "splits": len(one.accuracies),
