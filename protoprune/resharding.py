@@ -256,11 +256,8 @@ def _claim(out: str, plan: dict[str, Any]) -> None:
         return
     if _others(os.listdir(out)):
         was = before if isinstance(before, dict) else {}
-        how = "as another version writes them"
-        for key, said in (("list", "of another list"), ("root", "from another root"), ("shard_size", "of another size")):
-            if was.get(key) != plan[key]:
-                how = said
-                break
+        ways = {"list": "of another list", "root": "from another root", "shard_size": "of another size"}
+        how = next((said for key, said in ways.items() if was.get(key) != plan[key]), "as another version writes them")
         raise UsageError(f"{out}: holds shards {how}; name a new folder")
     files.write_file(path, (json.dumps(plan, indent=1) + "\n").encode())
 
