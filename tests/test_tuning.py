@@ -11,6 +11,7 @@ import pytest
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.statistics import Interval
 from protoprune.tuning import choosing, judging, report, running, unlabelled
+from protoprune.tuning import recipes as recipes_module
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Pool, candidates
 from protoprune.tuning.running import Log, tune
 
@@ -425,6 +426,16 @@ def test_auto_finds_how_much_can_be_left_out():
     assert "asked for" not in report.sentence(result)
     result.tolerance = -1.0  # what the images that judge say may be more
     assert "below), more than the -100.0 asked for: the images that judge find it harder; +" in report.sentence(result)
+
+
+def test_auto_orders_each_split_once_for_all_fractions(monkeypatch):
+    """A clustering of 40,000 images takes longer than their heads."""
+    pool, calls, cluster = modes(), [], recipes_module.prototypes.cluster
+    monkeypatch.setattr(recipes_module.prototypes, "cluster", lambda *a, **k: calls.append(1) or cluster(*a, **k))
+    result = tune(pool, None, recipes=[Candidate()], rounds=(1,), seeds=2, heads=Ridge(pool), tolerance=0.05)
+    assert len(result.curve) >= 2
+    judged = 1 if result.best == Candidate() else 0
+    assert len(calls) == 1 + running.AUTO_SPLITS + judged  # the first to choose finalists
 
 
 def test_auto_finds_the_fraction_that_is_known():

@@ -16,6 +16,7 @@ import numpy as np
 
 from protoprune import prototypes, pruning
 from protoprune.decode import Status
+from protoprune.ids import row_type
 
 CALM = 0.5  # the paper's share for --balance
 DROPPED = 0.1  # tried for --drop-hardest
@@ -101,25 +102,35 @@ class Pool:
         return len(self.paths)
 
 
-class Part:
-    """Some rows of a pool, on which recipes are applied; clusterings and orders are made once for all fractions."""
+Ranks = dict[tuple[Candidate, int], tuple[np.ndarray, int]]
 
-    def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0) -> None:
+
+class Part:
+    """Some rows of a pool, on which recipes are applied; clusterings and orders are made once for all fractions.
+
+    ranks: {(recipe, seed): (place of each row in its order (m,), rows that can be kept)} of this very part, which grows
+    and may outlive it: an order is small, what it is made of is not.
+    """
+
+    def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0, ranks: Ranks | None = None) -> None:
         self.pool, self.rows, self.seed = pool, np.sort(rows), seed
         self._rankings: dict[tuple[int | None, str | None, bool], pruning.Ranking] = {}
-        self._ranks: dict[
-            tuple[Candidate, int], np.ndarray
-        ] = {}  # (m,) place of each row in the order of a recipe and seed
+        self._ranks: Ranks = {} if ranks is None else ranks
 
     def select(self, candidate: Candidate, keep: float, seed: int | None = None) -> np.ndarray:
         """The rows of the pool that are kept, (m,) ascending; `seed` is that of ties and draws."""
-        ranking, seed = self._ranking(candidate), self.seed if seed is None else seed
+        seed = self.seed if seed is None else seed
         if candidate.balance:  # its floors depend on the fraction
-            return self.rows[pruning.prune(ranking, candidate.rule(keep, seed)).keep]
+            return self.rows[pruning.prune(self._ranking(candidate), candidate.rule(keep, seed)).keep]
         if (candidate, seed) not in self._ranks:
-            self._ranks[candidate, seed] = pruning.prune(ranking, candidate.rule(1.0, seed)).rank
-        rank = self._ranks[candidate, seed]
-        return self.rows[(rank >= 0) & (rank < round(keep * int(ranking.usable.sum())))]
+            self._ranks[candidate, seed] = self._ranked(candidate, seed)
+        rank, usable = self._ranks[candidate, seed]
+        return self.rows[(rank >= 0) & (rank < round(keep * usable))]
+
+    def _ranked(self, candidate: Candidate, seed: int) -> tuple[np.ndarray, int]:
+        ranking = self._ranking(candidate)
+        rank = pruning.prune(ranking, candidate.rule(1.0, seed)).rank
+        return rank.astype(row_type(len(rank))), int(ranking.usable.sum())
 
     def _ranking(self, candidate: Candidate) -> pruning.Ranking:
         key = candidate.k, candidate.scores, self._by_prototypes(candidate)

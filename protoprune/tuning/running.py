@@ -28,7 +28,7 @@ from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
-from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, candidates
+from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, Ranks, candidates
 from protoprune.units import many
 from protoprune.vectors import check_finite
 
@@ -265,6 +265,7 @@ def _settle(
 ) -> None:
     """Note in the result the smallest fraction within the tolerance, by a recipe where that beats random lists, and
     what the images that judge say; where they find a recipe's list worse than random ones, random lists count."""
+    lab.remember(AUTO_SPLITS)
     found = _smallest(lab, finalists, tolerance, result.curve, say)
     plain = _smallest(lab, list(REFERENCES), tolerance, result.random_curve, say)
     for one in (found, plain) if found and (plain is None or found.keep < plain.keep) else (plain,):
@@ -310,9 +311,9 @@ def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[P
     everything = np.array([lab.everything(split) for split in range(AUTO_SPLITS)])
 
     def point(keep: float) -> Point:
-        rows = []
-        for one in tried:
-            rows.append([lab.on_split(lab.heads, one, keep, split) for split in range(AUTO_SPLITS)])
+        rows = np.empty((len(tried), AUTO_SPLITS))
+        for split in range(AUTO_SPLITS):  # the part of a split is made once for all of them
+            rows[:, split] = [lab.on_split(lab.heads, one, keep, split) for one in tried]
         best = int(np.argmax(np.mean(rows, axis=1)))
         found = Point(keep, tried[best], float(np.mean(rows[best])), judging.resampled(everything - rows[best]))
         curve.append(found)
@@ -344,10 +345,17 @@ class _Lab:
     def __init__(self, pool: Pool, choosers: np.ndarray, heads: Judge, log: Log, seed: int) -> None:
         self.pool, self.choosers, self.heads, self.log, self.seed = pool, choosers, heads, log, seed
         self._split = lru_cache(1)(self._make_split)
+        self._ranks: dict[int, Ranks] = {}  # by split, of those that are visited again
+
+    def remember(self, splits: int) -> None:
+        """Keep the orders of these splits from now on, for other fractions of them."""
+        self._split.cache_clear()
+        self._ranks = {split: {} for split in range(splits)}
 
     def _make_split(self, split: int) -> tuple[Part, np.ndarray]:
         held = choosing.fold_of(self.pool.labels[self.choosers], split, self.seed)
-        return Part(self.pool, self.choosers[~held], seed=self.seed + split), self.choosers[held]
+        part = Part(self.pool, self.choosers[~held], self.seed + split, self._ranks.get(split))
+        return part, self.choosers[held]
 
     def on_split(self, judge: Judge, one: Candidate, keep: float, split: int) -> float:
         """Accuracy on the held-out fold of a split, trained on what the recipe keeps of the rest."""
