@@ -298,7 +298,7 @@ class _Inputs:
                 with open(os.path.join(self.root, shard), "rb") as file:
                     head = file.read(512)
         kind = archive_kind(head) or ""
-        if kind in ("a Parquet file", "an Arrow file") or head.startswith(b"\xff\xff\xff\xff"):
+        if kind in ("a Parquet file", "an Arrow file"):
             return _ROWS
         if kind:
             return _PLAIN if kind == "a zip archive" else _KEYED

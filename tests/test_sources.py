@@ -20,10 +20,11 @@ import protoprune
 from protoprune.cli import app
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
+from protoprune.formats import archive_kind
 from protoprune.images import list_folder
 from protoprune.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, tables
-from protoprune.sources.finding import Shard, expand, fixed_part, in_order, split_id, splits_among
+from protoprune.sources.finding import Shard, expand, fixed_part, in_order, is_shard, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
 PNG = encoded(picture(), "PNG")
@@ -755,3 +756,12 @@ def test_what_lies_beside_an_image_may_be_a_link(tmp_path):
         assert (images.links, images.read(2)) == (1, PNG)
     result = call("embed", tmp_path / "s.tar", "-o", tmp_path / "f", "--encoder", "mini", "--device", "cpu")
     assert "1 image is a link in its tar: WebDataset passes over links" in result.stderr
+
+
+def test_a_stream_of_arrow_is_known_by_its_content(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": [PNG] * 2})
+    with pyarrow.ipc.new_stream(tmp_path / "stream", table.schema) as stream:
+        stream.write_table(table)
+    assert archive_kind((tmp_path / "stream").read_bytes()[:512]) == "an Arrow file"
+    assert is_shard(str(tmp_path / "stream"))

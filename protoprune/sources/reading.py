@@ -87,7 +87,7 @@ def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> Foun
         return read_tar(file, options)
     if kind == "a zip archive":
         return read_zip(file, options, stack)
-    if kind in ("a Parquet file", "an Arrow file") or head.startswith(b"\xff\xff\xff\xff"):  # an Arrow stream
+    if kind in ("a Parquet file", "an Arrow file"):
         return read_table(path, file, options, stack)
     if path.lower().endswith(".tar") and not any(head):  # as tar writes one of nothing: its end, and no more
         whole = file.read(10_241)
