@@ -179,7 +179,10 @@ def test_splits_by_the_names_of_shards(names, splits):
 
 
 def test_shells_that_expand_a_pattern_and_archives_that_are_not_read(tmp_path):
-    assert "several shards are a pattern in quotes" in call("embed", "0.tar", "1.tar").stderr
+    assert "several shards a pattern in quotes" in call("embed", "0.tar", "1.tar").stderr
+    many = call("embed", *(f"{number}.png" for number in range(2000))).stderr
+    assert many.startswith("error: Got unexpected extra argument(s) (1.png and 1,998 more); images are a folder, ")
+    assert many.count("\n") == 1
     (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(256)))
     assert (
         "a Zstandard file, not a list of paths; unpack it first (zstd -d)"

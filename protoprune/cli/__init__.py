@@ -39,6 +39,7 @@ from protoprune.text import shortened
 _Misspelt: type[Exception] = typer.BadParameter.__bases__[
     0
 ]  # Typer's own usage errors; it brings its click along, without a name
+_UNEXPECTED = re.compile(r"(?<=^Got unexpected extra argument\(s\) \()(.*)(?=\)$)", re.DOTALL)
 _LONG_WORD = re.compile(r"\S{600,}")
 _ENCODERS = ("torch", "torchvision", "timm", "safetensors")  # of the extras cpu and gpu; `select` comes without
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
@@ -113,16 +114,22 @@ def _explain(error: Any) -> None:
     """Say in one line what is wrong with the words of the command line, and exit with 2."""
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error  # the help itself
-    said = error.format_message().rstrip(".")
+    said = _UNEXPECTED.sub(_first_of_many, error.format_message().rstrip("."))
     _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error)} --help`")
     raise typer.Exit(error.exit_code) from None
+
+
+def _first_of_many(words: re.Match[str]) -> str:
+    """The first of the words that a pattern became in the shell, and how many follow."""
+    first, *others = words[0].split(" ")
+    return f"{first} and {len(others):,} more" if len(others) > 3 else words[0]
 
 
 def _where_features_go(context: Any, said: str) -> str:
     """For who named the feature file in the way of another command: lists are the arguments of some, it of others; and
     for whom the shell made several names of a pattern."""
     if context is not None and context.command.name == "embed" and said.startswith("Got unexpected extra argument"):
-        return "; several shards are a pattern in quotes ('shards/*.tar'), or a list of them in a file"
+        return "; images are a folder, several shards a pattern in quotes ('shards/*.tar'), both also a list in a file"
     places = {} if context is None else {one.name: one.param_type_name for one in context.command.params}
     if places.get("features") == "option" and said.startswith("Got unexpected extra argument"):
         return "; the feature file goes after --features"
