@@ -277,11 +277,12 @@ def run(
     patience = _Patience(need)
     try:
         while len(todo) or crew.working:
-            while crew.waiting < min(_WAITING, len(todo) - crew.free):
+            while crew.waiting < min(_WAITING, todo.unclaimed - crew.free):
                 crew.hire()
-            while crew.idle and len(todo):
-                worker = crew.idle.pop()
-                crew.give(worker, *todo.take(worker.number))
+            for worker in list(crew.idle):
+                if (given := todo.take(worker.number)) is not None:
+                    crew.idle.remove(worker)
+                    crew.give(worker, *given)
             ready, _ = ray.wait(list(crew.workers), num_returns=1, timeout=1.0)
             patience.look(bool(crew.working or crew.free or ready))
             for ref in ready:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import earlier, files
+from protoprune.ahead import Halves, whole
 from protoprune.crew import Crew, Part
 from protoprune.current import content_digest
 from protoprune.decode import Status, crop, silence_libtiff
@@ -126,6 +128,31 @@ def embed_with(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """`embed` with an encoder that is ready already."""
+    with own_threads():
+        return whole(
+            in_halves(
+                engine, images, out, overwrite=overwrite, moved=moved, on_compare=on_compare, on_start=on_start,
+                on_progress=on_progress,
+            )
+        )  # fmt: skip
+
+
+def in_halves(
+    engine: Engine,
+    images: ImageList,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    moved: bool = False,
+    on_compare: Callable[[int], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Halves[EmbedReport]:
+    """`embed_with`, which yields as soon as it has all that it needs but the device: images are being decoded then.
+
+    The first half may be done in another thread, beside the second one of other images (see `ahead`), within
+    `own_threads`.
+    """
     out = os.fspath(out)
     if os.path.isdir(out):
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
@@ -137,7 +164,7 @@ def embed_with(
         if before.up_to_date:
             report.unchanged = report.n
         else:
-            _embed_rest(images, engine, report, on_start, on_progress)
+            yield from _embed_rest(images, engine, report, on_start, on_progress)
         with FeatureFile(out) as done:
             report.failures, report.transparent = done.failure_counts(), int(done.transparent.sum())
             report.uuid = done.provenance["uuid"]
@@ -150,7 +177,7 @@ def _embed_rest(
     report: EmbedReport,
     on_start: Callable[[int, int], None] | None,
     on_progress: Callable[[int, int], None] | None,
-) -> None:
+) -> Halves[None]:
     """Do what the partial file leaves to do, and give it its name."""
     partial = PartialFile(report.out)
     try:
@@ -158,7 +185,7 @@ def _embed_rest(
         if on_start:
             on_start(partial.n, len(partial.todo))
         if len(partial.todo):
-            _run(images, engine, partial, on_progress)
+            yield from _run(images, engine, partial, on_progress)
         earlier.check_result(report.out, partial)
         partial.finish()
     except _out_of_memory() as error:
@@ -172,7 +199,7 @@ def _embed_rest(
 
 def _run(
     images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
-) -> None:
+) -> Halves[None]:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
     forward, batch_size = engine.forward
     content = np.zeros(len(images), np.uint64)
@@ -180,14 +207,17 @@ def _run(
     batches = [partial.todo[i : i + batch_size] for i in range(0, len(partial.todo), batch_size)]
     done = failed = 0
     on_cpu = engine.device.type == "cpu"
-    hunger = _Hunger() if on_cpu else None
     with (
         _ring(engine, batch_size) as ring,
         _decoders(images, engine.encoder, engine.workers, on_cpu, content) as decoders,
         ThreadPoolExecutor(1) as writer,
     ):
         writing: deque[Future[None]] = deque()
-        for rows, buffer, parts in _ahead(batches, ring, decoders, engine.workers):
+        coming = _ahead(batches, ring, decoders, engine.workers)
+        first = next(coming)  # begins the decoding
+        yield
+        hunger = _Hunger() if on_cpu else None
+        for rows, buffer, parts in itertools.chain([first], coming):
             with hunger or contextlib.nullcontext():
                 outcome = [one for part in parts for one in decoders.results(part)]
             if hunger and hunger.starved():
@@ -209,19 +239,21 @@ def _run(
 
 @contextlib.contextmanager
 def _ring(engine: Engine, batch_size: int) -> Iterator[SimpleQueue[torch.Tensor]]:
-    """Batches of pixels that are used again and again, pinned for a GPU; also by the engine's next file, but not after
-    an error: a decoding thread may still be at work."""
+    """Batches of pixels that are used again and again, pinned for a GPU; also by the engine's files after it, but not
+    after an error: a decoding thread may still be at work."""
     import torch
 
     side = engine.encoder.preprocess.size
     shape, pinned = (batch_size, side, side, 3), engine.device.type == "cuda"
-    room, engine.room = engine.room, []
-    room = room or [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
+    try:
+        room = engine.rooms.pop()
+    except IndexError:
+        room = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
     ring: SimpleQueue[torch.Tensor] = SimpleQueue()
     for buffer in room:
         ring.put(buffer)
     yield ring
-    engine.room = room
+    engine.rooms.append(room)
 
 
 def _ahead(
@@ -259,19 +291,26 @@ def _recorded(device: torch.device) -> torch.cuda.Event | None:
 @contextlib.contextmanager
 def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool, content: np.ndarray) -> Iterator[Crew]:
     """Threads that make the crop of a row, and note the digest of its image in `content`, (n,)."""
-    import torch
 
     def work(row: int) -> tuple[np.ndarray, str]:
         data = images.read(row)
         content[row] = content_digest(data)
         return crop(data, encoder.preprocess)
 
+    with Crew(count, work, functools.partial(_alone, step_back)) as crew:
+        yield crew
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """Leave torch with the number of threads that it had: what a decoding thread sets is set for the others too."""
+    import torch
+
     threads = torch.get_num_threads()
     try:
-        with Crew(count, work, functools.partial(_alone, step_back)) as crew:
-            yield crew
+        yield
     finally:
-        torch.set_num_threads(threads)  # what a thread sets is set for the others too
+        torch.set_num_threads(threads)
 
 
 class _Hunger:

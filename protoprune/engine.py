@@ -92,7 +92,7 @@ class Engine:
         if encoder.preprocess.size > _LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
-        self.room: list[torch.Tensor] = []  # batches of pixels, which file after file uses, see `embedding`
+        self.rooms: list[list[torch.Tensor]] = []  # for batches of pixels, which file after file uses, see `embedding`
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, encoder)
         self.provenance = {

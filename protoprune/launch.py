@@ -52,11 +52,15 @@ class Lost(Generic[Task]):
 
 
 class Tasks(Generic[Task]):
-    """Tasks, handed out to workers: one in hand, and one set aside for it, which it may fetch early."""
+    """Tasks, handed out to workers: one in hand, and one set aside for it, which it begins early.
+
+    Nothing is set aside while there may be no task left for another worker.
+    """
 
     def __init__(self, tasks: Sequence[Task], tries: int) -> None:
         self._left = deque(tasks)
         self._aside: dict[int, Task] = {}  # number of a worker -> task
+        self._working: set[int] = set()  # numbers of the workers that have had a task
         self._tries = tries
         self._deaths: Counter[Task | None] = Counter()
         self._worked = False  # whether any task was done
@@ -65,13 +69,19 @@ class Tasks(Generic[Task]):
         """How many nobody has in hand."""
         return len(self._left) + len(self._aside)
 
-    def take(self, worker: int) -> tuple[Task, Task | None]:
-        """(a task, the one that is set aside for this worker). There must be one left."""
-        task = self._aside.pop(worker, None)
-        if task is None:
-            task = self._left.popleft() if self._left else self._aside.popitem()[1]
-        if self._left:
+    @property
+    def unclaimed(self) -> int:
+        """How many anybody may take."""
+        return len(self._left)
+
+    def take(self, worker: int) -> tuple[Task, Task | None] | None:
+        """(a task, the one that is set aside for this worker); None when there is none for it."""
+        if worker not in self._aside and not self._left:
+            return None
+        task = self._aside.pop(worker) if worker in self._aside else self._left.popleft()
+        if worker in self._working and len(self._left) >= len(self._working):
             self._aside[worker] = self._left.popleft()
+        self._working.add(worker)
         return task, self._aside.get(worker)
 
     def done(self) -> None:
@@ -137,8 +147,8 @@ def run(
             workers.append(_launch(context, work, start, device, number, len(devices)))
         while len(todo) or any(worker.task is not None for worker in workers):
             for number, worker in enumerate(workers):
-                if worker.task is None and len(todo):
-                    _give(worker, *todo.take(number))
+                if worker.task is None and (given := todo.take(number)) is not None:
+                    _give(worker, *given)
             for number in _ready(workers):
                 worker = workers[number]
                 try:

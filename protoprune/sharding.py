@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
@@ -21,9 +20,10 @@ import numpy as np
 
 from protoprune import cluster, files, launch, remoteset, setstate, stores
 from protoprune import featurefile as feature_file
+from protoprune.ahead import Begun, Halves, whole
 from protoprune.decode import Status
 from protoprune.earlier import LossError
-from protoprune.embedding import embed_with
+from protoprune.embedding import in_halves, own_threads
 from protoprune.engine import Encoder, Engine
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import FeatureFile
@@ -31,11 +31,9 @@ from protoprune.featureset import Part, shard_file
 from protoprune.images import SET_FILE
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.finding import splits_among
-from protoprune.sources.remote import Copies
+from protoprune.sources.remote import local_copy
 from protoprune.sources.shard import FOLDERS
 from protoprune.units import many
-
-Copy = Callable[[Shard], AbstractContextManager[str]]
 
 
 class _Settings(TypedDict):
@@ -196,7 +194,7 @@ def _look_for_classes(shard: Shard, root: str, options: ShardOptions) -> None:
         return
     with (
         contextlib.suppress(ShardError),  # which is told when its turn comes
-        Copies().of(shard) as local, open_shard(shard, local, options, root) as images,
+        local_copy(shard) as local, open_shard(shard, local, options, root) as images,
     ):  # fmt: skip
         if not images.classes:
             _warn_of_no_classes(options, shard.name)
@@ -288,10 +286,28 @@ class _Worker:
     options: ShardOptions
     out: str
     moved: bool
-    copies: Copies = field(default_factory=Copies)
+    _ahead: tuple[Shard, Begun[ShardReport]] | None = None
+
+    def embed(self, shard: Shard, ahead: Shard | None) -> ShardReport:
+        """Embed a shard while the next one is fetched, opened and begun to be decoded, so that the device goes from
+        one to the other without a pause."""
+        begun = self._ahead[1] if self._ahead and self._ahead[0] == shard else None
+        if begun is None:
+            self.close()
+            begun = self._begin(shard)
+        self._ahead = shard, begun
+        begun.wait()
+        self._ahead = (ahead, self._begin(ahead)) if ahead is not None else None
+        return begun.result()
+
+    def _begin(self, shard: Shard) -> Begun[ShardReport]:
+        return Begun(_embedded(shard, self.root, self.options, self.engine, self.out, self.moved))
 
     def close(self) -> None:
-        self.copies.close()
+        """Give up what was begun and is not wanted any more."""
+        if self._ahead is not None:
+            self._ahead[1].drop()
+            self._ahead = None
 
 
 def _start(
@@ -308,13 +324,11 @@ def _start(
 
 
 def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
-    """Embed a shard while the next one is fetched."""
-    copy = functools.partial(worker.copies.of, ahead=ahead)
-    return embed_shard(shard, worker.root, worker.options, worker.engine, worker.out, worker.moved, copy)
+    return worker.embed(shard, ahead)
 
 
 def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
-    with contextlib.closing(worker):
+    with own_threads(), contextlib.closing(worker):
         for shard, ahead in zip(tasks, [*tasks[1:], None], strict=True):
             yield _work(worker, shard, ahead)
 
@@ -326,14 +340,19 @@ def embed_shard(
     engine: Engine,
     out: str,
     moved: bool = False,
-    copy: Copy | None = None,
 ) -> ShardReport:
     """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
 
-    `copy` gives the shard's path on this machine (see `remote.Copies.of`).
-
     Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
     """
+    with own_threads():
+        return whole(_embedded(shard, root, options, engine, out, moved))
+
+
+def _embedded(
+    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, moved: bool
+) -> Halves[ShardReport]:
+    """`embed_shard`, which yields when the shard is open and its first images are being decoded, see `ahead`."""
     path = shard_file(out, shard.name)
     before = setstate.done(path, shard, root, options, engine.provenance)
     if before is not None:
@@ -350,10 +369,10 @@ def embed_shard(
                 return _as_it_was(shard, found)
         try:
             _check_there(shard)
-            with (copy or Copies().of)(shard) as local, open_shard(shard, local, options, root) as images:
+            with local_copy(shard) as local, open_shard(shard, local, options, root) as images:
                 images.provenance = _made_of(shard, options)
                 replaced = _replaces(place, shard, engine.provenance)
-                result = embed_with(engine, images, place, overwrite=replaced, moved=moved)
+                result = yield from in_halves(engine, images, place, overwrite=replaced, moved=moved)
                 skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
                 links = images.links
                 classes, classes_from = len(images.classes), images.labels_from
@@ -441,7 +460,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
     options.check([shard.name])
     try:
         _check_there(shard)
-        with Copies().of(shard) as local, open_shard(shard, local, options, root) as images:
+        with local_copy(shard) as local, open_shard(shard, local, options, root) as images:
             if images.labels_from == FOLDERS and (len(images.classes) < 2 or (images.labels < 0).any()):
                 images.labels, images.classes, images.labels_from = np.full(len(images), -1, np.int32), [], ""
             images.provenance = {"shard_options": options.as_text()}

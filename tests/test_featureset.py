@@ -399,14 +399,14 @@ def test_a_list_of_shards(tars, tmp_path, monkeypatch):
 def test_an_interrupted_shard_goes_on_where_it_stopped(tars, mini, tmp_path, monkeypatch):
     from protoprune import sharding
 
-    real = sharding.embed_with
+    real = sharding.in_halves
 
     def stopping(engine, images, out, **options):
         if "0001" in str(out):
             raise KeyboardInterrupt
         return real(engine, images, out, **options)
 
-    monkeypatch.setattr(sharding, "embed_with", stopping)
+    monkeypatch.setattr(sharding, "in_halves", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tars, tmp_path / "f", mini)
     monkeypatch.undo()
