@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import io
 import itertools
 import os
 import re
@@ -31,7 +30,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images import ImageList, folder_labels, image_labels, stat_files
-from protoprune.npy import map_npy, reason
+from protoprune.npy import load_npy, load_npz, map_npy, npz_headers
 from protoprune.sources.finding import split_id
 from protoprune.sources.shard import FOLDERS
 from protoprune.text import parse_json
@@ -47,6 +46,7 @@ _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "i
 _NAMES = ("path", "paths", "image_path", "image_paths", "filepath", "file_path", "filename", "file_name", "filenames",
           "names", "file", "image", "key", "id", "ids", "uid", "url")  # fmt: skip
 _ROWS = 16_384  # rows that are copied at once
+_LARGEST = 1 << 24  # bytes that one vector of FiftyOne may unpack to
 _NOT_FINITE = "the vector holds NaN or infinity"
 
 
@@ -418,19 +418,15 @@ def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def _npz(path: str, columns: _Columns) -> _Part:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # BadZipFile, NotImplementedError, TokenError, zlib.error, …
-        raise ValueError(reason(error)) from None
-    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}  # others are bytes
-    floats = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind == "f"]
-    strings = [name for name, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
+    arrays = npz_headers(path)
+    floats = [name for name, (shape, dtype) in arrays.items() if len(shape) == 2 and dtype.kind == "f"]
+    strings = [name for name, (shape, dtype) in arrays.items() if len(shape) == 1 and dtype.kind in "US"]
     name = _one_of(path, floats, _VECTORS, columns.vectors, "--vector-column")
     if not columns.own_names or (not strings and columns.names is None):
-        return _Part(arrays[name])
-    own = arrays[_one_of(path, strings, _NAMES, columns.names, "--path-column")]
-    return _Part(arrays[name], _as_text(own.tolist()))
+        return _Part(load_npz(path, [name])[name])
+    own = _one_of(path, strings, _NAMES, columns.names, "--path-column")
+    found = load_npz(path, [name, own])
+    return _Part(found[name], _as_text(found[own].tolist()))
 
 
 def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
@@ -553,4 +549,5 @@ def _vector(value: Any) -> np.ndarray:
         return np.asarray(value, np.float32)
     packed = value["$binary"] if isinstance(value, dict) else value
     packed = packed["base64"] if isinstance(packed, dict) else packed
-    return np.load(io.BytesIO(zlib.decompress(base64.b64decode(packed))), allow_pickle=False).reshape(-1)
+    data = zlib.decompressobj().decompress(base64.b64decode(packed), _LARGEST)
+    return load_npy(data).reshape(-1)  # one that was cut off there is refused

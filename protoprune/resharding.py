@@ -37,6 +37,7 @@ from protoprune.sources.keys import key_of, levels, stem_of
 from protoprune.sources.reading import open_shard
 from protoprune.sources.shard import ShardError, ShardImages, ShardOptions, kind_of
 from protoprune.text import parse_json, with_slashes
+from protoprune.unpacking import TooMuchError
 
 PLAN = "reshard.json"
 SIZE = 10_000  # images a tar
@@ -376,6 +377,8 @@ class _Inputs:
             found = self._opened(shard)[0].beside(path[len(shard) + 1 :])
         except ImageError as error:
             raise ProtopruneError(f"{path}: {error.status.label} beside it ({error.reason})") from None
+        except TooMuchError as error:
+            raise ProtopruneError(f"{shard}: what lies beside its images {error}") from None
         return [(f"{shard}/{name}", data) for name, data in found]
 
     def _data(self, shard: str | None, path: str) -> bytes:

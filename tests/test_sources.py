@@ -1,12 +1,16 @@
 """Shards: what is found, what is in them, and what becomes of everything that is wrong with them."""
 
+import functools
 import gzip
 import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import struct
 import tarfile
+import tempfile
 import tracemalloc
 import warnings
 import zipfile
@@ -17,6 +21,7 @@ from shard_helpers import COUNTS, image_folder, members, write_parquet, write_ta
 from typer.testing import CliRunner
 
 import protoprune
+from protoprune import unpacking
 from protoprune.cli import app
 from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
@@ -768,3 +773,47 @@ def test_a_stream_of_arrow_is_known_by_its_content(tmp_path):
         stream.write_table(table)
     assert archive_kind((tmp_path / "stream").read_bytes()[:512]) == "an Arrow file"
     assert is_shard(str(tmp_path / "stream"))
+
+
+# --- what comes out of packed files
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz", "parquet", "columns"])
+def test_what_unpacks_to_more_than_can_be_meant_or_than_there_is_room_for(kind, tmp_path, monkeypatch):
+    bitmap = b"BM" + bytes(400_000)
+    files = [(f"{i}.bmp", bitmap) for i in range(3)]
+    if kind in ("parquet", "columns"):
+        pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        image = [PNG] * 3 if kind == "columns" else [bitmap] * 3
+        path = tmp_path / "x.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "mask": [bitmap] * 3}), path, compression="zstd")
+    else:
+        path = write_tar(tmp_path / f"x.{kind}", files, f"w:{kind[4:]}")
+
+    def read():
+        with opened(path) as images:
+            return images.beside("000000") if kind == "columns" else images.paths
+
+    assert read()
+    monkeypatch.setattr(unpacking, "_LEAST_DISK", 1000)
+    monkeypatch.setattr(unpacking, "_TIMES", 10)
+    said = {}
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["times"] = str(error.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["free"] = str(error.value)
+    monkeypatch.undo()
+    full = functools.partial(open, "/dev/full", "r+b", buffering=0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["full"] = str(error.value)
+    folder = tempfile.gettempdir()
+    assert re.fullmatch(r"unpacks to more than [\d.,]+ (bytes|kB), 10 times its size", said["times"])
+    assert said["free"] == f"unpacks to more than 900 bytes, nine tenths of what is free in {folder}"
+    assert said["full"] == f"no room for it in {folder} (No space left on device); TMPDIR names another place"
