@@ -12,6 +12,7 @@ import typer
 from protoprune.cli.options import TableOptions, numbers, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 from protoprune.units import many
@@ -68,6 +69,7 @@ def compare(
     from protoprune.lists import packed
     from protoprune.scores import check_reading
 
+    need_stdout(out, figure, classes, sheet)
     keeps = list(dict.fromkeys(numbers(keep, "--keep")))
     for fraction in keeps:
         selection.check(fraction)

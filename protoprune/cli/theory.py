@@ -15,6 +15,7 @@ import typer
 from protoprune.cli.options import numbers, refuse_idle, spread
 from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import printable
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 from protoprune.units import many
@@ -275,6 +276,7 @@ def advise(
 
     from protoprune.theory.advice import advise as advice_for
 
+    need_stdout()
     counts, quality, encoder = None, None, None
     if features is not None:
         found, counts, quality, encoder = _count(features)
@@ -342,6 +344,7 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
 
 
 def _check_outputs(csv: str | None, plot: Path | None) -> None:
+    need_stdout(csv if csv != "-" else None, plot)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
     check_outputs(plot, stdout=csv)
