@@ -171,6 +171,8 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
             "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
             "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
         )
+    if name == "random":  # one hash would make such a list agree with how the ties of all other scores are broken
+        say("hint: another draw than `select --order random` makes with the same seed, though as good a one")
     if len(values) < 2:
         return
     if low == high:
