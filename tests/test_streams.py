@@ -49,7 +49,7 @@ def test_a_closed_stdout_is_one_line_before_the_work(here, name):
     assert said.getvalue().count("\n") == 1
 
 
-@pytest.mark.parametrize("name, file", [
+@pytest.mark.parametrize(("name", "file"), [
     ("compare", "-o new.csv"), ("compare", "--figure new.png"), ("theory error", "--csv new.csv"),
 ])  # fmt: skip
 def test_a_closed_stdout_is_no_error_where_a_file_has_the_answer(here, name, file):

@@ -352,7 +352,8 @@ def _check_outputs(csv: str | None, plot: Path | None) -> None:
 
 
 def _count(path: Path) -> tuple[int, list[int], float | None, str]:
-    """Readable images in a feature file, those of each class that has any, k-NN's share of right labels, encoder."""
+    """Readable images of a feature file that have a class (all, where none has), those of each class that has any,
+    k-NN's share of right labels, encoder."""
     import numpy as np
 
     from protoprune.features import open_features
@@ -360,6 +361,8 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 
     with open_features(path) as file:
         labels = file.labels[file.usable]
+        if (labels >= 0).any():  # images without one are in no class, of whose size the advice is about
+            labels = labels[labels >= 0]
         counts = np.bincount(labels[labels >= 0])
         quality = knn_accuracy(file.features, np.where(file.usable, file.labels, -1))
         return labels.size, [int(c) for c in counts if c], quality, file.provenance["encoder"]
