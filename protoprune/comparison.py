@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
-from protoprune.bounds import check_seed, check_whole
+from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.images import folder_labels
@@ -53,6 +53,7 @@ def compare(
     keeps: Sequence[float] = (),
     labels: np.ndarray | None = None,
     classes: Sequence[str] | None = None,
+    by_class: bool = False,
     resamples: int = 200,
     level: float = 0.95,
     seed: int = 0,
@@ -60,13 +61,16 @@ def compare(
     """Compare score arrays, each (N,) in the order of `paths`, over the rows where none is NaN.
 
     keeps: fractions at which the kept sets (hardest first, ties by hash, as `select` does) are compared; labels (N,)
-    and classes: else the first-level folders of the paths. Intervals: see `bootstrap`; none with 0 resamples.
-    Raises UsageError for fewer than two tables, ProtopruneError when fewer than two images have every score.
+    and classes: else the first-level folders of the paths; by_class: they are asked for. Classes of which no image is
+    compared are left out. Intervals: see `bootstrap`; none with 0 resamples.
+    Raises UsageError for fewer than two tables, or no classes where they are asked for, ProtopruneError when fewer than
+    two images have every score.
     """
     if len(tables) < 2:
         raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
     check_seed(seed)
     check_whole("--bootstrap", resamples, 0, 100_000)
+    check_number("level", level, 0, 1)
     for keep in keeps:
         selection.check(keep)
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
@@ -80,6 +84,10 @@ def compare(
     if len(common) < len(values[0]):
         values = [row[common] for row in values]
     paths = chosen(paths, common)
+    labels, classes = folder_labels(paths) if labels is None else (np.asarray(labels)[common], classes or [])
+    present, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if by_class and not len(present):
+        raise UsageError("--classes: the images compared have no classes (no first-level folders)")
     ranks = _ranks(values)
     matrix = correlations(ranks)
     low = high = None
@@ -90,13 +98,10 @@ def compare(
     percentiles = ranks.astype(np.float32)
     del ranks
     result = Comparison(names, paths, percentiles, matrix, low, high, similar_order(matrix))
-    if labels is None:
-        labels, classes = folder_labels(paths)
-    else:
-        labels = np.asarray(labels)[common]
-    result.classes = list(classes or [])
-    result.class_sizes = np.bincount(labels[labels >= 0], minlength=len(result.classes))
-    _compare_kept(result, values, keeps, labels, seed)
+    result.classes, result.class_sizes = [classes[one] for one in present], counts
+    number = np.full(len(classes) + 1, -1, np.int32)  # of a class among those; the last is of images without one
+    number[present] = np.arange(len(present))
+    _compare_kept(result, values, keeps, number[labels], seed)
     return result
 
 
@@ -171,8 +176,7 @@ def _compare_kept(
         result.tied[keep] = np.array([_tied(row, mask) for row, mask in zip(values, masks, strict=True)])
         if result.classes and result.class_sizes is not None:
             counts = [np.bincount(labels[mask & (labels >= 0)], minlength=len(result.classes)) for mask in masks]
-            with np.errstate(invalid="ignore"):  # a class without images has no share
-                result.class_shares[keep] = np.stack(counts) / result.class_sizes
+            result.class_shares[keep] = np.stack(counts) / result.class_sizes
 
 
 def _tied(scores: np.ndarray, mask: np.ndarray) -> int:

@@ -206,7 +206,7 @@ def write_stdout(data: bytes | Iterable[bytes]) -> None:
     """The list, which may come in pieces, on standard output. A reader that stops early (`| head`) is not an error; a
     full disk is."""
     if sys.stdout is None:  # `>&-`
-        raise UsageError("standard output is closed; give -o FILE")
+        raise ProtopruneError("standard output is closed; give -o FILE")
     try:
         sys.stdout.buffer.writelines(_pieces(data))
         sys.stdout.buffer.flush()

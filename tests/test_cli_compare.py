@@ -211,7 +211,7 @@ def test_shares_of_classes_that_there_are_not(here, run):
     for name in ("flat", "flat2"):
         (here / f"{name}.csv").write_text("path,score\np.png,1\nq.png,2\n")
     result = run("flat.csv", "flat2.csv", "--keep", "1", "--classes", "x.csv", code=2)
-    assert result.stderr.endswith("\nerror: --classes x.csv: the images have no classes (no first-level folders)\n")
+    assert result.stderr == "error: --classes: the images compared have no classes (no first-level folders)\n"
     assert result.stdout == ""
     assert not (here / "x.csv").exists()
 

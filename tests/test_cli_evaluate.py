@@ -176,6 +176,8 @@ def test_scaling_sweeps_fits_and_draws(here, run):
     again = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
     assert without_intervals(again.stdout) == without_intervals(result.stdout)
     assert "36 of 36 runs were there already" in again.stderr
+    run("scaling", *QUICK, "--size", "30", "--keep", "1", "--order", "random", "--seeds", "1", "-o", "out")
+    assert not Path("out/fits.csv").exists()  # of the sizes before: one size has no law
 
 
 def without_intervals(text: str) -> list[str]:

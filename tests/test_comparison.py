@@ -153,6 +153,20 @@ def test_class_shares_by_hand():
     assert compare(tables, list("uvwxyz"), keeps=(0.5,), resamples=0).class_shares == {}
 
 
+def test_classes_that_no_compared_image_has_are_left_out(monkeypatch):
+    tables = {"first": np.array([6, 5, 4, 3, 2, np.nan]), "last": np.arange(6.0)}
+    given = {"keeps": (0.4,), "classes": ["x", "y", "z"]}
+    labels = np.array([2, 0, 0, 2, -1, 1])  # y has none but the image without a score
+    result = compare(tables, paths_of(6), resamples=0, labels=labels, **given)
+    assert (result.classes, result.class_sizes.tolist()) == (["x", "z"], [2, 2])
+    assert result.class_shares[0.4].tolist() == [[0.5, 0.5], [0, 0.5]]  # of the rows 0, 1 and of 3, 4
+    none = compare(tables, paths_of(6), resamples=0, labels=np.full(6, -1), **given)
+    assert (none.classes, none.class_shares) == ([], {})
+    monkeypatch.setattr(comparison, "bootstrap", lambda *_, **__: pytest.fail("the classes were looked for too late"))
+    with pytest.raises(UsageError, match="--classes: the images compared have no classes"):
+        compare(tables, paths_of(6), by_class=True, labels=np.full(6, -1), **given)
+
+
 # --- where two metrics differ
 
 

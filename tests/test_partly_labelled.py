@@ -96,3 +96,16 @@ def test_tune_says_that_its_list_is_of_all_images(here, capsys):
         "warning: 16 images have no class: recipes are compared without them, and the list written is of all images"
         in said
     )
+
+
+def test_advice_is_about_images_that_have_a_class(here):
+    assert run("advise --features f.h5").stdout.startswith("24 images, 2 classes, 12 a class on average.")
+
+
+def test_scores_of_no_image_that_has_a_class(here):
+    """Shares of no class ended in a traceback."""
+    for name in "ab":
+        (here / f"{name}.csv").write_text(
+            "path,score\n" + "".join(f"{path},{i}\n" for i, path in enumerate(PATHS[24:]))
+        )
+    assert "keeps" not in run("compare a.csv b.csv --features f.h5 --keep 0.5 --bootstrap 0").stderr

@@ -17,7 +17,7 @@ from protoprune import featureset, hdf5, lists, paths
 from protoprune.errors import ProtopruneError
 from protoprune.featurefile import FeatureFile
 from protoprune.files import leads_out
-from protoprune.ids import hashes_of
+from protoprune.ids import Known, hashes_of
 from protoprune.paths import Paths, encoded, picked
 
 NAMES = st.lists(
@@ -114,7 +114,7 @@ def test_hashes_are_those_of_the_ids_one_by_one(small_steps, names, seed, purpos
         )
         for row in rows
     ]
-    for ids in (names, kept_elsewhere(names)):
+    for ids in (names, kept_elsewhere(names), Known(names)):
         assert hashes_of(np.array(rows, int), ids, seed, purpose).tolist() == want
         assert hashes_of(np.array(sorted(rows), int), ids, seed, purpose).tolist() == [
             want[rows.index(row)] for row in sorted(rows)

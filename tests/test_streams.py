@@ -40,6 +40,31 @@ def test_a_full_stdout_is_one_line(here, name):
     assert said.getvalue().splitlines()[-1] == errors[0]
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_closed_stdout_is_one_line_before_the_work(here, name):
+    """`>&-`: Python then has no sys.stdout, and printing does nothing; a file in its place is enough."""
+    said = io.StringIO()
+    assert main_with(f"{name} {LINES[name]}", None, said) == 1
+    assert said.getvalue().startswith("error: standard output is closed")
+    assert said.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("compare", "-o new.csv"), ("compare", "--figure new.png"), ("theory error", "--csv new.csv"),
+])  # fmt: skip
+def test_a_closed_stdout_is_no_error_where_a_file_has_the_answer(here, name, file):
+    said = io.StringIO()
+    assert main_with(f"{name} {LINES[name]} {file}", None, said) == 0, said.getvalue()
+    assert (here / file.split()[1]).exists()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_stdout_costs_no_files(here):
+    with text(FULL) as stdout:
+        assert main_with(f"evaluate {LINES['evaluate']} -o new.out", stdout, io.StringIO()) == 1
+    assert (here / "new.out" / "results.json").exists()
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("line", ["--help", "--version", "select --help", "theory error --help"])
 def test_help_into_a_full_stdout_is_one_line(line):

@@ -7,9 +7,11 @@ import json
 
 import numpy as np
 import pytest
+from training_helpers import pixels
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.statistics import Interval
+from protoprune.training.loop import Recipe
 from protoprune.tuning import choosing, judging, report, running, unlabelled
 from protoprune.tuning import recipes as recipes_module
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Pool, candidates
@@ -381,6 +383,20 @@ def test_what_was_trained_is_not_trained_again(tmp_path):
     fourth = Ridge(pool)
     tune(pool, 0.1, heads=fourth, **options)
     assert len(fourth.asked) == len(first.asked)
+
+
+def test_answers_of_networks_are_those_of_their_pixels_and_weights(tmp_path):
+    """The log knew the names of both alone, and gave answers of images and weights that had been replaced."""
+    weights, train, test = tmp_path / "w.pt", pixels(6), pixels(6, seed=1)
+    weights.write_bytes(b"one")
+    recipe = Recipe.for_model("cnn", weights=str(weights))
+    names = [running.Networks(train, test, recipe, "cpu").name]
+    train.inputs[0, 0, 0, 0] ^= 1
+    names.append(running.Networks(train, test, recipe, "cpu").name)
+    weights.write_bytes(b"two")
+    names += [running.Networks(train, one, recipe, "cpu").name for one in (test, None)]
+    assert len(set(names)) == 4
+    assert running.Networks(train, None, recipe, "cpu").name == names[-1]
 
 
 def test_the_log_tells_lengths_and_damage_apart(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from protoprune import pruning
+from protoprune import ids, pruning
 from protoprune.cli import app
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool, candidates
 
@@ -78,3 +78,18 @@ def test_a_part_knows_its_own_rows_alone(pool):
         kept = Part(pool, rows).select(one, 0.3)
         assert np.isin(kept, rows).all()
         np.testing.assert_array_equal(kept, Part(other, rows).select(one, 0.3))
+
+
+def test_a_part_hashes_its_names_once_a_seed(pool, monkeypatch):
+    """They were hashed for every list, which took longer than to order it."""
+    made = []
+
+    def counted(names, seed, purpose=b""):
+        made.append(seed)
+        return np.arange(len(names), dtype=np.uint64)
+
+    monkeypatch.setattr(ids, "hashes", counted)
+    part = Part(pool, np.arange(100))
+    for one in (RANDOM, BALANCED, Candidate("stratified"), Candidate("stratified", drop_hardest=0.1)):
+        part.select(one, 0.3, seed=5)
+    assert made == [5]

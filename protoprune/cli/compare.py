@@ -12,6 +12,7 @@ import typer
 from protoprune.cli.options import TableOptions, numbers, refuse_idle, table_file
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 from protoprune.units import many
@@ -68,6 +69,7 @@ def compare(
     from protoprune.lists import packed
     from protoprune.scores import check_reading
 
+    need_stdout(out, figure, classes, sheet)
     keeps = list(dict.fromkeys(numbers(keep, "--keep")))
     for fraction in keeps:
         selection.check(fraction)
@@ -84,9 +86,7 @@ def compare(
     if sheet is not None and features is None and root is None:
         raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
-    result, place, options = _load(tables, features, reading, root, keeps, bootstrap, seed)
-    if classes is not None and not result.classes:
-        raise UsageError(f"--classes {classes}: the images have no classes (no first-level folders)")
+    result, place, options = _load(tables, features, reading, root, keeps, classes is not None, bootstrap, seed)
     for picture in (sheet, figure):
         check_picture(picture, place, result.paths)
     if out is not None:
@@ -140,6 +140,7 @@ def _load(
     reading: TableOptions,
     root: Path | None,
     keeps: list[float],
+    by_class: bool,
     bootstrap: int,
     seed: int,
 ) -> tuple[Comparison, str, ShardOptions | None]:
@@ -172,7 +173,7 @@ def _load(
         if usable is not None:
             scores[~usable] = np.nan
     result = comparison.compare(
-        arrays, ids, keeps=keeps, labels=labels, classes=classes, resamples=bootstrap, seed=seed
+        arrays, ids, keeps=keeps, labels=labels, classes=classes, by_class=by_class, resamples=bootstrap, seed=seed
     )
     _say_tables(matched, len(ids) if usable is None else int(usable.sum()), arrays, result)
     return result, os.fspath(root or ""), options
@@ -229,7 +230,7 @@ def _say_result(result: Comparison, bootstrap: int) -> None:
                 say(f"{name}: {count:,} of the {kept:,} kept at {keep:g} share their score with images left out")
     for keep, shares in result.class_shares.items():
         for name, row in zip(result.names, shares, strict=True):
-            low, high = np.nanargmin(row), np.nanargmax(row)
+            low, high = np.argmin(row), np.argmax(row)
             say(
                 f"{name} at {keep:g}: keeps {100 * row[low]:.1f} % of {result.classes[low]} "
                 f"to {100 * row[high]:.1f} % of {result.classes[high]}"

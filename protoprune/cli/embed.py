@@ -25,6 +25,7 @@ from protoprune.cli.shards import (
     embed_source,
     launcher,
 )
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import duration, many
@@ -376,6 +377,7 @@ def encoders() -> None:
     """List the encoders that have short names."""
     from protoprune.encoders import CATALOGUE
 
+    need_stdout()
     rows = []
     for info in CATALOGUE.values():
         size, count = f"{info.input_size} px", f"{info.parameters:g} M"

@@ -28,6 +28,7 @@ from protoprune.cli.options import (
 )
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.cli.training import hint_steps, load_sets, refuse_length, show_run, time_text, training_source
 from protoprune.errors import UsageError
@@ -110,6 +111,7 @@ def evaluate(
     from protoprune.evaluation.comparing import evaluate as compare
     from protoprune.lists import read_list
 
+    need_stdout(out)
     lists = lists or []
     if not lists:
         refuse_idle("is about lists, and there is none", "selection_seconds", "class_counts")
@@ -137,8 +139,7 @@ def evaluate(
             everything=everything, class_counts=class_counts, target_accuracy=target_accuracy,
             folder=out and out / "runs", device=training.device, on_run=show_run(out),
         )  # fmt: skip
-    _print_evaluation(result)
-    if out is not None:
+    if out is not None:  # before it is printed, which may fail
         from protoprune.evaluation import report
         from protoprune.evaluation.runs import settings_of
 
@@ -148,6 +149,7 @@ def evaluate(
             "device": training.device,
         }  # fmt: skip
         say(f"wrote {', '.join(report.save_evaluation(out, result, config, train.classes))}")
+    _print_evaluation(result)
 
 
 def _kept(path: Path, listed: list[str] | np.ndarray, cost: float | None, train: Examples) -> Kept:

@@ -31,6 +31,7 @@ from protoprune.cli.options import (
 )
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.cli.training import hint_steps, load_sets, read_table, refuse_length, show_run, training_source
 from protoprune.errors import UsageError
@@ -86,6 +87,7 @@ def scaling(
     from protoprune.features import missing
     from protoprune.scores import check_reading
 
+    need_stdout(out)
     source, model = training_source(images, features, model, ranking=True)
     sizes, keeps = whole_numbers(size, "--size", example="1000,2000"), numbers(keep, "--keep")
     orders, clusters = several(order), number_of_clusters(k)
@@ -120,8 +122,7 @@ def scaling(
             budget=budget, min_steps=min_steps, bootstrap=bootstrap, folder=out and out / "runs",
             device=training.device, on_run=show_run(out),
         )  # fmt: skip
-    _print_scaling(result)
-    if out is not None:
+    if out is not None:  # before it is printed, which may fail
         from protoprune.evaluation import report
         from protoprune.evaluation.runs import settings_of
 
@@ -133,6 +134,7 @@ def scaling(
             "device": training.device,
         }  # fmt: skip
         say(f"wrote {', '.join(report.save_scaling(out, result, config))}")
+    _print_scaling(result)
 
 
 def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:

@@ -12,6 +12,7 @@ import typer
 
 from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import say
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
 from protoprune.units import duration, many
@@ -29,6 +30,7 @@ def metrics() -> None:
     """
     from protoprune.metrics.catalogue import METRICS
 
+    need_stdout()
     rows = []
     for name, one in METRICS.items():
         labels, training = ("yes" if needed else "no" for needed in (one.labels, one.training))
@@ -97,6 +99,7 @@ def score(
 
     started = time.monotonic()
     name, out = metric.replace("-", "_").lower(), None if out == Path("-") else out
+    need_stdout(out)
     chosen = catalogue.lookup(name)
     source, is_record = _source(name, chosen, record, features)
     if out is not None:
@@ -168,6 +171,8 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
             "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
             "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
         )
+    if name == "random":  # one hash would make such a list agree with how the ties of all other scores are broken
+        say("hint: another draw than `select --order random` makes with the same seed, though as good a one")
     if len(values) < 2:
         return
     if low == high:

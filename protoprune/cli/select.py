@@ -14,6 +14,7 @@ import typer
 from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, Scores, TableOptions, table_file
 from protoprune.cli.outputs import below, check_beside, check_outputs, check_suffix
 from protoprune.cli.progress import say
+from protoprune.cli.streams import need_stdout
 from protoprune.errors import UsageError
 from protoprune.units import many
 
@@ -52,6 +53,7 @@ def select(
     from protoprune import pruning, stores
 
     out = None if out == Path("-") else out
+    need_stdout(out)
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     check_links(links, hard_links)
     if absolute and _format(format, out) in ("npy", "datacomp"):

@@ -14,6 +14,7 @@ from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions,
 from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
 from protoprune.units import bytes_text, many
@@ -53,6 +54,8 @@ def info(
 
     if errors and verify:
         raise UsageError("--errors and --verify: give one of them")
+    if not verify:  # which answers by its exit code too
+        need_stdout()
     path = given(file)
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     if hdf5.format_of(there) == RECORD.format:

@@ -12,6 +12,8 @@ import os
 import sys
 from typing import IO
 
+from protoprune.errors import ProtopruneError
+
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
 
 
@@ -26,6 +28,13 @@ def open_closed() -> None:
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, this one
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - for good
+
+
+def need_stdout(*files: object) -> None:
+    """ProtopruneError where the answer would be lost, before it takes its time: stdout is closed (`>&-`), and none of
+    the files that can take its place is asked for."""
+    if sys.stdout is None and not any(files):
+        raise ProtopruneError("standard output is closed, and the answer would be lost; leave it open, or give a file")
 
 
 def stdout_failed(error: OSError) -> bool:

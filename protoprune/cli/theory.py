@@ -15,6 +15,7 @@ import typer
 from protoprune.cli.options import numbers, refuse_idle, spread
 from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import printable
+from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
 from protoprune.units import many
@@ -275,6 +276,7 @@ def advise(
 
     from protoprune.theory.advice import advise as advice_for
 
+    need_stdout()
     counts, quality, encoder = None, None, None
     if features is not None:
         found, counts, quality, encoder = _count(features)
@@ -342,6 +344,7 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
 
 
 def _check_outputs(csv: str | None, plot: Path | None) -> None:
+    need_stdout(csv if csv != "-" else None, plot)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
     check_outputs(plot, stdout=csv)
@@ -349,7 +352,8 @@ def _check_outputs(csv: str | None, plot: Path | None) -> None:
 
 
 def _count(path: Path) -> tuple[int, list[int], float | None, str]:
-    """Readable images in a feature file, those of each class that has any, k-NN's share of right labels, encoder."""
+    """Readable images of a feature file that have a class (all, where none has), those of each class that has any,
+    k-NN's share of right labels, encoder."""
     import numpy as np
 
     from protoprune.features import open_features
@@ -357,6 +361,8 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 
     with open_features(path) as file:
         labels = file.labels[file.usable]
+        if (labels >= 0).any():  # images without one are in no class, of whose size the advice is about
+            labels = labels[labels >= 0]
         counts = np.bincount(labels[labels >= 0])
         quality = knn_accuracy(file.features, np.where(file.usable, file.labels, -1))
         return labels.size, [int(c) for c in counts if c], quality, file.provenance["encoder"]

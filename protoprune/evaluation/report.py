@@ -181,6 +181,9 @@ def _save(
     paths = [os.path.join(folder, name) for name in files]
     for path, data in zip(paths, files.values(), strict=True):
         write_file(path, data)
+    for name in tables:  # one that is empty this time would seem to be this result's
+        if not tables[name]:
+            Path(folder, f"{name}.csv").unlink(missing_ok=True)
     return paths
 
 

@@ -222,7 +222,7 @@ def run_all(
     (tests). Runs with the same key are done once. With `curves` the accuracy after each epoch is recorded too, and a
     kept result without it does not count. `on_run` is called after each run.
     """
-    shared = _shared_key(train, test, recipe, device)
+    shared = shared_key(train, test, recipe, device)
     fit = fit or _real_fit(recipe)
     with contextlib.ExitStack() as stack:
         if folder is not None:
@@ -512,7 +512,8 @@ def _head_fit() -> Fit:
 # --- keys and kept results -------------------------------------------------------------------------------------------
 
 
-def _shared_key(train: Examples, test: Examples, recipe: Recipe, device: str) -> dict[str, Any]:
+def shared_key(train: Examples, test: Examples | None, recipe: Recipe, device: str) -> dict[str, Any]:
+    """All that decides what a training comes to, but its rows, weights, sampler, seed and steps; plain values."""
     import torch
 
     from protoprune.training.loop import computes_in
@@ -520,7 +521,7 @@ def _shared_key(train: Examples, test: Examples, recipe: Recipe, device: str) ->
     return {
         "format": FORMAT,
         "train": train.fingerprint(),
-        "test": test.fingerprint(),
+        "test": test and test.fingerprint(),
         "recipe": settings_of(recipe),
         "device": device_kind(device),
         "computes_in": computes_in(recipe.precision, resolve_device(device), recipe.model),

@@ -16,7 +16,7 @@ import numpy as np
 
 from protoprune import prototypes, pruning
 from protoprune.decode import Status
-from protoprune.ids import row_type
+from protoprune.ids import Known, row_type
 
 CALM = 0.5  # the paper's share for --balance
 DROPPED = 0.1  # tried for --drop-hardest
@@ -114,6 +114,7 @@ class Part:
 
     def __init__(self, pool: Pool, rows: np.ndarray, seed: int = 0, ranks: Ranks | None = None) -> None:
         self.pool, self.rows, self.seed = pool, np.sort(rows), seed
+        self._paths = Known(pool.paths[row] for row in self.rows.tolist())
         self._rankings: dict[tuple[int | None, str | None, bool], pruning.Ranking] = {}
         self._ranks: Ranks = {} if ranks is None else ranks
 
@@ -155,7 +156,7 @@ class Part:
         else:
             placed = vectors.any(axis=1)  # as `select` does: vectors of zeros are kept by a score table alone
         return pruning.Ranking(
-            "", "", [pool.paths[row] for row in rows], pool.labels[rows], list(pool.classes),
+            "", "", self._paths, pool.labels[rows], list(pool.classes),
             np.full(len(rows), Status.OK, np.uint8), scores, clusterings,
             clusters=pruning.Clusters(k=candidate.k, seed=self.seed), vectors=vectors, placed=placed,
         )  # fmt: skip

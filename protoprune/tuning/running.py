@@ -23,6 +23,7 @@ import numpy as np
 import protoprune
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.evaluation.runs import shared_key
 from protoprune.evaluation.statistics import Interval
 from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
@@ -52,7 +53,9 @@ _DRAWS = 1000  # seeds of random lists that judge start here: those that choose 
 class Judge(Protocol):
     """Trains on rows of the pool and answers for others."""
 
-    name: str  # with all that its answers depend on
+    @property
+    def name(self) -> str:
+        """With all that its answers depend on."""
 
     def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
         """(images,) bool, what it gets right of the held-out rows, or of the test set where that is None."""
@@ -125,7 +128,12 @@ class Networks:
 
     def __init__(self, examples: Examples, test: Examples | None, recipe: Recipe, device: str = "auto") -> None:
         self.examples, self.test, self.recipe, self.device = examples, test, recipe, device
-        self.name = f"{recipe}"
+
+    @cached_property
+    def name(self) -> str:
+        """A digest of the pixels and all else that its answers depend on."""
+        key = shared_key(self.examples, self.test, self.recipe, self.device)
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
         from protoprune.training.examples import subset
@@ -359,7 +367,7 @@ class _Lab:
 
     def on_split(self, judge: Judge, one: Candidate, keep: float, split: int) -> float:
         """Accuracy on the held-out fold of a split, trained on what the recipe keeps of the rest."""
-        key = f"{self.seed} {judge.name} {one} {keep:.6g} {split}"
+        key = f"{self.seed} {judge.name} {one} {float(keep)} {split}"
 
         def compute() -> np.ndarray:
             part, held = self._split(split)
@@ -379,7 +387,7 @@ class _Lab:
         part = Part(self.pool, self.choosers, seed=self.seed)
 
         def asked(name: str, number: int, rows: Callable[[], np.ndarray]) -> np.ndarray:
-            key = f"{self.seed} {judge.name} {name} {keep:.6g} judged {number}"
+            key = f"{self.seed} {judge.name} {name} {float(keep)} judged {number}"
             return self.log.answers(key, lambda: judge.answers(rows(), judges, number))
 
         right: dict[str, list[np.ndarray]] = {"list": [], "random": [], "balanced": [], "everything": []}
