@@ -334,7 +334,7 @@ def test_images_in_no_folder_of_their_shard_cost_the_classes(folder, mini, tmp_p
         with FeatureSet(tmp_path / "f") as whole:
             assert whole.classes == ([] if stray else ["x", "y"])
     assert [str(one.message)[:60] for one in told] == [
-        "no classes, since 1 of 4 images lies in no folder of their sha"
+        "no classes, since 1 of 4 images lies in no folder of their s"
     ] * warned
 
 
