@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from protoprune.decode import Preprocess
-from protoprune.sharding import embed_shards
+from protoprune.images.decode import Preprocess
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 

@@ -10,11 +10,11 @@ import threading
 import pytest
 from shard_helpers import image_folder, members, write_tars
 
-from protoprune import setstate, sharding
-from protoprune.ahead import Begun, Halves, whole
-from protoprune.decode import Preprocess
-from protoprune.engine import Engine
+from protoprune.embedding.ahead import Begun, Halves, whole
+from protoprune.embedding.engine import Engine
 from protoprune.errors import ProtopruneError
+from protoprune.images.decode import Preprocess
+from protoprune.shards import setstate, sharding
 from protoprune.sources import ShardOptions, find_shards
 
 

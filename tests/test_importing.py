@@ -13,11 +13,11 @@ from helpers import write_image
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import importing
 from protoprune.cli import app
+from protoprune.embedding import importing
+from protoprune.embedding.importing import import_features
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.importing import import_features
+from protoprune.features.featurefile import FeatureFile
 
 N, DIM = 12, 5
 NAMES = [f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(N)]  # not sorted

@@ -12,11 +12,11 @@ import pytest
 from launch_helpers import start, work
 from shard_helpers import image_folder, members, write_tars
 
-from protoprune import launch
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features.opening import open_features
+from protoprune.shards import launch
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 

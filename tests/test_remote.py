@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import stores
 from protoprune.cli import app
-from protoprune.decode import Status
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation import runs
-from protoprune.featureset import FeatureSet, read_plan
-from protoprune.images import list_folder
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features.featureset import FeatureSet, read_plan
+from protoprune.features.opening import open_features
+from protoprune.images.decode import Status
+from protoprune.images.listing import list_folder
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardError, find_shards, list_shards
 from protoprune.sources.finding import Shard
 

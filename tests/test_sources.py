@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import unpacking
 from protoprune.cli import app
-from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.formats import archive_kind
-from protoprune.images import list_folder
-from protoprune.sheet import contact_sheet
+from protoprune.images.decode import ImageError, Status
+from protoprune.images.listing import list_folder
+from protoprune.report.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, tables
 from protoprune.sources.finding import Shard, expand, fixed_part, in_order, is_shard, split_id, splits_among
 from protoprune.sources.reader import ImageReader
@@ -620,7 +620,7 @@ def test_images_in_shards_on_a_store_are_shown_up_to_a_number_of_bytes(folder, t
 
 
 def test_an_image_in_a_shard_is_not_read_beyond_the_bound_either(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoprune.decode.MAX_BYTES", len(PNG))
+    monkeypatch.setattr("protoprune.images.decode.MAX_BYTES", len(PNG))
     files = [("c/1.png", PNG), ("c/2.png", PNG + b"x")]
     shards = [write_tar(tmp_path / "a.tar", files), write_zip(tmp_path / "a.zip", files)]
     if importlib.util.find_spec("pyarrow"):

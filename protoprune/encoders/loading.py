@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from protoprune.bounds import check_whole
-from protoprune.decode import DECODERS, LARGEST_SIDE, Preprocess
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
 from protoprune.encoders.weights import load_weights
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images.decode import DECODERS, LARGEST_SIDE, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ def _set_pool(model: torch.nn.Module, pool: str | None, name: str) -> str:
 def _bundled() -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
     _require_torch(timm=False)
-    from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
+    from protoprune.encoders.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
 
     model, sha256 = load_mini()
     preprocess = Preprocess(MINI_INPUT_SIZE, MINI_INPUT_SIZE, mean=MINI_MEAN, std=MINI_STD)

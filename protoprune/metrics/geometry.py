@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protoprune import vectors
+from protoprune.clustering import vectors
 from protoprune.errors import UsageError
 from protoprune.ids import hashes, shuffled
 

@@ -18,8 +18,8 @@ from functools import partial
 from typing import IO, Any
 
 from protoprune import formats
-from protoprune.decode import ImageError, Status
-from protoprune.images import image_suffixes, why_no_image
+from protoprune.images.decode import ImageError, Status
+from protoprune.images.listing import image_suffixes, why_no_image
 from protoprune.sources.keys import key_of, levels, owner, stem_of
 from protoprune.sources.shard import (
     LABEL_KEYS,

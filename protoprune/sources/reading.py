@@ -22,13 +22,13 @@ from typing import IO
 
 import numpy as np
 
-from protoprune.decode import Status
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images import folder_labels
+from protoprune.images.decode import Status
+from protoprune.images.listing import FOLDERS, folder_labels
 from protoprune.sources.archives import read_tar, read_zip
 from protoprune.sources.finding import Shard
-from protoprune.sources.shard import FOLDERS, Found, ShardError, ShardImages, ShardOptions, reason_of
+from protoprune.sources.shard import Found, ShardError, ShardImages, ShardOptions, reason_of
 from protoprune.sources.tables import read_table
 from protoprune.text import native
 from protoprune.unpacking import Spool, TooMuchError

@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any
 
 from protoprune import stores
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import describe_counts, image_suffixes
+from protoprune.images.decode import Status
+from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.sources.finding import (
     SUFFIXES,
     Shard,

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from protoprune.decode import Status
-from protoprune.images import image_suffixes
+from protoprune.images.decode import Status
+from protoprune.images.listing import image_suffixes
 from protoprune.sources.shard import (
     LABEL_KEYS,
     Found,

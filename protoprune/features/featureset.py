@@ -27,12 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from protoprune import files, stores
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, warn
-from protoprune.featurefile import FeatureFile, Index
-from protoprune.images import SET_FILE, warn_of_stray
+from protoprune.features.featurefile import FeatureFile, Index
+from protoprune.images.decode import Status
+from protoprune.images.listing import FOLDERS, SET_FILE, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
-from protoprune.sources.shard import FOLDERS
 from protoprune.text import native, parse_json
 from protoprune.units import many
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune.decode import ImageError, decode
+from protoprune.images.decode import ImageError, decode
 from protoprune.sources.reader import ImageReader
 from protoprune.sources.shard import ShardOptions
 

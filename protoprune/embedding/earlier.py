@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import featurefile as feature_file
-from protoprune import hdf5
-from protoprune.crew import Crew
-from protoprune.current import Known, content_digest, known_rows
-from protoprune.decode import TRANSIENT, Status, crop
 from protoprune.errors import ProtopruneError, warn
-from protoprune.featurefile import FeatureFile, PartialFile, partial_path
-from protoprune.images import ImageList
+from protoprune.features import featurefile as feature_file
+from protoprune.features import hdf5
+from protoprune.features.current import Known, content_digest, known_rows
+from protoprune.features.featurefile import FeatureFile, PartialFile, partial_path
+from protoprune.images.crew import Crew
+from protoprune.images.decode import TRANSIENT, Status, crop
+from protoprune.images.listing import ImageList
 from protoprune.units import many
 
 if TYPE_CHECKING:
-    from protoprune.engine import Engine
+    from protoprune.embedding.engine import Engine
 
 
 class LossError(ProtopruneError):

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 import numpy as np
 
-from protoprune import formats, jpeg
+from protoprune import formats
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from protoprune.decode import TRANSIENT
-from protoprune.featurefile import FeatureFile
-from protoprune.images import ImageList
+from protoprune.features.featurefile import FeatureFile
+from protoprune.images.decode import TRANSIENT
+from protoprune.images.listing import ImageList
 
 if TYPE_CHECKING:
-    from protoprune.featureset import FeatureSet
+    from protoprune.features.featureset import FeatureSet
 
 
 _BATCH = 65_536  # names that are decoded at once

@@ -25,21 +25,20 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import files, stores
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
-from protoprune.images import ImageList, check_labels, folder_labels, image_labels, stat_files
+from protoprune.images.decode import Status
+from protoprune.images.listing import FOLDERS, ImageList, check_labels, folder_labels, image_labels, stat_files
 from protoprune.npy import load_npy, load_npz, map_npy, npz_headers
 from protoprune.sources.finding import split_id
-from protoprune.sources.shard import FOLDERS
 from protoprune.text import parse_json
 from protoprune.units import many
 
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-    from protoprune.images import Labels
+    from protoprune.images.listing import Labels
 
 _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "img_emb", "features", "feature",
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip

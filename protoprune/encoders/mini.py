@@ -121,7 +121,7 @@ def load_mini(path: str | Path | None = None) -> tuple[MiniEncoder, str]:
     """The trained encoder, in evaluation mode, and the sha256 of its weights file (of a copy of it at `path`)."""
     from safetensors.torch import load
 
-    file = Path(path) if path else resources.files("protoprune") / "mini.safetensors"
+    file = Path(path) if path else resources.files("protoprune.encoders") / "mini.safetensors"
     try:
         data = file.read_bytes()
     except OSError as error:

@@ -23,8 +23,8 @@ import numpy as np
 import xxhash
 
 import protoprune
-from protoprune import seals
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import seals
 from protoprune.files import leads_out
 from protoprune.paths import STEP, Block, Paths, encoded
 from protoprune.text import native

@@ -26,11 +26,11 @@ import numpy as np
 
 from protoprune import files, stores
 from protoprune.bounds import check_whole
-from protoprune.current import content_digest
-from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features.current import content_digest
 from protoprune.formats import archive_kind
-from protoprune.images import image_suffixes
+from protoprune.images.decode import ImageError, Status
+from protoprune.images.listing import image_suffixes
 from protoprune.lists import read_list
 from protoprune.sources.finding import SUFFIXES, Shard, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
@@ -131,8 +131,8 @@ def _entries(
     listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
     if features is None:
         return (*_sorted(listed, name, root), options or ShardOptions(), {})
-    from protoprune.current import digests_of
-    from protoprune.features import open_features
+    from protoprune.features.current import digests_of
+    from protoprune.features.opening import open_features
 
     with open_features(features) as file:
         if isinstance(listed, np.ndarray):

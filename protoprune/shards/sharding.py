@@ -18,21 +18,22 @@ from typing import TypedDict
 
 import numpy as np
 
-from protoprune import cluster, files, launch, remoteset, setstate, stores
-from protoprune import featurefile as feature_file
-from protoprune.ahead import Begun, Halves, whole
-from protoprune.decode import Status
-from protoprune.earlier import LossError
-from protoprune.embedding import in_halves, own_threads
-from protoprune.engine import Encoder, Engine
+from protoprune import files, stores
+from protoprune.embedding.ahead import Begun, Halves, whole
+from protoprune.embedding.earlier import LossError
+from protoprune.embedding.engine import Encoder, Engine
+from protoprune.embedding.pipeline import in_halves, own_threads
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import Part, shard_file
-from protoprune.images import SET_FILE
+from protoprune.features import featurefile as feature_file
+from protoprune.features import remoteset
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import Part, shard_file
+from protoprune.images.decode import Status
+from protoprune.images.listing import FOLDERS, SET_FILE
+from protoprune.shards import cluster, launch, setstate
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.finding import splits_among
 from protoprune.sources.remote import local_copy
-from protoprune.sources.shard import FOLDERS
 from protoprune.units import many
 
 

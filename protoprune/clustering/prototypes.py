@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import files, vectors
+from protoprune import files
 from protoprune.bounds import check_whole
+from protoprune.clustering import vectors
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.npy import load_npz
 from protoprune.scores.ranks import spearman

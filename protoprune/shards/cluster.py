@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from protoprune import __version__
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, warn
-from protoprune.launch import Lost, Result, State, Task, Tasks, Work
+from protoprune.shards.launch import Lost, Result, State, Task, Tasks, Work
 
 if TYPE_CHECKING:
     import ray

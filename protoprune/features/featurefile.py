@@ -39,11 +39,12 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from protoprune import files, hdf5, seals
-from protoprune.decode import ON_WHITE, Status
+from protoprune import files
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.hdf5 import Column
-from protoprune.images import ImageList
+from protoprune.features import hdf5, seals
+from protoprune.features.hdf5 import Column
+from protoprune.images.decode import ON_WHITE, Status
+from protoprune.images.listing import ImageList
 from protoprune.paths import Paths
 from protoprune.text import parse_json
 from protoprune.units import many

@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from protoprune.clustering.vectors import CHUNK, Rows
 from protoprune.errors import ProtopruneError
-from protoprune.vectors import CHUNK, Rows
 
 MEMORY = 1 << 27  # bytes of features that are in memory at once, unless a group alone is larger
 _MOST = 200  # buckets, each of which is an open file

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from protoprune.bounds import is_whole
-from protoprune.decode import LARGEST_SIDE, Preprocess
 from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images.decode import LARGEST_SIDE, Preprocess
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from protoprune import seals, stores
+from protoprune import stores
 from protoprune.errors import ProtopruneError, warn
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import Part, not_finished, read_plan, shard_file, write_plan
+from protoprune.features import seals
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import Part, not_finished, read_plan, shard_file, write_plan
 from protoprune.files import replacing
-from protoprune.images import SET_FILE, is_feature_set
+from protoprune.images.listing import SET_FILE, is_feature_set
 from protoprune.text import parse_json
 
 _FETCHING = 8  # feature files that are on their way at once

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from protoprune import buckets, prototypes, vectors
+from protoprune.clustering import buckets, prototypes, vectors
 from protoprune.ids import hashes_of, row_type
 
 CLASS_SIZE = 2000  # images above which a class is split

@@ -22,16 +22,17 @@ import numpy as np
 
 from protoprune import formats, stores
 from protoprune.bounds import is_whole
-from protoprune.decode import ImageError, open_at_once, read_file
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.images.decode import ImageError, open_at_once, read_file
 from protoprune.text import with_slashes
 from protoprune.units import many
 
 if TYPE_CHECKING:
-    from protoprune.labels import LabelFile
+    from protoprune.images.labels import LabelFile
 
     Labels = bool | str | os.PathLike[str] | LabelFile | Mapping[str, str]  # where classes come from, see `list_folder`
 
+FOLDERS = "folders in the shards"  # where classes of shards come from
 SET_FILE = "set.json"  # what makes a folder a feature set
 _SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed)([\d._-].*)?", re.I)
 _DEEPEST = 2048  # folders in a path of Linux's 4,096 bytes
@@ -205,7 +206,7 @@ def image_labels(
     if isinstance(labels, Mapping):
         return _given_labels(root, paths, labels)
     if labels is not True:
-        from protoprune.labels import LabelFile, read_labels
+        from protoprune.images.labels import LabelFile, read_labels
 
         return read_labels(labels if isinstance(labels, LabelFile) else LabelFile(labels), paths, root)
     label, classes = folder_labels(paths, class_level)

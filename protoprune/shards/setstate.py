@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from protoprune import featurefile as feature_file
-from protoprune import files, remoteset, stores
-from protoprune.current import content_digest
-from protoprune.decode import TRANSIENT, ImageError
+from protoprune import files, stores
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import Part, Plan, read_plan, shard_file, write_plan
-from protoprune.images import SET_FILE, is_feature_set
+from protoprune.features import featurefile as feature_file
+from protoprune.features import remoteset
+from protoprune.features.current import content_digest
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import Part, Plan, read_plan, shard_file, write_plan
+from protoprune.images.decode import TRANSIENT, ImageError
+from protoprune.images.listing import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_shard
 from protoprune.text import parse_json
 

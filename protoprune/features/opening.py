@@ -7,12 +7,12 @@ import os
 import numpy as np
 
 from protoprune import files, stores
-from protoprune.decode import ON_WHITE
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial, partial_path
-from protoprune.featureset import FeatureSet, open_set
-from protoprune.images import ImageList, is_feature_set
-from protoprune.remoteset import local_copy
+from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featureset import FeatureSet, open_set
+from protoprune.features.remoteset import local_copy
+from protoprune.images.decode import ON_WHITE
+from protoprune.images.listing import ImageList, is_feature_set
 
 _COPY_ROWS = 65_536
 

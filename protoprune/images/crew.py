@@ -15,8 +15,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError
+from protoprune.images.decode import ImageError, Status
 
 # CPU time of one image: an ordinary one takes milliseconds, one of MAX_PIXELS of noise 1 s in JPEG, 4 s in PNG, 26 s in
 # JPEG XL and 56 s in JPEG 2000 (lossless).

@@ -24,22 +24,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune import earlier, files
-from protoprune.ahead import Halves, whole
-from protoprune.crew import Crew, Part
-from protoprune.current import content_digest
-from protoprune.decode import Status, crop, silence_libtiff
+from protoprune import files
 from protoprune.device import cores
-from protoprune.engine import PIECE, Encoder, Engine, alone, resolve_precision
+from protoprune.embedding import earlier
+from protoprune.embedding.ahead import Halves, whole
+from protoprune.embedding.engine import PIECE, Encoder, Engine, alone, resolve_precision
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile, PartialFile
-from protoprune.images import ImageList
+from protoprune.features.current import content_digest
+from protoprune.features.featurefile import FeatureFile, PartialFile
+from protoprune.images.crew import Crew, Part
+from protoprune.images.decode import Status, crop, silence_libtiff
+from protoprune.images.listing import ImageList
 from protoprune.units import many
 
 if TYPE_CHECKING:
     import torch
 
-    from protoprune.engine import Forward
+    from protoprune.embedding.engine import Forward
 
 __all__ = ["EmbedReport", "Encoder", "Engine", "embed", "embed_with", "resolve_precision"]
 
