@@ -216,14 +216,15 @@ def test_a_column_is_asked_for_where_there_is_none(tmp_path):
     ],
 )
 def test_where_classes_come_from_is_checked_before_anything_is_listed_or_read(labels, level, message, monkeypatch):
-    from protoprune import images, importing
+    from protoprune.embedding import importing
+    from protoprune.images import listing
 
-    monkeypatch.setattr(images, "_walk", lambda *_: pytest.fail("listed"))
-    monkeypatch.setattr(images, "_size_and_times", lambda *_: pytest.fail("listed"))
+    monkeypatch.setattr(listing, "_walk", lambda *_: pytest.fail("listed"))
+    monkeypatch.setattr(listing, "_size_and_times", lambda *_: pytest.fail("listed"))
     monkeypatch.setattr(importing, "_read", lambda *_: pytest.fail("read"))
     for call in (
-        lambda: images.list_folder(".", labels=labels, class_level=level),
-        lambda: images.list_paths(["a.png"], labels=labels, class_level=level),
+        lambda: listing.list_folder(".", labels=labels, class_level=level),
+        lambda: listing.list_paths(["a.png"], labels=labels, class_level=level),
         lambda: importing.import_features("v.npy", "f.h5", labels=labels, class_level=level),
     ):
         with pytest.raises(UsageError) as error:

@@ -194,8 +194,8 @@ def _check(
     encoder: str, weights: Path | None, image_size: int | None, pool: str | None, decode: str, settings: dict[str, Any]
 ) -> None:
     """UsageError for options that nothing will take, before anything is listed: a bucket or a large tree takes long."""
+    from protoprune.embedding.engine import check_options
     from protoprune.encoders.loading import check_encoder
-    from protoprune.engine import check_options
 
     check_options(*(settings[name] for name in ("precision", "batch_size", "workers", "store")))
     check_encoder(encoder, weights, image_size, pool, decode)

@@ -245,7 +245,7 @@ def check_labels(labels: Labels, class_level: int | None) -> None:
             f"--class-level {class_level}: expected at least 1, the first-level folders, and at most {_DEEPEST}"
         )
     if not isinstance(labels, (bool, Mapping)):
-        from protoprune.labels import LabelFile, check_there
+        from protoprune.images.labels import LabelFile, check_there
 
         check_there(labels if isinstance(labels, LabelFile) else LabelFile(labels))
 
