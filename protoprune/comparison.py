@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
-from protoprune.bounds import check_number, check_seed, check_whole
+from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.images import folder_labels
@@ -70,7 +70,7 @@ def compare(
         raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
     check_seed(seed)
     check_whole("--bootstrap", resamples, 0, 100_000)
-    check_number("level", level, 0, 1)
+    check_confidence(level)
     for keep in keeps:
         selection.check(keep)
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
