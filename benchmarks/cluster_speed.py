@@ -13,9 +13,9 @@ import faiss
 import numpy as np
 from sklearn.cluster import KMeans
 
-from protoprune import prototypes
 from protoprune.cli.options import whole_numbers
-from protoprune.featurefile import FeatureFile
+from protoprune.clustering import prototypes
+from protoprune.features.featurefile import FeatureFile
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ def features(path: str, n: int, dim: int) -> None:
 
 
 def measure(path: str, by: str, order: str) -> dict:
-    from protoprune import partition, selection
+    from protoprune import selection
+    from protoprune.clustering import partition
     from protoprune.device import cores
 
     x = np.load(path, mmap_mode="r")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from protoprune.decode import Preprocess, crop
+from protoprune.images.decode import Preprocess, crop
 
 
 def pillow(data: bytes, p: Preprocess) -> np.ndarray:

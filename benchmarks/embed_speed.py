@@ -17,11 +17,11 @@ import timm
 import torch
 from PIL import Image
 
-from protoprune.decode import Preprocess
 from protoprune.device import resolve_device
-from protoprune.embedding import embed, resolve_precision
+from protoprune.embedding.pipeline import embed, resolve_precision
 from protoprune.encoders import Encoder, digest, load_encoder
-from protoprune.images import list_folder
+from protoprune.images.decode import Preprocess
+from protoprune.images.listing import list_folder
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ import faiss
 import numpy as np
 import torch
 
-from protoprune.decode import Preprocess, decode
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
-from protoprune.featurefile import FeatureFile
-from protoprune.images import list_paths
+from protoprune.features.featurefile import FeatureFile
+from protoprune.images.decode import Preprocess, decode
+from protoprune.images.listing import list_paths
 
 BATCH = 32
 
@@ -55,7 +55,7 @@ def contender(name: str) -> Contender:
 
 
 def random_mini() -> torch.nn.Module:
-    from protoprune.mini import MiniEncoder
+    from protoprune.encoders.mini import MiniEncoder
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ import time
 import timm
 import torch
 
-from protoprune.mini import MINI_INPUT_SIZE, load_mini
+from protoprune.encoders.mini import MINI_INPUT_SIZE, load_mini
 
 BATCH = 32
 

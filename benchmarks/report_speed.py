@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from protoprune import pruning
-from protoprune.featurefile import PartialFile, create_partial
-from protoprune.images import ImageList, folder_labels
+from protoprune.features.featurefile import PartialFile, create_partial
+from protoprune.images.listing import ImageList, folder_labels
 from protoprune.report import Options, page
 
 

@@ -101,10 +101,10 @@ def write(path: str, n: int, d: int) -> None:
     """The feature file, and clusterings of it in its cache, as `select` by itself and with --k asks for them."""
     import numpy as np
 
-    from protoprune.featurefile import FeatureFile, PartialFile, create_partial
-    from protoprune.images import ImageList
+    from protoprune.clustering.prototypes import Clustering, cached
+    from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial
+    from protoprune.images.listing import ImageList
     from protoprune.paths import Paths
-    from protoprune.prototypes import Clustering, cached
 
     k = n // CLUSTER
     rng = np.random.default_rng(0)

@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 
-from protoprune import prototypes
-from protoprune.featurefile import FeatureFile, PartialFile, create_partial
-from protoprune.images import ImageList
+from protoprune.clustering import prototypes
+from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial
+from protoprune.images.listing import ImageList
 
 
 def main() -> None:

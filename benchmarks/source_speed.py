@@ -39,10 +39,10 @@ import pyarrow.parquet
 from PIL import Image
 
 from protoprune.device import cores
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
-from protoprune.images import list_folder, list_paths
-from protoprune.sharding import embed_shards
+from protoprune.images.listing import list_folder, list_paths
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 _TICK = os.sysconf("SC_CLK_TCK")

@@ -3,6 +3,7 @@
 The public API, imported on first use so that `import protoprune` costs nothing:
 
     embed, list_folder, list_paths, load_encoder    images -> feature file
+    Encoder, Preprocess, LabelFile                  an encoder of your own, classes from a file
     embed_shards, find_shards, merge                shards -> feature set -> feature file
     import_features                                 vectors from elsewhere -> feature file
     select, rank, prune, Rule, Clusters             feature file -> kept set
@@ -23,16 +24,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "embed": "embedding",
+    "embed": "embedding.pipeline",
     "load_encoder": "encoders",
-    "embed_shards": "sharding",
+    "Encoder": "embedding.engine",
+    "Preprocess": "images.decode",
+    "embed_shards": "shards.sharding",
     "find_shards": "sources",
-    "import_features": "importing",
-    "FeatureSet": "featureset",
-    "merge": "features",
-    "list_folder": "images",
-    "list_paths": "images",
-    "FeatureFile": "featurefile",
+    "import_features": "embedding.importing",
+    "FeatureSet": "features.featureset",
+    "merge": "features.opening",
+    "list_folder": "images.listing",
+    "list_paths": "images.listing",
+    "LabelFile": "images.labels",
+    "FeatureFile": "features.featurefile",
     "select": "pruning",
     "rank": "pruning",
     "prune": "pruning",
@@ -40,7 +44,7 @@ _HOME = {
     "Clusters": "pruning",
     "read_list": "lists",
     "keep_only": "loaders",
-    "reshard": "resharding",
+    "reshard": "shards.resharding",
     "table_rows": "loaders",
     "read_weights": "lists",
     "weights_of": "loaders",

@@ -18,7 +18,7 @@ from protoprune import selection
 from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
-from protoprune.images import folder_labels
+from protoprune.images.listing import folder_labels
 from protoprune.paths import chosen
 from protoprune.scores import ScoreTable, Table, match
 from protoprune.units import many

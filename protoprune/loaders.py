@@ -18,7 +18,7 @@ import numpy as np
 from protoprune import stores
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.images import describe_counts, image_suffixes
+from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.sources.finding import SUFFIXES, split_id
 from protoprune.text import with_slashes

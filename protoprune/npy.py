@@ -5,17 +5,22 @@ numpy itself takes memory for the shape that a damaged header names, and lets er
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import zipfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from protoprune.units import bytes_text
+from protoprune.unpacking import memory_share, read_member
+
 _PICKLED = "it holds pickled Python objects, which are never read, since that can run code; save numbers"
-_DEFLATE = 1100  # what deflate makes of a byte at most is 1032 bytes
+_HEADER = 20_000  # bytes, of which the header of an array is some hundred; numpy itself takes no more than 10,000
 
 
 def load_npy(source: bytes | str | os.PathLike[str]) -> np.ndarray:
@@ -33,19 +38,40 @@ def load_npy(source: bytes | str | os.PathLike[str]) -> np.ndarray:
         raise ValueError(reason(error)) from None
 
 
-def load_npz(source: bytes | str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file or of its bytes, whose checksums agree. Raises ValueError for anything else."""
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+def load_npz(source: bytes | str | os.PathLike[str], names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file or of its bytes (those of `names`), whose checksums agree. Raises ValueError for
+    anything else, and for more than half of the free memory."""
+    with _members(source) as (archive, members):
+        wanted = {name: one for name, one in members.items() if names is None or name in names}
+        total, most = sum(one.file_size for one in wanted.values()), memory_share(2)
+        if total > most:
+            raise ValueError(f"unpacks to {bytes_text(total)}, more than half of the free memory; save arrays as .npy")
+        data = {name: read_member(archive, one) for name, one in wanted.items()}  # checks the checksums
+    return {name: load_npy(one) for name, one in data.items()}
+
+
+def npz_headers(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """(shape, type) of each array of a .npz file, by name, from their headers. Raises ValueError."""
+    with _members(path) as (archive, members):
+        return {name: _header(io.BytesIO(read_member(archive, one, _HEADER))) for name, one in members.items()}
+
+
+@contextlib.contextmanager
+def _members(
+    source: bytes | str | os.PathLike[str],
+) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """A .npz file and its arrays by name. Whatever goes wrong within, too, is a ValueError."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(one.file_size for one in archive.infolist()) > _DEFLATE * len(data):
-                raise ValueError("it claims to hold more than it can")
-            members = {one.filename: archive.read(one) for one in archive.infolist()}  # checks the checksums
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            every = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
+            yield archive, {name: one for name, one in every.items() if read_member(archive, one, 6) == b"\x93NUMPY"}
+    except OSError:
+        raise
     except Exception as error:  # BadZipFile, RuntimeError (encrypted), NotImplementedError, zlib.error, …
         raise ValueError(reason(error)) from None
-    return {
-        name.removesuffix(".npy"): load_npy(data) for name, data in members.items() if data.startswith(b"\x93NUMPY")
-    }
 
 
 def map_npy(path: str | os.PathLike[str]) -> np.ndarray:

@@ -30,9 +30,10 @@ import h5py
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from protoprune import files, hdf5, seals
+from protoprune import files
 from protoprune.errors import ProtopruneError
-from protoprune.hdf5 import Column
+from protoprune.features import hdf5, seals
+from protoprune.features.hdf5 import Column
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
 _PROBABILITY_ROWS = 65_536  # that are read at once

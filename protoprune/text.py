@@ -15,11 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from protoprune.errors import ProtopruneError
-from protoprune.memory import free_memory
 from protoprune.units import bytes_text
-
-_UNPACKED = 400_000_000  # bytes of which a quarter may come out of a gzip file whatever memory is free
-_ASSUMED = 16_000_000_000  # bytes of free memory where the system does not say
+from protoprune.unpacking import memory_share
 
 # How the column of paths is called, as `plain_name` leaves it.
 PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "relativepath", "imagename")
@@ -53,7 +50,7 @@ def unpacked(data: bytes, source: str) -> bytes:
     or too much for this machine's memory: a thousand times its size may come out of a file."""
     if not data.startswith(b"\x1f\x8b\x08") or len(data) < 20:  # that of nothing has 20 bytes
         return data
-    most = max(_UNPACKED, free_memory() or _ASSUMED) // 4  # names take a multiple of their text
+    most = memory_share(4)  # names take a multiple of their text
     parts, total = [], 0
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # piece by piece: what comes out may have no end

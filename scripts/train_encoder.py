@@ -1,7 +1,7 @@
 """Train the bundled encoder `mini` from folders of images; labels are read only for the k-NN monitor.
 
 Three stages, each saved under --out by rename and skipped when its file is there: a killed run continues where it was.
-1. dictionaries: spherical k-means over whitened patches, one dictionary per scale (protoprune/mini.py);
+1. dictionaries: spherical k-means over whitened patches, one dictionary per scale (protoprune/encoders/mini.py);
 2. views: pooled codes of several augmented views per image, in the leading directions of their covariance;
 3. projection: linear discriminant analysis where every image is its own class: the directions in which views of one
    image agree and different images differ, scaled so that the views of an image scatter by 1 in each. This is the
@@ -27,8 +27,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from protoprune.encoders.mini import (
+    MINI_DIM,
+    MINI_INPUT_SIZE,
+    MINI_MEAN,
+    MINI_STD,
+    PATCH,
+    RANK,
+    MiniEncoder,
+    PatchDictionary,
+)
 from protoprune.files import replacing
-from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, PATCH, RANK, MiniEncoder, PatchDictionary
 
 PART = 2000  # images per file of views
 BATCH = 16  # images coded at a time: larger batches leave the cache on a CPU

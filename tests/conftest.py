@@ -22,9 +22,9 @@ from helpers import write_image
 from hypothesis import HealthCheck, settings
 
 import protoprune
-from protoprune.decode import Status
-from protoprune.featurefile import PartialFile, create_partial
-from protoprune.images import ImageList, folder_labels
+from protoprune.features.featurefile import PartialFile, create_partial
+from protoprune.images.decode import Status
+from protoprune.images.listing import ImageList, folder_labels
 
 settings.register_profile(
     "tests",

@@ -11,10 +11,12 @@ import h5py
 import numpy as np
 import torch
 
-from protoprune import encoders, engine, vectors
-from protoprune.decode import Preprocess
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import FeatureSet
+from protoprune import encoders
+from protoprune.clustering import vectors
+from protoprune.embedding import engine
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import FeatureSet
+from protoprune.images.decode import Preprocess
 
 SMALL = Preprocess(size=32, resize=36)
 

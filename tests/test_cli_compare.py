@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from protoprune.cli import app
 from protoprune.comparison import compare
-from protoprune.decode import Status
+from protoprune.images.decode import Status
 from protoprune.scores import write_scores
 
 N = 60

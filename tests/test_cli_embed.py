@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 from protoprune.cli import app
 from protoprune.cli.progress import Progress
 from protoprune.encoders import CATALOGUE
-from protoprune.featurefile import FeatureFile, partial_path
-from protoprune.images import list_folder
+from protoprune.features.featurefile import FeatureFile, partial_path
+from protoprune.images.listing import list_folder
 
 
 @pytest.fixture

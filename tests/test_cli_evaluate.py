@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from protoprune.cli.training import hint_steps
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError
+from protoprune.images.decode import Status
 from protoprune.training.loop import Recipe
 from protoprune.units import rounded
 

@@ -29,8 +29,8 @@ from protoprune.cli.options import (
 )
 from protoprune.cli.theory import theory_app
 from protoprune.comparison import join
+from protoprune.embedding.importing import import_features
 from protoprune.errors import UsageError
-from protoprune.importing import import_features
 from protoprune.pruning import Clusters, Rule, stability
 from protoprune.scores import read_table, write_scores
 from protoprune.training.loop import Recipe

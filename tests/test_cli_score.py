@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from protoprune import scores
 from protoprune.cli import app
-from protoprune.decode import Status
-from protoprune.featurefile import FeatureFile
+from protoprune.features.featurefile import FeatureFile
+from protoprune.images.decode import Status
 from protoprune.metrics import catalogue
 from protoprune.metrics.catalogue import METRICS, score
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import write_image
 
-from protoprune.decode import Status
+from protoprune.images.decode import Status
 from protoprune.lists import read_list, read_weights
 from protoprune.scores import write_scores
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoprune.decode import Status
+from protoprune.images.decode import Status
 
 N, CLASSES = 60, ("ape", "bee", "cat")
 PATHS = [f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(N)]

@@ -17,9 +17,9 @@ import protoprune
 from protoprune.cli import app
 from protoprune.cli.options import TrainingOptions
 from protoprune.cli.tune import _networks, _pool
-from protoprune.decode import Status
 from protoprune.errors import UsageError
-from protoprune.features import open_features
+from protoprune.features.opening import open_features
+from protoprune.images.decode import Status
 from protoprune.training import converged
 from protoprune.tuning import choosing, running
 from protoprune.tuning.recipes import Candidate

@@ -18,13 +18,13 @@ from launch_helpers import start
 from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
-from protoprune import cluster, launch
 from protoprune.cli import app
-from protoprune.cluster import Need
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.featureset import read_plan, shard_file
-from protoprune.sharding import embed_shards
+from protoprune.features.featureset import read_plan, shard_file
+from protoprune.shards import cluster, launch
+from protoprune.shards.cluster import Need
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 ONE = Need("cpu", 1)

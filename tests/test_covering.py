@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protoprune
-from protoprune import buckets, featureset, partition, prototypes
+from protoprune.clustering import buckets, partition, prototypes
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile
+from protoprune.features import featureset
+from protoprune.features.featurefile import FeatureFile
 from protoprune.ids import hashes_of, shuffled
 from protoprune.selection import by_place, cover, covering
 

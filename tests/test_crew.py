@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from protoprune import crew as module
-from protoprune.crew import Crew
-from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError
+from protoprune.images import crew as module
+from protoprune.images.crew import Crew
+from protoprune.images.decode import ImageError, Status
 
 
 def collect(work, items, count=2, parts=3) -> tuple[list, dict]:

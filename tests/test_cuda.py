@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_helpers import pixels, vectors
 
-from protoprune import prototypes, records
+from protoprune import records
+from protoprune.clustering import prototypes
 from protoprune.samplers import UCBSampler
 from protoprune.scores import spearman
 from protoprune.training import heads, loop, recording

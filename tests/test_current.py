@@ -12,16 +12,16 @@ import torch
 from shard_helpers import write_tar
 from typer.testing import CliRunner
 
-from protoprune import featurefile as feature_file
 from protoprune.cli import app
-from protoprune.decode import Preprocess, Status
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import FeatureFile, partial_path
-from protoprune.features import open_features
-from protoprune.images import list_folder, list_paths
-from protoprune.sharding import embed_shards
+from protoprune.features import featurefile as feature_file
+from protoprune.features.featurefile import FeatureFile, partial_path
+from protoprune.features.opening import open_features
+from protoprune.images.decode import Preprocess, Status
+from protoprune.images.listing import list_folder, list_paths
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 N = 8

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from protoprune import hdf5, records, scores
+from protoprune import records, scores
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import KIND, PartialFile
-from protoprune.features import open_features
+from protoprune.features import hdf5
+from protoprune.features.featurefile import KIND, PartialFile
+from protoprune.features.opening import open_features
 from protoprune.records import PartialRecord, Record
 
 MEMORY = 1 << 30  # bytes that reading a file of a few kB may ask for, on top of what the program has

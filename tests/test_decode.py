@@ -14,8 +14,9 @@ import pytest
 from helpers import encoded, many_scans, noise, picture, write_image
 from PIL import Image, ImageFilter, ImageOps, features
 
-from protoprune import formats, jpeg
-from protoprune.decode import (
+from protoprune import formats
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images.decode import (
     FAST_MARGIN,
     MAX_PIXELS,
     ON_WHITE,
@@ -30,8 +31,7 @@ from protoprune.decode import (
     read_bounded,
     silence_libtiff,
 )
-from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import image_suffixes
+from protoprune.images.listing import image_suffixes, jpeg
 from protoprune.sources.reader import ImageReader
 
 RGB = picture(67, 45, seed=3)
@@ -511,7 +511,7 @@ def test_deep_images_take_no_more_memory_than_others(mode):
 
 
 def test_bands_that_differ_are_stretched_alike(monkeypatch):
-    monkeypatch.setattr("protoprune.decode._BAND", 10)
+    monkeypatch.setattr("protoprune.images.decode._BAND", 10)
     values = np.array([[np.nan, 1, 2, 3], [100, np.inf, 7, 9], [np.nan] * 4, [-100, 0, 50, 25]], np.float32)
     got = decode(encoded(Image.fromarray(values), "TIFF"))[:, :, 0]
     finite = np.nan_to_num((values.astype(float) + 100) * (255 / 200), nan=0, posinf=255)
@@ -542,7 +542,7 @@ def test_damaged_tiffs_are_silent(run_program, tmp_path):
     (tmp_path / "bad.tif").write_bytes(data)
     program = (
         "import sys\n"
-        "from protoprune.decode import *\n"
+        "from protoprune.images.decode import *\n"
         "if 'quiet' in sys.argv: silence_libtiff()\n"
         "try:\n"
         "    decode(open('bad.tif', 'rb').read())\n"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protoprune
-from protoprune import buckets, pruning, vectors
+from protoprune.clustering import buckets, vectors
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.ids import hashes_of
 from protoprune.selection import dedup, duplicates, likeness
@@ -255,6 +255,6 @@ def test_no_room_for_temporary_files_is_said_in_time(monkeypatch, tmp_path):
 def test_a_cluster_that_takes_long_is_said_with_a_larger_k(monkeypatch, feature_file, tmp_path):
     rng = np.random.default_rng(0)
     path = feature_file(tmp_path / "f.h5", np.concatenate([rng.normal(size=(300, 3)) * 0.01 + 1, -np.ones((60, 3))]))
-    monkeypatch.setattr(pruning, "LARGE", 100)
+    monkeypatch.setattr("protoprune.pruning.duplicates.LARGE", 100)
     with pytest.warns(ProtopruneWarning, match=r"largest of 2 clusters has 300 images.* --k 30, --dedup takes less"):
         protoprune.select(path, 0.5, k=2, dedup=0.01)

@@ -6,13 +6,13 @@ from helpers import write_image
 from torch._dynamo.exc import TorchDynamoException
 from training_helpers import pixels
 
-from protoprune.decode import Preprocess
 from protoprune.device import warn_if_emulated
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning
 from protoprune.evaluation import runs
-from protoprune.images import list_folder
+from protoprune.images.decode import Preprocess
+from protoprune.images.listing import list_folder
 from protoprune.training import recording
 from protoprune.training.loop import Recipe, fit
 

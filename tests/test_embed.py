@@ -17,15 +17,15 @@ import torch
 from helpers import many_scans
 from PIL import Image
 
-from protoprune import embedding, files
-from protoprune import featurefile as feature_file
-from protoprune.decode import Preprocess, Status
-from protoprune.embedding import embed, resolve_precision
+from protoprune import files
+from protoprune.embedding.pipeline import embed, pipeline, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile, partial_path
-from protoprune.features import open_features
-from protoprune.images import list_folder, list_paths
+from protoprune.features import featurefile as feature_file
+from protoprune.features.featurefile import FeatureFile, partial_path
+from protoprune.features.opening import open_features
+from protoprune.images.decode import Preprocess, Status
+from protoprune.images.listing import list_folder, list_paths
 
 SIDE = 32
 
@@ -126,7 +126,7 @@ def test_features_of_a_real_model_have_the_same_bits_at_any_batch_size(
 ):
     encoder = load_encoder("mini")
     run(images, tmp_path / "a.h5", encoder, batch_size=8, store="float32")
-    monkeypatch.setattr("protoprune.embedding.cores", lambda: cores)
+    monkeypatch.setattr("protoprune.embedding.pipeline.cores", lambda: cores)
     run(images, tmp_path / "b.h5", encoder, batch_size=batch_size, workers=1, store="float32")
     a, b = stored(tmp_path / "a.h5"), stored(tmp_path / "b.h5")
     assert all(np.array_equal(a[path], b[path]) for path in a)
@@ -503,7 +503,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path):
     (images / "c0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
     # A server that has imported torch and computed nothing forks children in milliseconds, and safely.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_embed", "timm", "protoprune.embedding"])
+    context.set_forkserver_preload(["test_embed", "timm", "protoprune.embedding.pipeline"])
 
     def child(out):
         process = context.Process(target=_embed_in_child, args=(images, out, weights))
@@ -700,7 +700,7 @@ def test_a_file_that_is_too_large_and_one_that_is_too_slow_are_two_failures(imag
         file.truncate(100_000_000_000)
     (images / "c1" / "slow.jpg").write_bytes(many_scans(2000, 99))
     (images / "c1" / "scans.jpg").write_bytes(many_scans(100, 101))
-    monkeypatch.setattr("protoprune.crew.IMAGE_SECONDS", 0.15)
+    monkeypatch.setattr("protoprune.images.crew.IMAGE_SECONDS", 0.15)
     report = run(images, tmp_path / "f.h5")
     assert (report.n, report.failures) == (24, {"too large": 1, "too slow": 2})
     with open_features(tmp_path / "f.h5") as file:
@@ -720,9 +720,9 @@ def test_threads_that_stepped_back_are_relieved_where_others_have_the_cores(wait
     """Of 5 seconds on 2 cores: waiting most of them and having few of the cores."""
     clock = {"monotonic": 0.0, "process_time": 0.0}
     for name in clock:
-        monkeypatch.setattr(embedding.time, name, lambda name=name: clock[name])
-    monkeypatch.setattr(embedding, "cores", lambda: 2)
-    hunger = embedding._Hunger()
+        monkeypatch.setattr(pipeline.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(pipeline, "cores", lambda: 2)
+    hunger = pipeline._Hunger()
     with hunger:
         clock["monotonic"] += waited
     assert not hunger.starved()  # too early to say
@@ -735,9 +735,9 @@ def test_threads_that_stepped_back_are_relieved_where_others_have_the_cores(wait
 def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monkeypatch):
     run(images, tmp_path / "a.h5")
     relieved = []
-    monkeypatch.setattr(embedding._Hunger, "starved", lambda self: True)
-    relieve = embedding.Crew.relieve
-    monkeypatch.setattr(embedding.Crew, "relieve", lambda *given: relieved.append(1) or relieve(*given))
+    monkeypatch.setattr(pipeline._Hunger, "starved", lambda self: True)
+    relieve = pipeline.Crew.relieve
+    monkeypatch.setattr(pipeline.Crew, "relieve", lambda *given: relieved.append(1) or relieve(*given))
     run(images, tmp_path / "b.h5")
     assert relieved == [1]
     assert stored(tmp_path / "a.h5").keys() == stored(tmp_path / "b.h5").keys()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from protoprune.embedding import embed
+from protoprune.clustering.prototypes import cluster
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
-from protoprune.featurefile import FeatureFile
-from protoprune.images import list_folder
-from protoprune.prototypes import cluster
+from protoprune.features.featurefile import FeatureFile
+from protoprune.images.listing import list_folder
 from protoprune.scores import spearman
 
 ARCHIVE = Path(__file__).parent.parent.parent / "shared" / "data" / "photos.tgz"

@@ -12,9 +12,9 @@ import torch
 from training_helpers import write_folder
 
 from protoprune import files
-from protoprune.decode import Preprocess, Status, load
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import list_folder
+from protoprune.images.decode import Preprocess, Status, load
+from protoprune.images.listing import list_folder
 from protoprune.training import examples
 from protoprune.training.examples import load_examples
 

@@ -6,11 +6,11 @@ import h5py
 import numpy as np
 import pytest
 
-from protoprune import featurefile as feature_file
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import FeatureFile, PartialFile, create_partial
-from protoprune.images import ImageList, folder_labels
+from protoprune.features import featurefile as feature_file
+from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial
+from protoprune.images.decode import Status
+from protoprune.images.listing import ImageList, folder_labels
 
 PROVENANCE = {"encoder": "e", "weights_sha256": "0", "preprocess": "{}", "precision": "fp32", "store": "float16"}
 

@@ -18,16 +18,16 @@ from shard_helpers import image_folder, members, write_parquet, write_tar, write
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import featureset
 from protoprune.cli import app
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import FeatureSet, read_plan, shard_file
-from protoprune.images import list_folder
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features import featureset
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import FeatureSet, read_plan, shard_file
+from protoprune.features.opening import open_features
+from protoprune.images.listing import list_folder
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardOptions, find_shards
 from protoprune.training.examples import load_examples
 
@@ -103,7 +103,7 @@ def test_every_kind_of_shard_gives_the_folders_features_and_kept_set(kind, folde
 def test_a_second_run_embeds_nothing_and_opens_no_shard(tars, mini, tmp_path, monkeypatch):
     run(tars, tmp_path / "f", mini)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "f").rglob("*")}
-    monkeypatch.setattr("protoprune.sharding.open_shard", None)  # would be a TypeError
+    monkeypatch.setattr("protoprune.shards.sharding.open_shard", None)  # would be a TypeError
     report = run(tars, tmp_path / "f", mini)
     assert (report.embedded, report.states, report.n) == (0, {"unchanged": 4}, 24)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "f").rglob("*")} == before
@@ -397,16 +397,16 @@ def test_a_list_of_shards(tars, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_shard_goes_on_where_it_stopped(tars, mini, tmp_path, monkeypatch):
-    from protoprune import sharding
+    from protoprune.shards import sharding
 
-    real = sharding.embed_with
+    real = sharding.in_halves
 
     def stopping(engine, images, out, **options):
         if "0001" in str(out):
             raise KeyboardInterrupt
         return real(engine, images, out, **options)
 
-    monkeypatch.setattr(sharding, "embed_with", stopping)
+    monkeypatch.setattr(sharding, "in_halves", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tars, tmp_path / "f", mini)
     monkeypatch.undo()

@@ -16,16 +16,18 @@ import torch
 from helpers import encoded, picture, write_image
 from typer.testing import CliRunner
 
-from protoprune import featureset, importing, pruning, scores
+from protoprune import pruning, scores
 from protoprune.cli import app
-from protoprune.decode import ImageError
+from protoprune.embedding import importing
 from protoprune.encoders.checkpoints import read_state
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import open_features
+from protoprune.features import featureset
+from protoprune.features.opening import open_features
 from protoprune.files import leads_out, write_links
+from protoprune.images.decode import ImageError
 from protoprune.lists import format_list
 from protoprune.records import Record
-from protoprune.sheet import contact_sheet
+from protoprune.report.sheet import contact_sheet
 from protoprune.sources.finding import Shard
 from protoprune.sources.reader import ImageReader
 from protoprune.sources.reading import open_shard
@@ -298,7 +300,7 @@ def test_arrays_to_import_that_are_none(tmp_path):
 
 
 def test_numbers_of_thousands_of_digits_are_no_class_numbers(tmp_path):
-    from protoprune.labels import LabelFile, read_labels
+    from protoprune.images.labels import LabelFile, read_labels
 
     (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},{'9' * 5000}\n" for path in NAMES))
     assert read_labels(LabelFile(tmp_path / "l.csv"), NAMES, str(tmp_path))[1] == ["9" * 5000]

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.images import describe_counts, folder_labels, image_suffixes, list_folder, list_paths
+from protoprune.images.listing import describe_counts, folder_labels, image_suffixes, list_folder, list_paths
 from protoprune.lists import read_list, split_list
 
 PNG = encoded(picture(), "PNG")
@@ -191,7 +191,7 @@ def test_unreadable_folder_is_reported_and_the_rest_is_listed(tmp_path, monkeypa
 LIST_AS_NOBODY = """
 import os, sys
 from protoprune.errors import ProtopruneError
-from protoprune.images import image_suffixes, list_folder
+from protoprune.images.listing import image_suffixes, list_folder
 image_suffixes()  # imports what it needs while that is allowed
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)
@@ -376,7 +376,7 @@ def test_describe_counts_names_the_largest_first():
 
 
 def test_progress_is_called_while_listing(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoprune.images._walk", lambda *_: ((f"{i}.png", 1, 1, 1) for i in range(25_000)))
+    monkeypatch.setattr("protoprune.images.listing._walk", lambda *_: ((f"{i}.png", 1, 1, 1) for i in range(25_000)))
     seen = []
     assert len(list_folder(tmp_path, on_progress=seen.append)) == 25_000
     assert seen == [10_000, 20_000]

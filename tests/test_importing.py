@@ -13,11 +13,11 @@ from helpers import write_image
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import importing
 from protoprune.cli import app
+from protoprune.embedding import importing
+from protoprune.embedding.importing import import_features
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.importing import import_features
+from protoprune.features.featurefile import FeatureFile
 
 N, DIM = 12, 5
 NAMES = [f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(N)]  # not sorted
@@ -356,3 +356,21 @@ def test_names_of_images_in_shards(tmp_path):
         import_features(tmp_path / "v.npy", tmp_path / "g.h5", paths=flat, root=tmp_path)
     with FeatureFile(tmp_path / "g.h5") as file:
         assert file.classes == []
+
+
+def test_arrays_that_unpack_to_more_than_fits_into_memory(tmp_path, monkeypatch):
+    """Only those that are wanted count, and only they are read."""
+    from protoprune import npy
+
+    np.savez_compressed(tmp_path / "v.npz", features=np.eye(4, dtype=np.float32), other=np.zeros(100_000))
+    monkeypatch.setattr(npy, "memory_share", lambda parts: 1000)
+    assert import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=list("abcd")).n == 4
+    np.savez_compressed(tmp_path / "v.npz", features=np.zeros((1000, 4), np.float32))
+    with pytest.raises(ProtopruneError, match=r"v\.npz: cannot be read \(unpacks to 16\.1 kB, more than half"):
+        import_features(tmp_path / "v.npz", tmp_path / "g.h5", paths=[f"{i}.png" for i in range(1000)])
+    packed = base64.b64encode(zlib.compress(bytes(1 << 25))).decode()
+    samples = {"samples": [{"filepath": "a.png", "embedding": {"$binary": {"base64": packed, "subType": "00"}}}]}
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    with pytest.raises(ProtopruneError, match=r"samples\.json: cannot be read"):
+        import_features(tmp_path / "samples.json", tmp_path / "g.h5")
+    assert not (tmp_path / "g.h5").exists()

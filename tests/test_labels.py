@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.images import list_folder
-from protoprune.labels import LabelFile, read_labels
+from protoprune.features.featurefile import FeatureFile
+from protoprune.images.labels import LabelFile, read_labels
+from protoprune.images.listing import list_folder
 from protoprune.training.examples import load_examples
 
 NAMES = [f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(1, 5)]

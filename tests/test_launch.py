@@ -12,11 +12,11 @@ import pytest
 from launch_helpers import start, work
 from shard_helpers import image_folder, members, write_tars
 
-from protoprune import launch
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features.opening import open_features
+from protoprune.shards import launch
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 
@@ -56,17 +56,22 @@ def test_workers_that_all_die_end_the_run():
         list(launch.run(work, start, ["always"], ["this"], tries=2))
 
 
-def test_tasks_are_set_aside_for_who_will_have_them_next_and_given_to_others_at_the_end():
-    tasks = launch.Tasks("abcd", 3)
-    assert tasks.take(1) == ("a", "b")
-    assert tasks.take(2) == ("c", "d")
-    assert tasks.take(1) == ("b", None)
-    assert len(tasks) == 1
-    assert tasks.take(1) == ("d", None)  # the other one is slow
-    assert len(tasks) == 0
-    with pytest.warns(ProtopruneWarning, match="it died at c; a new one goes on"):
-        assert tasks.died(2, "c", "it died") is None
-    assert tasks.take(3) == ("c", None)
+def test_tasks_are_set_aside_for_who_will_have_them_next_as_long_as_nobody_goes_without():
+    tasks = launch.Tasks("abcdefg", 3)
+    assert tasks.take(1) == ("a", None)  # others may come who have none
+    assert tasks.take(2) == ("b", None)
+    assert tasks.take(1) == ("c", "d")
+    assert tasks.take(1) == ("d", "e")
+    assert (tasks.unclaimed, len(tasks)) == (2, 3)
+    assert tasks.take(2) == ("f", None)  # the last one is for whoever is free first
+    assert tasks.take(2) == ("g", None)
+    assert tasks.take(2) is None
+    assert (tasks.unclaimed, len(tasks)) == (0, 1)
+    with pytest.warns(ProtopruneWarning, match="it died at d; a new one goes on"):
+        assert tasks.died(1, "d", "it died") is None
+    assert tasks.take(2) == ("e", None)  # what was set aside for the dead one comes first
+    assert tasks.take(2) == ("d", None)
+    assert tasks.take(1) is None
 
 
 def test_an_error_in_a_worker_is_the_parents():

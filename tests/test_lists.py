@@ -347,7 +347,7 @@ def test_a_header_of_any_length_is_shown_shortened(tmp_path):
 
 def test_what_would_not_fit_into_memory_is_not_unpacked(tmp_path, monkeypatch):
     """A thousand times its size may come out of a file: lists and score tables stop at a quarter of free memory."""
-    from protoprune import text
+    from protoprune import unpacking
     from protoprune.scores import read_table
 
     whole = b"a/1.png\n" * 50_000
@@ -355,16 +355,16 @@ def test_what_would_not_fit_into_memory_is_not_unpacked(tmp_path, monkeypatch):
     files = {"one.txt.gz": parts[0], "members.txt.gz": parts[1] + parts[2], "padded.txt.gz": parts[0] + b"\0" * 512}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        monkeypatch.setattr(text, "free_memory", lambda: 4 * len(whole))
+        monkeypatch.setattr(unpacking, "free_memory", lambda: 4 * len(whole))
         assert len(read_list(tmp_path / name)) == 50_000
-        monkeypatch.setattr(text, "_UNPACKED", 1)
+        monkeypatch.setattr(unpacking, "_LEAST_MEMORY", 1)
         for free in (4 * (len(whole) - 1), 1000):
-            monkeypatch.setattr(text, "free_memory", lambda free=free: free)
+            monkeypatch.setattr(unpacking, "free_memory", lambda free=free: free)
             for read in (read_list, read_table):
                 with pytest.raises(ProtopruneError, match=r"unpacks to more than .*, a quarter of the free memory"):
                     read(tmp_path / name)
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(whole)[:-9])
-    monkeypatch.setattr(text, "free_memory", lambda: None)
+    monkeypatch.setattr(unpacking, "free_memory", lambda: None)
     with pytest.raises(ProtopruneError, match=r"a damaged gzip file \(Compressed file ended"):
         read_list(tmp_path / "cut.txt.gz")
 

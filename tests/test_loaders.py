@@ -358,7 +358,7 @@ def test_classes_whose_names_sort_otherwise_than_their_paths(image_tree):
     """`-` sorts before `/`, so `car-toy/000.png` comes before `car/000.png`, and the class `car` before `car-toy`."""
     from torchvision.datasets import ImageFolder
 
-    from protoprune.images import list_folder
+    from protoprune.images.listing import list_folder
 
     root = image_tree({"car": 3, "car-toy": 3})
     dataset, rows = ImageFolder(root), list_folder(root).paths

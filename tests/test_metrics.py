@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from protoprune import pruning, records, vectors
+from protoprune import pruning, records
+from protoprune.clustering import vectors
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile
+from protoprune.features.featurefile import FeatureFile
 from protoprune.ids import hashes
 from protoprune.metrics import catalogue, dynamics, ensembles, geometry
 from protoprune.metrics.catalogue import METRICS, score

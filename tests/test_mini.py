@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from protoprune.encoders.mini import (
+    MINI_DIM,
+    MINI_INPUT_SIZE,
+    MINI_MEAN,
+    MINI_SHA256,
+    MINI_STD,
+    load_mini,
+    quadrant_means,
+)
 from protoprune.errors import ProtopruneError
-from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_SHA256, MINI_STD, load_mini, quadrant_means
 
 REFERENCE = Path(__file__).parent / "data" / "mini_reference.npy"
 
@@ -30,7 +38,7 @@ def generated_images() -> torch.Tensor:
 
 
 def test_weights_are_in_the_package_and_small():
-    file = resources.files("protoprune") / "mini.safetensors"
+    file = resources.files("protoprune.encoders") / "mini.safetensors"
     assert file.is_file()
     assert len(file.read_bytes()) <= 8 * 2**20
 
@@ -40,7 +48,7 @@ def test_digest_is_returned():
 
 
 def test_changed_weights_are_refused(tmp_path):
-    data = bytearray((resources.files("protoprune") / "mini.safetensors").read_bytes())
+    data = bytearray((resources.files("protoprune.encoders") / "mini.safetensors").read_bytes())
     data[-1] ^= 1
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(data)
@@ -107,7 +115,8 @@ def test_loads_from_an_installed_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import protoprune; from protoprune.mini import load_mini; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import protoprune; "
+        "from protoprune.encoders.mini import load_mini; "
         "assert protoprune.__file__.startswith(sys.argv[1]); print(load_mini()[1])"
     )
     out = subprocess.run([sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from protoprune import lists
 from protoprune.cli import app
 from protoprune.cli.progress import printable
-from protoprune.decode import Status
 from protoprune.files import write_links
+from protoprune.images.decode import Status
 from protoprune.lists import read_list
 from protoprune.scores import read_scores
 

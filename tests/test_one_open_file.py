@@ -16,11 +16,14 @@ from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import hdf5, lists, prototypes, pruning, selection
+from protoprune import lists, pruning, selection
 from protoprune.cli import app
+from protoprune.clustering import prototypes
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import FeatureFile
-from protoprune.features import open_features
+from protoprune.features import hdf5
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.opening import open_features
+from protoprune.pruning import ranking
 
 N = 400
 
@@ -54,7 +57,7 @@ def replaced_at_each_call(monkeypatch, file, other, where):
 
 OPTIONS = ["--restarts", "2", "--dedup", "0.01", "--stability", "--balance", "0.5", "--quota", "dbp"]
 HOOKS = [
-    (prototypes, "cluster"), (prototypes, "consensus"), (pruning, "add_clusters"), (selection, "near_duplicates"),
+    (prototypes, "cluster"), (prototypes, "consensus"), (ranking, "add_clusters"), (selection, "near_duplicates"),
     (selection, "ranking"), (pruning, "stability"), (pruning, "restart_overlap"), (lists, "list_chunks"),
     (lists, "manifest_chunks"),
 ]  # fmt: skip
@@ -126,7 +129,7 @@ def test_a_part_of_a_set_that_is_embedded_again_is_refused(tmp_path, monkeypatch
     other = [(f"x/{number}.png", data) for number, (_, data) in enumerate(reversed(members(images)))]
     write_tars(tmp_path / "shards", other, 3)
     assert run.invoke(app, [*embed, str(tmp_path / "other")]).exit_code == 0
-    monkeypatch.setattr("protoprune.featureset._OPEN_FILES", 1)  # so that parts are opened again and again
+    monkeypatch.setattr("protoprune.features.featureset._OPEN_FILES", 1)  # so that parts are opened again and again
     want = run.invoke(app, ["select", str(tmp_path / "set"), "--keep", "0.5", "--k", "2"])
     assert want.exit_code == 0, want.stderr
     real = selection.ranking

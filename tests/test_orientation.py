@@ -12,8 +12,8 @@ import pytest
 from helpers import encoded, picture
 from PIL import Image, ImageOps
 
-from protoprune import jpeg
-from protoprune.decode import decode
+from protoprune.images import jpeg
+from protoprune.images.decode import decode
 
 RGB = picture(31, 17, seed=3)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'

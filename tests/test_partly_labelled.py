@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from protoprune import select
 from protoprune.cli import app
 from protoprune.cli.tune import _pool
-from protoprune.features import open_features
+from protoprune.features.opening import open_features
 
 PATHS = [f"{i:02d}.png" for i in range(40)]
 LABELLED = [f"{path},{'ape' if i % 2 else 'bee'}" for i, path in enumerate(PATHS[:24])]  # 12 of each; 16 have none

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoprune import featureset, hdf5, lists, paths
+from protoprune import lists, paths
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import FeatureFile
+from protoprune.features import featureset, hdf5
+from protoprune.features.featurefile import FeatureFile
 from protoprune.files import leads_out
 from protoprune.ids import Known, hashes_of
 from protoprune.paths import Paths, encoded, picked

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from protoprune import prototypes, vectors
+from protoprune.clustering import prototypes, vectors
+from protoprune.clustering.prototypes import auto_k, cluster, consensus
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.prototypes import auto_k, cluster, consensus
 
 BACKENDS = ("faiss", "torch")
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import pruning
 from protoprune.cli import app
-from protoprune.decode import Status
+from protoprune.clustering.prototypes import Clustering
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.prototypes import Clustering
+from protoprune.images.decode import Status
 from protoprune.pruning import Clusters, Ranking, Rule, cover_places, prune
 
 
@@ -350,8 +350,9 @@ def test_covering_gives_the_list_that_clustering_first_gave_and_clusters_nothing
 
     with monkeypatch.context() as patch:
         if classes:
-            patch.setattr(pruning.prototypes, "cluster", none)
-        patch.setattr(pruning, "add_clusters", none)
+            patch.setattr("protoprune.clustering.prototypes.cluster", none)
+        patch.setattr("protoprune.pruning.ranking.add_clusters", none)
+        patch.setattr("protoprune.pruning.choosing.add_clusters", none)
         found = [protoprune.select(path, keep, order="cover", euclidean=euclidean) for keep in (0.2, 0.8, 1.0)]
     for one, other in zip(found, want, strict=True):
         assert one.kept_paths == other.kept_paths

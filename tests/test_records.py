@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoprune import hdf5, records
+from protoprune import records
 from protoprune.errors import ProtopruneError
+from protoprune.features import hdf5
 from protoprune.records import PartialRecord, Record, partial_path
 
 

@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 import protoprune
 from protoprune import stores
 from protoprune.cli import app
-from protoprune.decode import Status
-from protoprune.embedding import embed
+from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation import runs
-from protoprune.featureset import FeatureSet, read_plan
-from protoprune.images import list_folder
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features.featureset import FeatureSet, read_plan
+from protoprune.features.opening import open_features
+from protoprune.images.decode import Status
+from protoprune.images.listing import list_folder
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardError, find_shards, list_shards
 from protoprune.sources.finding import Shard
 
@@ -218,40 +218,6 @@ def test_a_shaky_store_is_tried_again(memory, monkeypatch):
     with remote.fetched(shard) as path:
         assert os.path.getsize(path) == shard.size
     assert len(calls) == 3
-
-
-def test_the_next_shard_is_fetched_while_one_is_in_use(memory, monkeypatch):
-    """Two copies at most; the one that was fetched early is used, one that nobody wants is removed."""
-    shards = find_shards("memory://set/tars").shards
-    fetched, copies = [], remote.Copies()
-    real = type(memory).get_file
-    monkeypatch.setattr(type(memory), "get_file", lambda self, *a, **o: (fetched.append(a[0]), real(self, *a, **o))[1])
-    with copies.of(shards[0], ahead=shards[1]) as first:
-        assert copies._coming.path() != first  # it has arrived
-        assert [os.path.getsize(one) for one in (first, copies._coming.path())] == [one.size for one in shards[:2]]
-    early = copies._coming.path()
-    assert not os.path.exists(first)
-    with copies.of(shards[1], ahead=shards[2]) as second:
-        assert second == early
-        third = copies._coming.path()  # once it has arrived, it was counted
-    assert len(fetched) == len({*fetched}) == 3
-    with copies.of(shards[0]) as again:  # another worker took the third
-        assert os.path.exists(again)
-        assert not os.path.exists(third)
-    copies.close()
-    assert not os.path.exists(again)
-
-
-def test_a_shard_that_cannot_be_fetched_early_fails_when_its_turn_comes(memory):
-    shards = find_shards("memory://set/tars").shards
-    memory.rm_file("/set/tars/0001.tar")
-    copies = remote.Copies()
-    with copies.of(shards[0], ahead=shards[1]):
-        pass
-    with pytest.raises(ShardError), copies.of(shards[1], ahead=shards[2]):
-        pass
-    with copies.of(shards[2]) as path:
-        assert os.path.getsize(path) == shards[2].size
 
 
 def test_the_metadata_beside_a_tar_is_no_shard(memory):

@@ -15,14 +15,15 @@ from shard_helpers import image_folder, members, write_tar, write_tars
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import remoteset, setstate, stores
+from protoprune import stores
 from protoprune.cli import app
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.featurefile import FeatureFile
-from protoprune.featureset import read_plan, shard_file
-from protoprune.pruning import open_features
-from protoprune.sharding import embed_shards
+from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featureset import read_plan, shard_file
+from protoprune.features.opening import open_features, remoteset
+from protoprune.shards import setstate
+from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
 fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
@@ -96,7 +97,7 @@ def test_a_set_on_a_store_is_the_set_in_a_folder(memory, tars, mini, tmp_path, c
 def test_a_second_run_fetches_and_embeds_nothing(memory, tars, mini, monkeypatch):
     run(tars, "memory://set/f", mini)
     before = {name: memory.info(f"/set/f/{name}") for name in stores.listed("memory://set/f")}
-    monkeypatch.setattr("protoprune.sharding.open_shard", None)  # would be a TypeError
+    monkeypatch.setattr("protoprune.shards.sharding.open_shard", None)  # would be a TypeError
     monkeypatch.setattr(stores, "get", None)
     report = run(tars, "memory://set/f", mini)
     assert (report.embedded, report.states, report.n) == (0, {"unchanged": 4}, 12)
@@ -117,7 +118,7 @@ def test_only_what_is_missing_changed_or_damaged_is_embedded(memory, tars, folde
 def test_a_file_whose_writer_was_killed_before_its_note_counts(memory, tars, mini, monkeypatch):
     run(tars, "memory://set/f", mini)
     memory.rm_file("/set/f/0001.tar.note.json")
-    monkeypatch.setattr("protoprune.sharding.open_shard", None)
+    monkeypatch.setattr("protoprune.shards.sharding.open_shard", None)
     report = run(tars, "memory://set/f", mini)
     assert (report.embedded, report.states, report.finished) == (0, {"unchanged": 4}, True)
     assert memory.exists("/set/f/0001.tar.note.json")
@@ -128,7 +129,7 @@ def test_a_note_whose_numbers_were_damaged_is_made_again(memory, tars, mini, mon
     run(tars, "memory://set/f", mini)
     whole = memory.cat("/set/f/0001.tar.note.json")
     memory.pipe("/set/f/0001.tar.note.json", whole.replace(b'"rows": 3', b'"rows": 2'))
-    monkeypatch.setattr("protoprune.sharding.open_shard", None)  # nothing is embedded for that
+    monkeypatch.setattr("protoprune.shards.sharding.open_shard", None)  # nothing is embedded for that
     report = run(tars, "memory://set/f", mini)
     assert (report.embedded, report.n) == (0, 12)
     assert memory.cat("/set/f/0001.tar.note.json") == whole
@@ -159,7 +160,7 @@ def test_several_processes_share_a_set_and_the_last_one_finishes_it(memory, tars
 
 def test_what_is_done_while_the_plan_is_written_is_not_forgotten(memory, tars, mini, monkeypatch):
     """Rank 0 ends, and writes set.json with what it saw before rank 1 ended: it looks again."""
-    from protoprune import setstate
+    from protoprune.shards import setstate
 
     real = setstate.write_plan
     calls = []

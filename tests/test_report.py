@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from protoprune import pruning
 from protoprune.cli import app
-from protoprune.decode import Status
 from protoprune.errors import UsageError
+from protoprune.images.decode import Status
 from protoprune.pruning import Rule
 from protoprune.report import Options, maps, page, stops, thumbnails
 

@@ -27,7 +27,7 @@ import protoprune
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.report import page
-from protoprune.resharding import PLAN, reshard
+from protoprune.shards.resharding import PLAN, reshard
 
 PLACES = ("shards", "f", "kept.txt", "out")
 

@@ -1,12 +1,16 @@
 """Shards: what is found, what is in them, and what becomes of everything that is wrong with them."""
 
+import functools
 import gzip
 import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import struct
 import tarfile
+import tempfile
 import tracemalloc
 import warnings
 import zipfile
@@ -17,12 +21,13 @@ from shard_helpers import COUNTS, image_folder, members, write_parquet, write_ta
 from typer.testing import CliRunner
 
 import protoprune
+from protoprune import unpacking
 from protoprune.cli import app
-from protoprune.decode import ImageError, Status
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.formats import archive_kind
-from protoprune.images import list_folder
-from protoprune.sheet import contact_sheet
+from protoprune.images.decode import ImageError, Status
+from protoprune.images.listing import list_folder
+from protoprune.report.sheet import contact_sheet
 from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, tables
 from protoprune.sources.finding import Shard, expand, fixed_part, in_order, is_shard, split_id, splits_among
 from protoprune.sources.reader import ImageReader
@@ -615,7 +620,7 @@ def test_images_in_shards_on_a_store_are_shown_up_to_a_number_of_bytes(folder, t
 
 
 def test_an_image_in_a_shard_is_not_read_beyond_the_bound_either(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoprune.decode.MAX_BYTES", len(PNG))
+    monkeypatch.setattr("protoprune.images.decode.MAX_BYTES", len(PNG))
     files = [("c/1.png", PNG), ("c/2.png", PNG + b"x")]
     shards = [write_tar(tmp_path / "a.tar", files), write_zip(tmp_path / "a.zip", files)]
     if importlib.util.find_spec("pyarrow"):
@@ -768,3 +773,47 @@ def test_a_stream_of_arrow_is_known_by_its_content(tmp_path):
         stream.write_table(table)
     assert archive_kind((tmp_path / "stream").read_bytes()[:512]) == "an Arrow file"
     assert is_shard(str(tmp_path / "stream"))
+
+
+# --- what comes out of packed files
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz", "parquet", "columns"])
+def test_what_unpacks_to_more_than_can_be_meant_or_than_there_is_room_for(kind, tmp_path, monkeypatch):
+    bitmap = b"BM" + bytes(400_000)
+    files = [(f"{i}.bmp", bitmap) for i in range(3)]
+    if kind in ("parquet", "columns"):
+        pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        image = [PNG] * 3 if kind == "columns" else [bitmap] * 3
+        path = tmp_path / "x.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "mask": [bitmap] * 3}), path, compression="zstd")
+    else:
+        path = write_tar(tmp_path / f"x.{kind}", files, f"w:{kind[4:]}")
+
+    def read():
+        with opened(path) as images:
+            return images.beside("000000") if kind == "columns" else images.paths
+
+    assert read()
+    monkeypatch.setattr(unpacking, "_LEAST_DISK", 1000)
+    monkeypatch.setattr(unpacking, "_TIMES", 10)
+    said = {}
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["times"] = str(error.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["free"] = str(error.value)
+    monkeypatch.undo()
+    full = functools.partial(open, "/dev/full", "r+b", buffering=0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises((ShardError, unpacking.TooMuchError)) as error:
+        read()
+    said["full"] = str(error.value)
+    folder = tempfile.gettempdir()
+    assert re.fullmatch(r"unpacks to more than [\d.,]+ (bytes|kB), 10 times its size", said["times"])
+    assert said["free"] == f"unpacks to more than 900 bytes, nine tenths of what is free in {folder}"
+    assert said["full"] == f"no room for it in {folder} (No space left on device); TMPDIR names another place"

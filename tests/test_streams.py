@@ -135,7 +135,7 @@ def test_a_pipe_that_closes_under_a_long_answer(here):
 
 def test_without_memory_there_is_one_line(here, monkeypatch):
     """torch's errors are RuntimeErrors; other ones stay as they are, since they are faults of ours."""
-    import protoprune.features as features
+    import protoprune.features.opening as features
 
     for error, told in (
         (MemoryError("Unable to allocate 7 TiB"), "not enough memory (Unable to allocate 7 TiB)"),
@@ -161,7 +161,7 @@ def test_without_memory_there_is_one_line(here, monkeypatch):
 
 def test_a_package_of_an_extra_that_is_missing_is_one_line(here, monkeypatch):
     """`pip install 'protoprune[select]'` comes without torch, and `tune`, `embed` and others need it."""
-    import protoprune.features as features
+    import protoprune.features.opening as features
 
     said = io.StringIO()
     with monkeypatch.context() as patch:

@@ -16,8 +16,8 @@ from scipy.special import ndtr
 from typer.testing import CliRunner
 
 from protoprune.cli import app
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images.decode import Status
 from protoprune.theory import solver as theory
 from protoprune.theory.advice import advise as advice_for
 from protoprune.theory.information import energetic_gain, information_gain

@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import pruning, vectors
+from protoprune import pruning
 from protoprune.cli import app
+from protoprune.clustering import vectors
+from protoprune.clustering.prototypes import cluster
 from protoprune.errors import ProtopruneError
-from protoprune.featurefile import FeatureFile
+from protoprune.features.featurefile import FeatureFile
 from protoprune.metrics import geometry
 from protoprune.metrics.catalogue import score
-from protoprune.prototypes import cluster
 
 
 def directions(n: int = 60, d: int = 8, seed: int = 0) -> np.ndarray:

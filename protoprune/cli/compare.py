@@ -159,7 +159,7 @@ def _load(
     tables = {name: _as_told(table, reading) for name, table in read.items()}
     paths = labels = classes = usable = options = None
     if features is not None:
-        from protoprune.features import open_features
+        from protoprune.features.opening import open_features
         from protoprune.sources.shard import ShardOptions
 
         with open_features(features) as file:
@@ -241,10 +241,10 @@ def _write_sheet(
     result: Comparison, path: Path, root: str, options: ShardOptions | None, count: int, features: Path | None
 ) -> None:
     from protoprune import comparison
-    from protoprune.current import digests_of
-    from protoprune.features import open_features
+    from protoprune.features.current import digests_of
+    from protoprune.features.opening import open_features
     from protoprune.files import write_file
-    from protoprune.sheet import contact_sheet
+    from protoprune.report.sheet import contact_sheet
 
     rows = []
     for a, b in comparison.pairs(result):

@@ -31,10 +31,10 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import duration, many
 
 if TYPE_CHECKING:
-    from protoprune.embedding import EmbedReport
+    from protoprune.embedding.pipeline import EmbedReport
     from protoprune.encoders import Encoder
-    from protoprune.images import ImageList
-    from protoprune.labels import LabelFile
+    from protoprune.images.labels import LabelFile
+    from protoprune.images.listing import ImageList
     from protoprune.sources import ShardOptions
     from protoprune.sources.finding import Source
 
@@ -137,7 +137,7 @@ def embed(
     if source is None:
         _embed_images(found, model, file, errors, strict, settings)
     elif single:
-        from protoprune.sharding import opened
+        from protoprune.shards.sharding import opened
 
         with opened(source.shards[0], source.root, options) as found:
             _say_found(found, errors)
@@ -151,7 +151,7 @@ def _embed_images(
     found: ImageList, model: Encoder, out: Path, errors: Path | None, strict: bool, settings: dict[str, Any]
 ) -> None:
     """Embed a list of images into one file, with progress, and say what became of it."""
-    from protoprune.embedding import embed as run
+    from protoprune.embedding.pipeline import embed as run
 
     started = time.monotonic()
     state = {"done": 0, "left": 0, "total": 0}
@@ -184,7 +184,7 @@ def _embed_images(
 
 
 def _number(option: str, text: str) -> int | None:
-    from protoprune.engine import MOST
+    from protoprune.embedding.engine import MOST
 
     if text == "auto":
         return None
@@ -197,7 +197,7 @@ def label_argument(
     labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool
 ) -> bool | str | os.PathLike[str] | LabelFile:
     """The `labels` argument of `list_folder`."""
-    from protoprune.labels import label_file
+    from protoprune.images.labels import label_file
 
     check_label_file(labels, column, names)
     if none and (labels is not None or level is not None):
@@ -232,7 +232,7 @@ def _shard_options(
 def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | None]:
     """(source of shards or None, entries of a list or None)."""
     from protoprune.formats import archive_kind
-    from protoprune.images import image_suffixes
+    from protoprune.images.listing import image_suffixes
     from protoprune.lists import split_list
     from protoprune.sources import find_shards, list_shards
     from protoprune.sources.finding import looks_like_shards
@@ -269,7 +269,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
 
 
 def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict[str, Any]) -> ImageList:
-    from protoprune.images import list_folder, list_paths
+    from protoprune.images.listing import list_folder, list_paths
 
     if entries is not None:
         return list_paths(entries, root, **classes)
@@ -290,7 +290,7 @@ def _say_listing(count: int) -> None:
 
 def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
-    from protoprune.images import describe_counts
+    from protoprune.images.listing import describe_counts
     from protoprune.sources.finding import SUFFIXES
 
     classes = f" in {many(len(found.classes), 'class', 'classes')} ({found.labels_from})" if found.classes else ""
@@ -349,10 +349,10 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
-    from protoprune.decode import Status
-    from protoprune.featurefile import NO_IMAGE, FeatureFile
+    from protoprune.features.featurefile import NO_IMAGE, FeatureFile
     from protoprune.files import write_file
-    from protoprune.images import describe_counts, why_left_out
+    from protoprune.images.decode import Status
+    from protoprune.images.listing import describe_counts, why_left_out
     from protoprune.lists import packed, table_chunks
 
     if report.failed:

@@ -35,7 +35,7 @@ def import_(
 ) -> None:
     """Make a feature file of vectors that you have already."""
     from protoprune.cli.embed import label_argument
-    from protoprune.importing import import_features
+    from protoprune.embedding.importing import import_features
 
     check_outputs(hdf5=out, inputs=[vectors, paths, labels, class_names])
     report = import_features(

@@ -168,7 +168,7 @@ class LabelOptions:
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of `load_examples` for the training and the test images."""
-        from protoprune.labels import label_file
+        from protoprune.images.labels import label_file
 
         files = (self.labels, self.test_labels)
         if files == (None, None):

@@ -29,7 +29,7 @@ def reshard(
 
     What lies beside an image in its tar (labels, captions) comes with it. Inputs are only read.
     """
-    from protoprune.resharding import reshard as write
+    from protoprune.shards.resharding import reshard as write
     from protoprune.sources import ShardOptions
 
     options = ShardOptions(image_column, None, id_column) if image_column or id_column else None
@@ -48,7 +48,7 @@ def reshard(
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")
     if len(report.fields) > 1:
-        from protoprune.images import describe_counts
+        from protoprune.images.listing import describe_counts
 
         say(
             f"images are in the fields {describe_counts(report.fields, 10)} of their samples: name all of them in your "

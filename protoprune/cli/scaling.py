@@ -84,7 +84,7 @@ def scaling(
     """
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
-    from protoprune.features import missing
+    from protoprune.features.opening import missing
     from protoprune.scores import check_reading
 
     need_stdout(out)

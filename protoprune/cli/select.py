@@ -208,7 +208,7 @@ def _write(
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
     from protoprune.files import CLASSES, write_links
-    from protoprune.images import folder_labels
+    from protoprune.images.listing import folder_labels
 
     paths = chosen.ranking.paths
     classes = folder_labels(paths)[1]
@@ -231,7 +231,7 @@ def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict[str, Any]
     are all zeros."""
     import numpy as np
 
-    from protoprune.decode import Status
+    from protoprune.images.decode import Status
 
     ranking, n = chosen.ranking, len(chosen.keep[rows])
     cluster, distance = np.full(n, -1), np.full(n, np.nan)
@@ -266,8 +266,8 @@ def _originals(ranking: Ranking, duplicate_of: np.ndarray) -> list[str]:
 def say_ranking(ranking: Ranking) -> None:
     import numpy as np
 
-    from protoprune.decode import Status
-    from protoprune.images import describe_counts
+    from protoprune.images.decode import Status
+    from protoprune.images.listing import describe_counts
 
     excluded = ranking.status != Status.OK
     say(f"{ranking.file}: {many(len(excluded), 'image')}")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from protoprune.encoders import Encoder
-    from protoprune.featureset import Part
-    from protoprune.sharding import SetReport, ShardReport
+    from protoprune.features.featureset import Part
+    from protoprune.shards.sharding import SetReport, ShardReport
     from protoprune.sources import ShardOptions
     from protoprune.sources.finding import Source
 
@@ -54,7 +54,7 @@ def embed_source(
     settings: dict[str, Any],
 ) -> None:
     """Embed a source of shards, say what became of it, and decide the exit code."""
-    from protoprune.sharding import embed_shards
+    from protoprune.shards.sharding import embed_shards
     from protoprune.sources.finding import describe_source
 
     started = time.monotonic()
@@ -105,7 +105,7 @@ def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int],
 
 
 def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
-    from protoprune.images import describe_counts
+    from protoprune.images.listing import describe_counts
 
     _say_left_out(report)
     if report.failed:
@@ -128,7 +128,7 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
 
 
 def _say_left_out(report: SetReport) -> None:
-    from protoprune.images import describe_counts
+    from protoprune.images.listing import describe_counts
 
     count = sum(report.skipped.values())
     if count:
@@ -149,8 +149,8 @@ def _say_left_out(report: SetReport) -> None:
 
 def _write_errors(errors: Path, report: SetReport) -> None:
     """Shards that failed, images that did, and what was left out of shards, as one list."""
-    from protoprune.features import local_path
-    from protoprune.featureset import FeatureSet
+    from protoprune.features.featureset import FeatureSet
+    from protoprune.features.opening import local_path
     from protoprune.files import write_file
     from protoprune.lists import packed, table_chunks
     from protoprune.stores import is_url
@@ -197,7 +197,7 @@ def launcher(
     if engine == "local":
         if address is not None:
             raise UsageError("--address goes with --engine ray")
-        from protoprune.launch import parse_devices
+        from protoprune.shards.launch import parse_devices
 
         share = ranks(rank, world_size)
         return {
@@ -218,8 +218,8 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a feature file.")] = False,
 ) -> None:
     """Make one feature file of a feature set."""
-    from protoprune.features import merge as run
-    from protoprune.images import is_feature_set
+    from protoprune.features.opening import merge as run
+    from protoprune.images.listing import is_feature_set
 
     if not is_feature_set(features):
         raise UsageError(f"{features}: no feature set; give the folder that `protoprune embed SHARDS` made")
@@ -229,7 +229,7 @@ def merge(
 
 def show_set(folder: str, errors: bool) -> bool:
     """Print what the shards of a set are at; whether it can be opened as a whole."""
-    from protoprune.featureset import read_plan
+    from protoprune.features.featureset import read_plan
     from protoprune.stores import public
 
     _, parts = read_plan(folder)
@@ -253,9 +253,10 @@ def show_set(folder: str, errors: bool) -> bool:
 
 def _makers(folder: str, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
-    from protoprune import remoteset, stores
-    from protoprune.featurefile import FeatureFile
-    from protoprune.featureset import shard_file
+    from protoprune import stores
+    from protoprune.features import remoteset
+    from protoprune.features.featurefile import FeatureFile
+    from protoprune.features.featureset import shard_file
 
     if stores.is_url(folder):
         return Counter(one["embedded_by"] for one in remoteset.notes(folder).values() if "embedded_by" in one)

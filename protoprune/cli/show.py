@@ -22,7 +22,8 @@ from protoprune.units import bytes_text, many
 if TYPE_CHECKING:
     import numpy as np
 
-    from protoprune.pruning import Clusters, Ranking, Source
+    from protoprune.pruning import Clusters, Ranking
+    from protoprune.pruning.ranking import Source
     from protoprune.records import Record
 
 
@@ -44,10 +45,10 @@ def info(
 
     A feature file, a feature set or a record, finished or not.
     """
-    from protoprune import hdf5
-    from protoprune.featurefile import FeatureFile, partial_path
-    from protoprune.features import open_features
-    from protoprune.images import is_feature_set
+    from protoprune.features import hdf5
+    from protoprune.features.featurefile import FeatureFile, partial_path
+    from protoprune.features.opening import open_features
+    from protoprune.images.listing import is_feature_set
     from protoprune.records import KIND as RECORD
     from protoprune.records import Record
     from protoprune.stores import given
@@ -80,7 +81,7 @@ def info(
 
 
 def _describe_features(file: Source) -> None:
-    from protoprune.images import describe_counts
+    from protoprune.images.listing import describe_counts
 
     facts = file.provenance
     usable, failures = int(file.usable.sum()), file.failure_counts()
@@ -217,10 +218,10 @@ def sheet(
     clustering: ClusterOptions,
 ) -> None:
     """Draw the easiest and the hardest images, or near-duplicates."""
-    from protoprune.current import digests_of
+    from protoprune.features.current import digests_of
     from protoprune.files import write_file
+    from protoprune.report.sheet import contact_sheet
     from protoprune.scores import check_reading
-    from protoprune.sheet import contact_sheet
     from protoprune.stores import given
 
     if by not in ("none", "class", "cluster"):
@@ -268,7 +269,7 @@ def _ranked(
     features: Path, scores: Path | None, reading: TableOptions, clusters: Clusters, duplicates: float | None, by: str
 ) -> Ranking:
     from protoprune import pruning
-    from protoprune.features import open_features
+    from protoprune.features.opening import open_features
     from protoprune.selection import check_duplicates
 
     if scores is not None:

@@ -356,7 +356,7 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
     k-NN's share of right labels, encoder."""
     import numpy as np
 
-    from protoprune.features import open_features
+    from protoprune.features.opening import open_features
     from protoprune.tuning.quality import knn_accuracy
 
     with open_features(path) as file:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def is_image_folder(path: Path) -> bool:
     """A folder of images; a feature set is a folder too."""
-    from protoprune.images import is_feature_set
+    from protoprune.images.listing import is_feature_set
 
     return path.is_dir() and not is_feature_set(path)
 
@@ -86,7 +86,7 @@ def load_sets(
 
 
 def _check_sets(source: Path, test: Path | None, model: str) -> None:
-    from protoprune.features import missing
+    from protoprune.features.opening import missing
 
     for path in (source, test):
         if path is not None and not path.exists():

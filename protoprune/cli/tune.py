@@ -19,7 +19,7 @@ from protoprune.errors import UsageError
 from protoprune.units import duration, many, rounded
 
 if TYPE_CHECKING:
-    from protoprune.pruning import Source
+    from protoprune.pruning.ranking import Source
     from protoprune.training.examples import Examples
     from protoprune.tuning.recipes import Pool
     from protoprune.tuning.running import Networks, Tuned
@@ -82,7 +82,7 @@ def tune(
     import time
 
     from protoprune.device import resolve_device
-    from protoprune.features import open_features
+    from protoprune.features.opening import open_features
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
@@ -160,8 +160,8 @@ def _check(
     features: Path,
     test: Path | None,
 ) -> None:
-    from protoprune.features import missing
-    from protoprune.images import is_feature_set
+    from protoprune.features.opening import missing
+    from protoprune.images.listing import is_feature_set
 
     if model == "head":
         raise UsageError("--model head: heads compare the recipes anyway; leave --model out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protoprune.decode import Preprocess
+from protoprune.images.decode import Preprocess
 
 SELF_SUPERVISED = "self-supervised"
 SUPERVISED = "supervised (ImageNet labels)"

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from protoprune.bounds import is_whole
-from protoprune.decode import DECODERS, Preprocess
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
 from protoprune.encoders.weights import load_weights
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images.decode import DECODERS, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def _set_pool(model: torch.nn.Module, pool: str | None, name: str) -> str:
 def _bundled(weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None) -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
     _require_torch(timm=False)
-    from protoprune.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
+    from protoprune.encoders.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
 
     if weights is not None:
         raise UsageError("--weights does not go with --encoder mini, whose weights are bundled; name an architecture")

@@ -152,7 +152,7 @@ def _ranker(
         return lambda rows, seed: known[rows]
 
     def by_prototype(rows: np.ndarray, seed: int) -> np.ndarray:
-        from protoprune import prototypes
+        from protoprune.clustering import prototypes
 
         assert features is not None  # `_check` has seen to it
         subset = np.asarray(features[rows], np.float32)

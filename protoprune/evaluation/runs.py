@@ -417,8 +417,8 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
 
 def check_sets(train: Examples, test: Examples) -> None:
     """UsageError unless a model trained on the one set can be tested on the other."""
+    from protoprune.clustering.vectors import check_finite
     from protoprune.training.examples import check_same_inputs, warn_of_shared
-    from protoprune.vectors import check_finite
 
     if list(train.classes) != list(test.classes):
         raise UsageError("the test set has other classes than the training set; load it with the same ones")

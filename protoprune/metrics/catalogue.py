@@ -26,7 +26,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.metrics import dynamics, ensembles, geometry
 
 if TYPE_CHECKING:
-    from protoprune.pruning import Source
+    from protoprune.pruning.ranking import Source
     from protoprune.records import Record
 
 # EL2N and GraNd are early scores: Data Diet (Paul et al. 2021) takes them from epoch 10 to 20 of 200. A shorter
@@ -108,8 +108,8 @@ def _check_options(name: str, metric: Metric, given: dict[str, Any]) -> None:
 def open_source(metric: Metric, path: str | os.PathLike[str], is_record: bool | None = None) -> Record | Source:
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
-    from protoprune import hdf5
-    from protoprune.features import open_features
+    from protoprune.features import hdf5
+    from protoprune.features.opening import open_features
     from protoprune.records import KIND, Record
 
     if metric.needs != "nothing":
@@ -403,7 +403,7 @@ def _moderate(file: Source) -> Scored:
 
 def _warn_of_lengths(distance: np.ndarray, file: Source) -> None:
     """As a Euclidean ranking by prototypes does: distances that lengths explain say little about images."""
-    from protoprune.pruning import BY_LENGTH
+    from protoprune.pruning.ranking import BY_LENGTH
     from protoprune.scores import spearman
 
     known = ~np.isnan(distance)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protoprune import vectors
 from protoprune.bounds import check_number
+from protoprune.clustering import vectors
 from protoprune.ids import hashes, shuffled
 
 K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by one unless told otherwise

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from protoprune import pruning, selection
-from protoprune.decode import Status
+from protoprune.clustering.vectors import Rows
 from protoprune.ids import row_type
-from protoprune.images import describe_counts
+from protoprune.images.decode import Status
+from protoprune.images.listing import describe_counts
 from protoprune.pruning import Selected
 from protoprune.report import maps, results, stops
 from protoprune.report.stops import NEVER, Stops
-from protoprune.vectors import Rows
 
 POINTS = 50_000  # of the map
 ENDS = 24  # images at each end of a gallery

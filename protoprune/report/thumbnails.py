@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protoprune.decode import ImageError
-from protoprune.sheet import thumbnail
+from protoprune.images.decode import ImageError
+from protoprune.report.sheet import thumbnail
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from protoprune import buckets
+from protoprune.clustering import buckets
+from protoprune.clustering.vectors import Rows
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes_of, row_type
 from protoprune.units import many
-from protoprune.vectors import Rows
 
 LARGEST = 8192  # images a group: a kernel of 256 MiB
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from protoprune import buckets, vectors
+from protoprune.clustering import buckets, vectors
 from protoprune.errors import UsageError
 from protoprune.ids import hashes_of, row_type
 

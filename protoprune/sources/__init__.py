@@ -7,11 +7,14 @@ as a whole is a `ShardError`; what is wrong with one image is a status of that i
 """
 
 import os
+from collections.abc import Iterable
 
-from protoprune.sources.finding import Shard, Source, list_shards, local_shards
+from protoprune.errors import ProtopruneError
+from protoprune.sources.finding import Shard, Source, local_list, local_shards
 from protoprune.sources.reading import open_shard
-from protoprune.sources.remote import find_remote
+from protoprune.sources.remote import find_remote, list_remote
 from protoprune.sources.shard import ShardError, ShardImages, ShardOptions
+from protoprune.stores import given
 
 __all__ = ["Shard", "ShardError", "ShardImages", "ShardOptions", "Source", "find_shards", "list_shards", "open_shard"]
 
@@ -25,3 +28,13 @@ def find_shards(spec: str | os.PathLike[str]) -> Source | None:
     """
     spec = os.fspath(spec)
     return find_remote(spec) if "://" in spec else local_shards(spec)
+
+
+def list_shards(paths: Iterable[str], root: str | os.PathLike[str] | None = None) -> Source:
+    """The shards of a list, absolute or relative to `root` (default: as for lists of images); or URLs, all of them."""
+    paths = list(dict.fromkeys(path for path in paths if path))
+    if not paths:
+        raise ProtopruneError("the list of shards is empty; give one path a line")
+    if any("://" in path for path in paths):
+        return list_remote(paths, None if root is None else given(root))
+    return local_list(paths, root)

@@ -18,8 +18,8 @@ from functools import partial
 from typing import IO, Any
 
 from protoprune import formats
-from protoprune.decode import ImageError, Status
-from protoprune.images import image_suffixes, why_no_image
+from protoprune.images.decode import ImageError, Status
+from protoprune.images.listing import image_suffixes, why_no_image
 from protoprune.sources.keys import key_of, levels, owner, stem_of
 from protoprune.sources.shard import (
     LABEL_KEYS,
@@ -35,6 +35,7 @@ from protoprune.sources.shard import (
     reason_of,
 )
 from protoprune.text import native, parse_json, plain_bytes
+from protoprune.unpacking import read_member
 
 _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
 
@@ -166,12 +167,7 @@ def _with_slashes(info: zipfile.ZipInfo) -> str:
 def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """A member, from any thread. Raises ImageError."""
     try:
-        with archive.open(info) as member:
-            # The size that the zip claims is a bound, whatever is packed in it. Of bzip2 and LZMA zipfile unpacks
-            # at once what it has read, and 40 bytes may be 45 MB: so it reads little.
-            member.MIN_READ_SIZE = 64  # type: ignore[attr-defined] # of a ZipExtFile, which `open` is typed without
-            step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 64
-            return b"".join(iter(lambda: member.read(step), b""))
+        return read_member(archive, info)
     except RuntimeError:  # zipfile's word for a password
         raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
     except NotImplementedError as error:
@@ -184,8 +180,7 @@ def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
-        with archive.open(info) as opened:
-            return opened.read(512)
+        return read_member(archive, info, 512)
     except Exception:
         return b""
 

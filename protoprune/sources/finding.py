@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
-from protoprune.images import describe_counts, is_image_name
-from protoprune.stores import given, without_query
+from protoprune.images.listing import describe_counts, is_image_name
+from protoprune.stores import without_query
 from protoprune.text import parse_json
 from protoprune.units import bytes_text, many
 
@@ -62,15 +62,8 @@ def local_shards(spec: str) -> Source | None:
     return _pattern(spec)
 
 
-def list_shards(paths: Iterable[str], root: str | os.PathLike[str] | None = None) -> Source:
-    """The shards of a list, absolute or relative to `root` (default: as for lists of images); or URLs, all of them."""
-    paths = list(dict.fromkeys(path for path in paths if path))
-    if not paths:
-        raise ProtopruneError("the list of shards is empty; give one path a line")
-    if any("://" in path for path in paths):
-        from protoprune.sources.remote import list_remote
-
-        return list_remote(paths, None if root is None else given(root))
+def local_list(paths: list[str], root: str | os.PathLike[str] | None = None) -> Source:
+    """The shards of a list on this machine, see `list_shards`."""
     if root is None:
         root = os.getcwd()
         if all(os.path.isabs(path) for path in paths):

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from protoprune import stores
-from protoprune.current import content_digest
-from protoprune.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.errors import ProtopruneError, warn
+from protoprune.features.current import content_digest
 from protoprune.files import leads_out
+from protoprune.images.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.sources.finding import Shard, split_id
 from protoprune.sources.reading import open_shard
 from protoprune.sources.shard import ShardError, ShardImages, ShardOptions

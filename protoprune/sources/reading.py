@@ -14,9 +14,7 @@ import io
 import itertools
 import lzma
 import os
-import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -24,15 +22,16 @@ from typing import IO
 
 import numpy as np
 
-from protoprune.decode import Status
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images import folder_labels
+from protoprune.images.decode import Status
+from protoprune.images.listing import FOLDERS, folder_labels
 from protoprune.sources.archives import read_tar, read_zip
 from protoprune.sources.finding import Shard
-from protoprune.sources.shard import FOLDERS, Found, ShardError, ShardImages, ShardOptions, reason_of
+from protoprune.sources.shard import Found, ShardError, ShardImages, ShardOptions, reason_of
 from protoprune.sources.tables import read_table
 from protoprune.text import native
+from protoprune.unpacking import Spool, TooMuchError
 
 _UNPACK: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
     "a gzip file": lambda file: gzip.GzipFile(fileobj=file), "a bzip2 file": bz2.BZ2File, "an xz file": lzma.LZMAFile,
@@ -54,6 +53,9 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
     except FileNotFoundError:
         stack.close()
         raise ShardError(Status.MISSING, "no such file") from None
+    except TooMuchError as error:
+        stack.close()
+        raise ShardError(Status.TOO_LARGE, str(error)) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         stack.close()
         cut = isinstance(error, EOFError)
@@ -77,9 +79,12 @@ def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> Foun
         raise ShardError(Status.EMPTY, "the file has zero bytes")
     if kind is not None and kind in _UNPACK:
         file.seek(0)
-        packed, file = file, stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        with _UNPACK[kind](packed) as unpacked:
-            shutil.copyfileobj(unpacked, file, 1 << 20)
+        spool = Spool(os.path.getsize(path), stack)
+        with _UNPACK[kind](file) as unpacked:
+            while data := unpacked.read(1 << 20):
+                spool.add(data)
+        spool.flush()
+        file = spool.file
         file.seek(0)
         kind = archive_kind(file.read(512))
     file.seek(0)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import posixpath
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,9 @@ from functools import partial
 from typing import Any
 
 from protoprune import stores
-from protoprune.decode import Status
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images import describe_counts, image_suffixes
+from protoprune.images.decode import Status
+from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.sources.finding import (
     SUFFIXES,
     Shard,
@@ -211,70 +210,11 @@ def fetched(shard: Shard) -> Iterator[str]:
         yield path
 
 
-class Copies:
-    """Copies of remote shards on this machine's disk: the one in use, and the next one, fetched meanwhile."""
-
-    def __init__(self) -> None:
-        self._coming: _Coming | None = None
-
-    @contextlib.contextmanager
-    def of(self, shard: Shard, ahead: Shard | None = None) -> Iterator[str]:
-        """The path of a shard on this machine; `ahead` is fetched from then on, the one that will be wanted next.
-
-        Raises ShardError.
-        """
-        if "://" not in shard.url:
-            yield shard.url
-            return
-        coming, self._coming = self._coming, None
-        if coming is None or coming.shard != shard:
-            if coming is not None:
-                coming.drop()
-            coming = _Coming(shard)
-        try:
-            path = coming.path()
-            if ahead is not None and "://" in ahead.url and ahead.size >= 0:
-                self._coming = _Coming(ahead)
+@contextlib.contextmanager
+def local_copy(shard: Shard) -> Iterator[str]:
+    """The path of a shard on this machine, which is its own where it lies here. Raises ShardError."""
+    if "://" in shard.url:
+        with fetched(shard) as path:
             yield path
-        finally:
-            coming.drop()
-
-    def close(self) -> None:
-        """Forget what was fetched for nothing."""
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            coming.drop()
-
-
-class _Coming:
-    """A shard on its way, in a thread, which keeps the copy until it is dropped."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        self._arrived, self._dropped = threading.Event(), threading.Event()
-        self._path = ""
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fetch, daemon=True)
-        self._thread.start()
-
-    def _fetch(self) -> None:
-        try:
-            with fetched(self.shard) as self._path:
-                self._arrived.set()
-                self._dropped.wait()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._arrived.set()
-
-    def path(self) -> str:
-        """Where the copy is, as soon as it is there. Raises what the fetching raised."""
-        self._arrived.wait()
-        if self._error is not None:
-            raise self._error
-        return self._path
-
-    def drop(self) -> None:
-        self._dropped.set()
-        if self._arrived.is_set():
-            self._thread.join()  # it removes the copy
+    else:
+        yield shard.url

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from protoprune import formats
-from protoprune.decode import ImageError, Status, check_bytes
 from protoprune.errors import UsageError
-from protoprune.images import ImageList
+from protoprune.images.decode import ImageError, Status, check_bytes
+from protoprune.images.listing import ImageList
 from protoprune.text import parse_json
 
 # The keys of .json files, and columns of tables, that are classes; the surest first.
 LABEL_KEYS = ("label", "class", "cls", "class_name", "label_name", "category", "target")
-FOLDERS = "folders in the shards"  # where classes come from
 _SUFFIX = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of Pillow's names; others in lower case
 _WITHOUT_COLUMNS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 

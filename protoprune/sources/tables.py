@@ -11,13 +11,12 @@ import math
 import os
 import posixpath
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from protoprune.decode import Status
-from protoprune.images import image_suffixes
+from protoprune.images.decode import Status
+from protoprune.images.listing import image_suffixes
 from protoprune.sources.shard import (
     LABEL_KEYS,
     Found,
@@ -31,6 +30,7 @@ from protoprune.sources.shard import (
     reason_of,
 )
 from protoprune.text import parse_json
+from protoprune.unpacking import Spool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,9 +52,11 @@ def read_table(path: str, file: IO[bytes], options: ShardOptions, stack: context
         label, names = _label_column(schema, options, image)
         if options.id_column is not None and options.id_column not in schema.names:
             raise ShardError(Status.CORRUPT, f"has no column {options.id_column}, only {', '.join(schema.names)}")
-        spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        spool = Spool(os.path.getsize(path), stack)
         places: list[tuple[int, int]] = []
-        found = Found(lambda row: pread(spool.fileno(), *places[row]), labels_from=f"column {label}" if label else "")
+        found = Found(
+            lambda row: pread(spool.file.fileno(), *places[row]), labels_from=f"column {label}" if label else ""
+        )
         top = label if label in schema.names else (label or "").partition(".")[0]
         columns = [*dict.fromkeys(filter(None, (image, top, options.id_column)))]
         for batch in batches(columns):
@@ -217,7 +219,7 @@ def _spool(
     label: str | None,
     names: list[str],
     id_column: str | None,
-    spool: IO[bytes],
+    spool: Spool,
     found: Found,
     places: list[tuple[int, int]],
 ) -> None:
@@ -234,8 +236,7 @@ def _spool(
             found.failed[row] = status, why
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
-        places.append((spool.tell(), len(data)))
-        spool.write(data)
+        places.append(spool.add(data))
         add_image(found, _id(own), len(data), class_name(one, names))
 
 
@@ -263,7 +264,7 @@ class _Columns:
         self.file, self.image, self.names, self.stack = file, image, names, stack
         self.rows: dict[str, dict[str, Any]] | None = None
         self.places: dict[str, dict[str, tuple[int, int]]] = {}  # name -> column -> (offset, bytes)
-        self.spool: IO[bytes] | None = None
+        self.spool: Spool | None = None
 
     def of(self, name: str) -> list[tuple[str, bytes]]:
         if self.rows is None:
@@ -274,7 +275,7 @@ class _Columns:
         if row := self.rows.get(name):
             files.append((f"{stem}.json", json.dumps(_without_nan(row), default=str).encode()))
         for column, (offset, size) in self.places.get(name, {}).items():
-            data = pread(self.spool.fileno(), offset, size) if self.spool else b""
+            data = pread(self.spool.file.fileno(), offset, size) if self.spool else b""
             files.append((f"{stem}.{re.sub('[./]', '_', column)}.{kind_of(data)}", data))
         return files
 
@@ -287,15 +288,14 @@ class _Columns:
             return {}
         rows: dict[str, dict[str, Any]] = {}
         names = iter(self.names)
-        spool = self.spool = self.stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with the shard
+        spool = self.spool = Spool(os.fstat(self.file.fileno()).st_size, self.stack)
         for batch in batches(wanted):
             for row in batch.to_pylist():
                 rows[name := next(names)] = row
                 for column in of_bytes:
                     cell = row.pop(column)
                     if data := cell.get("bytes") if isinstance(cell, dict) else cell:
-                        self.places.setdefault(name, {})[column] = spool.tell(), len(data)
-                        spool.write(data)
+                        self.places.setdefault(name, {})[column] = spool.add(data)
         spool.flush()
         return rows
 

@@ -21,21 +21,21 @@ import torch
 import xxhash
 
 from protoprune import files
-from protoprune.crew import Crew
-from protoprune.decode import Preprocess, Status, load, silence_libtiff
+from protoprune.clustering.vectors import check_finite
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.featurefile import KEY, key_differences
-from protoprune.features import missing, open_features
-from protoprune.images import ImageList, is_feature_set, list_folder
+from protoprune.features.featurefile import KEY, key_differences
+from protoprune.features.opening import missing, open_features
+from protoprune.images.crew import Crew
+from protoprune.images.decode import Preprocess, Status, load, silence_libtiff
+from protoprune.images.listing import ImageList, is_feature_set, list_folder
 from protoprune.memory import free_memory
 from protoprune.npy import load_npz
 from protoprune.units import bytes_text, many
-from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
-    from protoprune.images import Labels
-    from protoprune.pruning import Source
+    from protoprune.images.listing import Labels
+    from protoprune.pruning.ranking import Source
 
 Progress = Callable[[int, int], None]  # (done, total)
 _MEMORY_SHARE = 0.5  # of the free memory may hold pixels; more asks for a cache file

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from protoprune import files, hdf5, records
+from protoprune import files, records
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.features import hdf5
 from protoprune.text import parse_json
 from protoprune.training import heads, loop, per_example
 from protoprune.training.examples import Examples, check_same_inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protoprune.vectors import Rows
+from protoprune.clustering.vectors import Rows
 
 GALLERY, QUERIES = 8000, 2000  # images that are looked at, at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # Wu et al. 2018

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from protoprune import prototypes, pruning
-from protoprune.decode import Status
+from protoprune import pruning
+from protoprune.clustering import prototypes
 from protoprune.ids import Known, row_type
+from protoprune.images.decode import Status
 
 CALM = 0.5  # the paper's share for --balance
 DROPPED = 0.1  # tried for --drop-hardest

@@ -22,6 +22,7 @@ import numpy as np
 
 import protoprune
 from protoprune.bounds import check_number, check_seed, check_whole
+from protoprune.clustering.vectors import check_finite
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.runs import shared_key
 from protoprune.evaluation.statistics import Interval
@@ -31,7 +32,6 @@ from protoprune.tuning.choosing import Standing
 from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, Ranks, candidates
 from protoprune.units import many
-from protoprune.vectors import check_finite
 
 if TYPE_CHECKING:
     from protoprune.training.converged import Head, Space

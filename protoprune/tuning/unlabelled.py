@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoprune import prototypes
+from protoprune.clustering import prototypes
+from protoprune.clustering.vectors import check_finite
 from protoprune.errors import UsageError
 from protoprune.selection import check_keep
 from protoprune.tuning.recipes import RANDOM, Candidate, Part, Pool
-from protoprune.vectors import check_finite
 
 SAMPLE = 5000  # images that distances and neighbours are measured for
 NEIGHBOURS = 10

@@ -8,7 +8,8 @@ import numpy as np
 from claims import OPEN, Claim, bars, claim, decide, gap, gathered
 from lab import Lab
 
-from protoprune import prototypes, selection
+from protoprune import selection
+from protoprune.clustering import prototypes
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs
 

@@ -14,7 +14,8 @@ import numpy as np
 from claims import Claim, bars, claim, fractions_axis, gap
 from lab import Lab, accuracies, drawn, table_of
 
-from protoprune import prototypes, selection
+from protoprune import selection
+from protoprune.clustering import prototypes
 from protoprune.evaluation.comparing import time_to
 from protoprune.evaluation.runs import Run, steps_for
 from protoprune.training import loop

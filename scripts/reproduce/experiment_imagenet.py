@@ -12,7 +12,8 @@ import numpy as np
 from claims import Claim, bars, claim, fractions_axis, gap
 from lab import Lab, drawn
 
-from protoprune import prototypes, selection
+from protoprune import selection
+from protoprune.clustering import prototypes
 from protoprune.evaluation.runs import Run, steps_for
 
 SOURCE = "Sorscher et al. 2022, section 5"

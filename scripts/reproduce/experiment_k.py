@@ -11,7 +11,8 @@ import numpy as np
 from claims import Claim, bars, claim, gap, interval_text, listed, same
 from lab import Lab, drawn
 
-from protoprune import prototypes, selection
+from protoprune import selection
+from protoprune.clustering import prototypes
 from protoprune.evaluation.runs import Run
 
 SOURCE = "Sorscher et al. 2022"

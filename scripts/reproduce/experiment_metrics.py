@@ -11,7 +11,7 @@ from lab import Lab
 
 from protoprune import comparison, selection
 from protoprune.evaluation import Kept, evaluate, report
-from protoprune.featurefile import FeatureFile
+from protoprune.features.featurefile import FeatureFile
 from protoprune.files import write_file
 from protoprune.metrics.catalogue import METRICS, score
 from protoprune.records import Record

@@ -17,9 +17,10 @@ from claims import Claim, bars, claim, fractions_axis, gap
 from lab import Lab, accuracies, drawn, stratified_rows, subset, table_of, vectors_of
 
 import protoprune
-from protoprune import prototypes, selection
+from protoprune import selection
+from protoprune.clustering import prototypes
 from protoprune.evaluation.runs import Run, steps_for
-from protoprune.images import list_paths
+from protoprune.images.listing import list_paths
 from protoprune.training import loop
 from protoprune.training.examples import load_examples
 from protoprune.training.loop import Recipe

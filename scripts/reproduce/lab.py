@@ -220,7 +220,7 @@ class Lab:
 
     def image_list(self, name: str, split: str):
         """The `ImageList` of one split."""
-        from protoprune.images import list_folder, list_paths
+        from protoprune.images.listing import list_folder, list_paths
 
         if not self.unsplit(name):
             return list_folder(self.splits(name)[split != "train"])
@@ -235,7 +235,7 @@ class Lab:
 
     def embedded(self, images, name: str) -> Path:
         """The feature file of these images, an `ImageList`, by the encoder of the settings."""
-        from protoprune.embedding import embed
+        from protoprune.embedding.pipeline import embed
         from protoprune.encoders import load_encoder
 
         encoder = self.settings.get("encoder", "mini")

@@ -1,0 +1,448 @@
+"""HDF5 files that survive being killed: space allocated first, and names as blocks of bytes.
+
+The one place that knows how HDF5 behaves; `featurefile` and `records` say what is in their files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import re
+import uuid
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+import xxhash
+
+import protoprune
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import seals
+from protoprune.files import leads_out
+from protoprune.paths import STEP, Block, Paths, encoded
+from protoprune.text import native
+
+_LARGEST_ATTRIBUTE = 1 << 20  # bytes
+_LARGEST_STRUCTURE = 16 << 20  # bytes of a file of ours that belong to no dataset
+_PIECE = 1 << 22  # bytes of names that are read at once
+_TRIES = 10  # to open a file whose name is taken by another one meanwhile
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a dataset must be: its types, and its shape in dimensions that other datasets share ('n'), fixed ones (1024)
+    and ones of its own ('*')."""
+
+    types: tuple[str, ...]  # numpy's names
+    shape: tuple[str | int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: the `format` and `format_version` attributes that mark it, what is in it, how to speak of it."""
+
+    format: str
+    version: int
+    what: str  # 'feature file'
+    command: str  # the command that makes one
+    layout: Mapping[str, Column]
+    attributes: tuple[str, ...]  # those that are always there
+
+    @property
+    def maker(self) -> str:
+        """'protoprune embed'"""
+        return " ".join(self.command.split()[:2])
+
+
+class Reader:
+    """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
+
+    Attributes: path, file (h5py), raw (the same file, plainly open), attributes (plain values), dims (name of a
+    dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it is used; in files
+    of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is wrong is one
+    ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
+    """
+
+    def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
+        self.path, self.kind = path, kind
+        self.raw, self.seal, self.file = self._open(mode)
+        self._close_raw = weakref.finalize(self, self.raw.close)  # some callers leave closing to garbage collection
+        try:
+            with self.trouble("its attributes"):
+                self.attributes = {name: _attribute(self.file, name) for name in self.file.attrs}
+            missing = [name for name in kind.attributes if name not in self.attributes]
+            if missing:
+                raise self.damaged(f"it has no attribute {missing[0]}")
+            with self.trouble("its HDF5 structure"):
+                self.dims = self._check_layout()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._close_raw()
+        with contextlib.suppress(OSError, RuntimeError):
+            self.file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self.raw.fileno()).st_size
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A dataset as a memory map, unchecked: HDF5 is slow at single rows."""
+        data = self.file[name]
+        if not data.size:
+            return np.empty(data.shape, data.dtype)
+        memory = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(memory, data.dtype, data.size, data.id.get_offset()).reshape(data.shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def whole(self, name: str) -> np.ndarray:
+        """A dataset, checked."""
+        with self.trouble(f"its {name}"):
+            array = self.file[name][()]
+        was = self.seal.digest(name) if self.seal else None
+        if was is not None and seals.digest(array) != was:
+            raise self.damaged(f"its {name} is not what was written")
+        return array
+
+    def names(self, name: str, count: int | None = None) -> list[str]:
+        """The names of a `block`, of which there must be `count`."""
+        names = os.fsdecode(self.whole(name).tobytes()).split("\0")
+        if names.pop() or count not in (None, len(names)):
+            raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
+        return names
+
+    def ids(self, name: str, count: int | None) -> list[str]:
+        """The `names` of images, which are refused where one is no path below a folder: links and reads follow them."""
+        names = self.names(name, count)
+        self._refuse_outside(name, names)
+        return names
+
+    def _refuse_outside(self, name: str, names: Sequence[str]) -> None:
+        if (outside := next(filter(leads_out, names), None)) is not None:
+            raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
+
+    def paths(self, name: str, count: int) -> Paths:
+        """The `ids` of images, of which there must be `count`, checked now and read when they are asked for.
+
+        Where each row begins is known of every STEPth: names are read from the one before.
+        """
+        data, digest = self.file[name], xxhash.xxh3_64()
+        places, seen, last, odd = [np.zeros(1, np.int64)], 0, b"\0", False
+        for start in range(0, len(data), _PIECE):
+            with self.trouble(f"its {name}"):
+                piece = data[start : start + _PIECE]
+            digest.update(piece)
+            text = last + piece.tobytes()
+            odd = odd or any(mark in text for mark in (b"\0\0", b"\0/", b".."))
+            ends, last = np.flatnonzero(piece == 0), text[-1:]
+            places.append(start + 1 + ends[-(seen + 1) % STEP :: STEP])
+            seen += len(ends)
+        was = self.seal.digest(name) if self.seal else None
+        if was is not None and digest.hexdigest() != was:
+            raise self.damaged(f"its {name} is not what was written")
+        if last != b"\0" or seen != count:
+            raise self.damaged(f"its {name} is no list of {count:,} names")
+        every, start = np.concatenate([*places, [len(data)]]), data.id.get_offset() or 0
+        damaged = partial(_damaged, self.path, self.kind, f"its {name}")
+        paths = Paths(count, Block(os.dup(self.raw.fileno()), start, every, damaged).read)
+        if odd:
+            self._refuse_outside(name, paths)
+        return paths
+
+    def within(self, name: str, low: int, high: int) -> np.ndarray:
+        """A dataset of whole numbers from low to high - 1, checked."""
+        array = self.whole(name)
+        if array.size and not (low <= array.min() and array.max() < high):
+            raise self.damaged(f"its {name} holds {array.min()} to {array.max()}, expected {low} to {high - 1}")
+        return array
+
+    def check_sealed(self) -> None:
+        """ProtopruneError unless every dataset with a digest in the seal is what was written."""
+        for name in self.damaged_datasets():
+            raise self.damaged(f"its {name} is not what was written")
+
+    def damaged_datasets(self, only: Collection[str] | None = None) -> list[str]:
+        """Names of the datasets, or of `only` some of them, that are not what the seal says; none without a seal."""
+        return seals.damaged_datasets(self.raw, self.seal, only) if self.seal else []
+
+    def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
+        """The error that says what is damaged, and the way on."""
+        return _damaged(self.path, self.kind, what, way_on)
+
+    @contextlib.contextmanager
+    def trouble(self, what: str) -> Iterator[None]:
+        """Whatever h5py raises while it reads `what` becomes one line."""
+        try:
+            yield
+        except ProtopruneError:
+            raise
+        except _TROUBLES:
+            if self.raw.closed:
+                raise ProtopruneError(f"{self.path}: was closed, and is read no more; open it again") from None
+            raise self.damaged(what) from None
+
+    def _open(self, mode: str) -> tuple[BinaryIO, seals.Seal | None, h5py.File]:
+        """(the file, its seal, the file in HDF5): one file, though another may take its name at this very moment."""
+        for _ in range(_TRIES):
+            try:
+                self.raw = raw = open(self.path, "rb")  # noqa: SIM115 - it stays open
+            except OSError:
+                open_file(self.path, mode, self.kind).close()  # says why
+                continue
+            try:
+                seal = seals.read(raw)
+                with self.trouble("its HDF5 structure"):
+                    file = open_file(self.path, mode, self.kind)
+                if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
+                    return raw, seal, file
+                file.close()
+            except seals.Damaged as error:
+                raw.close()
+                raise self.damaged(str(error)) from None
+            except BaseException:
+                raw.close()
+                raise
+            raw.close()
+        raise ProtopruneError(f"{self.path}: another file takes its place again and again; run it when that has ended")
+
+    def _check_layout(self) -> dict[str, int]:
+        """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
+        size = self.size
+        dims: dict[str, int] = {}
+        self._names = set(self.file)
+        for name in sorted({*self.kind.layout, *self._names}):
+            column = self.kind.layout.get(name)
+            if name not in self._names:
+                if column is not None and not column.optional:
+                    raise self.damaged(f"it has no {name}")
+                continue
+            dataset = self.file[name]
+            if not isinstance(dataset, h5py.Dataset):
+                raise self.damaged(f"its {name} is not a dataset")
+            _check_stored(self, dataset, size)
+            if column is not None and not _fits(dataset, column, dims):
+                raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
+        return dims
+
+
+# What h5py raises over damaged files, by where it stumbles.
+_TROUBLES = (
+    OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, ArithmeticError,
+    SystemError,
+)  # fmt: skip
+
+
+def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneError:
+    if path.endswith(".partial"):
+        return ProtopruneError(f"{path}: a damaged unfinished run ({what}); delete it and run `{kind.maker}` again")
+    way_on = way_on or f"take a copy that is whole, or run `{kind.maker}` again with --overwrite"
+    return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
+
+
+def _attribute(file: h5py.File, name: str) -> Any:
+    identity = h5py.h5a.open(file.id, name.encode())
+    if identity.shape not in ((), None) or identity.get_storage_size() > _LARGEST_ATTRIBUTE:
+        raise ValueError("an attribute of this size is none of ours")
+    return plain(file.attrs[name])
+
+
+def _check_stored(reader: Reader, dataset: h5py.Dataset, size: int) -> None:
+    """Raise ProtopruneError unless all of the dataset lies in the file, as it is in memory."""
+    plist, name = dataset.id.get_create_plist(), dataset.name.lstrip("/")
+    if dataset.dtype.kind not in "iufS":
+        raise reader.damaged(f"its {name} is of type {dataset.dtype}")
+    if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
+        raise reader.damaged(f"its {name} is not stored as one piece; `h5repack -f NONE -l CONTI` may mend that")
+    need = math.prod(dataset.shape) * dataset.dtype.itemsize
+    offset = dataset.id.get_offset()
+    if need and (offset is None or dataset.id.get_storage_size() != need or offset + need > size):
+        raise reader.damaged(f"its {name} of shape {dataset.shape} does not fit into a file of {size:,} bytes")
+
+
+def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
+    """Whether type and shape are as they must be; notes the dimensions that it is the first to have."""
+    if dataset.dtype.name not in column.types and dataset.dtype.str not in column.types:
+        return False
+    if len(dataset.shape) != len(column.shape):
+        return False
+    for here, length in zip(column.shape, dataset.shape, strict=True):
+        if here != "*" and (dims.setdefault(here, length) if isinstance(here, str) else here) != length:
+            return False
+    return True
+
+
+class _Endless(ValueError):
+    """Reading on would never end."""
+
+
+def _check_heaps(path: str, file: h5py.File) -> None:
+    """Raise _Endless where HDF5 would never come to the end of a heap of attributes' texts.
+
+    It follows the sizes of the heap's objects without a look at where they lead. A seal says before HDF5 is asked that
+    they are what was written; files of earlier versions have none.
+    """
+    if seals.format_of(path) is not None:
+        return
+    try:
+        extents = [(file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file]
+    except _TROUBLES:  # a group, or damage, about which others say more
+        extents = []
+    end, gaps = 0, []
+    for offset, size in sorted(extents):
+        gaps.append((end, offset))
+        end = max(end, offset + size)
+    gaps.append((end, os.path.getsize(path)))
+    if sum(max(0, last - first) for first, last in gaps) > _LARGEST_STRUCTURE:
+        return  # none of ours
+    with open(path, "rb") as raw:
+        for first, last in gaps:
+            raw.seek(first)
+            text = raw.read(max(0, last - first))
+            for found in re.finditer(b"GCOL", text):
+                if not _ends(text, found.start()):
+                    raise _Endless(f"the heap at byte {first + found.start()}")
+
+
+def _ends(text: bytes, place: int) -> bool:
+    """Whether HDF5's walk over a global heap (signature, version, size; then number, count, size of each object) ends:
+    it adds 64-bit numbers, and nothing keeps it from standing still or going back."""
+    whole = int.from_bytes(text[place + 8 : place + 16], "little")
+    end, place = min(place + whole, len(text)), place + 16
+    while place + 16 <= end:
+        number, size = int.from_bytes(text[place : place + 2], "little"), text[place + 8 : place + 16]
+        need = int.from_bytes(size, "little")
+        if number:
+            need = (16 + (need + 7) // 8 * 8) % (1 << 64)
+        if not 0 < need < 1 << 63:
+            return False
+        place += need
+    return True
+
+
+def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
+    """The file, if it is there, can be read and is of this kind; else ProtopruneError."""
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`")
+    try:
+        file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
+    except OSError as error:
+        if isinstance(error, PermissionError) or "ermission" in str(error):
+            raise ProtopruneError(f"{path}: permission denied") from None
+        if "unable to lock" in str(error):  # not merely "lock": a truncated file's message names its superblock
+            raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
+        if path.endswith(".partial"):
+            raise _damaged(path, kind, "not a readable HDF5 file") from None
+        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{kind.maker}` wrote") from None
+    try:
+        _check_heaps(path, file)
+        format, version = _attribute(file, "format"), _attribute(file, "format_version")
+    except _Endless:
+        file.close()
+        raise _damaged(path, kind, "its HDF5 structure") from None
+    except _TROUBLES:
+        format = version = None
+    if format != kind.format:
+        file.close()
+        raise ProtopruneError(f"{path}: an HDF5 file, but not a {kind.what} of `{kind.maker}`")
+    if version != kind.version:
+        file.close()
+        raise ProtopruneError(f"{path}: {kind.what} version {version}, this program reads {kind.version}; upgrade it")
+    return file
+
+
+def create(path: str, kind: Kind) -> h5py.File:
+    """A new file that is marked with its kind, a uuid, the date and our version; `seal` it when it is laid out."""
+    file = h5py.File(path, "w", userblock_size=seals.BLOCK, libver=("earliest", "v110"), locking="best-effort")
+    file.attrs["format"], file.attrs["format_version"] = kind.format, kind.version
+    file.attrs["uuid"] = uuid.uuid4().hex
+    file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    file.attrs["protoprune"] = protoprune.__version__
+    return file
+
+
+def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
+    """Seal a new file that is laid out; the datasets in `changing` are still to be written."""
+    with h5py.File(path, "r") as file:
+        extents = {name: (file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file}
+    seals.make(path, kind.format, extents, [name for name in extents if name not in changing])
+
+
+def format_of(path: str) -> str | None:
+    """What an HDF5 file says that it is, by seal or attributes: '' for nothing, None where it cannot be read."""
+    try:
+        if (known := seals.format_of(path)) is not None:
+            return known or None  # of a damaged seal HDF5 is not asked, which may never answer
+        with h5py.File(path, "r", locking="best-effort") as file:
+            _check_heaps(path, file)
+            return _attribute(file, "format") if "format" in file.attrs else ""
+    except _TROUBLES:
+        return None
+
+
+def check_replaceable(path: str, kind: Kind) -> None:
+    """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
+    format = format_of(path)
+    if format is None:
+        with open(path, "rb") as file:
+            damaged = file.read(len(seals.SIGNATURE)) in (b"", seals.SIGNATURE) or seals.format_of(path) == ""
+        format = kind.format if damaged else None
+    if format != kind.format:
+        raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
+
+
+def dataset(
+    file: h5py.File,
+    name: str,
+    data: np.ndarray | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtype: np.dtype | type | str | None = None,
+) -> None:
+    """A contiguous dataset whose space exists from the start; without data it is left as the file system's zeros."""
+    shape, dtype = (data.shape, data.dtype) if data is not None else (shape or (), dtype)
+    if 0 in shape:  # h5py stores an empty array without space
+        file.create_dataset(name, shape, dtype)
+        return
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
+    if data is not None:
+        file[name][...] = data
+
+
+def block(names: Sequence[str]) -> np.ndarray:
+    """Names as one array of bytes, each followed by a NUL byte."""
+    parts = (b"\0".join([*part, b""]) for part in encoded(names, np.arange(len(names))))
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def text(value: str) -> str | np.void:
+    """A path as an attribute: text where it is valid UTF-8, raw bytes otherwise."""
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return np.void(os.fsencode(value))
+
+
+def plain(value: Any) -> Any:
+    """An attribute as a plain Python value."""
+    if isinstance(value, np.void):
+        return os.fsdecode(value.tobytes())
+    if isinstance(value, str):
+        return native(value)
+    return value.item() if isinstance(value, np.generic) else value
