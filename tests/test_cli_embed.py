@@ -206,7 +206,7 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--store", "int8"], 2, "--store int8"),
         (["images", "-o", "no/such/f.h5"], 2, "its folder does not exist"),
         (["images", "--errors", "no/such/e.csv"], 2, "its folder does not exist"),
-        (["images", "--errors", "features.h5"], 2, "features.h5: is named for two outputs"),
+        (["images", "--errors", "features.h5"], 2, "features.h5: is written as .csv"),
         (["empty"], 1, "no images found"),
         (["images", "-o", "empty", "--overwrite"], 2, "empty: a folder; name a file"),
         (["images", "--errors", "empty"], 2, "empty: a folder; name a file"),
@@ -242,6 +242,31 @@ def test_closed_streams_change_nothing(closed, images, tmp_path):
     with FeatureFile(tmp_path / "features.h5") as file:
         assert file.usable.all()
         assert file.damage() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--store int8", "--store int8: expected float16 or float32"),
+        ("--precision fp8", "--precision fp8: expected one of auto, fp32, bf16, fp16"),
+        ("--decode slow", "--decode slow: expected exact or fast"),
+        ("--batch-size 0", "--batch-size 0: expected auto or a number from 1"),
+        ("--workers many", "--workers many: expected auto or a number from 1"),
+        ("--encoder resnet", "--encoder resnet: unknown; one of"),
+        ("--encoder dino_vits16 --weights no.pth", "--weights no.pth: no such file"),
+        ("--encoder dino_vits16 --pool max", "--pool max: expected one of token, avg"),
+        ("--image-size 224", "--image-size 224: the encoder mini takes 64 only"),
+        ("--device cuda:99", "--device cuda:99: "),
+        ("--errors e.h5", "--errors e.h5: is written as .csv"),
+    ],
+)
+def test_options_are_checked_before_a_bucket_or_a_large_tree_is_listed(options, message, monkeypatch):
+    from protoprune import sources
+
+    monkeypatch.setattr(sources, "find_shards", lambda *_: pytest.fail("listed"))
+    result = CliRunner().invoke(app, ["embed", "memory://bucket", "--encoder", "mini", *options.split()])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert message in result.stderr
 
 
 def test_a_list_on_closed_standard_input_is_a_mistake(tmp_path):

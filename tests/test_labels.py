@@ -204,3 +204,29 @@ def test_a_column_is_asked_for_where_there_is_none(tmp_path):
     (tmp_path / "truth.txt").write_text("1\n2\n")
     with pytest.raises(UsageError, match=r"truth.txt: no column label: it has one class a line"):
         read_labels(LabelFile(tmp_path / "truth.txt", "label"), ["a.png", "b.png"], str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "level", "message"),
+    [
+        ("none.csv", None, "--labels none.csv: no such file"),
+        (LabelFile("none.csv"), None, "--labels none.csv: no such file"),
+        (False, 1, "--class-level 1: goes with classes from folders"),
+        (True, 0, "--class-level 0: expected at least 1"),
+    ],
+)
+def test_where_classes_come_from_is_checked_before_anything_is_listed_or_read(labels, level, message, monkeypatch):
+    from protoprune.embedding import importing
+    from protoprune.images import listing
+
+    monkeypatch.setattr(listing, "_walk", lambda *_: pytest.fail("listed"))
+    monkeypatch.setattr(listing, "_size_and_times", lambda *_: pytest.fail("listed"))
+    monkeypatch.setattr(importing, "_read", lambda *_: pytest.fail("read"))
+    for call in (
+        lambda: listing.list_folder(".", labels=labels, class_level=level),
+        lambda: listing.list_paths(["a.png"], labels=labels, class_level=level),
+        lambda: importing.import_features("v.npy", "f.h5", labels=labels, class_level=level),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
+        assert message in str(error.value)

@@ -22,8 +22,10 @@ from protoprune.cli.shards import (
     ImageColumn,
     Rank,
     WorldSize,
+    check_strict,
     embed_source,
     launcher,
+    nothing_usable,
 )
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
@@ -103,12 +105,18 @@ def embed(
 
     inputs = [images, weights, labels, class_names]
     check_outputs(errors, inputs=inputs)
+    check_suffix(errors, (".csv",), "--errors")
     target = given(out or "features")
     settings: dict[str, Any] = {
         "device": device, "precision": precision, "batch_size": _number("--batch-size", batch_size),
         "workers": _number("--workers", workers), "store": store, "compile": compile, "overwrite": overwrite,
         "moved": moved,
     }  # fmt: skip
+    _check(encoder, weights, image_size, pool, decode, settings)
+    if engine == "local" and device not in ("auto", "cpu") and (os.path.exists(images) or is_url(images)):
+        from protoprune.device import resolve_device
+
+        resolve_device(device)
     source, entries = _find(images, root)
     single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
     if is_url(target) and (source is None or single):
@@ -118,12 +126,9 @@ def embed(
         check_outputs(errors, hdf5=file, inputs=inputs)
         _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size, "--address": address,
                                "--engine": None if engine == "local" else engine})  # fmt: skip
-    check_suffix(errors, (".csv",), "--errors")
     if source is None:
         _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
         classes = label_argument(labels, label_column, class_names, class_level, no_labels)
-        found = _list_images(images, entries, root, {"labels": classes, "class_level": class_level})
-        _say_found(found, errors)
     else:
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
         options.check(shard.name for shard in source.shards)  # before the encoder is loaded
@@ -135,6 +140,8 @@ def embed(
     if model.loaded:
         say(f"weights: {model.loaded}")
     if source is None:
+        found = _list_images(images, entries, root, {"labels": classes, "class_level": class_level})
+        _say_found(found, errors)
         _embed_images(found, model, file, errors, strict, settings)
     elif single:
         from protoprune.shards.sharding import opened
@@ -181,6 +188,17 @@ def _embed_images(
         report = run(found, model, out, on_compare=on_compare, on_start=on_start, on_progress=on_progress, **settings)
     _say_report(report, model, time.monotonic() - started)
     _finish(report, found, errors, strict)
+
+
+def _check(
+    encoder: str, weights: Path | None, image_size: int | None, pool: str | None, decode: str, settings: dict[str, Any]
+) -> None:
+    """UsageError for options that nothing will take, before anything is listed: a bucket or a large tree takes long."""
+    from protoprune.embedding.engine import check_options
+    from protoprune.encoders.loading import check_encoder
+
+    check_options(*(settings[name] for name in ("precision", "batch_size", "workers", "store")))
+    check_encoder(encoder, weights, image_size, pool, decode)
 
 
 def _number(option: str, text: str) -> int | None:
@@ -365,12 +383,11 @@ def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: 
         rows += [(path, NO_IMAGE, reason) for path, reason in why_left_out(found)]
         write_file(errors, packed(errors, table_chunks(["path", "status", "reason"], rows)))
     if report.failed == report.n:
-        why = f"see {errors or '--errors FILE'} for why"
+        why = ""
         if set(report.failures) == {Status.MISSING.label}:
             why = f"there is no such file below {found.root}; give --root, the folder that the paths are relative to"
-        raise ProtopruneError(f"none of {many(report.n, 'image')} could be used; {why}")
-    if strict and (report.failed or found.unreadable_folders):
-        raise ProtopruneError("--strict: not everything could be read")
+        raise nothing_usable(report.n, errors, why)
+    check_strict(strict, bool(report.failed or found.unreadable_folders))
 
 
 def encoders() -> None:

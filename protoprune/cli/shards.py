@@ -71,10 +71,18 @@ def embed_source(
     if report.finished and not report.n:
         raise ProtopruneError(f"none of {many(report.shards, 'shard')} could be used; see {errors or '--errors FILE'}")
     if report.finished and report.failed == report.n:
-        raise ProtopruneError(
-            f"none of {many(report.n, 'image')} could be used; see {errors or '--errors FILE'} for why"
-        )
-    if strict and (report.failed_shards or report.failed):
+        raise nothing_usable(report.n, errors)
+    check_strict(strict, bool(report.failed_shards or report.failed))
+
+
+def nothing_usable(images: int, errors: Path | None, why: str = "") -> ProtopruneError:
+    """The error for images none of which could be used."""
+    why = why or f"see {errors or '--errors FILE'} for why"
+    return ProtopruneError(f"none of {many(images, 'image')} could be used; {why}")
+
+
+def check_strict(strict: bool, losses: bool) -> None:
+    if strict and losses:
         raise ProtopruneError("--strict: not everything could be read")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from protoprune.bounds import is_whole
 from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images.decode import Preprocess
+from protoprune.images.decode import LARGEST_SIDE, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ _BATCH = {"cuda": 256, "mps": 64}
 # the same bits for any batch size and any number of cores.
 PIECE = 8
 MOST = {"--batch-size": 65_536, "--workers": 1024}
-_LARGEST_SIDE = 8192  # pixels of an encoder's input
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -84,13 +83,9 @@ class Engine:
         store: str = "float16",
         compile: bool = False,
     ) -> None:
-        if store not in ("float16", "float32"):
-            raise UsageError(f"--store {store}: expected float16 or float32")
-        for option, number in (("--batch-size", batch_size), ("--workers", workers)):
-            if number is not None and not is_whole(number, 1, MOST[option]):
-                raise UsageError(f"{option} {number}: expected auto or a number from 1 to {MOST[option]}")
-        if encoder.preprocess.size > _LARGEST_SIDE:
-            raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {_LARGEST_SIDE}")
+        check_options(precision, batch_size, workers, store)
+        if encoder.preprocess.size > LARGEST_SIDE:
+            raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
         self.rooms: list[list[torch.Tensor]] = []  # for batches of pixels, which file after file uses, see `embedding`
         self.device = resolve_device(device)
@@ -114,6 +109,17 @@ class Engine:
     def pieces(self) -> ThreadPoolExecutor:
         """Threads that compute pieces of a batch on a CPU, each by itself; what torch makes for each is made once."""
         return ThreadPoolExecutor(cores(), initializer=alone)
+
+
+def check_options(precision: str, batch_size: int | None, workers: int | None, store: str) -> None:
+    """Raise UsageError for arguments of an `Engine` that no encoder and no device takes."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+    if store not in ("float16", "float32"):
+        raise UsageError(f"--store {store}: expected float16 or float32")
+    for option, number in (("--batch-size", batch_size), ("--workers", workers)):
+        if number is not None and not is_whole(number, 1, MOST[option]):
+            raise UsageError(f"{option} {number}: expected auto or a number from 1 to {MOST[option]}")
 
 
 def alone() -> None:

@@ -29,7 +29,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
-from protoprune.images.listing import FOLDERS, ImageList, folder_labels, image_labels, stat_files
+from protoprune.images.listing import FOLDERS, ImageList, check_labels, folder_labels, image_labels, stat_files
 from protoprune.npy import load_npy, load_npz, map_npy, npz_headers
 from protoprune.sources.finding import split_id
 from protoprune.text import parse_json
@@ -125,6 +125,9 @@ def import_features(
     if store not in ("auto", "float16", "float32"):
         raise UsageError(f"--store {store}: expected auto, float16 or float32")
     check_new(out, overwrite)
+    check_labels(labels, class_level)
+    if isinstance(paths, (str, os.PathLike)) and not os.path.exists(paths):
+        raise UsageError(f"--paths {os.fspath(paths)}: no such file; give a list of the images' names")
     if os.path.exists(partial_path(out)) and not overwrite:
         raise UsageError(
             f"{partial_path(out)}: an unfinished run of `protoprune embed` or `import`; let it end, choose another -o, "

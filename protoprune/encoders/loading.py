@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from protoprune.bounds import is_whole
+from protoprune.bounds import check_whole
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
 from protoprune.encoders.weights import load_weights
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images.decode import DECODERS, Preprocess
+from protoprune.images.decode import DECODERS, LARGEST_SIDE, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -59,24 +59,41 @@ def load_encoder(
 
     Raises UsageError for an unknown name and ProtopruneError when weights cannot be had or do not fit.
     """
-    info = CATALOGUE.get(name)
-    if info is None and not name.startswith("timm:"):
-        raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
-    if image_size is not None and not is_whole(image_size, 8):
-        raise UsageError(f"--image-size {image_size}: expected at least 8")
-    if decode not in DECODERS:
-        raise UsageError(f"--decode {decode}: expected {' or '.join(DECODERS)}")
-    encoder = _bundled(weights, image_size, pool) if name == "mini" else _timm_encoder(name, weights, image_size, pool)
+    check_encoder(name, weights, image_size, pool, decode)
+    encoder = _bundled() if name == "mini" else _timm_encoder(name, weights, image_size, pool)
     encoder.preprocess = replace(encoder.preprocess, decode=decode)
     return encoder
+
+
+def check_encoder(
+    name: str, weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None, decode: str
+) -> None:
+    """Raise UsageError for arguments of `load_encoder` that it will refuse, as far as that can be told at once."""
+    if name not in CATALOGUE and not name.startswith("timm:"):
+        raise UsageError(f"--encoder {name}: unknown; one of {', '.join(CATALOGUE)}, or timm:NAME for any timm model")
+    if image_size is not None:
+        check_whole("--image-size", image_size, 8, LARGEST_SIDE)
+    if decode not in DECODERS:
+        raise UsageError(f"--decode {decode}: expected {' or '.join(DECODERS)}")
+    if pool not in (None, *POOLS):
+        raise UsageError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
+    if weights is not None and not os.path.isfile(weights):
+        raise UsageError(f"--weights {weights}: no such file")
+    if name == "mini":
+        if weights is not None:
+            raise UsageError(
+                "--weights does not go with --encoder mini, whose weights are bundled; name an architecture"
+            )
+        if image_size not in (None, side := CATALOGUE[name].input_size):
+            raise UsageError(f"--image-size {image_size}: the encoder mini takes {side} only")
+        if pool not in (None, "avg"):
+            raise UsageError(f"--pool {pool}: the encoder mini averages its codes; leave --pool out")
 
 
 def _timm_encoder(
     name: str, weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None
 ) -> Encoder:
     info = CATALOGUE.get(name)
-    if pool not in (None, *POOLS):
-        raise UsageError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
     architecture = info.architecture if info else name.removeprefix("timm:")
     size = image_size or _authors_size(info)
     loaded = ""
@@ -117,17 +134,11 @@ def _set_pool(model: torch.nn.Module, pool: str | None, name: str) -> str:
     return str(pool)
 
 
-def _bundled(weights: str | os.PathLike[str] | None, image_size: int | None, pool: str | None) -> Encoder:
+def _bundled() -> Encoder:
     """The encoder that comes with the package. Its codes compare patches by small differences: fp32 only."""
     _require_torch(timm=False)
     from protoprune.encoders.mini import MINI_DIM, MINI_INPUT_SIZE, MINI_MEAN, MINI_STD, load_mini
 
-    if weights is not None:
-        raise UsageError("--weights does not go with --encoder mini, whose weights are bundled; name an architecture")
-    if image_size not in (None, MINI_INPUT_SIZE):
-        raise UsageError(f"--image-size {image_size}: the encoder mini takes {MINI_INPUT_SIZE} only")
-    if pool not in (None, "avg"):
-        raise UsageError(f"--pool {pool}: the encoder mini averages its codes; leave --pool out")
     model, sha256 = load_mini()
     preprocess = Preprocess(MINI_INPUT_SIZE, MINI_INPUT_SIZE, mean=MINI_MEAN, std=MINI_STD)
     return Encoder("mini", model, MINI_DIM, preprocess, sha256, pool="avg", fp32_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from protoprune.encoders.checkpoints import State
 
 
@@ -84,6 +84,8 @@ def _at_the_top(name: str, tensor: str) -> str:
 
 def _hugging_face(state: State) -> State:
     """ViT, DINOv2, DINOv3 of `transformers` (4 and 5) -> the authors' names; queries, keys and values in one tensor."""
+    import torch
+
     prefix, old = next((m.group(1), bool(m.group(2))) for m in map(_PATCHES.fullmatch, state) if m)
     registers = "register_tokens" if old else "storage_tokens"  # DINOv2's and DINOv3's name
     new: State = {}

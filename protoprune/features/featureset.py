@@ -30,7 +30,7 @@ from protoprune import files, stores
 from protoprune.errors import ProtopruneError, warn
 from protoprune.features.featurefile import FeatureFile, Index
 from protoprune.images.decode import Status
-from protoprune.images.listing import FOLDERS, SET_FILE
+from protoprune.images.listing import FOLDERS, SET_FILE, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
 from protoprune.text import native, parse_json
 from protoprune.units import many
@@ -57,7 +57,6 @@ class Part:
     size: int = -1  # bytes of the shard, when it was embedded
     version: int = -1
     rows: int = -1  # of its feature file; -1: not done
-    usable: int = 0
     uuid: str = ""
     failed: tuple[str, str] | None = None  # (status, reason) of a shard that cannot be used
 
@@ -72,22 +71,23 @@ class Part:
     def as_json(self) -> dict[str, Any]:
         plain = {"name": self.name, "size": self.size, "version": self.version}
         if self.done:
-            return {**plain, "rows": self.rows, "usable": self.usable, "uuid": self.uuid}
+            return {**plain, "rows": self.rows, "uuid": self.uuid}
         return {**plain, "failed": list(self.failed)} if self.failed else plain
 
     def consistent(self) -> bool:
         """Whether all of it is of its kind, and the counts agree with each other and with the state."""
-        counts = (self.size, self.version, self.rows, self.usable)
+        counts = (self.size, self.version, self.rows)
         if not all(type(count) is int and -1 <= count < 1 << 63 for count in counts):
             return False
         if self.failed is not None:
             told = len(self.failed) == 2 and all(isinstance(one, str) for one in self.failed)
             return told and self.rows == -1
-        return self.rows == -1 or (0 <= self.usable <= self.rows and bool(_UUID.fullmatch(self.uuid)))
+        return self.rows == -1 or bool(_UUID.fullmatch(self.uuid))
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Part:
         failed = plain.get("failed")
+        plain = {name: value for name, value in plain.items() if name != "usable"}  # which nobody asked for
         return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
 
@@ -397,7 +397,7 @@ def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray,
     index = {name: number for number, name in enumerate(names)}
     labels = np.concatenate([_renumbered(own, classes, index) for own, classes, _ in parts])
     if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
-        _warn_of_stray(int((labels < 0).sum()), len(labels), len(names))
+        warn_of_stray(int((labels < 0).sum()), len(labels), len(names), "in no folder of their shards")
         labels, names = np.full(len(labels), -1, np.int32), []
     return labels, names, " and ".join(sorted(others or kinds)) if names else ""
 
@@ -407,16 +407,6 @@ def _warn_of_folders(images: int, others: set[str]) -> None:
     if images:
         some = many(images, "image has", "images have")
         warn(f"{some} no class: other shards have theirs from {' and '.join(sorted(others))}, and folders go without")
-
-
-def _warn_of_stray(stray: int, images: int, folders: int) -> None:
-    """As of a folder of images, see `images`."""
-    if stray and folders >= 2 and 2 * stray <= images:
-        of = f"of {images:,} images"
-        warn(
-            f"no classes, since {many(stray, f'{of} lies', f'{of} lie')} in no folder of its shard; embed with "
-            "--class-level 1, which takes the folders all the same, or with --no-labels"
-        )
 
 
 def _renumbered(labels: np.ndarray, classes: list[str], index: dict[str, int]) -> np.ndarray:

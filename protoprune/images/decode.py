@@ -76,6 +76,7 @@ FAST_MARGIN = 3
 
 _BAND = 1 << 20  # pixels that are computed with at once
 DECODERS = ("exact", "fast")
+LARGEST_SIDE = 8192  # pixels of an encoder's input
 # Words of Pillow's errors.
 _CUT = (
     "truncated",

@@ -66,8 +66,9 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     Classes are sorted by name, by value when all of them are numbers. Warns of rows that name no image, images without
     a class, and images with two. Raises UsageError or ProtopruneError when the file cannot be read or names no image.
     """
+    check_there(file)
     source = os.fspath(file.path)
-    data = _read(source, "--labels")
+    data = _read(source)
     keys, values = _parse(source, data, file.column)
     if file.names is not None:
         values = _rename(source, values, os.fspath(file.names))
@@ -92,9 +93,14 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def _read(source: str, option: str) -> bytes:
-    if not os.path.isfile(source):
-        raise UsageError(f"{option} {source}: no such file; give a table of path and class")
+def check_there(file: LabelFile) -> None:
+    """Raise UsageError where a file of labels, or that of its classes' names, is not there."""
+    for option, path in (("--labels", file.path), ("--class-names", file.names)):
+        if path is not None and not os.path.isfile(path):
+            raise UsageError(f"{option} {os.fspath(path)}: no such file; give a table of path and class")
+
+
+def _read(source: str) -> bytes:
     data = contents(source)
     if not data.startswith(b"PAR1"):
         refuse_archive(data, source, "a table of classes")
@@ -271,7 +277,7 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
 
 def _class_names(names: str, used: set[int]) -> dict[int, str]:
     """number -> name of a file of class names."""
-    text = _text(_read(names, "--class-names"))
+    text = _text(_read(names))
     try:
         found = _json_names(text) if text.lstrip()[:1] in ("{", "[") else _lines_of_names(text)
     except ValueError as error:

@@ -113,6 +113,7 @@ def list_folder(
         raise UsageError(
             f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; give an image folder"
         )
+    check_labels(labels, class_level)
     left_out: list[str] = []
     unreadable: list[tuple[str, str]] = []
     found: list[_Entry] = []
@@ -149,6 +150,7 @@ def list_paths(
     entries = [e for e in entries if e]
     if not entries:
         raise ProtopruneError("the list of images is empty; give one path a line")
+    check_labels(labels, class_level)
     chosen = root is not None
     root = _common_root(entries) if root is None else os.fspath(root)
     if not os.path.isdir(root):
@@ -198,10 +200,7 @@ def image_labels(
     root: str, paths: list[str], labels: Labels, class_level: int | None
 ) -> tuple[np.ndarray, list[str], str]:
     """(label of each image, classes, where they come from); `labels` and `class_level` are those of `list_folder`."""
-    if class_level is not None and labels is not True:
-        raise UsageError(
-            f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
-        )
+    check_labels(labels, class_level)
     if labels is False:
         return np.full(len(paths), -1, np.int32), [], ""
     if isinstance(labels, Mapping):
@@ -219,7 +218,10 @@ def image_labels(
                 "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
             )
         if not classes:
-            _warn_of_stray(paths)
+            stray = [path for path in paths if "/" not in path]
+            folders = {path.partition("/")[0] for path in paths if "/" in path}
+            first = f"in no folder (first: {stray[0]})" if stray else ""
+            warn_of_stray(len(stray), len(paths), len(folders), first)
         return label, classes, "first-level folders" if classes else ""
     without = int((label < 0).sum())
     if not classes:
@@ -230,6 +232,22 @@ def image_labels(
         some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
         warn(f"{some} no class (first: {first})")
     return label, classes, f"folders of level {class_level}"
+
+
+def check_labels(labels: Labels, class_level: int | None) -> None:
+    """Raise UsageError for arguments of `list_folder` that will not do, whatever the images."""
+    if class_level is not None and labels is not True:
+        raise UsageError(
+            f"--class-level {class_level}: goes with classes from folders, not with --labels or --no-labels"
+        )
+    if class_level is not None and not is_whole(class_level, 1, _DEEPEST):
+        raise UsageError(
+            f"--class-level {class_level}: expected at least 1, the first-level folders, and at most {_DEEPEST}"
+        )
+    if not isinstance(labels, (bool, Mapping)):
+        from protoprune.images.labels import LabelFile, check_there
+
+        check_there(labels if isinstance(labels, LabelFile) else LabelFile(labels))
 
 
 def _given_labels(root: str, paths: Sequence[str], given: Mapping[str, str]) -> tuple[np.ndarray, list[str], str]:
@@ -246,16 +264,13 @@ def _given_labels(root: str, paths: Sequence[str], given: Mapping[str, str]) -> 
     return label, classes, "as given"
 
 
-def _warn_of_stray(paths: Sequence[str]) -> None:
-    """Say what keeps the first-level folders from being classes, where most images lie in two of them or more."""
-    stray = [path for path in paths if "/" not in path]
-    folders = {path.partition("/")[0] for path in paths if "/" in path}
-    if stray and len(folders) >= 2 and 2 * len(stray) <= len(paths):
-        of = f"of {len(paths):,} images"
+def warn_of_stray(stray: int, images: int, folders: int, where: str) -> None:
+    """Say what keeps folders from being classes, where most images lie in two of them or more."""
+    if stray and folders >= 2 and 2 * stray <= images:
+        of = f"of {images:,} images"
         warn(
-            f"no classes, since {many(len(stray), f'{of} lies', f'{of} lie')} in no folder (first: {stray[0]}); move "
-            "what does not belong there, or give --class-level 1, which takes the folders all the same, --labels FILE "
-            "or --no-labels"
+            f"no classes, since {many(stray, f'{of} lies', f'{of} lie')} {where}; move what does not belong there, or "
+            "give --class-level 1, which takes the folders all the same, or --no-labels"
         )
 
 
@@ -276,8 +291,7 @@ def folder_labels(paths: Sequence[str], level: int | None = None) -> tuple[np.nd
     are at least two first-level folders; otherwise every label is -1 and there are no classes. With `level` N they are
     the folders of level N, 1 the first, whatever lies above them; images that lie less deep have label -1.
     """
-    if level is not None and not is_whole(level, 1, _DEEPEST):
-        raise UsageError(f"--class-level {level}: expected at least 1, the first-level folders, and at most {_DEEPEST}")
+    check_labels(True, level)
     place = (level or 1) - 1
     parts = [path.split("/", place + 1) for path in paths]
     folder = [part[place] if len(part) > place + 1 else None for part in parts]

@@ -24,7 +24,7 @@ from protoprune.features import remoteset
 from protoprune.features.current import content_digest
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import Part, Plan, read_plan, shard_file, write_plan
-from protoprune.images.decode import TRANSIENT, ImageError, Status
+from protoprune.images.decode import TRANSIENT, ImageError
 from protoprune.images.listing import SET_FILE, is_feature_set
 from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_shard
 from protoprune.text import parse_json
@@ -190,7 +190,7 @@ def _state(out: str, part: Part, plan: Plan, uuid: str, rows: int, notes: dict[s
         path, shard, plan["root"], options, plan["key"], source_gone=part.size < 0, try_again=False, notes=notes
     )
     if found is not None:
-        return Part(part.name, found.size, found.version, found.rows, found.usable, found.uuid)
+        return Part(part.name, found.size, found.version, found.rows, found.uuid)
     said = _failure(path, notes)
     if said and (said["size"], said["version"]) == (part.size, part.version):
         return Part(part.name, part.size, part.version, failed=(said["status"], said["reason"]))
@@ -227,7 +227,6 @@ class Finished:
     """What a finished feature file of a shard says of itself."""
 
     rows: int
-    usable: int
     uuid: str
     size: int
     version: int
@@ -289,7 +288,7 @@ def _facts(file: FeatureFile) -> dict[str, Any]:
     status = file.status
     names = (*feature_file.KEY, "shard", "shard_options", "shard_size", "shard_version", "root", "uuid", "embedded_by")
     return {name: file.provenance[name] for name in names if name in file.provenance} | {
-        "rows": file.n, "usable": int((status == Status.OK).sum()), "failures": dict(file.failure_counts()),
+        "rows": file.n, "failures": dict(file.failure_counts()),
         "try_again": bool(np.isin(status, TRANSIENT).any()), "bytes": file.bytes, "left_out": len(file.left_out),
         "shard_ctime": int(file.ctime_ns[0]) if file.n else -1,
     }  # fmt: skip
@@ -297,7 +296,7 @@ def _facts(file: FeatureFile) -> dict[str, Any]:
 
 def _finished(facts: dict[str, Any]) -> Finished:
     return Finished(
-        facts["rows"], facts["usable"], facts["uuid"], int(facts["shard_size"]), int(facts["shard_version"]),
+        facts["rows"], facts["uuid"], int(facts["shard_size"]), int(facts["shard_version"]),
         Counter(facts["failures"]), facts.get("left_out", 0),
     )  # fmt: skip
 

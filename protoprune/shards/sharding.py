@@ -162,16 +162,14 @@ def embed_shards(
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
         seen: dict[str, tuple[str, int]] = {}
-        classes = 0
         for one in _reports(mine, source.root, options, engine, out, run, on_start):
+            if one.state == "embedded" and not (report.states["embedded"] or one.classes):
+                _warn_of_no_classes(options, one.name)  # of the first one, and not after hours
             _count(report, one)
             seen[one.name] = one.uuid, one.rows
-            classes += one.classes
             if on_shard:
                 on_shard(one)
     _sum_up(report, setstate.finish(out, seen))
-    if report.states["embedded"] and not classes:
-        _warn_of_no_classes(options, "the shards embedded now")
     return report
 
 
@@ -186,19 +184,6 @@ def _warn_of_shards(source: Source, dropped: Sequence[Part], out: str) -> None:
             f"the shards look like those of several splits ({', '.join(splits)}), and one set is made of all of them; "
             "to choose from one of them, name its shards with a pattern in quotes"
         )
-
-
-def _look_for_classes(shard: Shard, root: str, options: ShardOptions) -> None:
-    """Warn before hours of work, and not after them, where the first shard has no classes by what was asked for. One on
-    a store is not fetched for that."""
-    if shard.size < 0 or "://" in root or (options.label_column, options.class_level) == (None, None):
-        return
-    with (
-        contextlib.suppress(ShardError),  # which is told when its turn comes
-        local_copy(shard) as local, open_shard(shard, local, options, root) as images,
-    ):  # fmt: skip
-        if not images.classes:
-            _warn_of_no_classes(options, shard.name)
 
 
 def _warn_of_no_classes(options: ShardOptions, where: str) -> None:
@@ -257,8 +242,6 @@ def _reports(
             left.append(shard)
         else:
             yield _as_it_was(shard, before)
-    if left:
-        _look_for_classes(left[0], root, options)
     if on_start:
         on_start(len(shards), len(left))
     for again in (True, False):

@@ -14,7 +14,7 @@ from typing import Any
 from protoprune import formats
 from protoprune.errors import UsageError
 from protoprune.images.decode import ImageError, Status, check_bytes
-from protoprune.images.listing import ImageList
+from protoprune.images.listing import ImageList, check_labels
 from protoprune.text import parse_json
 
 # The keys of .json files, and columns of tables, that are classes; the surest first.
@@ -75,6 +75,7 @@ class ShardOptions:
                 raise UsageError(f"--no-labels does not go with {option}")
         if self.label_column is not None and self.class_level is not None:
             raise UsageError("--label-column and --class-level: give the one that says where the classes are")
+        check_labels(True, self.class_level)
         if all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
             for option, value in (("--image-column", self.image_column), ("--id-column", self.id_column)):
                 if value is not None:
