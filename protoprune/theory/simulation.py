@@ -137,7 +137,7 @@ def simulate(
     needed, free = 16 * dimension * max(round(keep * examples), 4 * dimension) + 32 * examples, free_memory()
     if free is not None and needed > free / cores():
         raise UsageError(
-            f"alpha_tot {alpha_tot:g} in {dimension:,} dimensions takes {bytes_text(needed)} a seed, {cores()} of them at "
+            f"alpha_tot {alpha_tot:g} in {dimension:,} dimensions takes {bytes_text(needed)} a seed, {cores()} at "
             f"once, and {bytes_text(free)} are free; lower one of the two"
         )
     run = partial(one_error, dimension=dimension, examples=examples, keep=keep, theta=theta, order=order, margin=margin)
