@@ -37,6 +37,11 @@ def check_number(name: str, value: Any, low: float, high: float, hint: str = "",
         raise UsageError(f"{name} {_shown(value)}: expected a number {least} to {high:g}{hint}")
 
 
+def check_confidence(confidence: Any) -> None:
+    """Raise UsageError for what no interval can have."""
+    check_number("confidence", confidence, 0, 1 - 1e-9, ", such as 0.95", above=True)
+
+
 def check_seed(seed: Any) -> None:
     """Raise UsageError for a seed that not every generator takes."""
     check_whole("--seed", seed, 0, SEEDS)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
-from protoprune.bounds import check_number, check_seed, check_whole
+from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.images.listing import folder_labels
@@ -70,10 +70,13 @@ def compare(
         raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
     check_seed(seed)
     check_whole("--bootstrap", resamples, 0, 100_000)
-    check_number("level", level, 0, 1)
+    check_confidence(level)
     for keep in keeps:
         selection.check(keep)
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
+    for name, array in (*zip(names, values, strict=True), ("labels", labels)):
+        if array is not None and np.shape(array) != (len(paths),):
+            raise UsageError(f"{name}: shape {np.shape(array)}, expected one number for each of {len(paths):,} paths")
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
         raise ProtopruneError(
@@ -86,6 +89,8 @@ def compare(
     paths = chosen(paths, common)
     labels, classes = folder_labels(paths) if labels is None else (np.asarray(labels)[common], classes or [])
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if len(present) and present[-1] >= len(classes):
+        raise UsageError(f"label {present[-1]}: expected 0 to {len(classes) - 1}, the numbers of the classes")
     if by_class and not len(present):
         raise UsageError("--classes: the images compared have no classes (no first-level folders)")
     ranks = _ranks(values)

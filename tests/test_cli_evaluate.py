@@ -176,7 +176,7 @@ def test_scaling_sweeps_fits_and_draws(here, run):
     again = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
     assert without_intervals(again.stdout) == without_intervals(result.stdout)
     assert "36 of 36 runs were there already" in again.stderr
-    run("scaling", *QUICK, "--size", "30", "--keep", "1", "--order", "random", "--seeds", "1", "-o", "out")
+    run("scaling", *QUICK, "--size", "30", "--keep", "1", "--seeds", "1", "-o", "out")
     assert not Path("out/fits.csv").exists()  # of the sizes before: one size has no law
 
 
@@ -517,3 +517,16 @@ def test_a_first_run_that_fails_leaves_no_folder(here, run):
     for command in (["evaluate", "good.txt"], ["scaling", "--size", "50", "--order", "random"]):
         assert "the loss is " in run(*command, *network, "--lr", "1e30", "-o", "new/out", code=1).stderr
         assert not (here / "new" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--keep 1 --order easy", "--order easy: --keep 1 leaves nothing out"),
+        ("--keep 1 --k 3", "--k 3: --keep 1 ranks nothing"),
+        ("--keep 1 --balance 0.5", "--balance 0.5: --keep 1 leaves nothing out"),
+        ("--seeds 1 --bootstrap 9", "--bootstrap 9: draws from several seeds"),
+    ],
+)
+def test_what_a_sweep_has_no_use_for_is_refused(here, run, option, message):
+    assert f"error: {message}" in run("scaling", *QUICK, "--size", "30,60", *option.split(), code=2).stderr

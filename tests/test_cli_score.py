@@ -228,7 +228,7 @@ def test_a_score_that_most_images_share_is_warned_about(recorded):
         (["random", "--epoch", "3"], "--epoch does not go with random; it goes with aum, ddd"),
         (["random", "-o", "features.h5"], "score tables are written as"),
         (["random", "-o", "nowhere/scores.csv"], "its folder does not exist"),
-        (["k_center", "--budget", "2"], "--budget 2: expected the share"),
+        (["k_center", "--budget", "2"], "--budget 2: expected a number above 0 to 1, the share"),
         (["random", "--features", "none.h5"], "none.h5: no such feature file"),
         (["self_supervised_prototypes", "--k", "999"], "--k 999: more clusters than usable images"),
     ],

@@ -153,6 +153,22 @@ def test_class_shares_by_hand():
     assert compare(tables, list("uvwxyz"), keeps=(0.5,), resamples=0).class_shares == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": np.zeros(5, int), "classes": ["x"]}, r"labels: shape \(5,\), expected one number for each of 6"),
+        ({"labels": np.arange(6), "classes": ["x"]}, "label 5: expected 0 to 0"),
+        ({"paths": list("uvwxy")}, r"a: shape \(6,\), expected one number for each of 5 paths"),
+        ({"tables": {"a": np.arange(6.0), "b": np.arange(7.0)}}, r"b: shape \(7,\)"),
+        ({"level": 95}, "confidence 95"),
+    ],
+)
+def test_arrays_of_other_shapes_are_refused(options, message):
+    tables = {"a": np.arange(6.0), "b": np.arange(6.0)}
+    with pytest.raises(UsageError, match=message):
+        compare(**{"tables": tables, "paths": paths_of(6), "resamples": 0, **options})
+
+
 def test_classes_that_no_compared_image_has_are_left_out(monkeypatch):
     tables = {"first": np.array([6, 5, 4, 3, 2, np.nan]), "last": np.arange(6.0)}
     given = {"keeps": (0.4,), "classes": ["x", "y", "z"]}

@@ -425,6 +425,7 @@ def test_ensemble_active_learning_counts_the_votes_of_models_and_epochs():
     quarter = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     result = score("ensemble_active_learning", record)
     np.testing.assert_allclose(result.values, [0, quarter, 1.5 * np.log(2)], rtol=1e-6)
+    assert not np.signbit(result.values).any()  # -0 in a table looks like something else than 0
     assert result.used == {"models": 2, "epochs": "1-2", "averaged_over": "all"}
     trained_on = score("ensemble_active_learning", record, models="trained").values
     np.testing.assert_allclose(trained_on, [0, quarter, np.nan], rtol=1e-6)

@@ -337,6 +337,8 @@ def test_simulation_errors_name_the_value():
         simulate(2, 0.5, order="hardest")
     with pytest.raises(UsageError, match="no example at all"):
         simulate(0.01, dimension=20)
+    with pytest.raises(UsageError, match=r"in 100,000 dimensions takes 1[\d.,]+ TB a seed"):
+        simulate(1000, dimension=100_000)  # the process would be killed
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -609,6 +611,9 @@ def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
     assert "3 to 7 images" in " ".join(result.stdout.split())
     assert "protoprune tune" in result.stdout
     assert "Nearest neighbours in your features are right on " in " ".join(result.stdout.split())
+    others = run("advise", "--features", out, "--images", 4000).stdout
+    assert others.startswith("4000 images, 2 classes") or others.startswith("4,000 images, 2 classes")
+    assert "Your classes hold" not in others  # they are of other images
 
 
 @pytest.mark.parametrize(

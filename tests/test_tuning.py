@@ -531,6 +531,22 @@ def test_nothing_beats_random_is_said_with_numbers():
     assert "points over random (" in text
 
 
+def test_shapes_and_fractions_that_are_none():
+    for labels, vectors, message in (
+        ([0, 1], np.ones((3, 2)), r"shape \(2,\) and \(3, 2\) for 3 paths"),
+        ([0, 1, 0], np.ones(3), r"and \(3,\) for 3 paths"),
+        ([0, 1, 2], np.ones((3, 2)), "labels from 0 to 2: expected numbers of classes"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Pool(["a", "b", "c"], np.array(labels), ["x", "y"], vectors)
+    pool = pool_of(np.ones((40, 5)), np.arange(40) % 2)
+    for keep in (float("nan"), float("inf"), 2):
+        with pytest.raises(UsageError, match=f"--keep {keep}: expected the fraction to keep"):
+            tune(pool, keep)
+    with pytest.raises(UsageError, match="vectors of 5 numbers, and 4 of the test set"):
+        tune(pool, 0.5, test=pool_of(np.ones((40, 4)), np.arange(40) % 2))
+
+
 @pytest.mark.parametrize(
     ("options", "labels", "message"),
     [

@@ -30,7 +30,7 @@ def test_names_tell_candidates_apart():
     assert len({one.name for one in found}) == len(found) > 30
     assert Candidate("cover", by="class").name == "cover by class"
     assert BALANCED.name == "random by class"
-    assert Candidate(by="class", balance=0.5, k=40, scores="a/b.csv").name == "hard, balance 0.5, k 40, by b.csv"
+    assert Candidate(by="class", balance=0.5, k=40, scores="a/b.csv").name == "hard, balance 0.5, k 40, by a/b.csv"
     assert not any(one.k for one in candidates(300, 10))  # 10 images a cluster at least
 
 

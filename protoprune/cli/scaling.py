@@ -95,6 +95,10 @@ def scaling(
     refuse_length(recipe)
     check_options(keeps, orders, clusters, balance, recipe, budget, min_steps, training.device)
     check_reading(scores, **vars(reading))
+    if min(keeps) == 1:
+        refuse_idle("--keep 1 leaves nothing out, whatever the order; leave it out", "order")
+    if seeds == 1 and bootstrap:
+        refuse_idle("draws from several seeds; leave it out, or raise --seeds", "bootstrap")
     if set(orders) == {"random"}:
         refuse_idle(
             "ranks, and --order random asks for no ranking", "scores", *(["features"] if model != "head" else [])

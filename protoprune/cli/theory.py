@@ -280,7 +280,9 @@ def advise(
     counts, quality, encoder = None, None, None
     if features is not None:
         found, counts, quality, encoder = _count(features)
+        of_others = images not in (None, found) or classes not in (None, len(counts))
         images, classes = images or found, classes or len(counts) or None
+        counts = None if of_others else counts
     if images is None or classes is None:
         missing = "--images" if images is None else "--classes"
         raise UsageError(
@@ -436,7 +438,7 @@ def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _cell(value: float | str | None) -> str:
-    if value is None:
+    if value is None or value != value:  # the standard error of one simulation
         return "-"
     return value if isinstance(value, str) else f"{value:.4g}"
 

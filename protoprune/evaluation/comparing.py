@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune.bounds import SEEDS, check_number, check_whole
+from protoprune.bounds import SEEDS, check_confidence, check_number, check_whole
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
@@ -136,6 +136,7 @@ def evaluate(
     Verdicts hold for all lists and samplers together (Holm). Raises UsageError for options that do not fit.
     """
     seeds = _seeds(seeds)
+    check_confidence(confidence)
     check_options(lists, dynamic, recipe, budget, min_steps, target_accuracy, device)
     _check(train, test, lists)
     n = len(train.paths)
@@ -424,8 +425,8 @@ def check_options(
     names = [dynamic_name(one) for one in dynamic]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each once")
-    if target is not None and not 0 < target <= 1:
-        raise UsageError(f"--target-accuracy {target:g}: expected a fraction above 0 and at most 1, such as 0.9")
+    if target is not None:
+        check_number("--target-accuracy", target, 0, 1, ", a fraction such as 0.9", above=True)
     if running.to_convergence(recipe) and (dynamic or target is not None):
         raise UsageError(
             f"{'--dynamic' if dynamic else '--target-accuracy'} is about the course of a training, and a linear head "

@@ -145,6 +145,8 @@ def _ranker(
     """(rows, seed) -> the score of each row, larger = harder."""
     if scores is not None:
         known = np.asarray(scores, np.float64)
+        if np.isinf(known).any():
+            raise UsageError("scores that are infinite; give numbers")
         missing = np.flatnonzero(np.isnan(known))
         if len(missing):
             some = many(len(missing), "training image has", "training images have")
@@ -252,9 +254,11 @@ def _check(
     scores: np.ndarray | None,
     features: np.ndarray | None,
 ) -> tuple[list[int], list[float]]:
+    for size in sizes:
+        check_whole("--size", size, 2, n, ", the number of training images")
     sizes, keeps = sorted({int(size) for size in sizes}), sorted({float(keep) for keep in keeps}, reverse=True)
-    if not sizes or sizes[0] < 2 or sizes[-1] > n:
-        raise UsageError(f"--size {','.join(map(str, sizes))}: expected from 2 to {n:,}, the number of training images")
+    if not sizes:
+        raise UsageError("--size is empty: expected numbers of images, such as 1000,2000")
     for keep in keeps:
         if round(keep * sizes[0]) < 1:
             raise UsageError(f"--keep {keep:g} of {sizes[0]} images is none; keep more, or start with more")
@@ -263,9 +267,10 @@ def _check(
 
 
 def _check_ranking(n: int, ranked: bool, scores: np.ndarray | None, features: np.ndarray | None) -> None:
-    for name, array in (("scores", scores), ("features", features)):
-        if array is not None and len(array) != n:
-            raise UsageError(f"{len(array):,} {name} for {n:,} training images: expected one each")
+    for name, array, dimensions in (("scores", scores, 1), ("features", features, 2)):
+        shape = np.shape([] if array is None else array)
+        if array is not None and (len(shape) != dimensions or shape[0] != n):
+            raise UsageError(f"{name} of shape {shape} for {n:,} training images: expected one each")
     if scores is not None and not ranked:
         raise UsageError("--scores rank, and nothing here asks for a ranking: --order random, or --keep 1 alone")
     if scores is None and features is None and ranked:
@@ -295,5 +300,8 @@ def check_options(
         raise UsageError(f"--order is empty: expected some of {', '.join(ORDERS)}")
     if k is not None:
         check_whole("--k", k, hint="; use --k auto")
-        if set(orders) == {"random"}:
-            raise UsageError(f"--k {k}: --order random ranks nothing, so that nothing is clustered; leave it out")
+        if set(orders) == {"random"} or min(keeps) == 1:
+            why = "--keep 1" if min(keeps) == 1 else "--order random"
+            raise UsageError(f"--k {k}: {why} ranks nothing, so that nothing is clustered; leave it out")
+    if balance and min(keeps) == 1:
+        raise UsageError(f"--balance {balance:g}: --keep 1 leaves nothing out that could be balanced; leave it out")

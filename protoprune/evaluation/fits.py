@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import UsageError
 
 LAWS = {"power": ("a", "b"), "exponential": ("a", "b"), "power with offset": ("a", "b", "c")}
@@ -78,6 +79,9 @@ def fit_laws(
     the error). AICc has the scale of the residuals as one more parameter, so a law that misses by more than the seeds'
     spread is not believed more than it should be. Raises UsageError for fewer than 3 sizes, or errors not above 0.
     """
+    check_whole("bootstrap", bootstrap, 0, 100_000)
+    check_seed(seed)
+    check_confidence(confidence)
     at, table = _check(sizes, errors)
     mean, sigma = table.mean(0), _standard_errors(table)
     found = {name: _fit(name, at, mean, sigma, _starts(name, at, mean)) for name in LAWS}

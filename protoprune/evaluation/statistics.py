@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from protoprune.bounds import check_confidence
 from protoprune.errors import UsageError
 from protoprune.units import rounded
 
@@ -155,8 +156,7 @@ def _points(value: float) -> str:
 def _quantile(confidence: float, n: int) -> float:
     from scipy.stats import t
 
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence {confidence:g}: expected a number between 0 and 1, such as 0.95")
+    check_confidence(confidence)
     return float(t.ppf((1 + confidence) / 2, n - 1))
 
 

@@ -87,6 +87,7 @@ def score(name: str, source: str | os.PathLike[str] | Record | Source, **options
             + (" with --probabilities" if "probability" in missing else "")
         )
     scored = metric.function(source, **given)
+    scored = scored._replace(values=scored.values + np.float32(0))  # -0 is 0
     if len(scored.values) and np.isnan(scored.values).all():
         raise ProtopruneError(f"{name}: {source.path} gives no image a score; {_why_none(metric)}")
     return scored

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from protoprune.bounds import check_number
 from protoprune.clustering import vectors
-from protoprune.errors import UsageError
 from protoprune.ids import hashes, shuffled
 
 K_CENTER_SHARE, K_CENTER_MOST = 0.1, 10_000  # images that k_center picks one by one unless told otherwise
@@ -77,8 +77,8 @@ def k_center(
     multiplications, and the features as float32 in memory. The start and ties depend on the seed and the ids, not on
     the order of the rows.
     """
-    if budget is not None and not 0 < budget <= 1:
-        raise UsageError(f"--budget {budget:g}: expected the share of images to choose, above 0 and at most 1")
+    if budget is not None:
+        check_number("--budget", budget, 0, 1, ", the share of the images to choose", above=True)
     usable = np.ones(len(ids), bool) if usable is None else usable
     rows = np.flatnonzero(usable)
     rows = shuffled(rows, ids, seed, _PURPOSE)

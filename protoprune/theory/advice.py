@@ -55,6 +55,8 @@ def advise(
     check_whole("--classes", classes, 1, images)
     if probe_quality is not None:
         check_number("--probe-quality", probe_quality, 0.5, 1)
+    if knn is not None:
+        check_number("knn", knn, 0, 1)
     per_class = images / classes
     theta = None if probe_quality is None else 180 * (1 - probe_quality)
     balance = [_balance(classes, counts)] if classes > 1 else []

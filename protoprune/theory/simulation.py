@@ -18,7 +18,9 @@ from scipy.optimize import nnls
 from protoprune.bounds import check_seed, check_whole
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.memory import free_memory
 from protoprune.theory.solver import check_point
+from protoprune.units import bytes_text
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,12 @@ def simulate(
     examples = round(alpha_tot * dimension)
     if examples < 1:
         raise UsageError(f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them")
+    needed, free = 16 * dimension * max(round(keep * examples), 4 * dimension) + 32 * examples, free_memory()
+    if free is not None and needed > free / cores():
+        raise UsageError(
+            f"alpha_tot {alpha_tot:g} in {dimension:,} dimensions takes {bytes_text(needed)} a seed, {cores()} at "
+            f"once, and {bytes_text(free)} are free; lower one of the two"
+        )
     run = partial(one_error, dimension=dimension, examples=examples, keep=keep, theta=theta, order=order, margin=margin)
     streams = np.random.SeedSequence(seed).spawn(seeds)
     return Simulation(np.array(list(pool.map(run, streams) if pool else map(run, streams))))

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from protoprune.bounds import check_number
 from protoprune.errors import UsageError
 from protoprune.training.models import head_scale
 
@@ -134,6 +135,8 @@ def fit_head(
     The same input (`near` too) and seed give the same head. Raises UsageError for an empty subset or weights that are
     none.
     """
+    if strength is not None:
+        check_number("strength", strength, 0, 1e12, above=True)
     space = vectors if isinstance(vectors, Space) else Space(vectors)
     labels = np.asarray(labels)
     rows = np.arange(len(space)) if rows is None else np.sort(rows)

@@ -16,6 +16,7 @@ import numpy as np
 
 from protoprune import pruning
 from protoprune.clustering import prototypes
+from protoprune.errors import UsageError
 from protoprune.ids import Known, row_type
 from protoprune.images.decode import Status
 
@@ -43,7 +44,7 @@ class Candidate:
         parts += [f"balance {self.balance:g}"] if self.balance else []
         parts += [f"drop hardest {self.drop_hardest:g}"] if self.drop_hardest else []
         parts += [f"k {self.k:,}"] if self.k else []
-        parts += [f"by {os.path.basename(self.scores)}"] if self.scores else []
+        parts += [f"by {self.scores}"] if self.scores else []
         return ", ".join(parts)
 
     def rule(self, keep: float, seed: int = 0) -> pruning.Rule:
@@ -98,6 +99,14 @@ class Pool:
     classes: Sequence[str]
     vectors: np.ndarray  # (n, d)
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)  # {score table: (n,) scores, larger = harder}
+
+    def __post_init__(self) -> None:
+        n, most = len(self.paths), max(len(self.classes) - 1, -1)
+        if np.shape(self.labels) != (n,) or np.ndim(self.vectors) != 2 or len(self.vectors) != n:
+            shapes = f"{np.shape(self.labels)} and {np.shape(self.vectors)}"
+            raise UsageError(f"labels and vectors of shape {shapes} for {n:,} paths: expected (n,) and (n, d)")
+        if n and not -1 <= np.min(self.labels) <= np.max(self.labels) <= most:
+            raise UsageError(f"labels from {np.min(self.labels)} to {np.max(self.labels)}: expected numbers of classes")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -26,6 +26,7 @@ from protoprune.clustering.vectors import check_finite
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation.runs import shared_key
 from protoprune.evaluation.statistics import Interval
+from protoprune.selection import check_keep
 from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
@@ -209,6 +210,10 @@ def tune(
     check_whole("--seeds", seeds, 2, 1000, ", for an interval")
     check_number("--tolerance", tolerance, 0, 1)
     check_seed(seed)
+    if keep is not None:
+        check_keep(keep)
+    if networks is None and test is not None and test.vectors.shape[1:] != pool.vectors.shape[1:]:
+        raise UsageError(f"vectors of {pool.vectors.shape[1]} numbers, and {test.vectors.shape[1]} of the test set")
     for name, one in (("the training set", pool), ("the test set", test)):
         if one is not None:
             check_finite(name, one.vectors, one.paths)
