@@ -1,6 +1,8 @@
 """Feature sets: the same features as from a folder, resumable, honest about shards that fail."""
 
 import csv
+import errno
+import functools
 import json
 import os
 import random
@@ -9,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
+import h5py
 import numpy as np
 import pytest
+from protocols import OwnEncoder
 from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
 from typer.testing import CliRunner
 
@@ -26,10 +31,13 @@ from protoprune.features import featureset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import FeatureSet, read_plan, shard_file
 from protoprune.features.opening import open_features
+from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import list_folder
 from protoprune.shards.sharding import embed_shards
-from protoprune.sources import ShardOptions, find_shards
+from protoprune.sources import ShardOptions, find_shards, open_shard
 from protoprune.training.examples import load_examples
+
+DUP = os.dup
 
 
 @pytest.fixture(scope="module")
@@ -572,6 +580,66 @@ def test_a_damaged_note_of_a_failure_is_no_failure(said, folder, mini, tmp_path)
     report = run(str(tars), tmp_path / "f", mini)
     assert [one[:2] for one in report.failed_shards] == [("0001.tar", "empty")]
     assert json.loads(note.read_text())["status"] == "empty"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_trouble_of_the_machine_is_no_damage(number, tars, mini, tmp_path, monkeypatch):
+    """Too many open files, a file server that is away: a file must not be called damaged, and made anew, for that."""
+    run(tars, tmp_path / "f", mini)
+    real, why = h5py.File, os.strerror(number)
+    for raised in (OSError(number, why), OSError(f"unable to open file (errno = {number}, error message = 'x')")):
+
+        def broken(*arguments, raised=raised, **options):
+            raise raised
+
+        monkeypatch.setattr(h5py, "File", broken)
+        with pytest.raises(ProtopruneError) as error:
+            FeatureFile(tmp_path / "f" / "0000.tar.h5")
+        assert f"0000.tar.h5: cannot be read now ({why}); " in str(error.value)
+        assert ("ulimit -n" in str(error.value)) == (number == errno.EMFILE)
+        monkeypatch.setattr(h5py, "File", real)
+    with FeatureSet(tmp_path / "f") as whole:
+        monkeypatch.setattr(os, "dup", lambda handle: (_ for _ in ()).throw(OSError(number, why)))
+        with pytest.raises(ProtopruneError, match=r"cannot be read now"):
+            list(whole.paths)
+    monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "wb"))
+    monkeypatch.setattr(os, "dup", DUP)
+    with FeatureSet(tmp_path / "f") as whole, pytest.raises(ProtopruneError, match=r"cannot write the names .* TMPDIR"):
+        list(whole.paths)
+
+
+def test_times_before_1970_and_after_2262_are_times_as_others_are(folder, tars, tmp_path):
+    """Of files from broken clocks and archives: they do not fit into 64 bits of nanoseconds, or are negative."""
+    copy = tmp_path / "images"
+    shutil.copytree(folder, copy)
+    for when in (-315_619_200, 10_413_792_000):
+        for path in (*copy.rglob("*.png"), *tars.iterdir()):
+            os.utime(path, (when, when))
+        first = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
+        again = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
+        assert (first.embedded, again.embedded, again.unchanged, again.failed) == (24, 0, 24, 0)
+        assert run(tars, tmp_path / f"{when}", mini).states == {"embedded": 4}
+        assert run(tars, tmp_path / f"{when}", mini).states == {"unchanged": 4}
+    assert run(tars, tmp_path / "-315619200", mini).states == {"embedded": 4}  # other times, and the same content
+    with FeatureSet(tmp_path / "-315619200") as whole:
+        assert whole.n == 24
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_a_shard_that_is_written_while_it_is_read(kind, folder, tmp_path):
+    """In its place, and of the same size: what is read afterwards is of another one."""
+    write = {"tar": write_tar, "zip": write_zip, "parquet": write_parquet}[kind]
+    path = write(tmp_path / f"s.{kind}", members(folder))
+    before = path.read_bytes()
+    with open_shard(find_shards(path).shards[0], str(path), ShardOptions(), str(tmp_path)) as images:
+        assert images.read(0)
+        with open(path, "r+b") as file:
+            file.write(before)
+        os.utime(path, (1, 1))
+        with pytest.raises(ImageError, match="the shard changed while it was read") as error:
+            images.read(1)
+    assert error.value.status == Status.CHANGED
 
 
 def test_rows_that_set_json_has_wrong_are_put_right(tars, mini, tmp_path):
