@@ -619,9 +619,11 @@ def test_times_before_1970_and_after_2262_are_times_as_others_are(folder, tars, 
         first = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
         again = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
         assert (first.embedded, again.embedded, again.unchanged, again.failed) == (24, 0, 24, 0)
-        assert run(tars, tmp_path / f"{when}", mini).states == {"embedded": 4}
-        assert run(tars, tmp_path / f"{when}", mini).states == {"unchanged": 4}
-    assert run(tars, tmp_path / "-315619200", mini).states == {"embedded": 4}  # other times, and the same content
+        assert run(tars, tmp_path / f"{when}", OwnEncoder()).states == {"embedded": 4}
+        assert run(tars, tmp_path / f"{when}", OwnEncoder()).states == {"unchanged": 4}
+    assert run(tars, tmp_path / "-315619200", OwnEncoder()).states == {
+        "embedded": 4
+    }  # other times, and the same content
     with FeatureSet(tmp_path / "-315619200") as whole:
         assert whole.n == 24
 
