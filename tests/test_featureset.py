@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import protoprune
 from protoprune.cli import app
+from protoprune.embedding.engine import Engine
 from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
@@ -422,6 +423,32 @@ def test_an_interrupted_shard_goes_on_where_it_stopped(tars, mini, tmp_path, mon
     assert (report.states, report.embedded) == ({"unchanged": 1, "embedded": 3}, 18)
 
 
+def test_an_unfinished_shard_that_is_damaged_or_of_other_features_is_begun_anew(tars, tmp_path):
+    """As the finished ones of a set are, when it is what is wanted: nobody should look for such files by hand."""
+    from protoprune.shards import sharding
+
+    out = tmp_path / "f"
+    run(tars, out, OwnEncoder())
+    engine = Engine(OwnEncoder(), "cpu")
+    for name in ("0001.tar", "0002.tar"):
+        (out / f"{name}.h5").unlink()
+        shard = find_shards(tars / name).shards[0]
+        begun = sharding._embedded(shard, str(tars), ShardOptions(), engine, str(out), False)
+        next(begun)  # killed there
+        begun.close()
+    partial = out / "0002.tar.h5.partial"
+    partial.write_bytes(partial.read_bytes()[:3000])
+    report = run(tars, out, OwnEncoder(), store="float32", overwrite=True)
+    assert report.states == {"embedded": 4}
+    (out / "0003.tar.h5").rename(partial)
+    partial.write_bytes(partial.read_bytes()[:3000])
+    (out / "0002.tar.h5").unlink()
+    assert run(tars, out, OwnEncoder(), store="float32").states == {"unchanged": 2, "embedded": 2}
+    assert not partial.exists()
+    with FeatureSet(out) as whole:
+        assert (whole.n, whole.features.dtype) == (24, np.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_ends_in_the_same_features(folder, mini, tmp_path):
@@ -609,23 +636,18 @@ def test_trouble_of_the_machine_is_no_damage(number, tars, mini, tmp_path, monke
         list(whole.paths)
 
 
-def test_times_before_1970_and_after_2262_are_times_as_others_are(folder, tars, tmp_path):
+def test_times_before_1970_and_after_2262_are_times_as_others_are(tmp_path):
     """Of files from broken clocks and archives: they do not fit into 64 bits of nanoseconds, or are negative."""
-    copy = tmp_path / "images"
-    shutil.copytree(folder, copy)
-    for when in (-315_619_200, 10_413_792_000):
-        for path in (*copy.rglob("*.png"), *tars.iterdir()):
+    folder = image_folder(tmp_path / "images", {"ant": 1, "bee": 1})
+    tar = write_tar(tmp_path / "s.tar", members(folder))
+    for when, state in ((-315_619_200, "embedded"), (10_413_792_000, "embedded"), (10_413_792_000, "unchanged")):
+        for path in (*folder.rglob("*.png"), tar):
             os.utime(path, (when, when))
-        first = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
-        again = embed(list_folder(copy), OwnEncoder(), tmp_path / f"{when}.h5", device="cpu")
-        assert (first.embedded, again.embedded, again.unchanged, again.failed) == (24, 0, 24, 0)
-        assert run(tars, tmp_path / f"{when}", OwnEncoder()).states == {"embedded": 4}
-        assert run(tars, tmp_path / f"{when}", OwnEncoder()).states == {"unchanged": 4}
-    assert run(tars, tmp_path / "-315619200", OwnEncoder()).states == {
-        "embedded": 4
-    }  # other times, and the same content
-    with FeatureSet(tmp_path / "-315619200") as whole:
-        assert whole.n == 24
+        report = embed(list_folder(folder), OwnEncoder(), tmp_path / "f.h5", device="cpu")
+        assert (report.n, report.failed, report.unchanged) == (2, 0, 0 if when < 0 else 2)
+        assert run(tar, tmp_path / "f", OwnEncoder()).states == {state: 1}
+    with FeatureSet(tmp_path / "f") as whole:
+        assert whole.n == 2
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])

@@ -181,6 +181,8 @@ def _classes(
         classes = sorted(set(labels) - {""})
         index = {"": -1, **{name: number for number, name in enumerate(classes)}}
         return np.array([index[one] for one in labels], np.int32), classes, source
+    if options.label_column is not None:  # folders are not what was asked for
+        return none
     label, classes = folder_labels(names, options.class_level or 1)
     where = f"folders of level {options.class_level} in the shards" if options.class_level else FOLDERS
     return (label, classes, where) if classes else none
