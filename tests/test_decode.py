@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter, ImageOps, features
 
 from protoprune import formats
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import jpeg
 from protoprune.images.decode import (
     FAST_MARGIN,
     MAX_PIXELS,
@@ -31,7 +32,7 @@ from protoprune.images.decode import (
     read_bounded,
     silence_libtiff,
 )
-from protoprune.images.listing import image_suffixes, jpeg
+from protoprune.images.listing import image_suffixes
 from protoprune.sources.reader import ImageReader
 
 RGB = picture(67, 45, seed=3)

@@ -18,7 +18,8 @@ from helpers import many_scans
 from PIL import Image
 
 from protoprune import files
-from protoprune.embedding.pipeline import embed, pipeline, resolve_precision
+from protoprune.embedding import pipeline
+from protoprune.embedding.pipeline import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
