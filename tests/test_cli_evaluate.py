@@ -496,6 +496,8 @@ def test_results_of_others_are_not_written_over(here, run):
     assert "-o mine: holds a results.csv that `protoprune evaluate` did not write; choose another folder" in error
     assert Path("mine/results.csv").read_text() == "mine"
     assert list(Path("mine").iterdir()) == [Path("mine/results.csv")]
+    Path("mine/results.json").write_text("[" * 100_000)
+    assert "-o mine: holds a results.csv" in run("evaluate", "good.txt", *QUICK, "-o", "mine", code=2).stderr
     quick = [*QUICK, "--seeds", "1"]
     run("evaluate", "good.txt", *quick, "--no-class-counts", "-o", "out")
     for command in (["scaling", *quick, "--size", "50"], ["tune", "--features", "train.h5", "--keep", "0.5"]):
