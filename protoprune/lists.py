@@ -174,9 +174,8 @@ def _uids(names: list[bytes]) -> np.ndarray:
     odd = next((name for name, stem in zip(names, stems, strict=True) if not _UID.fullmatch(stem)), None)
     if odd is not None:
         raise UsageError(
-            f"--format datacomp: {os.fsdecode(odd)!r} is not called by a uid of 32 hexadecimal digits; embed Parquet "
-            "with --id-column uid, import with --path-column uid, or of tars let `protoprune reshard` write those that "
-            "are kept"
+            f"--format datacomp: {os.fsdecode(odd)!r} is not called by a uid of 32 hexadecimal digits; embed with "
+            "--id-column uid, import with --path-column uid, or let `protoprune reshard` write what is kept"
         )
     return np.frombuffer(bytes.fromhex(b"".join(stems).decode()), ">u8").reshape(-1, 2).astype("<u8")
 

@@ -64,6 +64,11 @@ def without_query(url: str) -> str:
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
+def names_version(url: str) -> bool:
+    """Whether a URL is of one version of an object, which s3fs would pass over in silence."""
+    return url.startswith(("s3://", "s3a://")) and "?versionId=" in url
+
+
 def store(url: str) -> Any:
     """The fsspec file system of a URL."""
     protocol = url.partition("://")[0]
@@ -71,6 +76,11 @@ def store(url: str) -> Any:
         raise UsageError(
             f"{public(url)}: credentials in a URL would end up in histories and logs; set them as your store's tools "
             "expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), and leave them out of the URL"
+        )
+    if names_version(url):
+        raise UsageError(
+            f"{public(url)}: one version of an object is not read; leave ?versionId= out for the newest, or copy that "
+            "version (aws s3api get-object --version-id)"
         )
     try:
         import fsspec

@@ -215,7 +215,7 @@ IDLE = {
     "import v.npy -o new.h5 --path-column paths": "--path-column paths: v.npy has no names in columns",
     "import v.npz -o new.h5 --paths all.txt --path-column paths": "--path-column paths: --paths gives the names",
     "reshard kept.txt new.tars --root images --image-column x": "--image-column x: is for Parquet and Arrow files",
-    "embed shard.tar -o new.h5 --encoder mini --id-column y": "--id-column y: is for Parquet and Arrow files",
+    "embed shard.tar -o new.h5 --encoder mini --image-column y": "--image-column y: is for Parquet and Arrow files",
     "embed shard.tar -o new.set --encoder mini --label-column x --class-level 1":
         "--label-column and --class-level: give the one",
     "embed shard.tar -o new.set --encoder mini --device cpu --devices cpu,cpu": "--device cpu: --devices says where",

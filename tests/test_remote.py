@@ -186,6 +186,14 @@ def test_trouble_with_credentials_names_the_tools_of_the_store(monkeypatch):
         stores.answered("gs://bucket/x", lambda: time.sleep(1))
 
 
+@pytest.mark.parametrize("list_of", [False, True])
+def test_a_version_of_an_object_is_not_taken_for_the_newest(list_of):
+    """s3fs passes over it, unless it is told to be aware of versions."""
+    one = "s3://bucket/a/0001.tar?versionId=3HL4kqtJvjVBH40Nrjfkd"
+    with pytest.raises(UsageError, match=r"0001\.tar\?versionId=.*: one version of an object is not read; leave"):
+        list_shards(["s3://bucket/a/0000.tar", one]) if list_of else find_shards(one)
+
+
 def test_urls_are_shown_without_secrets(monkeypatch):
     with pytest.raises(UsageError) as error:
         find_shards("nonsense://me:pa55@host/x.tar?token=abc")

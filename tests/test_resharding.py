@@ -24,10 +24,13 @@ from shard_helpers import image_folder, members, write_parquet, write_tar, write
 from typer.testing import CliRunner
 
 import protoprune
+from protoprune import lists
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.report import page
 from protoprune.shards.resharding import PLAN, reshard
+from protoprune.sources import ShardError, open_shard
+from protoprune.sources.finding import Shard
 
 PLACES = ("shards", "f", "kept.txt", "out")
 
@@ -286,6 +289,38 @@ def test_keys_are_not_parted_and_names_without_a_suffix_get_one(tmp_path):
 def content_of(path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_images_of_tars_are_called_by_what_their_json_says(tmp_path, kind):
+    """DataComp's tars: the uid is in the .json beside each image, and what is kept is named by uids."""
+    pictures = {f"0000{i}": encoded(picture(8, 8, i), "JPEG") for i in range(3)}
+    uids = {key: f"{255 - i:032x}" for i, key in enumerate(pictures)}
+    files = []
+    for key, data in pictures.items():
+        about = {"uid": uids[key], "label": "ant", "meta": {"sku": key[-1]}}
+        files += [(f"{key}.jpg", data), (f"{key}.json", json.dumps(about).encode()), (f"{key}.txt", key.encode())]
+    path = (write_tar if kind == "tar" else write_zip)(tmp_path / f"in.{kind}", files)
+    options = protoprune.sources.ShardOptions(id_column="uid")
+    with open_shard(Shard(path.name, str(path), 0, 0), str(path), options, str(tmp_path)) as images:
+        assert images.paths == [f"in.{kind}/{uids[key]}.jpg" for key in reversed(pictures)]
+        assert [images.read(row) for row in range(3)] == list(pictures.values())[::-1]
+        assert dict(images.beside(f"{uids['00001']}.jpg"))[f"{uids['00001']}.txt"] == b"00001"
+        assert images.classes == ["ant"]
+        kept = images.paths[1:]
+    lists.check_list(kept, np.arange(2), "datacomp")  # as `select --format datacomp` does
+    reshard(kept, tmp_path / "out", root=tmp_path, options=options)
+    found = content(tmp_path / "out")
+    assert {name.partition("_")[2]: data for name, data in found.items() if not name.endswith(".json")} == {
+        f"{uids[key]}.{suffix}": data
+        for key in ("00000", "00001") for suffix, data in (("jpg", pictures[key]), ("txt", key.encode()))
+    }  # fmt: skip
+    for column, said in {"sku": "is in no .json beside it", "label": "two images have one label"}.items():
+        with pytest.raises(ShardError, match=said):
+            open_shard(Shard("x", str(path), 0, 0), str(path), protoprune.sources.ShardOptions(id_column=column), "/")
+    options = protoprune.sources.ShardOptions(id_column="meta.sku")
+    with open_shard(Shard("x", str(path), 0, 0), str(path), options, "/") as images:
+        assert images.paths == ["x/0.jpg", "x/1.jpg", "x/2.jpg"]
 
 
 def test_rows_whose_ids_have_dots_are_samples_of_their_own(tmp_path):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import tarfile
 import tempfile
 import tracemalloc
@@ -404,10 +405,30 @@ def test_a_sparse_member_does_not_make_a_tar_truncated(tmp_path):
     with opened(tmp_path / "s.tar") as images:
         assert images.paths == ["s.tar/a.png", "s.tar/b.png"]
         assert images.read(0) == PNG
-        with pytest.raises(ImageError, match="a sparse file in a tar"):
-            images.read(1)
+        assert images.read(1) == bytes((1 << 20) - len(PNG)) + PNG
     (tmp_path / "s.tar").write_bytes(whole[:514])
     assert refused(tmp_path / "s.tar")[0] == Status.TRUNCATED
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="no tar here")
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_files_with_holes_are_read_as_they_were(format, tmp_path):
+    """An image with a hole after it and one in it, its class, and an image without a suffix."""
+    holes = {"a.png": (PNG, 1 << 20, b""), "b.bmp": (PNG[:99], 1 << 20, PNG[99:]), "a.cls": (b"ant", 1 << 17, b""),
+             "c": (PNG, 1 << 20, b"")}  # fmt: skip
+    for name, (head, hole, tail) in holes.items():
+        with open(tmp_path / name, "wb") as file:
+            file.write(head)
+            file.truncate(len(head) + hole)
+            file.seek(0, os.SEEK_END)
+            file.write(tail)
+    subprocess.run(["tar", "-S", f"--format={format}", "-cf", "s.tar", *holes], cwd=tmp_path, check=True)
+    assert os.path.getsize(tmp_path / "s.tar") < 1 << 18
+    with opened(tmp_path / "s.tar") as images:
+        assert {path: images.read(row) for row, path in enumerate(images.paths)} == {
+            f"s.tar/{name}": (tmp_path / name).read_bytes() for name in ("a.png", "b.bmp", "c")
+        }
+        assert dict(images.beside("a.png"))["a.cls"] == (tmp_path / "a.cls").read_bytes()
 
 
 def test_links_in_a_tar(tmp_path):

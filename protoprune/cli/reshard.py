@@ -23,7 +23,7 @@ def reshard(
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Images a tar.")] = 10_000,
     image_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the images.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Of Parquet and Arrow: column of the ids.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the ids, in tars and zips key of the .json.")] = None,
 ) -> None:
     """Write new tars of the images that a list keeps.
 

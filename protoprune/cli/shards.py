@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from protoprune.sources.finding import Source
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
-IdColumn = Annotated[str | None, typer.Option(help="Column of their names [default: row numbers].")]
+IdColumn = Annotated[str | None, typer.Option(help="Column of their names; in tars and zips, key of the .json beside.")]
 Rank = Annotated[int | None, typer.Option(min=0, help="Number of this process [default: SLURM_PROCID, RANK, else 0].")]
 Devices = Annotated[
     list[str] | None,

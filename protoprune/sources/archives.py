@@ -13,12 +13,12 @@ import posixpath
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import IO, Any
 
 from protoprune import formats
-from protoprune.images.decode import ImageError, Status
+from protoprune.images.decode import ImageError, Status, check_bytes
 from protoprune.images.listing import image_suffixes, why_no_image
 from protoprune.sources.keys import key_of, levels, owner, stem_of
 from protoprune.sources.shard import (
@@ -48,49 +48,66 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
         for member in tar:
             if member.isdir():
                 continue
-            if member.isreg() and member.offset_data + _stored(member) > end:
+            if member.isreg() and member.offset_data + sum(size for _, size in _pieces(member)) > end:
                 raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
             name = _clean(member.name)
             duplicates += name in members and _is_image(name)
             members[name] = member  # as unpacking would have it, the last one of a name counts
         _check_end(file, tar.offset, end)
     handle = file.fileno()
-    places: list[tuple[int, int]] = []
-    found = Found(lambda place: pread(handle, *places[place]), duplicates=duplicates)
+    targets: list[tarfile.TarInfo] = []
+    found = Found(lambda place: _content(handle, targets[place]), duplicates=duplicates)
     labels, others = _Sidecars(options), _Others()
     left_out: dict[str, Head] = {}
     for name, member in members.items():
         target = _target(name, member, members)
-        plain = target if target is not None and not target.issparse() else None  # what can be read at its place
-        if not _is_image(name, partial(_start_of, handle, plain, 512)):
+        if not _is_image(name, partial(_start_of, handle, target, 512)):
             found.skipped[_suffix(name)] += 1
-            left_out[name] = partial(_start_of, handle, plain)
-            if plain is not None:
-                read = partial(pread, handle, plain.offset_data, plain.size)
-                labels.add(name, read, plain.size)
+            left_out[name] = partial(_start_of, handle, target)
+            if target is not None:
+                read = partial(_content, handle, target)
+                labels.add(name, read, target.size)
                 others.add(name, read)
             continue
-        if plain is None:
-            why = "a link to what is not in the shard" if target is None else "a sparse file in a tar"
-            found.failed[len(found.names)] = (Status.MISSING if target is None else Status.UNSUPPORTED, why)
-        found.links += plain not in (None, member)
-        places.append(((plain or member).offset_data, (plain or member).size))
-        add_image(found, name, (plain or member).size)
+        if target is None:
+            found.failed[len(found.names)] = Status.MISSING, "a link to what is not in the shard"
+        found.links += target not in (None, member)
+        targets.append(target or member)
+        add_image(found, name, (target or member).size)
     labels.apply(found)
     found.beside = others.by_key()
     found.left_out = _belonging_to_none(left_out, found.names)
+    labels.rename(found)
     return found
 
 
-def _stored(member: tarfile.TarInfo) -> int:
-    """Bytes that a member has in the tar: the holes of a sparse file are not in it."""
+def _pieces(member: tarfile.TarInfo) -> list[tuple[int, int]]:
+    """(offset, bytes) of what is stored of a member: the holes of a sparse file (`tar -S`) are not in the tar."""
     sparse: Any = member.sparse if member.issparse() else None
-    return member.size if sparse is None else sum(size for _, size in sparse)
+    return [(0, member.size)] if sparse is None else sparse
+
+
+def _content(handle: int, member: tarfile.TarInfo) -> bytes:
+    """A regular member, from any thread. Raises ImageError."""
+    pieces, place = _pieces(member), member.offset_data
+    if pieces == [(0, member.size)]:
+        return pread(handle, place, member.size)
+    check_bytes(member.size)
+    data = bytearray(member.size)
+    for offset, size in pieces:
+        if offset + size > member.size:
+            raise ImageError(Status.CORRUPT, "a sparse file that is longer than it says")
+        data[offset : offset + size] = pread(handle, place, size)
+        place += size
+    return bytes(data)
 
 
 def _start_of(handle: int, member: tarfile.TarInfo | None, count: int = formats.HEAD) -> bytes | None:
     """How a member of a tar begins; None for what is no regular file."""
-    return None if member is None else pread(handle, member.offset_data, min(member.size, count))
+    if member is None:
+        return None
+    first = next((size for offset, size in _pieces(member) if offset == 0), 0)
+    return pread(handle, member.offset_data, min(first, count))
 
 
 def _check_end(file: IO[bytes], offset: int, end: int) -> None:
@@ -155,6 +172,7 @@ def read_zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack
     labels.apply(found)
     found.beside = others.by_name(found.names)
     found.left_out = _belonging_to_none(left_out, found.names)
+    labels.rename(found)
     return found
 
 
@@ -227,32 +245,54 @@ def _belonging_to_none(others: Mapping[str, Head], images: list[str]) -> list[tu
 
 
 class _Sidecars:
-    """Classes that lie beside images under the same key (the name up to the first dot): .cls, and .json's label."""
+    """What is said of images beside them, under the same key (the name up to the first dot): classes in .cls or by
+    .json's label, and the names that another key of .json gives them."""
 
     def __init__(self, options: ShardOptions) -> None:
         self.key_of_label = (options.label_column,) if options.label_column else LABEL_KEYS
-        self.wanted = options.labels and options.class_level is None
+        self.wanted = {".cls", ".json"} if options.labels and options.class_level is None else set[str]()
+        self.id_column = options.id_column
         self.found: list[tuple[str, str, str]] = []  # (name, suffix, class)
+        self.ids: dict[str, str] = {}  # key -> what the image is to be called
 
     def add(self, name: str, read: Callable[[], bytes], size: int) -> None:
         suffix = _suffix(name)
-        if not self.wanted or suffix not in (".cls", ".json") or size > _LARGEST_SIDECAR:
+        named = suffix == ".json" and self.id_column is not None
+        if not (named or suffix in self.wanted) or size > _LARGEST_SIDECAR:
             return
         with contextlib.suppress(ImageError):
             text = plain_bytes(read()).decode("utf-8", "surrogateescape").strip()
-            value = text if suffix == ".cls" else self._from_json(text)
-            if value:
+            whole = _json_object(text) if suffix == ".json" else None
+            if named and (value := _first(whole, (self.id_column,))):
+                self.ids[key_of(name)] = value
+            if suffix in self.wanted and (value := _first(whole, self.key_of_label) if suffix == ".json" else text):
                 self.found.append((name, suffix, value))
 
-    def _from_json(self, text: str) -> str:
-        try:
-            whole = parse_json(text)
-        except ValueError:
-            return ""
-        if not isinstance(whole, dict):
-            return ""
-        value = next((one for key in self.key_of_label if (one := inside(whole, key)) is not None), None)
-        return "" if isinstance(value, (list, dict)) else class_name(value, [])
+    def rename(self, found: Found) -> None:
+        """Call each image by what the .json of its key says, in the place of the key: `0017.jpg` becomes `<uid>.jpg`,
+        and what lies beside it the same."""
+        if self.id_column is None:
+            return
+        original: dict[str, str] = {}
+        for name in found.names:
+            key = key_of(name)
+            value = self.ids.get(key, "")
+            if not value or "/" in value or "." in value:
+                what = f"is called {value}, which has a dot or a slash" if value else "is in no .json beside it"
+                why = f"{name}: its {self.id_column} {what}; choose another --id-column, or none"
+                raise ShardError(Status.CORRUPT, why)
+            original.setdefault(value + name[len(key) :], name)
+        if len(original) < len(found.names):
+            raise ShardError(
+                Status.CORRUPT, f"two images have one {self.id_column}; choose another --id-column, or none"
+            )
+        beside, found.names = found.beside, list(original)
+
+        def renamed(image: str) -> list[tuple[str, bytes]]:
+            cut = len(key_of(original[image]))
+            return [(key_of(image) + name[cut:], data) for name, data in beside(original[image])]
+
+        found.beside = renamed
 
     def apply(self, found: Found) -> None:
         """Give each image the class beside it, else that of its key: `a.1.jpg` that of `a.1.cls`, or of `a.cls`."""
@@ -269,6 +309,19 @@ class _Sidecars:
             next((classes[one][1] for one in levels(stem_of(name)) if one in classes), "") for name in found.names
         ]
         found.labels_from = " and ".join(sorted({suffix for _, suffix, _ in self.found})) + " in the shards"
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError):
+        whole = parse_json(text)
+        return whole if isinstance(whole, dict) else None
+    return None
+
+
+def _first(whole: dict[str, Any] | None, keys: Iterable[str | None]) -> str:
+    """What an object has under the first of these keys that it has, as text; '' for nothing, or no single value."""
+    value = next((one for key in keys if key and (one := inside(whole, key)) is not None), None)
+    return "" if isinstance(value, (list, dict)) else class_name(value, [])
 
 
 def _clean(name: str) -> str:

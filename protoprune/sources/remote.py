@@ -77,7 +77,7 @@ def list_remote(urls: Sequence[str], root: str | None = None) -> Source:
         root = posixpath.commonpath(folders).replace("/", "://", 1)
     if "://" not in root:
         raise UsageError(f"{stores.public(urls[0])}: the list names several servers or buckets; embed one at a time")
-    store = stores.store(urls[0])
+    store = stores.store(next((url for url in urls if stores.names_version(url)), urls[0]))
     store.invalidate_cache()
     found = [store._strip_protocol(url) for url in urls]
     outside = next(

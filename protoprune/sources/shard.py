@@ -42,8 +42,8 @@ class ShardError(Exception):
 class ShardOptions:
     """How shards are read: columns of Parquet and Arrow files, and where classes come from.
 
-    label_column is also the key of a .json beside an image. labels=False: no classes. class_level: classes are the
-    folders of that level inside the shard.
+    label_column and id_column are also keys of the .json beside an image. labels=False: no classes. class_level:
+    classes are the folders of that level inside the shard.
     """
 
     image_column: str | None = None
@@ -76,12 +76,10 @@ class ShardOptions:
         if self.label_column is not None and self.class_level is not None:
             raise UsageError("--label-column and --class-level: give the one that says where the classes are")
         check_labels(True, self.class_level)
-        if all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
-            for option, value in (("--image-column", self.image_column), ("--id-column", self.id_column)):
-                if value is not None:
-                    raise UsageError(
-                        f"{option} {value}: is for Parquet and Arrow files, and there is none; leave it out"
-                    )
+        if self.image_column is not None and all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
+            raise UsageError(
+                f"--image-column {self.image_column}: is for Parquet and Arrow files, and there is none; leave it out"
+            )
 
 
 @dataclass
