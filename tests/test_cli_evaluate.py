@@ -318,6 +318,21 @@ def test_features_of_another_encoder_are_refused(here, run, command, feature_fil
     assert "differ from the training features in precision: bf16, not fp32: in the last digits" in warned
 
 
+def test_imported_vectors_go_together_where_their_encoder_is_called_the_same(here, run):
+    """The digest that stands for weights is that of the vectors, and so never that of the test set."""
+    for seed, name in enumerate(("v", "w")):
+        np.savez(f"{name}.npz", features=blobs(PATHS, seed), paths=np.array(PATHS))
+        run("import", f"{name}.npz", "-o", f"{name}.h5", "--encoder", "clip")
+        run("import", f"{name}.npz", "-o", f"{name}-unnamed.h5")
+    rest = ["--seeds", "1", "--no-class-counts", "--no-everything"]
+    result = run("evaluate", "good.txt", "--features", "v.h5", "--test", "w.h5", *rest)
+    assert "warning" not in result.stderr
+    error = run("evaluate", "good.txt", "--features", "v-unnamed.h5", "--test", "w-unnamed.h5", *rest, code=2).stderr
+    assert (
+        "(encoder: imported: w.npz, not imported: v.npz); if one encoder made both, import both with its name" in error
+    )
+
+
 def test_the_python_api_refuses_them_too(here, feature_file):
     from protoprune.errors import UsageError
     from protoprune.evaluation import Kept, evaluate, scaling
@@ -494,6 +509,8 @@ def test_results_of_others_are_not_written_over(here, run):
     assert "-o mine: holds a results.csv that `protoprune evaluate` did not write; choose another folder" in error
     assert Path("mine/results.csv").read_text() == "mine"
     assert list(Path("mine").iterdir()) == [Path("mine/results.csv")]
+    Path("mine/results.json").write_text("[" * 100_000)
+    assert "-o mine: holds a results.csv" in run("evaluate", "good.txt", *QUICK, "-o", "mine", code=2).stderr
     quick = [*QUICK, "--seeds", "1"]
     run("evaluate", "good.txt", *quick, "--no-class-counts", "-o", "out")
     for command in (["scaling", *quick, "--size", "50"], ["tune", "--features", "train.h5", "--keep", "0.5"]):
