@@ -32,7 +32,7 @@ SECONDS = 20
 N, D = 60, 8
 TEST = ("test_prediction", "test_true_probability")
 PATHS = [f"{'abc'[i % 3]}/{i:03d}.png" for i in range(N)]
-FEW = 20
+FEW = 10
 COUNTS = [FEW, pytest.param(200, marks=pytest.mark.slow)]
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter, ImageOps, features
 
 from protoprune import formats
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.images import jpeg
 from protoprune.images.decode import (
     FAST_MARGIN,
     MAX_PIXELS,
@@ -31,7 +32,7 @@ from protoprune.images.decode import (
     read_bounded,
     silence_libtiff,
 )
-from protoprune.images.listing import image_suffixes, jpeg
+from protoprune.images.listing import image_suffixes
 from protoprune.sources.reader import ImageReader
 
 RGB = picture(67, 45, seed=3)
@@ -495,12 +496,14 @@ def test_deep_images_take_no_more_memory_than_others(mode):
     else:
         image = Image.fromarray(values.astype({"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]))
     data = encoded(image, "TIFF", compression="tiff_lzw")
-    tracemalloc.start()
-    pixels = decode(data)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    peaks = []
+    for _ in range(3):  # threads of other tests that were given up may end meanwhile, and would be counted
+        tracemalloc.start()
+        pixels = decode(data)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
     assert pixels.shape == (2000, 3000, 3)
-    assert peak < 6_000_000 * 9  # twice the RGB image, which is joined of parts, and a third
+    assert min(peaks) < 6_000_000 * 9  # twice the RGB image, which is joined of parts, and a third
     if mode == "RGBA":
         expected = reference(data)
     elif mode == "I;16":

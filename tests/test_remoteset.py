@@ -19,9 +19,10 @@ from protoprune import stores
 from protoprune.cli import app
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import remoteset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import read_plan, shard_file
-from protoprune.features.opening import open_features, remoteset
+from protoprune.features.opening import open_features
 from protoprune.shards import setstate
 from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from protoprune.errors import UsageError
-from protoprune.evaluation.statistics import compare, holm, judge, mean_interval, sentence
+from protoprune.evaluation.statistics import (
+    compare,
+    holm,
+    judge,
+    mean_interval,
+    over_images,
+    sentence,
+    share_of_images,
+)
 
 VALUES = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 
@@ -19,6 +27,32 @@ def test_the_interval_is_students(values, confidence):
     low, high = stats.t.interval(confidence, len(values) - 1, np.mean(values), error) if error else (got.mean,) * 2
     assert (got.mean, got.low, got.high) == pytest.approx((np.mean(values), low, high), abs=1e-12)
     assert got.n == len(values)
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_the_interval_of_a_share_is_wilsons(right, images):
+    right = min(right, images)
+    got = share_of_images(np.arange(images) < right)
+    low, high = stats.binomtest(right, images).proportion_ci(method="wilson")
+    assert (got.mean, got.low, got.high) == pytest.approx((right / images, low, high))
+
+
+def test_paired_differences_over_images():
+    """By hand: 3 of 10 images are right with the one alone, 1 with the other alone; half an image more in each cell."""
+    got = over_images(np.array([1, 1, 1, -1] + 6 * [0]))
+    half = stats.norm.ppf(0.975) * np.sqrt((3.5 + 1.5) - 2**2 / 12) / 12
+    assert (got.mean, got.low, got.high) == pytest.approx((0.2, 2 / 12 - half, 2 / 12 + half))
+    same = over_images(np.zeros(30))
+    assert -0.1 < same.low < same.mean == 0 < same.high < 0.1
+
+
+def test_intervals_over_few_images_cover_as_often_as_stated():
+    rng, covered = np.random.default_rng(0), np.zeros(2)
+    for _ in range(400):
+        drawn = rng.choice(3, 60, p=[0.95, 0.04, 0.01])
+        share, gap = share_of_images(drawn == 0), over_images((drawn == 1) - 1.0 * (drawn == 2))
+        covered += [share.low <= 0.95 <= share.high, gap.low <= 0.03 <= gap.high]
+    assert (covered > 0.93 * 400).all()
 
 
 def test_one_seed_gives_no_interval_and_no_verdict():

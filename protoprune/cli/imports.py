@@ -20,7 +20,9 @@ def import_(
         Path | None, typer.Option(help="List of the images in the order of the vectors, where these have no names.")
     ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the images, where the names are files in it.")] = None,
-    encoder: Annotated[str, typer.Option(help="What made the vectors, for the record.")] = "",
+    encoder: Annotated[
+        str, typer.Option(help="What made the vectors; the same for a training set and its test set.")
+    ] = "",
     vector_column: Annotated[
         str | None, typer.Option(help="Column or array of the vectors, if there are several.")
     ] = None,

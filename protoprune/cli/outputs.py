@@ -166,10 +166,10 @@ def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None] =
 
 def _maker(out: Path, command: str) -> str | None:
     """The command whose results a folder holds, None where nothing says so."""
-    import json
+    from protoprune.text import parse_json
 
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((out / "results.json").read_bytes())
+        found = parse_json((out / "results.json").read_bytes())
         if isinstance(found, dict) and "environment" in found:
             return "tune" if "answer" in found else found.get("config", {}).get("command")
         return None

@@ -137,10 +137,10 @@ def _describe_record(record: Record) -> None:
 
 def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
-    import json
+    from protoprune.text import parse_json
 
     try:
-        recipe = dict(json.loads(facts.get("recipe", "{}")))
+        recipe = dict(parse_json(facts.get("recipe", "{}")))
     except (ValueError, TypeError):  # of a damaged file of an earlier version
         return "unknown"
     model, epochs = recipe.pop("model", "unknown"), recipe.pop("epochs", None)

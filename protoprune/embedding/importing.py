@@ -26,7 +26,7 @@ import numpy as np
 
 from protoprune import files, stores
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features.featurefile import KEY, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial, partial_path
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, ImageList, check_labels, folder_labels, image_labels, stat_files
@@ -150,7 +150,7 @@ def import_features(
         digest = _digest(read)
         provenance = dict.fromkeys(KEY, "") | {
             "encoder": f"imported: {encoder or os.path.basename(vectors.rstrip('/'))}", "weights_sha256": digest,
-            "preprocess": "{}", "precision": "as imported", "store": store,
+            "preprocess": "{}", "precision": IMPORTED, "store": store,
         }  # fmt: skip
         images.provenance = {"imported_from": os.path.abspath(vectors), "names_from": origin}
         if (np.diff(order) < 0).any():  # a row index is then another one than in the vectors

@@ -351,8 +351,9 @@ def _reached(outcomes: list[Outcome], target: float) -> tuple[float | None, int]
 
 def _accuracy(plan: _Plan, outcomes: list[Outcome], confidence: float) -> Interval:
     """Over seeds; over test images where one run stands for all seeds."""
-    values = outcomes[0].correct_images() if plan.once else _accuracies(outcomes)
-    return statistics.mean_interval(values, confidence=confidence, share=True)
+    if plan.once:
+        return statistics.share_of_images(outcomes[0].correct_images(), confidence=confidence)
+    return statistics.mean_interval(_accuracies(outcomes), confidence=confidence, share=True)
 
 
 def _to_everything(plan: _Plan, outcomes: list[Outcome], full: list[Outcome], confidence: float) -> Interval:
@@ -360,7 +361,7 @@ def _to_everything(plan: _Plan, outcomes: list[Outcome], full: list[Outcome], co
     if not plan.once:
         return statistics.mean_interval(_gaps(outcomes, full), confidence=confidence)
     gaps = outcomes[0].correct_images().astype(float) - full[0].correct_images()
-    return statistics.mean_interval(gaps, confidence=confidence)
+    return statistics.over_images(gaps, confidence=confidence)
 
 
 def time_to(outcome: Outcome, target: float) -> float | None:

@@ -74,6 +74,26 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0
     return Interval(mean, max(low, 0.0), min(high, 1.0), n) if share else Interval(mean, low, high, n)
 
 
+def share_of_images(right: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """The share of (n,) bool with Wilson's interval (1927), which has a width where all are right, too."""
+    n, share, z = len(right), float(np.mean(right)), _normal(confidence)
+    half = z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
+    low, high = ((share + z * z / n / 2 + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return Interval(share, max(low, 0.0), min(high, 1.0), n)
+
+
+def over_images(gaps: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """Mean and interval of (n,) paired differences from -1 to 1, one a test image.
+
+    Agresti & Min's (2005), who add half an image to each cell of right and wrong: an interval of no width, where both
+    are right about the same few images, would say that they always are.
+    """
+    n, mean = len(gaps), float(np.mean(gaps))
+    centre = mean * n / (n + 2)
+    half = _normal(confidence) * math.sqrt(((np.square(gaps).sum() + 1) / (n + 2) - centre**2) / (n + 2))
+    return Interval(mean, max(centre - half, -1.0), min(centre + half, 1.0), n)
+
+
 def compare(
     values: Sequence[float] | np.ndarray,
     reference: Sequence[float] | np.ndarray,
@@ -158,6 +178,13 @@ def _quantile(confidence: float, n: int) -> float:
 
     check_confidence(confidence)
     return float(t.ppf((1 + confidence) / 2, n - 1))
+
+
+def _normal(confidence: float) -> float:
+    from scipy.stats import norm
+
+    check_confidence(confidence)
+    return float(norm.ppf((1 + confidence) / 2))
 
 
 def _values(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ from protoprune.units import many
 
 # What must agree for two rows of features to be comparable (with path, size and mtime: the cache key of a row).
 KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
+IMPORTED = "as imported"  # the precision of vectors that were computed elsewhere
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
 NO_IMAGE = "not an image by name"

@@ -55,15 +55,12 @@ def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max",
     return result
 
 
-def ddd(correct: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+def ddd(correct: np.ndarray) -> np.ndarray:
     """Share of the models that misclassify each example: dichotomous data difficulty (Meding et al. 2022).
 
-    correct: (models, n) bool; counts: (models, n) bool, which models count for which example, None for all. 0 is
-    'trivial', 1 'impossible'. NaN where no model counts.
+    correct: (models, n) bool. 0 is 'trivial', 1 'impossible'.
     """
-    counts = np.ones(correct.shape, bool) if counts is None else counts
-    with np.errstate(invalid="ignore"):
-        return ((~correct & counts).sum(axis=0) / counts.sum(axis=0)).astype(np.float32)
+    return (~correct).mean(axis=0, dtype=np.float32)
 
 
 def vote_entropy(votes: np.ndarray) -> np.ndarray:

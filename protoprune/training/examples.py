@@ -24,7 +24,7 @@ from protoprune import files
 from protoprune.clustering.vectors import check_finite
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features.featurefile import KEY, key_differences
+from protoprune.features.featurefile import IMPORTED, KEY, key_differences
 from protoprune.features.opening import missing, open_features
 from protoprune.images.crew import Crew
 from protoprune.images.decode import Preprocess, Status, load, silence_libtiff
@@ -150,7 +150,8 @@ def check_same_inputs(train: Examples, test: Examples) -> list[str]:
 
     A model trained on the vectors of one encoder finds only noise in those of another, even where the lengths agree:
     encoder, its weights, pooling and preprocessing must be the same. Vectors computed or stored in another precision
-    differ in their last digits, and are only told of.
+    differ in their last digits, and are only told of. Of imported vectors all that is known is what their encoder is
+    called; the digest in the place of its weights is that of the vectors.
     """
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         sizes = ["x".join(map(str, one.inputs.shape[1:])) for one in (train, test)]
@@ -161,11 +162,15 @@ def check_same_inputs(train: Examples, test: Examples) -> list[str]:
         name: key_differences({**train.made_by, name: test.made_by.get(name)}, train.made_by)
         for name in {**train.made_by, **test.made_by}
     }
+    imported = all(one.made_by.get("precision") == IMPORTED for one in (train, test))
+    if imported:
+        del differences["weights_sha256"]
     found = [text for name, texts in differences.items() if name not in _ROUNDING for text in texts]
     if found:
+        remedy = "embed both with the same encoder"
+        remedy = "if one encoder made both, import both with its name (--encoder)" if imported else remedy
         raise UsageError(
-            f"the test features were not made as the training features were ({'; '.join(found)}); embed both with the "
-            "same encoder"
+            f"the test features were not made as the training features were ({'; '.join(found)}); {remedy}"
         )
     return [text for name in _ROUNDING for text in differences.get(name, [])]
 

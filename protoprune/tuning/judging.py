@@ -8,7 +8,7 @@ holds the part that is theirs too: a list which suits just these images better i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,7 +57,10 @@ def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgemen
     full = right["everything"].mean(axis=0)  # (images,)
     means = {name: float(rows.mean()) for name, rows in right.items()}
     seeds, images = right["list"].shape
-    gaps = {name: _over_images(rows.mean(axis=0) - full, seeds, confidence) for name, rows in right.items()}
+    gaps = {
+        name: replace(statistics.over_images(rows.mean(axis=0) - full, confidence=confidence), n=seeds)
+        for name, rows in right.items()
+    }
     return Judgement(
         means["list"], means["random"], means["balanced"], means["everything"],
         against_draws(right["list"], right["random"], confidence),
@@ -77,15 +80,6 @@ def _compared(ours: np.ndarray, others: np.ndarray, confidence: float, *, one_dr
         ours.mean(axis=1), others.mean(axis=1), one_draw=one_draw, confidence=confidence, resolution=1 / ours.shape[1]
     )
     return statistics.judge([one], confidence=confidence)[0]
-
-
-def _over_images(gap: np.ndarray, seeds: int, confidence: float) -> Interval:
-    """Mean and normal interval of (images,) differences, as the luck of the images that judge has it."""
-    from scipy.stats import norm
-
-    mean = float(gap.mean())
-    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(gap.var(ddof=1) / len(gap))
-    return Interval(mean, mean - half, mean + half, seeds)
 
 
 def resampled(gaps: np.ndarray, confidence: float = 0.95, held_out: float = 0.25) -> Interval:
