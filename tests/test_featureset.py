@@ -640,14 +640,13 @@ def test_times_before_1970_and_after_2262_are_times_as_others_are(tmp_path):
     """Of files from broken clocks and archives: they do not fit into 64 bits of nanoseconds, or are negative."""
     folder = image_folder(tmp_path / "images", {"ant": 1, "bee": 1})
     tar = write_tar(tmp_path / "s.tar", members(folder))
-    for when, state in ((-315_619_200, "embedded"), (10_413_792_000, "embedded"), (10_413_792_000, "unchanged")):
+    for when in (-315_619_200, 10_413_792_000):
         for path in (*folder.rglob("*.png"), tar):
             os.utime(path, (when, when))
         report = embed(list_folder(folder), OwnEncoder(), tmp_path / "f.h5", device="cpu")
         assert (report.n, report.failed, report.unchanged) == (2, 0, 0 if when < 0 else 2)
-        assert run(tar, tmp_path / "f", OwnEncoder()).states == {state: 1}
-    with FeatureSet(tmp_path / "f") as whole:
-        assert whole.n == 2
+        assert run(tar, tmp_path / "f", OwnEncoder()).states == {"embedded": 1}
+        assert run(tar, tmp_path / "f", OwnEncoder()).states == {"unchanged": 1}
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
