@@ -126,8 +126,8 @@ def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
         rows = parquet.metadata.num_rows
         of_row = os.fstat(file.fileno()).st_size // max(1, rows)
-        some = min(_BATCH, max(1, _AT_ONCE // max(1, of_row)))
-        return parquet.schema_arrow, lambda columns: parquet.iter_batches(some, columns=columns), rows
+        at_once = min(_BATCH, max(1, _AT_ONCE // max(1, of_row)))
+        return parquet.schema_arrow, lambda columns: parquet.iter_batches(at_once, columns=columns), rows
     reader = pyarrow.ipc.open_file(file) if head.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
 
     def some(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
