@@ -392,7 +392,7 @@ def test_tables_fit_and_say_shared_values_once():
 
 def test_no_number_is_cut_where_there_is_no_terminal():
     narrow = {"COLUMNS": "20", "TERMINAL_WIDTH": "20"}
-    line = ["theory", "error", "--alpha-tot", "2.5,5", "--keep", "0.5,0.2", "--simulate", "2", "--dimension", "20"]
+    line = ["theory", "error", "--alpha-tot", "2.5", "--keep", "0.5,0.2", "--simulate", "2", "--dimension", "20"]
     result = CliRunner().invoke(app, line, env=narrow)
     rows = rows_of(run(*line, "--csv", "-"))
     header, *lines = result.stdout.splitlines()[1:-1]

@@ -70,7 +70,7 @@ def test_a_run_is_sgd_with_nesterov_momentum_step_by_step(weighted):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet18", "timm:test_vit", "head"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow), "timm:test_vit", "head"])
 def test_every_model_learns_what_can_be_learned(name):
     data = vectors(60, apart=5) if name == "head" else pixels(60, size=8 if name == "resnet18" else 16)
     given = {} if name == "head" else {"image_size": 16, "width": 8, "lr": 0.05}
