@@ -221,7 +221,7 @@ def test_a_table_that_lacks_images_is_said_to_make_smaller_lists(here, capsys):
     (here / "few.csv").write_text("path,score\n" + "".join(f"{path},1\n" for path in PATHS[20:]))
     with open_features("features.h5") as file:
         _pool(file, [here / "few.csv"], "harder")
-    assert "few.csv has no score for 20 of 150 images, which its recipes never keep" in capsys.readouterr().err
+    assert "few.csv lacks 20 of 150 images, which its recipes never keep" in capsys.readouterr().err
 
 
 def test_without_labels_the_command_has_the_seed(here, feature_file):

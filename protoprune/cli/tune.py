@@ -199,7 +199,7 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
             raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
         if missing := int(np.isnan(found).sum()):
             say(
-                f"warning: {table} has no score for {missing:,} of {len(found):,} images, which its recipes never keep: "
+                f"warning: {table} lacks {missing:,} of {len(found):,} images, which its recipes never keep: "
                 "their lists are so much smaller than the random ones that they are compared with"
             )
         tables[os.fspath(table)] = found
