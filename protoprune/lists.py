@@ -27,7 +27,17 @@ from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
-from protoprune.text import CLASS_NAMES, PATH_NAMES, contents, parse_json, plain_bytes, plain_name, shortened, unpacked
+from protoprune.text import (
+    CLASS_NAMES,
+    PATH_NAMES,
+    check_file,
+    contents,
+    parse_json,
+    plain_bytes,
+    plain_name,
+    shortened,
+    unpacked,
+)
 from protoprune.units import many
 
 T = TypeVar("T")
@@ -267,11 +277,8 @@ class _Rows:
 
 
 def _read(source: str) -> _Rows | np.ndarray:
-    if not os.path.exists(source):
-        raise UsageError(f"{source}: no such list; make one with `protoprune select --keep 0.7 > {source}`")
-    if not os.path.isfile(source):
-        what = "a folder" if os.path.isdir(source) else "a pipe or a device, which can be read only once"
-        raise UsageError(f"{source}: {what}; give a file that lists the images")
+    missing = f"no such list; make one with `protoprune select --keep 0.7 > {source}`"
+    check_file(source, missing, "that lists the images")
     data = unpacked(contents(source), source)
     try:
         return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])

@@ -254,7 +254,8 @@ def _hugging_face_paths(dataset: datasets.Dataset) -> list[str]:
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise UsageError(f"the data set has no image column, only {', '.join(dataset.features)}; {_BY_ROWS}")
-    undecoded = dataset.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+    plain = dataset.with_format(None)  # without a transform, which would be made of every image, and hidden columns
+    undecoded = plain.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
     paths = [record["path"] for record in undecoded[columns[0]]]
     if not all(path and os.path.isabs(path) for path in paths):
         raise UsageError(

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.units import bytes_text
 from protoprune.unpacking import memory_share
 
@@ -65,6 +65,16 @@ def unpacked(data: bytes, source: str) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise ProtopruneError(f"{source}: a damaged gzip file ({error})") from None
     return b"".join(parts)
+
+
+def check_file(path: str, missing: str, what: str) -> None:
+    """UsageError unless a file is there that can be read again: `missing` is said where nothing is, and `what` it would
+    hold otherwise."""
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: {missing}")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which can be read only once"
+        raise UsageError(f"{path}: {kind}; give a file {what}")
 
 
 def contents(source: str) -> bytes:

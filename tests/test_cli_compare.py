@@ -185,6 +185,8 @@ def test_a_terminal_that_is_too_narrow_gets_whole_numbers(here, capsys, monkeypa
     [
         (["a.csv"], 2, "1 score table: expected two or more to compare"),
         (["a.csv", "none.csv"], 2, "none.csv: no such score table"),
+        (["a.csv", "."], 2, ".: a folder; give a file that holds the scores"),
+        (["a.csv", "/dev/null"], 2, "/dev/null: a pipe or a device, which can be read only once; give a file"),
         (["a.csv", "a.csv"], 2, "a.csv: is given twice"),
         (["a.csv", "c.txt", "--keep", "30"], 2, "--keep 30: expected the fraction to keep"),
         (["a.csv", "c.txt", "--higher-is", "up"], 2, "--higher-is up: expected one of"),

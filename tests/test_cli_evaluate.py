@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_helpers import pixels
 
+from protoprune.cli.scaling import _vectors
 from protoprune.cli.training import hint_steps
 from protoprune.errors import ProtopruneError
 from protoprune.images.decode import Status
@@ -266,6 +268,18 @@ def test_scaling_says_what_it_lacks(here, run, image_tree):
     error = run("scaling", "--images", train, "--test", train, "--size", "6,12", "--image-size", "16", code=2).stderr
     assert "give --features or --scores" in error
     assert "expected whole numbers" in run("scaling", *QUICK, "--size", "1e3", code=2).stderr
+
+
+def test_features_that_rank_need_no_classes(tmp_path, feature_file):
+    """Images whose classes are in a file, with features that were embedded without it."""
+    train, names = pixels(4), [f"{i}.png" for i in range(6)]
+    train.paths = [names[row] for row in (0, 2, 3, 5)]
+    own = np.arange(12.0).reshape(6, 2)
+    out = feature_file(tmp_path / "f.h5", own, paths=names, failed={1: Status.CORRUPT})
+    assert _vectors(Path(out), train).tolist() == own[[0, 2, 3, 5]].tolist()
+    train.paths[1] = names[1]
+    with pytest.raises(ProtopruneError, match=r"first: 1.png cannot be read"):
+        _vectors(Path(out), train)
 
 
 def test_a_bad_option_is_said_before_anything_is_loaded(here, run, monkeypatch):

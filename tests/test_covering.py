@@ -309,7 +309,7 @@ def test_a_set_of_many_parts_is_covered_as_one_file_and_opens_each_a_few_times(f
         rows, name = slice(40 * number, 40 * number + 40), f"{number:02d}.tar"
         path = feature_file(tmp_path / "set" / f"{name}.h5", x[rows], paths=names[rows])
         with FeatureFile(path) as file:
-            parts.append(featureset.Part(name, 1, 1, 40, 40, file.provenance["uuid"]))
+            parts.append(featureset.Part(name, 1, 1, 40, file.provenance["uuid"]))
     featureset.write_plan(str(tmp_path / "set"), {"root": "/data", "key": {}, "options": {}}, parts)
     whole = feature_file(tmp_path / "f.h5", x, paths=names)
     monkeypatch.setattr(partition, "CLUSTER_SIZE", 20)

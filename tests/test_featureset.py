@@ -1,6 +1,8 @@
 """Feature sets: the same features as from a folder, resumable, honest about shards that fail."""
 
 import csv
+import errno
+import functools
 import json
 import os
 import random
@@ -9,16 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
+import h5py
 import numpy as np
 import pytest
+from protocols import OwnEncoder
 from shard_helpers import image_folder, members, write_parquet, write_tar, write_tars, write_zip
 from typer.testing import CliRunner
 
 import protoprune
 from protoprune.cli import app
+from protoprune.embedding.engine import Engine
 from protoprune.embedding.pipeline import embed
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
@@ -26,10 +32,13 @@ from protoprune.features import featureset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import FeatureSet, read_plan, shard_file
 from protoprune.features.opening import open_features
+from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import list_folder
 from protoprune.shards.sharding import embed_shards
-from protoprune.sources import ShardOptions, find_shards
+from protoprune.sources import ShardOptions, find_shards, open_shard
 from protoprune.training.examples import load_examples
+
+DUP = os.dup
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +423,32 @@ def test_an_interrupted_shard_goes_on_where_it_stopped(tars, mini, tmp_path, mon
     assert (report.states, report.embedded) == ({"unchanged": 1, "embedded": 3}, 18)
 
 
+def test_an_unfinished_shard_that_is_damaged_or_of_other_features_is_begun_anew(tars, tmp_path):
+    """As the finished ones of a set are, when it is what is wanted: nobody should look for such files by hand."""
+    from protoprune.shards import sharding
+
+    out = tmp_path / "f"
+    run(tars, out, OwnEncoder())
+    engine = Engine(OwnEncoder(), "cpu")
+    for name in ("0001.tar", "0002.tar"):
+        (out / f"{name}.h5").unlink()
+        shard = find_shards(tars / name).shards[0]
+        begun = sharding._embedded(shard, str(tars), ShardOptions(), engine, str(out), False)
+        next(begun)  # killed there
+        begun.close()
+    partial = out / "0002.tar.h5.partial"
+    partial.write_bytes(partial.read_bytes()[:3000])
+    report = run(tars, out, OwnEncoder(), store="float32", overwrite=True)
+    assert report.states == {"embedded": 4}
+    (out / "0003.tar.h5").rename(partial)
+    partial.write_bytes(partial.read_bytes()[:3000])
+    (out / "0002.tar.h5").unlink()
+    assert run(tars, out, OwnEncoder(), store="float32").states == {"unchanged": 2, "embedded": 2}
+    assert not partial.exists()
+    with FeatureSet(out) as whole:
+        assert (whole.n, whole.features.dtype) == (24, np.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_ends_in_the_same_features(folder, mini, tmp_path):
@@ -572,6 +607,62 @@ def test_a_damaged_note_of_a_failure_is_no_failure(said, folder, mini, tmp_path)
     report = run(str(tars), tmp_path / "f", mini)
     assert [one[:2] for one in report.failed_shards] == [("0001.tar", "empty")]
     assert json.loads(note.read_text())["status"] == "empty"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_trouble_of_the_machine_is_no_damage(number, tars, mini, tmp_path, monkeypatch):
+    """Too many open files, a file server that is away: a file must not be called damaged, and made anew, for that."""
+    run(tars, tmp_path / "f", mini)
+    real, why = h5py.File, os.strerror(number)
+    for raised in (OSError(number, why), OSError(f"unable to open file (errno = {number}, error message = 'x')")):
+
+        def broken(*arguments, raised=raised, **options):
+            raise raised
+
+        monkeypatch.setattr(h5py, "File", broken)
+        with pytest.raises(ProtopruneError) as error:
+            FeatureFile(tmp_path / "f" / "0000.tar.h5")
+        assert f"0000.tar.h5: cannot be read now ({why}); " in str(error.value)
+        assert ("ulimit -n" in str(error.value)) == (number == errno.EMFILE)
+        monkeypatch.setattr(h5py, "File", real)
+    with FeatureSet(tmp_path / "f") as whole:
+        monkeypatch.setattr(os, "dup", lambda handle: (_ for _ in ()).throw(OSError(number, why)))
+        with pytest.raises(ProtopruneError, match=r"cannot be read now"):
+            list(whole.paths)
+    monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "wb"))
+    monkeypatch.setattr(os, "dup", DUP)
+    with FeatureSet(tmp_path / "f") as whole, pytest.raises(ProtopruneError, match=r"cannot write the names .* TMPDIR"):
+        list(whole.paths)
+
+
+def test_times_before_1970_and_after_2262_are_times_as_others_are(tmp_path):
+    """Of files from broken clocks and archives: they do not fit into 64 bits of nanoseconds, or are negative."""
+    folder = image_folder(tmp_path / "images", {"ant": 1, "bee": 1})
+    tar = write_tar(tmp_path / "s.tar", members(folder))
+    for when in (-315_619_200, 10_413_792_000):
+        for path in (*folder.rglob("*.png"), tar):
+            os.utime(path, (when, when))
+        report = embed(list_folder(folder), OwnEncoder(), tmp_path / "f.h5", device="cpu")
+        assert (report.n, report.failed, report.unchanged) == (2, 0, 0 if when < 0 else 2)
+        assert run(tar, tmp_path / "f", OwnEncoder()).states == {"embedded": 1}
+        assert run(tar, tmp_path / "f", OwnEncoder()).states == {"unchanged": 1}
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_a_shard_that_is_written_while_it_is_read(kind, folder, tmp_path):
+    """In its place, and of the same size: what is read afterwards is of another one."""
+    write = {"tar": write_tar, "zip": write_zip, "parquet": write_parquet}[kind]
+    path = write(tmp_path / f"s.{kind}", members(folder))
+    before = path.read_bytes()
+    with open_shard(find_shards(path).shards[0], str(path), ShardOptions(), str(tmp_path)) as images:
+        assert images.read(0)
+        with open(path, "r+b") as file:
+            file.write(before)
+        os.utime(path, (1, 1))
+        with pytest.raises(ImageError, match="the shard changed while it was read") as error:
+            images.read(1)
+    assert error.value.status == Status.CHANGED
 
 
 def test_rows_that_set_json_has_wrong_are_put_right(tars, mini, tmp_path):

@@ -135,3 +135,15 @@ def test_what_cannot_be_fitted_is_refused(sizes, errors, message):
 def test_where_laws_cannot_be_compared_none_is_best_in_a_share():
     found = fit_laws([10, 20, 40], np.array([[0.4, 0.3, 0.2], [0.41, 0.28, 0.21]]), bootstrap=5)
     assert [(law.aicc, law.wins) for law in found.laws] == [(None, None)] * 3
+
+
+def test_noise_about_a_constant_is_fitted_too():
+    """The exponent that suits it best is 0, whose logarithm ended a sweep after its training."""
+    errors = [
+        [0.0839, 0.1008, 0.1159, 0.0988], [0.0789, 0.0564, 0.0678, 0.0779],
+        [0.0302, 0.0849, 0.0522, 0.06], [0.0837, 0.0823, 0.0936, 0.101],
+    ]  # fmt: skip
+    found = fit_laws([10, 11, 12, 13], errors, bootstrap=12)
+    for law in found.laws:
+        assert all(np.isfinite(ends).all() for ends in law.intervals.values())
+        assert law.parameters["a"] > 0

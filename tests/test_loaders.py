@@ -138,6 +138,12 @@ def test_hugging_face(image_tree):
     assert weights_of(kept, BY_PATH, root=root).tolist() == [1, 4, 2.5]
     with pytest.raises(UsageError, match="weights_of needs root="):
         weights_of(kept, BY_PATH)
+    drawn = full.with_transform(lambda batch: pytest.fail("transformed"))
+    for formatted in (drawn, full.with_format("numpy", columns=["label"]), full.with_format("torch")):
+        some = keep_only(formatted, KEPT, root=root)
+        assert weights_of(some, BY_PATH, root=root).tolist() == [1, 4, 2.5]
+        assert some.format == formatted.format
+        assert some.with_format(None)["label"] == kept["label"]
 
 
 def test_hugging_face_without_images_or_paths():

@@ -151,7 +151,7 @@ def test_threads_may_read_the_parts_of_a_set_at_once(feature_file, tmp_path, mon
             tmp_path / "set" / f"{name}.h5", rng.normal(size=(40, 3)), paths=[f"{name}/{i:03d}.png" for i in range(40)]
         )
         with FeatureFile(tmp_path / "set" / f"{name}.h5") as file:
-            parts.append(featureset.Part(name, 1, 1, 40, 40, file.provenance["uuid"]))
+            parts.append(featureset.Part(name, 1, 1, 40, file.provenance["uuid"]))
     featureset.write_plan(str(tmp_path / "set"), {"root": "/data", "key": {}, "options": {}}, parts)
     monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
     whole = featureset.FeatureSet(tmp_path / "set")

@@ -452,7 +452,7 @@ def test_links_in_a_tar(tmp_path):
 
 def test_rows_without_bytes_fail_one_by_one(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "/x.png"}, None, {"bytes": b"", "path": None}]
+    rows = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "/x.png"}, None, {"bytes": b"", "path": "/x.png"}]
     parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "a.parquet")
     with opened(tmp_path / "a.parquet") as images:
         assert images.read(0) == PNG

@@ -142,19 +142,30 @@ def scaling(
 
 
 def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:
-    """(n, d) features of the training images, found by path."""
-    if train.inputs.ndim == 2:
+    """(n, d) features of the training images, found by path; they rank, whatever their classes are."""
+    if train.vectors:
         return train.inputs.numpy()
     if features is None:
         return None
     import numpy as np
+    import torch
 
+    from protoprune.clustering.vectors import check_finite
     from protoprune.evaluation.runs import list_rows
-    from protoprune.training.examples import load_examples
+    from protoprune.features.opening import open_features
+    from protoprune.paths import picked
+    from protoprune.training.examples import Examples
 
-    table = load_examples(features, classes=train.classes)
-    rows = list_rows(train.paths, table, "the training set")
-    return np.asarray(table.inputs)[rows]
+    with open_features(features) as file:
+        usable = np.flatnonzero(file.usable)
+        table = Examples(
+            file.provenance["root"], picked(file.paths, usable), np.zeros(len(usable), np.int64), [], torch.empty(0),
+            [(path, reason) for path, _, reason in file.failures()], every_path=file.paths,
+        )  # fmt: skip
+        rows = usable[list_rows(train.paths, table, "the training set")]
+        vectors = np.asarray(file.features[:][rows], np.float32)
+    check_finite(os.fspath(features), vectors, train.paths)
+    return vectors
 
 
 def _print_scaling(result: Scaling) -> None:

@@ -197,6 +197,11 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
         found = read_table(table, examples, higher_is=higher_is)
         if np.isnan(found).all():
             raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
+        if missing := int(np.isnan(found).sum()):
+            say(
+                f"warning: {table} lacks {missing:,} of {len(found):,} images, which its recipes never keep: "
+                "their lists are so much smaller than the random ones that they are compared with"
+            )
         tables[os.fspath(table)] = found
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     if examples.unlabelled:

@@ -183,7 +183,7 @@ def _curve(name: str, free: np.ndarray, sizes: np.ndarray, ceiling: float) -> np
 
 def _exponent(name: str, free: np.ndarray) -> float:
     """b of a power law: any number, but with an offset above 0 and at most 20, where it is a step."""
-    return float(free[1]) if name == "power" else math.exp(min(free[1], 3.0))
+    return float(free[1]) if name == "power" else _bounded_exp(min(free[1], 3.0))
 
 
 def _share(free: float) -> float:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import tempfile
 import threading
 from collections import Counter, OrderedDict
@@ -37,7 +38,8 @@ from protoprune.units import many
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _UUID = re.compile("[0-9a-f]{32}")
-_OPEN_FILES = 64  # feature files that are open at once
+# Feature files that are open at once; each takes up to four descriptors, of which macOS gives a process 256.
+_OPEN_FILES = min(64, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 31) // 8))  # -1: no limit
 _COPY_ROWS = 65_536
 
 
@@ -253,16 +255,22 @@ class FeatureSet:
     def _spooled(self) -> Block:
         """All names in an unnamed temporary file: parts that cannot all be open take longer to open than to read."""
         places, seen, at = [np.zeros(1, np.int64)], 0, 0
-        with tempfile.TemporaryFile() as file:
-            for part in self._files():
-                names = part.paths.read(0, part.n)
-                begins = at + np.cumsum([len(name) + 1 for name in names], dtype=np.int64)  # of the rows after them
-                places.append(begins[-(seen + 1) % STEP :: STEP])
-                at += file.write(b"\0".join([*names, b""]))
-                seen += len(names)
-            file.flush()
-            every = np.concatenate([*places, [at]])
-            return Block(os.dup(file.fileno()), 0, every, partial(self.damaged, "its names were cut short"))
+        try:
+            with tempfile.TemporaryFile() as file:
+                for part in self._files():
+                    names = part.paths.read(0, part.n)
+                    begins = at + np.cumsum([len(name) + 1 for name in names], dtype=np.int64)  # of the rows after them
+                    places.append(begins[-(seen + 1) % STEP :: STEP])
+                    at += file.write(b"\0".join([*names, b""]))
+                    seen += len(names)
+                file.flush()
+                every = np.concatenate([*places, [at]])
+                return Block(os.dup(file.fileno()), 0, every, partial(self.damaged, "its names were cut short"))
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise ProtopruneError(
+                f"{where}: cannot write the names of {self.path} ({error.strerror}); TMPDIR names another place"
+            ) from None
 
     def _within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(part, its first row, its last row + 1) of the parts that the rows first to last - 1 are of."""

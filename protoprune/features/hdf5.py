@@ -6,6 +6,7 @@ The one place that knows how HDF5 behaves; `featurefile` and `records` say what 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -102,7 +103,8 @@ class Reader:
         data = self.file[name]
         if not data.size:
             return np.empty(data.shape, data.dtype)
-        memory = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
+        with self.trouble(f"its {name}"):
+            memory = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(memory, data.dtype, data.size, data.id.get_offset()).reshape(data.shape)
 
     def __contains__(self, name: str) -> bool:
@@ -157,7 +159,9 @@ class Reader:
             raise self.damaged(f"its {name} is no list of {count:,} names")
         every, start = np.concatenate([*places, [len(data)]]), data.id.get_offset() or 0
         damaged = partial(_damaged, self.path, self.kind, f"its {name}")
-        paths = Paths(count, Block(os.dup(self.raw.fileno()), start, every, damaged).read)
+        with self.trouble(f"its {name}"):
+            handle = os.dup(self.raw.fileno())
+        paths = Paths(count, Block(handle, start, every, damaged).read)
         if odd:
             self._refuse_outside(name, paths)
         return paths
@@ -189,7 +193,8 @@ class Reader:
             yield
         except ProtopruneError:
             raise
-        except _TROUBLES:
+        except _TROUBLES as error:
+            _refuse_now(self.path, error)
             if self.raw.closed:
                 raise ProtopruneError(f"{self.path}: was closed, and is read no more; open it again") from None
             raise self.damaged(what) from None
@@ -243,6 +248,20 @@ _TROUBLES = (
     OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, ArithmeticError,
     SystemError,
 )  # fmt: skip
+
+
+# Errors of the machine, or of a file system on another one: they say nothing of what is in the file.
+_NOW = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+_ERRNO = re.compile(r"errno = (\d+)")  # in what HDF5 says
+
+
+def _refuse_now(path: str, error: BaseException) -> None:
+    """Raise ProtopruneError where it is not the file that is to blame."""
+    said = _ERRNO.search(str(error))
+    number = int(said[1]) if said else error.errno if isinstance(error, OSError) else None
+    if number in _NOW:
+        ways = "raise `ulimit -n`" if number in (errno.EMFILE, errno.ENFILE) else "run it again"
+        raise ProtopruneError(f"{path}: cannot be read now ({os.strerror(number)}); {ways}") from None
 
 
 def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneError:
@@ -339,6 +358,7 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
     try:
         file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
     except OSError as error:
+        _refuse_now(path, error)
         if isinstance(error, PermissionError) or "ermission" in str(error):
             raise ProtopruneError(f"{path}: permission denied") from None
         if "unable to lock" in str(error):  # not merely "lock": a truncated file's message names its superblock
@@ -352,7 +372,8 @@ def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
     except _Endless:
         file.close()
         raise _damaged(path, kind, "its HDF5 structure") from None
-    except _TROUBLES:
+    except _TROUBLES as error:
+        _refuse_now(path, error)
         format = version = None
     if format != kind.format:
         file.close()

@@ -74,6 +74,7 @@ MAX_ASPECT = 4
 # target. Once, the smallest that holds the target, is too little: cosines of features down to .977 on photographs.
 FAST_MARGIN = 3
 
+_TIME = (1 << 63) - 1
 _BAND = 1 << 20  # pixels that are computed with at once
 DECODERS = ("exact", "fast")
 LARGEST_SIDE = 8192  # pixels of an encoder's input
@@ -257,9 +258,15 @@ def read_file(path: str, size: int, mtime_ns: int) -> bytes:
         raise ImageError(Status.MISSING, "no such file") from None
     except OSError as error:
         raise ImageError(Status.UNREADABLE, error.strerror or type(error).__name__) from None
-    if {(before.st_size, before.st_mtime_ns), (after.st_size, after.st_mtime_ns)} != {(size, mtime_ns)}:
+    if {size_and_times(before)[:2], size_and_times(after)[:2]} != {(size, mtime_ns)}:
         raise ImageError(Status.CHANGED, "the file changed since it was listed")
     return data
+
+
+def size_and_times(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, mtime and ctime of a file. Times are in ns and from 0 to 2^63 - 1: what is dated before 1970 or after 2262
+    gets another number, which is as much its own."""
+    return status.st_size, status.st_mtime_ns & _TIME, status.st_ctime_ns & _TIME
 
 
 def check_bytes(size: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from protoprune import formats, stores
 from protoprune.bounds import is_whole
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.images.decode import ImageError, open_at_once, read_file
+from protoprune.images.decode import ImageError, open_at_once, read_file, size_and_times
 from protoprune.text import with_slashes
 from protoprune.units import many
 
@@ -398,7 +398,7 @@ def _size_and_times(path: str) -> tuple[int, int, int]:
         status = os.stat(path)
     except OSError:
         return -1, -1, -1
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1, -1)
+    return size_and_times(status) if stat.S_ISREG(status.st_mode) else (-1, -1, -1)
 
 
 def _common_root(entries: list[str]) -> str:

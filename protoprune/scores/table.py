@@ -33,7 +33,7 @@ from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import contents, parse_json, plain_bytes, unpacked
+from protoprune.text import check_file, contents, parse_json, plain_bytes, unpacked
 from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
@@ -195,8 +195,7 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
     file, column, own = split_source(source)
     if own and higher_is and _HIGHER[own] != _HIGHER[higher_is]:
         raise UsageError(f"{source}: contradicts --higher-is {higher_is}; leave one of them out")
-    if not os.path.isfile(file):
-        raise UsageError(f"{file}: no such score table; `protoprune score METRIC -o {file}` makes one")
+    check_file(file, f"no such score table; `protoprune score METRIC -o {file}` makes one", "that holds the scores")
     keys, scores, kind, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
     if direction == "assumed" and (column or "").lower() == "rank":

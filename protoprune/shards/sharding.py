@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -456,16 +456,23 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 
 
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
-    """Whether a feature file that is there is of another kind, or of another version of the shard."""
+    """Whether a feature file that is there is of another kind, or of another version of the shard, or an unfinished one
+    is damaged or of another kind: what is wanted of the whole set was settled when it was prepared."""
+    facts, started = _said(path), _said(feature_file.partial_path(path))
+    if any(one is not None and feature_file.key_differences(one, key) for one in (facts, started)):
+        return True
+    return facts is not None and (facts["shard_size"], facts["shard_version"]) != (shard.size, shard.version)
+
+
+def _said(path: str) -> dict[str, Any] | None:
+    """What a feature file says of itself, nothing at all where it is damaged; None where there is none."""
     if not os.path.exists(path):
-        return False
+        return None
     try:
         with FeatureFile(path) as file:
-            facts = file.provenance
+            return {"shard_size": None, "shard_version": None, **file.provenance}
     except ProtopruneError:
-        return True
-    changed = (facts.get("shard_size"), facts.get("shard_version")) != (shard.size, shard.version)
-    return changed or bool(feature_file.key_differences(facts, key))
+        return {"shard_size": None, "shard_version": None}
 
 
 def _count(report: SetReport, one: ShardReport) -> None:

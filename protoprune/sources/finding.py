@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
+from protoprune.images.decode import size_and_times
 from protoprune.images.listing import describe_counts, is_image_name
 from protoprune.stores import without_query
 from protoprune.text import parse_json
@@ -244,8 +245,7 @@ def _local(root: str, paths: list[str], skipped: Counter[str] | None = None) -> 
         if name == ".." or name.startswith("../"):
             raise UsageError(f"{path}: outside the root {root}; give --root a folder that holds every shard")
         try:
-            status = os.stat(path)
-            shards.append(Shard(name, path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            shards.append(Shard(name, path, *size_and_times(os.stat(path))))
         except OSError:
             shards.append(Shard(name, path, -1, -1))
     if all(shard.size < 0 for shard in shards):

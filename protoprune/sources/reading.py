@@ -24,7 +24,7 @@ import numpy as np
 
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
-from protoprune.images.decode import Status
+from protoprune.images.decode import ImageError, Status, size_and_times
 from protoprune.images.listing import FOLDERS, folder_labels
 from protoprune.sources.archives import read_tar, read_zip
 from protoprune.sources.finding import Shard
@@ -42,14 +42,20 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
     """The images of the shard whose file is `path`. Raises ShardError when it cannot be used as a whole."""
     stack = contextlib.ExitStack()
     try:
-        found = _open(path, options, stack)
+        file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
+        unchanged = _unchanged(file.fileno())
+        found = _open(path, file, options, stack)
+        unchanged()
         if not found.names:
             kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
             raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
-        return _images(shard, found, options, root, stack)
+        return _images(shard, found, options, root, stack, unchanged)
     except ShardError:
         stack.close()
         raise
+    except ImageError as error:
+        stack.close()
+        raise ShardError(error.status, error.reason) from None
     except FileNotFoundError:
         stack.close()
         raise ShardError(Status.MISSING, "no such file") from None
@@ -71,8 +77,18 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
         raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
-def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> Found:
-    file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
+def _unchanged(handle: int) -> Callable[[], None]:
+    """A check that an open file is what it is now: raises ImageError once it was written to."""
+    before = size_and_times(os.fstat(handle))[:2]
+
+    def check() -> None:
+        if size_and_times(os.fstat(handle))[:2] != before:
+            raise ImageError(Status.CHANGED, "the shard changed while it was read")
+
+    return check
+
+
+def _open(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) -> Found:
     head = file.read(512)
     kind = archive_kind(head)
     if not head:
@@ -103,8 +119,21 @@ def _open(path: str, options: ShardOptions, stack: contextlib.ExitStack) -> Foun
     raise ShardError(Status.CORRUPT, f"{kind or f'begins with {head[:12]!r}'}: not a tar, zip, Parquet or Arrow file")
 
 
-def _images(shard: Shard, found: Found, options: ShardOptions, root: str, stack: contextlib.ExitStack) -> ShardImages:
+def _images(
+    shard: Shard,
+    found: Found,
+    options: ShardOptions,
+    root: str,
+    stack: contextlib.ExitStack,
+    unchanged: Callable[[], None],
+) -> ShardImages:
     """Sorted by id, with classes."""
+
+    def read(row: int) -> bytes:
+        data = found.read(order[row])
+        unchanged()
+        return data
+
     n = len(found.names)
     names = [native(name) for name in found.names]
     order = sorted(range(n), key=lambda i: os.fsencode(names[i]))
@@ -131,7 +160,7 @@ def _images(shard: Shard, found: Found, options: ShardOptions, root: str, stack:
         why=[why for _, why in found.left_out],
         duplicates=found.duplicates,
         links=found.links,
-        reader=lambda row: found.read(order[row]),
+        reader=read,
         beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
         closing=stack,
@@ -152,6 +181,8 @@ def _classes(
         classes = sorted(set(labels) - {""})
         index = {"": -1, **{name: number for number, name in enumerate(classes)}}
         return np.array([index[one] for one in labels], np.int32), classes, source
+    if options.label_column is not None:  # folders are not what was asked for
+        return none
     label, classes = folder_labels(names, options.class_level or 1)
     where = f"folders of level {options.class_level} in the shards" if options.class_level else FOLDERS
     return (label, classes, where) if classes else none

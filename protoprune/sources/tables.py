@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
 _CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
 _ONLY_A_PATH = "no bytes in its row, only a path: to_parquet of datasets leaves images out, save_to_disk puts them in"
-_BATCH = 64  # rows of a Parquet file that are in memory at once
+# Rows and about as many bytes of a Parquet file that are in memory at once; without a buffer a whole row group is.
+_BATCH, _AT_ONCE, _BUFFER = 64, 64 << 20, 1 << 20
 _WIDTH = 6  # digits of a row number in an id, at least
 
 
@@ -122,9 +123,11 @@ def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
     head = file.read(8)
     file.seek(0)
     if head.startswith(b"PAR1"):
-        parquet = pyarrow.parquet.ParquetFile(file)
+        parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
         rows = parquet.metadata.num_rows
-        return parquet.schema_arrow, lambda columns: parquet.iter_batches(_BATCH, columns=columns), rows
+        of_row = os.fstat(file.fileno()).st_size // max(1, rows)
+        at_once = min(_BATCH, max(1, _AT_ONCE // max(1, of_row)))
+        return parquet.schema_arrow, lambda columns: parquet.iter_batches(at_once, columns=columns), rows
     reader = pyarrow.ipc.open_file(file) if head.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
 
     def some(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -230,10 +233,10 @@ def _spool(
         row, plain = len(found.names), value.as_py()
         cell = plain if isinstance(plain, dict) else {"bytes": plain}
         data = cell.get("bytes") or b""
-        if not data:
-            status = Status.EMPTY if cell.get("bytes") is not None else Status.MISSING
-            why = _ONLY_A_PATH if cell.get("path") else "no bytes in its row"
-            found.failed[row] = status, why
+        if cell.get("bytes") is None:
+            found.failed[row] = Status.MISSING, _ONLY_A_PATH if cell.get("path") else "no bytes in its row"
+        elif not data:
+            found.failed[row] = Status.EMPTY, "no bytes in its row"
         if own is None and id_column:
             raise ShardError(Status.CORRUPT, f"row {row} has no {id_column}; choose another --id-column, or none")
         places.append(spool.add(data))
