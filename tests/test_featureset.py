@@ -625,6 +625,16 @@ def test_trouble_of_the_machine_is_no_damage(number, tars, mini, tmp_path, monke
         assert f"0000.tar.h5: cannot be read now ({why}); " in str(error.value)
         assert ("ulimit -n" in str(error.value)) == (number == errno.EMFILE)
         monkeypatch.setattr(h5py, "File", real)
+    with open_shard(find_shards(tars).shards[0], str(tars / "0000.tar"), ShardOptions(), str(tars)) as images:
+        asked = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda handle: (_ for _ in ()).throw(OSError(number, why)))
+        with pytest.raises(ProtopruneError, match="cannot be read now"):
+            FeatureFile(tmp_path / "f" / "0000.tar.h5")
+        with pytest.raises(ImageError, match=why) as image:
+            images.read(0)
+        assert image.value.status == Status.UNREADABLE
+        monkeypatch.setattr(os, "fstat", asked)
+    run(tars, tmp_path / "f", mini)  # nothing of it stayed open
     with FeatureSet(tmp_path / "f") as whole:
         monkeypatch.setattr(os, "dup", lambda handle: (_ for _ in ()).throw(OSError(number, why)))
         with pytest.raises(ProtopruneError, match=r"cannot be read now"):

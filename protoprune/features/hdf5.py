@@ -207,18 +207,20 @@ class Reader:
             except OSError:
                 open_file(self.path, mode, self.kind).close()  # says why
                 continue
+            file = None
             try:
-                seal = seals.read(raw)
                 with self.trouble("its HDF5 structure"):
+                    seal = seals.read(raw)
                     file = open_file(self.path, mode, self.kind)
-                if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
-                    return raw, seal, file
+                    if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
+                        return raw, seal, file
                 file.close()
-            except seals.Damaged as error:
+            except BaseException as error:
                 raw.close()
-                raise self.damaged(str(error)) from None
-            except BaseException:
-                raw.close()
+                if file is not None:
+                    file.close()
+                if isinstance(error, seals.Damaged):
+                    raise self.damaged(str(error)) from None
                 raise
             raw.close()
         raise ProtopruneError(f"{self.path}: another file takes its place again and again; run it when that has ended")

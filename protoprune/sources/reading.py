@@ -82,7 +82,11 @@ def _unchanged(handle: int) -> Callable[[], None]:
     before = size_and_times(os.fstat(handle))[:2]
 
     def check() -> None:
-        if size_and_times(os.fstat(handle))[:2] != before:
+        try:
+            now = size_and_times(os.fstat(handle))[:2]
+        except OSError as error:
+            raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the shard") from None
+        if now != before:
             raise ImageError(Status.CHANGED, "the shard changed while it was read")
 
     return check
