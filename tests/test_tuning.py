@@ -471,6 +471,15 @@ def test_auto_finds_the_fraction_that_is_known():
     assert all(one.cost.low <= one.cost.mean <= one.cost.high for one in result.curve)
 
 
+def test_auto_ends_where_too_few_images_would_be_kept():
+    """Where every fraction will do: few images have no 2 %, which ended it after all the training."""
+    labels = np.arange(100) % 2
+    pool = pool_of(9 * np.eye(2, 4)[labels] + np.random.default_rng(0).normal(size=(100, 4)), labels)
+    result = tune(pool, None, recipes=[RANDOM], rounds=(1,), seeds=2, heads=Ridge(pool), tolerance=0.5)
+    assert [one.keep for one in result.curve] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    assert result.keep == 0.2  # 13 images of a split of 64
+
+
 def test_auto_gives_a_random_list_its_own_fraction():
     """Orders that take one mode after another need all of them: random is better, and what it costs is said of it."""
     pool = tight([10] * 100, tables=lambda mode, rng: {"t.csv": mode.astype(float)})

@@ -185,9 +185,8 @@ def show_run(out: Path | None) -> Callable[[Step], None]:
 
     def show(step: Step) -> None:
         if step.outcome.cached:
-            if step.done == step.total:
-                where = f", in {out / 'runs'}" if out else ""
-                say(f"{step.cached:,} of {step.total:,} runs were there already{where}")
+            if step.done == step.total and out:  # else lists are the same
+                say(f"{step.cached:,} of {step.total:,} runs were there already, in {out / 'runs'}")
             return
         left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
         say(

@@ -241,16 +241,19 @@ def figure_scaling(result: Scaling) -> bytes:
     orders = [one for one in dict.fromkeys(point.order for point in result.points) if one != ALL] or [ALL]
     figure, first = _figure(1.2 + 4 * len(orders), 4.2, panels=len(orders))
     panels = first if len(orders) > 1 else [first]
+    wrong = {one.order for one in result.points if one.error.mean > 0}
+    scale = "log" if all(wrong & {order, ALL} for order in orders) else "linear"  # which alone can show nothing but 0
     for axes, order in zip(panels, orders, strict=True):
         _draw_panel(axes, result, order)
-        axes.set(xscale="log", yscale="log", xlabel="training images kept", title=order)
+        axes.set(xscale="log", yscale=scale, xlabel="training images kept", title=order)
         axes.set_xticks(_few(sorted({one.kept for one in result.points})), minor=False)
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_formatter("{x:.2g}")
         axes.legend(fontsize="x-small")
     panels[0].set_ylabel(f"test error, mean of {len(result.seeds)} seeds")
-    _even_ticks(panels[0])
+    if scale == "log":
+        _even_ticks(panels[0])
     return _png(figure)
 
 

@@ -292,8 +292,7 @@ def _settle(
 
 
 def _check(pool: Pool, choosers: int, keep: float) -> None:
-    kept = round(keep * round(choosers * (1 - 1 / choosing.FOLDS)))
-    least = max(LEAST, len(pool.classes))
+    kept, least = _kept(choosers, keep), _least(pool)
     if keep == 1:
         raise UsageError("--keep 1: keeps every image, whatever the recipe; give a smaller fraction")
     if kept < least:
@@ -304,6 +303,15 @@ def _check(pool: Pool, choosers: int, keep: float) -> None:
     sizes = np.bincount(pool.labels, minlength=len(pool.classes))
     if len(pool.classes) < 2 or np.sort(sizes)[-2] < 2:
         raise ProtopruneError("comparing recipes needs two classes with two images or more")
+
+
+def _kept(choosers: int, keep: float) -> int:
+    """How many images a recipe keeps of a split."""
+    return round(keep * round(choosers * (1 - 1 / choosing.FOLDS)))
+
+
+def _least(pool: Pool) -> int:
+    return max(LEAST, len(pool.classes))
 
 
 def _by_networks(
@@ -341,6 +349,8 @@ def _smallest(lab: _Lab, tried: list[Candidate], tolerance: float, curve: list[P
     good: Point | None = None
     bad: float | None = None
     for keep in FRACTIONS:
+        if _kept(len(lab.choosers), keep) < _least(lab.pool):
+            break
         found = point(keep)
         if found.cost.ends[1] >= tolerance:
             bad = keep
