@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
@@ -121,6 +122,12 @@ def temporary_name(path: str) -> str:
         _tidied.add(folder)
         _tidy(folder)
     return f"{path}.{_machine()}-{os.getpid()}.tmp"
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder in $TMPDIR for copies of what lies elsewhere. Those that killed processes left there are removed."""
+    base = os.path.join(tempfile.gettempdir(), "protoprune")
+    return tempfile.TemporaryDirectory(prefix="protoprune-", suffix=temporary_name(base).removeprefix(base))
 
 
 _tidied: set[str] = set()

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -261,6 +262,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_and_nothing_else(
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_copies_of_shards_that_a_killed_process_left_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "_tidied", set())
+    own = f".{files._machine()}-{os.getpid()}.tmp"
+    for name in ("protoprune-dead" + own.replace(f"-{os.getpid()}.", "-99999999."), "protoprune-busy" + own, "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.tar").touch()
+    with files.temporary_folder() as folder, files.temporary_folder() as another:
+        assert os.path.basename(folder).endswith(own)
+        left = {os.path.basename(folder), os.path.basename(another), "protoprune-busy" + own, "other"}
+        assert set(os.listdir(tmp_path)) == left
+    assert set(os.listdir(tmp_path)) == {"protoprune-busy" + own, "other"}
 
 
 def test_the_names_say_the_machine():

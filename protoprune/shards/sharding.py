@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -408,7 +407,7 @@ def _failed(path: str, shard: Shard, error: ShardError) -> ShardReport:
 def _place(path: str) -> Iterator[str]:
     """Where a shard's features are written: in their place, or on this machine first where that is on a store."""
     if stores.is_url(path):
-        with tempfile.TemporaryDirectory(prefix="protoprune-") as folder:
+        with files.temporary_folder() as folder:
             yield os.path.join(folder, "features.h5")
         return
     try:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import posixpath
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from protoprune import stores
+from protoprune import files, stores
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images.decode import Status
 from protoprune.images.listing import describe_counts, image_suffixes
@@ -189,7 +188,7 @@ def _shard(store: Any, path: str, base: str, facts: dict[str, Any] | str | None)
 @contextlib.contextmanager
 def fetched(shard: Shard) -> Iterator[str]:
     """The path of a copy of a remote shard, for as long as the block lasts. Raises ShardError."""
-    with tempfile.TemporaryDirectory(prefix="protoprune-") as folder:
+    with files.temporary_folder() as folder:
         path = os.path.join(folder, "shard" + os.path.splitext(shard.name)[1])
         store = stores.store(shard.url)
         for attempt in range(1, _TRIES + 1):
