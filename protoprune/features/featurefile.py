@@ -118,8 +118,10 @@ class FeatureFile:
         self._reader.close()
 
     def release(self) -> None:
-        """Close it and what reads of it, of which nothing may be in use. What was handed out reads on otherwise, and keeps
-        its descriptors until Python looks for circles."""
+        """Close it and what reads of it, of which nothing may be in use.
+
+        What was handed out reads on otherwise, and keeps its descriptors until Python looks for circles.
+        """
         self.close()
         self.features._map = None
         self.__dict__.pop("paths", None)
