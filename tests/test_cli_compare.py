@@ -218,6 +218,12 @@ def test_shares_of_classes_that_there_are_not(here, run):
     assert not (here / "x.csv").exists()
 
 
+def test_the_widest_interval_is_of_two_tables(here, run):
+    for name in ("flat", "flat2"):
+        (here / f"{name}.csv").write_text("path,score\np.png,1\nq.png,1\n")
+    assert "the widest is 1.000 to 1.000 (flat, flat2)" in run("flat.csv", "flat2.csv", "--bootstrap", "3").stderr
+
+
 def test_a_table_that_ranks_nothing_is_said(here, run):
     """Its correlations are 0 by agreement, not by measurement."""
     (here / "same.csv").write_text((here / "a.csv").read_text().splitlines()[1] + "\n" + "".join(

@@ -106,6 +106,13 @@ def test_networks_judge_the_finalists(here):
     result = run("tune", "--keep", 0.3, "--seeds", 2, "--model", "cnn", "--images", "images", "--epochs", 1, "--width",
                  4, "--image-size", 16, "--device", "cpu")  # fmt: skip
     assert "% by networks" in result.stderr
+    (here / "w.pt").write_text("no weights")
+    for options, message in (("--weights w.pt", "w.pt: "), ("--batch-size 1", "batches of 2 images and more")):
+        refused = CliRunner().invoke(
+            app, [*["tune", "--keep", "0.3", "--model", "cnn", "--images", "images", "-o", "new"], *options.split()]
+        )
+        assert message in refused.stderr.splitlines()[-1]
+        assert not (here / "new").exists()  # nor any head trained before
     content = json.loads((here / "tune" / "results.json").read_text())
     assert set(content["networks"]) == {"cover by class", "easy, k 6"}
     assert content["settings"]["recipe"]["width"] == 4

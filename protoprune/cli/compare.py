@@ -216,9 +216,11 @@ def _say_tables(matched: dict[str, ScoreTable], images: int, arrays: dict[str, n
 def _say_result(result: Comparison, bootstrap: int) -> None:
     import numpy as np
 
+    from protoprune.comparison import pairs
+
     if result.low is not None and result.high is not None:
         width = result.high - result.low
-        a, b = np.unravel_index(np.argmax(width), width.shape)
+        a, b = max(pairs(result), key=width.__getitem__)
         say(
             f"95 % intervals from {bootstrap} bootstrap resamples of the images; the widest is "
             f"{result.low[a, b]:.3f} to {result.high[a, b]:.3f} ({result.names[a]}, {result.names[b]})"

@@ -136,6 +136,13 @@ class Networks:
         key = shared_key(self.examples, self.test, self.recipe, self.device)
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
+    def check(self) -> None:
+        """Take one step, now: what its weights, images or device do not allow would be said when all heads are
+        trained."""
+        from protoprune.training.loop import epochs
+
+        next(epochs(self.examples, self.recipe, rows=np.arange(2), steps=1, device=self.device))
+
     def answers(self, rows: np.ndarray, held_out: np.ndarray | None, seed: int) -> np.ndarray:
         from protoprune.training.examples import subset
         from protoprune.training.loop import fit
@@ -223,6 +230,8 @@ def tune(
     choosers, judges = _divided(pool, test, seed)
     lab = _Lab(pool, choosers, heads or Heads(pool, choosers, test), Log(folder, pool, test), seed)
     _check(pool, len(choosers), SCREENED if keep is None else keep)
+    if networks is not None:
+        networks.check()
 
     standings = _standings(lab, everyone, SCREENED if keep is None else keep, rounds, say)
     ranked = [everyone[one.number] for one in standings if one.number >= len(REFERENCES)]
