@@ -3,6 +3,7 @@
 import csv
 import errno
 import functools
+import gc
 import json
 import os
 import random
@@ -644,6 +645,28 @@ def test_trouble_of_the_machine_is_no_damage(number, tars, mini, tmp_path, monke
     monkeypatch.setattr(os, "dup", DUP)
     with FeatureSet(tmp_path / "f") as whole, pytest.raises(ProtopruneError, match=r"cannot write the names .* TMPDIR"):
         list(whole.paths)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of descriptors here")
+def test_parts_that_are_closed_hold_no_descriptors(folder, tmp_path, monkeypatch):
+    """Not even until the next look for circles: a set of thousands of shards would run out of them."""
+    tars = write_tars(tmp_path / "tars", members(folder), 6)
+    run(tars, tmp_path / "f", OwnEncoder())
+    monkeypatch.setattr(featureset, "_OPEN_FILES", 1)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        whole = FeatureSet(tmp_path / "f")
+        rows = np.arange(24)[::-1]
+        assert np.array_equal(whole.features[rows], whole.features[:][rows])
+        assert len(list(whole.paths)) == 24
+        assert whole.usable.all()
+        assert len(os.listdir("/proc/self/fd")) <= before + 5  # of one part, and of the names of all
+        whole.close()
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+    finally:
+        gc.enable()
 
 
 def test_times_before_1970_and_after_2262_are_times_as_others_are(tmp_path):

@@ -117,6 +117,15 @@ class FeatureFile:
     def close(self) -> None:
         self._reader.close()
 
+    def release(self) -> None:
+        """Close it and what reads of it, of which nothing may be in use.
+
+        What was handed out reads on otherwise, and keeps its descriptors until Python looks for circles.
+        """
+        self.close()
+        self.features._map = None
+        self.__dict__.pop("paths", None)
+
     @property
     def sealed(self) -> bool:
         """Whether the file has digests; those of earlier versions have none."""

@@ -234,7 +234,7 @@ class FeatureSet:
 
     def close(self) -> None:
         while self._open:
-            self._open.popitem()[1].close()
+            self._open.popitem()[1].release()
 
     @property
     def failed_shards(self) -> list[tuple[str, str, str]]:
@@ -375,7 +375,7 @@ class FeatureSet:
             raise ProtopruneError(f"{path}: {file.dim} dimensions, the set has {self.dim}")
         self._open[number] = file
         if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[1].close()
+            self._open.popitem(last=False)[1].release()
         return file
 
     def _files(self) -> Iterator[FeatureFile]:
