@@ -88,9 +88,10 @@ def compare(
         values = [row[common] for row in values]
     paths = chosen(paths, common)
     labels, classes = folder_labels(paths) if labels is None else (np.asarray(labels)[common], classes or [])
-    present, counts = np.unique(labels[labels >= 0], return_counts=True)
-    if len(present) and present[-1] >= len(classes):
-        raise UsageError(f"label {present[-1]}: expected 0 to {len(classes) - 1}, the numbers of the classes")
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    present = np.flatnonzero(counts)
+    if len(counts) > len(classes):
+        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
     if by_class and not len(present):
         raise UsageError("--classes: the images compared have no classes (no first-level folders)")
     ranks = _ranks(values)
@@ -103,7 +104,7 @@ def compare(
     percentiles = ranks.astype(np.float32)
     del ranks
     result = Comparison(names, paths, percentiles, matrix, low, high, similar_order(matrix))
-    result.classes, result.class_sizes = [classes[one] for one in present], counts
+    result.classes, result.class_sizes = [classes[one] for one in present.tolist()], counts[present]
     number = np.full(len(classes) + 1, -1, np.int32)  # of a class among those; the last is of images without one
     number[present] = np.arange(len(present))
     _compare_kept(result, values, keeps, number[labels], seed)
