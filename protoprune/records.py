@@ -177,6 +177,9 @@ class Record:
         with self._reader.trouble(f"its {name}"):
             values = self._reader.file[name][models, epochs, rows]
         values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+        if not self.sealed and values.dtype.kind == "f":
+            with np.errstate(invalid="ignore"):
+                values += 0  # of a damaged file a NaN may be one that every later sum warns of
         if name.endswith("prediction") and not self.sealed and values.max(initial=0) >= len(self.classes):
             raise self._reader.damaged(f"its {name} names a class that is not there")
         return values

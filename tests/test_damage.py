@@ -15,6 +15,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -448,6 +449,18 @@ def test_damage_in_files_of_earlier_versions_is_one_line_or_another_number(here,
     lines = ["info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"]
     lines = lines if name == "f.h5" else ["info r.h5", "score ddd --record r.h5", "score tdds --record r.h5"]
     check({line: command(*line.split()) for line in lines}, here / name, 100, unsigned=True)
+
+
+def test_a_signalling_nan_in_a_record_of_an_earlier_version_is_no_warning_of_numpy(here):
+    write_record("r.h5")
+    without_seal(here / "r.h5")
+    with h5py.File("r.h5", "r+") as file:
+        one = file["change"][0, -1]
+        one.view(np.uint16 if one.dtype == np.float16 else np.uint32)[3] = (
+            0x7D00 if one.dtype == np.float16 else 0x7FA00000
+        )
+        file["change"][0, -1] = one
+    assert run_apart(command("score", "tdds", "--record", "r.h5"))[0] == 0
 
 
 @pytest.mark.parametrize("name", ["f.h5", "r.h5"])
