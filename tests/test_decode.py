@@ -496,14 +496,15 @@ def test_deep_images_take_no_more_memory_than_others(mode):
     else:
         image = Image.fromarray(values.astype({"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]))
     data = encoded(image, "TIFF", compression="tiff_lzw")
-    peaks = []
     for _ in range(3):  # threads of other tests that were given up may end meanwhile, and would be counted
         tracemalloc.start()
         pixels = decode(data)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        if peak < 6_000_000 * 9:  # twice the RGB image, which is joined of parts, and a third
+            break
     assert pixels.shape == (2000, 3000, 3)
-    assert min(peaks) < 6_000_000 * 9  # twice the RGB image, which is joined of parts, and a third
+    assert peak < 6_000_000 * 9
     if mode == "RGBA":
         expected = reference(data)
     elif mode == "I;16":
