@@ -21,7 +21,7 @@ from protoprune.device import resolve_device
 from protoprune.embedding.pipeline import embed, resolve_precision
 from protoprune.encoders import Encoder, digest, load_encoder
 from protoprune.images.decode import Preprocess
-from protoprune.images.listing import list_folder
+from protoprune.images.listing import list_folder, list_paths
 
 
 def main() -> None:
@@ -41,11 +41,8 @@ def main() -> None:
     batch = options.batch_size or (32 if device.type == "cpu" else 256)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.images or generate(Path(scratch) / "images", options.count, options.size)
-        images = list_folder(folder)
-        keep = images.paths[: options.count]
-        for name in ("size", "mtime_ns", "labels"):
-            setattr(images, name, getattr(images, name)[: len(keep)])
-        images.paths = keep
+        images = list_paths(list_folder(folder).paths[: options.count], folder)
+        keep = images.paths
         modes = {
             "protoprune": lambda: ours(images, encoder, Path(scratch) / "f.h5", device, precision, batch),
             "plain": lambda: plain_loop(images, encoder, device, batch),
