@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from protoprune.embedding.engine import Forward
 
-__all__ = ["EmbedReport", "Encoder", "Engine", "embed", "embed_with", "resolve_precision"]
+__all__ = ["EmbedReport", "Encoder", "Engine", "embed", "in_halves", "own_threads", "resolve_precision"]
 
 _RING = 4  # batches in memory at once
 # The nice value of decoding threads beside a forward pass on the CPU, as long as that feeds it. At 19 a thread of a
@@ -111,24 +111,6 @@ def embed(
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
     if not isinstance(images, ImageList):
         raise UsageError(f"images: {str(images)[:60]!r}: expected what list_folder(…) or list_paths(…) gives")
-    return embed_with(
-        engine, images, out, overwrite=overwrite, moved=moved, on_compare=on_compare, on_start=on_start,
-        on_progress=on_progress,
-    )  # fmt: skip
-
-
-def embed_with(
-    engine: Engine,
-    images: ImageList,
-    out: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    moved: bool = False,
-    on_compare: Callable[[int], None] | None = None,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> EmbedReport:
-    """`embed` with an encoder that is ready already."""
     with own_threads():
         return whole(
             in_halves(
@@ -149,7 +131,7 @@ def in_halves(
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Halves[EmbedReport]:
-    """`embed_with`, which yields as soon as it has all that it needs but the device: images are being decoded then.
+    """`embed` with an engine; yields as soon as it has all that it needs but the device: images are being decoded then.
 
     The first half may be done in another thread, beside the second one of other images (see `ahead`), within
     `own_threads`.
