@@ -31,6 +31,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError
 from protoprune.features import hdf5, seals
 from protoprune.features.hdf5 import Column
@@ -70,6 +71,7 @@ class Record:
     damaged or something else.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
         there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)

@@ -40,6 +40,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5, seals
 from protoprune.features.hdf5 import Column
@@ -89,6 +90,7 @@ class FeatureFile:
     when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._reader = hdf5.Reader(self.path, KIND)
