@@ -67,9 +67,10 @@ class Reader:
     """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
 
     Attributes: path, file (h5py), data (name -> dataset), raw (the same file, plainly open), attributes (plain values),
-    dims (name of a dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it is used; in files
-    of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is wrong is one
-    ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
+    dims (name of a dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it
+    is used; in files of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is
+    wrong is one ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its
+    name later.
     """
 
     def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
