@@ -62,6 +62,8 @@ def test_failures_are_counted_and_listed_and_strict_makes_them_an_error(images, 
     result = call(images, "-o", tmp_path / "f.h5", "--errors", tmp_path / "e.csv")
     assert result.exit_code == 0
     assert "2 images could not be used: empty 1, truncated 1" in result.stderr
+    assert "14 images x 192" in result.stderr
+    assert "; 12 embedded in " in result.stderr
     with open(tmp_path / "e.csv", newline="") as file:
         assert [(row["path"], row["status"]) for row in csv.DictReader(file)] == [
             ("c0/cut.png", "truncated"), ("c1/empty.jpg", "empty"),

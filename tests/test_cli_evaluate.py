@@ -334,6 +334,16 @@ def test_features_of_another_encoder_are_refused(here, run, command, feature_fil
         error = run(*arguments, "--test", "other.h5", code=2).stderr
         assert "the test features were not made as the training features were" in error
         assert f"{name.replace('_', ' ')}: " in error
+    feature_file(
+        "other.h5",
+        blobs(PATHS, 1)[:, :2],
+        paths=PATHS,
+        root="test-images",
+        made_by={"encoder": "another", "preprocess": "x"},
+    )
+    error = run(*arguments, "--test", "other.h5", code=2).stderr
+    assert "were (encoder: another, not " in error
+    assert "preprocess" not in error
     feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images", made_by={"precision": "bf16"})
     more = [] if command == "record" else ["--device", "cpu", "--seeds", "1"]
     more += ["--epochs", "1"] if command == "record" else []

@@ -603,11 +603,17 @@ def _touched(file: FeatureFile, images: ImageList) -> bool:
 
 
 def key_differences(provenance: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """'encoder: dino_vits16, not mini' for everything in KEY that differs between a file and a request."""
+    """'pool: token, not avg' for everything in KEY that differs between a file and a request.
+
+    Of another encoder that alone is said: weights, pooling and preprocessing are its own.
+    """
+    differ = [name for name in KEY if provenance.get(name) != wanted.get(name)]
+    if "encoder" in differ:
+        differ = ["encoder"]
     return [
-        f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted.get(name))}"
-        for name in KEY
-        if provenance.get(name) != wanted.get(name)
+        f"{name.replace('_', ' ')}: {was}, not {value}"
+        for name in differ
+        for was, value in [_unlike(name, str(provenance.get(name)), str(wanted.get(name)))]
     ]
 
 
@@ -617,6 +623,13 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1], strict=True))
 
 
-def _shorten(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:12] + "…" if " " not in text else text
+def _unlike(name: str, one: str, other: str) -> tuple[str, str]:
+    """Two values as messages show them: of a digest its start, of preprocessings the settings that are not the same."""
+    if name == "weights_sha256":
+        return one[:12] + "…", other[:12] + "…"
+    if name == "preprocess":
+        with contextlib.suppress(ValueError, AttributeError):
+            sides = json.loads(one), json.loads(other)
+            keys = sorted(key for key in sides[0].keys() | sides[1].keys() if sides[0].get(key) != sides[1].get(key))
+            one, other = (", ".join(f"{key} {side.get(key)}" for key in keys) for side in sides)
+    return one, other
