@@ -133,6 +133,9 @@ def embed(
         options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
         options.check(shard.name for shard in source.shards)  # before the encoder is loaded
         if not single:
+            from protoprune.features.featureset import check_folder
+
+            check_folder(target)
             settings |= launcher(engine, address, devices, device, rank, world_size)
     from protoprune.encoders import load_encoder
 
@@ -358,10 +361,11 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
     if not report.embedded:
         say(f"{report.out}: up to date, {many(report.n, 'image')} x {model.dim} ({model.name})")
         return
-    rate = report.embedded / max(seconds, 1e-9)
+    embedded = report.embedded - report.failed_now
+    rate = embedded / max(seconds, 1e-9)
     say(
         f"{report.out}: {many(report.n, 'image')} x {model.dim} ({model.name}, {report.precision}, {report.device}); "
-        f"{report.embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
+        f"{embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
     )
 
 

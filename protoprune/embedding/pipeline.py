@@ -59,12 +59,13 @@ Outcome = list[tuple[Status, str]]  # of a batch: status and note or reason of e
 
 @dataclass
 class EmbedReport:
-    """What a run did; every image of the list is in exactly one of embedded, unchanged and failures."""
+    """What a run did; every image of the list is either embedded or unchanged."""
 
     out: str
     n: int
     embedded: int = 0  # images that went through the encoder or failed on the way, in this run
-    unchanged: int = 0  # images whose features an earlier run had left
+    failed_now: int = 0  # those of them that failed
+    unchanged: int = 0  # images whose features, or failure, an earlier run had left
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
     transparent: int = 0  # images with transparent parts, of all n
@@ -168,7 +169,7 @@ def _embed_rest(
         if on_start:
             on_start(partial.n, len(partial.todo))
         if len(partial.todo):
-            yield from _run(images, engine, partial, on_progress)
+            report.failed_now = yield from _run(images, engine, partial, on_progress)
         earlier.check_result(report.out, partial)
         partial.finish()
     except _out_of_memory() as error:
@@ -182,8 +183,8 @@ def _embed_rest(
 
 def _run(
     images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
-) -> Halves[None]:
-    """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
+) -> Halves[int]:
+    """The pipeline. Batches are decoded ahead, computed in order and committed in order; returns how many failed."""
     forward, batch_size = engine.forward
     content = np.zeros(len(images), np.uint64)
     silence_libtiff()
@@ -218,6 +219,7 @@ def _run(
             failed += sum(status != Status.OK for status, _ in outcome)
             if on_progress:
                 on_progress(done, failed)
+    return failed
 
 
 @contextlib.contextmanager

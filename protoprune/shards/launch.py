@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
@@ -140,11 +141,13 @@ def run(
     workers that all die.
     """
     context = multiprocessing.get_context("spawn")
+    # As bytes: multiprocessing would share the weights through /dev/shm, of which containers have 64 MB or none.
+    code = pickle.dumps((work, start))
     todo = Tasks(tasks, tries)
     workers: list[_Worker[Task]] = []
     try:
         for number, device in enumerate(devices[: len(todo)]):
-            workers.append(_launch(context, work, start, device, number, len(devices)))
+            workers.append(_launch(context, code, device, number, len(devices)))
         while len(todo) or any(worker.task is not None for worker in workers):
             for number, worker in enumerate(workers):
                 if worker.task is None and (given := todo.take(number)) is not None:
@@ -155,7 +158,7 @@ def run(
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
                     lost = todo.died(number, worker.task, _death(worker))
-                    workers[number] = _launch(context, work, start, worker.device, number, len(devices))
+                    workers[number] = _launch(context, code, worker.device, number, len(devices))
                     if lost is not None:
                         yield lost
                     continue
@@ -168,16 +171,9 @@ def run(
         _dismiss(workers)
 
 
-def _launch(
-    context: SpawnContext,
-    work: Work[State, Task, Result],
-    start: Callable[[str], State],
-    device: str,
-    number: int,
-    of: int,
-) -> _Worker[Task]:
+def _launch(context: SpawnContext, code: bytes, device: str, number: int, of: int) -> _Worker[Task]:
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, work, start, device, number, of), daemon=True)
+    process = context.Process(target=_serve, args=(there, code, device, number, of), daemon=True)
     process.start()
     there.close()
     return _Worker(device, process, here)
@@ -214,21 +210,15 @@ def _death(worker: _Worker[Task]) -> str:
     return f"the worker on {worker.device} {how}"
 
 
-def _serve(
-    connection: Connection,
-    work: Work[State, Task, Result],
-    start: Callable[[str], State],
-    device: str,
-    number: int,
-    of: int,
-) -> None:
-    """A worker's life. Interrupts are the parent's business."""
+def _serve(connection: Connection, code: bytes, device: str, number: int, of: int) -> None:
+    """A worker's life; `code` is `work` and `start`, pickled. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    state: State | None = None
+    state: Any = None
     ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:
+        work, start = pickle.loads(code)
         state = start(device)
         while True:
             task, ahead = connection.recv()

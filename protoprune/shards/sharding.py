@@ -27,7 +27,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import featurefile as feature_file
 from protoprune.features import remoteset
 from protoprune.features.featurefile import FeatureFile
-from protoprune.features.featureset import Part, shard_file
+from protoprune.features.featureset import Part, check_folder, shard_file
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE
 from protoprune.shards import cluster, launch, setstate
@@ -55,7 +55,8 @@ class ShardReport:
     state: str  # embedded, unchanged, kept (its source is gone, its features are not), busy (elsewhere) or failed
     rows: int = 0
     uuid: str = ""  # of its feature file
-    embedded: int = 0  # images that went through the encoder in this run
+    embedded: int = 0  # images that went through the encoder or failed on the way, in this run
+    failed_now: int = 0  # those of them that failed
     transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
@@ -77,6 +78,7 @@ class SetReport:
     states: Counter[str] = field(default_factory=Counter)
     n: int = 0  # images in the set
     embedded: int = 0
+    failed_now: int = 0
     transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
@@ -142,6 +144,7 @@ def embed_shards(
     options = options or ShardOptions()
     options.check(shard.name for shard in source.shards)
     out = stores.given(out).rstrip("/") or "/"
+    check_folder(out)
     settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
                            "compile": compile}  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -377,7 +380,7 @@ def _embedded(
     if place == path:
         setstate.forget_failure(path)
     return ShardReport(
-        shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
+        shard.name, "embedded", result.n, result.uuid, result.embedded, result.failed_now, result.transparent,
         failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
         classes_from=classes_from, links=links,
     )  # fmt: skip
@@ -479,6 +482,7 @@ def _said(path: str) -> dict[str, Any] | None:
 def _count(report: SetReport, one: ShardReport) -> None:
     report.states[one.state] += 1
     report.embedded += one.embedded
+    report.failed_now += one.failed_now
     report.transparent += one.transparent
     report.failures += one.failures
     report.skipped += one.skipped
