@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.device import cores
 from protoprune.embedding import earlier
 from protoprune.embedding.ahead import Halves, whole
@@ -80,6 +81,7 @@ class EmbedReport:
         return sum(self.failures.values())
 
 
+@checked
 def embed(
     images: ImageList,
     encoder: Encoder,
@@ -110,8 +112,6 @@ def embed(
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
-    if not isinstance(images, ImageList):
-        raise UsageError(f"images: {str(images)[:60]!r}: expected what list_folder(…) or list_paths(…) gives")
     with own_threads():
         return whole(
             in_halves(

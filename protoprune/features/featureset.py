@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protoprune import files, stores
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import FeatureFile, Index
 from protoprune.images.decode import Status
@@ -204,6 +205,7 @@ class FeatureSet:
     damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
     """
 
+    @checked
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = os.fspath(folder).rstrip("/") or "/"
         self.plan, self.parts = read_plan(self.path)

@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked
 from protoprune.embedding.ahead import Begun, Halves, whole
 from protoprune.embedding.earlier import LossError
 from protoprune.embedding.engine import Encoder, Engine
@@ -98,6 +99,7 @@ class SetReport:
 Run = Callable[[Sequence[Shard]], Iterator[ShardReport | launch.Lost[Shard]]]  # by whichever launcher
 
 
+@checked
 def embed_shards(
     source: Source,
     encoder: Encoder,
