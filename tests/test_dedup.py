@@ -14,11 +14,15 @@ import protoprune
 from protoprune.clustering import buckets, vectors
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.ids import hashes_of
-from protoprune.selection import dedup, duplicates, likeness
+from protoprune.selection import dedup, likeness
 
 
 def ids_of(n: int) -> list[str]:
     return [f"{i:05d}.png" for i in range(n)]
+
+
+def duplicates(*arguments, **options) -> np.ndarray:
+    return dedup.near_duplicates(*arguments, **options)[0]
 
 
 def unit(x):

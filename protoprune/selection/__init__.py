@@ -27,7 +27,6 @@ from protoprune.selection.dedup import (
     THRESHOLDS,
     Likeness,
     check_duplicates,
-    duplicates,
     likeness,
     near_duplicates,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "cover",
     "cut",
     "dropped_count",
-    "duplicates",
     "kept_mask",
     "likeness",
     "near_duplicates",

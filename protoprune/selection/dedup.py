@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -34,14 +33,6 @@ def check_duplicates(epsilon: float, prefer: str = "harder", option: str = "--de
         )
     if prefer not in PREFER:
         raise UsageError(f"--dedup-prefer {prefer}: expected one of {', '.join(PREFER)}")
-
-
-def duplicates(
-    features: vectors.Rows, cluster: np.ndarray, distance: np.ndarray, epsilon: float, **options: Any
-) -> np.ndarray:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others: the first of
-    what `near_duplicates` gives, which has the same options."""
-    return near_duplicates(features, cluster, distance, epsilon, **options)[0]
 
 
 def near_duplicates(
@@ -141,9 +132,9 @@ def likeness(
     folder: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> Likeness:
-    """The pairs within clusters, counted, and each image's nearest one; arguments as in `duplicates`.
+    """The pairs within clusters, counted, and each image's nearest one; arguments as in `near_duplicates`.
 
-    All pairs of a cluster are compared once, which costs as much as `duplicates` does when it removes little.
+    All pairs of a cluster are compared once, which costs as much as that does when it removes little.
     """
     rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
     rows = rows[np.argsort(cluster[rows], kind="stable")].astype(row_type(len(cluster)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.ids import hashes_of, shuffled
+from protoprune.ids import hashes_of, row_type, shuffled
 from protoprune.paths import BATCH
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
@@ -167,7 +167,7 @@ def _break_ties(
 
 def place_in_group(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(m,) position of each row among the rows of its own group; sizes: (groups,) rows of each."""
-    small = np.int32 if len(group) < 1 << 31 else np.int64
+    small = row_type(len(group))
     by_group, place = np.argsort(group, kind="stable"), np.empty(len(group), small)
     place[by_group] = np.arange(len(group), dtype=small) - np.repeat((np.cumsum(sizes) - sizes).astype(small), sizes)
     return place
