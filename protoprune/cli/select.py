@@ -56,15 +56,12 @@ def select(
     need_stdout(out)
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     check_links(links, hard_links)
-    if absolute and _format(format, out) in ("npy", "datacomp"):
-        raise UsageError(f"--absolute: a list in the format {_format(format, out)} holds no paths; leave it out")
-    if root is not None and links is None and not absolute:
-        raise UsageError(f"--root {root}: goes with --links or --absolute; a list holds paths below the root")
+    _check_root(root, absolute, links, _format(format, out))
     _check_output(format, null, [features, table_file(scores), reading.rows], links, out, removed, manifest)
     if stability:
         pruning.check_stability(rule)
-    if stability and scores is not None:
-        raise UsageError("--scores ranks without clustering: no --stability with it")
+        if scores is not None:
+            raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
         features, rule, clusters, scores=scores, **vars(reading), dedup=how.dedup, dedup_prefer=how.dedup_prefer,
         count=True,
@@ -73,9 +70,8 @@ def select(
     say_ranking(ranking)
     if how.dedup is not None:
         _say_duplicates(ranking, how.dedup)
-    if clusters.restarts > 1 and scores is None:
+    if (seeds := len(ranking.clusterings)) > 1:
         share = pruning.restart_overlap(ranking, rule)
-        seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
     place = _place(root or ranking.root, absolute)
     if links is not None:
@@ -83,18 +79,31 @@ def select(
             raise UsageError(f"--links: the images are on a store ({stores.public(place)}), to which no link can lead")
         check_beside(links, place, ranking.paths, f"--links {links}")
     _write(chosen, out, format, null, place, absolute, removed, links, hard_links, manifest)
-    kinds = [_format(format, out), *([] if removed is None else [_format_of_removed(format, removed)])]
-    if "npy" in kinds and ranking.source is not None and ranking.source.provenance.get("reordered"):
-        say(
-            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
-            "that it was imported from; take paths, or a manifest"
-        )
+    if "npy" in (_format(format, out), removed and _format_of_removed(format, removed)):
+        _warn_of_reordered(ranking, features)
     _say_selected(chosen)
     say_notes(chosen.notes())
     if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
+
+
+def _check_root(root: Path | None, absolute: bool, links: Path | None, format: str) -> None:
+    """UsageError for a root that nothing written is below, and for absolute paths where there are none."""
+    if absolute and format in ("npy", "datacomp"):
+        raise UsageError(f"--absolute: a list in the format {format} holds no paths; leave it out")
+    if root is not None and links is None and not absolute:
+        raise UsageError(f"--root {root}: goes with --links or --absolute; a list holds paths below the root")
+
+
+def _warn_of_reordered(ranking: Ranking, features: Path) -> None:
+    """Say what row indices count, where it is not the rows of the vectors that were imported."""
+    if ranking.source is not None and ranking.source.provenance.get("reordered"):
+        say(
+            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
+            "that it was imported from; take paths, or a manifest"
+        )
 
 
 def _place(root: str | os.PathLike[str], absolute: bool) -> str:

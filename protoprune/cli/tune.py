@@ -117,7 +117,7 @@ def tune(
     command = _write_list(result, source, features, kept, seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
-        "scores": list(map(os.fspath, scores)), "model": model or "linear heads", "seed": seed,
+        "scores": list(map(os.fspath, scores)), "model": result.judges, "seed": seed,
         "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
