@@ -21,7 +21,7 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes
+from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes, plain_name
 from protoprune.units import many
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
@@ -176,13 +176,15 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
     if not rows:
         raise _Unclear("the file has no rows")
     width = len(rows[0])
-    header = any(_plain(name) in (*_PATHS, *CLASS_NAMES) for name in rows[0]) or column in rows[0]
+    header = any(plain_name(name) in (*_PATHS, *CLASS_NAMES) for name in rows[0]) or column in rows[0]
     if width == 1:
         if column is not None and column not in rows[0]:
             raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
         return None, [row[0].strip() for row in rows[header:]]
     key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
-    first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated
+    first_word = (
+        header and plain_name(rows[0][label]) == "predictionstring"
+    )  # Kaggle's ImageNet: class and box, repeated
     keys, values = [], []
     for place, row in enumerate(rows[header:], 1 + header):
         if len(row) <= key:
@@ -229,7 +231,7 @@ def _split(text: str, lines: list[str], delimiter: str) -> list[list[str]]:
 
 def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     """(path, class) columns by name."""
-    plain = [_plain(name) for name in names]
+    plain = [plain_name(name) for name in names]
     key = _first_of(_PATHS, plain)
     label = _first_of(CLASS_NAMES, ["" if place == key else name for place, name in enumerate(plain)])
     if column is not None:
@@ -254,10 +256,6 @@ def _first_of(wanted: Sequence[str], names: list[str]) -> int | None:
 
 def _is_number(text: str) -> bool:
     return text.isdecimal() and len(text) < 19  # Python refuses to make numbers of thousands of digits
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
 
 
 # --- class numbers -> names -------------------------------------------------------------------------------------------
