@@ -32,8 +32,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files
 from protoprune.errors import ProtopruneError
-from protoprune.features import hdf5, seals
-from protoprune.features.hdf5 import Column
+from protoprune.features import hdf5
+from protoprune.features.hdf5 import Column, partial_path
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
 _PROBABILITY_ROWS = 65_536  # that are read at once
@@ -378,16 +378,10 @@ class PartialRecord:
         """Give the finished record its name."""
         names = self._digests.names
         self.close()
-        with files.told(partial_path(self.out)):
-            seals.complete(partial_path(self.out), names)
-        files.publish(partial_path(self.out), self.out)
+        hdf5.finish(self.out, names)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def partial_path(out: str) -> str:
-    return out + ".partial"
 
 
 def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 import protoprune
+from protoprune import files
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import seals
 from protoprune.files import leads_out
@@ -413,6 +414,19 @@ def format_of(path: str) -> str | None:
             return _attribute(file, "format") if "format" in file.attrs else ""
     except _TROUBLES:
         return None
+
+
+def partial_path(out: str) -> str:
+    """What a file is called as long as a run fills it."""
+    return out + ".partial"
+
+
+def finish(out: str, but: Collection[str]) -> None:
+    """Give a finished file, which is closed, its name; `but`: the datasets that have digests of their own."""
+    partial = partial_path(out)
+    with files.told(partial):
+        seals.complete(partial, but)
+    files.publish(partial, out)
 
 
 def check_replaceable(path: str, kind: Kind) -> None:

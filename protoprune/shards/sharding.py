@@ -27,6 +27,7 @@ from protoprune.features import featurefile as feature_file
 from protoprune.features import remoteset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import Part, shard_file
+from protoprune.features.hdf5 import partial_path
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE
 from protoprune.shards import cluster, launch, setstate
@@ -443,7 +444,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
     """Whether a feature file that is there is of another kind, or of another version of the shard, or an unfinished one
     is damaged or of another kind: what is wanted of the whole set was settled when it was prepared."""
-    facts, started = _said(path), _said(feature_file.partial_path(path))
+    facts, started = _said(path), _said(partial_path(path))
     if any(one is not None and feature_file.key_differences(one, key) for one in (facts, started)):
         return True
     return facts is not None and (facts["shard_size"], facts["shard_version"]) != (shard.size, shard.version)
