@@ -27,7 +27,6 @@ from protoprune.selection.dedup import (
     THRESHOLDS,
     Likeness,
     check_duplicates,
-    likeness,
     near_duplicates,
 )
 from protoprune.selection.floors import check_balance, take
@@ -55,7 +54,6 @@ __all__ = [
     "cut",
     "dropped_count",
     "kept_mask",
-    "likeness",
     "near_duplicates",
     "ranking",
 ]

@@ -49,8 +49,9 @@ def near_duplicates(
     folder: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> tuple[np.ndarray, Likeness]:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and what
-    `likeness` counts for `thresholds` before any is removed (nothing without them, which halves the work).
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and
+    the pairs within clusters, counted for `thresholds` before any is removed, and each image's nearest one (nothing
+    without thresholds, which halves the work).
 
     features: (n, d); cluster: (n,) integers; distance: (n,) to the own centroid. Within each cluster the usable images
     are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice) or nearest first
@@ -123,32 +124,8 @@ class Likeness:
         return np.searchsorted(near, self.thresholds)
 
 
-def likeness(
-    features: vectors.Rows,
-    cluster: np.ndarray,
-    *,
-    usable: np.ndarray | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
-    folder: str | os.PathLike[str] | None = None,
-    workers: int = 1,
-) -> Likeness:
-    """The pairs within clusters, counted, and each image's nearest one; arguments as in `near_duplicates`.
-
-    All pairs of a cluster are compared once, which costs as much as that does when it removes little.
-    """
-    rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
-    rows = rows[np.argsort(cluster[rows], kind="stable")].astype(row_type(len(cluster)))
-    found = _Pairs(thresholds, len(cluster))
-
-    def one(members: np.ndarray, x: np.ndarray) -> None:
-        found.add(members, vectors.prepared(x, members, unit=True))
-
-    buckets.through(features, _groups(rows, cluster), one, folder, workers)
-    return found.counted()
-
-
 class _Pairs:
-    """What `likeness` counts, cluster by cluster."""
+    """What is counted of pairs, cluster by cluster."""
 
     def __init__(self, thresholds: Sequence[float], n: int):
         self.marks = np.sort(np.asarray(thresholds, np.float32))
