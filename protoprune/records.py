@@ -122,7 +122,7 @@ class Record:
     @property
     def paths(self) -> list[str]:
         """The n ids, in row order."""
-        return self._reader.ids("path", self.n)
+        return list(self._reader.paths("path", self.n))
 
     @property
     def classes(self) -> list[str]:
@@ -187,7 +187,9 @@ class Record:
     @property
     def test_paths(self) -> list[str]:
         """Ids of the test examples; empty without a test set."""
-        return self._reader.ids("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
+        return (
+            list(self._reader.paths("test_path", self._reader.dims.get("t", 0))) if "test_path" in self._reader else []
+        )
 
     @property
     def test_labels(self) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featureset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.ids import hashes_of, shuffled
-from protoprune.selection import by_place, cover, covering
+from protoprune.selection import by_key, cover, covering
 
 
 def ids_of(n: int) -> list[str]:
@@ -69,7 +69,7 @@ def plain_facility(kernel: np.ndarray) -> list[int]:
 def order(features, groups=None, **options) -> list[int]:
     groups = np.zeros(len(features), int) if groups is None else groups
     places = cover(features, groups, ids=ids_of(len(features)), **options)
-    return by_place(places, np.flatnonzero(~np.isnan(places)), ids_of(len(features))).tolist()
+    return by_key(places, np.flatnonzero(~np.isnan(places)), ids_of(len(features)), 0).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -33,7 +33,7 @@ from protoprune.features.featurefile import FeatureFile, Index
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
-from protoprune.text import native, parse_json
+from protoprune.text import native, parse_json, sorted_classes
 from protoprune.units import many
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
@@ -384,7 +384,7 @@ def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray,
     others = kinds - {FOLDERS}
     if others:
         parts = _without_folders(parts, others)
-    names = _sorted_classes({name for _, classes, _ in parts for name in classes})
+    names = sorted_classes({name for _, classes, _ in parts for name in classes})
     index = {name: number for number, name in enumerate(names)}
     labels = np.concatenate([np.array([*map(index.get, classes), -1], np.int32)[own] for own, classes, _ in parts])
     if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
@@ -401,11 +401,6 @@ def _without_folders(
         some = many(images, "image has", "images have")
         warn(f"{some} no class: other shards have theirs from {' and '.join(sorted(others))}, and folders go without")
     return [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
-
-
-def _sorted_classes(names: set[str]) -> list[str]:
-    """By name; by value where all are numbers."""
-    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
 
 
 class _Rows:

@@ -21,7 +21,15 @@ import numpy as np
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes, plain_name
+from protoprune.text import (
+    CLASS_NAMES,
+    contents,
+    is_class_number,
+    parse_json,
+    plain_bytes,
+    plain_name,
+    sorted_classes,
+)
 from protoprune.units import many
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
@@ -78,9 +86,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     else:
         found = _by_path(source, keys, values, paths, root)
     found = {row: value for row, value in found.items() if value}
-    classes = sorted(set(found.values()))
-    if all(_is_number(name) for name in classes):
-        classes.sort(key=lambda name: (int(name), name))
+    classes = sorted_classes(set(found.values()))
     if not classes:
         raise ProtopruneError(f"{source}: gives no image a class")
     index = {name: number for number, name in enumerate(classes)}
@@ -254,17 +260,13 @@ def _first_of(wanted: Sequence[str], names: list[str]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
 
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 19  # Python refuses to make numbers of thousands of digits
-
-
 # --- class numbers -> names -------------------------------------------------------------------------------------------
 
 
 def _rename(source: str, values: list[str], names: str) -> list[str]:
     numbers = {value for value in values if value}
-    if not all(_is_number(value) for value in numbers):
-        first = next(value for value in values if value and not _is_number(value))
+    if not all(is_class_number(value) for value in numbers):
+        first = next(value for value in values if value and not is_class_number(value))
         raise UsageError(f"--class-names goes with class numbers, and {source} has {first!r}")
     table = _class_names(names, {int(value) for value in numbers})
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
@@ -282,7 +284,7 @@ def _class_names(names: str, used: set[int]) -> dict[int, str]:
         raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
     if isinstance(found, list):
         return _numbered(names, found, used)
-    if not all(_is_number(number) for number in found):
+    if not all(is_class_number(number) for number in found):
         raise ProtopruneError(f"{names}: expected class numbers and names")
     return {int(number): name for number, name in found.items()}
 
@@ -299,14 +301,14 @@ def _lines_of_names(text: str) -> list[str] | dict[str, str]:
     """The same of text: number and name in either order, or a name, a line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     words = [re.split(r"[\s,:]+", line, maxsplit=2) for line in lines]
-    if all(len(word) > 1 and _is_number(word[0]) != _is_number(word[1]) for word in words):
+    if all(len(word) > 1 and is_class_number(word[0]) != is_class_number(word[1]) for word in words):
         return dict(_number_first(word[0], word[1]) for word in words)
     wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
     return [line.split()[0] if wnids else line for line in lines]
 
 
 def _number_first(a: str, b: str) -> tuple[str, str]:
-    return (b, a) if _is_number(b) and not _is_number(a) else (a, b)
+    return (b, a) if is_class_number(b) and not is_class_number(a) else (a, b)
 
 
 def _first(value: object) -> str:

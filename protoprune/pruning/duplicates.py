@@ -26,7 +26,7 @@ def deduplicate(
     """
     selection.check_duplicates(epsilon, prefer)
     one = first_clustering(ranking, "--dedup")
-    _warn_of_large(ranking, one)
+    _warn_of_large(one)
     thresholds = sorted({*selection.THRESHOLDS, epsilon}) if count else ()
     ranking.duplicate_of, found = selection.near_duplicates(
         ranking.features, one.cluster, one.distance, epsilon, ids=ranking.paths, prefer=prefer, seed=seed,
@@ -35,7 +35,7 @@ def deduplicate(
     ranking.likeness = found if count else None
 
 
-def _warn_of_large(ranking: Ranking, one: Clustering) -> None:
+def _warn_of_large(one: Clustering) -> None:
     """All pairs of a cluster are compared, so that its time grows with the square of its size."""
     largest = int(one.sizes().max())
     if largest > LARGE:

@@ -86,7 +86,7 @@ def gather(chosen: Selected, options: Options) -> Facts:
     for name, one in groups.items():
         blocks[f"{name}_table"] = one["table"]
     text = {
-        **_summary(chosen, found, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
+        **_summary(chosen, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
         "spearman": tables["spearman"], "evaluation": evaluation, "groups": list(groups),
     }  # fmt: skip
     return Facts(n, text, data, blocks, sample, found.first, thumbs)
@@ -145,7 +145,7 @@ def _blocks(chosen: Selected, found: Stops, sample: np.ndarray, xy: np.ndarray) 
     return blocks
 
 
-def _summary(chosen: Selected, found: Stops, n: int) -> dict[str, Any]:
+def _summary(chosen: Selected, n: int) -> dict[str, Any]:
     ranking = chosen.ranking
     file = ranking.source
     assert file is not None  # a page is made of a file
@@ -289,7 +289,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
                 "groups": [],
                 "text": {"none": "A score table was ranked by; without clusters none are searched for."},
             }
-        probe = pruning.Ranking(**{**vars(ranking)})
+        probe = pruning.Ranking(**vars(ranking))
         pruning.deduplicate(probe, epsilon, seed=chosen.rule.seed)
         duplicate_of, text = probe.duplicate_of, f"that --dedup {epsilon:g} would remove; this list keeps them"
     assert duplicate_of is not None  # `deduplicate` has set it

@@ -30,7 +30,7 @@ from protoprune.selection.dedup import (
     near_duplicates,
 )
 from protoprune.selection.floors import check_balance, take
-from protoprune.selection.orders import COVERS, ORDERS, by_place, check_order, dropped_count, ranking
+from protoprune.selection.orders import COVERS, ORDERS, by_key, check_order, dropped_count, ranking
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "ORDERS",
     "THRESHOLDS",
     "Likeness",
-    "by_place",
+    "by_key",
     "by_quota",
     "by_score",
     "calibrated",

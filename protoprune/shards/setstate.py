@@ -156,7 +156,7 @@ def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) ->
             same = file.paths == images.paths
             same = same and all(content_digest(images.read(row)) == was[row] for row in rows)
             return "" if same else "holds other images"
-    except (ProtopruneError, ShardError, ImageError) as error:
+    except (ProtopruneError, ImageError) as error:
         return f"cannot be compared with what was embedded ({error})"
 
 
