@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
+from protoprune.arguments import checked, texts
 from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.images.listing import folder_labels
-from protoprune.paths import chosen
+from protoprune.paths import Paths, chosen
 from protoprune.scores import ScoreTable, Table, match
 from protoprune.units import many
 
@@ -46,6 +47,7 @@ class Comparison:
     class_shares: dict[float, np.ndarray] = field(default_factory=dict)  # keep -> (m, classes): share kept of each
 
 
+@checked
 def compare(
     tables: dict[str, np.ndarray],
     paths: Sequence[str],
@@ -66,6 +68,7 @@ def compare(
     Raises UsageError for fewer than two tables, or no classes where they are asked for, ProtopruneError when fewer than
     two images have every score.
     """
+    paths = paths if isinstance(paths, Paths) else texts("paths", paths)
     check_whole("--bootstrap", resamples, 0, 100_000)
     check_seed(seed)
     check_confidence(level)
@@ -81,7 +84,10 @@ def compare(
     if len(common) < len(values[0]):
         values = [row[common] for row in values]
     paths = chosen(paths, common)
-    labels, classes = folder_labels(paths) if labels is None else (np.asarray(labels)[common], classes or [])
+    if labels is None:
+        labels, classes = folder_labels(paths)
+    else:
+        labels, classes = np.asarray(labels)[common], [] if classes is None else list(classes)
     present, sizes, labels = _present(labels, classes)
     if by_class and not present:
         raise UsageError("--classes: the images compared have no classes (no first-level folders)")
@@ -104,6 +110,8 @@ def _check(
     tables: dict[str, np.ndarray], paths: Sequence[str], keeps: Sequence[float], labels: np.ndarray | None
 ) -> None:
     """UsageError for what cannot be compared, whatever is in it."""
+    if labels is not None and np.asarray(labels).dtype.kind not in "iu":
+        raise UsageError(f"labels of type {np.asarray(labels).dtype}: expected the numbers of the classes, -1 for none")
     if len(tables) < 2:
         raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
     for keep in keeps:
@@ -184,7 +192,7 @@ def _compare_kept(
     result: Comparison, values: Sequence[np.ndarray], keeps: Sequence[float], labels: np.ndarray, seed: int
 ) -> None:
     """Fill in overlap, tied and class_shares."""
-    if not keeps:
+    if not len(keeps):
         return
     n = len(values[0])
     orders = [selection.ranking(row, ids=result.paths, seed=seed).astype(row_type(n)) for row in values]

@@ -1,5 +1,6 @@
 """What users see when something is wrong: one exception, and one warning for what does not stop the work."""
 
+import inspect
 import warnings
 
 
@@ -23,8 +24,11 @@ class ProtopruneWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn the caller of the public function; every occurrence is shown by the command line."""
-    warnings.warn(message, ProtopruneWarning, stacklevel=3)
+    """Warn whoever called into this package, at the line that did; every occurrence is shown by the command line."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "protoprune":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, ProtopruneWarning, stacklevel=level + 1)
 
 
 def ignore_pillow() -> None:

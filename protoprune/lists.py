@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
@@ -215,6 +216,7 @@ def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
+@checked
 def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
@@ -235,6 +237,7 @@ def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[st
     return found.paths if every else found.kept(found.paths)
 
 
+@checked
 def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
 

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from protoprune import stores
+from protoprune.arguments import checked, texts
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images.listing import describe_counts, image_suffixes
@@ -35,6 +36,7 @@ _OTHER_LIST = "was the list made for these shards? A pass over all of them in on
 Sample = dict[str, Any]  # of a WebDataset: field -> value
 
 
+@checked
 def keep_only(
     dataset: Any, kept: Iterable[str] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
 ) -> Any:
@@ -88,17 +90,18 @@ def _listed(kept: Iterable[str] | str | os.PathLike[str]) -> list[str]:
     """The paths of a list, or those that are given. Raises UsageError where there are none."""
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
     found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
-    paths = [] if isinstance(found, np.ndarray) else list(found)  # an iterator can be gone through only once
-    paths = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in paths]
-    if isinstance(found, np.ndarray) or any(not isinstance(path, str) for path in paths):
+    paths = [] if isinstance(found, np.ndarray) and found.dtype.kind in "iufb" else list(found)
+    if (isinstance(found, np.ndarray) and not paths) or any(hasattr(path, "__index__") for path in paths):
         raise UsageError(
             f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
         )
+    paths = texts("kept", paths)
     if not paths:
         raise UsageError(f"{name}lists no image, so that nothing would be left to train on")
     return paths
 
 
+@checked
 def table_rows(
     kept: Iterable[str] | str | os.PathLike[str],
     files: Sequence[str | os.PathLike[str]],
@@ -117,10 +120,11 @@ def table_rows(
     from protoprune.sources.shard import ShardError
     from protoprune.sources.tables import table_ids
 
-    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
-    if isinstance(listed, np.ndarray):
+    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
+    if isinstance(listed, np.ndarray) and listed.dtype.kind in "iufb":
         raise UsageError("table_rows takes paths; row indices count the rows of the feature file")
-    places = [os.path.abspath(file) for file in files]
+    listed = texts("kept", listed)
+    places = [os.path.abspath(file) for file in texts("files", files)]
     if not places:
         raise UsageError(
             "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
@@ -150,6 +154,7 @@ def table_rows(
     return np.concatenate(rows)
 
 
+@checked
 def weights_of(
     dataset: object, kept: Mapping[str, float] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
 ) -> np.ndarray:

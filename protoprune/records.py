@@ -31,6 +31,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError
 from protoprune.features import hdf5
 from protoprune.features.hdf5 import Column, partial_path
@@ -70,6 +71,7 @@ class Record:
     damaged or something else.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
         there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
@@ -163,7 +165,7 @@ class Record:
                 raise self._reader.damaged("its probability is not what was written")
             self._probability_checked = True
         with self._reader.trouble("its probability"):
-            return self._reader.file["probability"][model, rows].astype(np.float32)
+            return self._reader.data["probability"][model, rows].astype(np.float32)
 
     def _own(self, name: str) -> str:
         if name not in self._reader:
@@ -175,7 +177,7 @@ class Record:
     def _read(self, name: str, models: int | slice, epochs: int | slice, rows: slice) -> np.ndarray:
         self._digests.check(name, models, epochs)
         with self._reader.trouble(f"its {name}"):
-            values = self._reader.file[name][models, epochs, rows]
+            values = self._reader.data[name][models, epochs, rows]
         values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
         if not self.sealed and values.dtype.kind == "f":
             with np.errstate(invalid="ignore"):
@@ -269,7 +271,7 @@ class _Digests:
         """ProtopruneError where the values of these models at these recorded epochs are not what was written."""
         if not self.known:
             return
-        _, every, numbers = self._reader.file["digest"].shape
+        _, every, numbers = self._reader.data["digest"].shape
         for model in np.atleast_1d(np.arange(every)[models]).tolist():
             for epoch in np.atleast_1d(np.arange(numbers)[epochs]).tolist():
                 if (name, model, epoch) not in self._good and self.differs(name, model, epoch):
@@ -282,7 +284,7 @@ class _Digests:
         if self._table is None:
             self._table = self._reader.whole("digest")
         with self._reader.trouble(f"its {name}"):
-            values = self._reader.file[name][model, epoch]
+            values = self._reader.data[name][model, epoch]
         return digest(values) != int(self._table[self.names.index(name), model, epoch])
 
     def differing(self, committed: np.ndarray) -> list[tuple[str, int, int]]:

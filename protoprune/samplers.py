@@ -39,7 +39,8 @@ epoch there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -179,14 +180,12 @@ class PruningSampler(Sampler[int]):
         not finite (naming the example; for values on a GPU up to 64 batches later). The random samplers look only at
         the number: it is the position in the epoch that a resumed training continues from.
         """
-        index, loss = torch.as_tensor(indices).detach(), torch.as_tensor(losses).detach()
+        index, loss = _tensor("update: indices", indices).detach(), _tensor("update: losses", losses).detach()
         if index.dim() != 1 or index.shape != loss.shape:
             shapes = f"indices {tuple(index.shape)} and losses {tuple(loss.shape)}"
             raise UsageError(f'update: {shapes} differ; expected one loss an index, as reduction="none" gives them')
-        if len(index) and (index.is_floating_point() or index.dtype == torch.bool):
-            raise UsageError(
-                f"update: indices of type {index.dtype}; expected integers, see protoprune.samplers.WithIndex"
-            )
+        if index.numel():
+            _check_integers("update", index)
         if self.needs_losses and index.device.type == loss.device.type == "cpu":
             self._record(index.long(), loss)
         elif self.needs_losses:
@@ -199,7 +198,7 @@ class PruningSampler(Sampler[int]):
 
     def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
         """What to multiply each loss by before the mean, (b,) float32 on the indices' device: ones but in InfoBatch."""
-        index = torch.as_tensor(indices)
+        index = _tensor("weights: indices", indices)
         return torch.ones(index.shape, dtype=torch.float32, device=index.device)
 
     def selected(self) -> np.ndarray:
@@ -250,6 +249,11 @@ class PruningSampler(Sampler[int]):
 
         Raises UsageError when the state belongs to another sampler, naming what differs.
         """
+        lacking = {"settings", "epoch", "trained", "length", "counted", "exhausted"} - set(
+            state if isinstance(state, Mapping) else ()
+        )
+        if lacking:
+            raise UsageError(f"load_state_dict: no {min(lacking)} in it; expected what state_dict() of a sampler gave")
         given = {"sampler": state.get("sampler"), **state.get("settings", {})}
         expected = {"sampler": type(self).__name__, **self._settings}
         for name in expected:
@@ -503,7 +507,9 @@ class InfoBatchSampler(PruningSampler):
         super().__init__(n, keep, every=every, final_full=final_full, **options)
 
     def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
-        index = torch.as_tensor(indices)
+        index = _tensor("weights: indices", indices)
+        if index.numel():
+            _check_integers("weights", index)
         if index.device not in self._tables:  # one copy a device and selection, so that no batch waits for its weights
             self._tables[index.device] = torch.from_numpy(self._weight.copy()).to(index.device)
         return self._tables[index.device][index.long()]
@@ -577,11 +583,27 @@ def _distributed() -> bool:
 
 
 def _whole(name: str, value: int, least: int, what: str = "a whole number") -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         shown = value if isinstance(value, (int, float, str)) else type(value).__name__
         raise UsageError(f"{name}={shown}: expected {what}, {least} or more")
-    check_whole(name, value, least, SEEDS)  # as large as `evaluate --every` and its seeds may be, and not larger
-    return int(value)
+    return check_whole(name, number, least, SEEDS)  # as large as `evaluate --every` and its seeds may be, not larger
+
+
+def _tensor(name: str, values: ArrayLike | torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{name}: {type(values).__name__}, expected a tensor, an array or a list of numbers") from None
+
+
+def _check_integers(name: str, index: torch.Tensor) -> None:
+    """UsageError for a mask, which would be the examples 0 and 1, and for what was rounded."""
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise UsageError(f"{name}: indices of type {index.dtype}; expected integers, see protoprune.samplers.WithIndex")
 
 
 def _fraction(name: str, value: float, what: str = "a number from 0 to 1", above: bool = False) -> float:

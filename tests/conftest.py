@@ -68,57 +68,61 @@ def image_tree(tmp_path):
     return make
 
 
+def write_features(
+    path,
+    features,
+    *,
+    root: Path | str,
+    paths: list[str] | None = None,
+    failed: dict[int, Status] | None = None,
+    store: str = "float32",
+    finish: bool = True,
+    made_by: dict | None = None,
+) -> str:
+    """A feature file, finished unless told otherwise, by the real code.
+
+    Rows are sorted by path as every feature file is; classes come from the first-level folders. `made_by` changes the
+    provenance.
+    """
+    features = np.asarray(features, np.float32)
+    n = len(features)
+    paths = paths if paths is not None else [f"{i:05d}.png" for i in range(n)]
+    order = sorted(range(n), key=paths.__getitem__)
+    status = np.full(n, Status.OK, np.uint8)
+    for row, value in (failed or {}).items():
+        status[row] = value
+    features = np.where((status == Status.OK)[:, None], features, 0)[order].astype(store)
+    status, paths = status[order], [paths[row] for row in order]
+    labels, classes = folder_labels(paths)
+    images = ImageList(os.fspath(root), paths, np.full(n, 10, np.int64), np.arange(1, n + 1), labels, classes)
+    provenance = {
+        "encoder": "made-up",
+        "weights_sha256": "0" * 64,
+        "preprocess": "{}",
+        "precision": "fp32",
+        "store": store,
+    }
+    provenance |= made_by or {}
+    path = os.fspath(path)
+    create_partial(path, images, features.shape[1], provenance)
+    partial = PartialFile(path)
+    reasons = ["" if value == Status.OK else f"made up {Status(value).label}" for value in status]
+    if not finish:
+        half = n // 2
+        partial.commit(np.arange(half), features[:half], status[:half], reasons[:half])
+        partial.close()
+        return path
+    partial.commit(np.arange(n), features, status, reasons)
+    partial.finish()
+    return path
+
+
 @pytest.fixture
 def feature_file(tmp_path):
-    """feature_file(path, features, paths=…, failed={row: Status}) -> a finished feature file, by the real code.
+    """`write_features` with a folder of images of the test's own as `root`, where none is given."""
 
-    Rows are sorted by path as every feature file is; classes come from the first-level folders. `images` is a folder
-    whose size and mtime are taken, where the test needs real images; `made_by` changes the provenance.
-    """
-
-    def write(
-        path,
-        features,
-        *,
-        paths: list[str] | None = None,
-        failed: dict[int, Status] | None = None,
-        root: Path | str | None = None,
-        store: str = "float32",
-        finish: bool = True,
-        made_by: dict | None = None,
-    ) -> str:
-        features = np.asarray(features, np.float32)
-        n = len(features)
-        paths = paths if paths is not None else [f"{i:05d}.png" for i in range(n)]
-        order = sorted(range(n), key=paths.__getitem__)
-        status = np.full(n, Status.OK, np.uint8)
-        for row, value in (failed or {}).items():
-            status[row] = value
-        features = np.where((status == Status.OK)[:, None], features, 0)[order].astype(store)
-        status, paths = status[order], [paths[row] for row in order]
-        labels, classes = folder_labels(paths)
-        root = os.fspath(root or tmp_path / "images")
-        images = ImageList(root, paths, np.full(n, 10, np.int64), np.arange(1, n + 1), labels, classes)
-        provenance = {
-            "encoder": "made-up",
-            "weights_sha256": "0" * 64,
-            "preprocess": "{}",
-            "precision": "fp32",
-            "store": store,
-        }
-        provenance |= made_by or {}
-        path = os.fspath(path)
-        create_partial(path, images, features.shape[1], provenance)
-        partial = PartialFile(path)
-        reasons = ["" if value == Status.OK else f"made up {Status(value).label}" for value in status]
-        if not finish:
-            half = n // 2
-            partial.commit(np.arange(half), features[:half], status[:half], reasons[:half])
-            partial.close()
-            return path
-        partial.commit(np.arange(n), features, status, reasons)
-        partial.finish()
-        return path
+    def write(path, features, *, root: Path | str | None = None, **options) -> str:
+        return write_features(path, features, root=root or tmp_path / "images", **options)
 
     return write
 

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_features
 from training_helpers import pixels
 
 from protoprune.cli.scaling import _vectors
@@ -43,12 +45,19 @@ def wrong(path: str) -> bool:
     return int(Path(path).stem) // 3 % 2 == 1
 
 
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    write_features(folder / "train.h5", blobs(PATHS, 0), root="images", paths=PATHS, failed={0: Status.TRUNCATED})
+    write_features(folder / "test.h5", blobs(PATHS, 1), root="test-images", paths=PATHS)
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch, feature_file):
+def here(tmp_path, monkeypatch, features):
     """train.h5 of 240 images, half of them in the wrong class and one unreadable, test.h5, and lists of both halves."""
     monkeypatch.chdir(tmp_path)
-    feature_file("train.h5", blobs(PATHS, 0), paths=PATHS, failed={0: Status.TRUNCATED}, root="images")
-    feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images")
+    shutil.copytree(features, tmp_path, dirs_exist_ok=True)
     good = [path for path in PATHS[1:] if not wrong(path)]
     Path("good.txt").write_text("".join(f"{path}\n" for path in good))
     Path("bad.txt").write_text("".join(f"{path}\n" for path in PATHS[1:] if wrong(path)))
@@ -325,6 +334,16 @@ def test_features_of_another_encoder_are_refused(here, run, command, feature_fil
         error = run(*arguments, "--test", "other.h5", code=2).stderr
         assert "the test features were not made as the training features were" in error
         assert f"{name.replace('_', ' ')}: " in error
+    feature_file(
+        "other.h5",
+        blobs(PATHS, 1)[:, :2],
+        paths=PATHS,
+        root="test-images",
+        made_by={"encoder": "another", "preprocess": "x"},
+    )
+    error = run(*arguments, "--test", "other.h5", code=2).stderr
+    assert "were (encoder: another, not " in error
+    assert "preprocess" not in error
     feature_file("test.h5", blobs(PATHS, 1), paths=PATHS, root="test-images", made_by={"precision": "bf16"})
     more = [] if command == "record" else ["--device", "cpu", "--seeds", "1"]
     more += ["--epochs", "1"] if command == "record" else []

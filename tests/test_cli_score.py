@@ -107,7 +107,9 @@ def test_a_score_table_from_a_feature_file(here):
     assert "supervised_prototypes of 60 images from features.h5" in result.stderr
     values = expected[~np.isnan(expected)]
     assert f"quartiles {np.quantile(values, 0.25):.4g}, {np.median(values):.4g}" in result.stderr
-    assert "without a score: 1 image " in result.stderr
+    assert (
+        "without a score: 1 image (unreadable, without a class, or with features that are all zeros)," in result.stderr
+    )
 
 
 def test_without_out_the_table_is_on_stdout(here):
@@ -186,7 +188,7 @@ def test_images_without_a_score_are_counted(recorded):
     recorded.subset[:, 2] = False
     result = run("score", "aum", "--record", "record.h5")
     assert result.exit_code == 0, result.stderr
-    assert "without a score: 1 image " in result.stderr
+    assert "without a score: 1 image (no model was trained on them), which" in result.stderr
     assert [row[0] for row in rows_of(result.stdout) if row[1] == ""] == [recorded.paths[2]]
 
 

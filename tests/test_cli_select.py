@@ -7,10 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 
+import h5py
 import numpy as np
 import pytest
+from conftest import write_features
 from helpers import write_image
 
 from protoprune.images.decode import Status
@@ -32,11 +35,31 @@ def blobs(n: int = N) -> np.ndarray:
     return features
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with the features.h5 of `here`, and in a folder of its own what no list can be made of."""
+    folder = tmp_path_factory.mktemp("inputs")
+    root, bad = folder / "images", folder / "bad"
+    write_features(folder / "features.h5", blobs(), root=root, paths=PATHS, failed={0: Status.TRUNCATED})
+    bad.mkdir()
+    write_features(bad / "half.h5", blobs(), root=root, paths=PATHS, finish=False)
+    write_features(bad / "nan.h5", np.where(np.arange(N)[:, None] == 2, np.nan, blobs()), root=root)
+    write_features(bad / "lost.h5", blobs(), root=root, failed=dict.fromkeys(range(N), Status.MISSING))
+    (bad / "garbage.h5").write_bytes(bytes(range(256)) * 100)
+    (bad / "empty.h5").touch()
+    (bad / "folder").mkdir()
+    (bad / "blank.csv").write_text("path,score\n" + "".join(f"{path},\n" for path in PATHS))
+    (bad / "s.csv").write_text("".join(f"{path},1\n" for path in PATHS))
+    with h5py.File(bad / "foreign.h5", "w") as file:
+        file["features"] = np.zeros((3, 3))
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch, feature_file):
+def here(tmp_path, monkeypatch, inputs):
     """The current folder, with a features.h5 of 60 images in three classes, one of which could not be read."""
     monkeypatch.chdir(tmp_path)
-    feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
+    shutil.copy(inputs / "features.h5", tmp_path)
     return tmp_path
 
 
@@ -128,7 +151,8 @@ def test_streams_that_are_closed_or_full(here, run_program):
         assert b"Exception ignored" not in result.stderr
 
 
-def test_absolute_and_root(here, run):
+def test_absolute_and_root(here, run, feature_file):
+    feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
     first = select(run, "--keep", "0.5", "--absolute").stdout.splitlines()[0]
     assert first.startswith(str(here / "images") + "/")
     assert select(run, "--keep", "0.5", "--absolute", "--root", "/data").stdout.startswith("/data/ape/")
@@ -171,7 +195,8 @@ def test_manifest_accounts_for_every_image(here, run, kind):
     assert {int(row["cluster"]) for row in usable} == {0, 1, 2}
 
 
-def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image_tree):
+def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image_tree, feature_file):
+    feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
     image_tree({"ape": 20, "bee": 20, "cat": 20})
     for path in PATHS:
         (here / "images" / path).write_bytes((here / "images/ape/000.png").read_bytes())
@@ -185,7 +210,8 @@ def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image
 
 
 @pytest.mark.parametrize("hard", [[], ["--hard-links"]])
-def test_links_are_an_image_folder_of_the_kept(here, run, hard):
+def test_links_are_an_image_folder_of_the_kept(here, run, hard, feature_file):
+    feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
     for i, path in enumerate(PATHS):
         write_image(here / "images" / path, seed=i)
     kept = select(run, "--keep", "0.5", "--links", "linked", *hard).stdout.splitlines()
@@ -590,19 +616,8 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--links", "linked"], 1, "does not exist; embed again, or give --root"),
     ],
 )
-def test_errors(here, run, feature_file, arguments, code, message):
-    import h5py
-
-    feature_file("half.h5", blobs(), paths=PATHS, finish=False)
-    feature_file("nan.h5", np.where(np.arange(N)[:, None] == 2, np.nan, blobs()))
-    feature_file("lost.h5", blobs(), failed=dict.fromkeys(range(N), Status.MISSING))
-    (here / "garbage.h5").write_bytes(bytes(range(256)) * 100)
-    (here / "empty.h5").touch()
-    (here / "folder").mkdir()
-    (here / "blank.csv").write_text("path,score\n" + "".join(f"{path},\n" for path in PATHS))
-    (here / "s.csv").write_text("".join(f"{path},1\n" for path in PATHS))
-    with h5py.File("foreign.h5", "w") as file:
-        file["features"] = np.zeros((3, 3))
+def test_errors(here, run, inputs, arguments, code, message):
+    shutil.copytree(inputs / "bad", here, dirs_exist_ok=True)
     given = arguments if "--keep" in arguments else [*arguments, "--keep", "0.5"]
     given = given if "--k" in arguments or "--scores" in arguments else [*given, "--k", "3"]
     result = run("select", *given, code=code)
@@ -627,12 +642,12 @@ def test_error_in_a_process_of_its_own(here, run_program):
 # --- info
 
 
-def test_info(here, run):
+def test_info(here, run, inputs):
     text = run("info").stdout
     assert "features.h5: 60 images x 8 float32" in text
     assert "usable      59, the others: truncated 1" in text
     assert "classes     3" in text
-    assert f"root        {here / 'images'}" in text
+    assert f"root        {inputs / 'images'}" in text
     assert "encoder     made-up" in text
     assert "clusterings" not in text
     select(run, "--keep", "0.5")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_features
 from helpers import write_image
 from shard_helpers import image_folder, members, write_tars
 from typer.testing import CliRunner
@@ -29,14 +31,33 @@ PATHS = sorted(f"{CLASSES[i % 3]}/{i:03d}.png" for i in range(150))
 FEW = [Candidate("cover", by="class"), Candidate("easy", k=6)]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch, feature_file):
-    """features.h5 of three overlapping classes, test.h5 of the same, and only two recipes on two splits to try."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with the feature files of `here`, and in a folder of its own those that do not go."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "odd").mkdir()
     rng = np.random.default_rng(0)
     labels = np.array([CLASSES.index(path[:3]) for path in PATHS])
+
+    def write(name, features, **options):
+        write_features(folder / name, features, root=folder / "images", **options)
+
     for name in ("features.h5", "test.h5"):
-        feature_file(name, 1.2 * np.eye(3, 6)[labels] + rng.normal(size=(150, 6)), paths=PATHS)
+        write(name, 1.2 * np.eye(3, 6)[labels] + rng.normal(size=(150, 6)), paths=PATHS)
+    write("odd/wide.h5", np.ones((150, 9)), paths=PATHS)
+    write("odd/plain.h5", np.ones((80, 5)))
+    write("odd/other.h5", np.ones((150, 6)), paths=PATHS, made_by={"encoder": "another"})
+    write("odd/nan.h5", np.where(np.arange(150)[:, None] == 1, np.nan, 1), paths=PATHS)
+    write("odd/plain-nan.h5", np.where(np.arange(80)[:, None] == 4, np.nan, np.ones(5)))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, inputs):
+    """features.h5 of three overlapping classes, test.h5 of the same, and only two recipes on two splits to try."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("features.h5", "test.h5"):
+        shutil.copy(inputs / name, name)
     monkeypatch.setattr(running, "candidates", lambda images, classes, tables: [
         *FEW, *(Candidate("hard", scores=table) for table in tables)])  # fmt: skip
     monkeypatch.setattr(running.tune, "__kwdefaults__", {**running.tune.__kwdefaults__, "rounds": (1, 2)})
@@ -188,12 +209,8 @@ def test_without_labels_it_says_what_cannot_be_judged(here, feature_file):
         (["--keep", "auto", "--features", "plain.h5"], 2, "give a fraction"),
     ],
 )
-def test_what_does_not_go_is_said_in_one_line(here, feature_file, arguments, code, message):
-    feature_file("wide.h5", np.ones((150, 9)), paths=PATHS)
-    feature_file("plain.h5", np.ones((80, 5)))
-    feature_file("other.h5", np.ones((150, 6)), paths=PATHS, made_by={"encoder": "another"})
-    feature_file("nan.h5", np.where(np.arange(150)[:, None] == 1, np.nan, 1), paths=PATHS)
-    feature_file("plain-nan.h5", np.where(np.arange(80)[:, None] == 4, np.nan, np.ones(5)))
+def test_what_does_not_go_is_said_in_one_line(here, inputs, arguments, code, message):
+    shutil.copytree(inputs / "odd", here, dirs_exist_ok=True)
     result = run("tune", *arguments, code=code)
     assert not (here / "tune").exists()
     assert message in result.stderr.splitlines()[-1]

@@ -8,7 +8,7 @@ import pytest
 
 from protoprune.errors import ProtopruneError
 from protoprune.features import featurefile as feature_file
-from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial
+from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial, key_differences
 from protoprune.images.decode import Status
 from protoprune.images.listing import ImageList, folder_labels
 
@@ -132,3 +132,19 @@ def test_finishing_early_is_a_mistake_of_ours(tmp_path):
     with pytest.raises(AssertionError):
         PartialFile(str(tmp_path / "f.h5")).finish()
     assert not (tmp_path / "f.h5").exists()
+
+
+def test_what_differs_between_features_is_said_in_short():
+    """Of another encoder only that, of another preprocessing the settings that are not the same."""
+    mini = {"encoder": "mini", "weights_sha256": "1" * 64, "pool": "avg", "preprocess": '{"mean": [0.5], "size": 64}'}
+    mini |= {"precision": "fp32", "store": "float16"}
+    assert key_differences(mini, mini) == []
+    assert key_differences(mini | {"encoder": "lite0", "weights_sha256": "2" * 64}, mini) == [
+        "encoder: lite0, not mini"
+    ]
+    other = mini | {"preprocess": '{"mean": [0.5], "resize": 80, "size": 72}', "weights_sha256": "2" * 64}
+    assert key_differences(other, mini) == [
+        "weights sha256: 222222222222…, not 111111111111…",
+        "preprocess: resize 80, size 72, not resize None, size 64",
+    ]
+    assert key_differences(mini | {"preprocess": "224 pixels"}, mini)[0].startswith("preprocess: 224 pixels, not {")

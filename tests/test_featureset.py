@@ -213,6 +213,11 @@ def test_another_encoder_source_or_folder_is_refused(tars, folder, mini, tmp_pat
     assert {path: path.read_bytes() for path in (tmp_path / "f").rglob("*") if path.is_file()} == before
     with pytest.raises(UsageError, match="a folder that holds other things"):
         run(tars, folder, mini)
+    with pytest.raises(UsageError, match=r"f\.h5: shards become a feature set, which is a folder"):
+        run(tars, tmp_path / "f.h5", mini)
+    result = call("embed", tars, "-o", tmp_path / "f.h5", "--encoder", "mini")
+    assert (result.exit_code, "leave the suffix out" in result.stderr) == (2, True)
+    assert not (tmp_path / "f.h5").exists()
     with pytest.raises(UsageError, match="a file; shards go to a folder"):
         run(tars, folder / "ant/000.png", mini)
     report = run(tars, tmp_path / "f", mini, store="float32", overwrite=True)

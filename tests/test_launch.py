@@ -117,7 +117,12 @@ def test_each_device_has_one_process_at_a_time_also_after_a_death(tmp_path):
         assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
 
 
-def test_workers_make_the_set_that_one_process_makes(tmp_path):
+def test_workers_make_the_set_that_one_process_makes(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise RuntimeError("unable to open shared memory object: No space left on device")
+
+    monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", no_room)  # a container's /dev/shm
+    monkeypatch.setattr("torch.UntypedStorage._share_filename_cpu_", no_room)
     folder = image_folder(tmp_path / "images", {"ant": 6, "bee": 6})
     source = find_shards(write_tars(tmp_path / "tars", members(folder), 4))
     mini = load_encoder("mini")

@@ -53,7 +53,7 @@ TOY = {  # what takes the place of the small configuration's values
     "k": {"seeds": 2, "k": [1, 3, 10]},
     "metrics": {
         "seeds": 2,
-        "keep": [0.5, 0.2],
+        "keep": [0.5],
         "dynamics": HEAD | {"models": 2},
         "subsets": HEAD | {"models": 4, "subset": 0.7},
     },

@@ -119,6 +119,9 @@ def embed(
         options.check(shard.name for shard in source.shards)  # before the encoder is loaded
         listed = functools.partial(_opened, source, options)
         if not single:
+            from protoprune.features.featureset import check_folder
+
+            check_folder(target)
             settings |= processes.arguments(device)
     from protoprune.encoders import load_encoder
 
@@ -333,10 +336,11 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
     if not report.embedded:
         say(f"{report.out}: up to date, {many(report.n, 'image')} x {model.dim} ({model.name})")
         return
-    rate = report.embedded / max(seconds, 1e-9)
+    embedded = report.embedded - report.failed_now
+    rate = embedded / max(seconds, 1e-9)
     say(
         f"{report.out}: {many(report.n, 'image')} x {model.dim} ({model.name}, {report.precision}, {report.device}); "
-        f"{report.embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
+        f"{embedded:,} embedded in {duration(seconds)} ({rate:,.0f} img/s), {report.unchanged:,} unchanged"
     )
 
 

@@ -73,8 +73,8 @@ def record(
         gradients=gradients, probabilities=probabilities, seed=seed,
     )  # fmt: skip
     say(
-        f"record: {models:,} {'model' if models == 1 else 'models'} x {len(laid_out.epoch_numbers)} recorded epochs x "
-        f"{len(train):,} examples, {bytes_text(laid_out.bytes)} in {out}"
+        f"record: {many(models, 'model')} x {many(len(laid_out.epoch_numbers), 'recorded epoch')} x "
+        f"{many(len(train), 'example')}, {bytes_text(laid_out.bytes)} in {out}"
         + (
             f", {bytes_text(2 * models * len(train) * len(train.classes))} of it class probabilities"
             if probabilities

@@ -89,7 +89,7 @@ def report(
 
         html, told = page(chosen, options, on_image=on_image)
     write_file(out, html)
-    _say_told(out, told)
+    _say_told(out, told, str(root or chosen.ranking.root))
 
 
 def _command(
@@ -101,12 +101,14 @@ def _command(
     return f"protoprune select {shlex.quote(str(features))} --keep ", f"{rest} > kept.txt"
 
 
-def _say_told(out: Path, told: dict[str, Any]) -> None:
+def _say_told(out: Path, told: dict[str, Any], root: str) -> None:
+    from protoprune.stores import public
+
     say(f"{out}: {bytes_text(told['bytes'])}, {many(told['thumbnails'], 'thumbnail')}; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")
     if told["missing"]:
         some = f"{many(told['missing'], 'image')} could not be read any more, or changed since"
-        say(f"warning: {some}; --root says where they are now")
+        say(f"warning: {some}; --root says where they are now, if not below {public(root)}")
     if not told["saves"]:
         say(f"note: {told['why']}; the page shows the command instead")

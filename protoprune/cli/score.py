@@ -109,7 +109,7 @@ def score(
         result = catalogue.score(name, file, **options)
         made_of = {"from": os.fspath(source), "uuid": file.provenance.get("uuid"), **result.used}
         _write(out, file.paths, result, name, made_of)
-    _say_summary(name, source, result, time.monotonic() - started)
+    _say_summary(name, chosen, source, result, time.monotonic() - started)
 
 
 def _source(name: str, metric: Metric, record: Path | None, features: Path | None) -> tuple[Path, bool]:
@@ -148,7 +148,15 @@ def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, pr
         write_stdout(path.read_bytes())
 
 
-def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> None:
+def _why_without(metric: Metric, used: dict[str, Any]) -> str:
+    """Why some images have no score: those of a record were all read, and have classes."""
+    if metric.needs != "record":
+        return f"unreadable, {'without a class, ' * metric.labels}or with features that are all zeros"
+    reasons = {"trained": "no model was trained on them", "held-out": "every model was trained on them"}
+    return reasons.get(used.get("averaged_over", ""), "all models were trained on them, or none")
+
+
+def _say_summary(name: str, metric: Metric, source: Path, result: Scored, seconds: float) -> None:
     import numpy as np
 
     values = result.values[~np.isnan(result.values)]
@@ -162,8 +170,8 @@ def _say_summary(name: str, source: Path, result: Scored, seconds: float) -> Non
     missing = len(result.values) - len(values)
     if missing:
         say(
-            f"without a score: {many(missing, 'image')} (unreadable, without a class or the models that it takes, or "
-            "with features that are all zeros), which `protoprune select --scores` does not keep"
+            f"without a score: {many(missing, 'image')} ({_why_without(metric, result.used)}), which "
+            "`protoprune select --scores` does not keep"
         )
     if result.used.get("right_with", 1) < _FITS:
         say(

@@ -353,6 +353,7 @@ def _say_selected(chosen: Selected) -> None:
         "facility": f"facility location in each {group}",
     }.get(rule.order, f"{rule.order} first")
     how += ", cluster quotas" if rule.quota else ""
+    how += f", balance {rule.balance:g} by {group}" if rule.balance else ""
     say(f"kept {kept:,} of {of:,} ({100 * kept / of:.1f} %, {how}), removed {of - kept:,}")
     if chosen.weights is not None and rule.calibrate is not None:
         from protoprune.selection import by_score

@@ -151,10 +151,11 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     if report.classes_from:
         say(f"classes are from {' and '.join(sorted(report.classes_from))}")
     states = ", ".join(f"{count:,} {state}" for state, count in report.states.most_common())
-    rate = f" in {duration(seconds)} ({report.embedded / max(seconds, 1e-9):,.0f} img/s)" if report.embedded else ""
+    embedded = report.embedded - report.failed_now
+    rate = f" in {duration(seconds)} ({embedded / max(seconds, 1e-9):,.0f} img/s)" if embedded else ""
     say(
         f"{report.out}: {many(report.shards, 'shard')} ({states}), {many(report.n, 'image')} x {model.dim} "
-        f"({model.name}, {report.precision}, {report.device}); {report.embedded:,} embedded{rate}"
+        f"({model.name}, {report.precision}, {report.device}); {embedded:,} embedded{rate}"
     )
     if report.failed_shards:
         first, status, reason = report.failed_shards[0]

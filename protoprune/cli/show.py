@@ -116,9 +116,9 @@ def _describe_features(file: Source) -> None:
 
 def _describe_record(record: Record) -> None:
     facts, subset, committed = record.provenance, record.subset, record.committed
-    models = "1 model" if record.models == 1 else f"{record.models:,} models"
+    models, epochs = many(record.models, "model"), many(record.epochs, "recorded epoch")
     size = bytes_text(os.path.getsize(record.path))
-    echo(f"{record.path}: {models} x {record.epochs:,} recorded epochs x {record.n:,} images, {size}")
+    echo(f"{record.path}: {models} x {epochs} x {many(record.n, 'image')}, {size}")
     done, total = int(committed.sum()), record.models * record.epochs
     if done < total or record.path.endswith(".partial"):
         echo(f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest")
@@ -223,7 +223,7 @@ def sheet(
     from protoprune.files import write_file
     from protoprune.report.sheet import contact_sheet
     from protoprune.scores import check_reading
-    from protoprune.stores import given
+    from protoprune.stores import given, public
 
     _check_rows(by, duplicates, scores)
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
@@ -256,7 +256,7 @@ def sheet(
     if unreadable:
         say(
             f"warning: {many(unreadable, 'image')} could not be read any more, or changed since; --root says where "
-            "they are now"
+            f"they are now, if not below {public(place)}"
         )
     say(f"{out}: {many(min(len(lines), max_rows), 'row')} of {what}")
 

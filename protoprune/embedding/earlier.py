@@ -107,7 +107,7 @@ def _left(out: str, wanted: dict[str, str], overwrite: bool, stack: contextlib.E
     if overwrite or goes_on:
         return _Left(started if goes_on else None, None, [], replacing=True)
     if finished is not None and (other := feature_file.key_differences(finished.provenance, wanted)):
-        raise ProtopruneError(_other_features(out, finished, other, wanted))
+        raise ProtopruneError(_other_features(out, finished, other))
     return _Left(started, finished, differences, replacing=False)
 
 
@@ -285,9 +285,9 @@ def _other_unfinished(path: str, differences: list[str]) -> str:
     )
 
 
-def _other_features(path: str, file: FeatureFile, differences: list[str], wanted: dict[str, str]) -> str:
+def _other_features(path: str, file: FeatureFile, differences: list[str]) -> str:
     ways = "write to another file with -o, or replace it with --overwrite"
-    if len(differences) == 1 and file.provenance["precision"] != wanted["precision"]:
+    if len(differences) == 1 and differences[0].startswith("precision: "):
         ways = f"go on with --precision {file.provenance['precision']}, {ways}"
     return f"{path} holds other features ({'; '.join(differences)}); {ways}"
 

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial
 from protoprune.features.hdf5 import partial_path
@@ -95,6 +96,7 @@ class _Columns:
             raise UsageError(f"--path-column {self.names}: {where}; leave it out")
 
 
+@checked
 def import_features(
     vectors: str | os.PathLike[str],
     out: str | os.PathLike[str] = "features.h5",
@@ -268,7 +270,7 @@ def _names(
         names, origin = (
             (_read_names(os.fspath(paths), path_column), os.path.basename(os.fspath(paths)))
             if isinstance(paths, (str, os.PathLike))
-            else (list(paths), "given names")
+            else (texts("paths", paths, "names"), "given names")
         )
     elif all(part.names is not None for part in parts):
         names, origin = [name for part in parts for name in part.names or ()], "the vectors' own file"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.device import cores
 from protoprune.embedding import earlier
 from protoprune.embedding.ahead import Halves, whole
@@ -56,12 +57,13 @@ Outcome = list[tuple[Status, str]]  # of a batch: status and note or reason of e
 
 @dataclass
 class EmbedReport:
-    """What a run did; every image of the list is in exactly one of embedded, unchanged and failures."""
+    """What a run did; every image of the list is either embedded or unchanged."""
 
     out: str
     n: int
     embedded: int = 0  # images that went through the encoder or failed on the way, in this run
-    unchanged: int = 0  # images whose features an earlier run had left
+    failed_now: int = 0  # those of them that failed
+    unchanged: int = 0  # images whose features, or failure, an earlier run had left
     dropped: int = 0  # images of the earlier file that are gone from the list
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
     transparent: int = 0  # images with transparent parts, of all n
@@ -77,6 +79,7 @@ class EmbedReport:
         return sum(self.failures.values())
 
 
+@checked
 def embed(
     images: ImageList,
     encoder: Encoder,
@@ -107,8 +110,6 @@ def embed(
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
-    if not isinstance(images, ImageList):
-        raise UsageError(f"images: {str(images)[:60]!r}: expected what list_folder(…) or list_paths(…) gives")
     with own_threads():
         return whole(
             in_halves(
@@ -168,7 +169,7 @@ def _embed_rest(
         if on_start:
             on_start(partial.n, len(partial.todo))
         if len(partial.todo):
-            yield from _run(images, engine, partial, on_progress)
+            report.failed_now = yield from _run(images, engine, partial, on_progress)
         earlier.check_result(report.out, partial)
         partial.finish()
     except torch.OutOfMemoryError as error:
@@ -182,8 +183,8 @@ def _embed_rest(
 
 def _run(
     images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
-) -> Halves[None]:
-    """The pipeline. Batches are decoded ahead, computed in order and committed in order."""
+) -> Halves[int]:
+    """The pipeline. Batches are decoded ahead, computed in order and committed in order; returns how many failed."""
     import torch
 
     forward, batch_size = engine.forward
@@ -220,6 +221,7 @@ def _run(
             failed += sum(status != Status.OK for status, _ in outcome)
             if on_progress:
                 on_progress(done, failed)
+    return failed
 
 
 @contextlib.contextmanager

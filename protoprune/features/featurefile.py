@@ -40,6 +40,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5, seals
 from protoprune.features.hdf5 import Column, partial_path
@@ -89,9 +90,10 @@ class FeatureFile:
     when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    @checked
+    def __init__(self, path: str | os.PathLike[str], mode: str = "r") -> None:
         self.path = os.fspath(path)
-        self._reader = hdf5.Reader(self.path, KIND)
+        self._reader = hdf5.Reader(self.path, KIND, mode)
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
         self.provenance = self._reader.attributes
         self.features = Features(self)
@@ -244,7 +246,7 @@ class FeatureFile:
         for start in range(0, self.n, _COPY_ROWS):
             rows = np.arange(start, min(start + _COPY_ROWS, self.n))
             with self._reader.trouble("its features"):
-                block = self._reader.file["features"][start : start + len(rows)]
+                block = self._reader.data["features"][start : start + len(rows)]
             good[rows[self.features.differs(rows, block)]] = False
         return good
 
@@ -278,7 +280,7 @@ class Features:
 
     def __init__(self, file: FeatureFile) -> None:
         self._file = file
-        self.shape, self.dtype = (file.n, file.dim), file._reader.file["features"].dtype
+        self.shape, self.dtype = (file.n, file.dim), file._reader.data["features"].dtype
         self.itemsize = self.dtype.itemsize
         self._good: np.ndarray | None = None  # (n,) bool: rows that need no more checking
         self._map: np.ndarray | None = None
@@ -298,7 +300,7 @@ class Features:
             return self[int(numbers) : int(numbers) + 1][0][(*columns,)]
         with self._file._reader.trouble("its features"):
             if isinstance(rows, slice) and (rows.step or 1) == 1:
-                block = self._file._reader.file["features"][rows]
+                block = self._file._reader.data["features"][rows]
             else:
                 if self._map is None:
                     self._map = self._file._reader.mapped("features")
@@ -347,7 +349,7 @@ class Features:
         first, last = int(rows.min()), int(rows.max()) + 1
         if self._digest is None and last - first <= 4 * len(rows) < len(self):
             with self._file._reader.trouble("its digest"):
-                found: np.ndarray = self._file._reader.file["digest"][first:last]
+                found: np.ndarray = self._file._reader.data["digest"][first:last]
             return found[rows - first]
         if self._digest is None:
             self._digest = self._file._reader.whole("digest")
@@ -375,30 +377,33 @@ class PartialFile:
 
     def __init__(self, out: str) -> None:
         self.out, self.damaged = out, 0
-        with FeatureFile(partial_path(out)) as file:
-            finished = file.finished()
-            if file.sealed and finished.any() and not (good := file.intact())[finished].all():
+        found = FeatureFile(partial_path(out), "r+")
+        self._reader = found._reader
+        self._file, self._data = self._reader.file, self._reader.data
+        try:
+            self._reader.check_sealed()
+            finished = found.finished()
+            if found.sealed and finished.any() and not (good := found.intact())[finished].all():
                 self.damaged = int((finished & ~good).sum())
-        self._reader = hdf5.Reader(partial_path(out), KIND, "r+")
-        self._reader.check_sealed()
-        self._file = self._reader.file
-        if self.damaged:
-            self._forget(good)
-        self._committed = self._file["committed"]
+                self._forget(good)
+        except BaseException:
+            self.close()
+            raise
+        self._committed = self._data["committed"]
         self.overwrite = bool(self._file.attrs.get("overwrite", 0))  # was asked to replace what is there
         self.done = int(self._committed[0])
-        self.n, self.dtype = self._file["features"].shape[0], self._file["features"].dtype
-        todo = np.flatnonzero(self._file["borrowed"][:] == 0)
+        self.n, self.dtype = self._data["features"].shape[0], self._data["features"].dtype
+        todo = np.flatnonzero(self._data["borrowed"][:] == 0)
         self.todo, self.borrowed = todo[self.done :], self.n - len(todo)
-        self._table = self._file["reasons"][:].tolist()
+        self._table = self._data["reasons"][:].tolist()
         self._reasons = {text: i for i, text in enumerate(self._table) if i == 0 or text}
 
     def _forget(self, good: np.ndarray) -> None:
         """Keep the good rows only. `committed` goes first: killed in between, all of it is done again."""
-        self._file["committed"][0] = 0
+        self._data["committed"][0] = 0
         self._file.flush()
-        self._file["status"][...] = np.where(good, self._file["status"][:], Status.PENDING)
-        self._file["borrowed"][...] = good
+        self._data["status"][...] = np.where(good, self._data["status"][:], Status.PENDING)
+        self._data["borrowed"][...] = good
         self._file.flush()
 
     def commit(
@@ -414,14 +419,14 @@ class PartialFile:
         features = np.asarray(features, self.dtype)
         number = np.array([self._reason_number(text) for text in reasons], np.uint16)
         columns = {"features": features, "status": status, "reason": number}
-        if "digest" in self._file:
+        if "digest" in self._data:
             columns["digest"] = row_digests(features, status, number, self._table)
-        if content is not None and "content" in self._file:
+        if content is not None and "content" in self._data:
             columns["content"] = content
         try:
             for first, last in _runs(rows):
                 for name, values in columns.items():
-                    self._file[name][rows[first] : rows[last] + 1] = values[first : last + 1]
+                    self._data[name][rows[first] : rows[last] + 1] = values[first : last + 1]
             self._file.flush()
             self.done += len(rows)
             self._committed[0] = self.done
@@ -435,12 +440,12 @@ class PartialFile:
             if len(self._reasons) == _REASON_SLOTS:
                 return 0  # the status still says what happened
             number = self._reasons[stored] = len(self._reasons)
-            self._table[number] = self._file["reasons"][number] = stored
+            self._table[number] = self._data["reasons"][number] = stored
         return self._reasons[stored]
 
     def status_counts(self) -> Counter[str]:
         """Status label -> number of images, ok and pending ones too."""
-        values, counts = np.unique(self._file["status"][:], return_counts=True)
+        values, counts = np.unique(self._data["status"][:], return_counts=True)
         return Counter({Status(v).label: int(c) for v, c in zip(values, counts, strict=True)})
 
     def discard(self) -> None:
@@ -557,7 +562,7 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
             continue
         theirs, ours = there[low:high], here[low:high]
         with source._reader.trouble("its features"):
-            features = source._reader.file["features"][theirs[0] : theirs[-1] + 1][theirs - theirs[0]]
+            features = source._reader.data["features"][theirs[0] : theirs[-1] + 1][theirs - theirs[0]]
         good = ~source.features.differs(theirs, features)
         theirs, ours, features = theirs[good], ours[good], features[good]
         columns = {"features": features, "status": status[theirs], "reason": number[reason[theirs]]}
@@ -594,11 +599,17 @@ def _touched(file: FeatureFile, images: ImageList) -> bool:
 
 
 def key_differences(provenance: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """'encoder: dino_vits16, not mini' for everything in KEY that differs between a file and a request."""
+    """'pool: token, not avg' for everything in KEY that differs between a file and a request.
+
+    Of another encoder that alone is said: weights, pooling and preprocessing are its own.
+    """
+    differ = [name for name in KEY if provenance.get(name) != wanted.get(name)]
+    if "encoder" in differ:
+        differ = ["encoder"]
     return [
-        f"{name.replace('_', ' ')}: {_shorten(provenance.get(name))}, not {_shorten(wanted.get(name))}"
-        for name in KEY
-        if provenance.get(name) != wanted.get(name)
+        f"{name.replace('_', ' ')}: {was}, not {value}"
+        for name in differ
+        for was, value in [_unlike(name, str(provenance.get(name)), str(wanted.get(name)))]
     ]
 
 
@@ -608,6 +619,13 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1], strict=True))
 
 
-def _shorten(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:12] + "…" if " " not in text else text
+def _unlike(name: str, one: str, other: str) -> tuple[str, str]:
+    """Two values as messages show them: of a digest its start, of preprocessings the settings that are not the same."""
+    if name == "weights_sha256":
+        return one[:12] + "…", other[:12] + "…"
+    if name == "preprocess":
+        with contextlib.suppress(ValueError, AttributeError):
+            sides = json.loads(one), json.loads(other)
+            keys = sorted(key for key in sides[0].keys() | sides[1].keys() if sides[0].get(key) != sides[1].get(key))
+            one, other = (", ".join(f"{key} {side.get(key)}" for key in keys) for side in sides)
+    return one, other

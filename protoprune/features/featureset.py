@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from protoprune import files, stores
-from protoprune.errors import ProtopruneError, warn
+from protoprune.arguments import checked
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import FeatureFile, Index
 from protoprune.images.decode import Status
-from protoprune.images.listing import FOLDERS, SET_FILE, warn_of_stray
+from protoprune.images.listing import FOLDERS, SET_FILE, is_feature_set, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
 from protoprune.text import native, parse_json, sorted_classes
 from protoprune.units import many
@@ -40,6 +41,15 @@ _FORMAT, _VERSION = "protoprune-feature-set", 1
 _UUID = re.compile("[0-9a-f]{32}")
 # Feature files that are open at once; each takes up to four descriptors, of which macOS gives a process 256.
 _OPEN_FILES = min(64, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 31) // 8))  # -1: no limit
+
+
+def check_folder(out: str) -> None:
+    """UsageError for a set that would be a folder called as a feature file is."""
+    if out.lower().endswith((".h5", ".hdf5")) and not is_feature_set(out):
+        raise UsageError(
+            f"-o {stores.public(out)}: shards become a feature set, which is a folder; leave the suffix out, and "
+            "`protoprune merge` makes one file of it"
+        )
 
 
 class Plan(TypedDict):
@@ -199,6 +209,7 @@ class FeatureSet:
     damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
     """
 
+    @checked
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = os.fspath(folder).rstrip("/") or "/"
         self.plan, self.parts = read_plan(self.path)

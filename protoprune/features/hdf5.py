@@ -67,10 +67,11 @@ class Kind:
 class Reader:
     """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
 
-    Attributes: path, file (h5py), raw (the same file, plainly open), attributes (plain values), dims (name of a
-    dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it is used; in files
-    of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is wrong is one
-    ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its name later.
+    Attributes: path, file (h5py), data (name -> dataset), raw (the same file, plainly open), attributes (plain values),
+    dims (name of a dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it
+    is used; in files of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is
+    wrong is one ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its
+    name later.
     """
 
     def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
@@ -101,7 +102,7 @@ class Reader:
 
     def mapped(self, name: str) -> np.ndarray:
         """A dataset as a memory map, unchecked: HDF5 is slow at single rows."""
-        data = self.file[name]
+        data = self.data[name]
         if not data.size:
             return np.empty(data.shape, data.dtype)
         with self.trouble(f"its {name}"):
@@ -109,12 +110,12 @@ class Reader:
         return np.frombuffer(memory, data.dtype, data.size, data.id.get_offset()).reshape(data.shape)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self.data
 
     def whole(self, name: str) -> np.ndarray:
         """A dataset, checked."""
         with self.trouble(f"its {name}"):
-            array = self.file[name][()]
+            array = self.data[name][()]
         was = self.seal.digest(name) if self.seal else None
         if was is not None and seals.digest(array) != was:
             raise self.damaged(f"its {name} is not what was written")
@@ -133,7 +134,7 @@ class Reader:
         One that is no path below a folder is refused: links and reads follow them. Where each row begins is known of
         every STEPth: names are read from the one before.
         """
-        data, digest = self.file[name], xxhash.xxh3_64()
+        data, digest = self.data[name], xxhash.xxh3_64()
         places, seen, last, odd = [np.zeros(1, np.int64)], 0, b"\0", False
         for start in range(0, len(data), _PIECE):
             with self.trouble(f"its {name}"):
@@ -221,17 +222,17 @@ class Reader:
         """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
         size = self.size
         dims: dict[str, int] = {}
-        self._names = set(self.file)
-        for name in sorted({*self.kind.layout, *self._names}):
+        self.data = {name: self.file[name] for name in self.file}  # looking one up takes longer than reading it
+        for name in sorted({*self.kind.layout, *self.data}):
             column = self.kind.layout.get(name)
-            if name not in self._names:
+            if name not in self.data:
                 if column is not None and not column.optional:
                     raise self.damaged(f"it has no {name}")
                 continue
-            dataset = self.file[name]
+            dataset = self.data[name]
             if not isinstance(dataset, h5py.Dataset):
                 raise self.damaged(f"its {name} is not a dataset")
-            _check_stored(self, dataset, size)
+            _check_stored(self, name, dataset, size)
             if column is not None and not _fits(dataset, column, dims):
                 raise self.damaged(f"its {name} is {dataset.dtype} of shape {dataset.shape}")
         return dims
@@ -272,9 +273,9 @@ def _attribute(file: h5py.File, name: str) -> Any:
     return plain(file.attrs[name])
 
 
-def _check_stored(reader: Reader, dataset: h5py.Dataset, size: int) -> None:
+def _check_stored(reader: Reader, name: str, dataset: h5py.Dataset, size: int) -> None:
     """Raise ProtopruneError unless all of the dataset lies in the file, as it is in memory."""
-    plist, name = dataset.id.get_create_plist(), dataset.name.lstrip("/")
+    plist = dataset.id.get_create_plist()
     if dataset.dtype.kind not in "iufS":
         raise reader.damaged(f"its {name} is of type {dataset.dtype}")
     if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
@@ -391,7 +392,7 @@ def create(path: str, kind: Kind) -> h5py.File:
 def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
     """Seal a new file that is laid out; the datasets in `changing` are still to be written."""
     with h5py.File(path, "r") as file:
-        extents = {name: (file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file}
+        extents = {name: (data.id.get_offset() or 0, data.id.get_storage_size()) for name, data in file.items()}
     seals.make(path, kind.format, extents, [name for name in extents if name not in changing])
 
 
@@ -447,9 +448,9 @@ def dataset(
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
+    made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, dcpl=options)
     if data is not None:
-        file[name][...] = data
+        made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(data))
 
 
 def block(names: Sequence[str]) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from protoprune.arguments import check_fields
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
@@ -52,6 +53,9 @@ class LabelFile:
     path: str | os.PathLike[str]
     column: str | None = None
     names: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, globals())
 
 
 def label_file(

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import formats, stores
-from protoprune.bounds import is_whole
+from protoprune.arguments import checked, texts
+from protoprune.bounds import is_whole, shown
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images.decode import ImageError, open_at_once, read_file, size_and_times
 from protoprune.text import with_slashes
@@ -88,6 +89,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in suffixes.items() if name in readable)
 
 
+@checked
 def list_folder(
     root: str | os.PathLike[str],
     *,
@@ -131,6 +133,7 @@ def list_folder(
     return images
 
 
+@checked
 def list_paths(
     entries: Iterable[str],
     root: str | os.PathLike[str] | None = None,
@@ -147,7 +150,7 @@ def list_paths(
     Raises UsageError for an entry outside `root` or that no file can be called, and for a `root` below which nothing
     of the list is, while all of it is below the current folder; ProtopruneError for an empty list.
     """
-    entries = [e for e in entries if e]
+    entries = [entry for entry in texts("entries", entries) if entry]
     if not entries:
         raise ProtopruneError("the list of images is empty; give one path a line")
     check_labels(labels, class_level)
@@ -250,6 +253,8 @@ def check_labels(labels: Labels, class_level: int | None) -> None:
     if not isinstance(labels, (bool, Mapping)):
         from protoprune.images.labels import LabelFile, check_there
 
+        if not isinstance(labels, (str, os.PathLike, LabelFile)):
+            raise UsageError(f"labels {shown(labels)}: expected a file of them, a dict of path and class, or False")
         check_there(labels if isinstance(labels, LabelFile) else LabelFile(labels))
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from protoprune.arguments import checked
 from protoprune.bounds import check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.metrics import dynamics, ensembles, geometry
@@ -65,6 +66,7 @@ class Metric:
         return {one.name: one.default for one in found if one.kind is one.KEYWORD_ONLY}
 
 
+@checked
 def score(name: str, source: str | os.PathLike[str] | Record | Source, **options: Any) -> Scored:
     """Scores of metric `name` from an open Record or FeatureFile, whichever it needs, or the path of one; None options
     mean the default.
@@ -131,6 +133,7 @@ def _check_kind(name: str, metric: Metric, source: object) -> None:
         raise UsageError(f"{name} needs {wanted}, and {got}; give the file that `protoprune {maker}` wrote")
 
 
+@checked
 def lookup(name: str) -> Metric:
     """The metric of that name; a close one is suggested otherwise."""
     if name not in METRICS:

@@ -7,6 +7,7 @@ not grow with the square of a cluster. Knows nothing of files: features are anyt
 
 from __future__ import annotations
 
+import numbers
 import os
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from protoprune.bounds import shown
 from protoprune.clustering import buckets, vectors
 from protoprune.errors import UsageError
 from protoprune.ids import hashes_of, row_type
@@ -26,10 +28,10 @@ THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # whose effect i
 
 def check_duplicates(epsilon: float, prefer: str = "harder", option: str = "--dedup") -> None:
     """Raise UsageError for a threshold or a side that there is not."""
-    if not LEAST <= epsilon < 1:
+    if not isinstance(epsilon, numbers.Real) or not LEAST <= epsilon < 1:
         raise UsageError(
-            f"{option} {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells what others "
-            "would remove"
+            f"{option} {shown(epsilon)}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells "
+            "what others would remove"
         )
     if prefer not in PREFER:
         raise UsageError(f"--dedup-prefer {prefer}: expected one of {', '.join(PREFER)}")

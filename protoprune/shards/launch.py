@@ -11,13 +11,14 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
 
@@ -141,7 +142,8 @@ def run(
     task whose worker dies `tries` times gives a `Lost`. A ProtopruneError of `work` or `start` ends the run, and so do
     workers that all die.
     """
-    serve = functools.partial(_serve, work, start, len(devices))
+    # As bytes: multiprocessing would share the weights through /dev/shm, of which containers have 64 MB or none.
+    serve = functools.partial(_serve, pickle.dumps((work, start)), len(devices))
     todo = Tasks(tasks, tries)
     workers: list[_Worker[Task]] = []
     try:
@@ -210,21 +212,15 @@ def _death(worker: _Worker[Task]) -> str:
     return f"the worker on {worker.device} {how}"
 
 
-def _serve(
-    work: Work[State, Task, Result],
-    start: Callable[[str], State],
-    of: int,
-    connection: Connection,
-    device: str,
-    number: int,
-) -> None:
-    """A worker's life. Interrupts are the parent's business."""
+def _serve(code: bytes, of: int, connection: Connection, device: str, number: int) -> None:
+    """A worker's life; `code` is `work` and `start`, pickled. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    state: State | None = None
+    state: Any = None
     ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:
+        work, start = pickle.loads(code)
         state = start(device)
         while True:
             task, ahead = connection.recv()

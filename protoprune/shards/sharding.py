@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked
 from protoprune.embedding.ahead import Begun, Halves
 from protoprune.embedding.earlier import LossError
 from protoprune.embedding.engine import Encoder, Engine
@@ -26,7 +27,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import featurefile as feature_file
 from protoprune.features import remoteset
 from protoprune.features.featurefile import FeatureFile
-from protoprune.features.featureset import Part, shard_file
+from protoprune.features.featureset import Part, check_folder, shard_file
 from protoprune.features.hdf5 import partial_path
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE
@@ -55,7 +56,8 @@ class ShardReport:
     state: str  # embedded, unchanged, kept (its source is gone, its features are not), busy (elsewhere) or failed
     rows: int = 0
     uuid: str = ""  # of its feature file
-    embedded: int = 0  # images that went through the encoder in this run
+    embedded: int = 0  # images that went through the encoder or failed on the way, in this run
+    failed_now: int = 0  # those of them that failed
     transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
@@ -77,6 +79,7 @@ class SetReport:
     states: Counter[str] = field(default_factory=Counter)
     n: int = 0  # images in the set
     embedded: int = 0
+    failed_now: int = 0
     transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
@@ -97,6 +100,7 @@ class SetReport:
 Run = Callable[[Sequence[Shard]], Iterator[ShardReport | launch.Lost[Shard]]]  # by whichever launcher
 
 
+@checked
 def embed_shards(
     source: Source,
     encoder: Encoder,
@@ -141,6 +145,7 @@ def embed_shards(
     options = options or ShardOptions()
     options.check(shard.name for shard in source.shards)
     out = stores.given(out).rstrip("/") or "/"
+    check_folder(out)
     settings: _Settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "store": store,
                            "compile": compile}  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -347,7 +352,8 @@ def _embedded(shard: Shard, worker: _Worker) -> Halves[ShardReport]:
                 replaced = _replaces(place, shard, wanted.key)
                 result = yield from in_halves(worker.engine, images, place, overwrite=replaced, moved=worker.moved)
                 report = ShardReport(
-                    shard.name, "embedded", result.n, result.uuid, result.embedded, result.transparent,
+                    shard.name, "embedded", result.n, result.uuid, result.embedded, result.failed_now,
+                    result.transparent,
                     failures=result.failures, skipped=images.skipped, left_out=len(images.left_out),
                     duplicates=images.duplicates, classes=len(images.classes), classes_from=images.labels_from,
                     links=images.links,
@@ -464,6 +470,7 @@ def _said(path: str) -> dict[str, Any] | None:
 def _count(report: SetReport, one: ShardReport) -> None:
     report.states[one.state] += 1
     report.embedded += one.embedded
+    report.failed_now += one.failed_now
     report.transparent += one.transparent
     report.failures += one.failures
     report.skipped += one.skipped

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from protoprune import formats
+from protoprune.arguments import check_fields
 from protoprune.errors import UsageError
 from protoprune.images.decode import ImageError, Status, check_bytes
 from protoprune.images.listing import ImageList, check_labels
@@ -64,6 +65,7 @@ class ShardOptions:
 
     def check(self, shards: Iterable[str]) -> None:
         """Raise UsageError for options that do nothing beside the others, or in shards of these names."""
+        check_fields(self, globals())
         about_classes = [("--label-column", self.label_column), ("--class-level", self.class_level)]
         for option, value in about_classes:
             if value is not None and not self.labels:

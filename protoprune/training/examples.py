@@ -21,6 +21,8 @@ import torch
 import xxhash
 
 from protoprune import files
+from protoprune.arguments import checked, texts
+from protoprune.bounds import shown
 from protoprune.clustering.vectors import check_finite
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -77,6 +79,7 @@ class Examples:
         return digest.hexdigest()
 
 
+@checked
 def load_examples(
     source: str | os.PathLike[str] | Source,
     image_size: int = 32,
@@ -98,7 +101,10 @@ def load_examples(
 
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
+    classes = None if classes is None else texts("classes", classes, "names")
     if not isinstance(source, (str, os.PathLike)):
+        if not hasattr(source, "provenance"):
+            raise UsageError(f"source {shown(source)}: expected an image folder or a feature file")
         return _load_features(source, classes)
     source = os.fspath(source)
     if os.path.isdir(source) and not is_feature_set(source):
@@ -153,26 +159,30 @@ def check_same_inputs(train: Examples, test: Examples) -> list[str]:
     differ in their last digits, and are only told of. Of imported vectors all that is known is what their encoder is
     called; the digest in the place of its weights is that of the vectors.
     """
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        sizes = ["x".join(map(str, one.inputs.shape[1:])) for one in (train, test)]
-        raise UsageError(f"the inputs of the training set are {sizes[0]} and those of the test set {sizes[1]}")
-    if not train.made_by or not test.made_by:
-        return []
-    differences = {
-        name: key_differences({**train.made_by, name: test.made_by.get(name)}, train.made_by)
-        for name in {**train.made_by, **test.made_by}
-    }
-    imported = all(one.made_by.get("precision") == IMPORTED for one in (train, test))
-    if imported:
-        del differences["weights_sha256"]
-    found = [text for name, texts in differences.items() if name not in _ROUNDING for text in texts]
-    if found:
+    differences = _made_differently(train.made_by, test.made_by)
+    if found := [text for name, texts in differences.items() if name not in _ROUNDING for text in texts]:
+        imported = train.made_by.get("precision") == test.made_by.get("precision") == IMPORTED
         remedy = "embed both with the same encoder"
         remedy = "if one encoder made both, import both with its name (--encoder)" if imported else remedy
         raise UsageError(
             f"the test features were not made as the training features were ({'; '.join(found)}); {remedy}"
         )
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        sizes = ["x".join(map(str, one.inputs.shape[1:])) for one in (train, test)]
+        raise UsageError(f"the inputs of the training set are {sizes[0]} and those of the test set {sizes[1]}")
     return [text for name in _ROUNDING for text in differences.get(name, [])]
+
+
+def _made_differently(train: dict[str, Any], test: dict[str, Any]) -> dict[str, list[str]]:
+    """How features differ in what they were made by, a setting; nothing where that is not known of one of them."""
+    if not train or not test:
+        return {}
+    differences = {name: key_differences({**train, name: test.get(name)}, train) for name in {**train, **test}}
+    if differences.get("encoder"):  # the others are its own
+        return {"encoder": differences["encoder"]}
+    if train.get("precision") == test.get("precision") == IMPORTED:
+        differences.pop("weights_sha256", None)
+    return differences
 
 
 def subset(examples: Examples, rows: np.ndarray) -> Examples:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from protoprune import files, records
+from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -109,6 +110,7 @@ def check(models: int, subset_fraction: float, every: int, seed: int = 0) -> Non
     check_seed(seed)
 
 
+@checked
 def record(
     train: Examples,
     test: Examples | None,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 import protoprune
+from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.clustering.vectors import check_finite
 from protoprune.errors import ProtopruneError, UsageError
@@ -192,6 +193,7 @@ class Tuned:
         return BALANCED if self.judgement.even_better else RANDOM
 
 
+@checked
 def tune(
     pool: Pool,
     keep: float | None,

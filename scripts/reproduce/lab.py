@@ -277,7 +277,7 @@ class Lab:
         for spare in axes[count:]:
             spare.set_visible(False)
         yield axes[:count]
-        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+        figure.savefig(buffer, format="png", dpi=120)
         write_file(self.folder / f"{name}.png", buffer.getvalue())
 
 
