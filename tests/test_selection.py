@@ -198,7 +198,7 @@ def test_ties_broken_in_pieces_are_those_of_one_sort(n, values, whole, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orders, "BATCH", 7)
         upwards = by_key(keys, rows, ids_of(n), 3)
-        downwards = orders._sorted(keys, rows, ids_of(n), 3, largest=True)
+        downwards = orders.by_key(keys, rows, ids_of(n), 3, largest=True)
     assert upwards.tolist() == rows[np.lexsort((ties[rows], keys[rows]))].tolist()
     assert downwards.tolist() == rows[np.lexsort((ties[rows], -keys[rows]))].tolist()
     assert np.array_equal(keys, before)  # the caller's
