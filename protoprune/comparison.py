@@ -69,19 +69,11 @@ def compare(
     two images have every score.
     """
     paths = paths if isinstance(paths, Paths) else texts("paths", paths)
-    if labels is not None and np.asarray(labels).dtype.kind not in "iu":
-        raise UsageError(f"labels of type {np.asarray(labels).dtype}: expected the numbers of the classes, -1 for none")
-    if len(tables) < 2:
-        raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
-    check_seed(seed)
     check_whole("--bootstrap", resamples, 0, 100_000)
+    check_seed(seed)
     check_confidence(level)
-    for keep in keeps:
-        selection.check(keep)
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
-    for name, array in (*zip(names, values, strict=True), ("labels", labels)):
-        if array is not None and np.shape(array) != (len(paths),):
-            raise UsageError(f"{name}: shape {np.shape(array)}, expected one number for each of {len(paths):,} paths")
+    _check(dict(zip(names, values, strict=True)), paths, keeps, labels)
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
         raise ProtopruneError(
@@ -96,11 +88,8 @@ def compare(
         labels, classes = folder_labels(paths)
     else:
         labels, classes = np.asarray(labels)[common], [] if classes is None else list(classes)
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    present = np.flatnonzero(counts)
-    if len(counts) > len(classes):
-        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
-    if by_class and not len(present):
+    present, sizes, labels = _present(labels, classes)
+    if by_class and not present:
         raise UsageError("--classes: the images compared have no classes (no first-level folders)")
     ranks = _ranks(values)
     matrix = correlations(ranks)
@@ -112,11 +101,35 @@ def compare(
     percentiles = ranks.astype(np.float32)
     del ranks
     result = Comparison(names, paths, percentiles, matrix, low, high, similar_order(matrix))
-    result.classes, result.class_sizes = [classes[one] for one in present.tolist()], counts[present]
-    number = np.full(len(classes) + 1, -1, np.int32)  # of a class among those; the last is of images without one
-    number[present] = np.arange(len(present))
-    _compare_kept(result, values, keeps, number[labels], seed)
+    result.classes, result.class_sizes = present, sizes
+    _compare_kept(result, values, keeps, labels, seed)
     return result
+
+
+def _check(
+    tables: dict[str, np.ndarray], paths: Sequence[str], keeps: Sequence[float], labels: np.ndarray | None
+) -> None:
+    """UsageError for what cannot be compared, whatever is in it."""
+    if labels is not None and np.asarray(labels).dtype.kind not in "iu":
+        raise UsageError(f"labels of type {np.asarray(labels).dtype}: expected the numbers of the classes, -1 for none")
+    if len(tables) < 2:
+        raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
+    for keep in keeps:
+        selection.check(keep)
+    for name, array in (*tables.items(), ("labels", labels)):
+        if array is not None and np.shape(array) != (len(paths),):
+            raise UsageError(f"{name}: shape {np.shape(array)}, expected one number for each of {len(paths):,} paths")
+
+
+def _present(labels: np.ndarray, classes: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Of the classes that have images: names, numbers of images, and which of them each image is of, -1 for none."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    if len(counts) > len(classes):
+        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
+    present = np.flatnonzero(counts)
+    number = np.full(len(classes) + 1, -1, np.int32)  # the last is of images without one
+    number[present] = np.arange(len(present))
+    return [classes[one] for one in present.tolist()], counts[present], number[labels]
 
 
 def _ranks(values: Sequence[np.ndarray]) -> np.ndarray:

@@ -33,8 +33,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from protoprune import files
 from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError
-from protoprune.features import hdf5, seals
-from protoprune.features.hdf5 import Column
+from protoprune.features import hdf5
+from protoprune.features.hdf5 import Column, partial_path
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
 _PROBABILITY_ROWS = 65_536  # that are read at once
@@ -124,7 +124,7 @@ class Record:
     @property
     def paths(self) -> list[str]:
         """The n ids, in row order."""
-        return self._reader.ids("path", self.n)
+        return list(self._reader.paths("path", self.n))
 
     @property
     def classes(self) -> list[str]:
@@ -189,7 +189,9 @@ class Record:
     @property
     def test_paths(self) -> list[str]:
         """Ids of the test examples; empty without a test set."""
-        return self._reader.ids("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
+        return (
+            list(self._reader.paths("test_path", self._reader.dims.get("t", 0))) if "test_path" in self._reader else []
+        )
 
     @property
     def test_labels(self) -> np.ndarray | None:
@@ -380,16 +382,10 @@ class PartialRecord:
         """Give the finished record its name."""
         names = self._digests.names
         self.close()
-        with files.told(partial_path(self.out)):
-            seals.complete(partial_path(self.out), names)
-        files.publish(partial_path(self.out), self.out)
+        hdf5.finish(self.out, names)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def partial_path(out: str) -> str:
-    return out + ".partial"
 
 
 def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:

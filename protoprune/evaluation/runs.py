@@ -225,26 +225,8 @@ def run_all(
     (tests). Runs with the same key are done once. With `curves` the accuracy after each epoch is recorded too, and a
     kept result without it does not count. `on_run` is called after each run.
     """
-    shared = shared_key(train, test, recipe, device)
     fit = fit or _real_fit(recipe)
-    with contextlib.ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(_made(folder))
-        return _outcomes(runs, train, test, recipe, fit, shared, folder, device, curves, on_run)
-
-
-def _outcomes(
-    runs: Sequence[Run],
-    train: Examples,
-    test: Examples,
-    recipe: Recipe,
-    fit: Fit,
-    shared: dict[str, Any],
-    folder: str | os.PathLike[str] | None,
-    device: str,
-    curves: bool,
-    on_run: Callable[[Step], None] | None,
-) -> list[Outcome]:
+    shared = shared_key(train, test, recipe, device)
     keys = [{**shared, **_own_key(run)} for run in runs]
     names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
     known = {name: _read(folder, name, key, curves) for name, key in zip(names, keys, strict=True)}
@@ -253,19 +235,20 @@ def _outcomes(
     clock = _Clock({name: _planned_steps(run, len(train.paths), recipe) for name, run in zip(names, runs, strict=True)
                     if known[name] is None})  # fmt: skip
     outcomes, cached = [], 0
-    for number, (run, name, key) in enumerate(zip(runs, names, keys, strict=True), 1):
-        outcome = known[name]
-        if outcome is not None:
-            cached += 1
-        else:
-            began = time.perf_counter()
-            outcome = _train(run, train, test, recipe, fit, device, curves)
-            clock.measured(name, time.perf_counter() - began)
-            _write(folder, name, key, outcome, run)
-            known[name] = dataclasses.replace(outcome, cached=True)
-        outcomes.append(outcome)
-        if on_run:
-            on_run(Step(number, len(runs), cached, run, outcome, clock.left()))
+    with contextlib.nullcontext() if folder is None else _made(folder):
+        for number, (run, name, key) in enumerate(zip(runs, names, keys, strict=True), 1):
+            outcome = known[name]
+            if outcome is not None:
+                cached += 1
+            else:
+                began = time.perf_counter()
+                outcome = _train(run, train, test, recipe, fit, device, curves)
+                clock.measured(name, time.perf_counter() - began)
+                _write(folder, name, key, outcome, run)
+                known[name] = dataclasses.replace(outcome, cached=True)
+            outcomes.append(outcome)
+            if on_run:
+                on_run(Step(number, len(runs), cached, run, outcome, clock.left()))
     return outcomes
 
 

@@ -43,7 +43,7 @@ from protoprune import files
 from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5, seals
-from protoprune.features.hdf5 import Column
+from protoprune.features.hdf5 import Column, partial_path
 from protoprune.images.decode import ON_WHITE, Status
 from protoprune.images.listing import ImageList
 from protoprune.paths import Paths
@@ -458,16 +458,10 @@ class PartialFile:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
-        with files.told(partial_path(self.out)):
-            seals.complete(partial_path(self.out), _PER_ROW)
-        files.publish(partial_path(self.out), self.out)
+        hdf5.finish(self.out, _PER_ROW)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def partial_path(out: str) -> str:
-    return out + ".partial"
 
 
 def check_new(out: str, overwrite: bool) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 from protoprune import files, stores
 from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial
 from protoprune.features.featureset import FeatureSet, open_set
+from protoprune.features.hdf5 import partial_path
 from protoprune.features.remoteset import local_copy
 from protoprune.images.decode import ON_WHITE
 from protoprune.images.listing import ImageList, is_feature_set

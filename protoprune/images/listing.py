@@ -214,27 +214,30 @@ def image_labels(
         return read_labels(labels if isinstance(labels, LabelFile) else LabelFile(labels), paths, root)
     label, classes = folder_labels(paths, class_level)
     if class_level is None:
-        splits = [name for name in classes if _SPLIT.fullmatch(name)]
-        if len(splits) >= 2 and 2 * len(splits) >= len(classes):
-            warn(
-                f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
-                "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
-            )
-        if not classes:
-            stray = [path for path in paths if "/" not in path]
-            folders = {path.partition("/")[0] for path in paths if "/" in path}
-            first = f"in no folder (first: {stray[0]})" if stray else ""
-            warn_of_stray(len(stray), len(paths), len(folders), first)
+        _doubt_first_level(paths, classes)
         return label, classes, "first-level folders" if classes else ""
-    without = int((label < 0).sum())
     if not classes:
         raise UsageError(f"--class-level {class_level}: no image of {root} lies that deep; count folders from there")
-    if without:
-        first = paths[int(np.flatnonzero(label < 0)[0])]
+    if len(without := np.flatnonzero(label < 0)):
         nowhere = f"in no folder of level {class_level} and"
-        some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
-        warn(f"{some} no class (first: {first})")
+        some = many(len(without), f"image lies {nowhere} gets", f"images lie {nowhere} get")
+        warn(f"{some} no class (first: {paths[int(without[0])]})")
     return label, classes, f"folders of level {class_level}"
+
+
+def _doubt_first_level(paths: Sequence[str], classes: list[str]) -> None:
+    """Warn where the first-level folders, which are the classes, look like splits, or some images keep them from it."""
+    splits = [name for name in classes if _SPLIT.fullmatch(name)]
+    if len(splits) >= 2 and 2 * len(splits) >= len(classes):
+        warn(
+            f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
+            "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
+        )
+    if not classes:
+        stray = [path for path in paths if "/" not in path]
+        folders = {path.partition("/")[0] for path in paths if "/" in path}
+        first = f"in no folder (first: {stray[0]})" if stray else ""
+        warn_of_stray(len(stray), len(paths), len(folders), first)
 
 
 def check_labels(labels: Labels, class_level: int | None) -> None:

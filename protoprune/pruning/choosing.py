@@ -205,7 +205,7 @@ def _by_quota(rows: np.ndarray, one: Clustering, usable: np.ndarray) -> np.ndarr
 
 def _arranged(ranking: Ranking, rule: Rule, rows: np.ndarray) -> np.ndarray:
     places = cover_places(ranking, rule.order, rows, rule.by, rule.seed)
-    return selection.by_place(places, rows, ranking.paths, rule.seed)
+    return selection.by_key(places, rows, ranking.paths, rule.seed)
 
 
 def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None = None, seed: int = 0) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.ids import row_type
 from protoprune.paths import BATCH, Paths, digests, distinct
 from protoprune.scores.table import Table, check_higher, named, read_table
 from protoprune.units import many
@@ -228,7 +229,7 @@ def _same(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
     if not len(paths):
         return np.full(len(keys), _NONE)
     own, other = digests(paths), digests(paths, 1)
-    order = np.argsort(own, kind="stable").astype(np.int32 if len(paths) < 2**31 else np.int64)
+    order = np.argsort(own, kind="stable").astype(row_type(len(paths)))
     own.sort(kind="stable")
     rows = np.full(len(keys), _NONE)
     for first in range(0, len(keys), BATCH):

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -38,14 +37,6 @@ def check_duplicates(epsilon: float, prefer: str = "harder", option: str = "--de
         raise UsageError(f"--dedup-prefer {prefer}: expected one of {', '.join(PREFER)}")
 
 
-def duplicates(
-    features: vectors.Rows, cluster: np.ndarray, distance: np.ndarray, epsilon: float, **options: Any
-) -> np.ndarray:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others: the first of
-    what `near_duplicates` gives, which has the same options."""
-    return near_duplicates(features, cluster, distance, epsilon, **options)[0]
-
-
 def near_duplicates(
     features: vectors.Rows,
     cluster: np.ndarray,
@@ -60,8 +51,9 @@ def near_duplicates(
     folder: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> tuple[np.ndarray, Likeness]:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and what
-    `likeness` counts for `thresholds` before any is removed (nothing without them, which halves the work).
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and
+    the pairs within clusters, counted for `thresholds` before any is removed, and each image's nearest one (nothing
+    without thresholds, which halves the work).
 
     features: (n, d); cluster: (n,) integers; distance: (n,) to the own centroid. Within each cluster the usable images
     are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice) or nearest first
@@ -134,32 +126,8 @@ class Likeness:
         return np.searchsorted(near, self.thresholds)
 
 
-def likeness(
-    features: vectors.Rows,
-    cluster: np.ndarray,
-    *,
-    usable: np.ndarray | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
-    folder: str | os.PathLike[str] | None = None,
-    workers: int = 1,
-) -> Likeness:
-    """The pairs within clusters, counted, and each image's nearest one; arguments as in `duplicates`.
-
-    All pairs of a cluster are compared once, which costs as much as `duplicates` does when it removes little.
-    """
-    rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
-    rows = rows[np.argsort(cluster[rows], kind="stable")].astype(row_type(len(cluster)))
-    found = _Pairs(thresholds, len(cluster))
-
-    def one(members: np.ndarray, x: np.ndarray) -> None:
-        found.add(members, vectors.prepared(x, members, unit=True))
-
-    buckets.through(features, _groups(rows, cluster), one, folder, workers)
-    return found.counted()
-
-
 class _Pairs:
-    """What `likeness` counts, cluster by cluster."""
+    """What is counted of pairs, cluster by cluster."""
 
     def __init__(self, thresholds: Sequence[float], n: int):
         self.marks = np.sort(np.asarray(thresholds, np.float32))

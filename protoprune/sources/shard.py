@@ -30,13 +30,8 @@ Beside = Callable[[str], list[tuple[str, bytes]]]
 Head = Callable[[], bytes | None]  # how a member begins; None for what is no regular file
 
 
-class ShardError(Exception):
-    """A shard that cannot be used: its status and a reason."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+class ShardError(ImageError):
+    """A shard that cannot be used, nor any image in it: its status and a reason."""
 
 
 @dataclass(frozen=True)
