@@ -1,6 +1,7 @@
 """What users see when something is wrong: one exception, and one warning for what does not stop the work."""
 
 import inspect
+import logging
 import warnings
 
 
@@ -35,3 +36,8 @@ def ignore_pillow() -> None:
     """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
     a reason of its own. For programs, not for libraries, and before there are threads."""
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")
+
+
+def ignore_matplotlib() -> None:
+    """Drop what matplotlib says of its cache of fonts where the home is not writable, as in containers."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)

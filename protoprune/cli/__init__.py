@@ -33,7 +33,7 @@ from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
-from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_pillow
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_matplotlib, ignore_pillow
 from protoprune.text import shortened
 
 _Misspelt: type[Exception] = typer.BadParameter.__bases__[
@@ -60,6 +60,7 @@ class _Group(TyperGroup):
         with _in_one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
             ignore_pillow()
+            ignore_matplotlib()
             warnings.showwarning = _show_warning(warnings.showwarning)
             answer = super().invoke(ctx)
             if sys.stdout is not None:
@@ -111,7 +112,9 @@ def _of_a_file(error: OSError) -> str:
     if streams.stdout_failed(error):
         return f"standard output: cannot write ({error.strerror}); the answer is cut short"
     where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror or error or type(error).__name__}"
+    said = f"{error.strerror or error or type(error).__name__}"
+    hint = "; make room, or name a folder in $TMPDIR" if said.startswith("No usable temporary directory") else ""
+    return f"{where}{said}{hint}"
 
 
 def _explain(error: Any) -> None:

@@ -89,6 +89,18 @@ def write_scores(
     file name can; in Parquet the column is binary when one of them is not UTF-8. Raises UsageError for an array of
     another shape or type and for a name of another format, ProtopruneError when the file cannot be written.
     """
+    write_file(path, table_bytes(path, paths, scores, metric=metric, provenance=provenance))
+
+
+def table_bytes(
+    path: str | os.PathLike[str],
+    paths: Sequence[str],
+    scores: np.ndarray,
+    *,
+    metric: str,
+    provenance: dict[str, Any] | None = None,
+) -> bytes:
+    """What `write_scores` writes to a file of that name."""
     path = os.fspath(path)
     paths, scores = paths if isinstance(paths, Paths) else texts("paths", paths), np.asarray(scores)
     if scores.shape != (len(paths),) or scores.dtype.kind not in "fiub":
@@ -109,7 +121,7 @@ def write_scores(
     header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
     suffix = check_name(path)
     data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
-    write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
+    return gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data
 
 
 def check_name(path: str | os.PathLike[str]) -> str:
