@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
+from protoprune.arguments import checked, texts
 from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.images.listing import folder_labels
-from protoprune.paths import chosen
+from protoprune.paths import Paths, chosen
 from protoprune.scores import ScoreTable, Table, match
 from protoprune.units import many
 
@@ -46,6 +47,7 @@ class Comparison:
     class_shares: dict[float, np.ndarray] = field(default_factory=dict)  # keep -> (m, classes): share kept of each
 
 
+@checked
 def compare(
     tables: dict[str, np.ndarray],
     paths: Sequence[str],
@@ -66,17 +68,12 @@ def compare(
     Raises UsageError for fewer than two tables, or no classes where they are asked for, ProtopruneError when fewer than
     two images have every score.
     """
-    if len(tables) < 2:
-        raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
-    check_seed(seed)
+    paths = paths if isinstance(paths, Paths) else texts("paths", paths)
     check_whole("--bootstrap", resamples, 0, 100_000)
+    check_seed(seed)
     check_confidence(level)
-    for keep in keeps:
-        selection.check(keep)
     names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
-    for name, array in (*zip(names, values, strict=True), ("labels", labels)):
-        if array is not None and np.shape(array) != (len(paths),):
-            raise UsageError(f"{name}: shape {np.shape(array)}, expected one number for each of {len(paths):,} paths")
+    _check(dict(zip(names, values, strict=True)), paths, keeps, labels)
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
         raise ProtopruneError(
@@ -87,12 +84,12 @@ def compare(
     if len(common) < len(values[0]):
         values = [row[common] for row in values]
     paths = chosen(paths, common)
-    labels, classes = folder_labels(paths) if labels is None else (np.asarray(labels)[common], classes or [])
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    present = np.flatnonzero(counts)
-    if len(counts) > len(classes):
-        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
-    if by_class and not len(present):
+    if labels is None:
+        labels, classes = folder_labels(paths)
+    else:
+        labels, classes = np.asarray(labels)[common], [] if classes is None else list(classes)
+    present, sizes, labels = _present(labels, classes)
+    if by_class and not present:
         raise UsageError("--classes: the images compared have no classes (no first-level folders)")
     ranks = _ranks(values)
     matrix = correlations(ranks)
@@ -104,11 +101,35 @@ def compare(
     percentiles = ranks.astype(np.float32)
     del ranks
     result = Comparison(names, paths, percentiles, matrix, low, high, similar_order(matrix))
-    result.classes, result.class_sizes = [classes[one] for one in present.tolist()], counts[present]
-    number = np.full(len(classes) + 1, -1, np.int32)  # of a class among those; the last is of images without one
-    number[present] = np.arange(len(present))
-    _compare_kept(result, values, keeps, number[labels], seed)
+    result.classes, result.class_sizes = present, sizes
+    _compare_kept(result, values, keeps, labels, seed)
     return result
+
+
+def _check(
+    tables: dict[str, np.ndarray], paths: Sequence[str], keeps: Sequence[float], labels: np.ndarray | None
+) -> None:
+    """UsageError for what cannot be compared, whatever is in it."""
+    if labels is not None and np.asarray(labels).dtype.kind not in "iu":
+        raise UsageError(f"labels of type {np.asarray(labels).dtype}: expected the numbers of the classes, -1 for none")
+    if len(tables) < 2:
+        raise UsageError(f"{many(len(tables), 'score table')}: expected two or more to compare")
+    for keep in keeps:
+        selection.check(keep)
+    for name, array in (*tables.items(), ("labels", labels)):
+        if array is not None and np.shape(array) != (len(paths),):
+            raise UsageError(f"{name}: shape {np.shape(array)}, expected one number for each of {len(paths):,} paths")
+
+
+def _present(labels: np.ndarray, classes: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Of the classes that have images: names, numbers of images, and which of them each image is of, -1 for none."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    if len(counts) > len(classes):
+        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
+    present = np.flatnonzero(counts)
+    number = np.full(len(classes) + 1, -1, np.int32)  # the last is of images without one
+    number[present] = np.arange(len(present))
+    return [classes[one] for one in present.tolist()], counts[present], number[labels]
 
 
 def _ranks(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -171,7 +192,7 @@ def _compare_kept(
     result: Comparison, values: Sequence[np.ndarray], keeps: Sequence[float], labels: np.ndarray, seed: int
 ) -> None:
     """Fill in overlap, tied and class_shares."""
-    if not keeps:
+    if not len(keeps):
         return
     n = len(values[0])
     orders = [selection.ranking(row, ids=result.paths, seed=seed).astype(row_type(n)) for row in values]

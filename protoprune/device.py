@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from protoprune.bounds import shown
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.text import shortened
 
@@ -17,6 +18,9 @@ def resolve_device(name: str) -> torch.device:
     """'auto' is the first of cuda, mps and cpu that works; anything else is taken at its word."""
     import torch
 
+    expected = "expected auto, cuda, cuda:N, mps or cpu"
+    if not isinstance(name, str):
+        raise UsageError(f"--device {shown(name)}: {expected}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -26,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
         said = shortened(" ".join(str(error).split()) or type(error).__name__)
         raise UsageError(f"--device {name}: {said}; use auto, cuda, mps or cpu") from None
     if device.type not in ("cuda", "mps", "cpu"):  # meta computes nothing, and says so only when results are read
-        raise UsageError(f"--device {name}: expected auto, cuda, cuda:N, mps or cpu")
+        raise UsageError(f"--device {name}: {expected}")
     return device
 
 

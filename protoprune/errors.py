@@ -1,5 +1,7 @@
 """What users see when something is wrong: one exception, and one warning for what does not stop the work."""
 
+import inspect
+import logging
 import warnings
 
 
@@ -23,11 +25,19 @@ class ProtopruneWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn the caller of the public function; every occurrence is shown by the command line."""
-    warnings.warn(message, ProtopruneWarning, stacklevel=3)
+    """Warn whoever called into this package, at the line that did; every occurrence is shown by the command line."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "protoprune":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, ProtopruneWarning, stacklevel=level + 1)
 
 
 def ignore_pillow() -> None:
     """Drop the warnings of Pillow and its plugins: damaged files make it warn by the hundred, and each has a status and
     a reason of its own. For programs, not for libraries, and before there are threads."""
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|pillow_jxl)\b")
+
+
+def ignore_matplotlib() -> None:
+    """Drop what matplotlib says of its cache of fonts where the home is not writable, as in containers."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)

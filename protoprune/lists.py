@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.files import csv_bytes, plain_cell, plain_number
 from protoprune.formats import refuse_archive
@@ -149,7 +150,7 @@ def _chunks(
         columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
         if weights is not None:
             columns.append(map(plain_number, weights[here]))
-        yield _records(header, zip(*columns, strict=True), format, {"": None})
+        yield _records(header, zip(*columns, strict=True), format)
 
 
 def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:
@@ -190,14 +191,11 @@ def _uids(names: list[bytes]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(b"".join(stems).decode()), ">u8").reshape(-1, 2).astype("<u8")
 
 
-def _records(
-    header: list[str], records: Iterable[Iterable[object]], format: str, blank: dict[object, None] | None = None
-) -> bytes:
-    """Rows of csv or jsonl; in jsonl `blank` replaces values."""
+def _records(header: list[str], records: Iterable[Iterable[object]], format: str) -> bytes:
+    """Rows of csv or jsonl, where what is empty is null."""
     if format == "csv":
         return csv_bytes(None, records)
-    other = blank or {}
-    lines = (dict(zip(header, (other.get(v, v) for v in record), strict=True)) for record in records)
+    lines = (dict(zip(header, (None if cell == "" else cell for cell in one), strict=True)) for one in records)
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -218,6 +216,7 @@ def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
+@checked
 def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
@@ -238,6 +237,7 @@ def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[st
     return found.paths if every else found.kept(found.paths)
 
 
+@checked
 def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
 
@@ -437,23 +437,18 @@ def _begins_with_header(data: bytes) -> bool:
     return any(name in PATH_NAMES for name in names) and any(name in _OURS for name in names)
 
 
-def manifest(columns: Mapping[str, Sequence[object] | np.ndarray], format: str = "csv") -> bytes:
-    """One record an image: csv, or jsonl. Columns are sequences of one length; NaN becomes empty (csv) or null."""
-    n = len(next(iter(columns.values())))
-    return b"".join(manifest_chunks(lambda rows: {name: one[rows] for name, one in columns.items()}, n, format))
-
-
 def manifest_chunks(
-    columns: Callable[[slice], Mapping[str, Sequence[object] | np.ndarray]], n: int, format: str = "csv"
+    columns: Callable[[slice], Mapping[str, Sequence[object] | np.ndarray]], n: int, format: str
 ) -> Iterator[bytes]:
-    """A manifest of n images, in pieces; `columns` gives those of some rows."""
+    """One record an image, csv or jsonl, in pieces; NaN becomes empty (csv) or null. `columns` gives those of some
+    rows, of one length."""
     for first in range(0, max(n, 1), BATCH):
         part = columns(slice(first, first + BATCH))
         header = list(part)
         if not first and format == "csv":
             yield csv_bytes(header)
         values = [_cells(column) for column in part.values()]
-        yield _records(header, zip(*values, strict=True), format, {"": None})
+        yield _records(header, zip(*values, strict=True), format)
 
 
 def table_chunks(header: list[str], records: Iterable[Iterable[object]]) -> Iterator[bytes]:

@@ -94,13 +94,21 @@ class Block:
 
     def read(self, first: int, last: int) -> list[bytes]:
         """Those of the rows first to last - 1."""
-        if last <= first:
-            return []
-        low, high = self.places[first // STEP], self.places[min(-(-last // STEP), len(self.places) - 1)]
+        return _cut(self.places, first, last, self._bytes)
+
+    def _bytes(self, low: int, high: int) -> bytes:
         block = os.pread(self.handle, high - low, self.start + low)
         if len(block) < high - low:
             raise self.damaged()
-        return block.split(b"\0")[first % STEP :][: last - first]
+        return block
+
+
+def _cut(places: Sequence[int] | np.ndarray, first: int, last: int, read: Callable[[int, int], bytes]) -> list[bytes]:
+    """The names of the rows first to last - 1 out of a block, of which `read(low, high)` gives the bytes."""
+    if last <= first:
+        return []
+    low, high = places[first // STEP], places[min(-(-last // STEP), len(places) - 1)]
+    return read(low, high).split(b"\0")[first % STEP :][: last - first]
 
 
 def held(names: Iterable[bytes]) -> Paths:
@@ -116,13 +124,7 @@ def held(names: Iterable[bytes]) -> Paths:
         count += 1
     places.append(len(block))
 
-    def read(first: int, last: int) -> list[bytes]:
-        if last <= first:
-            return []
-        low, high = places[first // STEP], places[min(-(-last // STEP), len(places) - 1)]
-        return bytes(block[low:high]).split(b"\0")[first % STEP :][: last - first]
-
-    return Paths(count, read)
+    return Paths(count, lambda first, last: _cut(places, first, last, lambda low, high: bytes(block[low:high])))
 
 
 def chosen(names: Sequence[str], rows: np.ndarray) -> Sequence[str]:

@@ -31,9 +31,10 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError
-from protoprune.features import hdf5, seals
-from protoprune.features.hdf5 import Column
+from protoprune.features import hdf5
+from protoprune.features.hdf5 import Column, partial_path
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
 _PROBABILITY_ROWS = 65_536  # that are read at once
@@ -70,6 +71,7 @@ class Record:
     damaged or something else.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
         there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
@@ -122,7 +124,7 @@ class Record:
     @property
     def paths(self) -> list[str]:
         """The n ids, in row order."""
-        return self._reader.ids("path", self.n)
+        return list(self._reader.paths("path", self.n))
 
     @property
     def classes(self) -> list[str]:
@@ -187,7 +189,9 @@ class Record:
     @property
     def test_paths(self) -> list[str]:
         """Ids of the test examples; empty without a test set."""
-        return self._reader.ids("test_path", self._reader.dims.get("t")) if "test_path" in self._reader else []
+        return (
+            list(self._reader.paths("test_path", self._reader.dims.get("t", 0))) if "test_path" in self._reader else []
+        )
 
     @property
     def test_labels(self) -> np.ndarray | None:
@@ -378,16 +382,10 @@ class PartialRecord:
         """Give the finished record its name."""
         names = self._digests.names
         self.close()
-        with files.told(partial_path(self.out)):
-            seals.complete(partial_path(self.out), names)
-        files.publish(partial_path(self.out), self.out)
+        hdf5.finish(self.out, names)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def partial_path(out: str) -> str:
-    return out + ".partial"
 
 
 def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:

@@ -32,14 +32,16 @@ same.
 Resuming. `state_dict` holds plain tensors and numbers (torch.load reads them with weights_only=True) and continues
 exactly, within an epoch too: the position is counted by `update`, so batches that workers have fetched and the model
 has not seen come again. The pass that continues an epoch yields its rest only, while `len` stays the epoch's. Without
-`update` calls it restarts the epoch. A loader with drop_last never trains on the tail: call `set_epoch` for the next
+`update` calls it restarts the epoch. Of an epoch that was over when it was saved nothing is left: its pass is empty
+where `set_epoch` asks for it again. A loader with drop_last never trains on the tail: call `set_epoch` for the next
 epoch there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -112,6 +114,7 @@ class PruningSampler(Sampler[int]):
     _trained: int  # of the epoch under way: how many indices the model was trained on
     _exhausted: bool  # its last index was handed out
     _resumed: bool  # it was begun before a restart
+    _over: bool  # and ended before it: all of it was trained on
     _counted: bool  # its kept set is in the counts
 
     def __init__(
@@ -155,6 +158,7 @@ class PruningSampler(Sampler[int]):
         if _whole("epoch", epoch, 0) != self.epoch:
             self._enter(int(epoch))
         self._exhausted = False
+        self._resumed |= self._over  # the rest of an epoch that was over when it was saved is nothing
         if not self._resumed:
             self._trained = 0
 
@@ -179,14 +183,12 @@ class PruningSampler(Sampler[int]):
         not finite (naming the example; for values on a GPU up to 64 batches later). The random samplers look only at
         the number: it is the position in the epoch that a resumed training continues from.
         """
-        index, loss = torch.as_tensor(indices).detach(), torch.as_tensor(losses).detach()
+        index, loss = _tensor("update: indices", indices).detach(), _tensor("update: losses", losses).detach()
         if index.dim() != 1 or index.shape != loss.shape:
             shapes = f"indices {tuple(index.shape)} and losses {tuple(loss.shape)}"
             raise UsageError(f'update: {shapes} differ; expected one loss an index, as reduction="none" gives them')
-        if len(index) and (index.is_floating_point() or index.dtype == torch.bool):
-            raise UsageError(
-                f"update: indices of type {index.dtype}; expected integers, see protoprune.samplers.WithIndex"
-            )
+        if index.numel():
+            _check_integers("update", index)
         if self.needs_losses and index.device.type == loss.device.type == "cpu":
             self._record(index.long(), loss)
         elif self.needs_losses:
@@ -199,7 +201,7 @@ class PruningSampler(Sampler[int]):
 
     def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
         """What to multiply each loss by before the mean, (b,) float32 on the indices' device: ones but in InfoBatch."""
-        index = torch.as_tensor(indices)
+        index = _tensor("weights: indices", indices)
         return torch.ones(index.shape, dtype=torch.float32, device=index.device)
 
     def selected(self) -> np.ndarray:
@@ -250,13 +252,18 @@ class PruningSampler(Sampler[int]):
 
         Raises UsageError when the state belongs to another sampler, naming what differs.
         """
+        lacking = {"settings", "epoch", "trained", "length", "counted", "exhausted"} - set(
+            state if isinstance(state, Mapping) else ()
+        )
+        if lacking:
+            raise UsageError(f"load_state_dict: no {min(lacking)} in it; expected what state_dict() of a sampler gave")
         given = {"sampler": state.get("sampler"), **state.get("settings", {})}
         expected = {"sampler": type(self).__name__, **self._settings}
         for name in expected:
             if given.get(name) != expected[name]:
                 raise UsageError(f"load_state_dict: saved with {name}={given.get(name)}, but this has {expected[name]}")
         trained, replicas = state["trained"], self._world()[1]
-        self._resumed = 0 < trained < state["length"]
+        self._resumed, self._over = 0 < trained < state["length"], 0 < state["length"] <= trained
         if self._resumed and replicas != state["num_replicas"]:
             saved = f"load_state_dict: saved within an epoch by {state['num_replicas']} processes"
             raise UsageError(f"{saved}; expected as many, not {replicas}, or a state saved at the end of an epoch")
@@ -292,7 +299,7 @@ class PruningSampler(Sampler[int]):
         return (epoch - self.warm_up) // self.every
 
     def _new_epoch(self) -> None:
-        self._trained, self._exhausted, self._resumed, self._counted = 0, False, False, False
+        self._trained, self._exhausted, self._resumed, self._counted, self._over = 0, False, False, False, False
 
     def _enter(self, epoch: int) -> None:
         self._take_losses()
@@ -503,7 +510,9 @@ class InfoBatchSampler(PruningSampler):
         super().__init__(n, keep, every=every, final_full=final_full, **options)
 
     def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
-        index = torch.as_tensor(indices)
+        index = _tensor("weights: indices", indices)
+        if index.numel():
+            _check_integers("weights", index)
         if index.device not in self._tables:  # one copy a device and selection, so that no batch waits for its weights
             self._tables[index.device] = torch.from_numpy(self._weight.copy()).to(index.device)
         return self._tables[index.device][index.long()]
@@ -582,11 +591,27 @@ def _distributed() -> bool:
 
 
 def _whole(name: str, value: int, least: int, what: str = "a whole number") -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         shown = value if isinstance(value, (int, float, str)) else type(value).__name__
         raise UsageError(f"{name}={shown}: expected {what}, {least} or more")
-    check_whole(name, value, least, SEEDS)  # as large as `evaluate --every` and its seeds may be, and not larger
-    return int(value)
+    return check_whole(name, number, least, SEEDS)  # as large as `evaluate --every` and its seeds may be, not larger
+
+
+def _tensor(name: str, values: ArrayLike | torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{name}: {type(values).__name__}, expected a tensor, an array or a list of numbers") from None
+
+
+def _check_integers(name: str, index: torch.Tensor) -> None:
+    """UsageError for a mask, which would be the examples 0 and 1, and for what was rounded."""
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise UsageError(f"{name}: indices of type {index.dtype}; expected integers, see protoprune.samplers.WithIndex")
 
 
 def _fraction(name: str, value: float, what: str = "a number from 0 to 1", above: bool = False) -> float:

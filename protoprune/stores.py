@@ -139,6 +139,19 @@ def refused(error: FileNotFoundError, url: str) -> BaseException | None:
     return cause
 
 
+# Kinds of trouble in what stores say, as 'Class: text', where no status says it; the first that fits.
+_TROUBLES: tuple[tuple[tuple[type[BaseException], ...], str, str], ...] = (
+    ((), ": .*(401|nvalid authentication|(?i:nvalid credentials))",
+     "the credentials are not accepted, or have expired ({text}); renew them and run it again"),
+    ((), "^[^:]*NoCredentials|: .*(?i:credentials)", "no credentials; {credentials}"),
+    ((), ": .*xpired", "the credentials have expired ({text}); renew them and run it again"),
+    ((PermissionError,), ": .*(Forbidden|Denied|403)",
+     "permission denied ({text}); check the credentials' rights to list, read and, for -o, write"),
+    ((FileNotFoundError,), ": .*does not exist", "no such bucket, folder or file; check the URL"),
+    ((ConnectionError, TimeoutError), "onnect", "cannot be reached ({text}); check the network{endpoint}"),
+)  # fmt: skip
+
+
 def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
     text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
@@ -147,27 +160,15 @@ def trouble(error: BaseException, url: str = "") -> str:
     status = status if isinstance(status, int) else 0
     if kind == "TooManyRedirects":
         return "the server redirects without end; check the URL"
-    if status in (401, 403) and url.startswith(("http://", "https://")):
+    web = url.startswith(("http://", "https://"))
+    if status in (401, 403) and web:
         return f"the server refuses it ({text}); a signed URL may have expired"
     if status == 429 or status >= 500:
         return f"the server has no answer now ({text}); run the same again later"
-    if "401" in text or "nvalid authentication" in text or "nvalid credentials" in text.lower():
-        return f"the credentials are not accepted, or have expired ({text}); renew them and run it again"
-    if "NoCredentials" in kind or "credentials" in text.lower():
-        return f"no credentials; {_set_credentials(url)}"
-    if "xpired" in text:
-        return f"the credentials have expired ({text}); renew them and run it again"
-    if isinstance(error, PermissionError) or "Forbidden" in text or "Denied" in text or "403" in text:
-        return f"permission denied ({text}); check the credentials' rights to list, read and, for -o, write"
-    if isinstance(error, FileNotFoundError) or "does not exist" in text:
-        return "no such bucket, folder or file; check the URL"
-    if "onnect" in kind or "onnect" in text or isinstance(error, (ConnectionError, TimeoutError)):
-        endpoint = (
-            " and the URL"
-            if url.startswith(("http://", "https://"))
-            else ", the URL and the endpoint (AWS_ENDPOINT_URL)"
-        )
-        return f"cannot be reached ({text}); check the network{endpoint}"
+    for kinds, words, told in _TROUBLES:
+        if isinstance(error, kinds) or re.search(words, f"{kind}: {text}"):
+            endpoint = " and the URL" if web else ", the URL and the endpoint (AWS_ENDPOINT_URL)"
+            return told.format(text=text, credentials=_set_credentials(url), endpoint=endpoint)
     return text
 
 

@@ -31,6 +31,15 @@ def plain_name(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter not in " ._-:")
 
 
+def is_class_number(name: str) -> bool:
+    return name.isdecimal() and len(name) < 19  # Python refuses to make numbers of thousands of digits
+
+
+def sorted_classes(names: set[str]) -> list[str]:
+    """By name; by value where all are numbers."""
+    return sorted(names, key=(lambda name: (int(name), name)) if all(map(is_class_number, names)) else None)
+
+
 def shortened(text: str, limit: int = 200) -> str:
     """The text, or its beginning and end where it is longer than `limit` characters: for messages."""
     return text if len(text) <= limit else f"{text[: limit * 3 // 4]}…{text[-limit // 4 :]}"

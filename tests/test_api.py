@@ -8,6 +8,7 @@ import pytest
 
 import protoprune
 from protoprune.errors import UsageError
+from protoprune.images.listing import ImageList
 from protoprune.training import recording
 
 
@@ -30,6 +31,7 @@ def test_an_unknown_name_is_an_attribute_error():
         protoprune.prunes  # noqa: B018
 
 
+NONE = ImageList("", [], np.empty(0), np.empty(0), np.empty(0), [])
 MODULES = list(pkgutil.walk_packages(protoprune.__path__, "protoprune."))
 
 
@@ -48,8 +50,8 @@ def test_every_module_says_what_it_is(module):
         (lambda file: protoprune.rank(file, seed=-1), "--seed -1"),
         (lambda file: protoprune.compare({"a": [1, 2], "b": [2, 1]}, ["x", "y"], seed=-1), "--seed -1"),
         (lambda file: protoprune.compare({"a": [1, 2], "b": [2, 1]}, ["x", "y"], resamples=-1), "--bootstrap -1"),
-        (lambda file: protoprune.embed(None, None, file + "2", batch_size=0), "--batch-size 0"),
-        (lambda file: protoprune.embed(None, None, file + "2", workers=-1), "--workers -1"),
+        (lambda file: protoprune.embed(NONE, None, file + "2", batch_size=0), "--batch-size 0"),
+        (lambda file: protoprune.embed(NONE, None, file + "2", workers=-1), "--workers -1"),
         (lambda file: protoprune.load_encoder("dino_vits16", image_size=4), "--image-size 4"),
         (lambda file: recording.plan(None, None, None, seed=-1), "--seed -1"),
         (lambda file: protoprune.scaling(None, None, None, sizes=[2], bootstrap=-1), "--bootstrap -1"),

@@ -120,9 +120,10 @@ def test_python_refuses_what_is_no_number(value, image_tree, tmp_path):
     from protoprune.evaluation.comparing import _seeds
 
     encoder, root = protoprune.load_encoder("mini"), image_tree({"a": 1, "b": 1})
+    images = protoprune.list_folder(root)
     for option, call in {
-        "--batch-size": lambda: protoprune.embed(None, encoder, tmp_path / "f.h5", batch_size=value),
-        "--workers": lambda: protoprune.embed(None, encoder, tmp_path / "f.h5", workers=value),
+        "--batch-size": lambda: protoprune.embed(images, encoder, tmp_path / "f.h5", batch_size=value),
+        "--workers": lambda: protoprune.embed(images, encoder, tmp_path / "f.h5", workers=value),
         "--class-level": lambda: protoprune.list_folder(root, class_level=value),
         "--image-size": lambda: protoprune.load_encoder("mini", image_size=value),
         "--seeds": lambda: _seeds(value),

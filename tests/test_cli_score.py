@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import logging
 
 import numpy as np
 import pytest
@@ -112,8 +114,15 @@ def test_a_score_table_from_a_feature_file(here):
     )
 
 
-def test_without_out_the_table_is_on_stdout(here):
+def test_without_out_the_table_is_on_stdout(here, monkeypatch):
+    """Also where nothing can be written, as in a container with a read-only root."""
+
+    def none(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
     run("score", "random", "--seed", 4, "-o", "scores.csv")
+    monkeypatch.setattr("tempfile._get_default_tempdir", none)
+    monkeypatch.setattr("tempfile.tempdir", None)
     result = run("score", "random", "--seed", 4)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == (here / "scores.csv").read_text()
@@ -121,6 +130,10 @@ def test_without_out_the_table_is_on_stdout(here):
     rows = rows_of(result.stdout)
     assert rows[0] == ["path", "score"]
     assert [path for path, _ in rows[1:]] == sorted(PATHS)
+    assert not logging.getLogger("matplotlib").isEnabledFor(logging.WARNING)  # of a home that is not writable
+    monkeypatch.setattr("protoprune.metrics.catalogue.score", none)
+    result = run("score", "random")
+    assert (result.exit_code, "; make room, or name a folder in $TMPDIR" in result.stderr) == (1, True)
     assert rows_of(run("score", "random", "--seed", 5).stdout) != rows
 
 

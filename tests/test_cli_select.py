@@ -292,7 +292,9 @@ def test_balance_gives_every_class_its_share(here, run):
     plain = run("select", "--scores", "scores.csv", "--keep", 30 / 59)
     assert "warning: 1 of 3 classes lost every image" in plain.stderr
     assert not [path for path in plain.stdout.splitlines() if path.startswith("ape")]
-    even = run("select", "--scores", "scores.csv", "--keep", 30 / 59, "--balance", "0.5").stdout.splitlines()
+    balanced = run("select", "--scores", "scores.csv", "--keep", 30 / 59, "--balance", "0.5")
+    assert "kept 30 of 59 (50.8 %, hard first, balance 0.5 by class), removed 29" in balanced.stderr
+    even = balanced.stdout.splitlines()
     assert len(even) == 30
     assert sum(path.startswith("ape") for path in even) == 5  # floor(0.5 * 30 / 3)
     assert len(select(run, "--keep", "0.5", "--balance", "0.5", "--by", "cluster").stdout.splitlines()) == 30

@@ -97,8 +97,8 @@ def test_sheet_warns_of_images_that_are_gone(coloured, run):
         os.unlink(coloured / "images" / path)
     result = run("sheet", "--k", "3", "--count", "2")
     assert (
-        "warning: 4 images could not be read any more, or changed since; --root says where they are now"
-        in result.stderr
+        "warning: 4 images could not be read any more, or changed since; --root says where they are now, if not below "
+        f"{coloured / 'images'}\n" in result.stderr
     )
     assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
 

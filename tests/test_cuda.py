@@ -16,7 +16,6 @@ from protoprune.scores import spearman
 from protoprune.training import converged, heads, loop, recording
 from protoprune.training.loop import Recipe
 
-
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 SLOW = {"marks": pytest.mark.slow}
 

@@ -14,11 +14,20 @@ import protoprune
 from protoprune.clustering import buckets, vectors
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.ids import hashes_of
-from protoprune.selection import dedup, duplicates, likeness
+from protoprune.selection import dedup
 
 
 def ids_of(n: int) -> list[str]:
     return [f"{i:05d}.png" for i in range(n)]
+
+
+def duplicates(*arguments, **options) -> np.ndarray:
+    return dedup.near_duplicates(*arguments, **options)[0]
+
+
+def likeness(x, cluster, usable=None, thresholds=dedup.THRESHOLDS) -> dedup.Likeness:
+    options = {"ids": ids_of(len(x)), "usable": usable, "thresholds": thresholds}
+    return dedup.near_duplicates(x, cluster, np.zeros(len(x)), 0.5, **options)[1]
 
 
 def unit(x):
@@ -236,7 +245,7 @@ def test_rows_read_once_through_buckets_give_the_same_bytes(small_blocks, small_
     assert np.array_equal(found, one_row_at_a_time(x, cluster, distance, 0.05, ids, 3, usable, 7))
     assert (read.reads[usable] == 1).all()
     assert read.reads.max() <= 1
-    alone = likeness(x, cluster, usable=usable, thresholds=(0.01, 0.1))
+    alone = likeness(x, cluster, usable=usable, thresholds=(0.01, 0.1))  # in one bucket, by one worker
     assert counted.pairs.tolist() == alone.pairs.tolist()
     assert np.array_equal(counted.nearest[cluster >= 0], alone.nearest[cluster >= 0], equal_nan=True)
     assert not list(tmp_path.iterdir())

@@ -439,7 +439,7 @@ def test_an_unfinished_shard_that_is_damaged_or_of_other_features_is_begun_anew(
     for name in ("0001.tar", "0002.tar"):
         (out / f"{name}.h5").unlink()
         shard = find_shards(tars / name).shards[0]
-        begun = sharding._embedded(shard, str(tars), ShardOptions(), engine, str(out), False)
+        begun = sharding._embedded(shard, sharding._Worker(engine, str(tars), ShardOptions(), str(out), False))
         next(begun)  # killed there
         begun.close()
     partial = out / "0002.tar.h5.partial"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
-from protoprune.lists import format_list, manifest, read_list, read_weights, split_list
+from protoprune.lists import format_list, manifest_chunks, read_list, read_weights, split_list
 from protoprune.text import with_slashes
 
 # Any name that Linux allows: every byte except the slash and NUL.
@@ -215,6 +215,11 @@ COLUMNS = {
     "score": np.array([0.1, np.nan], np.float32),
     "keep": np.array([1, 0]),
 }
+
+
+def manifest(columns, format="csv") -> bytes:
+    n = len(columns["path"])
+    return b"".join(manifest_chunks(lambda rows: {name: one[rows] for name, one in columns.items()}, n, format))
 
 
 def test_manifest_csv_reads_back(tmp_path):

@@ -448,12 +448,16 @@ def test_supervised_prototypes_by_hand():
     np.testing.assert_allclose(scores[:3], [1 - np.cos(np.pi / 8), np.nan, 1 - np.cos(np.pi / 8)], atol=1e-6)
 
 
+def moderate(features: np.ndarray, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+    return geometry.moderate(geometry.class_distance(features, labels, usable))
+
+
 def test_moderate_keeps_the_median_distance_first():
     features = np.array([[0.0], [1], [2], [7], [10], [10], [10]])
     labels = np.array([0, 0, 0, 0, 1, 1, -1])
     # class 0 has mean 2.5, class 1 mean 10: distances 2.5 1.5 .5 4.5 0 0, median 1
     expected = [-1.5, -0.5, -0.5, -3.5, -1, -1, np.nan]
-    np.testing.assert_allclose(geometry.moderate(features, labels), expected, atol=1e-6)
+    np.testing.assert_allclose(moderate(features, labels), expected, atol=1e-6)
 
 
 def greedy(points, start, k) -> tuple[list[int], np.ndarray]:
@@ -521,7 +525,7 @@ def test_the_default_budget_is_capped(monkeypatch):
 def test_features_that_are_not_finite_are_an_error():
     features = np.ones((4, 2))
     features[2, 1] = np.nan
-    for compute in (geometry.supervised_prototypes, geometry.moderate):
+    for compute in (geometry.supervised_prototypes, moderate):
         with pytest.raises(ProtopruneError, match="row 2"):
             compute(features, np.zeros(4, int))
         assert np.isfinite(compute(features, np.zeros(4, int), np.arange(4) != 2)[[0, 1, 3]]).all()
@@ -582,7 +586,7 @@ def test_planted_extremes_are_not_moderate():
     radius = np.r_[np.zeros(20), np.full(60, 1.0), np.full(20, 4.0)] + rng.uniform(0, 0.3, 100)
     direction = rng.normal(size=(100, 6))
     features = radius[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
-    scores = geometry.moderate(features + 7, np.zeros(100, int))
+    scores = moderate(features + 7, np.zeros(100, int))
     assert auc(scores, np.abs(np.arange(100) - 49.5) < 30) > 0.95
 
 
@@ -680,8 +684,8 @@ def test_a_constant_added_to_a_statistic(metric, statistic, shifted):
 
 def test_moderate_does_not_see_where_the_embedding_lies_nor_prototypes_its_scale():
     features, labels, _ = planted_features(60)
-    moved = geometry.moderate(features + 5, labels)
-    np.testing.assert_allclose(moved, geometry.moderate(features, labels), atol=1e-5)
+    moved = moderate(features + 5, labels)
+    np.testing.assert_allclose(moved, moderate(features, labels), atol=1e-5)
     scaled = features * np.random.default_rng(0).uniform(0.5, 2, (60, 1))
     for compute in (geometry.supervised_prototypes, lambda x, _: geometry.k_center(x, [f"{i}" for i in range(60)])):
         np.testing.assert_allclose(compute(scaled, labels), compute(features, labels), atol=1e-5)
@@ -856,7 +860,7 @@ def test_distances_that_are_lengths_are_warned_about(feature_file, tmp_path):
     with pytest.warns(UserWarning, match=r"mostly the lengths of the feature vectors \(Spearman 0.9"):
         found = catalogue.score("moderate", varying)
     with FeatureFile(varying) as file:
-        np.testing.assert_array_equal(found.values, geometry.moderate(file.features, file.labels))
+        np.testing.assert_array_equal(found.values, moderate(file.features, file.labels))
     even = feature_file(tmp_path / "e.h5", directions / np.linalg.norm(directions, axis=1, keepdims=True), paths=paths)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes
-from protoprune.selection import ORDERS, by_place, kept_mask, orders, ranking
+from protoprune.selection import ORDERS, by_key, kept_mask, orders, ranking
 
 
 def ids_of(n: int) -> list[str]:
@@ -197,8 +197,8 @@ def test_ties_broken_in_pieces_are_those_of_one_sort(n, values, whole, seed):
     before = keys.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orders, "BATCH", 7)
-        upwards = by_place(keys, rows, ids_of(n), 3)
-        downwards = orders._sorted(keys, rows, ids_of(n), 3, largest=True)
+        upwards = by_key(keys, rows, ids_of(n), 3)
+        downwards = orders.by_key(keys, rows, ids_of(n), 3, largest=True)
     assert upwards.tolist() == rows[np.lexsort((ties[rows], keys[rows]))].tolist()
     assert downwards.tolist() == rows[np.lexsort((ties[rows], -keys[rows]))].tolist()
     assert np.array_equal(keys, before)  # the caller's

@@ -183,11 +183,11 @@ def test_no_number_without_convergence():
 @pytest.mark.parametrize(
     ("point", "named"),
     [
-        ((0, 0.5), "alpha_tot is 0"),
-        ((np.inf, 0.5), "alpha_tot is inf"),
-        ((5, 0), "keep is 0"),
-        ((5, 1.5), "keep is 1.5"),
-        ((5, 0.5, 90), "theta is 90"),
+        ((0, 0.5), "alpha_tot 0: expected a number above 0"),
+        ((np.inf, 0.5), "alpha_tot inf: "),
+        ((5, 0), "keep 0: "),
+        ((5, 1.5), "keep 1.5: "),
+        ((5, 0.5, 90), "theta 90: "),
         ((5, 0.5, 0, "hardest"), "order is 'hardest'"),
         ((5, 0.5, 0, "hard", "large"), "margin is 'large'"),
         ((5, 1e-300, 89, "hard", "signed"), "keep is too close to 0"),
@@ -269,10 +269,10 @@ def test_information_is_the_slope_of_the_entropy(keep):
 
 
 def test_information_errors_name_the_value():
-    for call, named in [((0, 1), "alpha_prune is 0"), ((1, 0), "keep is 0")]:
+    for call, named in [((0, 1), "alpha_prune 0: "), ((1, 0), "keep 0: ")]:
         with pytest.raises(ProtopruneError, match=named):
             information_gain(*call)
-    with pytest.raises(UsageError, match="overlap is 1"):
+    with pytest.raises(UsageError, match="overlap 1: "):
         energetic_gain(1, 0.5)
 
 

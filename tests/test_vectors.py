@@ -107,7 +107,9 @@ def test_zeros_have_no_score_by_direction():
         values = compute(with_zero, None)
         np.testing.assert_array_equal(values, compute(x, others))
         assert np.isnan(values[7])
-    assert np.isfinite(geometry.moderate(with_zero, labels)).all()  # Euclidean: zero is a point
+    assert np.isfinite(
+        geometry.moderate(geometry.class_distance(with_zero, labels))
+    ).all()  # Euclidean: zero is a point
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from protoprune.cli.shards import merge
 from protoprune.cli.show import info, sheet
 from protoprune.cli.theory import advise, theory_app
 from protoprune.cli.tune import tune
-from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_pillow
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_matplotlib, ignore_pillow
 from protoprune.text import shortened
 
 _Misspelt: type[Exception] = typer.BadParameter.__bases__[
@@ -60,6 +60,7 @@ class _Group(TyperGroup):
         with _in_one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
             ignore_pillow()
+            ignore_matplotlib()
             warnings.showwarning = _show_warning(warnings.showwarning)
             answer = super().invoke(ctx)
             if sys.stdout is not None:
@@ -96,11 +97,7 @@ def _in_one_line() -> Iterator[None]:
         streams.stdout_failed(error)
         raise typer.Exit(0) from None
     except OSError as error:
-        if streams.stdout_failed(error):
-            _complain(f"standard output: cannot write ({error.strerror}); the answer is cut short")
-        else:
-            where = f"{error.filename}: " if error.filename is not None else ""
-            _complain(f"{where}{error.strerror or error or type(error).__name__}")
+        _complain(_of_a_file(error))
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
@@ -108,6 +105,16 @@ def _in_one_line() -> Iterator[None]:
         said = " ".join(str(error).split())[:200]
         _complain(f"not enough memory{f' ({said})' if said else ''}; ask for less at once, or use a larger machine")
         raise typer.Exit(1) from None
+
+
+def _of_a_file(error: OSError) -> str:
+    """What went wrong with which file, or with stdout."""
+    if streams.stdout_failed(error):
+        return f"standard output: cannot write ({error.strerror}); the answer is cut short"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    said = f"{error.strerror or error or type(error).__name__}"
+    hint = "; make room, or name a folder in $TMPDIR" if said.startswith("No usable temporary directory") else ""
+    return f"{where}{said}{hint}"
 
 
 def _explain(error: Any) -> None:

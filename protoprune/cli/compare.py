@@ -50,9 +50,7 @@ def compare(
         Path | None, typer.Option(help="Write the share of each class that is kept to this .csv file.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of the images on which two tables disagree most.")] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Images on each side of a row of the sheet [default: 8].")
-    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=100, help="Images on each side of a row of the sheet.")] = 8,
     root: Annotated[Path | None, typer.Option(help="Where the images are [default: where --features says].")] = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples behind the 95 % intervals; 0 for none.")
@@ -81,22 +79,21 @@ def compare(
         raise UsageError(f"--classes {classes}: goes with --keep, for example --keep 0.5")
     if sheet is None:
         refuse_idle("goes with --sheet, which shows images", "count", "root")
+    elif features is None and root is None:
+        raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     if not keeps and not bootstrap:
         refuse_idle("is of the resamples of --bootstrap and of the ties of --keep, and neither is asked for", "seed")
-    if sheet is not None and features is None and root is None:
-        raise UsageError(f"--sheet {sheet}: where are the images? give --features FILE or --root DIR")
     _check_outputs([*map(table_file, tables), reading.rows], features, out, figure, classes, sheet)
     result, place, options = _load(tables, features, reading, root, keeps, classes is not None, bootstrap, seed)
     for picture in (sheet, figure):
         check_picture(picture, place, result.paths)
-    if out is not None:
-        files.write_file(out, packed(out, [files.table_csv(comparison.pair_rows(result))]))
-    if classes is not None:
-        files.write_file(classes, packed(classes, [files.table_csv(comparison.class_rows(result))]))
+    for path, rows in ((out, comparison.pair_rows), (classes, comparison.class_rows)):
+        if path is not None:
+            files.write_file(path, packed(path, [files.table_csv(rows(result))]))
     if figure is not None:
         files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
-        _write_sheet(result, sheet, place, options, count or 8, features)
+        _write_sheet(result, sheet, place, options, count, features)
     _say_result(result, bootstrap)
     _show(result)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import time
@@ -11,20 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels, check_label_file
+from protoprune.cli.options import ClassOptions
 from protoprune.cli.outputs import check_outputs, check_suffix
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import (
-    Address,
-    Devices,
-    EngineName,
     IdColumn,
     ImageColumn,
-    Rank,
-    WorldSize,
+    WorkerOptions,
     check_strict,
     embed_source,
-    launcher,
     nothing_usable,
 )
 from protoprune.cli.streams import need_stdout
@@ -35,7 +32,6 @@ from protoprune.units import duration, many
 if TYPE_CHECKING:
     from protoprune.embedding.pipeline import EmbedReport
     from protoprune.encoders import Encoder
-    from protoprune.images.labels import LabelFile
     from protoprune.images.listing import ImageList
     from protoprune.sources import ShardOptions
     from protoprune.sources.finding import Source
@@ -49,6 +45,7 @@ def embed(
             "file, a pattern in quotes ('shards/{0000..0099}.tar'), a folder of them."
         ),
     ],
+    *,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -75,21 +72,10 @@ def embed(
     workers: Annotated[str, typer.Option(help="Decoding threads, or auto (one a core).")] = "auto",
     store: Annotated[str, typer.Option(help="Type of the stored features: float16 or float32.")] = "float16",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder: pays on a GPU.")] = False,
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="File of classes: a table of path and class [default: classes are the first-level folders]."),
-    ] = None,
-    label_column: LabelColumn = None,
-    class_names: ClassNames = None,
-    class_level: ClassLevel = None,
+    classes: ClassOptions,
     image_column: ImageColumn = None,
     id_column: IdColumn = None,
-    devices: Devices = None,
-    rank: Rank = None,
-    world_size: WorldSize = None,
-    engine: EngineName = "local",
-    address: Address = None,
-    no_labels: NoLabels = False,
+    processes: WorkerOptions,
     errors: Annotated[
         Path | None, typer.Option(help="Write the images that failed, and what was left out, to this CSV file.")
     ] = None,
@@ -103,7 +89,7 @@ def embed(
     """Turn images into a feature file; run it again for what is new."""
     from protoprune.stores import given, is_url
 
-    inputs = [images, weights, labels, class_names]
+    inputs = [images, weights, classes.labels, classes.class_names]
     check_outputs(errors, inputs=inputs)
     check_suffix(errors, (".csv",), "--errors")
     target = given(out or "features")
@@ -113,48 +99,47 @@ def embed(
         "moved": moved,
     }  # fmt: skip
     _check(encoder, weights, image_size, pool, decode, settings)
-    if engine == "local" and device not in ("auto", "cpu") and (os.path.exists(images) or is_url(images)):
-        from protoprune.device import resolve_device
-
-        resolve_device(device)
+    if processes.engine == "local":
+        _check_device(device, images)
     source, entries = _find(images, root)
-    single = source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
-    if is_url(target) and (source is None or single):
-        raise UsageError(f"-o {target}: only feature sets of shards are written to a URL; write a file, and copy it")
+    single = _is_single(source, out)
     if source is None or single:
+        if is_url(target):
+            raise UsageError(
+                f"-o {target}: only feature sets of shards are written to a URL; write a file, and copy it"
+            )
         file = out or Path("features.h5")
         check_outputs(errors, hdf5=file, inputs=inputs)
-        _refuse_shard_options({"--devices": devices, "--rank": rank, "--world-size": world_size, "--address": address,
-                               "--engine": None if engine == "local" else engine})  # fmt: skip
+        _refuse_shard_options(**vars(processes) | {"engine": None if processes.engine == "local" else processes.engine})
     if source is None:
-        _refuse_shard_options({"--image-column": image_column, "--id-column": id_column})
-        classes = label_argument(labels, label_column, class_names, class_level, no_labels)
+        _refuse_shard_options(image_column=image_column, id_column=id_column)
+        listed = functools.partial(_listed, images, entries, root, classes.arguments())
     else:
-        options = _shard_options(labels, class_names, class_level, no_labels, image_column, label_column, id_column)
+        options = classes.of_shards(image_column, id_column)
         options.check(shard.name for shard in source.shards)  # before the encoder is loaded
+        listed = functools.partial(_opened, source, options)
         if not single:
             from protoprune.features.featureset import check_folder
 
             check_folder(target)
-            settings |= launcher(engine, address, devices, device, rank, world_size)
+            settings |= processes.arguments(device)
     from protoprune.encoders import load_encoder
 
     model = load_encoder(encoder, weights=weights, image_size=image_size, pool=pool, decode=decode)
     if model.loaded:
         say(f"weights: {model.loaded}")
-    if source is None:
-        found = _list_images(images, entries, root, {"labels": classes, "class_level": class_level})
-        _say_found(found, errors)
-        _embed_images(found, model, file, errors, strict, settings)
-    elif single:
-        from protoprune.shards.sharding import opened
-
-        with opened(source.shards[0], source.root, options) as found:
+    if source is None or single:
+        with listed() as found:
             _say_found(found, errors)
             _embed_images(found, model, file, errors, strict, settings)
     else:
         with resumable("what is embedded is kept"):
             embed_source(source, model, target, errors, strict, options, settings)
+
+
+def _is_single(source: Source | None, out: Path | None) -> bool:
+    """Whether the only shard becomes a feature file, and not a set."""
+    return source is not None and len(source) == 1 and out is not None and out.suffix in (".h5", ".hdf5")
 
 
 def _embed_images(
@@ -204,6 +189,15 @@ def _check(
     check_encoder(encoder, weights, image_size, pool, decode)
 
 
+def _check_device(device: str, images: str) -> None:
+    """UsageError for a device that is not there, where there are images that it would be asked for."""
+    from protoprune.device import resolve_device
+    from protoprune.stores import is_url
+
+    if device not in ("auto", "cpu") and (os.path.exists(images) or is_url(images)):
+        resolve_device(device)
+
+
 def _number(option: str, text: str) -> int | None:
     from protoprune.embedding.engine import MOST
 
@@ -214,40 +208,11 @@ def _number(option: str, text: str) -> int | None:
     return int(text)
 
 
-def label_argument(
-    labels: Path | None, column: str | None, names: Path | None, level: int | None, none: bool
-) -> bool | str | os.PathLike[str] | LabelFile:
-    """The `labels` argument of `list_folder`."""
-    from protoprune.images.labels import label_file
-
-    check_label_file(labels, column, names)
-    if none and (labels is not None or level is not None):
-        raise UsageError(f"--no-labels does not go with {'--labels' if labels is not None else '--class-level'}")
-    return False if none else label_file(labels, column, names, level)
-
-
-def _refuse_shard_options(given: dict[str, Any]) -> None:
-    for option, value in given.items():
+def _refuse_shard_options(**given: Any) -> None:
+    for name, value in given.items():
         if value is not None:
+            option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} goes with shards (tar, zip, Parquet or Arrow files) that become a feature set")
-
-
-def _shard_options(
-    labels: Path | None,
-    class_names: Path | None,
-    class_level: int | None,
-    no_labels: bool,
-    image_column: str | None,
-    label_column: str | None,
-    id_column: str | None,
-) -> ShardOptions:
-    from protoprune.sources import ShardOptions
-
-    if labels is not None or class_names is not None:
-        raise UsageError(
-            "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
-        )
-    return ShardOptions(image_column, label_column, id_column, not no_labels, class_level)
 
 
 def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | None]:
@@ -289,12 +254,22 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     return None, entries
 
 
-def _list_images(images: str, entries: list[str] | None, root: Path | None, classes: dict[str, Any]) -> ImageList:
+def _listed(
+    images: str, entries: list[str] | None, root: Path | None, classes: dict[str, Any]
+) -> contextlib.AbstractContextManager[ImageList]:
     from protoprune.images.listing import list_folder, list_paths
 
     if entries is not None:
-        return list_paths(entries, root, **classes)
-    return list_folder(images, **classes, on_progress=_say_listing if sys.stderr and sys.stderr.isatty() else None)
+        return contextlib.nullcontext(list_paths(entries, root, **classes))
+    on_progress = _say_listing if sys.stderr and sys.stderr.isatty() else None
+    return contextlib.nullcontext(list_folder(images, **classes, on_progress=on_progress))
+
+
+def _opened(source: Source, options: ShardOptions) -> contextlib.AbstractContextManager[ImageList]:
+    """The images of the only shard, which become one file."""
+    from protoprune.shards.sharding import opened
+
+    return opened(source.shards[0], source.root, options)
 
 
 def _begins_like(path: str, kind: Callable[[bytes], str | None]) -> str | None:

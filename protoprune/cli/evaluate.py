@@ -26,11 +26,11 @@ from protoprune.cli.options import (
     refuse_idle,
     several,
 )
-from protoprune.cli.outputs import check_folder, check_results
+from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_sets, refuse_length, show_run, time_text, training_source
+from protoprune.cli.training import hint_steps, load_both, refuse_length, show_run, time_text, training_source
 from protoprune.errors import UsageError
 from protoprune.units import rounded
 
@@ -126,10 +126,7 @@ def evaluate(
     check_folder(out, "evaluate", [*lists, source, test, training.weights, *labels.files])
     labels.arguments()
     listed = [read_list(path) for path in lists]
-    train, tested = load_sets(source, test, model, training, labels.arguments())
-    assert tested is not None  # --test is asked for
-    for one in (train, tested):
-        check_results(out, one.root, one.paths)
+    train, tested = load_both(source, test, model, training, labels.arguments(), out)
     kept = [_kept(*one, train) for one in zip(lists, listed, costs, strict=True)]
     few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
     hint_steps(recipe, few, min_steps)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from protoprune.cli.options import ClassLevel, ClassNames, LabelColumn, NoLabels
+from protoprune.cli.options import ClassOptions
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.units import many
@@ -15,6 +15,7 @@ from protoprune.units import many
 
 def import_(
     vectors: Annotated[Path, typer.Argument(help="Vectors: .npy, .npz, .parquet, samples.json, or a folder of them.")],
+    *,
     out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
     paths: Annotated[
         Path | None, typer.Option(help="List of the images in the order of the vectors, where these have no names.")
@@ -28,22 +29,16 @@ def import_(
     ] = None,
     path_column: Annotated[str | None, typer.Option(help="Column or array of the names, if there are several.")] = None,
     store: Annotated[str, typer.Option(help="float16, float32, or auto: as the vectors are.")] = "auto",
-    labels: Annotated[Path | None, typer.Option(help="File of classes [default: first-level folders].")] = None,
-    label_column: LabelColumn = None,
-    class_names: ClassNames = None,
-    class_level: ClassLevel = None,
-    no_labels: NoLabels = False,
+    classes: ClassOptions,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a feature file.")] = False,
 ) -> None:
     """Make a feature file of vectors that you have already."""
-    from protoprune.cli.embed import label_argument
     from protoprune.embedding.importing import import_features
 
-    check_outputs(hdf5=out, inputs=[vectors, paths, labels, class_names])
+    check_outputs(hdf5=out, inputs=[vectors, paths, classes.labels, classes.class_names])
     report = import_features(
         vectors, out, paths=paths, root=root, encoder=encoder, vector_column=vector_column, path_column=path_column,
-        store=store, labels=label_argument(labels, label_column, class_names, class_level, no_labels),
-        class_level=class_level, overwrite=overwrite,
+        store=store, **classes.arguments(), overwrite=overwrite,
     )  # fmt: skip
     read = f" from {len(report.files):,} files" if len(report.files) > 1 else ""
     say(f"{out}: {many(report.n, 'vector')} x {report.dim} ({report.store}){read}, names: {report.names}")

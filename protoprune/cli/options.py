@@ -24,6 +24,7 @@ from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
     from protoprune.pruning import Clusters, Rule
+    from protoprune.sources import ShardOptions
     from protoprune.training.loop import Recipe
 
 Features = Annotated[Path, typer.Argument(help="Feature file that `protoprune embed` wrote.")]
@@ -57,7 +58,6 @@ Results = Annotated[
         "-o", "--out", help="Folder for tables, JSON, figure and the results of single runs; a second call resumes."
     ),
 ]
-NoLabels = Annotated[bool, typer.Option("--no-labels", help="Take no classes.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, where a --labels file has several.")]
 ClassNames = Annotated[Path | None, typer.Option(help="File that turns the class numbers of --labels into names.")]
 ClassLevel = Annotated[int | None, typer.Option(min=1, help="Classes are the folders of this level (2: train/CLASS).")]
@@ -176,6 +176,42 @@ class LabelOptions:
         train, test = (label_file(path, self.label_column, self.class_names, self.class_level) for path in files)
         level = {"class_level": self.class_level}
         return {"labels": train, **level}, {"labels": test, **level}
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """Where the classes of images or vectors come from."""
+
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="File of classes: a table of path and class [default: classes are the first-level folders]."),
+    ] = None
+    label_column: LabelColumn = None
+    class_names: ClassNames = None
+    class_level: ClassLevel = None
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Take no classes.")] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `list_folder` and its like."""
+        from protoprune.images.labels import label_file
+
+        check_label_file(self.labels, self.label_column, self.class_names)
+        if self.no_labels and (self.labels is not None or self.class_level is not None):
+            raise UsageError(
+                f"--no-labels does not go with {'--labels' if self.labels is not None else '--class-level'}"
+            )
+        labels = not self.no_labels and label_file(self.labels, self.label_column, self.class_names, self.class_level)
+        return {"labels": labels, "class_level": self.class_level}
+
+    def of_shards(self, image_column: str | None, id_column: str | None) -> ShardOptions:
+        """The same of shards, and the columns of their images and ids."""
+        from protoprune.sources import ShardOptions
+
+        if self.labels is not None or self.class_names is not None:
+            raise UsageError(
+                "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
+            )
+        return ShardOptions(image_column, self.label_column, id_column, not self.no_labels, self.class_level)
 
 
 @dataclass(frozen=True)

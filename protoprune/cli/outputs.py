@@ -34,19 +34,14 @@ def check_outputs(
     """
     if any(str(one) == "-" for one in (*outputs, hdf5, links)):
         raise UsageError("-: this goes into a file, not to stdout; name one")
-    given = [Path(one) for one in (stdout, *outputs) if one is not None and str(one) != "-"]
+    given = [Path(one) for one in (hdf5, stdout, *outputs) if one is not None and str(one) != "-"]
     sources = [Path(one) for one in inputs if one is not None and os.path.exists(one)]
-    written: list[Path] = [] if links is None else [links]
-    if hdf5 is not None:
-        given.insert(0, hdf5)
-        written = _beside_hdf5(hdf5, sources)
+    written = [] if hdf5 is None else _beside_hdf5(hdf5, sources)
     for path in given:
         _check_place(path)
         if path.exists() and not path.is_file():
             continue  # a pipe or a device: nothing is replaced
-        _check_replaced(path, sources, written)
-        if links is not None and path.resolve().is_relative_to(links.resolve()):
-            raise UsageError(f"{path}: lies in the folder that --links makes; choose another place")
+        _check_replaced(path, sources, written, links)
         if path != hdf5:
             _check_kind(path)
         written.append(path)
@@ -72,14 +67,16 @@ def check_suffix(path: str | Path | None, right: Sequence[str], option: str = "-
         raise UsageError(f"{option} {path}: is written as {' or '.join(right)}; give it a name that ends so")
 
 
-def _check_replaced(path: Path, sources: list[Path], written: list[Path]) -> None:
+def _check_replaced(path: Path, sources: list[Path], written: list[Path], links: Path | None) -> None:
     """UsageError where a file that is written would take the place of an input, or of another output."""
     if any(_lies_in_set(path, one) for one in sources):
         raise UsageError(f"{path}: lies in a feature set, which holds nothing else; choose another place")
     if any(same_file(path, one) for one in sources):
         raise UsageError(f"{path}: is one of the inputs; choose another name")
-    if any(same_file(path, one) for one in written) or _is_stdout(path):
+    if any(same_file(path, one) for one in filter(None, (*written, links))) or _is_stdout(path):
         raise UsageError(f"{path}: is named for two outputs; choose another name")
+    if links is not None and path.resolve().is_relative_to(links.resolve()):
+        raise UsageError(f"{path}: lies in the folder that --links makes; choose another place")
 
 
 def _beside_hdf5(path: Path, sources: list[Path]) -> list[Path]:
@@ -137,7 +134,7 @@ def check_results(out: Path | None, root: str, paths: Sequence[str]) -> None:
     check_beside(out / "figure.png", root, paths, f"-o {out}")
 
 
-def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None] = ()) -> None:
+def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None]) -> None:
     """As `check_outputs`, for the folder of results of `evaluate`, `scaling` or `tune`, which need not exist.
 
     Results that are there are replaced if they are those of the same command, and of nobody else.
@@ -147,17 +144,22 @@ def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None] =
     sources = [one for one in inputs if one is not None and one.exists()]
     if out.exists() and not out.is_dir():
         raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
-    for one in sources:
-        if one.is_dir() and out.resolve().is_relative_to(one.resolve()):
+    for one in filter(Path.is_dir, sources):
+        if out.resolve().is_relative_to(one.resolve()):
             raise UsageError(f"-o {out}: lies in {one}, a folder of images, whose figure it would become one of")
-    if not out.is_dir():
+    if out.is_dir():
+        check_outputs(*(out / name for name in _RESULTS), inputs=sources)
+        _check_maker(out, command)
+    else:
         above = next(one for one in out.absolute().parents if one.exists())  # now, and not when images are loaded
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UsageError(
                 f"-o {out}: cannot be made, {above} is no folder that can be written; choose another place"
             )
-        return
-    check_outputs(*(out / name for name in _RESULTS), inputs=sources)
+
+
+def _check_maker(out: Path, command: str) -> None:
+    """UsageError for results that are there and of another command, or of nobody that is known."""
     there = next((name for name in _RESULTS if (out / name).exists()), None)
     if there is not None and (whose := _maker(out, command)) != command:
         of = f"what `protoprune {whose}` found" if whose else f"a {there} that `protoprune {command}` did not write"

@@ -29,11 +29,11 @@ from protoprune.cli.options import (
     table_file,
     whole_numbers,
 )
-from protoprune.cli.outputs import check_folder, check_results
+from protoprune.cli.outputs import check_folder
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_sets, read_table, refuse_length, show_run, training_source
+from protoprune.cli.training import hint_steps, load_both, read_table, refuse_length, show_run, training_source
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def scaling(
     """
     from protoprune.evaluation.curves import check_options
     from protoprune.evaluation.curves import scaling as sweep
-    from protoprune.features.opening import missing
     from protoprune.scores import check_reading
 
     need_stdout(out)
@@ -99,25 +98,17 @@ def scaling(
         refuse_idle("--keep 1 leaves nothing out, whatever the order; leave it out", "order")
     if seeds == 1 and bootstrap:
         refuse_idle("draws from several seeds; leave it out, or raise --seeds", "bootstrap")
-    if set(orders) == {"random"}:
-        refuse_idle(
-            "ranks, and --order random asks for no ranking", "scores", *(["features"] if model != "head" else [])
-        )
     if scores is not None and clusters is not None:
         raise UsageError(f"--k {k}: --scores ranks without clustering; leave one of them out")
-    if scores is not None and features is not None and model != "head":
-        raise UsageError(f"--features {features}: --scores ranks the images; leave one of them out")
-    for path, what in ((table_file(scores), "score table"), (features, "feature file")):
-        if path is not None and not path.exists():
-            raise missing(path, what)
+    _check_ranking(orders, scores, features, model)
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
     check_folder(out, "scaling", inputs)
-    train, tested = load_sets(source, test, model, training, labels.arguments())
-    assert tested is not None  # --test is asked for
-    for one in (train, tested):
-        check_results(out, one.root, one.paths)
-    known = None if scores is None else read_table(scores, train, **vars(reading))
-    vectors = _vectors(features, train) if scores is None else None
+    train, tested = load_both(source, test, model, training, labels.arguments(), out)
+    known, vectors = None, None
+    if scores is not None:
+        known = read_table(scores, train, **vars(reading))
+    else:
+        vectors = _vectors(features, train)
     hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
     with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
         result = sweep(
@@ -139,6 +130,20 @@ def scaling(
         }  # fmt: skip
         say(f"wrote {', '.join(report.save_scaling(out, result, config))}")
     _print_scaling(result)
+
+
+def _check_ranking(orders: list[str], scores: Path | None, features: Path | None, model: str) -> None:
+    """UsageError for files that rank which are not there, or which nothing ranks by; heads train on the features."""
+    from protoprune.features.opening import missing
+
+    if set(orders) == {"random"}:
+        ranks = ["scores"] if model == "head" else ["scores", "features"]
+        refuse_idle("ranks, and --order random asks for no ranking", *ranks)
+    if scores is not None and features is not None and model != "head":
+        raise UsageError(f"--features {features}: --scores ranks the images; leave one of them out")
+    for path, what in ((table_file(scores), "score table"), (features, "feature file")):
+        if path is not None and not path.exists():
+            raise missing(path, what)
 
 
 def _vectors(features: Path | None, train: Examples) -> np.ndarray | None:

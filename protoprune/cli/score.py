@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,17 +134,14 @@ def _check_out(out: Path, source: Path) -> None:
 
 
 def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
-    from protoprune import scores
     from protoprune.files import write_stdout
+    from protoprune.scores.table import table_bytes, write_scores
 
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if out is not None:
-        scores.write_scores(out, paths, result.values, metric=name, provenance=provenance)
+        write_scores(out, paths, result.values, metric=name, provenance=provenance)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "scores.csv")
-        scores.write_scores(path, paths, result.values, metric=name, provenance=provenance)
-        write_stdout(path.read_bytes())
+    write_stdout(table_bytes("scores.csv", paths, result.values, metric=name, provenance=provenance))
 
 
 def _why_without(metric: Metric, used: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,88 @@ if TYPE_CHECKING:
     from protoprune.scores import ScoreTable
 
 
+@dataclass(frozen=True)
+class ListOptions:
+    """What is written of a selection, and where."""
+
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="txt, csv, jsonl (paths), npy (row indices) or datacomp (uids) [default: by suffix, else txt]."
+        ),
+    ] = None
+    null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False
+    absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False
+    root: Root = None
+    removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None
+    links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None
+    hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False
+    manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None
+
+    @property
+    def file(self) -> Path | None:
+        """Of the list; None for stdout."""
+        return None if self.out == Path("-") else self.out
+
+    @property
+    def kind(self) -> str:
+        """The format of the list: what was asked for, else what the file's suffix says, else txt."""
+        from protoprune.lists import list_format
+
+        return self.format or (self.file and list_format(self.file)) or "txt"
+
+    @property
+    def kind_of_removed(self) -> str:
+        """The same of the images that go: a suffix that says it comes first, since --format is about the list."""
+        from protoprune.lists import list_format
+
+        return (self.removed and list_format(self.removed)) or self.format or "txt"
+
+    def check(self, inputs: list[Path | None]) -> None:
+        """Find out what cannot be written before the work is done."""
+        import numpy as np
+
+        from protoprune.files import check_free
+        from protoprune.lists import check_list
+
+        need_stdout(self.file)
+        if self.hard_links and self.links is None:
+            raise UsageError("--hard-links goes with --links DIR")
+        if self.links is not None:
+            check_free(self.links)
+        self._check_root()
+        check_outputs(self.removed, self.manifest, inputs=inputs, links=self.links, stdout=self.file)
+        self._check_name()
+        for option, path in (("-o", self.file), ("--removed", self.removed)):
+            check_suffix(path, (".csv", ".jsonl", ".npy"), option)
+        check_suffix(self.manifest, (".csv", ".jsonl"), "--manifest")
+        check_list([], np.empty(0, int), self.kind, null=self.null)
+        if self.removed is not None:
+            check_list([], np.empty(0, int), self.kind_of_removed, null=self.null)
+        if self.format in ("npy", "datacomp") and self.file is None and sys.stdout.isatty():
+            raise UsageError(f"--format {self.format} is binary; give -o FILE or redirect stdout")
+
+    def _check_root(self) -> None:
+        """UsageError for a root that nothing written is below, and for absolute paths where there are none."""
+        if self.absolute and self.kind in ("npy", "datacomp"):
+            raise UsageError(f"--absolute: a list in the format {self.kind} holds no paths; leave it out")
+        if self.root is not None and self.links is None and not self.absolute:
+            raise UsageError(f"--root {self.root}: goes with --links or --absolute; a list holds paths below the root")
+
+    def _check_name(self) -> None:
+        """UsageError for a list under a name that says that it is in another format."""
+        from protoprune.lists import list_format
+
+        format, file = self.format, self.file
+        said = None if file is None else list_format(file)
+        same = {"datacomp": "npy"}.get(format or "", format)
+        if format is not None and said not in (None, same) and not (said == "txt" and format in ("csv", "jsonl")):
+            raise UsageError(
+                f"--format {format}: -o {self.file} says {said}; leave --format out, or choose another name"
+            )
+
+
 def select(
     features: Features = Path("features.h5"),
     *,
@@ -34,37 +117,17 @@ def select(
     reading: TableOptions,
     clustering: ClusterOptions,
     stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the list here; - is stdout.")] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="txt, csv, jsonl (paths), npy (row indices) or datacomp (uids) [default: by suffix, else txt]."
-        ),
-    ] = None,
-    null: Annotated[bool, typer.Option("-0", "--null", help="End each path with NUL instead of a line break.")] = False,
-    absolute: Annotated[bool, typer.Option("--absolute", help="Write absolute paths.")] = False,
-    root: Root = None,
-    removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None,
-    links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None,
-    hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False,
-    manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None,
+    lists: ListOptions,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
     from protoprune import pruning, stores
 
-    out = None if out == Path("-") else out
-    need_stdout(out)
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
-    check_links(links, hard_links)
-    if absolute and _format(format, out) in ("npy", "datacomp"):
-        raise UsageError(f"--absolute: a list in the format {_format(format, out)} holds no paths; leave it out")
-    if root is not None and links is None and not absolute:
-        raise UsageError(f"--root {root}: goes with --links or --absolute; a list holds paths below the root")
-    _check_output(format, null, [features, table_file(scores), reading.rows], links, out, removed, manifest)
+    lists.check([features, table_file(scores), reading.rows])
     if stability:
         pruning.check_stability(rule)
-    if stability and scores is not None:
-        raise UsageError("--scores ranks without clustering: no --stability with it")
+        if scores is not None:
+            raise UsageError("--scores ranks without clustering: no --stability with it")
     chosen = pruning.select(
         features, rule, clusters, scores=scores, **vars(reading), dedup=how.dedup, dedup_prefer=how.dedup_prefer,
         count=True,
@@ -73,28 +136,32 @@ def select(
     say_ranking(ranking)
     if how.dedup is not None:
         _say_duplicates(ranking, how.dedup)
-    if clusters.restarts > 1 and scores is None:
+    if (seeds := len(ranking.clusterings)) > 1:
         share = pruning.restart_overlap(ranking, rule)
-        seeds = clusters.restarts
         say(f"restarts: {seeds} seeds; the sets that single seeds keep overlap by {100 * share:.1f} % on average")
-    place = _place(root or ranking.root, absolute)
-    if links is not None:
+    place = _place(lists.root or ranking.root, lists.absolute)
+    if lists.links is not None:
         if stores.is_url(place):
             raise UsageError(f"--links: the images are on a store ({stores.public(place)}), to which no link can lead")
-        check_beside(links, place, ranking.paths, f"--links {links}")
-    _write(chosen, out, format, null, place, absolute, removed, links, hard_links, manifest)
-    kinds = [_format(format, out), *([] if removed is None else [_format_of_removed(format, removed)])]
-    if "npy" in kinds and ranking.source is not None and ranking.source.provenance.get("reordered"):
+        check_beside(lists.links, place, ranking.paths, f"--links {lists.links}")
+    _write(chosen, lists, place)
+    if "npy" in (lists.kind, lists.removed and lists.kind_of_removed):
+        _warn_of_reordered(ranking, features)
+    _say_selected(chosen)
+    say_notes(chosen.notes())
+    if chosen.weights is not None and lists.kind in ("txt", "npy"):
+        say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
+    if stability:
+        _say_stability(pruning.stability(chosen))
+
+
+def _warn_of_reordered(ranking: Ranking, features: Path) -> None:
+    """Say what row indices count, where it is not the rows of the vectors that were imported."""
+    if ranking.source is not None and ranking.source.provenance.get("reordered"):
         say(
             f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
             "that it was imported from; take paths, or a manifest"
         )
-    _say_selected(chosen)
-    say_notes(chosen.notes())
-    if chosen.weights is not None and _format(format, out) in ("txt", "npy"):
-        say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
-    if stability:
-        _say_stability(pruning.stability(chosen))
 
 
 def _place(root: str | os.PathLike[str], absolute: bool) -> str:
@@ -109,101 +176,37 @@ def _place(root: str | os.PathLike[str], absolute: bool) -> str:
     return os.path.abspath(place)
 
 
-def check_links(links: Path | None, hard: bool) -> None:
-    """Refuse a folder of links that cannot be made, before the work is done."""
-    if hard and links is None:
-        raise UsageError("--hard-links goes with --links DIR")
-    if links is not None:
-        from protoprune.files import check_free
-
-        check_free(links)
-
-
-def _check_output(
-    format: str | None, null: bool, inputs: list[Path | None], links: Path | None, *outputs: Path | None
-) -> None:
-    """Find out what cannot be written before the work is done; `outputs` are the list, the removed, the manifest."""
+def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
     import numpy as np
 
-    from protoprune.lists import check_list
-
-    check_outputs(*outputs[1:], inputs=inputs, links=links, stdout=outputs[0])
-    _check_named(format, outputs[0])
-    for option, path in zip(("-o", "--removed", "--manifest"), outputs, strict=True):
-        tables = (".csv", ".jsonl") if option == "--manifest" else (".csv", ".jsonl", ".npy")
-        check_suffix(path, tables, option)
-    check_list([], np.empty(0, int), _format(format, outputs[0]), null=null)
-    if outputs[1] is not None:
-        check_list([], np.empty(0, int), _format_of_removed(format, outputs[1]), null=null)
-    if format in ("npy", "datacomp") and outputs[0] is None and sys.stdout.isatty():
-        raise UsageError(f"--format {format} is binary; give -o FILE or redirect stdout")
-
-
-def _check_named(format: str | None, out: Path | None) -> None:
-    """UsageError for a list under a name that says that it is in another format."""
-    from protoprune.lists import list_format
-
-    said = None if out is None else list_format(out)
-    same = {"datacomp": "npy"}.get(format or "", format)
-    if format is not None and said not in (None, same) and not (said == "txt" and format in ("csv", "jsonl")):
-        raise UsageError(f"--format {format}: -o {out} says {said}; leave --format out, or choose another name")
-
-
-def _format(asked: str | None, path: Path | None) -> str:
-    """The format of a list: what was asked for, else what the file's suffix says, else txt."""
-    from protoprune.lists import list_format
-
-    return asked or (path and list_format(path)) or "txt"
-
-
-def _format_of_removed(asked: str | None, path: Path) -> str:
-    """The same of the images that go: a suffix that says it comes first, since --format is about the list."""
-    from protoprune.lists import list_format
-
-    return list_format(path) or _format(asked, path)
-
-
-def _write(
-    chosen: Selected,
-    out: Path | None,
-    format: str | None,
-    null: bool,
-    root: str,
-    absolute: bool,
-    removed: Path | None,
-    links: Path | None,
-    hard_links: bool,
-    manifest: Path | None,
-) -> None:
-    import numpy as np
-
-    from protoprune import files, lists
+    from protoprune.files import write_file, write_stdout
+    from protoprune.lists import check_list, list_chunks, list_format, manifest_chunks, packed
 
     ranking = chosen.ranking
     kept, gone = np.flatnonzero(chosen.keep), np.empty(0, int)
-    lists.check_list(ranking.paths, kept, _format(format, out), null=null)
-    if removed is not None:  # duplicates are among them
+    check_list(ranking.paths, kept, lists.kind, null=lists.null)
+    if lists.removed is not None:  # duplicates are among them
         gone = np.flatnonzero(ranking.readable & ~chosen.keep)
-        lists.check_list(ranking.paths, gone, _format_of_removed(format, removed), null=null)
+        check_list(ranking.paths, gone, lists.kind_of_removed, null=lists.null)
 
     def text(rows: np.ndarray, path: Path | None, kind: str, weights: np.ndarray | None = None) -> Iterable[bytes]:
-        folder = root if absolute else None
-        chunks = lists.list_chunks(ranking.paths, rows, ranking.scores, kind, null=null, weights=weights, folder=folder)
-        return lists.packed(path, chunks) if path is not None else chunks
+        folder = root if lists.absolute else None
+        chunks = list_chunks(ranking.paths, rows, ranking.scores, kind, null=lists.null, weights=weights, folder=folder)
+        return packed(path, chunks) if path is not None else chunks
 
-    if removed is not None:
-        files.write_file(removed, text(gone, removed, _format_of_removed(format, removed)))
-    if manifest is not None:
-        kind = "jsonl" if lists.list_format(manifest) == "jsonl" else "csv"
+    if lists.removed is not None:
+        write_file(lists.removed, text(gone, lists.removed, lists.kind_of_removed))
+    if lists.manifest is not None:
+        kind = "jsonl" if list_format(lists.manifest) == "jsonl" else "csv"
         zeros = ranking.undirected
-        chunks = lists.manifest_chunks(lambda rows: _columns(chosen, zeros[rows], rows), len(chosen.keep), kind)
-        files.write_file(manifest, lists.packed(manifest, chunks))
-    if links is not None:
-        _write_links(links, root, chosen, hard_links)
-    if out is not None:
-        files.write_file(out, text(kept, out, _format(format, out), chosen.weights))
+        chunks = manifest_chunks(lambda rows: _columns(chosen, zeros[rows], rows), len(chosen.keep), kind)
+        write_file(lists.manifest, packed(lists.manifest, chunks))
+    if lists.links is not None:
+        _write_links(lists.links, root, chosen, lists.hard_links)
+    if lists.file is not None:
+        write_file(lists.file, text(kept, lists.file, lists.kind, chosen.weights))
     else:
-        files.write_stdout(text(kept, None, _format(format, None), chosen.weights))
+        write_stdout(text(kept, None, lists.kind, chosen.weights))
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,20 +29,47 @@ if TYPE_CHECKING:
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of their names; in tars and zips, key of the .json beside.")]
-Rank = Annotated[int | None, typer.Option(min=0, help="Number of this process [default: SLURM_PROCID, RANK, else 0].")]
-Devices = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="DEVICES", help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores)."
-    ),
-]
-EngineName = Annotated[str, typer.Option("--engine", help="local, or ray: workers on the machines of a Ray cluster.")]
-Address = Annotated[
-    str | None, typer.Option(help="Its head, HOST:PORT or auto [default: RAY_ADDRESS, else this machine alone].")
-]
-WorldSize = Annotated[
-    int | None, typer.Option(min=1, help="Processes that share the shards [default: SLURM_NTASKS, WORLD_SIZE, else 1].")
-]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Which processes embed shards."""
+
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICES", help="A process on each: all, 0,1,… (GPUs) or cpu,cpu (processes that share the cores)."
+        ),
+    ] = None
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Number of this process [default: SLURM_PROCID, RANK, else 0].")
+    ] = None
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the shards [default: SLURM_NTASKS, WORLD_SIZE, else 1]."),
+    ] = None
+    engine: Annotated[str, typer.Option(help="local, or ray: workers on the machines of a Ray cluster.")] = "local"
+    address: Annotated[
+        str | None, typer.Option(help="Its head, HOST:PORT or auto [default: RAY_ADDRESS, else this machine alone].")
+    ] = None
+
+    def arguments(self, device: str) -> dict[str, Any]:
+        """Arguments of `embed_shards`, checked together."""
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"--engine {self.engine}: expected local or ray")
+        if self.engine == "local":
+            if self.address is not None:
+                raise UsageError("--address goes with --engine ray")
+            from protoprune.shards.launch import parse_devices
+
+            rank, world_size = ranks(self.rank, self.world_size)
+            devices = parse_devices(",".join(several(self.devices))) if self.devices else None
+            return {"devices": devices, "rank": rank, "world_size": world_size}
+        if self.devices is not None or self.rank is not None or self.world_size is not None:
+            raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
+        if device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {device}: Ray chooses the device; expected auto, cuda or cpu with --engine ray")
+        return {"ray": True, "address": self.address}
 
 
 def embed_source(
@@ -192,35 +220,6 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def launcher(
-    engine: str,
-    address: str | None,
-    devices: list[str] | None,
-    device: str,
-    rank: int | None,
-    world_size: int | None,
-) -> dict[str, Any]:
-    """The arguments of `embed_shards` that say which processes work, checked together."""
-    if engine not in ("local", "ray"):
-        raise UsageError(f"--engine {engine}: expected local or ray")
-    if engine == "local":
-        if address is not None:
-            raise UsageError("--address goes with --engine ray")
-        from protoprune.shards.launch import parse_devices
-
-        share = ranks(rank, world_size)
-        return {
-            "devices": parse_devices(",".join(several(devices))) if devices else None,
-            "rank": share[0],
-            "world_size": share[1],
-        }
-    if devices is not None or rank is not None or world_size is not None:
-        raise UsageError("--engine ray spreads the shards itself: no --devices, --rank or --world-size with it")
-    if device not in ("auto", "cuda", "cpu"):
-        raise UsageError(f"--device {device}: Ray chooses the device; expected auto, cuda or cpu with --engine ray")
-    return {"ray": True, "address": address}
-
-
 def merge(
     features: Annotated[Path, typer.Argument(help="Feature set: the folder that `embed` made of shards.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Feature file to write.")] = Path("features.h5"),
@@ -239,16 +238,21 @@ def merge(
 def show_set(folder: str, errors: bool) -> bool:
     """Print what the shards of a set are at; whether it can be opened as a whole."""
     from protoprune.features.featureset import read_plan
-    from protoprune.stores import public
 
     _, parts = read_plan(folder)
     failed = [(part.name, *part.failed) for part in parts if part.failed]  # (name, status, reason)
-    done = sum(part.done for part in parts)
-    pending = sum(part.pending for part in parts)
     if errors:
         for one in failed:
             echo_fields(*one)
-        return bool(done) and not pending
+    else:
+        _print_states(folder, parts, failed)
+    return any(part.done for part in parts) and not any(part.pending for part in parts)
+
+
+def _print_states(folder: str, parts: list[Part], failed: list[tuple[str, str, str]]) -> None:
+    from protoprune.stores import public
+
+    done, pending = sum(part.done for part in parts), sum(part.pending for part in parts)
     rows = sum(part.rows for part in parts if part.done)
     states = f"{done:,} done ({many(rows, 'image')}), {len(failed):,} failed, {pending:,} not yet embedded"
     echo(f"{public(folder)}: feature set of {many(len(parts), 'shard')}: {states}")
@@ -257,7 +261,6 @@ def show_set(folder: str, errors: bool) -> bool:
         echo(f"failed      {count:,} {status} (first: {name}: {reason})")
     for who, count in _makers(folder, parts).most_common(8):
         echo(f"made by     {who}: {many(count, 'shard')}")
-    return bool(done) and not pending
 
 
 def _makers(folder: str, parts: list[Part]) -> Counter[str]:

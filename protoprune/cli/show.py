@@ -46,7 +46,8 @@ def info(
     A feature file, a feature set or a record, finished or not.
     """
     from protoprune.features import hdf5
-    from protoprune.features.featurefile import FeatureFile, partial_path
+    from protoprune.features.featurefile import FeatureFile
+    from protoprune.features.hdf5 import partial_path
     from protoprune.features.opening import open_features
     from protoprune.images.listing import is_feature_set
     from protoprune.records import KIND as RECORD
@@ -224,14 +225,9 @@ def sheet(
     from protoprune.scores import check_reading
     from protoprune.stores import given, public
 
-    if by not in ("none", "class", "cluster"):
-        raise UsageError(f"--by {by}: expected none, class or cluster")
-    if duplicates is not None and (scores is not None or by != "none"):
-        raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
+    _check_rows(by, duplicates, scores)
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])
     check_suffix(out, (".png",), only=True)
-    if by == "none" and duplicates is None:
-        refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
     if scores is not None and (words := given_words(replace(clustering, seed=0))):
         raise UsageError(f"{words}: is about clusters, and --scores ranks without clustering")
     check_reading(scores, **vars(reading))
@@ -243,12 +239,12 @@ def sheet(
     if duplicates is not None:
         lines, heads = _duplicates(ranking, duplicates, count), ("stays", "removed as its duplicates")
         what = f"images that stay, with up to {count} of their duplicates each"
-        if not lines:
-            say(f"{out}: not written, no two images are that alike; try a larger --duplicates")
-            return
     else:
         lines, heads = _rows(ranking, by, count, clusters.seed), ("easiest (most prototypical)", "hardest")
         what = f"the {count} easiest and the {count} hardest images"
+    if not lines:
+        say(f"{out}: not written, no two images are that alike; try a larger --duplicates")
+        return
     if len(lines) > max_rows:
         say(f"showing {max_rows} of {len(lines):,} rows; more with --max-rows {min(len(lines), 500)}")
     shown = [path for _, *sides in lines[:max_rows] for side in sides for path in side]
@@ -263,6 +259,16 @@ def sheet(
             f"they are now, if not below {public(place)}"
         )
     say(f"{out}: {many(min(len(lines), max_rows), 'row')} of {what}")
+
+
+def _check_rows(by: str, duplicates: float | None, scores: Path | None) -> None:
+    """UsageError for rows that there are not, and for options that do nothing to those that are asked for."""
+    if by not in ("none", "class", "cluster"):
+        raise UsageError(f"--by {by}: expected none, class or cluster")
+    if duplicates is not None and (scores is not None or by != "none"):
+        raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
+    if by == "none" and duplicates is None:
+        refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
 
 
 def _ranked(

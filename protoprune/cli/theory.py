@@ -6,6 +6,7 @@ Nothing heavy is imported here: numpy, scipy, rich and matplotlib load when a co
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,18 +69,53 @@ OneMargin = Annotated[
 Start = Annotated[float, typer.Option("--from", help="Smallest number of examples a dimension.")]
 Stop = Annotated[float, typer.Option("--to", help="Largest number of examples a dimension.")]
 Points = Annotated[int, typer.Option("--points", min=2, max=500, help="Points on each line.")]
-Csv = Annotated[
-    str | None, typer.Option("--csv", help="Write the rows to this file; '-' for stdout instead of the table.")
-]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the rows to this .png or .svg file.")]
-Simulate = Annotated[
-    int, typer.Option("--simulate", min=0, help="Also simulate with this many seeds on all cores; 0 for none.")
-]
-Dimension = Annotated[
-    int | None, typer.Option("--dimension", min=2, help="Dimension N of the simulation [default: 200].")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the simulation [default: 0].")]
 _MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy costs a tenth of a second
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Whether the points are simulated too."""
+
+    simulate: Annotated[
+        int, typer.Option(min=0, help="Also simulate with this many seeds on all cores; 0 for none.")
+    ] = 0
+    dimension: Annotated[int, typer.Option(min=2, help="Dimension N of the simulation.")] = 200
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation.")] = 0
+
+    def check(self) -> None:
+        if not self.simulate:
+            refuse_idle("goes with --simulate SEEDS, which it is about", "dimension", "seed")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where the rows go."""
+
+    csv: Annotated[
+        str | None, typer.Option(help="Write the rows to this file; '-' for stdout instead of the table.")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the rows to this .png or .svg file.")] = None
+
+    def check(self) -> None:
+        need_stdout(self.csv if self.csv != "-" else None, self.plot)
+        if self.plot is not None and self.plot.suffix.lower() not in (".png", ".svg"):
+            raise UsageError(f"--plot {self.plot}: expected a name that ends in .png or .svg")
+        check_outputs(self.plot, stdout=self.csv)
+        check_suffix(self.csv, (".csv",), "--csv")
+
+    def give(self, rows: list[dict[str, Any]], *, x: str, y: str, by: tuple[str, ...], title: str) -> None:
+        """The rows as a table, or as CSV on stdout; besides, to files."""
+        from protoprune.files import table_csv, write_file, write_stdout
+        from protoprune.lists import packed
+
+        if self.plot is not None:
+            write_file(self.plot, _draw(rows, self.plot.suffix[1:].lower(), x, y, by, title))
+        if self.csv == "-":
+            write_stdout(table_csv(rows))
+            return
+        if self.csv is not None:
+            write_file(self.csv, packed(self.csv, [table_csv(rows)]))
+        _print_rows(rows, title)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -88,6 +124,7 @@ _MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy c
 @theory_app.command()
 @spread
 def error(
+    *,
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
     keep: Keeps = ["1,0.5,0.2"],
@@ -96,15 +133,12 @@ def error(
         Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
     ] = None,
     margin: OneMargin = Margin.absolute,
-    simulate: Simulate = 0,
-    dimension: Dimension = None,
-    seed: Seed = None,
-    csv: Csv = None,
-    plot: Plot = None,
+    simulation: Simulation,
+    answer: Answer,
 ) -> None:
     """Test error at given sizes and fractions kept."""
     (name, sizes), keeps = _sizes(alpha_tot, alpha_prune), _fractions(keep)
-    _check_outputs(csv, plot)
+    answer.check()
     _check_probe(order)
     orders = [order] if order else list(Order)
     points = [
@@ -113,13 +147,14 @@ def error(
         for o in orders
         for f in keeps
     ]
-    rows = _solve_rows(points, simulate, dimension, seed)
-    _answer(rows, csv, plot, x="keep", y="error", by=(name, "order"), title="test error")
+    rows = _solve_rows(points, simulation)
+    answer.give(rows, x="keep", y="error", by=(name, "order"), title="test error")
 
 
 @theory_app.command()
 @spread
 def curve(
+    *,
     keep: Keeps = ["1,0.5,0.2,0.1"],
     theta: Theta = 0.0,
     order: OneOrder = Order.hard,
@@ -128,30 +163,24 @@ def curve(
     stop: Stop = 20.0,
     points: Points = 20,
     against: Annotated[Size, typer.Option("--against", help="What --from and --to count.")] = Size.pruned,
-    simulate: Simulate = 0,
-    dimension: Dimension = None,
-    seed: Seed = None,
-    csv: Csv = None,
-    plot: Plot = None,
+    simulation: Simulation,
+    answer: Answer,
 ) -> None:
     """Test error by number of examples, a line a fraction kept."""
     _check_probe(order)
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_outputs(csv, plot)
+    answer.check()
     total = against is Size.total
-    rows = _solve_rows(
-        [(float(a if total else a / f), f, theta, order.value, margin.value) for f in keeps for a in grid],
-        simulate,
-        dimension,
-        seed,
-    )
+    points_of = [(float(a if total else a / f), f, theta, order.value, margin.value) for f in keeps for a in grid]
+    rows = _solve_rows(points_of, simulation)
     x = "alpha_tot" if total else "alpha_prune"
-    _answer(rows, csv, plot, x=x, y="error", by=("keep",), title=f"test error, {order.value} kept, theta {theta:g}")
+    answer.give(rows, x=x, y="error", by=("keep",), title=f"test error, {order.value} kept, theta {theta:g}")
 
 
 @theory_app.command()
 @spread
 def pareto(
+    *,
     theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
@@ -159,58 +188,57 @@ def pareto(
     stop: Stop = 16.0,
     points: Points = 10,
     min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
-    csv: Csv = None,
-    plot: Plot = None,
+    answer: Answer,
 ) -> None:
     """Lowest test error at each pruned size."""
     thetas, grid = _angles(theta, order), _grid(start, stop, points)
-    _check_outputs(csv, plot)
+    answer.check()
     from protoprune.theory.solver import pareto as envelope
 
     rows = [_row(s) for t in thetas for s in envelope(grid, t, order.value, margin.value, min_keep)]
-    _answer(rows, csv, plot, x="alpha_prune", y="error", by=("theta",), title=f"Pareto envelope, {order.value} kept")
+    answer.give(rows, x="alpha_prune", y="error", by=("theta",), title=f"Pareto envelope, {order.value} kept")
 
 
 @theory_app.command("best-keep")
 @spread
 def best_keep(
+    *,
     alpha_tot: Tots = None,
     alpha_prune: Prunes = None,
     theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
     min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
-    csv: Csv = None,
-    plot: Plot = None,
+    answer: Answer,
 ) -> None:
     """The fraction kept with the lowest test error.
 
     For a number of examples before or after pruning.
     """
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta, order)
-    _check_outputs(csv, plot)
+    answer.check()
     from protoprune.theory import solver as theory
 
     options: dict[str, Any] = {"order": order.value, "margin": margin.value, "min_keep": min_keep}
     rows = [_row(theory.best_keep(theta=t, **{**options, name: a})) for t in thetas for a in sizes]
-    _answer(rows, csv, plot, x=name, y="keep", by=("theta",), title=f"best fraction kept, {order.value}")
+    answer.give(rows, x=name, y="keep", by=("theta",), title=f"best fraction kept, {order.value}")
 
 
 @theory_app.command()
 @spread
 def crossover(
+    *,
     keep: Keeps = ["0.8,0.5,0.2"],
     theta: Thetas = ["0,10,20"],
     margin: OneMargin = Margin.absolute,
-    csv: Csv = None,
-    plot: Plot = None,
+    answer: Answer,
 ) -> None:
     """The alpha_tot above which hard examples beat easy ones.
 
     And random ones; - says: not by 200.
     """
     keeps, thetas = _each(numbers(keep, "--keep", low=0, high=0.99)), _angles(theta)
-    _check_outputs(csv, plot)
+    answer.check()
     from protoprune.theory.solver import crossover as cross
 
     rows: list[dict[str, Any]] = [
@@ -219,18 +247,18 @@ def crossover(
         for t in thetas
         for f in keeps
     ]
-    _answer(rows, csv, plot, x="keep", y="alpha_tot_easy", by=("theta",), title="hard wins above")
+    answer.give(rows, x="keep", y="alpha_tot_easy", by=("theta",), title="hard wins above")
 
 
 @theory_app.command()
 @spread
 def information(
+    *,
     keep: Keeps = ["1,0.5,0.2,0.05"],
     start: Start = 0.1,
     stop: Stop = 20.0,
     points: Points = 12,
-    csv: Csv = None,
-    plot: Plot = None,
+    answer: Answer,
 ) -> None:
     """Nats that one more kept example tells about the teacher.
 
@@ -239,7 +267,7 @@ def information(
     `gain` solves for both overlaps; `energetic` is the paper's form, which assumes that they are equal.
     """
     keeps, grid = _fractions(keep), _grid(start, stop, points)
-    _check_outputs(csv, plot)
+    answer.check()
     from protoprune.theory.information import energetic_gain, information_gain
 
     solved = [information_gain(float(a), f) for f in keeps for a in grid]
@@ -248,7 +276,7 @@ def information(
         | {"overlap": s.overlap, "replica_overlap": s.replica_overlap}
         for s in solved
     ]
-    _answer(rows, csv, plot, x="alpha_prune", y="gain", by=("keep",), title="information an example (nats)")
+    answer.give(rows, x="alpha_prune", y="gain", by=("keep",), title="information an example (nats)")
 
 
 def advise(
@@ -345,14 +373,6 @@ def _grid(start: float, stop: float, points: int) -> np.ndarray:
     return np.geomspace(start, stop, points)
 
 
-def _check_outputs(csv: str | None, plot: Path | None) -> None:
-    need_stdout(csv if csv != "-" else None, plot)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}: expected a name that ends in .png or .svg")
-    check_outputs(plot, stdout=csv)
-    check_suffix(csv, (".csv",), "--csv")
-
-
 def _count(path: Path) -> tuple[int, list[int], float | None, str]:
     """Readable images of a feature file that have a class (all, where none has), those of each class that has any,
     k-NN's share of right labels, encoder."""
@@ -373,22 +393,20 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
 # --- rows and answers ------------------------------------------------------------------------------------------------
 
 
-def _solve_rows(
-    points: list[tuple[float, float, float, str, str]], seeds: int, dimension: int | None, seed: int | None
-) -> list[dict[str, Any]]:
+def _solve_rows(points: list[tuple[float, float, float, str, str]], simulation: Simulation) -> list[dict[str, Any]]:
     """A row a point, with the simulation's mean and standard error when asked for."""
     from protoprune.theory.solver import solve
 
-    for option, value in (("--dimension", dimension), ("--seed", seed)):
-        if value is not None and not seeds:
-            raise UsageError(f"{option} {value}: goes with --simulate SEEDS, which it is about")
+    simulation.check()
     rows = [_row(solve(*point)) for point in points]
-    if seeds:
+    if simulation.simulate:
         from protoprune.theory.simulation import simulate, worker_pool
 
         with worker_pool() as pool:
             for row, point in zip(rows, points, strict=True):
-                result = simulate(*point, dimension=dimension or 200, seeds=seeds, seed=seed or 0, pool=pool)
+                result = simulate(
+                    *point, dimension=simulation.dimension, seeds=simulation.simulate, seed=simulation.seed, pool=pool
+                )
                 row |= {"simulated": result.mean, "standard_error": result.standard_error}
     return rows
 
@@ -406,23 +424,6 @@ def _row(solution: Solution) -> dict[str, Any]:
         "kappa",
     )
     return {name: getattr(solution, name) for name in names}
-
-
-def _answer(
-    rows: list[dict[str, Any]], csv: str | None, plot: Path | None, *, x: str, y: str, by: tuple[str, ...], title: str
-) -> None:
-    """The rows as a table, or as CSV on stdout; besides, to files."""
-    from protoprune.files import table_csv, write_file, write_stdout
-    from protoprune.lists import packed
-
-    if plot is not None:
-        write_file(plot, _draw(rows, plot.suffix[1:].lower(), x, y, by, title))
-    if csv == "-":
-        write_stdout(table_csv(rows))
-        return
-    if csv is not None:
-        write_file(csv, packed(csv, [table_csv(rows)]))
-    _print_rows(rows, title)
 
 
 def _print_rows(rows: list[dict[str, Any]], title: str) -> None:

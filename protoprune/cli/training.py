@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoprune.cli.options import TrainingOptions, refuse_idle
+from protoprune.cli.outputs import check_results
 from protoprune.cli.progress import Progress, say
 from protoprune.errors import UsageError
 from protoprune.units import duration, many
@@ -82,6 +83,22 @@ def load_sets(
     tested = _load(test, "test", training.pixels, classes=train.classes, **size, **others)
     for difference in check_same_inputs(train, tested):
         say(f"warning: the test features differ from the training features in {difference}: in the last digits")
+    return train, tested
+
+
+def load_both(
+    source: Path,
+    test: Path,
+    model: str,
+    training: TrainingOptions,
+    labels: tuple[dict[str, Any], dict[str, Any]],
+    out: Path | None,
+) -> tuple[Examples, Examples]:
+    """The same with a test set, for results in `out`, which must not be among the images."""
+    train, tested = load_sets(source, test, model, training, labels)
+    assert tested is not None  # it was named
+    for one in (train, tested):
+        check_results(out, one.root, one.paths)
     return train, tested
 
 

@@ -14,7 +14,7 @@ from protoprune.cli.options import HigherIs, TrainingOptions, refuse_idle, table
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
-from protoprune.cli.training import load_sets, read_table
+from protoprune.cli.training import is_image_folder, load_sets, read_table
 from protoprune.errors import UsageError
 from protoprune.units import duration, many, rounded
 
@@ -46,9 +46,7 @@ def tune(
             "[default: a fifth of the training images is put aside for that]."
         ),
     ] = None,
-    scores: Annotated[
-        list[Path] | None, typer.Option(help="Also try this score table (larger = harder); repeatable.")
-    ] = None,
+    scores: Annotated[list[Path], typer.Option(help="Also try this score table (larger = harder); repeatable.")] = [],
     higher_is: HigherIs = None,
     model: Annotated[
         str | None,
@@ -83,24 +81,23 @@ def tune(
 
     from protoprune.device import resolve_device
     from protoprune.features.opening import open_features
+    from protoprune.scores import check_reading
     from protoprune.tuning import report, running
 
     fraction = _fraction(keep)
     check_number("--tolerance", tolerance, 0, 100)
     if fraction is not None:
         refuse_idle("goes with --keep auto, which looks for what costs so little", "tolerance")
-    _check(model, images, higher_is, scores, features, test)
-    if model is None:
-        refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(training)))
-    if model is None or test is None:
-        refuse_idle("is of the images of --test, which --model takes", "test_labels")
-    inputs = [features, test, images, test_labels, training.weights, *map(table_file, scores or [])]
+    check_reading(scores or None, higher_is, None, False)
+    _check_model(model, images, test)
+    _check_files(features, test if model is None else None)
+    inputs = [features, test, images, test_labels, training.weights, *map(table_file, scores)]
     check_folder(out, "tune", inputs)
     resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on
     check_results(out, source.provenance["root"], source.paths)
-    pool, examples = _pool(source, scores or [], higher_is)
+    pool, examples = _pool(source, scores, higher_is)
     if len(pool.classes) < 2:
         names = ("scores", "test", "model", "images", "seeds")
         refuse_idle(f"needs classes, and {features} has none; leave it out", *names)
@@ -108,11 +105,9 @@ def tune(
         return
     networks, tested = None, None
     if model is not None and images is not None:
-        networks = _networks(pool, model, images, test, test_labels, training)
-        tested = None if networks.test is None else _pool_of(networks.test)
+        networks, tested = _networks(pool, model, images, test, test_labels, training)
     elif test is not None and examples is not None:
-        with open_features(test) as file:
-            tested = _tested(file, examples)
+        tested = _tested(test, examples)
     with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
@@ -122,7 +117,7 @@ def tune(
     command = _write_list(result, source, features, kept, seed, higher_is)
     config = {
         "features": os.fspath(features), "test": test and os.fspath(test), "keep": keep, "tolerance": tolerance,
-        "scores": [os.fspath(one) for one in scores or []], "model": model or "linear heads", "seed": seed,
+        "scores": list(map(os.fspath, scores)), "model": result.judges, "seed": seed,
         "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
@@ -131,9 +126,8 @@ def tune(
     _print(result, command)
     say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
     say(f"wrote {', '.join([os.fspath(kept), *written])}")
-    for other in {out / "kept.txt", out / "kept.jsonl"} - {kept}:  # perhaps somebody's own, made by `select`
-        if other.exists():
-            say(f"warning: {other} was there before and is not this answer's list")
+    for other in filter(Path.exists, {out / "kept.txt", out / "kept.jsonl"} - {kept}):  # perhaps made by `select`
+        say(f"warning: {other} was there before and is not this answer's list")
 
 
 def _fraction(text: str) -> float | None:
@@ -152,31 +146,28 @@ def _fraction(text: str) -> float | None:
     return value
 
 
-def _check(
-    model: str | None,
-    images: Path | None,
-    higher_is: str | None,
-    scores: list[Path] | None,
-    features: Path,
-    test: Path | None,
-) -> None:
-    from protoprune.features.opening import missing
-    from protoprune.images.listing import is_feature_set
-
+def _check_model(model: str | None, images: Path | None, test: Path | None) -> None:
+    """UsageError for a model that cannot be compared, and for options of networks without one."""
     if model == "head":
         raise UsageError("--model head: heads compare the recipes anyway; leave --model out")
     if model is not None and images is None:
         raise UsageError(f"--model {model} trains on images: give --images FOLDER")
     if images is not None and model is None:
         raise UsageError("--images goes with --model, which trains on them")
-    if higher_is is not None and not scores:
-        raise UsageError(f"--higher-is {higher_is}: goes with --scores, whose direction it gives")
-    for path in (features, test if model is None else None):
-        if path is None:
-            continue
-        if path == test and path.is_dir() and not is_feature_set(path):
-            raise UsageError(f"--test {path}: a folder of images, which only --model takes; embed it first")
-        if not path.exists() or (path.is_dir() and not is_feature_set(path)):
+    if model is None:
+        refuse_idle("goes with --model, whose training it is about", *(one.name for one in fields(TrainingOptions)))
+    if model is None or test is None:
+        refuse_idle("is of the images of --test, which --model takes", "test_labels")
+
+
+def _check_files(features: Path, test: Path | None) -> None:
+    """UsageError for what is no feature file or set, and should be."""
+    from protoprune.features.opening import missing
+
+    if test is not None and is_image_folder(test):
+        raise UsageError(f"--test {test}: a folder of images, which only --model takes; embed it first")
+    for path in filter(None, (features, test)):
+        if not path.exists() or is_image_folder(path):
             raise missing(path, f"feature file or feature set; make one with `protoprune embed IMAGES -o {path}`")
 
 
@@ -210,13 +201,13 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
     return replace(pool, tables=tables), examples
 
 
-def _tested(file: Source, train: Examples) -> Pool:
-    """The test set of an open feature file, which must be of the same encoder."""
+def _tested(test: Path, train: Examples) -> Pool:
+    """The test set of a feature file, which must be of the same encoder."""
     from protoprune.training.examples import check_same_inputs, load_examples, warn_of_shared
 
-    examples = load_examples(file, classes=train.classes)
+    examples = load_examples(test, classes=train.classes)
     for difference in check_same_inputs(train, examples):
-        say(f"warning: {file.path} differs from the training features in {difference}: in the last digits")
+        say(f"warning: {test} differs from the training features in {difference}: in the last digits")
     warn_of_shared(train, examples)
     return _pool_of(examples)
 
@@ -229,8 +220,8 @@ def _pool_of(examples: Examples) -> Pool:
 
 def _networks(
     pool: Pool, model: str, images: Path, test: Path | None, test_labels: Path | None, training: TrainingOptions
-) -> Networks:
-    """The images of the pool, with its classes, whatever their folders are called."""
+) -> tuple[Networks, Pool | None]:
+    """The images of the pool, with its classes, whatever their folders are called; and those of the test set."""
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset, warn_of_shared
     from protoprune.tuning.running import Networks
@@ -244,7 +235,8 @@ def _networks(
     if tested is not None:
         warn_of_shared(train, tested)
     rows = list_rows(pool.paths, train, "the feature file")
-    return Networks(subset(train, rows), tested, recipe, training.device)
+    networks = Networks(subset(train, rows), tested, recipe, training.device)
+    return networks, None if tested is None else _pool_of(tested)
 
 
 def _list_format(source: Source) -> str:

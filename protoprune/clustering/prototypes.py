@@ -116,8 +116,6 @@ def cluster(
     check_settings(k, iterations, train_points, backend)
     if k > m:
         raise UsageError(f"--k {k}: more clusters than usable images ({m:,}); use --k auto or at most {m}")
-    if train_points is not None and train_points < k:
-        raise UsageError(f"--train-points {train_points}: fewer than the {k} clusters; give at least {k}")
     limit = min(m, train_points or max(TRAIN_BYTES // (4 * d), 256 * k))
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(usable)

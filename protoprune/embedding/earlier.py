@@ -18,7 +18,8 @@ from protoprune.errors import ProtopruneError, warn
 from protoprune.features import featurefile as feature_file
 from protoprune.features import hdf5
 from protoprune.features.current import Known, content_digest, known_rows
-from protoprune.features.featurefile import FeatureFile, PartialFile, partial_path
+from protoprune.features.featurefile import FeatureFile, PartialFile
+from protoprune.features.hdf5 import partial_path
 from protoprune.images.crew import Crew
 from protoprune.images.decode import TRANSIENT, Status, crop
 from protoprune.images.listing import ImageList

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
-from protoprune.bounds import is_whole
+from protoprune.bounds import is_whole, shown
 from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images.decode import LARGEST_SIDE, Preprocess
@@ -84,6 +84,11 @@ class Engine:
         compile: bool = False,
     ) -> None:
         check_options(precision, batch_size, workers, store)
+        lacking = [name for name in ("model", "preprocess", "name", "digest") if not hasattr(encoder, name)]
+        if lacking:
+            raise UsageError(
+                f"encoder {shown(encoder)}: has no {lacking[0]}; expected what load_encoder(…) gives, or your own"
+            )
         if encoder.preprocess.size > LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile

@@ -25,8 +25,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial
+from protoprune.features.hdf5 import partial_path
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, ImageList, check_labels, folder_labels, image_labels, stat_files
@@ -94,6 +96,7 @@ class _Columns:
             raise UsageError(f"--path-column {self.names}: {where}; leave it out")
 
 
+@checked
 def import_features(
     vectors: str | os.PathLike[str],
     out: str | os.PathLike[str] = "features.h5",
@@ -267,7 +270,7 @@ def _names(
         names, origin = (
             (_read_names(os.fspath(paths), path_column), os.path.basename(os.fspath(paths)))
             if isinstance(paths, (str, os.PathLike))
-            else (list(paths), "given names")
+            else (texts("paths", paths, "names"), "given names")
         )
     elif all(part.names is not None for part in parts):
         names, origin = [name for part in parts for name in part.names or ()], "the vectors' own file"
@@ -304,14 +307,8 @@ def _read_names(path: str, column: str | None) -> list[str]:
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
     """(ids sorted by code point, root, the vector of each)."""
-    base = None if root is None else stores.given(root)
-    if base is not None:
-        base = stores.public(base).rstrip("/") if stores.is_url(base) else os.path.abspath(base)
-    if base is None and all(os.path.isabs(name) for name in names):
-        base = os.path.commonpath([os.path.dirname(name) for name in names])
-    if base is not None:
-        names = [_below(name, base) for name in names]
-    names = [_plain(name) for name in names]
+    base = _base(names, root)
+    names = [_plain(name if base is None else _below(name, base)) for name in names]
     order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
     ordered = [names[i] for i in order]
     twice = [one for one, other in itertools.pairwise(ordered) if one == other]
@@ -319,6 +316,16 @@ def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[st
         some = many(len(twice), "name has", "names have")
         raise ProtopruneError(f"{some} two vectors (first: {twice[0]}); each image needs one")
     return ordered, base or os.getcwd(), order
+
+
+def _base(names: list[str], root: str | os.PathLike[str] | None) -> str | None:
+    """What the names are relative to, where they are: what was given, else the folder that absolute ones share."""
+    if root is not None:
+        base = stores.given(root)
+        return stores.public(base).rstrip("/") if stores.is_url(base) else os.path.abspath(base)
+    if all(os.path.isabs(name) for name in names):
+        return os.path.commonpath([os.path.dirname(name) for name in names])
+    return None
 
 
 def _below(name: str, base: str) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.device import cores
 from protoprune.embedding import earlier
 from protoprune.embedding.ahead import Halves, whole
@@ -39,8 +40,6 @@ from protoprune.units import many
 
 if TYPE_CHECKING:
     import torch
-
-    from protoprune.embedding.engine import Forward
 
 __all__ = ["EmbedReport", "Encoder", "Engine", "embed", "in_halves", "own_threads", "resolve_precision"]
 
@@ -80,6 +79,7 @@ class EmbedReport:
         return sum(self.failures.values())
 
 
+@checked
 def embed(
     images: ImageList,
     encoder: Encoder,
@@ -110,8 +110,6 @@ def embed(
     features is never replaced by one that has none.
     """
     engine = Engine(encoder, device, precision, batch_size, workers, store, compile)
-    if not isinstance(images, ImageList):
-        raise UsageError(f"images: {str(images)[:60]!r}: expected what list_folder(…) or list_paths(…) gives")
     with own_threads():
         return whole(
             in_halves(
@@ -163,6 +161,8 @@ def _embed_rest(
     on_progress: Callable[[int, int], None] | None,
 ) -> Halves[None]:
     """Do what the partial file leaves to do, and give it its name."""
+    import torch
+
     partial = PartialFile(report.out)
     try:
         report.embedded, report.unchanged = len(partial.todo), partial.n - len(partial.todo)
@@ -172,7 +172,7 @@ def _embed_rest(
             report.failed_now = yield from _run(images, engine, partial, on_progress)
         earlier.check_result(report.out, partial)
         partial.finish()
-    except _out_of_memory() as error:
+    except torch.OutOfMemoryError as error:
         raise ProtopruneError(
             f"{engine.device} ran out of memory ({str(error).splitlines()[0][:100]}); what is done is kept: "
             "run it again with a smaller --batch-size"
@@ -185,6 +185,8 @@ def _run(
     images: ImageList, engine: Engine, partial: PartialFile, on_progress: Callable[[int, int], None] | None
 ) -> Halves[int]:
     """The pipeline. Batches are decoded ahead, computed in order and committed in order; returns how many failed."""
+    import torch
+
     forward, batch_size = engine.forward
     content = np.zeros(len(images), np.uint64)
     silence_libtiff()
@@ -208,7 +210,7 @@ def _run(
                 decoders.relieve(alone)
                 hunger = None
             if on_cpu and not engine.compile:
-                features = _in_pieces(forward, buffer, len(rows), engine.pieces)
+                features = torch.cat(list(engine.pieces.map(forward, _pieces(buffer, len(rows)))))
             else:
                 features = forward(buffer)
             ready = _recorded(engine.device)
@@ -253,13 +255,6 @@ def _ahead(
         if len(ahead) > _RING - 2:
             yield ahead.popleft()
     yield from ahead
-
-
-def _in_pieces(forward: Forward, buffer: torch.Tensor, count: int, pool: ThreadPoolExecutor) -> torch.Tensor:
-    """The features of the first `count` images of a batch, which the cores compute in pieces."""
-    import torch
-
-    return torch.cat(list(pool.map(forward, _pieces(buffer, count))))
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:
@@ -409,9 +404,3 @@ def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:
         f"the encoder gave NaN or infinity for {many(count, 'image')} of a batch (first: row {row}); "
         "run again with --precision fp32 --overwrite"
     )
-
-
-def _out_of_memory() -> type[Exception]:
-    import torch
-
-    return torch.OutOfMemoryError

@@ -6,9 +6,9 @@
 batches, feature files.
 """
 
-from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
+from protoprune.encoders.catalogue import CATALOGUE
 from protoprune.encoders.checkpoints import read_state
 from protoprune.encoders.loading import Encoder, digest, load_encoder
 from protoprune.encoders.weights import load_weights, unprefixed
 
-__all__ = ["CATALOGUE", "Encoder", "EncoderInfo", "digest", "load_encoder", "load_weights", "read_state", "unprefixed"]
+__all__ = ["CATALOGUE", "Encoder", "digest", "load_encoder", "load_weights", "read_state", "unprefixed"]

@@ -9,7 +9,6 @@ from protoprune.images.decode import Preprocess
 SELF_SUPERVISED = "self-supervised"
 SUPERVISED = "supervised (ImageNet labels)"
 
-_DINOV3 = "timm, Siméoni et al. 2025"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from protoprune.arguments import checked
 from protoprune.bounds import check_whole
 from protoprune.encoders import sources
 from protoprune.encoders.catalogue import CATALOGUE, EncoderInfo
@@ -40,6 +41,7 @@ class Encoder:
         return self.model(batch)
 
 
+@checked
 def load_encoder(
     name: str,
     *,

@@ -83,10 +83,10 @@ def _said(state: State, used: set[str], wanted: State) -> str:
 
 def _same_patches(path: str, state: State, wanted: State) -> None:
     """timm would resample the patches of another model to this one's size, which gives features, but not good ones."""
-    for key in ("patch_embed.proj.weight",):
-        if key in state and key in wanted and state[key].shape[2:] != wanted[key].shape[2:]:
-            theirs, ours = ("x".join(map(str, one[key].shape[2:])) for one in (state, wanted))
-            raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
+    key = "patch_embed.proj.weight"
+    if key in state and key in wanted and state[key].shape[2:] != wanted[key].shape[2:]:
+        theirs, ours = ("x".join(map(str, one[key].shape[2:])) for one in (state, wanted))
+        raise ProtopruneError(f"{path}: weights for patches of {theirs} pixels, the encoder has {ours}; {_ANOTHER}")
 
 
 def _nothing_dropped(path: str, before: State, after: State, model: torch.nn.Module) -> None:

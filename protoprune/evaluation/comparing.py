@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune.bounds import SEEDS, check_confidence, check_number, check_whole
+from protoprune.arguments import check_fields, checked
+from protoprune.bounds import SEEDS, check_confidence, check_number, check_whole, shown
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
 from protoprune.evaluation import statistics
@@ -44,6 +45,7 @@ class Kept:
     selection_seconds: float | None = None  # what it cost to choose them
 
     def __post_init__(self) -> None:
+        check_fields(self, globals())
         if self.selection_seconds is not None:
             check_number("--selection-seconds", self.selection_seconds, 0, 1e9)
 
@@ -103,6 +105,7 @@ class Evaluation:
         return next(one for one in self.methods if one.name == name)
 
 
+@checked
 def evaluate(
     train: Examples,
     test: Examples,
@@ -135,7 +138,7 @@ def evaluate(
 
     Verdicts hold for all lists and samplers together (Holm). Raises UsageError for options that do not fit.
     """
-    seeds = _seeds(seeds)
+    seeds, lists, dynamic = _seeds(seeds), list(lists), list(dynamic)
     check_confidence(confidence)
     check_options(lists, dynamic, recipe, budget, min_steps, target_accuracy, device)
     _check(train, test, lists)
@@ -397,9 +400,8 @@ def _row(plan: _Plan, seed: int, outcome: Outcome) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if not isinstance(seeds, Iterable) or isinstance(seeds, str):
-        check_whole("--seeds", seeds, 1, 10_000)
-        return list(range(int(seeds)))
+    if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)) or getattr(seeds, "ndim", 1) != 1:
+        return list(range(check_whole("--seeds", seeds, 1, 10_000)))
     found = list(seeds)
     for seed in found:
         check_whole("--seeds", seed, 0, SEEDS)
@@ -437,6 +439,8 @@ def check_options(
 
 def _check(train: Examples, test: Examples, lists: Sequence[Kept]) -> None:
     running.check_sets(train, test)
+    if odd := [one for one in lists if not isinstance(one, Kept)]:
+        raise UsageError(f"lists: holds {shown(odd[0])}, expected what Kept(name, rows) makes")
     names = [one.name for one in lists]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is given twice; give each list once")

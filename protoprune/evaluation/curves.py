@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import selection
+from protoprune.arguments import checked
 from protoprune.bounds import check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.evaluation import fits, statistics
@@ -78,6 +79,7 @@ class Scaling:
         return next(one for one in self.curves if one.name == name)
 
 
+@checked
 def scaling(
     train: Examples,
     test: Examples,
@@ -112,7 +114,8 @@ def scaling(
     Raises UsageError for options that do not fit, ProtopruneError for images without a score.
     """
     check_whole("--bootstrap", bootstrap, 0, 100_000)
-    seeds, n = _seeds(seeds), len(train.paths)
+    running.check_examples("train", train)
+    seeds, n, keeps, orders = _seeds(seeds), len(train.paths), list(keeps), list(orders)
     check_options(keeps, orders, k, balance, recipe, budget, min_steps, device)
     sizes, keeps = _check(n, sizes, keeps, orders, scores, features)
     running.check_sets(train, test)
@@ -294,7 +297,7 @@ def check_options(
     for keep in keeps:
         selection.check(keep, balance=balance)
     for order in orders:
-        if order not in ORDERS:
+        if not isinstance(order, str) or order not in ORDERS:
             raise UsageError(f"--order {order}: expected some of {', '.join(ORDERS)}")
     if not orders:
         raise UsageError(f"--order is empty: expected some of {', '.join(ORDERS)}")

@@ -97,17 +97,17 @@ def summary_row(one: Method) -> dict[str, Any]:
         "fraction": one.fraction,
         "steps": one.steps,
         "seeds": len(one.accuracies),
-        **_interval("accuracy", one.accuracy),
-        **_difference("to_random", random),
+        **_span("accuracy", one.accuracy),
+        **_span("to_random", random),
         "to_random_seeds_low": random and random.seeds_low,
         "to_random_seeds_high": random and random.seeds_high,
         "p_adjusted": random and random.p_adjusted,
         "verdict": random and random.verdict,
-        **_difference("to_classes", matched),
+        **_span("to_classes", matched),
         "to_classes_p_adjusted": matched and matched.p_adjusted,
         "to_classes_verdict": matched and matched.verdict,
-        **_interval("class_counts", one.class_counts),
-        **_interval("to_everything", full),
+        **_span("class_counts", one.class_counts),
+        **_span("to_everything", full),
         "worst_class": one.worst_class,
         "worst_class_accuracy": one.worst_class_accuracy,
         "seconds": one.seconds,
@@ -119,14 +119,12 @@ def summary_row(one: Method) -> dict[str, Any]:
     }
 
 
-def _interval(name: str, one: Interval | None) -> dict[str, float | None]:
-    values = (None, None, None) if one is None else (one.mean, one.low, one.high)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-
-
-def _difference(name: str, one: Difference | None) -> dict[str, float | None]:
-    values = (None, None, None) if one is None else (one.difference, one.low, one.high)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+def _span(name: str, one: Interval | Difference | None) -> dict[str, float | None]:
+    """Three columns: a mean or a difference, and the ends of its interval."""
+    if one is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    middle = one.difference if isinstance(one, Difference) else one.mean
+    return {name: middle, f"{name}_low": one.low, f"{name}_high": one.high}
 
 
 def save_scaling(folder: str | os.PathLike[str], result: Scaling, config: dict[str, Any]) -> list[str]:

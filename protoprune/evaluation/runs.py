@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import protoprune
-from protoprune.bounds import check_number, check_whole
+from protoprune.arguments import checked, texts
+from protoprune.bounds import check_number, check_whole, shown
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
@@ -133,15 +134,17 @@ def matched_rows(labels: np.ndarray, counts: Sequence[int], seed: int) -> np.nda
     return np.sort(np.concatenate([order[own == label][:count] for label, count in enumerate(counts)]))
 
 
+@checked
 def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str) -> np.ndarray:
     """The rows, (m,) int64 ascending, of a list's paths, or of row indices into the examples' `every_path`.
 
     Raises ProtopruneError when the list names what is not among the examples, names it twice, or names nothing.
     """
-    if isinstance(listed, np.ndarray):
+    check_examples("examples", examples)
+    if isinstance(listed, np.ndarray) and listed.dtype.kind in "iufb":
         listed = _paths_of_indices(listed, getattr(examples, "every_path", None) or examples.paths, name)
     row_of = {path: row for row, path in enumerate(examples.paths)}
-    listed = _relative(listed, examples, row_of)
+    listed = _relative(texts(name, listed), examples, row_of)
     missing = [path for path in listed if path not in row_of]
     if missing:
         of = f"of its {len(listed):,} images"
@@ -222,26 +225,8 @@ def run_all(
     (tests). Runs with the same key are done once. With `curves` the accuracy after each epoch is recorded too, and a
     kept result without it does not count. `on_run` is called after each run.
     """
-    shared = shared_key(train, test, recipe, device)
     fit = fit or _real_fit(recipe)
-    with contextlib.ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(_made(folder))
-        return _outcomes(runs, train, test, recipe, fit, shared, folder, device, curves, on_run)
-
-
-def _outcomes(
-    runs: Sequence[Run],
-    train: Examples,
-    test: Examples,
-    recipe: Recipe,
-    fit: Fit,
-    shared: dict[str, Any],
-    folder: str | os.PathLike[str] | None,
-    device: str,
-    curves: bool,
-    on_run: Callable[[Step], None] | None,
-) -> list[Outcome]:
+    shared = shared_key(train, test, recipe, device)
     keys = [{**shared, **_own_key(run)} for run in runs]
     names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
     known = {name: _read(folder, name, key, curves) for name, key in zip(names, keys, strict=True)}
@@ -250,19 +235,20 @@ def _outcomes(
     clock = _Clock({name: _planned_steps(run, len(train.paths), recipe) for name, run in zip(names, runs, strict=True)
                     if known[name] is None})  # fmt: skip
     outcomes, cached = [], 0
-    for number, (run, name, key) in enumerate(zip(runs, names, keys, strict=True), 1):
-        outcome = known[name]
-        if outcome is not None:
-            cached += 1
-        else:
-            began = time.perf_counter()
-            outcome = _train(run, train, test, recipe, fit, device, curves)
-            clock.measured(name, time.perf_counter() - began)
-            _write(folder, name, key, outcome, run)
-            known[name] = dataclasses.replace(outcome, cached=True)
-        outcomes.append(outcome)
-        if on_run:
-            on_run(Step(number, len(runs), cached, run, outcome, clock.left()))
+    with contextlib.nullcontext() if folder is None else _made(folder):
+        for number, (run, name, key) in enumerate(zip(runs, names, keys, strict=True), 1):
+            outcome = known[name]
+            if outcome is not None:
+                cached += 1
+            else:
+                began = time.perf_counter()
+                outcome = _train(run, train, test, recipe, fit, device, curves)
+                clock.measured(name, time.perf_counter() - began)
+                _write(folder, name, key, outcome, run)
+                known[name] = dataclasses.replace(outcome, cached=True)
+            outcomes.append(outcome)
+            if on_run:
+                on_run(Step(number, len(runs), cached, run, outcome, clock.left()))
     return outcomes
 
 
@@ -362,7 +348,9 @@ def make_sampler(
 
 def check_dynamic(sampler: dict[str, Any]) -> None:
     """Raise UsageError for a dynamic method that is not known, or a fraction out of range."""
-    if sampler.get("name") not in DYNAMIC:
+    if not isinstance(sampler, Mapping):
+        raise UsageError(f"dynamic: holds {shown(sampler)}, expected dicts of name, keep and options")
+    if not isinstance(sampler.get("name"), str) or sampler["name"] not in DYNAMIC:
         raise UsageError(f"--dynamic {sampler.get('name')}: expected one of {', '.join(DYNAMIC)}")
     check_number("--keep", sampler.get("keep", 0), 0, 1, ", the fraction to keep", above=True)
     if "every" in sampler:
@@ -396,6 +384,8 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
     where it has none."""
     from protoprune.training.loop import Recipe
 
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"recipe {shown(recipe)}: expected a Recipe, such as Recipe.for_model('head')")
     resolve_device(device)
     if recipe.weights is not None and not os.path.isfile(recipe.weights):
         raise UsageError(f"--weights {recipe.weights}: no such file")
@@ -415,11 +405,19 @@ def check_recipe(recipe: Recipe, budget: str | None, min_steps: int | None, devi
         )
 
 
+def check_examples(name: str, examples: object) -> None:
+    """UsageError for what is no set of examples."""
+    if not all(hasattr(examples, what) for what in ("paths", "labels", "classes")):
+        raise UsageError(f"{name} {shown(examples)}: expected what load_examples(…) gives")
+
+
 def check_sets(train: Examples, test: Examples) -> None:
     """UsageError unless a model trained on the one set can be tested on the other."""
     from protoprune.clustering.vectors import check_finite
     from protoprune.training.examples import check_same_inputs, warn_of_shared
 
+    for name, one in (("train", train), ("test", test)):
+        check_examples(name, one)
     if list(train.classes) != list(test.classes):
         raise UsageError("the test set has other classes than the training set; load it with the same ones")
     if not len(test.labels):

@@ -153,7 +153,7 @@ def judge(comparisons: Sequence[Difference], *, confidence: float = 0.95) -> lis
     return judged
 
 
-def sentence(one: Difference, *, against: str = "random", confidence: float = 0.95) -> str:
+def sentence(one: Difference, *, against: str = "random") -> str:
     """The verdict in words, accuracies in points (hundredths): never more than the interval supports."""
     if one.low is None or one.high is None or one.seeds_low is None or one.seeds_high is None:
         return f"{_points(one.difference)} points against {against}, but one seed gives no interval and so no verdict"

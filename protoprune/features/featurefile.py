@@ -40,9 +40,10 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from protoprune import files
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5, seals
-from protoprune.features.hdf5 import Column
+from protoprune.features.hdf5 import Column, partial_path
 from protoprune.images.decode import ON_WHITE, Status
 from protoprune.images.listing import ImageList
 from protoprune.paths import Paths
@@ -89,6 +90,7 @@ class FeatureFile:
     when they are used. Raises ProtopruneError when the file is missing, damaged or something else.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str], mode: str = "r") -> None:
         self.path = os.fspath(path)
         self._reader = hdf5.Reader(self.path, KIND, mode)
@@ -456,16 +458,10 @@ class PartialFile:
         """Give the finished file its name. Everything is on the disk before the rename."""
         assert self.done == self.n - self.borrowed, "finish() before the last commit"
         self.close()
-        with files.told(partial_path(self.out)):
-            seals.complete(partial_path(self.out), _PER_ROW)
-        files.publish(partial_path(self.out), self.out)
+        hdf5.finish(self.out, _PER_ROW)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def partial_path(out: str) -> str:
-    return out + ".partial"
 
 
 def check_new(out: str, overwrite: bool) -> None:

@@ -28,19 +28,19 @@ import numpy as np
 import numpy.typing as npt
 
 from protoprune import files, stores
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import FeatureFile, Index
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE, is_feature_set, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
-from protoprune.text import native, parse_json
+from protoprune.text import native, parse_json, sorted_classes
 from protoprune.units import many
 
 _FORMAT, _VERSION = "protoprune-feature-set", 1
 _UUID = re.compile("[0-9a-f]{32}")
 # Feature files that are open at once; each takes up to four descriptors, of which macOS gives a process 256.
 _OPEN_FILES = min(64, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 31) // 8))  # -1: no limit
-_COPY_ROWS = 65_536
 
 
 def check_folder(out: str) -> None:
@@ -197,6 +197,11 @@ def open_set(folder: str) -> FeatureSet:
     return whole
 
 
+def _of_all(name: str) -> Any:
+    """The property of a set that is this column of all its files, one after the other."""
+    return property(lambda whole: np.concatenate([getattr(file, name) for file in whole._files()]))
+
+
 class FeatureSet:
     """A finished feature set, read as a FeatureFile is: the same attributes and methods; a context manager.
 
@@ -204,6 +209,7 @@ class FeatureSet:
     damaged, parts are still pending, or a part's file is missing or not the one that set.json names.
     """
 
+    @checked
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = os.fspath(folder).rstrip("/") or "/"
         self.plan, self.parts = read_plan(self.path)
@@ -299,29 +305,13 @@ class FeatureSet:
     def labels(self) -> np.ndarray:
         return self._classes()[0]
 
-    @property
-    def status(self) -> np.ndarray:
-        return np.concatenate([file.status for file in self._files()])
-
-    @property
-    def usable(self) -> np.ndarray:
-        return self.status == Status.OK
-
-    @property
-    def size(self) -> np.ndarray:
-        return np.concatenate([file.size for file in self._files()])
-
-    @property
-    def mtime_ns(self) -> np.ndarray:
-        return np.concatenate([file.mtime_ns for file in self._files()])
-
-    @property
-    def content(self) -> np.ndarray:
-        return np.concatenate([file.content for file in self._files()])
-
-    @property
-    def ctime_ns(self) -> np.ndarray:
-        return np.concatenate([file.ctime_ns for file in self._files()])
+    status = _of_all("status")
+    usable = _of_all("usable")
+    size = _of_all("size")
+    mtime_ns = _of_all("mtime_ns")
+    ctime_ns = _of_all("ctime_ns")
+    content = _of_all("content")
+    transparent = _of_all("transparent")
 
     def failures(self) -> list[tuple[str, Status, str]]:
         return [one for file in self._files() for one in file.failures()]
@@ -337,10 +327,6 @@ class FeatureSet:
 
     def failure_counts(self) -> Counter[str]:
         return sum((file.failure_counts() for file in self._files()), Counter())
-
-    @property
-    def transparent(self) -> np.ndarray:
-        return np.concatenate([file.transparent for file in self._files()])
 
     @property
     def unreadable_folders(self) -> list[list[str]]:
@@ -408,31 +394,24 @@ def _joined(parts: list[tuple[np.ndarray, list[str], str]]) -> tuple[np.ndarray,
     kinds = {source for _, classes, source in parts if classes}
     others = kinds - {FOLDERS}
     if others:
-        _warn_of_folders(sum(len(own) for own, classes, source in parts if classes and source == FOLDERS), others)
-        parts = [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
-    names = _sorted_classes({name for _, classes, _ in parts for name in classes})
+        parts = _without_folders(parts, others)
+    names = sorted_classes({name for _, classes, _ in parts for name in classes})
     index = {name: number for number, name in enumerate(names)}
-    labels = np.concatenate([_renumbered(own, classes, index) for own, classes, _ in parts])
+    labels = np.concatenate([np.array([*map(index.get, classes), -1], np.int32)[own] for own, classes, _ in parts])
     if kinds == {FOLDERS} and (len(names) < 2 or (labels < 0).any()):
         warn_of_stray(int((labels < 0).sum()), len(labels), len(names), "in no folder of their shards")
         labels, names = np.full(len(labels), -1, np.int32), []
     return labels, names, " and ".join(sorted(others or kinds)) if names else ""
 
 
-def _warn_of_folders(images: int, others: set[str]) -> None:
-    """Say that folders which could be classes are none beside classes of another kind."""
-    if images:
+def _without_folders(
+    parts: list[tuple[np.ndarray, list[str], str]], others: set[str]
+) -> list[tuple[np.ndarray, list[str], str]]:
+    """The same where folders are no classes, since other shards have classes of another kind; says so."""
+    if images := sum(len(own) for own, classes, source in parts if classes and source == FOLDERS):
         some = many(images, "image has", "images have")
         warn(f"{some} no class: other shards have theirs from {' and '.join(sorted(others))}, and folders go without")
-
-
-def _renumbered(labels: np.ndarray, classes: list[str], index: dict[str, int]) -> np.ndarray:
-    return np.array([*(index[name] for name in classes), -1], np.int32)[labels]
-
-
-def _sorted_classes(names: set[str]) -> list[str]:
-    """By name; by value where all are numbers."""
-    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
+    return [(np.full_like(one[0], -1), [], "") if one[2] == FOLDERS else one for one in parts]
 
 
 class _Rows:

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 import protoprune
+from protoprune import files
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import seals
 from protoprune.files import leads_out
@@ -120,27 +121,18 @@ class Reader:
             raise self.damaged(f"its {name} is not what was written")
         return array
 
-    def names(self, name: str, count: int | None = None) -> list[str]:
-        """The names of a `block`, of which there must be `count`."""
+    def names(self, name: str) -> list[str]:
+        """The names of a `block`."""
         names = os.fsdecode(self.whole(name).tobytes()).split("\0")
-        if names.pop() or count not in (None, len(names)):
-            raise self.damaged(f"its {name} is no list of {'' if count is None else f'{count:,} '}names")
+        if names.pop():
+            raise self.damaged(f"its {name} is no list of names")
         return names
-
-    def ids(self, name: str, count: int | None) -> list[str]:
-        """The `names` of images, which are refused where one is no path below a folder: links and reads follow them."""
-        names = self.names(name, count)
-        self._refuse_outside(name, names)
-        return names
-
-    def _refuse_outside(self, name: str, names: Sequence[str]) -> None:
-        if (outside := next(filter(leads_out, names), None)) is not None:
-            raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
 
     def paths(self, name: str, count: int) -> Paths:
-        """The `ids` of images, of which there must be `count`, checked now and read when they are asked for.
+        """The ids of images, of which there must be `count`, checked now and read when they are asked for.
 
-        Where each row begins is known of every STEPth: names are read from the one before.
+        One that is no path below a folder is refused: links and reads follow them. Where each row begins is known of
+        every STEPth: names are read from the one before.
         """
         data, digest = self.data[name], xxhash.xxh3_64()
         places, seen, last, odd = [np.zeros(1, np.int64)], 0, b"\0", False
@@ -163,8 +155,8 @@ class Reader:
         with self.trouble(f"its {name}"):
             handle = os.dup(self.raw.fileno())
         paths = Paths(count, Block(handle, start, every, damaged).read)
-        if odd:
-            self._refuse_outside(name, paths)
+        if odd and (outside := next(filter(leads_out, paths), None)) is not None:
+            raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
         return paths
 
     def within(self, name: str, low: int, high: int) -> np.ndarray:
@@ -414,6 +406,19 @@ def format_of(path: str) -> str | None:
             return _attribute(file, "format") if "format" in file.attrs else ""
     except _TROUBLES:
         return None
+
+
+def partial_path(out: str) -> str:
+    """What a file is called as long as a run fills it."""
+    return out + ".partial"
+
+
+def finish(out: str, but: Collection[str]) -> None:
+    """Give a finished file, which is closed, its name; `but`: the datasets that have digests of their own."""
+    partial = partial_path(out)
+    with files.told(partial):
+        seals.complete(partial, but)
+    files.publish(partial, out)
 
 
 def check_replaceable(path: str, kind: Kind) -> None:

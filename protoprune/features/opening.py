@@ -7,9 +7,11 @@ import os
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial, partial_path
+from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial
 from protoprune.features.featureset import FeatureSet, open_set
+from protoprune.features.hdf5 import partial_path
 from protoprune.features.remoteset import local_copy
 from protoprune.images.decode import ON_WHITE
 from protoprune.images.listing import ImageList, is_feature_set
@@ -17,6 +19,7 @@ from protoprune.images.listing import ImageList, is_feature_set
 _COPY_ROWS = 65_536
 
 
+@checked
 def open_features(path: str | os.PathLike[str]) -> FeatureFile | FeatureSet:
     """The finished feature file or feature set; a run that was cut short gets an error that says how to finish it.
 
@@ -61,6 +64,7 @@ def missing(path: str | os.PathLike[str], what: str = "image folder or feature f
     return UsageError(f"{path}: no such {what}")
 
 
+@checked
 def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Make one feature file of a set, with the same rows in the same order; returns their number.
 

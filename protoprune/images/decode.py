@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict
 import numpy as np
 
 from protoprune import formats
+from protoprune.arguments import check_fields
+from protoprune.bounds import check_whole, shown
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images import jpeg
 
@@ -77,6 +79,8 @@ FAST_MARGIN = 3
 _TIME = (1 << 63) - 1
 _BAND = 1 << 20  # pixels that are computed with at once
 DECODERS = ("exact", "fast")
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
+CROP_MODES = ("center", "squash")
 LARGEST_SIDE = 8192  # pixels of an encoder's input
 # Words of Pillow's errors.
 _CUT = (
@@ -134,6 +138,25 @@ class Preprocess:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     decode: str = "exact"  # or fast: large JPEGs are decoded at half their size or less
 
+    def __post_init__(self) -> None:
+        """Raise UsageError for what no image could be made with, or only another one than was asked for."""
+        check_fields(self, globals())
+        check_whole("size", self.size, 1, LARGEST_SIDE, " pixels")
+        check_whole("resize", self.resize, self.size, 4 * LARGEST_SIDE, " pixels, no less than the crop's size")
+        for name, value, choices in (
+            ("interpolation", self.interpolation, INTERPOLATIONS), ("crop_mode", self.crop_mode, CROP_MODES),
+            ("decode", self.decode, DECODERS),
+        ):  # fmt: skip
+            if value not in choices:
+                raise UsageError(f"{name} {value}: expected one of {', '.join(choices)}")
+        for name in ("mean", "std"):
+            values = np.asarray(getattr(self, name))
+            if values.shape != (3,) or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+                raise UsageError(f"{name} {shown(getattr(self, name))}: expected three numbers, one a channel")
+            object.__setattr__(self, name, tuple(map(float, values)))
+        if min(self.std) <= 0:
+            raise UsageError(f"std {shown(self.std)}: expected numbers above 0, of pixels in [0, 1]")
+
     @classmethod
     def from_timm(cls, cfg: DataConfig, image_size: int | None = None) -> Preprocess:
         """From a timm data configuration (`timm.data.resolve_model_data_config`); `image_size` overrides the crop."""
@@ -141,9 +164,9 @@ class Preprocess:
         if image_size is None and height != width:
             raise UsageError(f"the model's input is {height}x{width}, not square; give --image-size")
         size = image_size or height
-        if cfg["crop_mode"] not in ("center", "squash"):
+        if cfg["crop_mode"] not in CROP_MODES:
             raise ProtopruneError(f"crop mode {cfg['crop_mode']!r} is not supported; choose another encoder")
-        if cfg["interpolation"] not in ("bicubic", "bilinear", "lanczos", "nearest"):
+        if cfg["interpolation"] not in INTERPOLATIONS:
             raise ProtopruneError(f"interpolation {cfg['interpolation']!r} is not supported; choose another encoder")
         resize = math.floor(size / (cfg["crop_pct"] or 1.0))
         return cls(size, resize, cfg["interpolation"], cfg["crop_mode"], tuple(cfg["mean"]), tuple(cfg["std"]))
@@ -157,6 +180,8 @@ class Preprocess:
 
         `shape` is the (height, width) that the file has, where `pixels` were decoded at a fraction of it.
         """
+        if not isinstance(pixels, np.ndarray) or pixels.shape[2:] != (3,) or pixels.dtype != np.uint8:
+            raise UsageError(f"pixels {shown(pixels)}: expected an array (h, w, 3) of uint8")
         height, width = shape or pixels.shape[:2]
         if self.crop_mode == "squash":
             target = (self.resize, self.resize)

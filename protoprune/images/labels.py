@@ -18,10 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from protoprune.arguments import check_fields
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
-from protoprune.text import CLASS_NAMES, contents, parse_json, plain_bytes
+from protoprune.text import (
+    CLASS_NAMES,
+    contents,
+    is_class_number,
+    parse_json,
+    plain_bytes,
+    plain_name,
+    sorted_classes,
+)
 from protoprune.units import many
 
 _PATHS = ("path", "filename", "file", "filepath", "imagepath", "imgpath", "relativepath", "imagename", "image",
@@ -44,6 +53,9 @@ class LabelFile:
     path: str | os.PathLike[str]
     column: str | None = None
     names: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, globals())
 
 
 def label_file(
@@ -78,9 +90,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     else:
         found = _by_path(source, keys, values, paths, root)
     found = {row: value for row, value in found.items() if value}
-    classes = sorted(set(found.values()))
-    if all(_is_number(name) for name in classes):
-        classes.sort(key=lambda name: (int(name), name))
+    classes = sorted_classes(set(found.values()))
     if not classes:
         raise ProtopruneError(f"{source}: gives no image a class")
     index = {name: number for number, name in enumerate(classes)}
@@ -176,13 +186,15 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
     if not rows:
         raise _Unclear("the file has no rows")
     width = len(rows[0])
-    header = any(_plain(name) in (*_PATHS, *CLASS_NAMES) for name in rows[0]) or column in rows[0]
+    header = any(plain_name(name) in (*_PATHS, *CLASS_NAMES) for name in rows[0]) or column in rows[0]
     if width == 1:
         if column is not None and column not in rows[0]:
             raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
         return None, [row[0].strip() for row in rows[header:]]
     key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
-    first_word = header and _plain(rows[0][label]) == "predictionstring"  # Kaggle's ImageNet: class and box, repeated
+    first_word = (
+        header and plain_name(rows[0][label]) == "predictionstring"
+    )  # Kaggle's ImageNet: class and box, repeated
     keys, values = [], []
     for place, row in enumerate(rows[header:], 1 + header):
         if len(row) <= key:
@@ -229,7 +241,7 @@ def _split(text: str, lines: list[str], delimiter: str) -> list[list[str]]:
 
 def _columns(names: Sequence[str], column: str | None) -> tuple[int, int]:
     """(path, class) columns by name."""
-    plain = [_plain(name) for name in names]
+    plain = [plain_name(name) for name in names]
     key = _first_of(_PATHS, plain)
     label = _first_of(CLASS_NAMES, ["" if place == key else name for place, name in enumerate(plain)])
     if column is not None:
@@ -252,21 +264,13 @@ def _first_of(wanted: Sequence[str], names: list[str]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
 
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 19  # Python refuses to make numbers of thousands of digits
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter not in " ._-:")
-
-
 # --- class numbers -> names -------------------------------------------------------------------------------------------
 
 
 def _rename(source: str, values: list[str], names: str) -> list[str]:
     numbers = {value for value in values if value}
-    if not all(_is_number(value) for value in numbers):
-        first = next(value for value in values if value and not _is_number(value))
+    if not all(is_class_number(value) for value in numbers):
+        first = next(value for value in values if value and not is_class_number(value))
         raise UsageError(f"--class-names goes with class numbers, and {source} has {first!r}")
     table = _class_names(names, {int(value) for value in numbers})
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
@@ -284,7 +288,7 @@ def _class_names(names: str, used: set[int]) -> dict[int, str]:
         raise ProtopruneError(f"{names}: cannot read its JSON ({error})") from None
     if isinstance(found, list):
         return _numbered(names, found, used)
-    if not all(_is_number(number) for number in found):
+    if not all(is_class_number(number) for number in found):
         raise ProtopruneError(f"{names}: expected class numbers and names")
     return {int(number): name for number, name in found.items()}
 
@@ -301,14 +305,14 @@ def _lines_of_names(text: str) -> list[str] | dict[str, str]:
     """The same of text: number and name in either order, or a name, a line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     words = [re.split(r"[\s,:]+", line, maxsplit=2) for line in lines]
-    if all(len(word) > 1 and _is_number(word[0]) != _is_number(word[1]) for word in words):
+    if all(len(word) > 1 and is_class_number(word[0]) != is_class_number(word[1]) for word in words):
         return dict(_number_first(word[0], word[1]) for word in words)
     wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
     return [line.split()[0] if wnids else line for line in lines]
 
 
 def _number_first(a: str, b: str) -> tuple[str, str]:
-    return (b, a) if _is_number(b) and not _is_number(a) else (a, b)
+    return (b, a) if is_class_number(b) and not is_class_number(a) else (a, b)
 
 
 def _first(value: object) -> str:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import formats, stores
-from protoprune.bounds import is_whole
+from protoprune.arguments import checked, texts
+from protoprune.bounds import is_whole, shown
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images.decode import ImageError, open_at_once, read_file, size_and_times
 from protoprune.text import with_slashes
@@ -88,6 +89,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in suffixes.items() if name in readable)
 
 
+@checked
 def list_folder(
     root: str | os.PathLike[str],
     *,
@@ -131,6 +133,7 @@ def list_folder(
     return images
 
 
+@checked
 def list_paths(
     entries: Iterable[str],
     root: str | os.PathLike[str] | None = None,
@@ -147,7 +150,7 @@ def list_paths(
     Raises UsageError for an entry outside `root` or that no file can be called, and for a `root` below which nothing
     of the list is, while all of it is below the current folder; ProtopruneError for an empty list.
     """
-    entries = [e for e in entries if e]
+    entries = [entry for entry in texts("entries", entries) if entry]
     if not entries:
         raise ProtopruneError("the list of images is empty; give one path a line")
     check_labels(labels, class_level)
@@ -211,27 +214,30 @@ def image_labels(
         return read_labels(labels if isinstance(labels, LabelFile) else LabelFile(labels), paths, root)
     label, classes = folder_labels(paths, class_level)
     if class_level is None:
-        splits = [name for name in classes if _SPLIT.fullmatch(name)]
-        if len(splits) >= 2 and 2 * len(splits) >= len(classes):
-            warn(
-                f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
-                "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
-            )
-        if not classes:
-            stray = [path for path in paths if "/" not in path]
-            folders = {path.partition("/")[0] for path in paths if "/" in path}
-            first = f"in no folder (first: {stray[0]})" if stray else ""
-            warn_of_stray(len(stray), len(paths), len(folders), first)
+        _doubt_first_level(paths, classes)
         return label, classes, "first-level folders" if classes else ""
-    without = int((label < 0).sum())
     if not classes:
         raise UsageError(f"--class-level {class_level}: no image of {root} lies that deep; count folders from there")
-    if without:
-        first = paths[int(np.flatnonzero(label < 0)[0])]
+    if len(without := np.flatnonzero(label < 0)):
         nowhere = f"in no folder of level {class_level} and"
-        some = many(without, f"image lies {nowhere} gets", f"images lie {nowhere} get")
-        warn(f"{some} no class (first: {first})")
+        some = many(len(without), f"image lies {nowhere} gets", f"images lie {nowhere} get")
+        warn(f"{some} no class (first: {paths[int(without[0])]})")
     return label, classes, f"folders of level {class_level}"
+
+
+def _doubt_first_level(paths: Sequence[str], classes: list[str]) -> None:
+    """Warn where the first-level folders, which are the classes, look like splits, or some images keep them from it."""
+    splits = [name for name in classes if _SPLIT.fullmatch(name)]
+    if len(splits) >= 2 and 2 * len(splits) >= len(classes):
+        warn(
+            f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
+            "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
+        )
+    if not classes:
+        stray = [path for path in paths if "/" not in path]
+        folders = {path.partition("/")[0] for path in paths if "/" in path}
+        first = f"in no folder (first: {stray[0]})" if stray else ""
+        warn_of_stray(len(stray), len(paths), len(folders), first)
 
 
 def check_labels(labels: Labels, class_level: int | None) -> None:
@@ -247,6 +253,8 @@ def check_labels(labels: Labels, class_level: int | None) -> None:
     if not isinstance(labels, (bool, Mapping)):
         from protoprune.images.labels import LabelFile, check_there
 
+        if not isinstance(labels, (str, os.PathLike, LabelFile)):
+            raise UsageError(f"labels {shown(labels)}: expected a file of them, a dict of path and class, or False")
         check_there(labels if isinstance(labels, LabelFile) else LabelFile(labels))
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from protoprune.arguments import checked
 from protoprune.bounds import check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.metrics import dynamics, ensembles, geometry
@@ -65,6 +66,7 @@ class Metric:
         return {one.name: one.default for one in found if one.kind is one.KEYWORD_ONLY}
 
 
+@checked
 def score(name: str, source: str | os.PathLike[str] | Record | Source, **options: Any) -> Scored:
     """Scores of metric `name` from an open Record or FeatureFile, whichever it needs, or the path of one; None options
     mean the default.
@@ -131,6 +133,7 @@ def _check_kind(name: str, metric: Metric, source: object) -> None:
         raise UsageError(f"{name} needs {wanted}, and {got}; give the file that `protoprune {maker}` wrote")
 
 
+@checked
 def lookup(name: str) -> Metric:
     """The metric of that name; a close one is suggested otherwise."""
     if name not in METRICS:
@@ -238,53 +241,36 @@ def _mean_over_models(
 # --- metrics of a record ---------------------------------------------------------------------------------------------
 
 
-def _el2n(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "error_norm", _at(record, epoch, _early(record)), models, lambda x, _: x[0])
+def _at_one_epoch(
+    statistic: str, default: Callable[[Record], int], reduce: Reduce = lambda x, _: x[0]
+) -> Callable[..., Scored]:
+    """The metric that is a statistic at one epoch, mean over models."""
+
+    def scored(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+        return _mean_over_models(record, statistic, _at(record, epoch, default(record)), models, reduce)
+
+    return scored
 
 
-def _grand(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "gradient_norm", _at(record, epoch, _early(record)), models, lambda x, _: x[0])
+def _over_training(statistic: str, reduce: Reduce) -> Callable[..., Scored]:
+    """The metric that follows a statistic through the training, mean over models."""
+
+    def scored(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
+        return _mean_over_models(record, statistic, _until(record, epoch), models, reduce)
+
+    return scored
 
 
-def _loss(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "loss", _at(record, epoch, _last(record)), models, lambda x, _: x[0])
+def _in_windows(statistic: str, reduce: Callable[[np.ndarray, int], np.ndarray]) -> Callable[..., Scored]:
+    """The same in windows of so many epochs."""
 
+    def scored(
+        record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
+    ) -> Scored:
+        epochs = _until(record, epoch)
+        return _mean_over_models(record, statistic, epochs, models, lambda x, _: reduce(x, window), window=window)
 
-def _entropy(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "entropy", _at(record, epoch, _last(record)), models, lambda x, _: x[0])
-
-
-def _margin(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "margin", _at(record, epoch, _last(record)), models, lambda x, _: -x[0])
-
-
-def _forgetting(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    def reduce(prediction: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return dynamics.forgetting(prediction == labels)
-
-    return _mean_over_models(record, "prediction", _until(record, epoch), models, reduce)
-
-
-def _aum(record: Record, *, epoch: int | None = None, models: str = "trained") -> Scored:
-    return _mean_over_models(record, "margin", _until(record, epoch), models, lambda x, _: dynamics.aum(x))
-
-
-def _dyn_unc(
-    record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
-) -> Scored:
-    def reduce(true_probability: np.ndarray, _: np.ndarray) -> np.ndarray:
-        return dynamics.dyn_unc(true_probability, window)
-
-    return _mean_over_models(record, "true_probability", _until(record, epoch), models, reduce, window=window)
-
-
-def _tdds(
-    record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
-) -> Scored:
-    def reduce(change: np.ndarray, _: np.ndarray) -> np.ndarray:
-        return dynamics.tdds(change, window)
-
-    return _mean_over_models(record, "change", _until(record, epoch), models, reduce, window=window)
+    return scored
 
 
 def _memorization(record: Record, *, epoch: int | None = None) -> Scored:
@@ -307,22 +293,17 @@ def _memorization(record: Record, *, epoch: int | None = None) -> Scored:
     )
 
 
-def _influence(record: Record, reduce: str) -> Scored:
-    if record.test_labels is None or not len(record.test_labels):
-        raise UsageError(f"{record.path}: influence needs test images, and it has none; record with --test IMAGES")
-    subset = _subsets(record, "influence")
-    right = record.test_prediction == np.asarray(record.test_labels)
-    epochs = slice(len(record.epoch_numbers) - 1, None)
-    values = ensembles.influence(subset, right, reduce)
-    return Scored(values, _used(record, epochs, record.models, test_images=len(record.test_labels)))
+def _influence(reduce: str) -> Callable[..., Scored]:
+    def scored(record: Record) -> Scored:
+        if record.test_labels is None or not len(record.test_labels):
+            raise UsageError(f"{record.path}: influence needs test images, and it has none; record with --test IMAGES")
+        subset = _subsets(record, "influence")
+        right = record.test_prediction == np.asarray(record.test_labels)
+        epochs = slice(len(record.epoch_numbers) - 1, None)
+        values = ensembles.influence(subset, right, reduce)
+        return Scored(values, _used(record, epochs, record.models, test_images=len(record.test_labels)))
 
-
-def _influence_max(record: Record) -> Scored:
-    return _influence(record, "max")
-
-
-def _influence_sum_abs(record: Record) -> Scored:
-    return _influence(record, "sum_abs")
+    return scored
 
 
 def _subsets(record: Record, what: str, otherwise: str = "") -> np.ndarray:
@@ -336,16 +317,16 @@ def _subsets(record: Record, what: str, otherwise: str = "") -> np.ndarray:
     return subset
 
 
-def _ddd(record: Record, *, epoch: int | None = None, models: str | None = None) -> Scored:
+def _others(record: Record, models: str | None, what: str) -> str:
+    """Which models are asked: those that did not see an image, unless others are asked for."""
     if models is None:
-        models = "held-out"
-        _subsets(record, "ddd", "; or ask models about their own training images with --models trained")
-    epochs = _at(record, epoch, _last(record))
+        _subsets(record, what, "; or ask models about their own training images with --models trained")
+    return models or "held-out"
 
-    def reduce(prediction: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return ensembles.ddd(prediction == labels)
 
-    return _mean_over_models(record, "prediction", epochs, models, reduce)
+def _ddd(record: Record, *, epoch: int | None = None, models: str | None = None) -> Scored:
+    models, epochs = _others(record, models, "ddd"), _at(record, epoch, _last(record))
+    return _mean_over_models(record, "prediction", epochs, models, lambda x, labels: ensembles.ddd(x == labels))
 
 
 def _ensemble_active_learning(record: Record, *, epoch: int | None = None, models: str = "all") -> Scored:
@@ -362,9 +343,7 @@ def _ensemble_active_learning(record: Record, *, epoch: int | None = None, model
 
 
 def _label_issues(record: Record, *, models: str | None = None) -> Scored:
-    if models is None:
-        models = "held-out"
-        _subsets(record, "label_issues", "; or ask models about their own training images with --models trained")
+    models = _others(record, models, "label_issues")
     total = np.zeros((record.n, len(record.classes)), np.float32)
     count, members = np.zeros(record.n, np.int64), list(_members(record, models))
     for model, counts in members:
@@ -398,7 +377,7 @@ def _moderate(file: Source) -> Scored:
     labels = _labels_of(file)
     distance = geometry.class_distance(file.features, labels, file.usable)
     _warn_of_lengths(distance, file)
-    return Scored(geometry.nearest_median(distance), {"classes": len(file.classes)})
+    return Scored(geometry.moderate(distance), {"classes": len(file.classes)})
 
 
 def _warn_of_lengths(distance: np.ndarray, file: Source) -> None:
@@ -429,22 +408,18 @@ def _k_center(file: Source, *, budget: float | None = None, seed: int = 0) -> Sc
     return Scored(values, {"budget": "default" if budget is None else budget, "seed": seed})
 
 
-def _cover(file: Source, *, by: str | None = None, seed: int = 0) -> Scored:
-    return _covering(file, "cover", by, seed)
-
-
-def _facility(file: Source, *, by: str | None = None, seed: int = 0) -> Scored:
-    return _covering(file, "facility", by, seed)
-
-
-def _covering(file: Source, order: str, by: str | None, seed: int) -> Scored:
+def _covering(order: str) -> Callable[..., Scored]:
     """1 - the place in the order, so that keeping the largest first is keeping in this order."""
-    from protoprune import pruning
 
-    by = by or ("class" if file.classes else "cluster")
-    ranking = pruning.unranked(file)
-    places = pruning.cover_places(ranking, order, np.flatnonzero(file.usable), by, seed)
-    return Scored((1 - places).astype(np.float32), {"by": by, "seed": seed})
+    def scored(file: Source, *, by: str | None = None, seed: int = 0) -> Scored:
+        from protoprune import pruning
+
+        by = by or ("class" if file.classes else "cluster")
+        ranking = pruning.unranked(file)
+        places = pruning.cover_places(ranking, order, np.flatnonzero(file.usable), by, seed)
+        return Scored((1 - places).astype(np.float32), {"by": by, "seed": seed})
+
+    return scored
 
 
 def _random(source: Record | Source, *, seed: int = 0) -> Scored:
@@ -463,15 +438,16 @@ def _record_metric(function: Callable[..., Scored], cost: str, source: str, summ
 
 METRICS: dict[str, Metric] = {
     "el2n": _record_metric(
-        _el2n, "a few epochs of 1-20 models", "Paul et al. 2021",
+        _at_one_epoch("error_norm", _early), "a few epochs of 1-20 models", "Paul et al. 2021",
         "norm of softmax minus label, early in training, mean over models", "error_norm",
     ),
     "grand": _record_metric(
-        _grand, "as EL2N, and a gradient an image", "Paul et al. 2021",
+        _at_one_epoch("gradient_norm", _early), "as EL2N, and a gradient an image", "Paul et al. 2021",
         "norm of the loss gradient, early in training; at epoch 0 no better than random", "gradient_norm",
     ),
     "forgetting": _record_metric(
-        _forgetting, "a whole training, 1 model or more", "Toneva et al. 2019",
+        _over_training("prediction", lambda x, labels: dynamics.forgetting(x == labels)),
+        "a whole training, 1 model or more", "Toneva et al. 2019",
         "times that a right answer becomes wrong; never learned ranks hardest", "prediction",
     ),
     "memorization": _record_metric(
@@ -479,11 +455,11 @@ METRICS: dict[str, Metric] = {
         "share right with the image in training minus without", "prediction",
     ),
     "influence_max": _record_metric(
-        _influence_max, "very high: 100 to 4,000 models", "Feldman & Zhang 2020",
+        _influence("max"), "very high: 100 to 4,000 models", "Feldman & Zhang 2020",
         "largest gain on a test image from training on this one",
     ),
     "influence_sum_abs": _record_metric(
-        _influence_sum_abs, "very high: 100 to 4,000 models", "Feldman & Zhang 2020",
+        _influence("sum_abs"), "very high: 100 to 4,000 models", "Feldman & Zhang 2020",
         "summed absolute effects on all test images of training on this one",
     ),
     "ddd": _record_metric(
@@ -507,11 +483,11 @@ METRICS: dict[str, Metric] = {
         "greedy core-set: first the images farthest from those chosen before",
     ),
     "cover": Metric(
-        _cover, "features", False, False, "half a minute a million images", "Chen et al. 2010",
+        _covering("cover"), "features", False, False, "half a minute a million images", "Chen et al. 2010",
         "kernel herding in each class or cluster: first the images that stand for all",
     ),
     "facility": Metric(
-        _facility, "features", False, False, "minutes a million images", "Mirchandani & Francis 1990",
+        _covering("facility"), "features", False, False, "minutes a million images", "Mirchandani & Francis 1990",
         "facility location in each class or cluster: first the images that all others are near to",
     ),
     "label_issues": _record_metric(
@@ -520,26 +496,28 @@ METRICS: dict[str, Metric] = {
         "probability",
     ),
     "aum": _record_metric(
-        _aum, "a whole training, 1 model or more", "Pleiss et al. 2020",
+        _over_training("margin", lambda x, _: dynamics.aum(x)),
+        "a whole training, 1 model or more", "Pleiss et al. 2020",
         "minus the mean margin over training; finds mislabelled images", "margin",
     ),
     "margin": _record_metric(
-        _margin, "a whole training, 1 model or more", "Coleman et al. 2020",
+        _at_one_epoch("margin", _last, lambda x, _: -x[0]), "a whole training, 1 model or more", "Coleman et al. 2020",
         "minus the margin at the last epoch", "margin",
     ),
     "entropy": _record_metric(
-        _entropy, "a whole training, 1 model or more", "Coleman et al. 2020",
+        _at_one_epoch("entropy", _last), "a whole training, 1 model or more", "Coleman et al. 2020",
         "entropy of the softmax at the last epoch; does not look at the label", "entropy",
     ),
     "loss": _record_metric(
-        _loss, "a whole training, 1 model or more", "cross entropy", "loss at the last epoch", "loss"
+        _at_one_epoch("loss", _last), "a whole training, 1 model or more", "cross entropy", "loss at the last epoch",
+        "loss",
     ),
     "dyn_unc": _record_metric(
-        _dyn_unc, "a whole training, 1 model or more", "He et al. 2023",
+        _in_windows("true_probability", dynamics.dyn_unc), "a whole training, 1 model or more", "He et al. 2023",
         "deviation of the label's probability within 10 epochs, mean over training", "true_probability",
     ),
     "tdds": _record_metric(
-        _tdds, "a whole training, 1 model or more", "Zhang et al. 2024",
+        _in_windows("change", dynamics.tdds), "a whole training, 1 model or more", "Zhang et al. 2024",
         "variation of the change of the prediction from epoch to epoch", "change",
     ),
     "moderate": Metric(

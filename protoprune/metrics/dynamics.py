@@ -16,15 +16,15 @@ WINDOW = 10  # J of Dyn-Unc and TDDS: their papers' choice
 DECAY = 0.9  # of TDDS, as released
 
 
-def average(models: Iterable[tuple[np.ndarray, np.ndarray | None]], n: int) -> np.ndarray:
-    """Mean over models: pairs of values (n,) and a mask (n,) of the examples that the model counts for, None for all.
+def average(models: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> np.ndarray:
+    """Mean over models: pairs of values (n,) and a mask (n,) of the examples that the model counts for.
 
     An example that no model counts for is NaN. One model at a time, so that an iterator never holds two.
     """
     total, count = np.zeros(n), np.zeros(n, np.int64)
     for values, counts in models:
-        total += values if counts is None else np.where(counts, values, 0)
-        count += 1 if counts is None else counts
+        total += np.where(counts, values, 0)
+        count += counts
     with np.errstate(invalid="ignore"):
         return (total / count).astype(np.float32)
 

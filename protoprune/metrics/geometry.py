@@ -30,18 +30,13 @@ def supervised_prototypes(features: vectors.Rows, labels: np.ndarray, usable: np
     return _distance_to_mean(features, labels, rows, means, True)
 
 
-def moderate(features: vectors.Rows, labels: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
-    """Moderate coreset (Xia et al. 2023): minus |d - median of d|, d the Euclidean distance to the class mean.
+def moderate(distance: np.ndarray) -> np.ndarray:
+    """Moderate coreset (Xia et al. 2023): minus |d - median of d|, d the distance to the class mean (`class_distance`).
 
     Neither the nearest nor the farthest images are kept first but those at the median distance, so 'larger = harder'
     reads 'larger = kept first' here. One median over all classes, as in the paper; its code takes the middle ranks
-    instead and the coordinate-wise median as the centre.
+    instead and the coordinate-wise median as the centre. NaN stays NaN.
     """
-    return nearest_median(class_distance(features, labels, usable))
-
-
-def nearest_median(distance: np.ndarray) -> np.ndarray:
-    """(n,) minus the difference to the median; NaN stays NaN."""
     known = ~np.isnan(distance)
     return -np.abs(distance - np.median(distance[known])) if known.any() else distance
 

@@ -15,7 +15,7 @@ Knows nothing of how any of it is written down.
 """
 
 from protoprune.pruning.choosing import Selected, cover_places, prune, select
-from protoprune.pruning.duplicates import deduplicate, likeness
+from protoprune.pruning.duplicates import deduplicate
 from protoprune.pruning.ranking import (
     Ranking,
     add_clusters,
@@ -41,7 +41,6 @@ __all__ = [
     "cover_places",
     "deduplicate",
     "groups_of",
-    "likeness",
     "prune",
     "rank",
     "rank_by_table",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from protoprune import selection
+from protoprune.arguments import checked
 from protoprune.clustering import partition
 from protoprune.clustering.prototypes import Clustering
 from protoprune.device import cores
@@ -54,6 +55,9 @@ _MEASURED = frozenset((
 ))  # fmt: skip
 
 
+ScoreFile = str | os.PathLike[str]  # by another name: what else is given has a hint of its own, see `select`
+
+
 @dataclass
 class Selected:
     """A kept set: `keep` marks the rows of `ranking`."""
@@ -86,6 +90,7 @@ class Selected:
         ]
 
 
+@checked
 def prune(ranking: Ranking, keep: float | Rule, **options: Unpack[RuleOptions]) -> Selected:
     """The kept set of a ranking: exactly round(keep * m) of its m usable images, nested for growing `keep`.
 
@@ -124,12 +129,13 @@ def prune(ranking: Ranking, keep: float | Rule, **options: Unpack[RuleOptions]) 
     return Selected(ranking, kept, rank_of, rule, weights if drawn else None, dropped if rule.drop_hardest else None)
 
 
+@checked
 def select(
     features: str | os.PathLike[str] | Source = "features.h5",
     keep: float | Rule = 0.7,
     clusters: Clusters | None = None,
     *,
-    scores: str | os.PathLike[str] | None = None,
+    scores: ScoreFile | None = None,
     higher_is: str | None = None,
     rows: str | os.PathLike[str] | Sequence[str] | None = None,
     by_place: bool = False,
@@ -199,7 +205,7 @@ def _by_quota(rows: np.ndarray, one: Clustering, usable: np.ndarray) -> np.ndarr
 
 def _arranged(ranking: Ranking, rule: Rule, rows: np.ndarray) -> np.ndarray:
     places = cover_places(ranking, rule.order, rows, rule.by, rule.seed)
-    return selection.by_place(places, rows, ranking.paths, rule.seed)
+    return selection.by_key(places, rows, ranking.paths, rule.seed)
 
 
 def cover_places(ranking: Ranking, order: str, rows: np.ndarray, by: str | None = None, seed: int = 0) -> np.ndarray:

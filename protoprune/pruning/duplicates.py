@@ -21,13 +21,13 @@ def deduplicate(
 
     Within each cluster of the first clustering an image goes when its cosine to a kept one exceeds 1 - epsilon;
     `prefer` says which stays, the 'harder' or the more 'central' one by distance to the centroid, whatever the scores
-    are (see `selection.near_duplicates`). With `count` sets `ranking.likeness` too, which `likeness` would count in
-    another pass over the features.
+    are (see `selection.near_duplicates`). With `count` sets `ranking.likeness` too: how many pairs and images are
+    nearer than several thresholds, `epsilon` included, before any is removed.
     """
     selection.check_duplicates(epsilon, prefer)
     one = first_clustering(ranking, "--dedup")
-    _warn_of_large(ranking, one)
-    thresholds = _thresholds(epsilon) if count else ()
+    _warn_of_large(one)
+    thresholds = sorted({*selection.THRESHOLDS, epsilon}) if count else ()
     ranking.duplicate_of, found = selection.near_duplicates(
         ranking.features, one.cluster, one.distance, epsilon, ids=ranking.paths, prefer=prefer, seed=seed,
         usable=ranking.usable, thresholds=thresholds, folder=scratch(ranking), workers=min(cores(), _WORKERS),
@@ -35,7 +35,7 @@ def deduplicate(
     ranking.likeness = found if count else None
 
 
-def _warn_of_large(ranking: Ranking, one: Clustering) -> None:
+def _warn_of_large(one: Clustering) -> None:
     """All pairs of a cluster are compared, so that its time grows with the square of its size."""
     largest = int(one.sizes().max())
     if largest > LARGE:
@@ -44,19 +44,3 @@ def _warn_of_large(ranking: Ranking, one: Clustering) -> None:
             f"the largest of {one.k:,} clusters has {largest:,} images, all pairs of which are compared; with more "
             f"clusters, such as --k {enough}, --dedup takes less time and misses duplicates in different clusters"
         )
-
-
-def _thresholds(epsilon: float | None) -> list[float]:
-    return sorted({*selection.THRESHOLDS, *([epsilon] if epsilon is not None else [])})
-
-
-def likeness(ranking: Ranking, epsilon: float | None = None) -> selection.Likeness:
-    """How many pairs and images of a ranking that has clusters are nearer than several thresholds, `epsilon` included.
-
-    Counted before anything was removed, within the clusters that `deduplicate` goes through.
-    """
-    one = first_clustering(ranking, "--dedup")
-    return selection.likeness(
-        ranking.features, one.cluster, usable=ranking.scored, thresholds=_thresholds(epsilon),
-        folder=scratch(ranking), workers=min(cores(), _WORKERS),
-    )  # fmt: skip

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import numpy as np
 
 from protoprune import selection
+from protoprune.arguments import checked
+from protoprune.bounds import shown
 from protoprune.clustering import prototypes
 from protoprune.clustering.prototypes import Clustering
 from protoprune.clustering.vectors import CHUNK, Rows
@@ -130,6 +132,7 @@ class Ranking:
         return notes
 
 
+@checked
 def rank(
     features: str | os.PathLike[str] | Source = "features.h5",
     clusters: Clusters | None = None,
@@ -151,6 +154,8 @@ def rank(
 def opened(features: str | os.PathLike[str] | Source) -> Iterator[Source]:
     """The feature file or set, which stays open but for errors (one that was given open stays so in any case)."""
     if not isinstance(features, (str, os.PathLike)):
+        if not hasattr(features, "provenance"):
+            raise UsageError(f"features {shown(features)}: expected the path of a feature file or set, or an open one")
         yield features
         return
     file = open_features(features)
@@ -200,6 +205,7 @@ def add_clusters(ranking: Ranking, clusters: Clusters | None = None, **options: 
         ranking.cached += found
 
 
+@checked
 def rank_by_table(
     features: str | os.PathLike[str] | Source,
     table: str | os.PathLike[str],

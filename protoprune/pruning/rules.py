@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict, cast
 
 from protoprune import selection
+from protoprune.arguments import check_fields
 from protoprune.bounds import check_seed, check_whole
 from protoprune.clustering import prototypes
 from protoprune.errors import UsageError
@@ -83,6 +84,7 @@ class Clusters:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, globals())
         prototypes.check_settings(self.k, self.iterations, self.train_points, self.backend)
         check_seed(self.seed)
         check_whole("--restarts", self.restarts, 1, 100_000)
@@ -115,6 +117,7 @@ class Rule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, globals())
         selection.check(self.keep, self.order, self.balance)
         selection.check_order(self.order, self.drop_hardest)
         check_seed(self.seed)

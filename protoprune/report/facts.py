@@ -8,14 +8,13 @@ know: HTML.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from protoprune import pruning, selection
-from protoprune.clustering.vectors import Rows
 from protoprune.ids import row_type
 from protoprune.images.decode import Status
 from protoprune.images.listing import describe_counts
@@ -59,21 +58,17 @@ class Facts:
     thumbs: list[int] = field(default_factory=list)  # rows, most important first
 
 
-def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | None = None) -> Facts:
+def gather(chosen: Selected, options: Options) -> Facts:
     """Everything but pictures. Raises ProtopruneError where features, tables or results cannot be read."""
-    say = on_step or (lambda text: None)
     ranking, n = chosen.ranking, len(chosen.keep)
     if not ranking.scored.any():  # the list needed no scores, the page does
         pruning.add_scores(ranking, ranking.clusters)
     evaluation = results.read(options.evaluation) if options.evaluation else None
-    say("fractions")
     found = stops.find(ranking, chosen.rule)
     order = selection.ranking(
         ranking.scores, ids=ranking.paths, order="easy", seed=chosen.rule.seed, usable=ranking.scored
     ).astype(row_type(n))
-    say("near-duplicates")
     duplicates = _duplicates(chosen, options.duplicates)
-    say("scores")
     tables = _tables(chosen, options)
     groups = {name: one for name in ("class", "cluster") if (one := _group(chosen, name, found, order)) is not None}
     ends = {"easiest": order[:ENDS].tolist(), "hardest": order[len(order) - min(ENDS, len(order)) :][::-1].tolist()}
@@ -85,14 +80,13 @@ def gather(chosen: Selected, options: Options, on_step: Callable[[str], None] | 
     spread = _spread(ranking, order, options.seed)
     thumbs = list(dict.fromkeys([*wanted, *_shuffled(spread, options.seed).tolist()]))
     sample = np.unique(np.concatenate([spread, np.asarray(wanted, np.int64)]).astype(np.int64))
-    say("map")
     xy, how = _map(chosen, sample, options)
     data = _data(chosen, options, found, sample, {"ends": ends, "border": border, "groups": groups}, duplicates, tables)
     blocks = _blocks(chosen, found, sample, xy)
     for name, one in groups.items():
         blocks[f"{name}_table"] = one["table"]
     text = {
-        **_summary(chosen, found, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
+        **_summary(chosen, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
         "spearman": tables["spearman"], "evaluation": evaluation, "groups": list(groups),
     }  # fmt: skip
     return Facts(n, text, data, blocks, sample, found.first, thumbs)
@@ -151,7 +145,7 @@ def _blocks(chosen: Selected, found: Stops, sample: np.ndarray, xy: np.ndarray) 
     return blocks
 
 
-def _summary(chosen: Selected, found: Stops, n: int) -> dict[str, Any]:
+def _summary(chosen: Selected, n: int) -> dict[str, Any]:
     ranking = chosen.ranking
     file = ranking.source
     assert file is not None  # a page is made of a file
@@ -250,7 +244,8 @@ def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict[s
     if by == "cluster":
         centroids = one.centroids[biggest]
         norm = np.linalg.norm(centroids, axis=1, keepdims=True)
-        cosine = (centroids / np.where(norm > 0, norm, 1)) @ (centroids / np.where(norm > 0, norm, 1)).T
+        unit = centroids / np.where(norm > 0, norm, 1)
+        cosine = unit @ unit.T
         np.fill_diagonal(cosine, -2)
         near = min(5, len(biggest) - 1)
         result["nearest"] = np.argsort(-cosine, axis=1, kind="stable")[:, :near].tolist()
@@ -294,7 +289,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
                 "groups": [],
                 "text": {"none": "A score table was ranked by; without clusters none are searched for."},
             }
-        probe = pruning.Ranking(**{**vars(ranking)})
+        probe = pruning.Ranking(**vars(ranking))
         pruning.deduplicate(probe, epsilon, seed=chosen.rule.seed)
         duplicate_of, text = probe.duplicate_of, f"that --dedup {epsilon:g} would remove; this list keeps them"
     assert duplicate_of is not None  # `deduplicate` has set it
@@ -355,21 +350,11 @@ def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
 
 def _map(chosen: Selected, sample: np.ndarray, options: Options) -> tuple[np.ndarray, str]:
     usable = chosen.ranking.readable[sample]
-    features = _rows(chosen.ranking.features, sample)
+    features = chosen.ranking.features[sample]
     xy, how = maps.project(features[usable], options.map, options.seed)
     whole = np.zeros((len(sample), 2), np.float32)
     whole[usable] = xy
     return whole, how
-
-
-def _rows(features: Rows, sample: np.ndarray) -> np.ndarray:
-    """Single rows of the features, read in slices: HDF5 is slow at single rows."""
-    parts = []
-    for start in range(0, features.shape[0], 65_536):
-        inside = sample[(sample >= start) & (sample < start + 65_536)] - start
-        if len(inside):
-            parts.append(features[start : start + 65_536][inside])
-    return np.concatenate(parts)
 
 
 def shown(name: str) -> str:

@@ -41,7 +41,6 @@ def page(
     chosen: Selected,
     options: Options | None = None,
     *,
-    on_step: Callable[[str], None] | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
     """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists.
@@ -54,7 +53,7 @@ def page(
     maps.check_method(options.map)
     if options.evaluation is not None and not os.path.isdir(options.evaluation):
         raise UsageError(f"--evaluation {options.evaluation}: no such folder; give the one of `evaluate -o`")
-    facts = gather(chosen, options, on_step)
+    facts = gather(chosen, options)
     limit = LIMITS[facts.n > SMALL]
     blocks = {name: _block(array) for name, array in facts.blocks.items()}
     blocks["names"] = _names(chosen.ranking.paths, facts.sample)
@@ -64,8 +63,6 @@ def page(
     blocks |= whole if saves else {}
     sprites = thumbnails.Sprites()
     if options.thumbnails:
-        if on_step:
-            on_step("thumbnails")
         sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
     place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
     blocks["thumb"] = _block(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +26,7 @@ class Stops:
         return self.first <= stop
 
 
-def find(ranking: Ranking, rule: Rule, on_stop: Callable[[int, int], None] | None = None) -> Stops:
+def find(ranking: Ranking, rule: Rule) -> Stops:
     """Every whole per cent, and the fraction of `rule` itself; each is cut by `pruning.prune`, so none is a guess.
 
     Without floors and random parts the cut is a prefix of one order, and one call tells all of them.
@@ -41,8 +40,6 @@ def find(ranking: Ranking, rule: Rule, on_stop: Callable[[int, int], None] | Non
             if count:
                 kept = pruning.prune(ranking, replace(rule, keep=fraction)).keep
                 first[kept & (first == NEVER)] = stop
-            if on_stop:
-                on_stop(stop + 1, len(fractions))
     else:
         rank = pruning.prune(ranking, replace(rule, keep=1.0)).rank
         first = np.searchsorted(counts, rank, side="right").astype(np.uint8)

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.paths import BATCH, digests, distinct
+from protoprune.ids import row_type
+from protoprune.paths import BATCH, Paths, digests, distinct
 from protoprune.scores.table import Table, check_higher, named, read_table
 from protoprune.units import many
 
@@ -65,6 +67,7 @@ class ScoreTable:
         return lines
 
 
+@checked
 def read_scores(
     source: str | os.PathLike[str],
     paths: Sequence[str],
@@ -80,6 +83,9 @@ def read_scores(
     for a table without names and without either.
     """
     check_reading(source, higher_is, rows, by_place)
+    paths = paths if isinstance(paths, Paths) else texts("paths", paths)
+    if not len(paths):
+        raise UsageError("paths: holds no image that a score could be of")
     table = read_table(source, higher_is=higher_is)
     if by_place and table.kind == "name":
         raise UsageError(f"{table.source}: names its images, and --by-place would not look at them; leave it out")
@@ -223,7 +229,7 @@ def _same(keys: Sequence[str], paths: Sequence[str]) -> np.ndarray:
     if not len(paths):
         return np.full(len(keys), _NONE)
     own, other = digests(paths), digests(paths, 1)
-    order = np.argsort(own, kind="stable").astype(np.int32 if len(paths) < 2**31 else np.int64)
+    order = np.argsort(own, kind="stable").astype(row_type(len(paths)))
     own.sort(kind="stable")
     rows = np.full(len(keys), _NONE)
     for first in range(0, len(keys), BATCH):

@@ -27,11 +27,12 @@ import numpy as np
 from xxhash import xxh3_64
 
 from protoprune import __version__
+from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
 from protoprune.npy import load_npy, load_npz, reason
-from protoprune.paths import distinct, encoded
+from protoprune.paths import Paths, distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import check_file, contents, parse_json, plain_bytes, unpacked
 from protoprune.units import many
@@ -73,6 +74,7 @@ class Table:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def write_scores(
     path: str | os.PathLike[str],
     paths: Sequence[str],
@@ -87,8 +89,20 @@ def write_scores(
     file name can; in Parquet the column is binary when one of them is not UTF-8. Raises UsageError for an array of
     another shape or type and for a name of another format, ProtopruneError when the file cannot be written.
     """
+    write_file(path, table_bytes(path, paths, scores, metric=metric, provenance=provenance))
+
+
+def table_bytes(
+    path: str | os.PathLike[str],
+    paths: Sequence[str],
+    scores: np.ndarray,
+    *,
+    metric: str,
+    provenance: dict[str, Any] | None = None,
+) -> bytes:
+    """What `write_scores` writes to a file of that name."""
     path = os.fspath(path)
-    scores = np.asarray(scores)
+    paths, scores = paths if isinstance(paths, Paths) else texts("paths", paths), np.asarray(scores)
     if scores.shape != (len(paths),) or scores.dtype.kind not in "fiub":
         raise UsageError(
             f"{path}: scores of shape {scores.shape} and type {scores.dtype}, expected {len(paths)} numbers, one a path"
@@ -107,7 +121,7 @@ def write_scores(
     header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
     suffix = check_name(path)
     data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
-    write_file(path, gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data)
+    return gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data
 
 
 def check_name(path: str | os.PathLike[str]) -> str:
@@ -181,6 +195,7 @@ def _pyarrow(path: str = "") -> ModuleType:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) -> Table:
     """Read a score table whose images are not known yet: a file, with `:COLUMN` (or the array of an .npz) and with what
     higher means in it (`:easier`) after its name where they are wanted.
@@ -254,7 +269,7 @@ def named(table: Table, rows: str | os.PathLike[str] | Sequence[str]) -> Table:
     what = os.fspath(rows) if isinstance(rows, str | os.PathLike) else "rows"
     if table.keys is not None and table.kind == "name":
         raise UsageError(f"{table.source}: names its images itself; --rows goes with a table that does not")
-    names = read_list(rows, every=True) if isinstance(rows, str | os.PathLike) else list(rows)
+    names = read_list(rows, every=True) if isinstance(rows, str | os.PathLike) else texts("rows", rows, "names")
     if isinstance(names, np.ndarray):
         raise UsageError(f"--rows {what}: holds row numbers; give a list of names, one a line, in the table's order")
     if table.keys is None:

@@ -27,12 +27,10 @@ from protoprune.selection.dedup import (
     THRESHOLDS,
     Likeness,
     check_duplicates,
-    duplicates,
-    likeness,
     near_duplicates,
 )
 from protoprune.selection.floors import check_balance, take
-from protoprune.selection.orders import COVERS, ORDERS, by_place, check_order, dropped_count, ranking
+from protoprune.selection.orders import COVERS, ORDERS, by_key, check_order, dropped_count, ranking
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
 
 __all__ = [
@@ -40,7 +38,7 @@ __all__ = [
     "ORDERS",
     "THRESHOLDS",
     "Likeness",
-    "by_place",
+    "by_key",
     "by_quota",
     "by_score",
     "calibrated",
@@ -55,9 +53,7 @@ __all__ = [
     "cover",
     "cut",
     "dropped_count",
-    "duplicates",
     "kept_mask",
-    "likeness",
     "near_duplicates",
     "ranking",
 ]

@@ -151,13 +151,6 @@ def facility_location(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
 METHODS = {"cover": herding, "facility": facility_location}  # by the name of the order
 
 
-def mmd(kernel: np.ndarray, taken: np.ndarray) -> float:
-    """Maximum mean discrepancy between the taken rows and all rows, for a kernel (m, m) over all of them."""
-    kernel = np.asarray(kernel, np.float64)
-    inside = kernel[np.ix_(taken, taken)].mean() - 2 * kernel[taken].mean() + kernel.mean()
-    return float(np.sqrt(max(inside, 0)))
-
-
 def _row_sums(kernel: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(p,) float64 sums of the kernel over all images, equal for rows of equal entries."""
     if (counts == 1).all():

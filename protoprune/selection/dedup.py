@@ -7,14 +7,15 @@ not grow with the square of a cluster. Knows nothing of files: features are anyt
 
 from __future__ import annotations
 
+import numbers
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from protoprune.bounds import shown
 from protoprune.clustering import buckets, vectors
 from protoprune.errors import UsageError
 from protoprune.ids import hashes_of, row_type
@@ -27,21 +28,13 @@ THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # whose effect i
 
 def check_duplicates(epsilon: float, prefer: str = "harder", option: str = "--dedup") -> None:
     """Raise UsageError for a threshold or a side that there is not."""
-    if not LEAST <= epsilon < 1:
+    if not isinstance(epsilon, numbers.Real) or not LEAST <= epsilon < 1:
         raise UsageError(
-            f"{option} {epsilon:g}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells what others "
-            "would remove"
+            f"{option} {shown(epsilon)}: expected 1 - cosine from {LEAST:.5f} to below 1; a run with 0.05 tells "
+            "what others would remove"
         )
     if prefer not in PREFER:
         raise UsageError(f"--dedup-prefer {prefer}: expected one of {', '.join(PREFER)}")
-
-
-def duplicates(
-    features: vectors.Rows, cluster: np.ndarray, distance: np.ndarray, epsilon: float, **options: Any
-) -> np.ndarray:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others: the first of
-    what `near_duplicates` gives, which has the same options."""
-    return near_duplicates(features, cluster, distance, epsilon, **options)[0]
 
 
 def near_duplicates(
@@ -58,8 +51,9 @@ def near_duplicates(
     folder: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> tuple[np.ndarray, Likeness]:
-    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and what
-    `likeness` counts for `thresholds` before any is removed (nothing without them, which halves the work).
+    """(n,) int64: for each near-duplicate the row of the kept image that it duplicates, -1 for all others; and
+    the pairs within clusters, counted for `thresholds` before any is removed, and each image's nearest one (nothing
+    without thresholds, which halves the work).
 
     features: (n, d); cluster: (n,) integers; distance: (n,) to the own centroid. Within each cluster the usable images
     are gone through farthest from the centroid first (prefer = 'harder', SemDeDup's choice) or nearest first
@@ -132,32 +126,8 @@ class Likeness:
         return np.searchsorted(near, self.thresholds)
 
 
-def likeness(
-    features: vectors.Rows,
-    cluster: np.ndarray,
-    *,
-    usable: np.ndarray | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
-    folder: str | os.PathLike[str] | None = None,
-    workers: int = 1,
-) -> Likeness:
-    """The pairs within clusters, counted, and each image's nearest one; arguments as in `duplicates`.
-
-    All pairs of a cluster are compared once, which costs as much as `duplicates` does when it removes little.
-    """
-    rows = np.flatnonzero(cluster >= 0 if usable is None else usable & (cluster >= 0))
-    rows = rows[np.argsort(cluster[rows], kind="stable")].astype(row_type(len(cluster)))
-    found = _Pairs(thresholds, len(cluster))
-
-    def one(members: np.ndarray, x: np.ndarray) -> None:
-        found.add(members, vectors.prepared(x, members, unit=True))
-
-    buckets.through(features, _groups(rows, cluster), one, folder, workers)
-    return found.counted()
-
-
 class _Pairs:
-    """What `likeness` counts, cluster by cluster."""
+    """What is counted of pairs, cluster by cluster."""
 
     def __init__(self, thresholds: Sequence[float], n: int):
         self.marks = np.sort(np.asarray(thresholds, np.float32))

@@ -12,7 +12,7 @@ import numpy as np
 
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.ids import hashes_of, shuffled
+from protoprune.ids import hashes_of, row_type, shuffled
 from protoprune.paths import BATCH
 
 ORDERS = ("hard", "easy", "middle", "random", "stratified")
@@ -61,7 +61,7 @@ def ranking(
         put = partial(_ordered, values, ids=ids, order=order, seed=seed)
     if not count:
         return put(rows)
-    hard = _sorted(values, rows, ids, seed, largest=True)
+    hard = by_key(values, rows, ids, seed, largest=True)
     return np.concatenate([put(np.sort(hard[count:])), hard[:count][::-1]])
 
 
@@ -85,7 +85,7 @@ def _ordered(values: np.ndarray, rows: np.ndarray, *, ids: Sequence[str], order:
         return shuffled(rows, ids, seed)
     if order == "stratified":
         return _stratified(values, shuffled(rows, ids, seed))
-    rows = _sorted(values, rows, ids, seed, largest=order == "hard")
+    rows = by_key(values, rows, ids, seed, largest=order == "hard")
     return _from_the_middle(rows) if order == "middle" else rows
 
 
@@ -121,37 +121,34 @@ def _stratified(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort((-stratum, -sizes[stratum], place_in_group(stratum, sizes)))]
 
 
-def by_place(places: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int = 0) -> np.ndarray:
-    """The rows by their places (n,) upwards, ties by a seeded hash of the id."""
-    return _sorted(places, rows, ids, seed)
+def by_key(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int, largest: bool = False) -> np.ndarray:
+    """The rows, given ascending, by their keys (n,) upwards, or the largest first, ties by a seeded hash of the id.
 
-
-def _sorted(keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int, largest: bool = False) -> np.ndarray:
-    """The rows, given ascending, by their keys (n,) upwards, or the largest first; only the ids of tied rows are
-    hashed, since hashing all takes seconds."""
+    Only the ids of tied rows are hashed, since hashing all takes seconds.
+    """
     whole = len(rows) == len(keys)
     if largest:
         keys = -keys if whole else -keys[rows]
     elif not whole:
         keys = keys[rows]
-    by_key = np.argsort(keys, kind="stable")
-    ordered, last_of_its_key = keys[by_key], np.ones(len(keys), bool)
+    places = np.argsort(keys, kind="stable")
+    ordered, last_of_its_key = keys[places], np.ones(len(keys), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=last_of_its_key[:-1])
     del ordered
     if not last_of_its_key.all():
-        _break_ties(by_key, last_of_its_key, keys, rows, ids, seed)
-    return by_key if whole else rows[by_key]
+        _break_ties(places, last_of_its_key, keys, rows, ids, seed)
+    return places if whole else rows[places]
 
 
 def _break_ties(
-    by_key: np.ndarray, last_of_its_key: np.ndarray, keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int
+    places: np.ndarray, last_of_its_key: np.ndarray, keys: np.ndarray, rows: np.ndarray, ids: Sequence[str], seed: int
 ) -> None:
     """Sort places that are in the order of their keys by a seeded hash where these are equal; in pieces, since at
     places in groups (see `covering`) nearly all are."""
     tied = ~last_of_its_key
     tied[1:] |= tied[:-1]
     marked, ties = np.zeros(len(keys), bool), np.zeros(len(keys), np.uint64)
-    marked[by_key] = tied
+    marked[places] = tied
     for first in range(0, len(keys), BATCH):  # in the order of ids, which are read fast in it
         here = first + np.flatnonzero(marked[first : first + BATCH])
         ties[here] = hashes_of(rows[here], ids, seed)
@@ -159,7 +156,7 @@ def _break_ties(
     while first < len(keys):
         last = min(first + BATCH, len(keys))
         last += int(last_of_its_key[last - 1 :].argmax())
-        here = by_key[first:last]
+        here = places[first:last]
         some = here[tied[first:last]]
         here[tied[first:last]] = some[np.lexsort((ties[some], keys[some]))]
         first = last
@@ -167,7 +164,7 @@ def _break_ties(
 
 def place_in_group(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(m,) position of each row among the rows of its own group; sizes: (groups,) rows of each."""
-    small = np.int32 if len(group) < 1 << 31 else np.int64
+    small = row_type(len(group))
     by_group, place = np.argsort(group, kind="stable"), np.empty(len(group), small)
     place[by_group] = np.arange(len(group), dtype=small) - np.repeat((np.cumsum(sizes) - sizes).astype(small), sizes)
     return place

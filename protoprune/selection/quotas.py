@@ -38,9 +38,9 @@ def complexity(centroids: np.ndarray, cluster: np.ndarray, distance: np.ndarray)
     return result
 
 
-def complexity_shares(values: np.ndarray, temperature: float = TEMPERATURE) -> np.ndarray:
+def complexity_shares(values: np.ndarray) -> np.ndarray:
     """(k,) softmax of the complexities over the clusters that have one; 0 for the others."""
-    powers = np.exp((values - np.nanmax(values)) / temperature)
+    powers = np.exp((values - np.nanmax(values)) / TEMPERATURE)
     powers = np.where(np.isnan(powers), 0, powers)
     return powers / powers.sum()
 

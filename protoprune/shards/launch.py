@@ -8,6 +8,7 @@ out to whom (`Tasks`) is the same on a cluster, see `cluster`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
@@ -98,15 +99,16 @@ class Tasks(Generic[Task]):
         if worker in self._aside:
             self._left.appendleft(self._aside.pop(worker))
         self._deaths[task] += 1
+        where = f" at {_name(task)}" if task is not None else ""
         if self._deaths[task] < self._tries:
-            warn(f"{how}{f' at {_name(task)}' if task is not None else ''}; a new one goes on")
+            warn(f"{how}{where}; a new one goes on")
             if task is not None:
                 self._left.append(task)
             return None
         if task is None or not self._worked:
             raise ProtopruneError(
-                f"{how}{f' at {_name(task)}' if task is not None else ''}, for the {_nth(self._tries)} time (out of "
-                "memory?); what is done is kept: try fewer workers or a smaller --batch-size"
+                f"{how}{where}, for the {_nth(self._tries)} time (out of memory?); what is done is kept: try fewer "
+                "workers or a smaller --batch-size"
             )
         return Lost(task, f"{how}, for the {_nth(self._tries)} time (out of memory?)")
 
@@ -140,14 +142,13 @@ def run(
     task whose worker dies `tries` times gives a `Lost`. A ProtopruneError of `work` or `start` ends the run, and so do
     workers that all die.
     """
-    context = multiprocessing.get_context("spawn")
     # As bytes: multiprocessing would share the weights through /dev/shm, of which containers have 64 MB or none.
-    code = pickle.dumps((work, start))
+    serve = functools.partial(_serve, pickle.dumps((work, start)), len(devices))
     todo = Tasks(tasks, tries)
     workers: list[_Worker[Task]] = []
     try:
         for number, device in enumerate(devices[: len(todo)]):
-            workers.append(_launch(context, code, device, number, len(devices)))
+            workers.append(_launch(serve, device, number))
         while len(todo) or any(worker.task is not None for worker in workers):
             for number, worker in enumerate(workers):
                 if worker.task is None and (given := todo.take(number)) is not None:
@@ -158,7 +159,7 @@ def run(
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
                     lost = todo.died(number, worker.task, _death(worker))
-                    workers[number] = _launch(context, code, worker.device, number, len(devices))
+                    workers[number] = _launch(serve, worker.device, number)
                     if lost is not None:
                         yield lost
                     continue
@@ -171,9 +172,10 @@ def run(
         _dismiss(workers)
 
 
-def _launch(context: SpawnContext, code: bytes, device: str, number: int, of: int) -> _Worker[Task]:
+def _launch(serve: Callable[[Connection, str, int], None], device: str, number: int) -> _Worker[Task]:
+    context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, code, device, number, of), daemon=True)
+    process = context.Process(target=serve, args=(there, device, number), daemon=True)
     process.start()
     there.close()
     return _Worker(device, process, here)
@@ -210,7 +212,7 @@ def _death(worker: _Worker[Task]) -> str:
     return f"the worker on {worker.device} {how}"
 
 
-def _serve(connection: Connection, code: bytes, device: str, number: int, of: int) -> None:
+def _serve(code: bytes, of: int, connection: Connection, device: str, number: int) -> None:
     """A worker's life; `code` is `work` and `start`, pickled. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     state: Any = None

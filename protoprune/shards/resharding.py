@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import files, stores
+from protoprune.arguments import checked, texts
 from protoprune.bounds import check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features.current import content_digest
@@ -65,6 +66,7 @@ class ReshardReport:
     fields: Counter[str] = field(default_factory=Counter)  # WebDataset's field -> images, in the shards of this run
 
 
+@checked
 def reshard(
     kept: str | os.PathLike[str] | Sequence[str],
     out: str | os.PathLike[str],
@@ -128,7 +130,9 @@ def _entries(
     options: ShardOptions | None,
 ) -> tuple[str, list[str], ShardOptions, dict[str, int]]:
     """(root, paths below it, sorted, how shards are read, digests of what was embedded where that is known)."""
-    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else list(kept)
+    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
+    if not isinstance(listed, np.ndarray) or listed.dtype.kind not in "iu":
+        listed = texts("kept", listed)
     if features is None:
         return (*_sorted(listed, name, root), options or ShardOptions(), {})
     from protoprune.features.current import digests_of

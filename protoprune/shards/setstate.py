@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,14 @@ from protoprune.text import parse_json
 _LOCK_SECONDS = 60
 
 
+class Wanted(NamedTuple):
+    """What the features of a set are made of, and how."""
+
+    root: str
+    options: ShardOptions
+    key: dict[str, str]  # see `featurefile.KEY`
+
+
 def prepare(
     source: Source, key: dict[str, str], options: ShardOptions, out: str, overwrite: bool, moved: bool = False
 ) -> list[Part]:
@@ -42,17 +50,15 @@ def prepare(
         _check_free(out)
     wanted: Plan = {"key": key, "root": source.root, "options": asdict(options)}
     with _locked(out):
-        before: dict[str, Part] = {}
-        dropped: list[Part] = []
-        if there or is_feature_set(out):
-            plan, parts = _read(out, overwrite)
-            if plan is not None:
-                _check(out, plan, parts, wanted, source, overwrite, moved)
-                names = {shard.name for shard in source.shards}
-                dropped = [part for part in parts if part.done and part.name not in names]
-                before = {part.name: part for part in parts} if _agrees(plan, wanted) else {}
-        parts = [_carried(before.get(shard.name), shard) for shard in source.shards]
-        if not (before and [part.as_json() for part in parts] == [part.as_json() for part in before.values()]):
+        plan, before = _read(out, overwrite) if there or is_feature_set(out) else (None, [])
+        if plan is not None:
+            _check(out, plan, before, wanted, source, overwrite, moved)
+        names = {shard.name for shard in source.shards}
+        dropped = [part for part in before if part.done and part.name not in names]
+        before = before if plan is not None and _agrees(plan, wanted) else []
+        known = {part.name: part for part in before}
+        parts = [_carried(known.get(shard.name), shard) for shard in source.shards]
+        if parts != before:
             try:
                 write_plan(out, wanted, parts, new=not there)
             except FileExistsError:  # on a store, by a process that began at the same moment
@@ -150,7 +156,7 @@ def _other_content(path: str, shard: Shard, root: str, options: ShardOptions) ->
             same = file.paths == images.paths
             same = same and all(content_digest(images.read(row)) == was[row] for row in rows)
             return "" if same else "holds other images"
-    except (ProtopruneError, ShardError, ImageError) as error:
+    except (ProtopruneError, ImageError) as error:
         return f"cannot be compared with what was embedded ({error})"
 
 
@@ -167,7 +173,7 @@ def finish(out: str, seen: dict[str, tuple[str, int]]) -> list[Part]:
             plan, parts = read_plan(out)
             notes = remoteset.notes(out) if stores.is_url(out) else None
             now = [_state(out, part, plan, *seen.get(part.name, (part.uuid, part.rows)), notes) for part in parts]
-            changed = [part.as_json() for part in now] != [part.as_json() for part in parts]
+            changed = now != parts
             if changed:
                 write_plan(out, plan, now)
         if not changed or notes is None:
@@ -185,10 +191,8 @@ def _state(out: str, part: Part, plan: Plan, uuid: str, rows: int, notes: dict[s
     ):
         return part
     shard = Shard(part.name, "", part.size, part.version)
-    options = ShardOptions(**plan["options"])
-    found = done(
-        path, shard, plan["root"], options, plan["key"], source_gone=part.size < 0, try_again=False, notes=notes
-    )
+    wanted = Wanted(plan["root"], ShardOptions(**plan["options"]), plan["key"])
+    found = done(path, shard, wanted, source_gone=part.size < 0, try_again=False, notes=notes)
     if found is not None:
         return Part(part.name, found.size, found.version, found.rows, found.uuid)
     said = _failure(path, notes)
@@ -204,19 +208,16 @@ def _locked(out: str) -> Iterator[None]:
         yield
         return
     until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        held = files.lock(os.path.join(out, SET_FILE))
-        try:
-            held.__enter__()
-            break
-        except files.BusyError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-    try:
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(files.lock(os.path.join(out, SET_FILE)))
+                break
+            except files.BusyError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
         yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
@@ -237,16 +238,13 @@ class Finished:
 def done(
     path: str,
     shard: Shard,
-    root: str,
-    options: ShardOptions,
-    key: dict[str, str],
+    wanted: Wanted,
     *,
     source_gone: bool = False,
     try_again: bool = True,
     notes: dict[str, Any] | None = None,
 ) -> Finished | None:
-    """The feature file of a shard if it is for this shard below this root, unchanged (or gone), with this key and these
-    options.
+    """The feature file of a shard if it is for this shard, unchanged (or gone), and as it is wanted.
 
     With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
     whose features are damaged. `notes` are those of the whole set, where it lies on a store.
@@ -254,7 +252,7 @@ def done(
     again = try_again and not source_gone
     if stores.is_url(path):
         facts = remoteset.note(path) if notes is None else notes.get(path)
-        if facts is None or "failed" in facts or not _is_for(facts, shard, root, options, key, source_gone):
+        if facts is None or "failed" in facts or not _is_for(facts, shard, wanted, source_gone):
             return None
         return None if again and facts["try_again"] else _finished(facts)
     if not os.path.exists(path):
@@ -262,19 +260,17 @@ def done(
     try:
         with FeatureFile(path) as file:
             facts = _facts(file)
-            if not _is_for(facts, shard, root, options, key, source_gone):
+            if not _is_for(facts, shard, wanted, source_gone):
                 return None
             return None if again and (facts["try_again"] or not file.intact().all()) else _finished(facts)
     except ProtopruneError:  # damaged: embed it again
         return None
 
 
-def _is_for(
-    facts: dict[str, Any], shard: Shard, root: str, options: ShardOptions, key: dict[str, str], source_gone: bool
-) -> bool:
-    same = (facts.get("shard"), facts.get("root")) == (shard.name, root)
-    same = same and not feature_file.key_differences(facts, key)
-    same = same and facts.get("shard_options") == options.as_text()
+def _is_for(facts: dict[str, Any], shard: Shard, wanted: Wanted, source_gone: bool) -> bool:
+    same = (facts.get("shard"), facts.get("root")) == (shard.name, wanted.root)
+    same = same and not feature_file.key_differences(facts, wanted.key)
+    same = same and facts.get("shard_options") == wanted.options.as_text()
     if source_gone or not same:
         return same
     # Another file may have been put in the shard's place: its ctime is another one.

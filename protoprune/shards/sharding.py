@@ -1,8 +1,8 @@
 """Shards x encoder -> feature set: one idempotent function for a shard, and the loop around it.
 
-A shard in, a feature file out, and the file that is there is the checkpoint: `embed_shard` of a shard that is done
-returns at once, one that was killed half way goes on, and any number of processes may work on one set as long as each
-takes its own shards. A shard that cannot be used is a status, never the end of the job.
+A shard in, a feature file out, and the file that is there is the checkpoint: of a shard that is done nothing is left to
+do, one that was killed half way goes on, and any number of processes may work on one set as long as each takes its own
+shards. A shard that cannot be used is a status, never the end of the job.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from protoprune import files, stores
-from protoprune.embedding.ahead import Begun, Halves, whole
+from protoprune.arguments import checked
+from protoprune.embedding.ahead import Begun, Halves
 from protoprune.embedding.earlier import LossError
 from protoprune.embedding.engine import Encoder, Engine
 from protoprune.embedding.pipeline import in_halves, own_threads
@@ -27,6 +28,7 @@ from protoprune.features import featurefile as feature_file
 from protoprune.features import remoteset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import Part, check_folder, shard_file
+from protoprune.features.hdf5 import partial_path
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE
 from protoprune.shards import cluster, launch, setstate
@@ -98,6 +100,7 @@ class SetReport:
 Run = Callable[[Sequence[Shard]], Iterator[ShardReport | launch.Lost[Shard]]]  # by whichever launcher
 
 
+@checked
 def embed_shards(
     source: Source,
     encoder: Encoder,
@@ -157,14 +160,15 @@ def embed_shards(
         mine = source.shards[rank::world_size]
         report = SetReport(out, len(source), device=str(engine.device), precision=engine.precision)
         start = functools.partial(_start, encoder, settings, source.root, options, out, moved)
-        run: Run = functools.partial(_run_here, _Worker(engine, source.root, options, out, moved))
+        worker = _Worker(engine, source.root, options, out, moved)
+        run: Run = functools.partial(_run_here, worker)
         if ray:
             report.device = f"{need.device} of Ray"
             run = functools.partial(cluster.run, _work, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _work, start, devices=devices)
         seen: dict[str, tuple[str, int]] = {}
-        for one in _reports(mine, source.root, options, engine, out, run, on_start):
+        for one in _reports(mine, worker.wanted, out, run, on_start):
             if one.state == "embedded" and not (report.states["embedded"] or one.classes):
                 _warn_of_no_classes(options, one.name)  # of the first one, and not after hours
             _count(report, one)
@@ -226,12 +230,10 @@ def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool
 
 def _reports(
     shards: Sequence[Shard],
-    root: str,
-    options: ShardOptions,
-    engine: Engine,
+    wanted: setstate.Wanted,
     out: str,
     run: Run,
-    on_start: Callable[[int, int], None] | None = None,
+    on_start: Callable[[int, int], None] | None,
 ) -> Iterator[ShardReport]:
     """A report of every shard, by whichever launcher; those that another process had in hand are looked at again.
 
@@ -239,7 +241,7 @@ def _reports(
     """
     left, notes = [], remoteset.notes(out) if stores.is_url(out) else None
     for shard in shards:
-        before = setstate.done(shard_file(out, shard.name), shard, root, options, engine.provenance, notes=notes)
+        before = setstate.done(shard_file(out, shard.name), shard, wanted, notes=notes)
         if before is None:
             left.append(shard)
         else:
@@ -274,6 +276,10 @@ class _Worker:
     moved: bool
     _ahead: tuple[Shard, Begun[ShardReport]] | None = None
 
+    @property
+    def wanted(self) -> setstate.Wanted:
+        return setstate.Wanted(self.root, self.options, self.engine.provenance)
+
     def embed(self, shard: Shard, ahead: Shard | None) -> ShardReport:
         """Embed a shard while the next one is fetched, opened and begun to be decoded, so that the device goes from
         one to the other without a pause."""
@@ -287,7 +293,7 @@ class _Worker:
         return begun.result()
 
     def _begin(self, shard: Shard) -> Begun[ShardReport]:
-        return Begun(_embedded(shard, self.root, self.options, self.engine, self.out, self.moved))
+        return Begun(_embedded(shard, self))
 
     def close(self) -> None:
         """Give up what was begun and is not wanted any more."""
@@ -319,49 +325,39 @@ def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
             yield _work(worker, shard, ahead)
 
 
-def embed_shard(
-    shard: Shard,
-    root: str,
-    options: ShardOptions,
-    engine: Engine,
-    out: str,
-    moved: bool = False,
-) -> ShardReport:
-    """Embed one shard into its feature file in the set `out`, unless it is there; what fails is a status.
+def _embedded(shard: Shard, worker: _Worker) -> Halves[ShardReport]:
+    """Embed one shard into its feature file in the set, unless it is there; what fails is a status.
 
-    Raises ProtopruneError for what would fail for every other shard too (the disk is full, the encoder overflows).
+    Yields when the shard is open and its first images are being decoded, see `ahead`. Raises ProtopruneError for what
+    would fail for every other shard too (the disk is full, the encoder overflows).
     """
-    with own_threads():
-        return whole(_embedded(shard, root, options, engine, out, moved))
-
-
-def _embedded(
-    shard: Shard, root: str, options: ShardOptions, engine: Engine, out: str, moved: bool
-) -> Halves[ShardReport]:
-    """`embed_shard`, which yields when the shard is open and its first images are being decoded, see `ahead`."""
-    path = shard_file(out, shard.name)
-    before = setstate.done(path, shard, root, options, engine.provenance)
+    path, wanted, options = shard_file(worker.out, shard.name), worker.wanted, worker.options
+    before = setstate.done(path, shard, wanted)
     if before is not None:
         return _as_it_was(shard, before)
-    if shard.size < 0 and (kept := setstate.done(path, shard, root, options, engine.provenance, source_gone=True)):
+    if shard.size < 0 and (kept := setstate.done(path, shard, wanted, source_gone=True)):
         return replace(
             _as_it_was(shard, kept, "kept"), reason=f", or cannot be read ({shard.trouble})" if shard.trouble else ""
         )
     with _place(path) as place:
         replaces = False
         if place != path and (replaces := stores.size(path) is not None):
-            found = _without_note(path, place, shard, root, options, engine.provenance)
+            found = _without_note(path, place, shard, wanted)
             if found is not None:
                 return _as_it_was(shard, found)
         try:
             _check_there(shard)
-            with local_copy(shard) as local, open_shard(shard, local, options, root) as images:
+            with local_copy(shard) as local, open_shard(shard, local, options, worker.root) as images:
                 images.provenance = _made_of(shard, options)
-                replaced = _replaces(place, shard, engine.provenance)
-                result = yield from in_halves(engine, images, place, overwrite=replaced, moved=moved)
-                skipped, duplicates, left_out = images.skipped, images.duplicates, len(images.left_out)
-                links = images.links
-                classes, classes_from = len(images.classes), images.labels_from
+                replaced = _replaces(place, shard, wanted.key)
+                result = yield from in_halves(worker.engine, images, place, overwrite=replaced, moved=worker.moved)
+                report = ShardReport(
+                    shard.name, "embedded", result.n, result.uuid, result.embedded, result.failed_now,
+                    result.transparent,
+                    failures=result.failures, skipped=images.skipped, left_out=len(images.left_out),
+                    duplicates=images.duplicates, classes=len(images.classes), classes_from=images.labels_from,
+                    links=images.links,
+                )  # fmt: skip
         except files.BusyError:
             return ShardReport(shard.name, "busy")
         except LossError as error:
@@ -377,11 +373,7 @@ def _embedded(
                 return ShardReport(shard.name, "busy")
     if place == path:
         setstate.forget_failure(path)
-    return ShardReport(
-        shard.name, "embedded", result.n, result.uuid, result.embedded, result.failed_now, result.transparent,
-        failures=result.failures, skipped=skipped, left_out=left_out, duplicates=duplicates, classes=classes,
-        classes_from=classes_from, links=links,
-    )  # fmt: skip
+    return report
 
 
 def _check_there(shard: Shard) -> None:
@@ -420,16 +412,14 @@ def _place(path: str) -> Iterator[str]:
     yield path
 
 
-def _without_note(
-    path: str, place: str, shard: Shard, root: str, options: ShardOptions, key: dict[str, str]
-) -> setstate.Finished | None:
+def _without_note(path: str, place: str, shard: Shard, wanted: setstate.Wanted) -> setstate.Finished | None:
     """A file on the store that has no note, or that of another file (its writer was killed, or two replaced it at the
     same time), if it is what is wanted; the note is made up for."""
     if remoteset.note(path) is not None:  # it is known not to be
         return None
     seen = stores.seen(path)
     stores.get(path, place)
-    found = setstate.done(place, shard, root, options, key)
+    found = setstate.done(place, shard, wanted)
     if found is None:
         os.unlink(place)
     else:
@@ -460,7 +450,7 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
     """Whether a feature file that is there is of another kind, or of another version of the shard, or an unfinished one
     is damaged or of another kind: what is wanted of the whole set was settled when it was prepared."""
-    facts, started = _said(path), _said(feature_file.partial_path(path))
+    facts, started = _said(path), _said(partial_path(path))
     if any(one is not None and feature_file.key_differences(one, key) for one in (facts, started)):
         return True
     return facts is not None and (facts["shard_size"], facts["shard_version"]) != (shard.size, shard.version)

@@ -9,6 +9,7 @@ as a whole is a `ShardError`; what is wrong with one image is a status of that i
 import os
 from collections.abc import Iterable
 
+from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError
 from protoprune.sources.finding import Shard, Source, local_list, local_shards
 from protoprune.sources.reading import open_shard
@@ -19,6 +20,7 @@ from protoprune.stores import given
 __all__ = ["Shard", "ShardError", "ShardImages", "ShardOptions", "Source", "find_shards", "list_shards", "open_shard"]
 
 
+@checked
 def find_shards(spec: str | os.PathLike[str]) -> Source | None:
     """The shards that `spec` names; None where it is a folder of images or a list of paths.
 

@@ -53,31 +53,23 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
             name = _clean(member.name)
             duplicates += name in members and _is_image(name)
             members[name] = member  # as unpacking would have it, the last one of a name counts
-        _check_end(file, tar.offset, end)
+        _check_end(file, tar.offset)
     handle = file.fileno()
     targets: list[tarfile.TarInfo] = []
     found = Found(lambda place: _content(handle, targets[place]), duplicates=duplicates)
-    labels, others = _Sidecars(options), _Others()
-    left_out: dict[str, Head] = {}
+    rest = _Rest(options)
     for name, member in members.items():
         target = _target(name, member, members)
         if not _is_image(name, partial(_start_of, handle, target, 512)):
-            found.skipped[_suffix(name)] += 1
-            left_out[name] = partial(_start_of, handle, target)
-            if target is not None:
-                read = partial(_content, handle, target)
-                labels.add(name, read, target.size)
-                others.add(name, read)
+            read = None if target is None else partial(_content, handle, target)
+            rest.add(name, partial(_start_of, handle, target), read, 0 if target is None else target.size)
             continue
         if target is None:
             found.failed[len(found.names)] = Status.MISSING, "a link to what is not in the shard"
         found.links += target not in (None, member)
         targets.append(target or member)
         add_image(found, name, (target or member).size)
-    labels.apply(found)
-    found.beside = others.by_key()
-    found.left_out = _belonging_to_none(left_out, found.names)
-    labels.rename(found)
+    rest.share_out(found, rest.others.by_key())
     return found
 
 
@@ -110,7 +102,7 @@ def _start_of(handle: int, member: tarfile.TarInfo | None, count: int = formats.
     return pread(handle, member.offset_data, min(first, count))
 
 
-def _check_end(file: IO[bytes], offset: int, end: int) -> None:
+def _check_end(file: IO[bytes], offset: int) -> None:
     """tarfile stops at anything that is no header, as if the archive ended there."""
     file.seek(offset)
     block = file.read(512)
@@ -157,22 +149,14 @@ def read_zip(file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack
             members[name] = info
     images: list[zipfile.ZipInfo] = []
     found = Found(lambda place: _unzipped(archive, images[place]), duplicates=duplicates)
-    labels, others = _Sidecars(options), _Others()
-    left_out: dict[str, Head] = {}
+    rest = _Rest(options)
     for name, info in members.items():
         if _is_image(name, partial(_head_of, archive, info)):
             images.append(info)
             add_image(found, name, info.file_size)
         else:
-            found.skipped[_suffix(name)] += 1
-            read = partial(_unzipped, archive, info)
-            left_out[name] = partial(_head_of, archive, info)
-            labels.add(name, read, info.file_size)
-            others.add(name, read)
-    labels.apply(found)
-    found.beside = others.by_name(found.names)
-    found.left_out = _belonging_to_none(left_out, found.names)
-    labels.rename(found)
+            rest.add(name, partial(_head_of, archive, info), partial(_unzipped, archive, info), info.file_size)
+    rest.share_out(found, rest.others.by_name(found.names))
     return found
 
 
@@ -206,15 +190,35 @@ def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 # --- what lies beside images ------------------------------------------------------------------------------------------
 
 
+class _Rest:
+    """The members of a tar or zip that are no images."""
+
+    def __init__(self, options: ShardOptions) -> None:
+        self.labels, self.others = _Sidecars(options), _Others()
+        self.heads: dict[str, Head] = {}
+
+    def add(self, name: str, head: Head, read: Callable[[], bytes] | None, size: int) -> None:
+        """`read` is None for what is no regular file."""
+        self.heads[name] = head
+        if read is not None:
+            self.labels.add(name, read, size)
+            self.others.all[name] = read
+
+    def share_out(self, found: Found, beside: Beside) -> None:
+        """Give the images their classes, names and what lies beside them; note what belongs to none."""
+        found.skipped.update(map(_suffix, self.heads))
+        self.labels.apply(found)
+        found.beside = beside
+        found.left_out = _belonging_to_none(self.heads, found.names)
+        self.labels.rename(found)
+
+
 class _Others:
     """The members of a tar or zip that are no images, by key."""
 
     def __init__(self) -> None:
         self.all: dict[str, Callable[[], bytes]] = {}
         self.belonging: dict[str, list[str]] = {}  # key, or stem of an image -> names
-
-    def add(self, name: str, read: Callable[[], bytes]) -> None:
-        self.all[name] = read
 
     def by_key(self) -> Beside:
         """As in WebDataset's tars: all that has the image's key."""

@@ -16,7 +16,7 @@ from protoprune.files import leads_out
 from protoprune.images.decode import ImageError, Status, open_at_once, read_bounded
 from protoprune.sources.finding import Shard, split_id
 from protoprune.sources.reading import open_shard
-from protoprune.sources.shard import ShardError, ShardImages, ShardOptions
+from protoprune.sources.shard import ShardImages, ShardOptions
 
 _OPEN = 8  # shards that stay open
 _FETCHED = 2 << 30  # bytes of shards that are fetched from a store, in all
@@ -92,10 +92,7 @@ class ImageReader:
             self._shards.move_to_end(name)
             return self._shards[name]
         where = self._copy(name) if stores.is_url(self.root) else os.path.join(self.root, name)
-        try:
-            images = open_shard(Shard(name, where, 0, 0), where, self.options, self.root)
-        except ShardError as error:
-            raise ImageError(error.status, error.reason) from None
+        images = open_shard(Shard(name, where, 0, 0), where, self.options, self.root)
         self._shards[name] = images, {path: row for row, path in enumerate(images.paths)}
         if len(self._shards) > _OPEN:
             self._shards.popitem(last=False)[1][0].close()
@@ -119,10 +116,7 @@ class ImageReader:
         if self._fetched + size > _FETCHED:
             self._refuse(f"{stores.public(url)} and further shards are not fetched: more than {_FETCHED:,} bytes")
         self._fetched += size
-        try:
-            self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
-        except ShardError as error:
-            raise ImageError(error.status, error.reason) from None
+        self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
         return self._copies[name]
 
     def _refuse(self, why: str) -> NoReturn:

@@ -40,40 +40,30 @@ _UNPACK: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
 
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
     """The images of the shard whose file is `path`. Raises ShardError when it cannot be used as a whole."""
-    stack = contextlib.ExitStack()
     try:
-        file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed with the shard
-        unchanged = _unchanged(file.fileno())
-        found = _open(path, file, options, stack)
-        unchanged()
-        if not found.names:
-            kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
-            raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
-        return _images(shard, found, options, root, stack, unchanged)
-    except ShardError:
-        stack.close()
-        raise
+        with contextlib.ExitStack() as stack:
+            file: IO[bytes] = stack.enter_context(open(path, "rb"))
+            unchanged = _unchanged(file.fileno())
+            found = _open(path, file, options, stack)
+            unchanged()
+            if not found.names:
+                kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
+                raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
+            return _images(shard, found, options, root, stack, unchanged)
     except ImageError as error:
-        stack.close()
         raise ShardError(error.status, error.reason) from None
     except FileNotFoundError:
-        stack.close()
         raise ShardError(Status.MISSING, "no such file") from None
     except TooMuchError as error:
-        stack.close()
         raise ShardError(Status.TOO_LARGE, str(error)) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        stack.close()
         cut = isinstance(error, EOFError)
         raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, reason_of(error, "the compressed data")) from None
     except (tarfile.TarError, zipfile.BadZipFile) as error:
-        stack.close()
         raise ShardError(Status.CORRUPT, reason_of(error, "the archive")) from None
     except OSError as error:
-        stack.close()
         raise ShardError(Status.UNREADABLE, error.strerror or reason_of(error, "the file")) from None
     except MemoryError:
-        stack.close()
         raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
 
 
@@ -95,32 +85,42 @@ def _unchanged(handle: int) -> Callable[[], None]:
 def _open(path: str, file: IO[bytes], options: ShardOptions, stack: contextlib.ExitStack) -> Found:
     head = file.read(512)
     kind = archive_kind(head)
-    if not head:
-        raise ShardError(Status.EMPTY, "the file has zero bytes")
-    if kind is not None and kind in _UNPACK:
-        file.seek(0)
-        spool = Spool(os.path.getsize(path), stack)
-        with _UNPACK[kind](file) as unpacked:
-            while data := unpacked.read(1 << 20):
-                spool.add(data)
-        spool.flush()
-        file = spool.file
-        file.seek(0)
-        kind = archive_kind(file.read(512))
     file.seek(0)
+    if kind is not None and kind in _UNPACK:
+        file = _unpacked(path, _UNPACK[kind](file), stack)
+        kind = archive_kind(file.read(512))
+        file.seek(0)
     if kind == "a tar archive":
         return read_tar(file, options)
     if kind == "a zip archive":
         return read_zip(file, options, stack)
     if kind in ("a Parquet file", "an Arrow file"):
         return read_table(path, file, options, stack)
-    if path.lower().endswith(".tar") and not any(head):  # as tar writes one of nothing: its end, and no more
+    raise _no_shard(path, file, head, kind)
+
+
+def _unpacked(path: str, packed: io.BufferedIOBase, stack: contextlib.ExitStack) -> IO[bytes]:
+    """What is in a packed file, in a temporary one."""
+    spool = Spool(os.path.getsize(path), stack)
+    with packed:
+        while data := packed.read(1 << 20):
+            spool.add(data)
+    spool.flush()
+    spool.file.seek(0)
+    return spool.file
+
+
+def _no_shard(path: str, file: IO[bytes], head: bytes, kind: str | None) -> ShardError:
+    """What is wrong with a file that is none of them; `head` is how it begins."""
+    if not head:
+        return ShardError(Status.EMPTY, "the file has zero bytes")
+    zeros = path.lower().endswith((".tar", ".zip")) and not any(head)
+    if zeros and path.lower().endswith(".tar"):  # as tar writes one of nothing: its end, and no more
         whole = file.read(10_241)
         if len(whole) <= 10_240 and len(whole) % 512 == 0 and not any(whole):
-            raise ShardError(Status.EMPTY, "a tar without members")
-    if path.lower().endswith((".tar", ".zip")) and not any(head):
-        raise ShardError(Status.CORRUPT, "begins with zeros: not a tar, zip, Parquet or Arrow file")
-    raise ShardError(Status.CORRUPT, f"{kind or f'begins with {head[:12]!r}'}: not a tar, zip, Parquet or Arrow file")
+            return ShardError(Status.EMPTY, "a tar without members")
+    begins = "begins with zeros" if zeros else kind or f"begins with {head[:12]!r}"
+    return ShardError(Status.CORRUPT, f"{begins}: not a tar, zip, Parquet or Arrow file")
 
 
 def _images(
@@ -131,7 +131,7 @@ def _images(
     stack: contextlib.ExitStack,
     unchanged: Callable[[], None],
 ) -> ShardImages:
-    """Sorted by id, with classes."""
+    """Sorted by id, with classes; what is open is theirs from now on."""
 
     def read(row: int) -> bytes:
         data = found.read(order[row])
@@ -167,7 +167,7 @@ def _images(
         reader=read,
         beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
-        closing=stack,
+        closing=stack.pop_all(),
     )
 
 

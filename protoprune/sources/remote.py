@@ -132,24 +132,28 @@ def _facts(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] |
     """path -> what the store says of it, or why it says nothing; by folder, since a request for each of 10,000 shards
     takes minutes, and where there are no folders many at once."""
     facts: dict[str, dict[str, Any] | str] = {}
-    folders = Counter(posixpath.dirname(path) for path in paths)
-    web = "http" in store.protocol
-    for folder, count in folders.items():
-        if count > 1 and not web:
-            facts.update(stores.answered(url, partial(_listed, store, folder)))
-    single = [path for path in paths if web or folders[posixpath.dirname(path)] == 1]
-    for attempt in range(_TRIES):
-        for first in range(0, len(single), _AT_ONCE):
-            some = single[first : first + _AT_ONCE]
-            said = stores.answered(url, partial(_ask, store, url, some))
-            for path in some:
-                facts.pop(path, None)
-            facts.update(said)
-        single = [path for path in single if isinstance(facts.get(path), str)]
-        if not single or attempt == _TRIES - 1:
-            break
-        time.sleep(attempt + 1)
+    sizes = Counter(posixpath.dirname(path) for path in paths)
+    whole = {folder for folder, count in sizes.items() if count > 1 and "http" not in store.protocol}
+    for folder in sorted(whole):
+        facts |= stores.answered(url, partial(_listed, store, folder))
+    facts |= _asked(store, url, [path for path in paths if posixpath.dirname(path) not in whole])
     return {path: one for path, one in facts.items() if isinstance(one, str) or one.get("type", "file") == "file"}
+
+
+def _asked(store: Any, url: str, paths: list[str]) -> dict[str, dict[str, Any] | str]:
+    """The same of single files, `_AT_ONCE` at a time; where there is trouble once more, and once more."""
+    facts: dict[str, dict[str, Any] | str] = {}
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(attempt)
+        for path in paths:
+            facts.pop(path, None)
+        for first in range(0, len(paths), _AT_ONCE):
+            facts |= stores.answered(url, partial(_ask, store, url, paths[first : first + _AT_ONCE]))
+        paths = [path for path in paths if isinstance(facts.get(path), str)]
+        if not paths:
+            break
+    return facts
 
 
 def _listed(store: Any, folder: str) -> dict[str, dict[str, Any]]:

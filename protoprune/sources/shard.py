@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from protoprune import formats
+from protoprune.arguments import check_fields
 from protoprune.errors import UsageError
 from protoprune.images.decode import ImageError, Status, check_bytes
 from protoprune.images.listing import ImageList, check_labels
@@ -29,13 +30,8 @@ Beside = Callable[[str], list[tuple[str, bytes]]]
 Head = Callable[[], bytes | None]  # how a member begins; None for what is no regular file
 
 
-class ShardError(Exception):
-    """A shard that cannot be used: its status and a reason."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+class ShardError(ImageError):
+    """A shard that cannot be used, nor any image in it: its status and a reason."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,7 @@ class ShardOptions:
 
     def check(self, shards: Iterable[str]) -> None:
         """Raise UsageError for options that do nothing beside the others, or in shards of these names."""
+        check_fields(self, globals())
         about_classes = [("--label-column", self.label_column), ("--class-level", self.class_level)]
         for option, value in about_classes:
             if value is not None and not self.labels:

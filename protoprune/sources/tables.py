@@ -11,7 +11,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -51,8 +51,7 @@ def read_table(path: str, file: IO[bytes], options: ShardOptions, stack: context
         schema, batches, count = _batches(file)
         image = _image_column(schema, options.image_column)
         label, names = _label_column(schema, options, image)
-        if options.id_column is not None and options.id_column not in schema.names:
-            raise ShardError(Status.CORRUPT, f"has no column {options.id_column}, only {', '.join(schema.names)}")
+        _check_column(schema, options.id_column)
         spool = Spool(os.path.getsize(path), stack)
         places: list[tuple[int, int]] = []
         found = Found(
@@ -82,8 +81,7 @@ def table_ids(path: str, id_column: str | None = None) -> list[str]:
     try:
         with open(path, "rb") as file:
             schema, batches, count = _batches(file)
-            if id_column is not None and id_column not in schema.names:
-                raise ShardError(Status.CORRUPT, f"has no column {id_column}, only {', '.join(schema.names)}")
+            _check_column(schema, id_column)
             if id_column is None and count is None:
                 count = sum(len(batch) for batch in batches(schema.names[:1]))
             if id_column is None:
@@ -154,32 +152,36 @@ def _described(schema: pa.Schema, kind: str) -> list[str]:
     return [name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == kind]
 
 
+def _check_column(schema: pa.Schema, name: str | None) -> None:
+    """Raise ShardError for a column that is asked for and not there."""
+    if name is not None and name not in schema.names:
+        raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
+
+
 def _image_column(schema: pa.Schema, asked: str | None) -> str:
     kinds = {name: schema.field(name).type for name in schema.names}
     if asked is not None:
-        _check_image_column(kinds, asked)
+        _check_column(schema, asked)
+        _refuse_lists(kinds, [asked])
+        if not _holds_bytes(kinds[asked]):
+            raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
         return asked
     described = [name for name in _described(schema, "Image") if name in kinds]
     candidates = described or [name for name, kind in kinds.items() if _holds_bytes(kind)]
-    named = [name for name in _IMAGE_COLUMNS if name in candidates]
-    if named and len(candidates) > 1:
-        return named[0]
-    lists = [name for name, kind in kinds.items() if _holds_lists(kind)]
-    if not candidates and lists:
-        raise ShardError(Status.CORRUPT, f"its column {lists[0]} holds lists of images; write one image a row")
-    if len(candidates) != 1:
-        which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
-        raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
-    return candidates[0]
+    if not candidates:
+        _refuse_lists(kinds, kinds)
+    if len(candidates) == 1:
+        return candidates[0]
+    if named := next((name for name in _IMAGE_COLUMNS if name in candidates), None):
+        return named
+    which = f"which of {', '.join(candidates)} holds the images" if candidates else "no column of image bytes"
+    raise ShardError(Status.CORRUPT, f"{which}; give --image-column (columns: {', '.join(kinds)})")
 
 
-def _check_image_column(kinds: Mapping[str, pa.DataType], asked: str) -> None:
-    if asked not in kinds:
-        raise ShardError(Status.CORRUPT, f"has no column {asked}, only {', '.join(kinds)}")
-    if _holds_lists(kinds[asked]):
-        raise ShardError(Status.CORRUPT, f"its column {asked} holds lists of images; write one image a row")
-    if not _holds_bytes(kinds[asked]):
-        raise ShardError(Status.CORRUPT, f"its column {asked} holds {kinds[asked]}, no image bytes")
+def _refuse_lists(kinds: Mapping[str, pa.DataType], names: Iterable[str]) -> None:
+    """Raise ShardError for the first of these columns that holds several images a row."""
+    if (found := next((name for name in names if _holds_lists(kinds[name])), None)) is not None:
+        raise ShardError(Status.CORRUPT, f"its column {found} holds lists of images; write one image a row")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -203,13 +205,12 @@ def _label_column(schema: pa.Schema, options: ShardOptions, image: str) -> tuple
     if not options.labels or options.class_level is not None:
         return None, []
     name = options.label_column
-    if name is not None and name.partition(".")[0] in schema.names and name not in schema.names:
-        return name, list((inside(_hugging_face(schema), name) or {}).get("names", []))
-    if name is not None and name not in schema.names:
-        raise ShardError(Status.CORRUPT, f"has no column {name}, only {', '.join(schema.names)}")
     if name is None:
         classes = _described(schema, "ClassLabel")
         name = next((n for n in (*classes, *LABEL_KEYS) if n in schema.names and n != image), None)
+    elif name not in schema.names and name.partition(".")[0] in schema.names:
+        return name, list((inside(_hugging_face(schema), name) or {}).get("names", []))
+    _check_column(schema, name)
     if name is None or pyarrow.types.is_nested(schema.field(name).type):
         return None, []
     feature = _hugging_face(schema).get(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_whole
 
 # Images a class in the data sets on which the cited results were measured.
@@ -36,6 +37,7 @@ class Advice:
 MOST_IMAGES = 10**12
 
 
+@checked
 def advise(
     images: int,
     classes: int,
@@ -57,6 +59,7 @@ def advise(
         check_number("--probe-quality", probe_quality, 0.5, 1)
     if knn is not None:
         check_number("knn", knn, 0, 1)
+    counts = None if counts is None else [check_whole("counts", one, 0, images) for one in counts]
     per_class = images / classes
     theta = None if probe_quality is None else 180 * (1 - probe_quality)
     balance = [_balance(classes, counts)] if classes > 1 else []
@@ -160,6 +163,7 @@ def _tune(knn: float | None, encoder: str | None) -> Advice:
 
 def _balance(classes: int, counts: Sequence[int] | None) -> Advice:
     known = ""
+    counts = [count for count in counts or () if count]
     if counts:
         ratio = max(counts) / min(counts)
         known = f" Your classes hold {min(counts):,} to {max(counts):,} images, a factor of {ratio:.1f}."

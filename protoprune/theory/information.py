@@ -18,7 +18,9 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.arguments import checked
+from protoprune.bounds import check_number
+from protoprune.errors import ProtopruneError
 from protoprune.theory.solver import MAX_ALPHA, STEPS, density, panels
 
 
@@ -34,10 +36,10 @@ class Information:
     residual: float
 
 
+@checked
 def energetic_gain(overlap: float, keep: float) -> float:
     """Nats an example in the paper's form (q = R): ln 2 for random data at R = 0, 1 as keep -> 0 and then R -> 1."""
-    if not 0 < overlap < 1:
-        raise UsageError(f"overlap is {overlap}: expected a cosine between 0 and 1, both excluded")
+    check_number("overlap", overlap, 0, 1 - 1e-12, ", a cosine between the two", above=True)
     edge = _edge(keep)
     slope = np.sqrt(overlap / (1 - overlap))
     breaks = np.concatenate(
@@ -48,16 +50,13 @@ def energetic_gain(overlap: float, keep: float) -> float:
     return float(-2 / keep * np.sum(weight * density(t) * kept * log_ndtr(-slope * t)))
 
 
+@checked
 def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
     """Nats an example at alpha_prune kept examples a dimension, with q and R at their extremum.
 
     Follows the solution up from few examples, where R and q are proportional to alpha; ProtopruneError when that fails.
     """
-    if not 0 < alpha_prune <= MAX_ALPHA:
-        raise UsageError(
-            f"alpha_prune is {alpha_prune:g}: expected kept examples a dimension, a number above 0 and at most "
-            f"{MAX_ALPHA:g} (for example 2)"
-        )
+    check_number("alpha_prune", alpha_prune, 0, MAX_ALPHA, ", kept examples a dimension (for example 2)", above=True)
     edge = _edge(keep)
     first = min(1e-3, alpha_prune)
     path = np.geomspace(first, alpha_prune, 1 + int(np.ceil(5 * np.log(alpha_prune / first))))
@@ -79,8 +78,7 @@ def information_gain(alpha_prune: float, keep: float = 1.0) -> Information:
 
 
 def _edge(keep: float) -> float:
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.2)")
+    check_number("keep", keep, 0, 1, ", the fraction kept (for example 0.2)", above=True)
     return float(ndtri((1 + keep) / 2))  # inf when everything is kept
 
 

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 from scipy.optimize import nnls
 
+from protoprune.arguments import checked
 from protoprune.bounds import check_seed, check_whole
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError
@@ -112,6 +113,7 @@ def one_error(
     return float(np.arctan2(np.linalg.norm(student[1:]), student[0]) / np.pi)
 
 
+@checked
 def simulate(
     alpha_tot: float,
     keep: float = 1.0,

@@ -23,12 +23,15 @@ alpha is a number of examples for each dimension, and no formula here turns a nu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr, ndtri, owens_t
 
+from protoprune.arguments import checked
+from protoprune.bounds import check_number, check_whole, shown
 from protoprune.errors import ProtopruneError, UsageError
 
 ORDERS = ("hard", "easy", "random")
@@ -272,21 +275,16 @@ MAX_ALPHA = 1e9  # examples a dimension, of which a perceptron needs a few: beyo
 
 def check_point(alpha_tot: float, keep: float, theta: float, order: str, margin: str) -> None:
     """UsageError for a point that makes no sense."""
-    if not 0 < alpha_tot <= MAX_ALPHA:
-        raise UsageError(
-            f"alpha_tot is {alpha_tot:g}: expected examples a dimension, a number above 0 and at most {MAX_ALPHA:g} "
-            "(for example 5)"
-        )
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep is {keep}: expected the fraction kept, above 0 and at most 1 (for example 0.5)")
-    if not 0 <= theta <= MAX_THETA:
-        raise UsageError(f"theta is {theta}: expected degrees between 0 (perfect probe) and {MAX_THETA:g}")
+    check_number("alpha_tot", alpha_tot, 0, MAX_ALPHA, ", examples a dimension (for example 5)", above=True)
+    check_number("keep", keep, 0, 1, ", the fraction kept (for example 0.5)", above=True)
+    check_number("theta", theta, 0, MAX_THETA, " degrees, 0 for a perfect probe")
     if order not in ORDERS:
         raise UsageError(f"order is {order!r}: expected one of {', '.join(ORDERS)}")
     if margin not in MARGINS:
         raise UsageError(f"margin is {margin!r}: expected one of {', '.join(MARGINS)}")
 
 
+@checked
 def solve(
     alpha_tot: float,
     keep: float = 1.0,
@@ -301,6 +299,7 @@ def solve(
     the one the equations were solved on would move the answer by more than TOLERANCE.
     """
     check_point(alpha_tot, keep, theta, order, margin)
+    check_whole("iterations", iterations)
     region = kept_region(keep, theta, order, margin)
     alpha = alpha_tot * keep
     with np.errstate(all="ignore"):  # a rejected Newton step may overflow; the accepted one is checked below
@@ -339,6 +338,7 @@ def _residual(x: np.ndarray | None, alpha: float, region: KeptRegion) -> float:
 # --- questions asked of the solver -----------------------------------------------------------------------------------
 
 
+@checked
 def best_keep(
     *,
     alpha_tot: float | None = None,
@@ -357,8 +357,9 @@ def best_keep(
     """
     if (alpha_tot is None) == (alpha_prune is None):
         raise UsageError("best_keep needs exactly one of alpha_tot (before pruning) and alpha_prune (after pruning)")
-    if not 0 < min_keep < 1:
-        raise UsageError(f"min_keep is {min_keep}: expected a fraction between 0 and 1 (for example 0.01)")
+    name, alpha = ("alpha_tot", alpha_tot) if alpha_prune is None else ("alpha_prune", alpha_prune)
+    check_number(name, alpha, 0, MAX_ALPHA, ", examples a dimension (for example 5)", above=True)
+    check_number("min_keep", min_keep, 0, 1 - 1e-9, " (for example 0.01)", above=True)
 
     def at(log_keep: float) -> Solution:
         keep = min(float(np.exp(log_keep)), 1.0)
@@ -372,16 +373,19 @@ def best_keep(
     return min(solutions[low], at(refined.x), key=lambda s: s.error)
 
 
+@checked
 def pareto(
-    alpha_prunes: np.ndarray, theta: float = 0.0, order: str = "hard", margin: str = "absolute", min_keep: float = 0.01
+    alpha_prunes: Iterable[float],
+    theta: float = 0.0,
+    order: str = "hard",
+    margin: str = "absolute",
+    min_keep: float = 0.01,
 ) -> list[Solution]:
     """The best solution at each number of kept examples a dimension, over all fractions from min_keep to 1."""
-    return [
-        best_keep(alpha_prune=float(a), theta=theta, order=order, margin=margin, min_keep=min_keep)
-        for a in alpha_prunes
-    ]
+    return [best_keep(alpha_prune=a, theta=theta, order=order, margin=margin, min_keep=min_keep) for a in alpha_prunes]
 
 
+@checked
 def crossover(
     keep: float,
     theta: float = 0.0,
@@ -395,6 +399,11 @@ def crossover(
     The last crossing counts: from there to the end of the span hard wins. Returns the span's start when hard wins
     throughout.
     """
+
+    if not isinstance(span, (tuple, list)) or len(span) != 2:
+        raise UsageError(f"span {shown(span)}: expected two numbers, such as (0.1, 200)")
+    for alpha in span:
+        check_number("span", alpha, 0, MAX_ALPHA, ", examples a dimension", above=True)
 
     def gain(log_alpha: float) -> float:
         alpha = float(np.exp(log_alpha))

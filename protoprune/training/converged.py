@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from protoprune.bounds import check_number
+from protoprune.arguments import checked
+from protoprune.bounds import check_number, check_seed, check_whole
+from protoprune.device import resolve_device
 from protoprune.errors import UsageError
 from protoprune.training.models import head_scale
 
@@ -60,7 +62,7 @@ class Head:
     def logits(self, vectors: np.ndarray | torch.Tensor) -> np.ndarray:
         """(n, c) float32 for vectors (n, d)."""
         weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
-        parts = torch.as_tensor(vectors).split(max(1, _BLOCK // len(bias)))
+        parts = _vectors(vectors, self.weight.shape[1]).split(max(1, _BLOCK // len(bias)))
         return np.concatenate([torch.addmm(bias, part.float(), weight.T).numpy() for part in parts])
 
     def predict(self, vectors: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -74,10 +76,11 @@ class Space:
     The scale is that of all of them, whatever part is trained on, as it is for the heads of `training.loop`.
     """
 
+    @checked
     def __init__(self, vectors: np.ndarray | torch.Tensor, *, device: str | torch.device = "cpu") -> None:
-        vectors = torch.as_tensor(vectors)
-        if vectors.ndim != 2 or not len(vectors):
-            raise UsageError(f"vectors of shape {tuple(vectors.shape)}: expected (images, dimensions)")
+        vectors, device = _vectors(vectors), device if isinstance(device, torch.device) else resolve_device(device)
+        if not len(vectors):
+            raise UsageError("no vectors: expected some, (images, dimensions)")
         mean, std = head_scale(vectors.float())
         turned = ((vectors.float() - mean) / std).to(device)  # (n, d), a copy
         if not torch.isfinite(turned).all():
@@ -108,6 +111,7 @@ class Space:
         return both.cpu().double().numpy()
 
 
+@checked
 def fit_head(
     vectors: np.ndarray | torch.Tensor | Space,
     labels: np.ndarray,
@@ -138,10 +142,12 @@ def fit_head(
     if strength is not None:
         check_number("strength", strength, 0, 1e12, above=True)
     space = vectors if isinstance(vectors, Space) else Space(vectors)
-    labels = np.asarray(labels)
-    rows = np.arange(len(space)) if rows is None else np.sort(rows)
+    check_whole("classes", classes)
+    check_seed(seed)
+    labels = _numbers("labels", labels, len(space), "iu")
+    rows = np.arange(len(space)) if rows is None else _rows(rows, len(space))
     if weights is not None:
-        weights = np.asarray(weights, np.float64)[rows]
+        weights = _numbers("weights", weights, len(space), "fiub").astype(np.float64)[rows]
         if not np.isfinite(weights).all() or (weights < 0).any():
             raise UsageError("loss weights: expected finite numbers of 0 or more")
         rows, weights = rows[weights > 0], weights[weights > 0]
@@ -164,6 +170,36 @@ def fit_head(
     offsets = np.full(classes, -np.inf, np.float32)
     whole[present], offsets[present] = weight, bias
     return Head(whole, offsets, strength, held_out, problem.evaluations, problem.converged)
+
+
+def _vectors(values: object, dim: int | None = None) -> torch.Tensor:
+    """(n, d) numbers, as a tensor; UsageError for anything else."""
+    found = values if isinstance(values, torch.Tensor) else torch.from_numpy(_numbers("vectors", values))
+    if found.ndim != 2 or dim not in (None, found.shape[1]):
+        raise UsageError(f"vectors of shape {tuple(found.shape)}: expected (images, {dim or 'dimensions'})")
+    return found
+
+
+def _numbers(name: str, values: object, n: int | None = None, kinds: str = "fiu") -> np.ndarray:
+    """An array of numbers, one for each of `n`; UsageError for anything else."""
+    found = np.asarray(values)
+    if found.dtype.kind not in kinds or (n is not None and found.shape != (n,)):
+        what = "numbers" if "f" in kinds else "whole numbers"
+        each = "" if n is None else f", one for each of {n:,} images"
+        raise UsageError(f"{name} of type {found.dtype} and shape {found.shape}: expected {what}{each}")
+    return np.array(found, order="C", copy=None if found.flags.writeable else True)  # torch warns of what is read-only
+
+
+def _rows(rows: object, n: int) -> np.ndarray:
+    """(m,) int64, ascending. A mask is refused: taken for rows it would be other images, silently."""
+    found = np.asarray(rows)
+    if found.dtype == bool:
+        raise UsageError("rows: a mask, expected the rows of the subset; give np.flatnonzero of it")
+    if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
+        raise UsageError(f"rows of type {found.dtype} and shape {found.shape}: expected the rows of the subset")
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < n:
+        raise UsageError(f"rows {found.min()} to {found.max()} of {n:,} images; expected 0 to {n - 1:,}")
+    return np.sort(found.astype(np.int64))
 
 
 @contextlib.contextmanager

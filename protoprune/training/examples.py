@@ -21,6 +21,8 @@ import torch
 import xxhash
 
 from protoprune import files
+from protoprune.arguments import checked, texts
+from protoprune.bounds import shown
 from protoprune.clustering.vectors import check_finite
 from protoprune.device import cores
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -77,6 +79,7 @@ class Examples:
         return digest.hexdigest()
 
 
+@checked
 def load_examples(
     source: str | os.PathLike[str] | Source,
     image_size: int = 32,
@@ -98,7 +101,10 @@ def load_examples(
 
     Raises ProtopruneError when there are no classes, a class is not among `classes`, or memory would not do.
     """
+    classes = None if classes is None else texts("classes", classes, "names")
     if not isinstance(source, (str, os.PathLike)):
+        if not hasattr(source, "provenance"):
+            raise UsageError(f"source {shown(source)}: expected an image folder or a feature file")
         return _load_features(source, classes)
     source = os.fspath(source)
     if os.path.isdir(source) and not is_feature_set(source):

@@ -11,6 +11,7 @@ Data that fit on the device live there as uint8. Mixed precision where the hardw
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from protoprune.arguments import check_fields
 from protoprune.bounds import check_number, check_whole
 from protoprune.device import compiled, native_bf16, resolve_device
 from protoprune.errors import ProtopruneError, UsageError
@@ -56,9 +58,12 @@ class Recipe:
     image_size: int = 32
     width: int = 32  # of cnn
     hidden: int = 0  # of head
-    weights: str | None = None  # file to start from
+    weights: str | os.PathLike[str] | None = None  # file to start from
     precision: str = "auto"  # fp32 or bf16
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, globals())
 
     @classmethod
     def for_model(cls, model: str, **given: Any) -> Recipe:
@@ -209,7 +214,7 @@ def make_model(data: Examples, recipe: Recipe, seed: int, start: dict[str, Any] 
     with _seeded([seed, 0]):
         model = models.build(
             recipe.model, len(data.classes), data.inputs[torch.from_numpy(spread)], width=recipe.width,
-            hidden=recipe.hidden, weights=recipe.weights,
+            hidden=recipe.hidden, weights=None if recipe.weights is None else os.fspath(recipe.weights),
         )  # fmt: skip
     if start is not None:
         models.start_from(model, start)

@@ -8,12 +8,13 @@ know: metrics.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from protoprune import files, records
+from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -108,6 +110,7 @@ def check(models: int, subset_fraction: float, every: int, seed: int = 0) -> Non
     check_seed(seed)
 
 
+@checked
 def record(
     train: Examples,
     test: Examples | None,
@@ -156,7 +159,7 @@ def record(
             if failed_at_once:
                 shutil.rmtree(_state_folder(out), ignore_errors=True)
                 with contextlib.suppress(OSError):
-                    os.unlink(records.partial_path(out))
+                    os.unlink(hdf5.partial_path(out))
         shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
 
 
@@ -198,7 +201,7 @@ def _prepare(
 
     An unfinished run that was started by --overwrite stands in for the finished record, which it will replace.
     """
-    started = records.partial_path(out)
+    started = hdf5.partial_path(out)
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, records.KIND)
     if os.path.exists(started):
@@ -312,9 +315,8 @@ def _record_heads(job: _Job, partial: records.PartialRecord) -> None:
 
 
 def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
-    train, recipe, laid_out = job.train, job.recipe, job.laid_out
-    numbers = laid_out.epoch_numbers
-    folder = _state_folder(partial.out)
+    recipe, laid_out = job.recipe, job.laid_out
+    numbers, folder = laid_out.epoch_numbers, _state_folder(partial.out)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -332,47 +334,53 @@ def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
     )
     if job.on_start:
         job.on_start(laid_out.models * recipe.epochs, before)
-    done = 0
+    done = itertools.count(1)
     for number in range(laid_out.models):
-        if partial.committed[number] == len(numbers):
-            continue
-        one, own = slice(number, number + 1), model_seed(job.seed, number)
-        state = states.pop(number)
-        previous: torch.Tensor | None = None
-
-        def write(epoch: int, model: torch.nn.Module, one: slice = one) -> None:
-            nonlocal previous
-            values, previous = _measure(model, train, recipe, job.gradients, previous)
-            if job.test is not None:
-                seen, _ = _measure(model, job.test, recipe, False, None)
-                values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
-            partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
-            if job.probabilities and epoch == numbers[-1]:
-                _write_probabilities(partial, one, previous)
-
-        if state is not None:  # the logits of the last recorded epoch, for `change`
-            model = loop.make_model(train, recipe, own).to(job.device)
-            model.load_state_dict(state["model"])
-            _, previous = _measure(model, train, recipe, False, None)
-        elif 0 in numbers:
-            write(0, loop.make_model(train, recipe, own).to(job.device))
-            partial.sync()
-            partial.commit(one, 1)
-        rows = np.flatnonzero(laid_out.subset[number])
-        if state is None or state["epoch"] < recipe.epochs:
-            for at in loop.epochs(train, recipe, rows=rows, seed=own, device=job.device, resume=state):
-                if at.epoch in numbers:
-                    write(at.epoch, at.model)
-                    # The rows are on the disk before the checkpoint that lets a later run go on after them.
-                    partial.sync()
-                    _save_state(folder, number, at.checkpoint())
-                    partial.commit(one, numbers.index(at.epoch) + 1)
-                done += 1
+        if partial.committed[number] < len(numbers):
+            for _ in _record_network(job, partial, folder, number, states.pop(number)):
                 if job.on_progress:
-                    job.on_progress(done)
-        partial.commit(one, len(numbers))
-        with contextlib.suppress(OSError):
-            os.unlink(_state_path(folder, number))
+                    job.on_progress(next(done))
+
+
+def _record_network(
+    job: _Job, partial: records.PartialRecord, folder: str, number: int, state: dict[str, Any] | None
+) -> Iterator[None]:
+    """Train one network, from the checkpoint `state` on where there is one; yields after each epoch."""
+    train, recipe, numbers = job.train, job.recipe, job.laid_out.epoch_numbers
+    one, own = slice(number, number + 1), model_seed(job.seed, number)
+    previous: torch.Tensor | None = None
+
+    def write(epoch: int, model: torch.nn.Module) -> None:
+        nonlocal previous
+        values, previous = _measure(model, train, recipe, job.gradients, previous)
+        if job.test is not None:
+            seen, _ = _measure(model, job.test, recipe, False, None)
+            values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
+        partial.write(one, numbers.index(epoch), {name: value[None] for name, value in values.items()})
+        if job.probabilities and epoch == numbers[-1]:
+            _write_probabilities(partial, one, previous)
+
+    if state is not None:  # the logits of the last recorded epoch, for `change`
+        model = loop.make_model(train, recipe, own).to(job.device)
+        model.load_state_dict(state["model"])
+        _, previous = _measure(model, train, recipe, False, None)
+    elif 0 in numbers:
+        write(0, loop.make_model(train, recipe, own).to(job.device))
+        partial.sync()
+        partial.commit(one, 1)
+    rows = np.flatnonzero(job.laid_out.subset[number])
+    if state is None or state["epoch"] < recipe.epochs:
+        for at in loop.epochs(train, recipe, rows=rows, seed=own, device=job.device, resume=state):
+            if at.epoch in numbers:
+                write(at.epoch, at.model)
+                # The rows are on the disk before the checkpoint that lets a later run go on after them.
+                partial.sync()
+                _save_state(folder, number, at.checkpoint())
+                partial.commit(one, numbers.index(at.epoch) + 1)
+            yield
+    partial.commit(one, len(numbers))
+    with contextlib.suppress(OSError):
+        os.unlink(_state_path(folder, number))
 
 
 def _after(state: dict[str, Any] | None, committed: int, numbers: list[int]) -> dict[str, Any] | None:

@@ -63,19 +63,15 @@ def judge(right: dict[str, np.ndarray], *, confidence: float = 0.95) -> Judgemen
     }
     return Judgement(
         means["list"], means["random"], means["balanced"], means["everything"],
-        against_draws(right["list"], right["random"], confidence),
-        against_draws(right["list"], right["balanced"], confidence),
+        _compared(right["list"], right["random"], confidence, one_draw=True),
+        _compared(right["list"], right["balanced"], confidence, one_draw=True),
         _compared(right["balanced"], right["random"], confidence, one_draw=False),
         gaps["list"], gaps["random"], gaps["balanced"], images, seeds,
     )  # fmt: skip
 
 
-def against_draws(ours: np.ndarray, draws: np.ndarray, confidence: float = 0.95) -> Difference:
-    """One list, (seeds, images) bool, against as many random ones; with its verdict."""
-    return _compared(ours, draws, confidence, one_draw=True)
-
-
 def _compared(ours: np.ndarray, others: np.ndarray, confidence: float, *, one_draw: bool) -> Difference:
+    """Answers, (seeds, images) bool, against others, with the verdict; `one_draw`: ours are of one list."""
     one = statistics.compare(
         ours.mean(axis=1), others.mean(axis=1), one_draw=one_draw, confidence=confidence, resolution=1 / ours.shape[1]
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 import protoprune
+from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.clustering.vectors import check_finite
 from protoprune.errors import ProtopruneError, UsageError
@@ -192,6 +193,7 @@ class Tuned:
         return BALANCED if self.judgement.even_better else RANDOM
 
 
+@checked
 def tune(
     pool: Pool,
     keep: float | None,
@@ -219,11 +221,7 @@ def tune(
     check_seed(seed)
     if keep is not None:
         check_keep(keep)
-    if networks is None and test is not None and test.vectors.shape[1:] != pool.vectors.shape[1:]:
-        raise UsageError(f"vectors of {pool.vectors.shape[1]} numbers, and {test.vectors.shape[1]} of the test set")
-    for name, one in (("the training set", pool), ("the test set", test)):
-        if one is not None:
-            check_finite(name, one.vectors, one.paths)
+    _check_vectors(pool, test, alike=networks is None)
     if recipes is None:
         recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]
@@ -298,6 +296,15 @@ def _settle(
         result.judgement = judged(one.candidate, one.keep)
         if not result.judgement.worse:
             return
+
+
+def _check_vectors(pool: Pool, test: Pool | None, alike: bool) -> None:
+    """Refuse vectors that are no numbers, and a test set of others than the pool's where heads are tested on it."""
+    if alike and test is not None and test.vectors.shape[1:] != pool.vectors.shape[1:]:
+        raise UsageError(f"vectors of {pool.vectors.shape[1]} numbers, and {test.vectors.shape[1]} of the test set")
+    for name, one in (("the training set", pool), ("the test set", test)):
+        if one is not None:
+            check_finite(name, one.vectors, one.paths)
 
 
 def _check(pool: Pool, choosers: int, keep: float) -> None:
