@@ -90,12 +90,13 @@ def _listed(kept: Iterable[str] | str | os.PathLike[str]) -> list[str]:
     """The paths of a list, or those that are given. Raises UsageError where there are none."""
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
     found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
-    paths = [] if isinstance(found, np.ndarray) and found.dtype.kind in "iufb" else list(found)
-    if (isinstance(found, np.ndarray) and not paths) or any(hasattr(path, "__index__") for path in paths):
+    numbers = isinstance(found, np.ndarray) and found.dtype.kind in "iufb"
+    paths = [] if numbers or getattr(found, "ndim", 1) != 1 else list(found)
+    if numbers or any(hasattr(path, "__index__") for path in paths):
         raise UsageError(
             f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
         )
-    paths = texts("kept", paths)
+    paths = texts("kept", paths or found)
     if not paths:
         raise UsageError(f"{name}lists no image, so that nothing would be left to train on")
     return paths
@@ -229,9 +230,9 @@ def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[l
         root = os.fspath(root)
     else:
         paths = _hugging_face_paths(dataset)
-        root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths])
+        root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths if p])
     base = os.path.join(os.path.abspath(root), "")
-    return [os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
+    return [path and os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
 
 
 def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
@@ -259,10 +260,13 @@ def _hugging_face_paths(dataset: datasets.Dataset) -> list[str]:
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise UsageError(f"the data set has no image column, only {', '.join(dataset.features)}; {_BY_ROWS}")
+    column = "image" if "image" in columns else columns[0]  # beside masks and the like, which may come first
     plain = dataset.with_format(None)  # without a transform, which would be made of every image, and hidden columns
-    undecoded = plain.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
-    paths = [record["path"] for record in undecoded[columns[0]]]
-    if not all(path and os.path.isabs(path) for path in paths):
+    undecoded = plain.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    records = undecoded[column]
+    paths = ["" if record is None else record["path"] for record in records]  # a row may be without an image
+    known = [path and os.path.isabs(path) for path, record in zip(paths, records, strict=True) if record is not None]
+    if not known or not all(known):
         raise UsageError(
             f"the data set does not know its files' paths; load it with load_dataset('imagefolder', …); {_BY_ROWS}"
         )

@@ -32,7 +32,8 @@ same.
 Resuming. `state_dict` holds plain tensors and numbers (torch.load reads them with weights_only=True) and continues
 exactly, within an epoch too: the position is counted by `update`, so batches that workers have fetched and the model
 has not seen come again. The pass that continues an epoch yields its rest only, while `len` stays the epoch's. Without
-`update` calls it restarts the epoch. A loader with drop_last never trains on the tail: call `set_epoch` for the next
+`update` calls it restarts the epoch. Of an epoch that was over when it was saved nothing is left: its pass is empty
+where `set_epoch` asks for it again. A loader with drop_last never trains on the tail: call `set_epoch` for the next
 epoch there.
 """
 
@@ -40,7 +41,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,6 +114,7 @@ class PruningSampler(Sampler[int]):
     _trained: int  # of the epoch under way: how many indices the model was trained on
     _exhausted: bool  # its last index was handed out
     _resumed: bool  # it was begun before a restart
+    _over: bool  # and ended before it: all of it was trained on
     _counted: bool  # its kept set is in the counts
 
     def __init__(
@@ -156,6 +158,7 @@ class PruningSampler(Sampler[int]):
         if _whole("epoch", epoch, 0) != self.epoch:
             self._enter(int(epoch))
         self._exhausted = False
+        self._resumed |= self._over  # the rest of an epoch that was over when it was saved is nothing
         if not self._resumed:
             self._trained = 0
 
@@ -260,7 +263,7 @@ class PruningSampler(Sampler[int]):
             if given.get(name) != expected[name]:
                 raise UsageError(f"load_state_dict: saved with {name}={given.get(name)}, but this has {expected[name]}")
         trained, replicas = state["trained"], self._world()[1]
-        self._resumed = 0 < trained < state["length"]
+        self._resumed, self._over = 0 < trained < state["length"], 0 < state["length"] <= trained
         if self._resumed and replicas != state["num_replicas"]:
             saved = f"load_state_dict: saved within an epoch by {state['num_replicas']} processes"
             raise UsageError(f"{saved}; expected as many, not {replicas}, or a state saved at the end of an epoch")
@@ -296,7 +299,7 @@ class PruningSampler(Sampler[int]):
         return (epoch - self.warm_up) // self.every
 
     def _new_epoch(self) -> None:
-        self._trained, self._exhausted, self._resumed, self._counted = 0, False, False, False
+        self._trained, self._exhausted, self._resumed, self._counted, self._over = 0, False, False, False, False
 
     def _enter(self, epoch: int) -> None:
         self._take_losses()
@@ -347,7 +350,7 @@ class PruningSampler(Sampler[int]):
         if self._waiting:
             indices, losses = zip(*self._waiting, strict=True)
             self._waiting = []
-            self._record(torch.cat(indices).cpu(), torch.cat(losses).cpu())
+            self._record(_on_the_host(indices), _on_the_host(losses))
 
     def _share(self) -> list[int]:
         """This process's indices of the current epoch, in order.
@@ -575,6 +578,11 @@ def _mean_of(values: np.ndarray) -> float:
     """The mean of those that are not NaN, 0 of none."""
     known = values[~np.isnan(values)]
     return float(known.mean(dtype=np.float64)) if len(known) else 0.0
+
+
+def _on_the_host(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All of them in one tensor, by one transfer where they are on one device."""
+    return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
 
 
 def _distributed() -> bool:

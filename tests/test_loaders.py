@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import encoded, picture
+from helpers import encoded, format_list, picture
 from shard_helpers import write_tar
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import lists, loaders
+from protoprune import loaders
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.loaders import keep_only, table_rows, weights_of
@@ -592,5 +592,33 @@ def test_datacomp_takes_the_uids_sorted(feature_file, tmp_path):
     assert "'a.jpg' is not called by a uid of 32 hexadecimal digits" in result.stderr
     twice = feature_file(tmp_path / "t.h5", rng.normal(size=(2, 3)), paths=[f"{name}/{uids[0]}.jpg" for name in "ab"])
     with pytest.raises(UsageError, match=f"two images have the uid {uids[0]}"):
-        lists.format_list(protoprune.select(twice, 1.0, k=1).kept_paths, np.arange(2), np.zeros(2), "datacomp")
+        format_list(protoprune.select(twice, 1.0, k=1).kept_paths, np.arange(2), np.zeros(2), "datacomp")
     assert np.load(out).tolist() == want  # the refused ones left the file
+
+
+def test_hugging_face_rows_without_an_image_and_masks_before_the_images(image_tree):
+    """One row of a table may lack its image, and the first column of images may hold masks."""
+    datasets = pytest.importorskip("datasets")
+    root = image_tree({"cat": 2, "dog": 3})
+    paths = [str(path) for path in sorted(root.rglob("*.png"))]
+    rows = {"mask": [paths[0]] * 6, "image": [None, *paths], "number": list(range(6))}
+    data = datasets.Dataset.from_dict(rows)
+    for column in ("mask", "image"):
+        data = data.cast_column(column, datasets.Image())
+    kept = ["cat/001.png", "dog/002.png"]
+    assert keep_only(data, kept, root=root)["number"] == [2, 5]
+    assert keep_only(data, kept)["number"] == [2, 5]
+    assert weights_of(data, {"cat/001.png": 2.0}, root=root).tolist() == [0, 0, 2, 0, 0, 0]
+    none = datasets.Dataset.from_dict({"image": [None, None]}).cast_column("image", datasets.Image())
+    with pytest.raises(UsageError, match="does not know its files' paths"):
+        keep_only(none, kept)
+
+
+def test_a_table_is_no_list_of_paths(image_folder):
+    """Gone through, it would be the names of its columns."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"path": KEPT})
+    with pytest.raises(UsageError, match="kept of type DataFrame: expected a list of paths"):
+        keep_only(image_folder, table)
+    assert sample_ids(keep_only(image_folder, table["path"])) == KEPT
+    assert sample_ids(keep_only(image_folder, np.array(KEPT))) == KEPT

@@ -573,6 +573,24 @@ def test_a_training_resumed_within_an_epoch_goes_on_exactly(kind, workers):
         assert before + after == expected
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_an_epoch_that_was_over_when_it_was_saved_is_not_trained_on_again(kind):
+    """Who saves every so many steps may save at an epoch's last one, and begins with that epoch again."""
+    whole = make(kind, every=1)
+    expected = train(whole, 5)
+    for stop in range(1, 4):
+        before = make(kind, every=1)
+        train(before, stop)
+        after = make(kind, every=1)
+        after.load_state_dict(saved(before))
+        for _ in range(2):  # a look at it changes nothing
+            after.set_epoch(stop - 1)
+            assert list(after) == []
+        after.set_epoch(stop)
+        assert train(after, 5, first=stop, explicit=False) == expected[stop:]
+        assert after.counts.tolist() == whole.counts.tolist()
+
+
 def test_an_abandoned_look_does_not_lose_the_position():
     sampler = make(UCBSampler)
     order = list(sampler)
@@ -676,7 +694,7 @@ def test_the_number_of_workers_makes_no_difference(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", WITH_LOSSES)
-def test_losses_on_a_gpu_count_as_those_on_the_cpu(kind):
+def test_losses_on_a_gpu_count_as_those_on_the_cpu(kind, cuda):
     n = 5000
     here, there = (make(kind, n, every=1) for _ in range(2))
     for epoch in range(3):
