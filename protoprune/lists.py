@@ -51,46 +51,49 @@ _OURS = ("index", "score", "keep", "weight")  # columns of our lists and manifes
 _TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
 
-def format_list(
-    paths: Sequence[str],
-    rows: np.ndarray,
-    scores: np.ndarray,
-    format: str = "txt",
-    *,
-    null: bool = False,
-    weights: np.ndarray | None = None,
-) -> bytes:
-    """The file's bytes for `paths` with their row indices, scores and perhaps weights (all of one length).
-
-    csv and jsonl get a weight column where weights are given; txt and npy cannot hold it.
-
-    Raises UsageError for a format unknown, and for txt when a name holds a line break.
-    """
-    every = np.arange(len(paths))
-    check_list(paths, every, format, null=null)
-    return b"".join(_chunks(encoded(paths, every), np.asarray(rows), scores, format, null, weights))
-
-
 def list_chunks(
     ids: Sequence[str],
     rows: np.ndarray,
     scores: np.ndarray,
-    format: str = "txt",
+    format: str,
     *,
     null: bool = False,
     weights: np.ndarray | None = None,
     folder: str | None = None,
 ) -> Iterator[bytes]:
-    """What `format_list` makes of the images `rows` (ascending), of whose n ids, scores and weights it is given all, in
-    pieces, so that a list of any length needs little memory. `folder` makes the paths absolute.
+    """A list of the images `rows` (ascending), of whose n ids, scores and perhaps weights it is given all, in pieces:
+    one of any length needs little memory.
 
-    Call `check_list` first: what it refuses must be known before anything is written.
+    csv and jsonl get a weight column where weights are given; txt and npy cannot hold it. `folder` makes the paths
+    absolute. Call `check_list` first: what it refuses must be known before anything is written.
     """
-    names = encoded(ids, rows)
+    names, scores = encoded(ids, rows), scores[rows]
+    weights = None if weights is None else weights[rows]
     if folder is not None:
         base = os.fsencode(folder)
         names = ([os.path.join(base, name) for name in part] for part in names)
-    return _chunks(names, rows, scores[rows], format, null, None if weights is None else weights[rows])
+    if np.isinf(scores).any():
+        raise UsageError(
+            f"{many(int(np.isinf(scores).sum()), 'score is', 'scores are')} infinite; give numbers, or NaN for none"
+        )
+    if format in ("npy", "datacomp"):
+        yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
+        return
+    if format == "txt":
+        end = b"\0" if null else b"\n"
+        yield from (end.join([*part, b""]) for part in names)
+        return
+    header = ["path", "index", "score"] + (["weight"] if weights is not None else [])
+    if format == "csv":
+        yield csv_bytes(header)
+    done = 0
+    for part in names:
+        here = slice(done, done + len(part))
+        done += len(part)
+        columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
+        if weights is not None:
+            columns.append(map(plain_number, weights[here]))
+        yield _records(header, zip(*columns, strict=True), format)
 
 
 def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool = False) -> None:
@@ -118,39 +121,6 @@ def _broken(names: list[bytes]) -> list[bytes]:
     if text.count(b"\n") == len(names) and b"\r\n" not in text:
         return []
     return [name for name in names if b"\n" in name or name.endswith(b"\r")]
-
-
-def _chunks(
-    names: Iterable[list[bytes]],
-    rows: np.ndarray,
-    scores: np.ndarray,
-    format: str,
-    null: bool,
-    weights: np.ndarray | None,
-) -> Iterator[bytes]:
-    """The list, piece by piece; rows, scores and weights are those of all the names."""
-    if np.isinf(scores).any():
-        raise UsageError(
-            f"{many(int(np.isinf(scores).sum()), 'score is', 'scores are')} infinite; give numbers, or NaN for none"
-        )
-    if format in ("npy", "datacomp"):
-        yield from _npy_chunks(rows.astype("<i8", copy=False) if format == "npy" else _datacomp(names))
-        return
-    if format == "txt":
-        end = b"\0" if null else b"\n"
-        yield from (end.join([*part, b""]) for part in names)
-        return
-    header = ["path", "index", "score"] + (["weight"] if weights is not None else [])
-    if format == "csv":
-        yield csv_bytes(header)
-    done = 0
-    for part in names:
-        here = slice(done, done + len(part))
-        done += len(part)
-        columns = [map(os.fsdecode, part), rows[here].tolist(), map(plain_number, scores[here])]
-        if weights is not None:
-            columns.append(map(plain_number, weights[here]))
-        yield _records(header, zip(*columns, strict=True), format)
 
 
 def _cells(column: Sequence[object] | np.ndarray) -> Sequence[object]:

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -357,7 +357,7 @@ class PruningSampler(Sampler[int]):
         if self._waiting:
             indices, losses = zip(*self._waiting, strict=True)
             self._waiting = []
-            self._record(torch.cat(indices).cpu(), torch.cat(losses).cpu())
+            self._record(_on_the_host(indices), _on_the_host(losses))
 
     def _share(self) -> list[int]:
         """This process's indices of the current epoch, in order.
@@ -585,6 +585,11 @@ def _mean_of(values: np.ndarray) -> float:
     """The mean of those that are not NaN, 0 of none."""
     known = values[~np.isnan(values)]
     return float(known.mean(dtype=np.float64)) if len(known) else 0.0
+
+
+def _on_the_host(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All of them in one tensor, by one transfer where they are on one device."""
+    return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
 
 
 def _distributed() -> bool:

@@ -55,6 +55,18 @@ def _one_torch_thread():
 
 
 @pytest.fixture
+def cuda(monkeypatch) -> str:
+    """The name of a CUDA device: a real one, or where there is none a simulated one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        import simulated_cuda
+
+        simulated_cuda.install(monkeypatch)
+    return "cuda"
+
+
+@pytest.fixture
 def image_tree(tmp_path):
     """image_tree({"cat": 3, "dog": 4}) -> a folder with class folders of that many small PNG images."""
 

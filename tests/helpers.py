@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from protoprune.lists import check_list, list_chunks
+
 
 def picture(width: int = 24, height: int = 20, seed: int = 0) -> Image.Image:
     """A smooth RGB image: a few waves in each channel, no two seeds, channels or directions alike."""
@@ -43,3 +45,17 @@ def many_scans(side: int, count: int) -> bytes:
     starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
     last = data[starts[-1] : -2]
     return data[:-2] + last * (count - len(starts)) + data[-2:]
+
+
+def format_list(paths, rows, scores, format="txt", *, null=False, weights=None) -> bytes:
+    """A list of these paths, which have these ascending row indices, scores and perhaps weights, as one piece."""
+    rows = np.asarray(rows, int)
+    n = int(rows.max(initial=-1)) + 1
+    ids, every, own = [""] * n, np.zeros(n, np.asarray(scores).dtype), None if weights is None else np.zeros(n)
+    for path, row in zip(paths, rows.tolist(), strict=True):
+        ids[row] = path
+    every[rows] = scores
+    if own is not None:
+        own[rows] = weights
+    check_list(ids, rows, format, null=null)
+    return b"".join(list_chunks(ids, rows, every, format, null=null, weights=own))

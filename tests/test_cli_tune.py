@@ -60,7 +60,8 @@ def here(tmp_path, monkeypatch, inputs):
         shutil.copy(inputs / name, name)
     monkeypatch.setattr(running, "candidates", lambda images, classes, tables: [
         *FEW, *(Candidate("hard", scores=table) for table in tables)])  # fmt: skip
-    monkeypatch.setattr(running.tune, "__kwdefaults__", {**running.tune.__kwdefaults__, "rounds": (1, 2)})
+    tune = running.tune.__wrapped__  # by what checks its arguments
+    monkeypatch.setattr(tune, "__kwdefaults__", {**tune.__kwdefaults__, "rounds": (1, 2)})
     monkeypatch.setattr(running, "AUTO_SPLITS", 3)
     quick = partial(converged.fit_head, strength=1.0)  # choosing the strength takes most of the time of so small a fit
     monkeypatch.setattr(converged, "fit_head", quick)

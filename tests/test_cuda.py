@@ -1,4 +1,4 @@
-"""Training, recording and clustering on a CUDA device against the CPU (run by `make test-all` where there is one)."""
+"""Embedding, training, recording and clustering on a CUDA device against the CPU; without one, on a simulated one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import pytest
 import torch
 from training_helpers import pixels, vectors
 
+import protoprune
 from protoprune import records
 from protoprune.clustering import prototypes
+from protoprune.features.opening import open_features
 from protoprune.samplers import UCBSampler
 from protoprune.scores import spearman
-from protoprune.training import heads, loop, recording
+from protoprune.training import converged, heads, loop, recording
 from protoprune.training.loop import Recipe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+SLOW = {"marks": pytest.mark.slow}
 
 
 def test_a_head_trains_to_the_same_weights():
@@ -27,8 +27,17 @@ def test_a_head_trains_to_the_same_weights():
         torch.testing.assert_close(there[name].cpu(), value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet18", "timm:test_vit"])
-@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("cnn", "fp32"),
+        ("cnn", "auto"),
+        ("timm:test_vit", "auto"),
+        pytest.param("timm:test_vit", "fp32", **SLOW),
+        pytest.param("resnet18", "fp32", **SLOW),
+        pytest.param("resnet18", "auto", **SLOW),
+    ],
+)
 def test_a_network_learns(name, precision):
     data = pixels(120, size=32)
     recipe = Recipe.for_model(name, epochs=6, batch_size=20, width=8, lr=0.05, precision=precision)
@@ -71,6 +80,24 @@ def test_a_network_is_recorded_with_gradients(tmp_path):
     with records.Record(tmp_path / "r.h5") as record:
         assert np.isfinite(record.last("gradient_norm")).all()
         assert record.committed.tolist() == [2, 2]
+
+
+def test_a_converged_head_is_that_of_the_cpu():
+    data = vectors(150)
+    here, there = (converged.Space(data.inputs, device=name) for name in ("cpu", "cuda"))
+    heads_of = [converged.fit_head(space, data.labels, len(data.classes), seed=1) for space in (here, there)]
+    assert heads_of[0].strength == heads_of[1].strength
+    np.testing.assert_allclose(heads_of[0].logits(data.inputs), heads_of[1].logits(data.inputs), atol=1e-2)
+
+
+def test_the_bundled_encoder_embeds_as_on_the_cpu(image_tree, tmp_path):
+    images, found = protoprune.list_folder(image_tree()), []
+    for device in ("cpu", "cuda"):
+        encoder = protoprune.load_encoder("mini")
+        protoprune.embed(images, encoder, tmp_path / f"{device}.h5", device=device, batch_size=8)
+        with open_features(tmp_path / f"{device}.h5") as file:
+            found.append(file.features[:].astype(np.float32))
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
 
 
 def test_torch_k_means_ranks_as_on_the_cpu():

@@ -571,12 +571,32 @@ def test_resuming_computes_only_what_is_left(images, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_cpu(images, tmp_path):
+def test_cuda_equals_cpu(images, tmp_path, cuda):
     run(images, tmp_path / "cpu.h5")
-    run(images, tmp_path / "gpu.h5", device="cuda")
+    run(images, tmp_path / "gpu.h5", device=cuda)
     cpu, gpu = stored(tmp_path / "cpu.h5"), stored(tmp_path / "gpu.h5")
     assert all(np.allclose(cpu[path], gpu[path], atol=1e-3) for path in cpu)
+
+
+class Small(CountingModel):
+    """As on a GPU with room for six images."""
+
+    def __call__(self, x):
+        if len(x) > 6:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(x)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_does_not_fit_on_the_gpu_is_halved_unless_it_was_asked_for(images, tmp_path, cuda):
+    run(images, tmp_path / "cpu.h5")
+    encoder = Encoder("fake", Small(), 12, Preprocess(SIDE, SIDE), "0" * 64)
+    assert run(images, tmp_path / "gpu.h5", encoder, device=cuda, batch_size=None).embedded == 21
+    assert max(encoder.model.batches) == 4  # 256, 128, … 8, 4
+    cpu, gpu = stored(tmp_path / "cpu.h5"), stored(tmp_path / "gpu.h5")
+    assert all(np.allclose(cpu[path], gpu[path], atol=1e-3) for path in cpu)
+    with pytest.raises(ProtopruneError, match="a batch of 16 images does not fit on cuda; use --batch-size 8"):
+        run(images, tmp_path / "new.h5", encoder, device=cuda, batch_size=16)
 
 
 # --- a finished file is never replaced by less

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import encoded, picture, write_image
+from helpers import encoded, format_list, picture, write_image
 from typer.testing import CliRunner
 
 from protoprune import pruning, scores
@@ -25,7 +25,6 @@ from protoprune.features import featureset
 from protoprune.features.opening import open_features
 from protoprune.files import leads_out, write_links
 from protoprune.images.decode import ImageError
-from protoprune.lists import format_list
 from protoprune.records import Record
 from protoprune.report.sheet import contact_sheet
 from protoprune.sources.finding import Shard

@@ -8,12 +8,13 @@ import os
 
 import numpy as np
 import pytest
+from helpers import format_list
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
-from protoprune.lists import format_list, manifest_chunks, read_list, read_weights, split_list
+from protoprune.lists import manifest_chunks, read_list, read_weights, split_list
 from protoprune.text import with_slashes
 
 # Any name that Linux allows: every byte except the slash and NUL.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import encoded, picture
+from helpers import encoded, format_list, picture
 from shard_helpers import write_tar
 from typer.testing import CliRunner
 
 import protoprune
-from protoprune import lists, loaders
+from protoprune import loaders
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.loaders import keep_only, table_rows, weights_of
@@ -592,7 +592,7 @@ def test_datacomp_takes_the_uids_sorted(feature_file, tmp_path):
     assert "'a.jpg' is not called by a uid of 32 hexadecimal digits" in result.stderr
     twice = feature_file(tmp_path / "t.h5", rng.normal(size=(2, 3)), paths=[f"{name}/{uids[0]}.jpg" for name in "ab"])
     with pytest.raises(UsageError, match=f"two images have the uid {uids[0]}"):
-        lists.format_list(protoprune.select(twice, 1.0, k=1).kept_paths, np.arange(2), np.zeros(2), "datacomp")
+        format_list(protoprune.select(twice, 1.0, k=1).kept_paths, np.arange(2), np.zeros(2), "datacomp")
     assert np.load(out).tolist() == want  # the refused ones left the file
 
 

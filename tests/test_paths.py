@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers import format_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +129,7 @@ def test_lists_in_pieces_are_the_lists(small_steps, names, format, weighted, dat
     rows = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(names), max_size=len(names))))
     rng = np.random.default_rng(0)
     scores, weights = rng.random(len(names)).astype(np.float32), rng.random(len(names)) if weighted else None
-    whole = lists.format_list(
+    whole = format_list(
         [names[row] for row in rows], rows, scores[rows], format, weights=None if weights is None else weights[rows]
     )
     ids = kept_elsewhere(names)

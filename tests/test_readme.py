@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import format_list
 from PIL import Image
 
 import protoprune
-from protoprune import lists
 from protoprune.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def test_weights(here):
     chosen = protoprune.select(keep=0.7, calibrate=0.5)
     rows = np.flatnonzero(chosen.keep)
     Path("kept.csv").write_bytes(
-        lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], "csv", weights=chosen.weights[rows])
+        format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], "csv", weights=chosen.weights[rows])
     )
     given = run_block("weights")
     assert sorted(given["weights"].tolist()) == pytest.approx([1.0] * 7 + [13 / 7] * 7)

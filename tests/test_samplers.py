@@ -711,7 +711,7 @@ def test_the_number_of_workers_makes_no_difference(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", WITH_LOSSES)
-def test_losses_on_a_gpu_count_as_those_on_the_cpu(kind):
+def test_losses_on_a_gpu_count_as_those_on_the_cpu(kind, cuda):
     n = 5000
     here, there = (make(kind, n, every=1) for _ in range(2))
     for epoch in range(3):

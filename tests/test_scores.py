@@ -359,7 +359,7 @@ def test_other_formats(tmp_path, name):
 
 
 def test_what_protoprune_itself_lists_is_read(tmp_path):
-    from protoprune.lists import format_list
+    from helpers import format_list
 
     for kind in ("csv", "jsonl"):
         (tmp_path / f"s.{kind}").write_bytes(format_list(IMAGES, np.arange(4), np.array(VALUES), kind))

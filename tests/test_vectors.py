@@ -201,3 +201,9 @@ def test_a_ranking_by_length_is_said(tmp_path, feature_file):
     again = CliRunner().invoke(app, command)
     assert "(from the cache)" in again.stderr
     assert "leave out --euclidean" in again.stderr
+
+
+def test_unit_rows_have_length_1_but_for_zeros():
+    x = vectors.unit(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
+    assert x.dtype == np.float32
+    assert x.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, 0]]

@@ -316,14 +316,15 @@ def _cosines(ranking: Ranking, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) cosine of each removed image to the one that it duplicates."""
     import numpy as np
 
-    def unit(wanted: np.ndarray) -> np.ndarray:
+    from protoprune.clustering.vectors import unit
+
+    def units(wanted: np.ndarray) -> np.ndarray:
         places, back = np.unique(wanted, return_inverse=True)
-        x = ranking.features[places].astype(np.float64)[back]
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
+        return unit(ranking.features[places].astype(np.float64))[back]
 
     kept = np.full(len(rows), -1) if ranking.duplicate_of is None else ranking.duplicate_of
     parts = (rows[first : first + 4096] for first in range(0, len(rows), 4096))
-    cosines = [(unit(part) * unit(kept[part])).sum(axis=1) for part in parts]
+    cosines = [(units(part) * units(kept[part])).sum(axis=1) for part in parts]
     return np.clip(np.concatenate([np.zeros(0), *cosines]), -1, 1)
 
 

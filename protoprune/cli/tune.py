@@ -266,7 +266,7 @@ def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: 
     )  # fmt: skip
     rows = np.flatnonzero(chosen.keep)
     format = lists.list_format(out) or "txt"
-    write_file(out, lists.format_list(chosen.kept_paths, rows, chosen.ranking.scores[rows], format))
+    write_file(out, lists.list_chunks(chosen.ranking.paths, rows, chosen.ranking.scores, format))
     return one.command(features, result.keep, out, higher_is) + _seed_words(seed)
 
 

@@ -67,6 +67,12 @@ def prepared(x: np.ndarray, rows: np.ndarray, *, unit: bool) -> np.ndarray:
     return x
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """The rows of x, (b, d) of any float type, at length 1, but for rows of zeros."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length > 0, length, 1)
+
+
 def check_finite(source: str, vectors: np.ndarray, names: Sequence[str]) -> None:
     """Raise ProtopruneError for NaN and infinity in (n, d) vectors of so many named images.
 

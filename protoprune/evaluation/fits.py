@@ -113,15 +113,11 @@ def verdict(fits: Fits) -> str:
         if law.aicc is not None and best.aicc is not None and law.name not in (fits.best, *fits.rivals)
     ]
     if fits.decided:
-        return f"{_title(fits.best)} wins by {fits.delta:.1f} in AICc over the next law; {exponent}"
+        return f"{fits.best.capitalize()} wins by {fits.delta:.1f} in AICc over the next law; {exponent}"
     text = (
         f"undecided between {fits.best} (lowest AICc, by {fits.delta:.1f}; {exponent}) and {' and '.join(fits.rivals)}"
     )
     return "; ".join([text, *others])
-
-
-def _title(name: str) -> str:
-    return name[0].upper() + name[1:]
 
 
 def _choose(laws: list[Law], sizes: int, seeds: int) -> Fits:

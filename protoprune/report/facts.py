@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import pruning, selection
+from protoprune.clustering.vectors import unit
 from protoprune.ids import row_type
 from protoprune.images.decode import Status
 from protoprune.images.listing import describe_counts
@@ -242,10 +243,8 @@ def _group(chosen: Selected, by: str, found: Stops, order: np.ndarray) -> dict[s
         "table": stops.table(found.first, small, len(biggest), len(found.fractions)),
     }
     if by == "cluster":
-        centroids = one.centroids[biggest]
-        norm = np.linalg.norm(centroids, axis=1, keepdims=True)
-        unit = centroids / np.where(norm > 0, norm, 1)
-        cosine = unit @ unit.T
+        centroids = unit(one.centroids[biggest])
+        cosine = centroids @ centroids.T
         np.fill_diagonal(cosine, -2)
         near = min(5, len(biggest) - 1)
         result["nearest"] = np.argsort(-cosine, axis=1, kind="stable")[:, :near].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from protoprune.clustering.vectors import unit
 from protoprune.errors import ProtopruneError, UsageError
 
 METHODS = ("pca", "umap", "tsne")
@@ -18,9 +19,7 @@ def check_method(name: str) -> None:
 def project(features: np.ndarray, method: str = "pca", seed: int = 0) -> tuple[np.ndarray, str]:
     """(n, d) features -> (n, 2) float32 in 0 to 1, and a sentence on how. Vectors are scaled to length 1 first."""
     check_method(method)
-    x: np.ndarray = np.asarray(features, np.float32)
-    norm = np.linalg.norm(x, axis=1, keepdims=True).astype(np.float32)
-    x = x / np.where(norm > 0, norm, np.float32(1)).astype(np.float32)
+    x = unit(np.asarray(features, np.float32))
     x = x - x.mean(axis=0)
     if len(x) < 3:
         return _to_unit(np.column_stack([np.arange(len(x)), np.zeros(len(x))])), "Too few images for a map."

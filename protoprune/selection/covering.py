@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from protoprune.clustering import buckets
-from protoprune.clustering.vectors import Rows
+from protoprune.clustering.vectors import Rows, unit
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import hashes_of, row_type
 from protoprune.units import many
@@ -174,7 +174,4 @@ def _mean(features: Rows, rows: np.ndarray) -> np.ndarray:
 
 def _directions(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """(m, d) float32: the features less the mean, at length 1; what lies at the mean itself stays 0."""
-    x = features.astype(np.float64)
-    x -= mean
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return (x / np.where(norm > 0, norm, 1)).astype(np.float32)
+    return unit(features.astype(np.float64) - mean).astype(np.float32)

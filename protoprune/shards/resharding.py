@@ -33,7 +33,7 @@ from protoprune.formats import archive_kind
 from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import image_suffixes
 from protoprune.lists import read_list
-from protoprune.sources.finding import SUFFIXES, Shard, split_id
+from protoprune.sources.finding import SUFFIXES, Shard, shard_above, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
 from protoprune.sources.reading import open_shard
 from protoprune.sources.shard import ShardError, ShardImages, ShardOptions, kind_of
@@ -275,7 +275,8 @@ class _Inputs:
 
     def __init__(self, root: str, options: ShardOptions, entries: Sequence[str], content: Mapping[str, int]):
         self.root, self.options, self.content = root, options, content
-        self.shard_of = {folder: self._find(folder) for folder in dict.fromkeys(map(os.path.dirname, entries))}
+        folders = dict.fromkeys(map(os.path.dirname, entries))
+        self.shard_of = {folder: shard_above(f"{folder}/", root) or None for folder in folders}
         self.label_of = _labels([shard for shard in self.shard_of.values() if shard])
         self._stack = contextlib.ExitStack()
         self.kind_of = {shard: self._kind(shard) for shard in set(self.shard_of.values()) if shard}
@@ -285,15 +286,6 @@ class _Inputs:
 
     def close(self) -> None:
         self._stack.close()
-
-    def _find(self, folder: str) -> str | None:
-        """The shard that a folder of an id lies in: the first part of it that is a file, by URL one called so."""
-        parts = folder.split("/") if folder else []
-        for count in range(1, len(parts) + 1):
-            some = "/".join(parts[:count])
-            if some.lower().endswith(SUFFIXES) if "://" in self.root else os.path.isfile(os.path.join(self.root, some)):
-                return some
-        return None
 
     def _kind(self, shard: str) -> str:
         """By content, by URL by name: in tars the names make samples, in zips only those do that cannot be mistaken."""

@@ -17,7 +17,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images.decode import size_and_times
 from protoprune.images.listing import describe_counts, is_image_name
-from protoprune.stores import without_query
+from protoprune.stores import is_url, without_query
 from protoprune.text import parse_json
 from protoprune.units import bytes_text, many
 
@@ -106,6 +106,17 @@ def split_id(path: str) -> tuple[str, str]:
     while end > 0 and not path[:end].lower().endswith(SUFFIXES):
         end = path.find("/", end + 1)
     return (path[:end], path[end + 1 :]) if end > 0 else ("", path)
+
+
+def shard_above(path: str, root: str) -> str:
+    """The shard that an image below a root lies in: the first part of its path that is a file, by URL one that is
+    called so; '' for none."""
+    if is_url(root):
+        return split_id(path)[0]
+    end = path.find("/")
+    while end > 0 and not os.path.isfile(os.path.join(root, path[:end])):
+        end = path.find("/", end + 1)
+    return path[: max(end, 0)]
 
 
 def expand(pattern: str) -> list[str]:

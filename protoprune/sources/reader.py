@@ -14,7 +14,7 @@ from protoprune.errors import ProtopruneError, warn
 from protoprune.features.current import content_digest
 from protoprune.files import leads_out
 from protoprune.images.decode import ImageError, Status, open_at_once, read_bounded
-from protoprune.sources.finding import Shard, split_id
+from protoprune.sources.finding import Shard, shard_above
 from protoprune.sources.reading import open_shard
 from protoprune.sources.shard import ShardImages, ShardOptions
 
@@ -53,13 +53,13 @@ class ImageReader:
         if leads_out(path):  # a score table may hold any name
             raise ImageError(Status.MISSING, "the name leads out of the folder of the images")
         if stores.is_url(self.root):
-            return self._from_shard(path, split_id(path)[0])
+            return self._from_shard(path)
         whole = os.path.join(self.root, path)
         try:
             with open(whole, "rb", opener=open_at_once) as file:
                 return read_bounded(file, os.fstat(file.fileno()).st_size)
         except NotADirectoryError:
-            return self._from_shard(path, self._file_above(path))
+            return self._from_shard(path)
         except OSError as error:
             raise ImageError(Status.MISSING, error.strerror or "cannot be read") from None
 
@@ -72,14 +72,8 @@ class ImageReader:
         self._copies.clear()
         self._holding.close()
 
-    def _file_above(self, path: str) -> str:
-        end = path.find("/")
-        while end > 0 and not os.path.isfile(os.path.join(self.root, path[:end])):
-            end = path.find("/", end + 1)
-        return path[: max(end, 0)]
-
-    def _from_shard(self, path: str, name: str) -> bytes:
-        if not name:
+    def _from_shard(self, path: str) -> bytes:
+        if not (name := shard_above(path, self.root)):
             raise ImageError(Status.MISSING, "no such file or shard")
         with self._lock:  # reading too: a shard must not be closed meanwhile
             images, rows = self._opened(name)

@@ -41,7 +41,8 @@ _UNPACK: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
 def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> ShardImages:
     """The images of the shard whose file is `path`. Raises ShardError when it cannot be used as a whole."""
     try:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as failed:
+            stack = failed.enter_context(contextlib.ExitStack())  # what is open, and will be when tables are read on
             file: IO[bytes] = stack.enter_context(open(path, "rb"))
             unchanged = _unchanged(file.fileno())
             found = _open(path, file, options, stack)
@@ -49,7 +50,9 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
             if not found.names:
                 kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in found.skipped.most_common(4))
                 raise ShardError(Status.EMPTY, f"holds no images{f' (but {kinds})' if kinds else ''}")
-            return _images(shard, found, options, root, stack, unchanged)
+            images = _images(shard, found, options, root, stack, unchanged)
+            failed.pop_all()
+            return images
     except ImageError as error:
         raise ShardError(error.status, error.reason) from None
     except FileNotFoundError:
@@ -131,7 +134,7 @@ def _images(
     stack: contextlib.ExitStack,
     unchanged: Callable[[], None],
 ) -> ShardImages:
-    """Sorted by id, with classes; what is open is theirs from now on."""
+    """Sorted by id, with classes."""
 
     def read(row: int) -> bytes:
         data = found.read(order[row])
@@ -167,7 +170,7 @@ def _images(
         reader=read,
         beside=found.beside,
         failed={place[old]: why for old, why in found.failed.items()},
-        closing=stack.pop_all(),
+        closing=stack,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protoprune.clustering.vectors import Rows
+from protoprune.clustering.vectors import Rows, unit
 
 GALLERY, QUERIES = 8000, 2000  # images that are looked at, at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # Wu et al. 2018
@@ -36,5 +36,4 @@ def _unit(features: Rows, rows: np.ndarray) -> np.ndarray:
     order = np.argsort(rows)
     x = np.empty((len(rows), features.shape[1]), np.float32)
     x[order] = features[rows[order]]
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
+    return unit(x)

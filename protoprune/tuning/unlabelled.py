@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoprune.clustering import prototypes
-from protoprune.clustering.vectors import check_finite
+from protoprune.clustering import prototypes, vectors
 from protoprune.errors import UsageError
 from protoprune.selection import check_keep
 from protoprune.tuning.recipes import RANDOM, Candidate, Part, Pool
@@ -57,10 +56,8 @@ def describe(pool: Pool, keep: float, seed: int = 0) -> Unlabelled:
     check_keep(keep)
     if not 1 <= round(keep * n) < n:
         raise UsageError(f"--keep {keep:g}: {round(keep * n):,} of {n:,} images, which leaves nothing to compare")
-    check_finite("the features", pool.vectors, pool.paths)
-    unit: np.ndarray = np.asarray(pool.vectors, np.float32)
-    norm = np.linalg.norm(unit, axis=1, keepdims=True)
-    unit = unit / np.where(norm > 0, norm, 1)
+    vectors.check_finite("the features", pool.vectors, pool.paths)
+    unit = vectors.unit(np.asarray(pool.vectors, np.float32))
     sample = np.sort(np.random.default_rng([seed, 77]).permutation(n)[:SAMPLE])
     blind = Pool(pool.paths, np.full(n, -1), [], pool.vectors)
     first, second = (Part(blind, np.arange(n), seed=one) for one in (seed, seed + 1))
