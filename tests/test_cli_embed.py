@@ -199,7 +199,7 @@ def test_lists_from_a_file_and_from_stdin(images, tmp_path):
         (["images", "--batch-size", "99999999999"], 2, "--batch-size 99999999999: expected auto or a number from 1 to"),
         (["images", "--workers", "1025"], 2, "--workers 1025: expected auto or a number from 1 to 1024"),
         (["images", "--batch-size", "9" * 5000], 2, "expected auto or a number from 1 to 65536"),
-        (["images", "--image-size", "8193"], 2, "'--image-size': Input should be less than or equal to 8192"),
+        (["images", "--image-size", "8193"], 2, "--image-size 8193: expected at most 8192; see"),
         (["images", "--class-level", "9" * 30], 2, "the first-level folders, and at most 2048"),
         (["/proc/self/mem"], 1, "/proc/self/mem: cannot read (Input/output error)"),
         (["images", "--image-size", "96"], 2, "takes 64 only"),

@@ -327,6 +327,24 @@ def test_a_feature_file_named_as_another_command_takes_it(run, words, said):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("select --keep 70%", "--keep 70%: expected a number; for 70 % give 0.7; see `protoprune select --help`"),
+        ("select --keep=x", "--keep x: expected a number; see `protoprune select --help`"),
+        ("sheet --seed 1.5", "--seed 1.5: expected a whole number; see `protoprune sheet --help`"),
+        ("sheet --count 0", "--count 0: expected at least 1; see `protoprune sheet --help`"),
+        ("theory error --theta 90", "--theta 90: expected at most 89; see `protoprune theory error --help`"),
+        (
+            "theory error --order x",
+            "--order x: expected one of 'hard', 'easy', 'random'; see `protoprune theory error --help`",
+        ),
+    ],
+)
+def test_a_value_that_typer_refuses_is_named(run, words, said):
+    assert run(*words.split(), code=2).stderr == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         (["select", "f.h5", "--keep", "0.5", "-o", ""], "-o: "),

@@ -40,6 +40,16 @@ _Misspelt: type[Exception] = typer.BadParameter.__bases__[
     0
 ]  # Typer's own usage errors; it brings its click along, without a name
 _UNEXPECTED = re.compile(r"(?<=^Got unexpected extra argument\(s\) \()(.*)(?=\)$)", re.DOTALL)
+# As pydantic says it, without the value: 'Invalid value for '--keep': Input should be a valid number, unable to …'
+_WRONG = re.compile(r"^Invalid value for .*'(--[\w-]+)'.*: (?:Input should be|Value error, .* is not) (.*)$", re.DOTALL)
+_PLAINER = {
+    ", unable to parse.*": "",
+    "a valid ": "a ",
+    "a integer": "a whole number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+_WORDS = "protoprune.words"  # of the command line, in the context of what reads them
 _LONG_WORD = re.compile(r"\S{600,}")
 _ENCODERS = ("torch", "torchvision", "timm", "safetensors")  # of the extras cpu and gpu; `select` comes without
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)  # as torch says it
@@ -50,6 +60,7 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _refuse_empty(args)
+        ctx.meta[_WORDS] = list(args)
         return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
@@ -122,8 +133,22 @@ def _explain(error: Any) -> None:
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error  # the help itself
     said = _UNEXPECTED.sub(_first_of_many, error.format_message().rstrip("."))
+    if wrong := _WRONG.match(said):
+        said = _of_a_value(wrong[1], wrong[2], [] if error.ctx is None else error.ctx.meta.get(_WORDS, []))
     _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error)} --help`")
     raise typer.Exit(error.exit_code) from None
+
+
+def _of_a_value(option: str, expected: str, words: list[str]) -> str:
+    """'--keep 70%: expected a number; for 70 % give 0.7': what was typed, and what should have been."""
+    value = next((word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")), "")
+    if option in words[:-1]:
+        value = words[words.index(option) + 1]
+    for their, ours in _PLAINER.items():
+        expected = re.sub(their, ours, expected)
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)
+    hint = f"; for {share[1]} % give {float(share[1]) / 100:g}" if share and expected == "a number" else ""
+    return f"{option} {value}".rstrip() + f": expected {expected}{hint}"
 
 
 def _first_of_many(words: re.Match[str]) -> str:
