@@ -51,7 +51,7 @@ import torch.distributed
 from torch.utils.data import Dataset, Sampler
 
 from protoprune.bounds import SEEDS, check_whole
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -138,7 +138,7 @@ class PruningSampler(Sampler[int]):
         self._final = _first_final_epoch(final_full, epochs)
         self._share_of = _check_rank(rank, num_replicas)
         self._settings = {name: getattr(self, name) for name in ("n", "keep", "every", "warm_up", "seed")}
-        self.epoch = 0
+        self.epoch, self._warned = 0, False
         self._counts = np.zeros(n, np.int32)
         self._new_epoch()
         if self.needs_losses:  # of the epoch under way: this process's, and those that all have exchanged
@@ -341,6 +341,13 @@ class PruningSampler(Sampler[int]):
             hint = "skip such batches, or lower the learning rate if they are many"
             raise ProtopruneError(
                 f"update: the loss of example {rows[bad]} is {values[bad]}, not a finite number; {hint}"
+            )
+        others = rows[~self._mask[rows]]
+        if len(others) and not self._warned:
+            self._warned = True
+            warn(
+                f"update: example {others[0]} is not in the selection of epoch {self.epoch}; the loader's own data set "
+                "must be WithIndex(…), since within a Subset its indices are those of another set"
             )
         np.add.at(self._own.sum, rows, values)
         np.add.at(self._own.seen, rows, 1)

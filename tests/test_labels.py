@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +231,30 @@ def test_where_classes_come_from_is_checked_before_anything_is_listed_or_read(la
         with pytest.raises(UsageError) as error:
             call()
         assert message in str(error.value)
+
+
+def test_classes_in_a_dict_are_read_as_those_in_a_file_are(image_tree):
+    """Numbers as pandas has them, paths as objects or of another root, images that it leaves out, nothing for none."""
+    root = image_tree({"cat": 2, "dog": 2})
+    ids = ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
+    for given, classes, labels in (
+        (dict(zip(ids, [10, 9, 10, 9], strict=True)), ["9", "10"], [1, 0, 1, 0]),
+        (dict(zip(ids, np.array([1.0, 0.0, np.nan, 1.0]), strict=True)), ["0", "1"], [1, 0, -1, 1]),
+        ({Path(one): "ab"[place % 2] for place, one in enumerate(ids)}, ["a", "b"], [0, 1, 0, 1]),
+        ({str(root / one): None if "1" in one else "x" for one in ids}, ["x"], [0, -1, 0, -1]),
+    ):
+        images = list_folder(root, labels=given)
+        assert images.classes == classes
+        assert images.labels.tolist() == labels
+        assert images.labels_from == "as given"
+    with pytest.warns(ProtopruneWarning, match=r"labels: 3 of 4 images have no class \(first: cat/000.png\)"):
+        list_folder(root, labels={"dog/000.png": "dog"})
+    with pytest.warns(ProtopruneWarning, match="labels: 1 of 5 rows name no image"):
+        list_folder(root, labels={**dict.fromkeys(ids, "x"), "eel/9.png": "eel"})
+    for wrong, said in (
+        ({}, "an empty dict"), ({"cat/000.png": 0.5}, "expected text or a whole number"),
+        ({"cat/000.png": ["x"]}, "expected text or a whole number"), ({3: "x"}, "labels: holds 3, expected paths"),
+        ({"cat/000.png": True}, "expected text or a whole number"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            list_folder(root, labels=wrong)

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from protoprune import samplers
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation.runs import DYNAMIC, make_sampler
 from protoprune.samplers import (
     EpsilonGreedySampler,
@@ -601,6 +602,22 @@ def test_an_abandoned_look_does_not_lose_the_position():
     assert list(iter(after))[:1] == order[4:5]
     after.set_epoch(0)
     assert list(after) == order[4:]
+
+
+def test_indices_of_another_set_are_noticed():
+    """Subset(WithIndex(all), part) gives the places in `all`, and the sampler counts those in the part."""
+    everything = TensorDataset(torch.arange(40))
+    part = Subset(WithIndex(everything), list(range(18, -1, -1)))
+    sampler = UCBSampler(len(part), 0.5, every=1)
+    (batch,) = DataLoader(part, 19, sampler=sampler)
+    with pytest.warns(ProtopruneWarning, match=r"example \d+ is not in the selection of epoch 0; .* must be WithIndex"):
+        sampler.update(batch[1], torch.ones(len(batch[1])))
+    right = UCBSampler(len(part), 0.5, every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for *_, index in DataLoader(WithIndex(part), 4, sampler=right):
+                right.update(index, torch.ones(len(index)))
 
 
 def test_a_state_is_independent_of_what_follows():

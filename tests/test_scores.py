@@ -612,3 +612,14 @@ def test_a_table_in_any_order_is_matched_as_by_an_index_of_all_names(tmp_path):
     (tmp_path / "s.csv").write_text("path,score\n" + "".join(lines) + lines[7])
     with pytest.raises(ProtopruneError, match="occurs twice"):
         read_scores(tmp_path / "s.csv", names)
+
+
+@pytest.mark.parametrize("nothing", ["", "NA", "n/a", "null", "NULL", "nan"])
+def test_what_r_and_sql_write_for_nothing_is_no_score(tmp_path, nothing):
+    (tmp_path / "s.csv").write_text(f"path,note,score\na.png,x,0.5\nb.png,NA,{nothing}\nc.png,NA,2\n")
+    found = read_scores(tmp_path / "s.csv", ["a.png", "b.png", "c.png"]).scores
+    assert found.tolist()[::2] == [0.5, 2]
+    assert np.isnan(found[1])
+    (tmp_path / "none.csv").write_text(f"path,score\na.png,{nothing}\nb.png,unknown\n")
+    with pytest.raises(ProtopruneError):
+        read_scores(tmp_path / "none.csv", ["a.png", "b.png"])

@@ -12,13 +12,14 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from protoprune.arguments import check_fields
+from protoprune.arguments import check_fields, texts
+from protoprune.bounds import shown
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
@@ -89,6 +90,30 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
         found = dict(enumerate(values))
     else:
         found = _by_path(source, keys, values, paths, root)
+    label, classes = _as_labels(source, found, paths)
+    return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def given_labels(given: Mapping[Any, Any], paths: Sequence[str], root: str) -> tuple[np.ndarray, list[str], str]:
+    """The same of a mapping of path and class: text or a whole number; None, NaN and '' are none."""
+    keys, values = texts("labels", list(given)), [_as_text(*one) for one in given.items()]
+    if not keys:
+        raise UsageError("labels: an empty dict, expected path and class; give labels=False for images without classes")
+    return *_as_labels("labels", _by_path("labels", keys, values, paths, root), paths), "as given"
+
+
+def _as_text(path: object, value: Any) -> str:
+    if value is None or value != value:  # NaN, as pandas has for nothing
+        return ""
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and float(value).is_integer():
+        return str(int(value))
+    if not isinstance(value, str):
+        raise UsageError(f"labels: the class of {path} is {shown(value)}, expected text or a whole number")
+    return value
+
+
+def _as_labels(source: str, found: Mapping[int, str], paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """(n,) int32 label of each image (-1: none) and the class names, of the classes found for rows."""
     found = {row: value for row, value in found.items() if value}
     classes = sorted_classes(set(found.values()))
     if not classes:
@@ -100,7 +125,7 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
     if len(without):
         of = f"of {len(paths):,} images"
         warn(f"{source}: {many(len(without), f'{of} has', f'{of} have')} no class (first: {paths[without[0]]})")
-    return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+    return label, classes
 
 
 def check_there(file: LabelFile) -> None:

@@ -31,7 +31,8 @@ from protoprune.units import many
 if TYPE_CHECKING:
     from protoprune.images.labels import LabelFile
 
-    Labels = bool | str | os.PathLike[str] | LabelFile | Mapping[str, str]  # where classes come from, see `list_folder`
+    # Where classes come from, see `list_folder`.
+    Labels = bool | str | os.PathLike[str] | LabelFile | Mapping[str, str | int]
 
 FOLDERS = "folders in the shards"  # where classes of shards come from
 SET_FILE = "set.json"  # what makes a folder a feature set
@@ -207,7 +208,9 @@ def image_labels(
     if labels is False:
         return np.full(len(paths), -1, np.int32), [], ""
     if isinstance(labels, Mapping):
-        return _given_labels(root, paths, labels)
+        from protoprune.images.labels import given_labels
+
+        return given_labels(labels, paths, root)
     if labels is not True:
         from protoprune.images.labels import LabelFile, read_labels
 
@@ -256,20 +259,6 @@ def check_labels(labels: Labels, class_level: int | None) -> None:
         if not isinstance(labels, (str, os.PathLike, LabelFile)):
             raise UsageError(f"labels {shown(labels)}: expected a file of them, a dict of path and class, or False")
         check_there(labels if isinstance(labels, LabelFile) else LabelFile(labels))
-
-
-def _given_labels(root: str, paths: Sequence[str], given: Mapping[str, str]) -> tuple[np.ndarray, list[str], str]:
-    """Of a mapping of path and class."""
-    classes = sorted(set(given.values()))
-    index = {name: number for number, name in enumerate(classes)}
-    label = np.array([index[given[path]] if path in given else -1 for path in paths], np.int32)
-    if not (label >= 0).any():
-        first = next(iter(given), None)
-        raise UsageError(
-            f"none of the {len(paths):,} images below {root} has a class (first: {paths[0]}; those of {len(given):,} "
-            f"are known, first: {first}); is it the folder that these paths are relative to?"
-        )
-    return label, classes, "as given"
 
 
 def warn_of_stray(stray: int, images: int, folders: int, where: str) -> None:

@@ -159,6 +159,9 @@ def _shown(cells: Sequence[str]) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
+_NOTHING = ("na", "n/a", "null")  # what R and SQL write where there is no number
+
+
 def _named(names: list[str], wanted: Sequence[str]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
@@ -169,8 +172,9 @@ def _numeric(first: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
-    values = [row[column] if len(row) > column else "none" for row in rows]
-    return any(value.strip() for value in values) and all(number(value) is not None for value in values)
+    values = [row[column].strip() if len(row) > column else "too short" for row in rows]
+    given = [value for value in values if value and value.casefold() not in _NOTHING]
+    return bool(given) and all(number(value) is not None for value in given)
 
 
 def _is_header(first: Sequence[str], numeric: list[int]) -> bool:
@@ -180,9 +184,9 @@ def _is_header(first: Sequence[str], numeric: list[int]) -> bool:
 
 
 def number(text: str) -> float | None:
-    """A cell's value: NaN when it is empty, None when it is no number."""
+    """A cell's value: NaN when it is empty, or says so as R and SQL do, None when it is no number."""
     text = text.strip()
-    if not text:
+    if not text or text.casefold() in _NOTHING:
         return math.nan
     try:
         return float(text) if "_" not in text else None  # Python reads 1_0 as ten
