@@ -55,6 +55,7 @@ KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 IMPORTED = "as imported"  # the precision of vectors that were computed elsewhere
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
+_AGAIN = "the same `protoprune embed` embeds what is damaged again"
 NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
 
@@ -252,7 +253,7 @@ class FeatureFile:
 
     def damaged(self, what: str) -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
-        return self._reader.damaged(what)
+        return self._reader.damaged(what, _AGAIN if what.startswith("its features of ") else "")
 
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
@@ -318,8 +319,7 @@ class Features:
         if len(bad):
             more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
             what = f"its features of {self._file.paths[bad[0]]}{more} are not what was written"
-            way_on = "the same `protoprune embed` embeds what is damaged again"
-            raise self._file._reader.damaged(what, way_on)
+            raise self._file.damaged(what)
         self._good[rows] = True
 
     def differs(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:
