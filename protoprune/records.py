@@ -261,7 +261,7 @@ class Record:
         if lines:
             return lines
         for name, model, epoch in self._digests.differing(self.committed):
-            lines.append(f"its {name} of model {model} at recorded epoch {epoch}")
+            lines.append(f"its {name} of model {model} at epoch {self.epoch_numbers[epoch]}")
         bad = _differing_probabilities(self._reader, self.committed)
         return lines + [f"its probability of model {model}" for model in bad]
 
@@ -284,9 +284,8 @@ class _Digests:
         for model in np.atleast_1d(np.arange(every)[models]).tolist():
             for epoch in np.atleast_1d(np.arange(numbers)[epochs]).tolist():
                 if (name, model, epoch) not in self._good and self.differs(name, model, epoch):
-                    raise self._reader.damaged(
-                        f"its {name} of model {model} at recorded epoch {epoch} is not what was written"
-                    )
+                    number = int(self._reader.whole("epoch")[epoch])
+                    raise self._reader.damaged(f"its {name} of model {model} at epoch {number} is not what was written")
                 self._good.add((name, model, epoch))
 
     def differs(self, name: str, model: int, epoch: int) -> bool:

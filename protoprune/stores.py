@@ -167,7 +167,8 @@ def trouble(error: BaseException, url: str = "") -> str:
         return f"the server has no answer now ({text}); run the same again later"
     for kinds, words, told in _TROUBLES:
         if isinstance(error, kinds) or re.search(words, f"{kind}: {text}"):
-            endpoint = " and the URL" if web else ", the URL and the endpoint (AWS_ENDPOINT_URL)"
+            amazon = url.startswith(("s3://", "s3a://")) or not url
+            endpoint = ", the URL and the endpoint (AWS_ENDPOINT_URL)" if amazon else " and the URL"
             return told.format(text=text, credentials=_set_credentials(url), endpoint=endpoint)
     return text
 

@@ -613,3 +613,17 @@ def test_probabilities_of_an_unfinished_record(here):
     partial = PartialRecord("r.h5")
     assert partial.committed.tolist() == [1, 0, 0]
     partial.close()
+
+
+def test_who_verifies_is_told_the_shortest_way_on(here, feature_file):
+    """Damaged rows alone need no --overwrite, which embeds everything."""
+    import h5py
+
+    feature_file("f.h5", blobs(), paths=PATHS)
+    with h5py.File("f.h5") as file:
+        place = file["features"].id.get_offset()
+    whole = (here / "f.h5").read_bytes()
+    (here / "f.h5").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    result = CliRunner().invoke(app, ["info", "--verify", "f.h5"])
+    assert (result.exit_code, "the same `protoprune embed` embeds what is damaged again" in result.stderr) == (1, True)
+    assert "--overwrite" not in result.stderr

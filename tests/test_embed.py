@@ -802,7 +802,7 @@ def test_a_module_in_training_mode_gives_the_features_of_its_evaluation(tmp_path
     [
         (
             {"model": lambda x: x.flatten(1)[:, :11]},
-            r"gave torch.float32 of shape \(8, 11\) for a batch of 8, .* \(8, 12\)",
+            r"torch.float32 of shape \(8, 11\) for a batch of 8, .* \(8, 12\)",
         ),
         ({"model": lambda x: x.flatten(1)[:1, :12]}, r"of shape \(1, 12\) for a batch of 8"),
         ({"model": lambda x: x.flatten(1)[:, :12].mean(0)}, r"of shape \(12,\) for a batch of 8"),

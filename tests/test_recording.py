@@ -209,6 +209,13 @@ def test_class_probabilities_are_those_of_the_last_epoch(tmp_path, kind, monkeyp
     out.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     with records.Record(out) as record, pytest.raises(ProtopruneError, match="its probability is not what was written"):
         record.probabilities(1)
+    with pytest.raises(ProtopruneError, match=r"its probability is not what was written.*--overwrite"):
+        run(train, None, recipe, out, models=2, subset_fraction=0.6)  # it is there, and not whole
+    with h5py.File(out) as file:
+        place = file["error_norm"].id.get_offset()
+    out.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with records.Record(out) as record, pytest.raises(ProtopruneError, match="its error_norm of model 0 at epoch 1 is"):
+        record.at("error_norm", 0)
     out.write_bytes(whole)
     before = stored(out)
     run(train, None, recipe, out, models=2, subset_fraction=0.6)  # it holds all that this asks for

@@ -359,6 +359,7 @@ def test_hugging_face_without_a_network_is_said_within_seconds(tmp_path):
     pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
     said = said_in_a_line("embed", "hf://datasets/owner/name/data/train-*.parquet", "-o", tmp_path / "f")
     assert "hf://datasets/owner/name/data/train-*.parquet: cannot be reached" in said
+    assert said.rstrip().endswith("check the network and the URL")
 
 
 _ONE_AFTER_THE_OTHER = """

@@ -152,8 +152,8 @@ def _check_features(features: object, encoder: Encoder, count: int) -> None:
         raise UsageError(f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim)")
     if tuple(features.shape) != (count, encoder.dim) or features.is_complex():
         raise UsageError(
-            f"the encoder {encoder.name} gave {features.dtype} of shape {tuple(features.shape)} for a batch of {count}, "
-            f"expected numbers of shape ({count}, {encoder.dim}): a vector of `dim` numbers each"
+            f"the encoder {encoder.name} gave {features.dtype} of shape {tuple(features.shape)} for a batch of "
+            f"{count}, expected numbers of shape ({count}, {encoder.dim}): a vector of `dim` numbers each"
         )
 
 

@@ -55,6 +55,7 @@ KEY = ("encoder", "weights_sha256", "pool", "preprocess", "precision", "store")
 IMPORTED = "as imported"  # the precision of vectors that were computed elsewhere
 _REASON_SLOTS, _REASON_WIDTH = 1024, 160
 _COPY_ROWS = 65_536
+_AGAIN = "the same `protoprune embed` embeds what is damaged again"
 NO_IMAGE = "not an image by name"
 _PER_ROW = ("features",)  # what has a digest a row instead of one in the seal
 
@@ -252,7 +253,7 @@ class FeatureFile:
 
     def damaged(self, what: str) -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
-        return self._reader.damaged(what)
+        return self._reader.damaged(what, _AGAIN if what.startswith("its features of ") else "")
 
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
@@ -295,7 +296,7 @@ class Features:
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> np.ndarray:
         rows, *columns = index if isinstance(index, tuple) else (index,)
-        numbers = self._numbers(rows)
+        numbers = row_numbers(rows, len(self))
         if numbers.ndim == 0:
             return self[int(numbers) : int(numbers) + 1][0][(*columns,)]
         with self._file._reader.trouble("its features"):
@@ -308,17 +309,6 @@ class Features:
         self._check(numbers, block)
         return block[(slice(None), *columns)] if columns else block
 
-    def _numbers(self, rows: Index) -> np.ndarray:
-        """The numbers of the rows of an index, without those of all rows, which take longer than some of them."""
-        if isinstance(rows, slice):
-            return np.arange(*rows.indices(len(self)))
-        numbers = np.asarray(rows, None if np.size(rows) else np.int64)
-        if numbers.dtype == bool:
-            return np.arange(len(self))[numbers]
-        if numbers.size and not -len(self) <= int(numbers.min()) <= int(numbers.max()) < len(self):
-            raise IndexError(f"a row outside 0 to {len(self) - 1}")
-        return np.where(numbers < 0, numbers + len(self), numbers)
-
     def _check(self, rows: np.ndarray, block: np.ndarray) -> None:
         if not self._file.sealed:
             return
@@ -329,8 +319,7 @@ class Features:
         if len(bad):
             more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
             what = f"its features of {self._file.paths[bad[0]]}{more} are not what was written"
-            way_on = "the same `protoprune embed` embeds what is damaged again"
-            raise self._file._reader.damaged(what, way_on)
+            raise self._file.damaged(what)
         self._good[rows] = True
 
     def differs(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:
@@ -354,6 +343,18 @@ class Features:
         if self._digest is None:
             self._digest = self._file._reader.whole("digest")
         return self._digest[rows]
+
+
+def row_numbers(rows: Index, n: int) -> np.ndarray:
+    """The numbers of the rows of an index, without those of all n rows, which take longer than some of them."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(n))
+    numbers = np.asarray(rows, None if np.size(rows) else np.int64)
+    if numbers.dtype == bool:
+        return np.arange(n)[numbers]
+    if numbers.size and not -n <= int(numbers.min()) <= int(numbers.max()) < n:
+        raise IndexError(f"a row outside 0 to {n - 1}")
+    return np.where(numbers < 0, numbers + n, numbers)
 
 
 def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:

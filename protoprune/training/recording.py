@@ -212,6 +212,9 @@ def _prepare(
             _refuse(started, other)
     if os.path.exists(out) and not overwrite:
         _refuse(out, _compare(out, provenance, overwrite)[1])
+        with records.Record(out) as record:
+            if damage := record.damage():
+                raise record.damaged(f"{damage[0]} is not what was written")
         return False
     shutil.rmtree(_state_folder(out), ignore_errors=True)  # checkpoints of a run that was given up
     records.create(
