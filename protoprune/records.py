@@ -32,7 +32,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from protoprune import files
 from protoprune.arguments import checked
-from protoprune.errors import ProtopruneError
+from protoprune.bounds import is_whole, shown
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5
 from protoprune.features.hdf5 import Column, partial_path
 
@@ -147,7 +148,7 @@ class Record:
 
     def read(self, name: str, model: int, rows: slice = slice(None), epochs: slice = slice(None)) -> np.ndarray:
         """(epochs, rows) of one statistic of one model: float32, int64 for prediction."""
-        return self._read(self._own(name), model, epochs, rows)
+        return self._read(self._own(name), self._index("model", model, self.models), epochs, rows)
 
     def last(self, name: str) -> np.ndarray:
         """(models, n): a statistic at each model's last recorded epoch."""
@@ -155,11 +156,12 @@ class Record:
 
     def at(self, name: str, epoch: int) -> np.ndarray:
         """(models, n): a statistic at recorded epoch number `epoch` (an index, not a number of epochs)."""
-        return self._read(self._own(name), slice(None), epoch, slice(None))
+        return self._read(self._own(name), slice(None), self._index("epoch", epoch, self.epochs), slice(None))
 
     def probabilities(self, model: int, rows: slice = slice(None)) -> np.ndarray:
         """(rows, classes) float32: the softmax of one model at its last recorded epoch."""
         self._own("probability")
+        model = self._index("model", model, self.models)
         if not self._probability_checked:
             if self._reader.damaged_datasets(["probability"]):
                 raise self._reader.damaged("its probability is not what was written")
@@ -167,8 +169,15 @@ class Record:
         with self._reader.trouble("its probability"):
             return self._reader.data["probability"][model, rows].astype(np.float32)
 
+    def _index(self, what: str, number: int, count: int) -> int:
+        """The number of a model or a recorded epoch; negative ones count from the end, as Python's do."""
+        if not is_whole(number, -count, count - 1):
+            raise UsageError(f"{what} {shown(number)}: expected 0 to {count - 1}, by which {self.path} counts them")
+        return range(count)[number]
+
     def _own(self, name: str) -> str:
-        if name not in self._reader:
+        if not isinstance(name, str) or name not in (*self.statistics, "probability") or name not in self._reader:
+            name = name if isinstance(name, str) else shown(name)
             option = {"gradient_norm": "--gradients", "probability": "--probabilities"}.get(name)
             hint = f"; record it with {option}" if option else ""
             raise ProtopruneError(f"{self.path}: holds no {name.replace('_', ' ')}{hint}")
@@ -234,7 +243,7 @@ class Record:
         """(models, t): test_prediction or test_true_probability at recorded epoch number `epoch` (an index)."""
         if name not in self._reader:
             raise ProtopruneError(f"{self.path}: holds no predictions on a test set; record with --test")
-        return self._read(name, slice(None), epoch, slice(None))
+        return self._read(name, slice(None), self._index("epoch", epoch, self.epochs), slice(None))
 
     def damaged(self, what: str) -> ProtopruneError:
         """The error that says what is damaged, and the way on."""

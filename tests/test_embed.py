@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -765,3 +766,59 @@ def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monke
     assert stored(tmp_path / "a.h5").keys() == stored(tmp_path / "b.h5").keys()
     for path, row in stored(tmp_path / "a.h5").items():
         assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
+
+
+class Forgetful(torch.nn.Module):
+    """As it comes from its constructor: dropout and batch norm at work."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside = torch.nn.Sequential(
+            torch.nn.AvgPool2d(SIDE // 2), torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(12)
+        )
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def test_a_module_in_training_mode_gives_the_features_of_its_evaluation(tmp_path):
+    images = list_folder(make_images(tmp_path / "images", 9))
+    model = Forgetful()
+    found = []
+    for number, mode in enumerate((True, True, False)):
+        model.train(mode)
+        encoder = Encoder("own", model, 12, Preprocess(SIDE, SIDE), "0")
+        embed(images, encoder, tmp_path / f"{number}.h5", device="cpu", precision="fp32", batch_size=1 + 2 * number)
+        assert model.training == mode  # the caller's own stays as it was
+        with FeatureFile(tmp_path / f"{number}.h5") as file:
+            found.append(file.features[:])
+    assert np.array_equal(found[0], found[2])
+    assert np.array_equal(found[1], found[2])
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (
+            {"model": lambda x: x.flatten(1)[:, :11]},
+            r"torch.float32 of shape \(8, 11\) for a batch of 8, .* \(8, 12\)",
+        ),
+        ({"model": lambda x: x.flatten(1)[:1, :12]}, r"of shape \(1, 12\) for a batch of 8"),
+        ({"model": lambda x: x.flatten(1)[:, :12].mean(0)}, r"of shape \(12,\) for a batch of 8"),
+        ({"model": lambda x: x[:, :, :2, :2]}, r"of shape \(8, 3, 2, 2\)"),
+        ({"model": lambda x: x.flatten(1)[:, :12] + 0j}, "gave torch.complex64"),
+        ({"model": lambda x: (x.flatten(1)[:, :12],)}, "gave a tuple, expected a tensor"),
+        ({"model": None}, "its model is None, expected a function"),
+        ({"dim": "12"}, "its dim is '12', expected a number of 1 or more"),
+        ({"digest": None}, "its digest is None, expected text"),
+        ({"preprocess": {"size": 8}}, "its preprocess is {'size': 8}, expected a Preprocess"),
+    ],
+)
+def test_an_encoder_that_gives_no_vector_an_image_is_told_so(tmp_path, broken, said):
+    usual = {"name": "own", "model": CountingModel(), "dim": 12, "preprocess": Preprocess(SIDE, SIDE), "digest": "0"}
+    encoder = types.SimpleNamespace(**{**usual, "pool": "", "fp32_only": False, **broken})
+    images = list_folder(make_images(tmp_path / "images", 8))
+    with pytest.raises(UsageError, match=said):
+        embed(images, encoder, tmp_path / "f.h5", device="cpu", batch_size=8)
+    assert not (tmp_path / "f.h5").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -397,3 +399,17 @@ def test_a_covering_list_has_no_score_and_its_page_has(feature_file, tmp_path):
     page = ["report", path, "--keep", "0.5", "--order", "cover", "--no-thumbnails", "-o", str(tmp_path / "page.html")]
     result = run.invoke(app, page)
     assert result.exit_code == 0, result.stderr
+
+
+def test_results_go_to_other_processes_and_into_caches(feature_file, tmp_path):
+    """By pickle, without the open file: what was chosen stays, and what needs the features says so."""
+    file = feature_file(tmp_path / "f.h5", np.random.default_rng(0).normal(size=(30, 4)))
+    result = protoprune.select(file, 0.4, cache=False)
+    for again in (pickle.loads(pickle.dumps(result)), deepcopy(result)):
+        assert again.kept_paths == result.kept_paths
+        assert again.rule == result.rule
+        assert again.ranking.scores.tolist() == result.ranking.scores.tolist()
+        assert prune(again.ranking, 0.7).kept_paths == prune(result.ranking, 0.7).kept_paths
+        with pytest.raises(UsageError, match="has neither its feature file nor vectors; make it with `rank`"):
+            prune(again.ranking, 0.4, order="cover")
+    assert len(prune(result.ranking, 0.4, order="cover").kept_paths) == 12  # its own file is still open

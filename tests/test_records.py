@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoprune import records
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5
 from protoprune.records import PartialRecord, Record, partial_path
 
@@ -169,3 +169,18 @@ def test_a_truncated_file_is_not_called_busy(tmp_path, length):
     (tmp_path / "cut.h5").write_bytes(path.read_bytes()[:length])
     with pytest.raises(ProtopruneError, match="not a readable HDF5 file; give a file that"):
         records.Record(tmp_path / "cut.h5")
+
+
+def test_models_and_epochs_that_there_are_not_are_refused(tmp_path):
+    with Record(finished(tmp_path / "r.h5", models=2, epochs=3)) as record:
+        assert np.array_equal(record.at("loss", -1), record.last("loss"))
+        assert np.array_equal(record.read("loss", np.int64(-1)), record.read("loss", 1))
+        for call in (
+            lambda: record.at("loss", 3), lambda: record.at("loss", -4), lambda: record.at("loss", 1.0),
+            lambda: record.read("loss", 2), lambda: record.read("loss", None),
+        ):  # fmt: skip
+            with pytest.raises(UsageError, match=r"(model|epoch) .*: expected 0 to [12], by which"):
+                call()
+        for name in (None, "path", "label", "subset", 3):
+            with pytest.raises(ProtopruneError, match="holds no "):
+                record.at(name, 0)

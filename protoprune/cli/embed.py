@@ -23,6 +23,7 @@ from protoprune.cli.shards import (
     check_strict,
     embed_source,
     nothing_usable,
+    say_left_out,
 )
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
@@ -286,19 +287,14 @@ def _say_listing(count: int) -> None:
 
 def _say_found(found: ImageList, errors: Path | None) -> None:
     from protoprune import formats
-    from protoprune.images.listing import describe_counts
     from protoprune.sources.finding import SUFFIXES
 
     classes = f" in {many(len(found.classes), 'class', 'classes')} ({found.labels_from})" if found.classes else ""
     say(f"{many(len(found), 'image')}{classes} under {found.root}")
     if found.skipped:
-        count = sum(found.skipped.values())
         some = f"; {len(found.left_out):,} of them belong to no image" if found.why else ""
         listed = some + ("" if errors or not found.left_out else " (list them with --errors FILE)")
-        say(
-            f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
-            f"{describe_counts(found.skipped)}{listed}"
-        )
+        say_left_out(found.skipped, listed)
         shards = [path for path in found.left_out if path.lower().endswith(SUFFIXES)] if found.why is None else []
         if shards:
             some = many(len(shards), "of them is a shard", "of them are shards")

@@ -143,7 +143,7 @@ def _followers(progress: Progress, source: Source) -> tuple[Callable[[int, int],
 def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     from protoprune.images.listing import describe_counts
 
-    _say_left_out(report)
+    _say_skipped(report)
     if report.failed:
         say(f"{many(report.failed, 'image')} could not be used: {describe_counts(report.failures, 10)}")
     if report.transparent:
@@ -164,16 +164,18 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
 
 
-def _say_left_out(report: SetReport) -> None:
+def say_left_out(skipped: Counter[str], listed: str) -> None:
+    """How many files are no images by their names, and where they are `listed`."""
     from protoprune.images.listing import describe_counts
 
-    count = sum(report.skipped.values())
-    if count:
+    files = many(sum(skipped.values()), "file that is not an image", "files that are not images")
+    say(f"left out {files} by name: {describe_counts(skipped)}{listed}")
+
+
+def _say_skipped(report: SetReport) -> None:
+    if report.skipped:
         some = f"; {report.left_out:,} of them belong to no image (--errors FILE lists them)" if report.left_out else ""
-        say(
-            f"left out {many(count, 'file that is not an image', 'files that are not images')} by name: "
-            f"{describe_counts(report.skipped)}{some}"
-        )
+        say_left_out(report.skipped, some)
     if report.links:
         say(
             f"{many(report.links, 'image is a link in its tar', 'images are links in their tars')}: WebDataset passes "

@@ -84,11 +84,7 @@ class Engine:
         compile: bool = False,
     ) -> None:
         check_options(precision, batch_size, workers, store)
-        lacking = [name for name in ("model", "preprocess", "name", "digest") if not hasattr(encoder, name)]
-        if lacking:
-            raise UsageError(
-                f"encoder {shown(encoder)}: has no {lacking[0]}; expected what load_encoder(…) gives, or your own"
-            )
+        check_encoder(encoder)
         if encoder.preprocess.size > LARGEST_SIDE:
             raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
@@ -127,6 +123,40 @@ def check_options(precision: str, batch_size: int | None, workers: int | None, s
             raise UsageError(f"{option} {number}: expected auto or a number from 1 to {MOST[option]}")
 
 
+_ASKED = {"name": "text", "digest": "text", "pool": "text", "dim": "a number of 1 or more", "model": "a function",
+          "preprocess": "a Preprocess", "fp32_only": "True or False"}  # fmt: skip
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Raise UsageError for what has not all that is asked of an `Encoder`, naming what is missing."""
+    for name, expected in _ASKED.items():
+        if not hasattr(encoder, name):
+            raise UsageError(
+                f"encoder {shown(encoder)}: has no {name}; expected what load_encoder(…) gives, or your own `Encoder`"
+            )
+        value = getattr(encoder, name)
+        right = {
+            "a function": callable(value),
+            "a number of 1 or more": is_whole(value, 1),
+            "text": isinstance(value, str),
+        }
+        if not right.get(expected, value is not None) or (name == "preprocess" and not hasattr(value, "size")):
+            raise UsageError(f"encoder {shown(encoder)}: its {name} is {shown(value)}, expected {expected}")
+
+
+def _check_features(features: object, encoder: Encoder, count: int) -> None:
+    """Raise UsageError for what is not one vector an image, so that none gets another one's, or a part of it."""
+    import torch
+
+    if not isinstance(features, torch.Tensor):
+        raise UsageError(f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim)")
+    if tuple(features.shape) != (count, encoder.dim) or features.is_complex():
+        raise UsageError(
+            f"the encoder {encoder.name} gave {features.dtype} of shape {tuple(features.shape)} for a batch of "
+            f"{count}, expected numbers of shape ({count}, {encoder.dim}): a vector of `dim` numbers each"
+        )
+
+
 def alone() -> None:
     """Set up a thread that works by itself: torch must not start more threads for it."""
     import torch
@@ -163,6 +193,7 @@ def _forward(
     model = encoder.model
     if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
         model = copy.deepcopy(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        model.eval()  # as it comes from a constructor, dropout and batch norm would make other features each time
     if compile:
         model = compiled(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
@@ -178,8 +209,9 @@ def _forward(
         with torch.inference_mode():
             pixels = batch.to(device, non_blocking=cuda).permute(0, 3, 1, 2)  # (b, 3, s, s), channels last in memory
             with exact():
-                features = model(((pixels.float() - mean) * scale).to(dtype)).float()
-            return features.to("cpu", non_blocking=cuda)
+                features = model(((pixels.float() - mean) * scale).to(dtype))
+            _check_features(features, encoder, len(batch))
+            return features.float().to("cpu", non_blocking=cuda)
 
     side = encoder.preprocess.size
     while device.type == "cuda":

@@ -225,7 +225,9 @@ def run_all(
     (tests). Runs with the same key are done once. With `curves` the accuracy after each epoch is recorded too, and a
     kept result without it does not count. `on_run` is called after each run.
     """
-    fit = fit or _real_fit(recipe)
+    from protoprune.training import loop
+
+    fit = fit or (_head_fit() if to_convergence(recipe) else loop.fit)
     shared = shared_key(train, test, recipe, device)
     keys = [{**shared, **_own_key(run)} for run in runs]
     names = [hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() for key in keys]
@@ -458,12 +460,6 @@ class _Clock:
 
     def left(self) -> float | None:
         return self.seconds / self.stepped * sum(self.waiting.values()) if self.stepped else None
-
-
-def _real_fit(recipe: Recipe) -> Fit:
-    from protoprune.training import loop
-
-    return _head_fit() if to_convergence(recipe) else loop.fit
 
 
 @dataclass(frozen=True)

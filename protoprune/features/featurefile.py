@@ -301,7 +301,7 @@ class Features:
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> np.ndarray:
         rows, *columns = index if isinstance(index, tuple) else (index,)
-        numbers = self._numbers(rows)
+        numbers = row_numbers(rows, len(self))
         if numbers.ndim == 0:
             return self[int(numbers) : int(numbers) + 1][0][(*columns,)]
         with self._file._reader.trouble("its features"):
@@ -313,17 +313,6 @@ class Features:
                 block = self._map[numbers]
         self._check(numbers, block)
         return block[(slice(None), *columns)] if columns else block
-
-    def _numbers(self, rows: Index) -> np.ndarray:
-        """The numbers of the rows of an index, without those of all rows, which take longer than some of them."""
-        if isinstance(rows, slice):
-            return np.arange(*rows.indices(len(self)))
-        numbers = np.asarray(rows, None if np.size(rows) else np.int64)
-        if numbers.dtype == bool:
-            return np.arange(len(self))[numbers]
-        if numbers.size and not -len(self) <= int(numbers.min()) <= int(numbers.max()) < len(self):
-            raise IndexError(f"a row outside 0 to {len(self) - 1}")
-        return np.where(numbers < 0, numbers + len(self), numbers)
 
     def _check(self, rows: np.ndarray, block: np.ndarray) -> None:
         if not self._file.sealed:
@@ -359,6 +348,18 @@ class Features:
         if self._digest is None:
             self._digest = self._file._reader.whole("digest")
         return self._digest[rows]
+
+
+def row_numbers(rows: Index, n: int) -> np.ndarray:
+    """The numbers of the rows of an index, without those of all n rows, which take longer than some of them."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(n))
+    numbers = np.asarray(rows, None if np.size(rows) else np.int64)
+    if numbers.dtype == bool:
+        return np.arange(n)[numbers]
+    if numbers.size and not -n <= int(numbers.min()) <= int(numbers.max()) < n:
+        raise IndexError(f"a row outside 0 to {n - 1}")
+    return np.where(numbers < 0, numbers + n, numbers)
 
 
 def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from protoprune import files, stores
 from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features.featurefile import FeatureFile, Index
+from protoprune.features.featurefile import FeatureFile, Index, row_numbers
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE, is_feature_set, warn_of_stray
 from protoprune.paths import STEP, Block, Paths
@@ -425,14 +425,10 @@ class _Rows:
         return self.shape[0]
 
     def __getitem__(self, key: Index) -> np.ndarray:
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            if step == 1:
-                return self._span(start, max(start, stop))
-            key = np.arange(start, stop, step)
-        rows = np.asarray(key)
-        if rows.dtype == bool:
-            rows = np.flatnonzero(rows)
+        if isinstance(key, slice) and (key.step or 1) == 1:
+            start, stop, _ = key.indices(len(self))
+            return self._span(start, max(start, stop))
+        rows = row_numbers(key, len(self))
         return self._at(rows.reshape(-1)).reshape(*rows.shape, self.shape[1])
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
@@ -447,9 +443,6 @@ class _Rows:
         return out
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.where(rows < 0, rows + len(self), rows)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"a row outside 0 to {len(self) - 1}")
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         where = np.searchsorted(self._owner._starts, rows, side="right") - 1
         for number in np.unique(where):

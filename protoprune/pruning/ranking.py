@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -67,6 +67,10 @@ class Ranking:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or another process: without the open file, so that what needs its features asks for it again."""
+        return {**self.__dict__, "source": None}
 
     def close(self) -> None:
         """Close the feature file; what is still to be read of it is refused then. It is closed in any case when the

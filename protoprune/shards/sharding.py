@@ -164,9 +164,9 @@ def embed_shards(
         run: Run = functools.partial(_run_here, worker)
         if ray:
             report.device = f"{need.device} of Ray"
-            run = functools.partial(cluster.run, _work, start, need=need)
+            run = functools.partial(cluster.run, _Worker.embed, start, need=need)
         elif devices:
-            run = functools.partial(launch.run, _work, start, devices=devices)
+            run = functools.partial(launch.run, _Worker.embed, start, devices=devices)
         seen: dict[str, tuple[str, int]] = {}
         for one in _reports(mine, worker.wanted, out, run, on_start):
             if one.state == "embedded" and not (report.states["embedded"] or one.classes):
@@ -315,14 +315,10 @@ def _start(
     return _Worker(Engine(encoder, device, **settings), root, options, out, moved)
 
 
-def _work(worker: _Worker, shard: Shard, ahead: Shard | None) -> ShardReport:
-    return worker.embed(shard, ahead)
-
-
 def _run_here(worker: _Worker, tasks: Sequence[Shard]) -> Iterator[ShardReport]:
     with own_threads(), contextlib.closing(worker):
         for shard, ahead in zip(tasks, [*tasks[1:], None], strict=True):
-            yield _work(worker, shard, ahead)
+            yield worker.embed(shard, ahead)
 
 
 def _embedded(shard: Shard, worker: _Worker) -> Halves[ShardReport]:

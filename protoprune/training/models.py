@@ -189,14 +189,10 @@ def _timm_for_size(name: str, size: int) -> Any:
             return network.train()
         except Exception as error:  # whatever a model raises at a size that it was not made for
             trouble = trouble if isinstance(error, TypeError) and trouble else error
+    said = (str(trouble).splitlines() or [type(trouble).__name__])[0][:150]
     raise UsageError(
-        f"--model timm:{name}: takes no images of {size} x {size} pixels ({_first_line(trouble)}); "
-        "give another --image-size"
+        f"--model timm:{name}: takes no images of {size} x {size} pixels ({said}); give another --image-size"
     )
-
-
-def _first_line(error: Exception | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def _state(path: str | os.PathLike[str], model: Normalised) -> dict[str, torch.Tensor]:
