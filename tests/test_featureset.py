@@ -600,6 +600,17 @@ def test_the_way_on_from_a_damaged_set(folder, mini, tmp_path):
     report = run(str(tars), tmp_path / "f", mini, overwrite=True)
     assert dict(report.states) == {"unchanged": 2}
     assert (tmp_path / "f/set.json").read_bytes() == whole
+    for name, rows in (("label", 12), ("features", 1)):  # what is not of single rows takes the shard's others with it
+        part = sorted((tmp_path / "f").glob("*.h5"))[0]
+        with h5py.File(part) as file:
+            place = file[name].id.get_offset()
+        data = bytearray(part.read_bytes())
+        data[place] ^= 1
+        part.write_bytes(data)
+        assert call("info", "--verify", tmp_path / "f").exit_code == 1
+        report = run(str(tars), tmp_path / "f", mini)
+        assert (dict(report.states), report.embedded) == ({"unchanged": 1, "embedded": 1}, rows)
+        assert call("info", "--verify", tmp_path / "f").exit_code == 0
 
 
 @pytest.mark.parametrize("said", ["{", "[]", '{"size": 1, "version": 2, "status": 3, "reason": "x"}', '{"size": "1"}'])

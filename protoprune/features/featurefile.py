@@ -258,15 +258,20 @@ class FeatureFile:
     def damage(self) -> list[str]:
         """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
         that can be read."""
+        lines = self.damaged_parts()
+        if not lines:
+            bad = np.flatnonzero(self.finished() & ~self.intact())
+            lines += [f"its features of {many(len(bad), 'image')}, first {self.paths[bad[0]]}"] if len(bad) else []
+        return lines
+
+    def damaged_parts(self) -> list[str]:
+        """The same of all but single rows of features, which a run can embed again."""
         lines = [f"its {name}" for name in self._reader.damaged_datasets()]
         for read in (lambda: self.paths, lambda: self.labels, self.failures, lambda: self.unreadable_folders):
             try:
                 read()
             except ProtopruneError as error:
                 lines = lines or [str(error)]
-        if not lines:
-            bad = np.flatnonzero(self.finished() & ~self.intact())
-            lines += [f"its features of {many(len(bad), 'image')}, first {self.paths[bad[0]]}"] if len(bad) else []
         return lines
 
 

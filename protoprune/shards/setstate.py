@@ -247,7 +247,7 @@ def done(
     """The feature file of a shard if it is for this shard, unchanged (or gone), and as it is wanted.
 
     With `try_again` a file whose images failed for want of something (a program, a permission) does not count, nor one
-    whose features are damaged. `notes` are those of the whole set, where it lies on a store.
+    that is damaged. `notes` are those of the whole set, where it lies on a store.
     """
     again = try_again and not source_gone
     if stores.is_url(path):
@@ -262,7 +262,7 @@ def done(
             facts = _facts(file)
             if not _is_for(facts, shard, wanted, source_gone):
                 return None
-            return None if again and (facts["try_again"] or not file.intact().all()) else _finished(facts)
+            return None if again and (facts["try_again"] or file.damage()) else _finished(facts)
     except ProtopruneError:  # damaged: embed it again
         return None
 

@@ -444,8 +444,9 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
 
 
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
-    """Whether a feature file that is there is of another kind, or of another version of the shard, or an unfinished one
-    is damaged or of another kind: what is wanted of the whole set was settled when it was prepared."""
+    """Whether a feature file that is there is damaged (but for single rows), of another kind or of another version of
+    the shard, or an unfinished one damaged or of another kind: what is wanted of the whole set was settled when it was
+    prepared."""
     facts, started = _said(path), _said(partial_path(path))
     if any(one is not None and feature_file.key_differences(one, key) for one in (facts, started)):
         return True
@@ -458,9 +459,11 @@ def _said(path: str) -> dict[str, Any] | None:
         return None
     try:
         with FeatureFile(path) as file:
-            return {"shard_size": None, "shard_version": None, **file.provenance}
+            if not file.damaged_parts():
+                return {"shard_size": None, "shard_version": None, **file.provenance}
     except ProtopruneError:
-        return {"shard_size": None, "shard_version": None}
+        pass
+    return {"shard_size": None, "shard_version": None}
 
 
 def _count(report: SetReport, one: ShardReport) -> None:
