@@ -70,7 +70,8 @@ def check_kind(name: str, value: Any, annotation: str, known: Mapping[str, Any])
     """Raise UsageError unless `value` is one of what an annotation names: paths, texts, flags, functions, lists and
     dicts, and the classes that are `known`. One that names anything else is believed."""
     kinds = [_kind(part, known) for part in _parts(annotation)]
-    if any(kind is None or kind[0](value) for kind in kinds):
+    nowhere = isinstance(value, str) and not value and "os.PathLike" in _parts(annotation)
+    if not nowhere and any(kind is None or kind[0](value) for kind in kinds):
         return
     what = list(dict.fromkeys(kind[1] for kind in kinds if kind is not None and kind[1]))
     expected = " or ".join(one for one in what if one != "text" or "a path" not in what)
@@ -88,6 +89,22 @@ def texts(name: str, values: Iterable[Any], what: str = "paths") -> list[str]:
     odd = [one for one in found if not isinstance(one, str)]
     if odd:
         raise UsageError(f"{name}: holds {shown(odd[0])}, expected {what}")
+    return found
+
+
+def as_numbers(name: str, values: Any, what: str = "numbers") -> np.ndarray:
+    """An array of numbers, of what is an array or a list of them: tensors of any type, device and history too.
+
+    Raises UsageError for what holds anything else."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values  # which numpy has not
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        found = np.asarray(None)
+    if found.dtype.kind not in "fiub":
+        raise UsageError(f"{name} {shown(values)}{f' of {found.dtype}' if found.ndim else ''}: expected {what}")
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from protoprune import selection
-from protoprune.arguments import checked, texts
+from protoprune.arguments import as_numbers, checked, texts
 from protoprune.bounds import check_confidence, check_seed, check_whole
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
@@ -72,7 +72,10 @@ def compare(
     check_whole("--bootstrap", resamples, 0, 100_000)
     check_seed(seed)
     check_confidence(level)
-    names, values = list(tables), [np.asarray(scores, np.float64) for scores in tables.values()]  # m times (N,)
+    names, values = (
+        list(tables),
+        [as_numbers(*one).astype(np.float64, copy=False) for one in tables.items()],
+    )  # m times (N,)
     _check(dict(zip(names, values, strict=True)), paths, keeps, labels)
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:

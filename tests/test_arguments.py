@@ -330,3 +330,35 @@ def test_a_warning_stands_at_the_line_of_the_user_however_deep_it_was_found(worl
         with pytest.raises(ProtopruneError):
             protoprune.table_rows(tmp_path / "scores.csv", ["nowhere.parquet"])
     assert [one.filename for one in caught] == [__file__] * 2
+
+
+def test_an_empty_name_is_no_path(world):
+    """As of a variable that is not set: a file `.partial` was left, and all was computed for nothing."""
+    for call in (
+        lambda: protoprune.embed(world["images"], world["encoder"], ""), lambda: protoprune.select(""),
+        lambda: protoprune.read_list(""), lambda: protoprune.list_folder(""), lambda: protoprune.merge("x", ""),
+        lambda: protoprune.load_examples(""),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="'': expected a path"):
+            call()
+    assert not os.path.exists(".partial")
+
+
+def test_scores_of_tensors_are_written_as_the_numbers_that_they_are(world):
+    ids, written = world["ids"], [0.5, -1.0, 2.0, 0.25]
+    for scores in (
+        torch.tensor(written, dtype=torch.bfloat16), torch.tensor(written, requires_grad=True), np.array(written)[::1],
+        torch.tensor(written).half(), np.asfortranarray(np.array([written] * 2))[1], tuple(written),
+    ):  # fmt: skip
+        protoprune.write_scores("t.csv", ids, scores, metric="m")
+        assert protoprune.read_scores("t.csv", ids).scores.tolist() == written
+    both = {"a": torch.tensor(written, requires_grad=True), "b": torch.tensor(written).bfloat16()}
+    assert protoprune.compare(both, ids, resamples=0).spearman[0, 1] == pytest.approx(1)
+    for wrong, said in (
+        ({"scores": [None] * 4}, "expected numbers"), ({"scores": ["1"] * 4}, "expected numbers"),
+        ({"scores": [[1], [1, 2]]}, "expected numbers"), ({"scores": np.ones((4, 1))}, r"shape \(4, 1\)"),
+        ({"paths": ["a", "b", "a", "c"]}, "'a' occurs twice"), ({"provenance": {b"x": 1}}, "provenance: "),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            protoprune.write_scores("u.csv", **{"paths": ids, "scores": written, "metric": "m", **wrong})
+    assert not os.path.exists("u.csv")

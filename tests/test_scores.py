@@ -259,9 +259,9 @@ def test_without_pyarrow_one_line_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "scores", "message"),
     [
-        ("s.csv", np.zeros(3), r"shape \(3,\) and type float64, expected 2 numbers"),
+        ("s.csv", np.zeros(3), r"shape \(3,\), expected 2 numbers"),
         ("s.csv", np.zeros((2, 1)), r"shape \(2, 1\)"),
-        ("s.csv", np.array(["a", "b"]), "type <U1, expected 2 numbers"),
+        ("s.csv", np.array(["a", "b"]), "of <U1: expected numbers"),
         ("s.npy", np.zeros(2), r"written as \.csv, \.tsv or \.parquet"),
         ("none/s.csv", np.zeros(2), "cannot write"),
     ],

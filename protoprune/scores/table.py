@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -27,7 +28,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from protoprune import __version__
-from protoprune.arguments import checked, texts
+from protoprune.arguments import as_numbers, checked, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_list
@@ -102,11 +103,12 @@ def table_bytes(
 ) -> bytes:
     """What `write_scores` writes to a file of that name."""
     path = os.fspath(path)
-    paths, scores = paths if isinstance(paths, Paths) else texts("paths", paths), np.asarray(scores)
-    if scores.shape != (len(paths),) or scores.dtype.kind not in "fiub":
-        raise UsageError(
-            f"{path}: scores of shape {scores.shape} and type {scores.dtype}, expected {len(paths)} numbers, one a path"
-        )
+    paths, scores = paths if isinstance(paths, Paths) else texts("paths", paths), as_numbers("scores", scores)
+    if scores.shape != (len(paths),):
+        raise UsageError(f"{path}: scores of shape {scores.shape}, expected {len(paths):,} numbers, one a path")
+    if not isinstance(paths, Paths) and len(set(paths)) < len(paths):
+        twice = next(one for one, count in Counter(paths).items() if count > 1)
+        raise UsageError(f"{path}: {twice!r} occurs twice; give one score an image")
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64 if scores.itemsize > 2 else np.float32)
     _refuse_infinite(path, paths, scores)
@@ -117,7 +119,10 @@ def table_bytes(
         "protoprune": __version__,
         "provenance": provenance or {},
     }
-    facts = json.loads(json.dumps(facts, default=_plain_value))
+    try:
+        facts = json.loads(json.dumps(facts, default=_plain_value))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"provenance: {error}; expected names and plain values") from None
     header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
     suffix = check_name(path)
     data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)

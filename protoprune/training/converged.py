@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protoprune.arguments import checked
+from protoprune.arguments import as_numbers, checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.device import resolve_device
 from protoprune.errors import UsageError
@@ -182,9 +182,9 @@ def _vectors(values: object, dim: int | None = None) -> torch.Tensor:
 
 def _numbers(name: str, values: object, n: int | None = None, kinds: str = "fiu") -> np.ndarray:
     """An array of numbers, one for each of `n`; UsageError for anything else."""
-    found = np.asarray(values)
+    what = "numbers" if "f" in kinds else "whole numbers"
+    found = as_numbers(name, values, what)
     if found.dtype.kind not in kinds or (n is not None and found.shape != (n,)):
-        what = "numbers" if "f" in kinds else "whole numbers"
         each = "" if n is None else f", one for each of {n:,} images"
         raise UsageError(f"{name} of type {found.dtype} and shape {found.shape}: expected {what}{each}")
     return np.array(found, order="C", copy=None if found.flags.writeable else True)  # torch warns of what is read-only
