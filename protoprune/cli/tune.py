@@ -280,7 +280,7 @@ def _print(result: Tuned, command: str) -> None:
     for row in report.rows(result)[:8]:
         span = "" if row["low"] is None else f" ({_signed(row['low'])} to {_signed(row['high'])})"
         say(
-            f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {_signed(row['to_random'])} points to random{span}, "
+            f"  {row['recipe']}: {100 * row['accuracy']:.2f} %, {_signed(row['to_random'])} points over random{span}, "
             f"{many(row['splits'], 'split')}"
         )
     one = result.judgement
