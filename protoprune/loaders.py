@@ -223,6 +223,11 @@ def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[l
         paths = [sample[0] if isinstance(sample, (tuple, list)) else sample for sample in dataset.samples]
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
+        if hasattr(dataset, "__len__") and len(dataset) != len(paths):  # whose numbers are not those of its items
+            raise UsageError(
+                f"{type(dataset).__name__}: has {len(paths):,} samples and {len(dataset):,} items, so that nothing "
+                "says which item is which image; filter what it is made of"
+            )
         if root is None:
             if not hasattr(dataset, "root"):
                 raise UsageError(f"{type(dataset).__name__} has no root; give root=, which the paths are relative to")

@@ -622,3 +622,16 @@ def test_a_table_is_no_list_of_paths(image_folder):
         keep_only(image_folder, table)
     assert sample_ids(keep_only(image_folder, table["path"])) == KEPT
     assert sample_ids(keep_only(image_folder, np.array(KEPT))) == KEPT
+
+
+def test_samples_that_are_not_the_items_are_refused(image_folder):
+    """One that repeats its samples would be trained on once each, and one that skips some on other images."""
+
+    class Repeated(type(image_folder)):
+        def __len__(self):
+            return 2 * len(self.samples)
+
+    repeated = Repeated(image_folder.root)
+    for call in (lambda: keep_only(repeated, KEPT), lambda: weights_of(repeated, BY_PATH)):
+        with pytest.raises(UsageError, match="Repeated: has 12 samples and 24 items"):
+            call()
