@@ -148,3 +148,4 @@ def test_what_differs_between_features_is_said_in_short():
         "preprocess: resize 80, size 72, not resize None, size 64",
     ]
     assert key_differences(mini | {"preprocess": "224 pixels"}, mini)[0].startswith("preprocess: 224 pixels, not {")
+    assert key_differences(mini | {"weights_sha256": "v2"}, mini) == ["weights sha256: v2, not 111111111111…"]

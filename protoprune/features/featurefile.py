@@ -628,7 +628,7 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
 def _unlike(name: str, one: str, other: str) -> tuple[str, str]:
     """Two values as messages show them: of a digest its start, of preprocessings the settings that are not the same."""
     if name == "weights_sha256":
-        return one[:12] + "…", other[:12] + "…"
+        one, other = (text if len(text) < 40 else text[:12] + "…" for text in (one, other))
     if name == "preprocess":
         with contextlib.suppress(ValueError, AttributeError):
             sides = json.loads(one), json.loads(other)
