@@ -42,8 +42,8 @@ def keep_only(
 ) -> Any:
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
 
-    - torchvision `ImageFolder`, other sets with `.samples` of paths, a `random_split` or other `Subset` of them: a
-      `torch.utils.data.Subset` (classes keep their numbers);
+    - torchvision `ImageFolder`, other sets with `.samples` of paths, a `random_split` or other `Subset` of them, a
+      `ConcatDataset` of such: a `torch.utils.data.Subset` (classes keep their numbers);
     - Hugging Face `datasets.Dataset` with an image column, or of `load_dataset("webdataset", …)`:
       `dataset.select(...)`;
     - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
@@ -63,7 +63,7 @@ def keep_only(
     whole, places = _whole(dataset)
     if _is_hugging_face(dataset) and "__key__" in dataset.features:  # of load_dataset("webdataset", …)
         return dataset.select([row["__row__"] for row in _KeptSamples(_rows(dataset), listed, whole=True)])
-    if hasattr(whole, "samples") or _is_hugging_face(whole):
+    if _in_files(whole) or _is_hugging_face(whole):
         ids, base, where = _identified(whole, root)
         wanted = set(_in_order(listed, base, ids))
         _all_present(wanted - set(ids), len(wanted), where, base, ids)
@@ -173,9 +173,9 @@ def weights_of(
     for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, places = _whole(dataset)
-    if not hasattr(whole, "samples") and not _is_hugging_face(whole):
+    if not _in_files(whole) and not _is_hugging_face(whole):
         raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
-    if root is None and not hasattr(whole, "samples"):
+    if root is None and not _in_files(whole):
         raise UsageError(
             "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
         )
@@ -217,22 +217,44 @@ def _is_hugging_face(dataset: object) -> bool:
     return hasattr(dataset, "select") and hasattr(dataset, "features")
 
 
+def _in_files(dataset: object) -> bool:
+    """Whether it has the paths of files: of its own, or in the parts that it joins (torch's ConcatDataset)."""
+    parts = getattr(dataset, "datasets", None)
+    if hasattr(dataset, "cumulative_sizes") and isinstance(parts, list):
+        return all(_in_files(_whole(part)[0]) for part in parts)
+    return hasattr(dataset, "samples")
+
+
+def _files_of(dataset: Any) -> tuple[list[str], set[str]]:
+    """(the path of each item, the roots that are known)."""
+    if not hasattr(dataset, "samples"):
+        paths: list[str] = []
+        roots: set[str] = set()
+        for part in dataset.datasets:
+            whole, places = _whole(part)
+            own, its = _files_of(whole)
+            paths += own if places is None else [own[place] for place in places]
+            roots |= its
+        return paths, roots
+    paths = [sample[0] if isinstance(sample, (tuple, list)) else sample for sample in dataset.samples]
+    if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
+    if hasattr(dataset, "__len__") and len(dataset) != len(paths):  # whose numbers are not those of its items
+        raise UsageError(
+            f"{type(dataset).__name__}: has {len(paths):,} samples and {len(dataset):,} items, so that nothing "
+            "says which item is which image; filter what it is made of"
+        )
+    return paths, {os.fspath(dataset.root)} if hasattr(dataset, "root") else set()
+
+
 def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[list[str], str, str]:
     """(each image's path as lists have it, the folder with a slash that was taken off, 'under …' for messages)."""
-    if hasattr(dataset, "samples"):
-        paths = [sample[0] if isinstance(sample, (tuple, list)) else sample for sample in dataset.samples]
-        if not all(isinstance(path, (str, os.PathLike)) for path in paths):
-            raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
-        if hasattr(dataset, "__len__") and len(dataset) != len(paths):  # whose numbers are not those of its items
-            raise UsageError(
-                f"{type(dataset).__name__}: has {len(paths):,} samples and {len(dataset):,} items, so that nothing "
-                "says which item is which image; filter what it is made of"
-            )
-        if root is None:
-            if not hasattr(dataset, "root"):
-                raise UsageError(f"{type(dataset).__name__} has no root; give root=, which the paths are relative to")
-            root = dataset.root
-        root = os.fspath(root)
+    if _in_files(dataset):
+        paths, roots = _files_of(dataset)
+        if root is None and len(roots) != 1:
+            has = f"has several roots ({', '.join(sorted(roots)[:3])})" if roots else "has no root"
+            raise UsageError(f"{type(dataset).__name__} {has}; give root=, which the paths are relative to")
+        root = os.fspath(root) if root is not None else min(roots)
     else:
         paths = _hugging_face_paths(dataset)
         root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths if p])

@@ -635,3 +635,26 @@ def test_samples_that_are_not_the_items_are_refused(image_folder):
     for call in (lambda: keep_only(repeated, KEPT), lambda: weights_of(repeated, BY_PATH)):
         with pytest.raises(UsageError, match="Repeated: has 12 samples and 24 items"):
             call()
+
+
+def test_data_sets_that_are_joined(image_tree, tmp_path):
+    """Each image once, whichever part it is in, by paths below one root."""
+    folder = pytest.importorskip("torchvision.datasets").ImageFolder
+    from torch.utils.data import ConcatDataset, Subset
+
+    one = folder(image_tree({"cat": 3, "dog": 2}, tmp_path / "all" / "one"))
+    two = folder(image_tree({"cat": 2, "eel": 3}, tmp_path / "all" / "two"))
+    kept = ["two/eel/001.png", "one/cat/002.png", "two/cat/000.png", "one/dog/001.png"]
+    joined = ConcatDataset([Subset(one, [4, 3, 2]), two])  # dog/001, dog/000, cat/002, then all of two
+    subset = keep_only(joined, kept, root=tmp_path / "all")
+    assert subset.indices == [0, 2, 3, 6]
+    assert [label for _, label in subset] == [1, 0, 0, 1]
+    weights = {path: float(place) for place, path in enumerate(kept, 1)}
+    assert weights_of(subset, weights, root=tmp_path / "all").tolist() == [4, 2, 3, 1]
+    assert keep_only(ConcatDataset([one]), ["cat/001.png"]).indices == [1]
+    with pytest.raises(UsageError, match=r"ConcatDataset has several roots .*; give root="):
+        keep_only(joined, kept)
+    with pytest.raises(ProtopruneError, match="1 of 5 listed images is not in the data set"):
+        keep_only(joined, [*kept, "one/cat/000.png"], root=tmp_path / "all")
+    with pytest.raises(UsageError, match="ConcatDataset: expected"):
+        keep_only(ConcatDataset([one, [1, 2]]), kept)
