@@ -362,3 +362,42 @@ def test_scores_of_tensors_are_written_as_the_numbers_that_they_are(world):
         with pytest.raises(UsageError, match=said):
             protoprune.write_scores("u.csv", **{"paths": ids, "scores": written, "metric": "m", **wrong})
     assert not os.path.exists("u.csv")
+
+
+def test_a_pool_is_one_of_each_an_image():
+    from protoprune.report import page
+    from protoprune.tuning import recipes, running
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    usual = {"paths": [f"{row:02d}" for row in range(80)], "labels": labels, "classes": ["a", "b"],
+             "vectors": rng.normal(size=(80, 3)).astype(np.float32)}  # fmt: skip
+    pool = recipes.Pool(**{**usual, "labels": labels.tolist(), "vectors": torch.tensor(usual["vectors"])})
+    assert np.array_equal(pool.vectors, usual["vectors"])
+    assert np.array_equal(pool.labels, labels)
+    for wrong, said in (
+        ({"labels": labels + 0.0}, "labels of type float64"), ({"labels": labels.astype(str)}, "labels .* numbers"),
+        ({"labels": labels[1:]}, r"expected \(n,\)"), ({"paths": "x" * 80}, "expected a list of paths"),
+        ({"tables": {"mine": [1.0, 2.0]}}, r"mine: scores of shape \(2,\)"),
+        ({"tables": {"mine": ["x"] * 80}}, "mine .* expected numbers"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            recipes.Pool(**{**usual, **wrong})
+    some = recipes.Pool(**{**usual, "labels": np.where(labels == 0, -1, labels)})
+    with pytest.raises(UsageError, match="40 images have no class"):
+        running.tune(some, 0.5)
+    with pytest.raises(UsageError, match="chosen None: expected a Selected"):
+        page(None)
+
+
+def test_weights_of_a_list_in_any_form(world):
+    """In one form or the other they weigh the images of their own rows."""
+    from protoprune.evaluation.comparing import Kept, _spread
+
+    rows, weights = np.array([4, 0, 2]), [1.0, 2.0, 3.0]
+    tensor = torch.tensor(weights)
+    for given in (weights, tensor.clone().requires_grad_(), tensor.bfloat16(), np.float16(weights)):
+        assert _spread(Kept("mine", rows, given), 5).tolist() == [1, 0, 1.5, 0, 0.5]
+    for wrong in (["1", "2", "3"], {4: 1.0}, [None] * 3):
+        with pytest.raises(UsageError, match=r"mine: weights .*: expected numbers"):
+            _spread(Kept("mine", rows, wrong), 5)

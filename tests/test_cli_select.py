@@ -519,6 +519,15 @@ def test_no_cache_writes_nothing(here, run):
     assert sorted(os.listdir()) == ["features.h5"]
 
 
+def test_a_cache_that_cannot_be_written_is_said(here, run):
+    """k-means of a large set would be done at each call, in silence."""
+    (here / "features.h5.clusters").write_text("in the way")
+    said = "warning: features.h5.clusters cannot be written, so the clustering is made anew each time"
+    for more in ([], ["--restarts", "3"]):
+        assert select(run, "--keep", "0.5", *more).stderr.count(said) == 1
+    assert said not in select(run, "--keep", "0.5", "--no-cache").stderr
+
+
 def test_restarts_and_stability_report_how_far_to_trust_the_list(here, run):
     restarts = select(run, "--keep", "0.5", "--restarts", "3")
     assert re.search(r"restarts: 3 seeds; .* overlap by [\d.]+ % on average", restarts.stderr)

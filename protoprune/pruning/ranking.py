@@ -121,6 +121,13 @@ class Ranking:
             zero = "features that are all zeros, and"
             some = many(zeros, f"image has {zero} is", f"images have {zero} are")
             notes.append(f"{some} {effect} (first: {first})")
+        folder = f"{self.file}.clusters"
+        made = self.clusters is not None and self.clusters.cache and self.cached < len(self.clusterings)
+        if made and self.source is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            notes.append(
+                f"{folder} cannot be written, so the clustering is made anew each time; copy the feature file to where "
+                "you can write, or give --no-cache if this is meant"
+            )
         if self.table is not None or not self.clusterings:
             return notes
         one = self.clusterings[0]

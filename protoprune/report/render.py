@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune import __version__, stores
+from protoprune.arguments import checked
 from protoprune.errors import UsageError
 from protoprune.paths import encoded
 from protoprune.pruning import Selected
@@ -37,6 +38,7 @@ LIST_SHARE = 0.45  # of the limit, that the list of all images may take; without
 _TYPES = {"uint8": "u1", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4"}
 
 
+@checked
 def page(
     chosen: Selected,
     options: Options | None = None,

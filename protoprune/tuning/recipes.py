@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from protoprune import pruning
+from protoprune.arguments import as_numbers, texts
 from protoprune.clustering import prototypes
 from protoprune.errors import UsageError
 from protoprune.ids import Known, row_type
 from protoprune.images.decode import Status
+from protoprune.paths import Paths
 
 CALM = 0.5  # the paper's share for --balance
 DROPPED = 0.1  # tried for --drop-hardest
@@ -101,10 +103,19 @@ class Pool:
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)  # {score table: (n,) scores, larger = harder}
 
     def __post_init__(self) -> None:
+        """Raise UsageError for what is not one of each an image."""
+        if not isinstance(self.paths, Paths):
+            self.paths = texts("paths", self.paths)
+        self.labels, self.vectors = as_numbers("labels", self.labels), as_numbers("vectors", self.vectors)
+        self.tables = {name: as_numbers(name, table) for name, table in self.tables.items()}
         n, most = len(self.paths), max(len(self.classes) - 1, -1)
         if np.shape(self.labels) != (n,) or np.ndim(self.vectors) != 2 or len(self.vectors) != n:
             shapes = f"{np.shape(self.labels)} and {np.shape(self.vectors)}"
             raise UsageError(f"labels and vectors of shape {shapes} for {n:,} paths: expected (n,) and (n, d)")
+        if self.labels.dtype.kind not in "iu":
+            raise UsageError(f"labels of type {self.labels.dtype}: expected the numbers of the classes")
+        if odd := [name for name, table in self.tables.items() if table.shape != (n,)]:
+            raise UsageError(f"{odd[0]}: scores of shape {self.tables[odd[0]].shape} for {n:,} paths: expected (n,)")
         if n and not -1 <= np.min(self.labels) <= np.max(self.labels) <= most:
             raise UsageError(f"labels from {np.min(self.labels)} to {np.max(self.labels)}: expected numbers of classes")
 

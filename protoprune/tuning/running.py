@@ -316,6 +316,8 @@ def _check(pool: Pool, choosers: int, keep: float) -> None:
             f"--keep {keep:g}: a split of {len(pool):,} images would keep {kept}, too few to compare anything; keep "
             f"{least} at least, or take random images"
         )
+    if without := int((pool.labels < 0).sum()):
+        raise UsageError(f"{many(without, 'image has', 'images have')} no class (label -1); leave such images out")
     sizes = np.bincount(pool.labels, minlength=len(pool.classes))
     if len(pool.classes) < 2 or np.sort(sizes)[-2] < 2:
         raise ProtopruneError("comparing recipes needs two classes with two images or more")
