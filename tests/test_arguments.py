@@ -388,3 +388,16 @@ def test_a_pool_is_one_of_each_an_image():
         running.tune(some, 0.5)
     with pytest.raises(UsageError, match="chosen None: expected a Selected"):
         page(None)
+
+
+def test_weights_of_a_list_in_any_form(world):
+    """In one form or the other they weigh the images of their own rows."""
+    from protoprune.evaluation.comparing import Kept, _spread
+
+    rows, weights = np.array([4, 0, 2]), [1.0, 2.0, 3.0]
+    tensor = torch.tensor(weights)
+    for given in (weights, tensor.clone().requires_grad_(), tensor.bfloat16(), np.float16(weights)):
+        assert _spread(Kept("mine", rows, given), 5).tolist() == [1, 0, 1.5, 0, 0.5]
+    for wrong in (["1", "2", "3"], {4: 1.0}, [None] * 3):
+        with pytest.raises(UsageError, match=r"mine: weights .*: expected numbers"):
+            _spread(Kept("mine", rows, wrong), 5)

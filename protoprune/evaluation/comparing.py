@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protoprune.arguments import check_fields, checked
+from protoprune.arguments import as_numbers, check_fields, checked
 from protoprune.bounds import SEEDS, check_confidence, check_number, check_whole, shown
 from protoprune.errors import UsageError
 from protoprune.evaluation import runs as running
@@ -267,7 +267,7 @@ def _spread(one: Kept, n: int) -> np.ndarray | None:
     """
     if one.weights is None:
         return None
-    own = np.asarray(one.weights, np.float64)
+    own = as_numbers(f"{one.name}: weights", one.weights).astype(np.float64)
     if own.shape != np.shape(one.rows) or not np.isfinite(own).all() or (own < 0).any() or not own.any():
         raise UsageError(f"{one.name}: expected a weight of 0 or more for each of its {len(one.rows):,} images")
     weights = np.zeros(n, np.float32)
