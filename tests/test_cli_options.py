@@ -333,6 +333,7 @@ def test_a_feature_file_named_as_another_command_takes_it(run, words, said):
         ("select --keep=x", "--keep x: expected a number; see `protoprune select --help`"),
         ("sheet --seed 1.5", "--seed 1.5: expected a whole number; see `protoprune sheet --help`"),
         ("sheet --count 0", "--count 0: expected at least 1; see `protoprune sheet --help`"),
+        ("select --keep", "Option '--keep' requires an argument; see `protoprune select --help`"),
         ("theory error --theta 90", "--theta 90: expected at most 89; see `protoprune theory error --help`"),
         (
             "theory error --order x",

@@ -68,7 +68,7 @@ class _Group(TyperGroup):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with _in_one_line(), warnings.catch_warnings():
+        with _in_one_line(ctx), warnings.catch_warnings():
             warnings.simplefilter("always", ProtopruneWarning)
             ignore_pillow()
             ignore_matplotlib()
@@ -89,7 +89,7 @@ def _refuse_empty(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _in_one_line() -> Iterator[None]:
+def _in_one_line(context: Any = None) -> Iterator[None]:
     """What the user can act on ends the command in one line, with the exit code that it carries."""
     try:
         yield
@@ -97,7 +97,7 @@ def _in_one_line() -> Iterator[None]:
         _complain(str(error))
         raise typer.Exit(error.exit_code) from None
     except _Misspelt as error:
-        _explain(error)
+        _explain(error, context)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in _ENCODERS:
@@ -128,14 +128,14 @@ def _of_a_file(error: OSError) -> str:
     return f"{where}{said}{hint}"
 
 
-def _explain(error: Any) -> None:
+def _explain(error: Any, context: Any) -> None:
     """Say in one line what is wrong with the words of the command line, and exit with 2."""
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error  # the help itself
     said = _UNEXPECTED.sub(_first_of_many, error.format_message().rstrip("."))
     if wrong := _WRONG.match(said):
         said = _of_a_value(wrong[1], wrong[2], [] if error.ctx is None else error.ctx.meta.get(_WORDS, []))
-    _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error)} --help`")
+    _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error.ctx, context)} --help`")
     raise typer.Exit(error.exit_code) from None
 
 
@@ -170,14 +170,13 @@ def _where_features_go(context: Any, said: str) -> str:
     return ""
 
 
-def _command(error: Any) -> str:
-    """The command that was misspelt, as a user calls it."""
-    names: list[str] = []
-    context = error.ctx
+def _command(context: Any, group: Any) -> str:
+    """The command that was misspelt, as a user calls it; by its group where its own words could not be read."""
+    names = [group.invoked_subcommand] if context is None and group is not None else []
     while context is not None and context.parent is not None:
         names.insert(0, context.info_name)
         context = context.parent
-    return " ".join(["protoprune", *names])
+    return " ".join(["protoprune", *filter(None, names)])
 
 
 def _complain(text: str) -> None:

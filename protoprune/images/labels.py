@@ -89,7 +89,13 @@ def read_labels(file: LabelFile, paths: Sequence[str], root: str) -> tuple[np.nd
         values = _by_place(source, values, paths)
         found = dict(enumerate(values))
     else:
-        found = _by_path(source, keys, values, paths, root)
+        named = _by_path(source, keys, values, paths, root)
+        if named is None:
+            raise ProtopruneError(
+                f"{source}: none of its {many(len(set(keys)), 'row')} names an image (it has {keys[0]!r}, the images "
+                f"are like {paths[0]!r}); paths must be relative to the same root"
+            )
+        found = named
     label, classes = _as_labels(source, found, paths)
     return label, classes, f"{os.path.basename(source)}, sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
@@ -99,7 +105,13 @@ def given_labels(given: Mapping[Any, Any], paths: Sequence[str], root: str) -> t
     keys, values = texts("labels", list(given)), [_as_text(*one) for one in given.items()]
     if not keys:
         raise UsageError("labels: an empty dict, expected path and class; give labels=False for images without classes")
-    return *_as_labels("labels", _by_path("labels", keys, values, paths, root), paths), "as given"
+    found = _by_path("labels", keys, values, paths, root)
+    if found is None:
+        raise UsageError(
+            f"none of the {len(paths):,} images below {root} has a class (first: {paths[0]}; those of {len(keys):,} "
+            f"are known, first: {keys[0]}); is it the folder that these paths are relative to?"
+        )
+    return *_as_labels("labels", found, paths), "as given"
 
 
 def _as_text(path: object, value: Any) -> str:
@@ -372,8 +384,8 @@ def _by_place(source: str, values: list[str], paths: Sequence[str]) -> list[str]
     return values
 
 
-def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[str], root: str) -> dict[int, str]:
-    """row -> class of the images that the table names."""
+def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[str], root: str) -> dict[int, str] | None:
+    """row -> class of the images that the table names; None where it names none of them."""
     if not any("/" in key for key in keys) and not any("\\" in path for path in paths):  # written on Windows
         keys = [key.replace("\\", "/") for key in keys]
     of: dict[str, set[str]] = {}
@@ -385,10 +397,7 @@ def _by_path(source: str, keys: list[str], values: list[str], paths: Sequence[st
     rows = match_names(_below(source, unique, paths, root), paths)[0].tolist()
     found = {row: of[key] - {""} for row, key in zip(rows, unique, strict=True) if row >= 0}
     if not found:
-        raise ProtopruneError(
-            f"{source}: none of its {many(len(unique), 'row')} names an image (it has {unique[0]!r}, the images are "
-            f"like {paths[0]!r}); paths must be relative to the same root"
-        )
+        return None
     lost = [key for key, row in zip(unique, rows, strict=True) if row < 0]
     if lost:
         warn(f"{source}: {len(lost):,} of {len(unique):,} rows name no image, or could name several (first: {lost[0]})")
