@@ -48,6 +48,15 @@ def _no_waiting_for_the_disk():
     os.fsync = lambda _: None
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_left_behind():
+    """A file in the folder that the tests are started from would meet the next test, and the next commit."""
+    before = set(os.listdir())
+    yield
+    left = {name for name in os.listdir() if not name.startswith(".")} - before
+    assert not left, f"tests wrote into {os.getcwd()}: {sorted(left)}"
+
+
 @pytest.fixture(autouse=True)
 def _one_torch_thread():
     if "torch" in sys.modules:

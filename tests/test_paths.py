@@ -90,8 +90,8 @@ def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
     reader.close()
 
 
-def test_names_reach_another_process_as_a_list(feature_file):
-    with FeatureFile(feature_file("f.h5", np.ones((3, 2), np.float32), paths=["a", "b", "é"])) as file:
+def test_names_reach_another_process_as_a_list(feature_file, tmp_path):
+    with FeatureFile(feature_file(tmp_path / "f.h5", np.ones((3, 2), np.float32), paths=["a", "b", "é"])) as file:
         assert pickle.loads(pickle.dumps(file.paths)) == ["a", "b", "é"]
 
 
