@@ -45,7 +45,7 @@ test: $(READY) ## Run the tests (fast, offline).
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: $(READY) ## Run every test, slow and GPU ones included.
-	$(BIN)/python -m pytest -m 'slow or gpu or not slow' --timeout 1800
+	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800 --hypothesis-profile thorough
 
 lint: $(READY) ## Check style, formatting and types.
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Whoever gives the wrong kind of thing (the name of a list for its paths, None for a file, an array for a choice) reads
 what was expected, and not what Python stumbles over somewhere inside. Numbers are left to `bounds`, which knows their
-range, and arrays to whoever looks at their shape.
+range, and arrays to whoever looks at their shape. A library that checks annotations (beartype, typeguard) would need
+all of them when the program runs, torch's among them, and knows neither numpy's numbers nor one short sentence.
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("thorough", settings.get_profile("tests"), max_examples=300)  # of `make test-all`
 settings.load_profile("tests")
 
 # The program builds its commands once, and a test's runner for every call: a quarter of the time of tests of commands.

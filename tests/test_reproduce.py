@@ -130,7 +130,9 @@ def test_configurations_have_both_sizes_and_recipes_that_exist(name):
             Recipe.for_model(**settings["recipe"])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("metrics", "theory"))) for name in EXPERIMENTS]
+)
 def test_an_experiment_runs_uses_every_key_and_resumes_without_training(name, toy_lab, numbers, monkeypatch, capsys):
     monkeypatch.setattr(theory, "theory_numbers", lambda: numbers)
     monkeypatch.setattr(theory, "worker_pool", contextlib.nullcontext)  # starting processes takes seconds
