@@ -229,9 +229,8 @@ def _from_text(text: str, source: str, column: str | None) -> tuple[list[str] | 
             raise _Unclear(f"no column {column}: it has one class a line; leave --label-column out")
         return None, [row[0].strip() for row in rows[header:]]
     key, label = _columns(rows[0], column) if header else _columns_of(rows, column)
-    first_word = (
-        header and plain_name(rows[0][label]) == "predictionstring"
-    )  # Kaggle's ImageNet: class and box, repeated
+    # Kaggle's ImageNet has class and box, repeated
+    first_word = header and plain_name(rows[0][label]) == "predictionstring"
     keys, values = [], []
     for place, row in enumerate(rows[header:], 1 + header):
         if len(row) <= key:
