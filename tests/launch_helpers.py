@@ -20,3 +20,7 @@ def work(state, task, ahead):
     if kind == "error":
         raise UsageError("a bad task")
     return task, state
+
+
+def work_with(weights, state, task, ahead):
+    return task, len(weights) // 1_000_000

@@ -1,6 +1,8 @@
 """Worker processes: every task once, whoever dies."""
 
+import functools
 import itertools
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -9,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from launch_helpers import start, work
+from launch_helpers import start, work, work_with
 from shard_helpers import image_folder, members, write_tars
 
 from protoprune.encoders import load_encoder
@@ -36,6 +38,25 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
     tasks = ["1", f"die:{tmp_path}/x", "2", f"die:{tmp_path}/y", "3"]
     with pytest.warns(ProtopruneWarning, match="the worker on th.. was killed by signal 9 at die:"):
         assert run(tasks) == sorted(tasks)
+
+
+def test_a_worker_that_is_killed_before_it_has_read_the_weights_is_replaced(monkeypatch):
+    """The weights are more than a pipe holds: whoever writes them into the pipe of a dead process waits for ever."""
+    real, started = multiprocessing.util.spawnv_passfds, []
+
+    def spawn(path, command, handles):
+        pid = real(path, command, handles)
+        if any("spawn_main" in str(word) for word in command):
+            started.append(pid)
+            if len(started) == 1:
+                os.kill(pid, signal.SIGKILL)
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn)
+    large = functools.partial(work_with, b"w" * 5_000_000)
+    with pytest.warns(ProtopruneWarning, match="was killed by signal 9"):
+        assert sorted(launch.run(large, start, ["1", "2", "3"], ["this", "that"])) == [("1", 5), ("2", 5), ("3", 5)]
+    assert len(started) == 3
 
 
 def test_a_task_that_kills_every_worker_is_lost_and_the_others_are_done():

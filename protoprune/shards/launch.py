@@ -8,7 +8,6 @@ out to whom (`Tasks`) is the same on a cluster, see `cluster`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
@@ -142,13 +141,14 @@ def run(
     task whose worker dies `tries` times gives a `Lost`. A ProtopruneError of `work` or `start` ends the run, and so do
     workers that all die.
     """
-    # As bytes: multiprocessing would share the weights through /dev/shm, of which containers have 64 MB or none.
-    serve = functools.partial(_serve, pickle.dumps((work, start)), len(devices))
+    # As bytes: multiprocessing would share the weights through /dev/shm, of which containers have 64 MB or none. Not as
+    # an argument of the process: its parent waits for ever where one dies before it has read so much.
+    code = pickle.dumps((work, start))
     todo = Tasks(tasks, tries)
     workers: list[_Worker[Task]] = []
     try:
         for number, device in enumerate(devices[: len(todo)]):
-            workers.append(_launch(serve, device, number))
+            workers.append(_launch(device, number, len(devices)))
         while len(todo) or any(worker.task is not None for worker in workers):
             for number, worker in enumerate(workers):
                 if worker.task is None and (given := todo.take(number)) is not None:
@@ -159,12 +159,16 @@ def run(
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
                     lost = todo.died(number, worker.task, _death(worker))
-                    workers[number] = _launch(serve, worker.device, number)
+                    workers[number] = _launch(worker.device, number, len(devices))
                     if lost is not None:
                         yield lost
                     continue
                 if kind == "error":
                     raise value
+                if kind == "code":
+                    with contextlib.suppress(OSError):  # it died meanwhile, as below
+                        worker.connection.send_bytes(code)
+                    continue
                 worker.task = None
                 todo.done()
                 yield value
@@ -172,10 +176,10 @@ def run(
         _dismiss(workers)
 
 
-def _launch(serve: Callable[[Connection, str, int], None], device: str, number: int) -> _Worker[Task]:
+def _launch(device: str, number: int, of: int) -> _Worker[Task]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, device, number), daemon=True)
+    process = context.Process(target=_serve, args=(there, device, number, of), daemon=True)
     process.start()
     there.close()
     return _Worker(device, process, here)
@@ -212,19 +216,21 @@ def _death(worker: _Worker[Task]) -> str:
     return f"the worker on {worker.device} {how}"
 
 
-def _serve(code: bytes, of: int, connection: Connection, device: str, number: int) -> None:
-    """A worker's life; `code` is `work` and `start`, pickled. Interrupts are the parent's business."""
+def _serve(connection: Connection, device: str, number: int, of: int) -> None:
+    """A worker's life: with its first task it asks for `work` and `start`. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     state: Any = None
     ignore_pillow()
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:
-        work, start = pickle.loads(code)
+        task, ahead = connection.recv()
+        connection.send(("code", None))
+        work, start = pickle.loads(connection.recv_bytes())
         state = start(device)
         while True:
-            task, ahead = connection.recv()
             connection.send(("result", work(state, task, ahead)))
+            task, ahead = connection.recv()
     except ProtopruneError as error:
         connection.send(("error", error))
     except (EOFError, OSError):  # the parent is gone, or has no more tasks
