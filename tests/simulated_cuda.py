@@ -1,12 +1,11 @@
 """A CUDA device on a machine without one: tensors of the host that say they are on `cuda:0`, and refuse to mix.
 
-What it shows: tensors of two places in one operation, results read without `.cpu()`, generators and streams asked for
-in the wrong place. What it cannot show: speed, memory, the order of streams, kernels.
+What it shows: tensors of two places in one operation, results read without `.cpu()`, events waited for that were not
+recorded. What it cannot show: speed, memory, the order of streams, kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 
 import torch
@@ -27,7 +26,7 @@ _ACROSS = {
     "_has_compatible_shallow_copy_type",
 }  # may take what is on the host
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap or grad: what it holds cannot be asked
-_REAL = {name: getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "pin_memory", "numpy", "device")}
+_real_to = torch.Tensor.to
 
 
 class OnDevice(torch.Tensor):
@@ -80,8 +79,7 @@ def _to(self, *args, **kwargs):
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
     same = self.as_subclass(torch.Tensor) if isinstance(self, OnDevice) else self
     target = isinstance(self, OnDevice) if device is None else device.type == "cuda"
-    with torch.no_grad() if not torch.is_grad_enabled() else contextlib.nullcontext():
-        moved = _REAL["to"](same, dtype or same.dtype, memory_format=layout or torch.preserve_format)
+    moved = _real_to(same, dtype or same.dtype, memory_format=layout or torch.preserve_format)
     if target != isinstance(self, OnDevice) and moved is same:
         moved = same.clone() if layout is None else same.clone(memory_format=layout)
     return moved.as_subclass(OnDevice) if target else moved
