@@ -15,9 +15,8 @@ Layout (format version 1; m models, e recorded epochs, n training examples, t te
     probability_digest uint64  (m,) xxh3-64 of each finished model's class probabilities, where there are any
 
 What the statistics are is said in `training.per_example`; everything else about the run is in the attributes, and
-digests of all else in the seal (see `seals`). Files of earlier versions have no digests. While a
-run is under way the file is called `<name>.partial`; it gets its name by a rename. What this module does not know:
-how models are trained, what metrics make of this.
+digests of all else in the seal (see `seals`). While a run is under way the file is called `<name>.partial`; it gets its
+name by a rename. What this module does not know: how models are trained, what metrics make of this.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ KIND = hdf5.Kind(
         "test_prediction": Column(("uint16",), ("m", "e", "t"), optional=True),
         "test_true_probability": Column(("float16",), ("m", "e", "t"), optional=True),
         "probability": Column(("float16",), ("m", "n", "c"), optional=True),
-        "digest": Column(("uint64",), ("s", "m", "e"), optional=True),
+        "digest": Column(("uint64",), ("s", "m", "e")),
         "probability_digest": Column(("uint64",), ("m",), optional=True),
     },
     ("uuid", "created", "protoprune"),
@@ -92,15 +91,12 @@ class Record:
         self._probability_checked = False
 
     def _check_counts(self) -> None:
-        """Whether what the record says of itself agrees; of one without digests all of it, before any is used."""
-        if self._reader.seal is None:
-            for name in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
-                getattr(self, name)
+        """Whether what the record says of itself agrees."""
         if not (self.epoch_numbers >= 0).all() or (np.diff(self.epoch_numbers) <= 0).any():
             raise self._reader.damaged("its epochs are not in order")
         if (classes := self._reader.dims.get("c")) not in (None, len(self.classes)):
             raise self._reader.damaged(f"its probability is of {classes:,} classes, and it has {len(self.classes):,}")
-        if "digest" in self._reader and self._reader.dims["s"] != len(names_with_digests(self._reader.file)):
+        if self._reader.dims["s"] != len(names_with_digests(self._reader.file)):
             raise self._reader.damaged("its digest is of other statistics than it has")
 
     def _require_finished(self) -> None:
@@ -116,11 +112,6 @@ class Record:
 
     def __exit__(self, *_: object) -> None:
         self._reader.close()
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the file has digests; those of earlier versions have none."""
-        return self._digests.known
 
     @property
     def paths(self) -> list[str]:
@@ -187,13 +178,7 @@ class Record:
         self._digests.check(name, models, epochs)
         with self._reader.trouble(f"its {name}"):
             values = self._reader.data[name][models, epochs, rows]
-        values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
-        if not self.sealed and values.dtype.kind == "f":
-            with np.errstate(invalid="ignore"):
-                values += 0  # of a damaged file a NaN may be one that every later sum warns of
-        if name.endswith("prediction") and not self.sealed and values.max(initial=0) >= len(self.classes):
-            raise self._reader.damaged(f"its {name} names a class that is not there")
-        return values
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
 
     @property
     def test_paths(self) -> list[str]:
@@ -250,8 +235,7 @@ class Record:
         return self._reader.damaged(what)
 
     def damage(self) -> list[str]:
-        """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
-        that can be read."""
+        """What of the file is not what was written, a line each; all of it is read."""
         lines = [f"its {name}" for name in self._reader.damaged_datasets()]
         for what in ("paths", "labels", "subset", "committed", "test_paths", "test_labels"):
             try:
@@ -272,14 +256,11 @@ class _Digests:
     def __init__(self, reader: hdf5.Reader) -> None:
         self._reader = reader
         self._good: set[tuple[str, int, int]] = set()
-        self.known = reader.seal is not None and "digest" in reader
-        self.names = names_with_digests(reader.file) if self.known else []
+        self.names = names_with_digests(reader.file)
         self._table: np.ndarray | None = None
 
     def check(self, name: str, models: int | slice, epochs: int | slice) -> None:
         """ProtopruneError where the values of these models at these recorded epochs are not what was written."""
-        if not self.known:
-            return
         _, every, numbers = self._reader.data["digest"].shape
         for model in np.atleast_1d(np.arange(every)[models]).tolist():
             for epoch in np.atleast_1d(np.arange(numbers)[epochs]).tolist():
@@ -315,8 +296,8 @@ def digest(values: np.ndarray) -> int:
 
 
 def _differing_probabilities(reader: hdf5.Reader, committed: np.ndarray) -> list[int]:
-    """The finished models whose class probabilities are not what was written, as far as that is known."""
-    if "probability_digest" not in reader:
+    """The finished models whose class probabilities are not what was written."""
+    if "probability" not in reader:
         return []
     was, done = reader.whole("probability_digest"), np.flatnonzero(committed == reader.dims["e"]).tolist()
     with reader.trouble("its probability"):
@@ -358,9 +339,8 @@ class PartialRecord:
                 with np.errstate(over="ignore"):
                     stored = np.asarray(value).astype(self._file[name].dtype)
                 self._file[name][models, epoch, :] = stored
-                if self._digests.known:
-                    digests = [digest(one) for one in stored]
-                    self._file["digest"][self._digests.names.index(name), models, epoch] = digests
+                digests = [digest(one) for one in stored]
+                self._file["digest"][self._digests.names.index(name), models, epoch] = digests
             self._file.flush()
         except OSError as error:
             raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
@@ -379,7 +359,7 @@ class PartialRecord:
 
     def commit(self, models: slice, epochs: int) -> None:
         """Note that the first `epochs` recorded epochs of these models are finished."""
-        if epochs == self._reader.dims["e"] and "probability_digest" in self._reader:
+        if epochs == self._reader.dims["e"] and "probability" in self._reader:
             for model in range(*models.indices(self._reader.dims["m"])):
                 self._file["probability_digest"][model] = _probability_digest(self._file, model)
             self._file.flush()

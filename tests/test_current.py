@@ -16,7 +16,6 @@ from protoprune.cli import app
 from protoprune.embedding.pipeline import embed
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError
-from protoprune.features import featurefile as feature_file
 from protoprune.features.featurefile import FeatureFile, partial_path
 from protoprune.features.opening import open_features
 from protoprune.images.decode import Preprocess, Status
@@ -207,29 +206,7 @@ def test_failures_have_a_content_too(tmp_path, run):
     assert (report.embedded, report.failures, compared) == (0, {Status.TRUNCATED.label: 1}, N + 1)
 
 
-def test_a_file_of_an_earlier_version_has_nothing_to_compare(tmp_path, run, monkeypatch):
-    """Within its root it goes on as ever, elsewhere the user has to say so."""
-    dataset = feature_file.hdf5.dataset
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            feature_file.hdf5, "dataset",
-            lambda file, name, *rest, **more: name in ("content", "ctime_ns") or dataset(file, name, *rest, **more),
-        )  # fmt: skip
-        a = tree(tmp_path / "a", range(N))
-        run(a)
-    with FeatureFile(tmp_path / "f.h5") as file:
-        assert "content" not in file._reader
-    before = identity(tmp_path / "f.h5")
-    (a / "1.ppm").chmod(0o640)
-    assert (run(a)[0].embedded, identity(tmp_path / "f.h5")) == (0, before)
-    a.rename(tmp_path / "b")
-    with pytest.raises(ProtopruneError, match=r"has no digests of their content.*say so with --moved, else"):
-        run(tmp_path / "b")
-    assert run(tmp_path / "b", moved=True)[0].unchanged == N
-    assert identity(tmp_path / "f.h5") == before
-
-
-def test_classes_of_an_earlier_version_do_not_say_where_they_are_from(tmp_path, run):
+def test_classes_of_a_list_that_does_not_say_where_they_are_from(tmp_path, run):
     for name in ("x", "y"):
         tree(tmp_path / "a" / name, range(3))
     first = list_folder(tmp_path / "a")
@@ -241,7 +218,7 @@ def test_classes_of_an_earlier_version_do_not_say_where_they_are_from(tmp_path, 
         assert not told
         (tmp_path / "a" / "0.ppm").write_bytes(bitmap(9))
         run(tmp_path / "a")
-    assert "had 2 classes (of an earlier version), and has none now" in str(told[-1].message)
+    assert "had 2 classes (of a list of your own), and has none now" in str(told[-1].message)
 
 
 def test_an_interrupted_run_is_not_continued_with_other_images(tmp_path, run, fresh):

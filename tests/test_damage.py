@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 from protoprune import records, scores
 from protoprune.cli import app
-from protoprune.errors import ProtopruneError
-from protoprune.features import hdf5
+from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import hdf5, seals
 from protoprune.features.featurefile import KIND, PartialFile
 from protoprune.features.opening import open_features
+from protoprune.records import KIND as RECORD
 from protoprune.records import PartialRecord, Record
 
 MEMORY = 1 << 30  # bytes that reading a file of a few kB may ask for, on top of what the program has
@@ -413,71 +414,30 @@ def test_info_of_a_record(here):
         assert f"{mean:.1f} % ({low:.1f} to {high:.1f}) on {what}\n" in said
 
 
-# --- older files ------------------------------------------------------------------------------------------------------
+# --- files without a seal ---------------------------------------------------------------------------------------------
 
 
-def without_seal(path: Path) -> None:
-    """As an earlier version wrote it: no user block, no digests."""
-    import h5py
-
-    with h5py.File(path) as new, h5py.File("old.h5", "w") as old:
+@pytest.mark.parametrize("name", ["f.h5", "r.h5", "f.h5.partial", "r.h5.partial"])
+def test_a_file_without_a_seal_is_not_looked_into(here, feature_file, name):
+    """Whoever wrote it: HDF5 is not asked, which a damaged one may never answer."""
+    out, is_record = name.removesuffix(".partial"), name.startswith("r")
+    write_record(out) if is_record else feature_file(out, blobs(), paths=PATHS)
+    with h5py.File(out) as new, h5py.File("old.h5", "w") as old:
         old.attrs.update(new.attrs)
-        for name in new:
-            if name != "digest":
-                hdf5.dataset(old, name, new[name][()])
-    os.replace("old.h5", path)
-
-
-def test_files_of_earlier_versions_open(here, feature_file):
-    feature_file("f.h5", blobs(), paths=PATHS)
-    write_record("r.h5")
-    lines = ["select f.h5 --keep 0.5 --k 3 --no-cache", "score moderate --features f.h5", "score el2n --record r.h5"]
-    before = [CliRunner().invoke(app, line.split()).stdout.splitlines()[1:] for line in lines]
-    for name in ("f.h5", "r.h5"):
-        without_seal(here / name)
-        assert "no digests" in CliRunner().invoke(app, ["info", "--verify", name]).stdout
-    assert [CliRunner().invoke(app, line.split()).stdout.splitlines()[1:] for line in lines] == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["f.h5", "r.h5"])
-def test_damage_in_files_of_earlier_versions_is_one_line_or_another_number(here, feature_file, name):
-    """Without digests a flipped bit of a number cannot be told, but nothing crashes, hangs or takes all memory."""
-    feature_file("f.h5", blobs(), paths=PATHS)
-    write_record("r.h5")
-    without_seal(here / name)
-    lines = ["info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"]
-    lines = lines if name == "f.h5" else ["info r.h5", "score ddd --record r.h5", "score tdds --record r.h5"]
-    check({line: command(*line.split()) for line in lines}, here / name, 100, unsigned=True)
-
-
-def test_a_signalling_nan_in_a_record_of_an_earlier_version_is_no_warning_of_numpy(here):
-    write_record("r.h5")
-    without_seal(here / "r.h5")
-    with h5py.File("r.h5", "r+") as file:
-        one = file["change"][0, -1]
-        one.view(np.uint16 if one.dtype == np.float16 else np.uint32)[3] = (
-            0x7D00 if one.dtype == np.float16 else 0x7FA00000
-        )
-        file["change"][0, -1] = one
-    assert run_apart(command("score", "tdds", "--record", "r.h5"))[0] == 0
-
-
-@pytest.mark.parametrize("name", ["f.h5", "r.h5"])
-def test_texts_of_earlier_versions_that_would_be_read_for_ever(here, feature_file, name):
-    """HDF5 follows the sizes in its heap of attributes' texts: one that leads nowhere, or back, is found before."""
-    feature_file("f.h5", blobs(), paths=PATHS)
-    write_record("r.h5")
-    without_seal(here / name)
-    data = (here / name).read_bytes()
-    heap = data.index(b"GCOL")
-    assert hdf5.format_of(name)
-    for size in (2**64 - 16, 2**64 - 23, 2**63, 2**64 - 4096):
-        (here / name).write_bytes(data[: heap + 24] + size.to_bytes(8, "little") + data[heap + 32 :])
-        said = run_apart(command("info", name))
-        assert said == (1, "", [f"error: {said[2][0].removeprefix('error: ')}"])
-        assert f"{name}: damaged (its HDF5 structure)" in said[2][0]
-        assert run_apart(lambda: hdf5.format_of(name)) is None
+        for column in new:
+            hdf5.dataset(old, column, new[column][()])
+    os.unlink(out)
+    os.replace("old.h5", name)
+    score = f"score el2n --record {out}" if is_record else f"score moderate --features {out}"
+    for line, command in ((f"info {out}", "embed"), (score, "record" if is_record else "embed")):
+        result = CliRunner().invoke(app, line.split())
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+        if name.endswith(".partial"):
+            assert "a damaged unfinished run (it has no seal); delete it" in result.stderr
+        else:
+            assert f"as `protoprune {command}` writes it (it has no seal); run that with another -o" in result.stderr
+    with pytest.raises(UsageError, match="and --overwrite replaces nothing else"):
+        hdf5.check_replaceable(name, RECORD if is_record else KIND)
 
 
 def test_a_damaged_seal_is_not_looked_behind(here, feature_file):
@@ -485,20 +445,19 @@ def test_a_damaged_seal_is_not_looked_behind(here, feature_file):
     data = bytearray((here / "f.h5").read_bytes())
     data[20] ^= 1
     (here / "f.h5").write_bytes(data)
-    assert hdf5.format_of("f.h5") is None
+    assert seals.format_of("f.h5") == ""
     hdf5.check_replaceable("f.h5", KIND)  # a damaged file of ours
 
 
 # --- counts that disagree --------------------------------------------------------------------------------------------
 
 
-def changed(path: Path, name: str, value) -> None:
-    """Another dataset in the place of one, in a file without a seal."""
-    import h5py
-
+def changed(path: Path, kind: hdf5.Kind, name: str, value) -> None:
+    """Another dataset in the place of one, under a seal that is right."""
     with h5py.File(path, "r+") as file:
         del file[name]
         hdf5.dataset(file, name, np.asarray(value))
+    hdf5.seal(path, kind, {"features"})
 
 
 DISAGREEING = {
@@ -513,35 +472,38 @@ DISAGREEING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("name", DISAGREEING)
-def test_counts_of_a_feature_file_that_disagree(here, feature_file, name, partial):
-    path = Path(feature_file("f.h5", blobs(), paths=PATHS))
-    without_seal(path)
+def test_counts_of_a_feature_file_that_disagree(here, feature_file, name):
     value, said = DISAGREEING[name]
-    changed(path, name, value)
-    if partial:
-        path.rename("f.h5.partial")
-    for line in ("info f.h5", "select f.h5 --keep 0.5 --k 3 --no-cache"):
-        result = CliRunner().invoke(app, line.split())
-        assert (result.exit_code, result.stdout) == (1, ""), result.output
-        assert result.stderr.count("\n") == 1
-        assert "f.h5" in result.stderr
-        assert "damaged" in result.stderr
-        assert said in result.stderr
+    changed(Path(feature_file("f.h5", blobs(), paths=PATHS)), KIND, name, value)
+    result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "--k", "3", "--no-cache"])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+    assert "f.h5: damaged" in result.stderr
+    assert said in result.stderr
 
 
-@pytest.mark.parametrize("committed", [-1, N + 1, 10**15])
-def test_counts_of_an_unfinished_run_that_disagree(here, feature_file, committed):
+@pytest.mark.parametrize(
+    ("name", "row", "value", "said"),
+    [
+        *(("committed", 0, n, f"says that {n:,} of 60 rows are finished") for n in (-1, N + 1, 10**15)),
+        ("borrowed", 5, 3, "holds 0 to 3"), ("status", 7, 0, "says that 1 finished rows are pending"),
+        ("reason", 9, 5000, "holds 0 to 5000"),
+    ],
+)  # fmt: skip
+def test_counts_of_an_unfinished_run_that_disagree(here, feature_file, name, row, value, said):
     """What changes in a run is under no seal."""
-    import h5py
-
     path = feature_file("f.h5", blobs(), paths=PATHS, finish=False) + ".partial"
     with h5py.File(path, "r+") as file:
-        file["committed"][0] = committed
+        file[name][row] = value
     result = CliRunner().invoke(app, ["info", "f.h5"])
-    assert result.exit_code == 1
-    assert f"its committed says that {committed:,} of 60 rows are finished" in result.stderr
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+    assert f"f.h5.partial: a damaged unfinished run (its {name} {said}" in result.stderr
+
+
+def test_an_unfinished_run_whose_counts_disagree_does_not_go_on(here, feature_file):
+    path = feature_file("f.h5", blobs(), paths=PATHS, finish=False) + ".partial"
+    with h5py.File(path, "r+") as file:
+        file["committed"][0] = N + 1
     with pytest.raises(ProtopruneError, match=r"f\.h5\.partial: a damaged unfinished run"):
         PartialFile("f.h5")
 
@@ -555,20 +517,15 @@ def test_counts_of_an_unfinished_run_that_disagree(here, feature_file, committed
         ("committed", np.full(4, 5, np.int32), "its committed holds 5 to 5"),
         ("epoch", np.array([1, 3, 2, 4], np.int32), "its epochs are not in order"),
         ("test_label", np.zeros(3, np.int32), "its "),
-        ("test_path", np.frombuffer(b"t\0", np.uint8), "its test_path is no list of 2 names"),
         ("prediction", np.zeros((4, 4, N - 1), np.uint16), "its "),
     ],
 )
 def test_counts_of_a_record_that_disagree(here, name, value, said):
-    path = Path(write_record("r.h5"))
-    without_seal(path)
-    changed(path, name, value)
-    for line in ("info r.h5", "score el2n --record r.h5"):
-        result = CliRunner().invoke(app, line.split())
-        assert (result.exit_code, result.stdout) == (1, ""), result.output
-        assert result.stderr.count("\n") == 1
-        assert "r.h5: damaged" in result.stderr
-        assert said in result.stderr
+    changed(Path(write_record("r.h5")), RECORD, name, value)
+    result = CliRunner().invoke(app, ["score", "el2n", "--record", "r.h5"])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+    assert "r.h5: damaged" in result.stderr
+    assert said in result.stderr
 
 
 def test_a_damaged_clustering_is_made_anew_and_said(here, feature_file):
@@ -589,8 +546,6 @@ def test_a_damaged_clustering_is_made_anew_and_said(here, feature_file):
 
 def test_probabilities_of_an_unfinished_record(here):
     """Those of a model that is done are known to be what was written, or the model is trained again."""
-    import h5py
-
     records.create(
         "r.h5", {"recipe": "{}"}, paths=sorted(PATHS), labels=np.arange(N) % 3, classes=list("abc"),
         subset=np.ones((3, N), bool), epoch_numbers=[1], probabilities=True,
@@ -617,8 +572,6 @@ def test_probabilities_of_an_unfinished_record(here):
 
 def test_who_verifies_is_told_the_shortest_way_on(here, feature_file):
     """Damaged rows alone need no --overwrite, which embeds everything."""
-    import h5py
-
     feature_file("f.h5", blobs(), paths=PATHS)
     with h5py.File("f.h5") as file:
         place = file["features"].id.get_offset()

@@ -274,7 +274,7 @@ def test_a_cache_with_another_pixel_is_decoded_again(folder, tmp_path):
     whole = cache.read_bytes()
     for place in (len(whole) // 2, len(whole) - 1):
         cache.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.warns(UserWarning, match=r"p.npy: damaged, or of an earlier version; the images are decoded again"):
+        with pytest.warns(UserWarning, match=r"p.npy: damaged; the images are decoded again"):
             data = load_examples(folder, 8, cache=cache)
         np.testing.assert_array_equal(data.inputs.numpy(), expected_pixels(folder, data.paths))
         assert cache.read_bytes() == whole

@@ -715,11 +715,11 @@ def test_a_shard_that_is_written_while_it_is_read(kind, folder, tmp_path):
 
 
 def test_rows_that_set_json_has_wrong_are_put_right(tars, mini, tmp_path):
-    """By the same `embed`, as the message says: the files know how many they have. (Earlier versions said `usable`.)"""
+    """By the same `embed`, as the message says: the files know how many they have."""
     run(tars, tmp_path / "f", mini)
     path = tmp_path / "f" / "set.json"
     whole = path.read_text()
-    path.write_text(re.sub(r'"rows": (\d+)', r'"rows": 1\1, "usable": 1', whole, count=1))
+    path.write_text(re.sub(r'"rows": (\d+)', r'"rows": 1\1', whole, count=1))
     with pytest.raises(
         ProtopruneError, match=r"not the file that .*set.json names; .* else the same `protoprune embed`"
     ):

@@ -160,17 +160,6 @@ def test_size_is_an_upper_bound_that_is_close(tmp_path, shape, gradients):
     assert announced - records._OVERHEAD <= real <= announced
 
 
-@pytest.mark.parametrize("length", [8, 2000, 100_000])
-def test_a_truncated_file_is_not_called_busy(tmp_path, length):
-    """HDF5 says of it "truncated file: ... sblock->base_addr", in which the word lock stands."""
-    path = tmp_path / "whole.h5"
-    with h5py.File(path, "w") as file:
-        file["rows"] = np.zeros(200_000)
-    (tmp_path / "cut.h5").write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ProtopruneError, match="not a readable HDF5 file; give a file that"):
-        records.Record(tmp_path / "cut.h5")
-
-
 def test_models_and_epochs_that_there_are_not_are_refused(tmp_path):
     with Record(finished(tmp_path / "r.h5", models=2, epochs=3)) as record:
         assert np.array_equal(record.at("loss", -1), record.last("loss"))

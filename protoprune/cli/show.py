@@ -45,7 +45,7 @@ def info(
 
     A feature file, a feature set or a record, finished or not.
     """
-    from protoprune.features import hdf5
+    from protoprune.features import seals
     from protoprune.features.featurefile import FeatureFile
     from protoprune.features.hdf5 import partial_path
     from protoprune.features.opening import open_features
@@ -60,11 +60,11 @@ def info(
         need_stdout()
     path = given(file)
     there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
-    if hdf5.format_of(there) == RECORD.format:
+    if seals.format_of(there) == RECORD.format:
         if errors:
             raise UsageError(f"--errors: {path} is a training record, which holds readable images only")
         with Record(there, unfinished=True) as record:
-            _verify(record) if verify else _describe_record(record)
+            _verify(record) if verify else _say(_describe_record(record))
         return
     if is_feature_set(there):
         from protoprune.cli.shards import show_set
@@ -78,72 +78,74 @@ def info(
         elif verify:
             _verify(features)
         else:
-            _describe_features(features)
+            _say(_describe_features(features))
 
 
-def _describe_features(file: Source) -> None:
+def _say(lines: Iterator[str]) -> None:
+    for line in list(lines):  # all or none of them: what is damaged is found where it is read
+        echo(line)
+
+
+def _describe_features(file: Source) -> Iterator[str]:
     from protoprune.images.listing import describe_counts
 
     facts = file.provenance
     usable, failures = int(file.usable.sum()), file.failure_counts()
-    echo(f"{file.path}: {many(file.n, 'image')} x {file.dim} {file.features.dtype}, {bytes_text(file.bytes)}")
+    yield f"{file.path}: {many(file.n, 'image')} x {file.dim} {file.features.dtype}, {bytes_text(file.bytes)}"
     done = int(file.finished().sum())
     if done < file.n or file.path.endswith(".partial"):
-        echo(f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest")
-    echo(f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else ""))
+        yield f"unfinished  {done:,} of {file.n:,} images are embedded; the same `protoprune embed` does the rest"
+    yield f"usable      {usable:,}" + (f", the others: {describe_counts(failures, 10)}" if failures else "")
     if left_out := len(file.left_out):
         some = many(
             left_out, "member of shards that is no image and belongs", "members of shards that are no images and belong"
         )
-        echo(f"left out    {some} to none (--errors lists them)")
+        yield f"left out    {some} to none (--errors lists them)"
     if file.transparent.any():
-        echo(f"transparent {many(int(file.transparent.sum()), 'image')}, shown on white")
+        yield f"transparent {many(int(file.transparent.sum()), 'image')}, shown on white"
     origin = f" ({facts['labels_from']})" if facts.get("labels_from") else ""
-    echo(f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none")
-    echo(f"root        {facts['root']}")
-    echo(f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}")
+    yield f"classes     {len(file.classes):,}{origin}" if file.classes else "classes     none"
+    yield f"root        {facts['root']}"
+    yield f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}"
     if facts.get("pool"):
-        echo(f"pooling     {facts['pool']}")
-    echo(f"preprocess  {facts['preprocess']}")
-    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+        yield f"pooling     {facts['pool']}"
+    yield f"preprocess  {facts['preprocess']}"
+    yield f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}"
     if facts.get("unreadable_folder_count"):
         first = file.unreadable_folders[0]
-        echo(f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})")
+        yield f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})"
     folder = file.path + ".clusters"
     if os.path.isdir(folder):
-        echo(f"clusterings {len(os.listdir(folder))} in {folder}")
+        yield f"clusterings {len(os.listdir(folder))} in {folder}"
 
 
-def _describe_record(record: Record) -> None:
+def _describe_record(record: Record) -> Iterator[str]:
     facts, subset, committed = record.provenance, record.subset, record.committed
     models, epochs = many(record.models, "model"), many(record.epochs, "recorded epoch")
     size = bytes_text(os.path.getsize(record.path))
-    echo(f"{record.path}: {models} x {epochs} x {many(record.n, 'image')}, {size}")
+    yield f"{record.path}: {models} x {epochs} x {many(record.n, 'image')}, {size}"
     done, total = int(committed.sum()), record.models * record.epochs
     if done < total or record.path.endswith(".partial"):
-        echo(f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest")
-    echo(f"models      {_recipe(facts)}")
-    echo(f"epochs      {', '.join(_ranges(record.epoch_numbers.tolist()))}")
-    echo(f"subsets     {_subsets(subset.mean(axis=1))}")
-    echo(f"classes     {len(record.classes):,}")
+        yield f"unfinished  {done:,} of {total:,} epochs are recorded; the same `protoprune record` does the rest"
+    yield f"models      {_recipe(facts)}"
+    yield f"epochs      {', '.join(_ranges(record.epoch_numbers.tolist()))}"
+    yield f"subsets     {_subsets(subset.mean(axis=1))}"
+    yield f"classes     {len(record.classes):,}"
     for number, line in enumerate(_accuracies(record, subset, committed)):
-        echo(f"{'' if number else 'accuracy':<11} {line}")
-    echo(f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}")
+        yield f"{'' if number else 'accuracy':<11} {line}"
+    yield f"statistics  {', '.join(name.replace('_', ' ') for name in record.statistics)}"
     if record.test_labels is not None:
-        echo(f"test        {many(len(record.test_labels), 'image')}")
-    echo(f"root        {facts.get('root', 'unknown')}")
-    echo(f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}")
-    echo(f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}")
+        yield f"test        {many(len(record.test_labels), 'image')}"
+    yield f"root        {facts.get('root', 'unknown')}"
+    yield f"seed        {facts.get('seed', 'unknown')}, computed in {facts.get('computes_in', 'unknown')}"
+    yield f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}"
 
 
 def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
     from protoprune.text import parse_json
 
-    try:
-        recipe = dict(parse_json(facts.get("recipe", "{}")))
-    except (ValueError, TypeError):  # of a damaged file of an earlier version
-        return "unknown"
+    recipe = dict(parse_json(facts.get("recipe", "{}")))
     model, epochs = recipe.pop("model", "unknown"), recipe.pop("epochs", None)
     first = [str(model)] + ([f"{epochs:,} epochs"] if epochs else [])
     return ", ".join(first + [f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value])
@@ -194,10 +196,7 @@ def _verify(file: Source | Record) -> None:
         more = f"; and {len(damage) - 1:,} more: {', '.join(damage[1:4])}" if len(damage) > 1 else ""
         raise file.damaged(f"{damage[0]} is not what was written{more}")
     size = bytes_text(os.path.getsize(file.path) if os.path.isfile(file.path) else getattr(file, "bytes", 0))
-    if file.sealed:
-        echo(f"{file.path}: whole: all of its {size} are what was written")
-    else:
-        echo(f"{file.path}: can be read ({size}), but has no digests: an earlier version wrote it")
+    echo(f"{file.path}: whole: all of its {size} are what was written")
 
 
 def sheet(

@@ -197,12 +197,7 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray, moved
     if 2 * stays.sum() >= len(usable):
         return
     what = f"is for images below {moved_from}, not {images.root}" if moved_from else "is for other images"
-    if moved_from and not file.content[usable].any():
-        ways = (
-            "and it has no digests of their content, to compare them by (an earlier version wrote it); if they were "
-            f"only moved or copied, say so with --moved, else {ways}"
-        )
-    elif moved_from and moved:  # other times of modification, which --moved goes by
+    if moved_from and moved:  # other times of modification, which --moved goes by
         ways = f"leave --moved out, and contents are compared, {ways}"
     raise LossError(
         f"{file.path}: {what}: {len(usable) - stays.sum():,} of its {len(usable):,} features would be lost; {ways}"
@@ -211,7 +206,7 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray, moved
 
 def _warn_of_other_classes(file: FeatureFile, images: ImageList) -> None:
     """Say that classes are lost or replaced which nobody asked to: the file had them from elsewhere."""
-    before = file.provenance.get("labels_from") or images.labels_from or "of an earlier version"  # which did not say
+    before = file.provenance["labels_from"] or images.labels_from or "of a list of your own"
     if file.classes and before != images.labels_from and not images.labels_asked:
         now = f"{many(len(images.classes), 'class', 'classes')} ({images.labels_from})" if images.classes else "none"
         warn(

@@ -18,7 +18,7 @@ Layout (format version 1; n images, d dimensions; every dataset contiguous and a
                        none, each followed by a NUL byte
     digest     uint64  (n,) xxh3-64 of the row's features, seeded with that of its status byte and its failure message
 
-Provenance is in the attributes, digests of all else are in the seal (see `seals`); files of earlier versions have none.
+Provenance is in the attributes, digests of all else are in the seal (see `seals`).
 While a run is under way the same file is called `<name>.partial`. A batch is written as data, flush, `committed`,
 flush: of the orders measured this is the one that survived every kill -9, since after creation no HDF5 metadata
 changes. The finished file appears by rename and is never modified.
@@ -75,9 +75,9 @@ KIND = hdf5.Kind(
         "reasons": Column((f"|S{_REASON_WIDTH}",), (_REASON_SLOTS,)),
         "borrowed": Column(("uint8",), ("n",)),
         "committed": Column(("int64",), (1,)),
-        "digest": Column(("uint64",), ("n",), optional=True),
-        "ctime_ns": Column(("int64",), ("n",), optional=True),
-        "content": Column(("uint64",), ("n",), optional=True),
+        "digest": Column(("uint64",), ("n",)),
+        "ctime_ns": Column(("int64",), ("n",)),
+        "content": Column(("uint64",), ("n",)),
         "left_out": Column(("uint8",), ("*",), optional=True),
     },
     ("root", "uuid", "created", "protoprune", "encoder", "weights_sha256", "preprocess", "precision", "store"),
@@ -98,18 +98,6 @@ class FeatureFile:
         self.n, self.dim = (self._reader.dims[name] for name in "nd")
         self.provenance = self._reader.attributes
         self.features = Features(self)
-        if self._reader.seal is None:
-            self._check_counts()
-
-    def _check_counts(self) -> None:
-        """Of a file without digests: whether what it says of its rows agrees, before any of it is used."""
-        try:
-            for name in ("paths", "labels", "status", "reason"):
-                getattr(self, name)
-            self.finished()
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -128,11 +116,6 @@ class FeatureFile:
         self.close()
         self.features._map = None
         self.__dict__.pop("paths", None)
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the file has digests; those of earlier versions have none."""
-        return self._reader.seal is not None and "digest" in self._reader
 
     @cached_property
     def paths(self) -> Paths:
@@ -172,12 +155,12 @@ class FeatureFile:
     @property
     def ctime_ns(self) -> np.ndarray:
         """(n,) int64, -1 where it is not known."""
-        return self._reader.whole("ctime_ns") if "ctime_ns" in self._reader else np.full(self.n, -1, np.int64)
+        return self._reader.whole("ctime_ns")
 
     @property
     def content(self) -> np.ndarray:
         """(n,) uint64 digests of the encoded images, 0 where one is not known: see `current`."""
-        return self._reader.whole("content") if "content" in self._reader else np.zeros(self.n, np.uint64)
+        return self._reader.whole("content")
 
     @property
     def reasons(self) -> list[bytes]:
@@ -242,7 +225,7 @@ class FeatureFile:
         return finished
 
     def intact(self) -> np.ndarray:
-        """(n,) bool: finished rows that are what was written, as far as the file has digests."""
+        """(n,) bool: finished rows that are what was written."""
         good = self.finished()
         for start in range(0, self.n, _COPY_ROWS):
             rows = np.arange(start, min(start + _COPY_ROWS, self.n))
@@ -256,8 +239,7 @@ class FeatureFile:
         return self._reader.damaged(what, _AGAIN if what.startswith("its features of ") else "")
 
     def damage(self) -> list[str]:
-        """What of the file is not what was written, a line each; all of it is read. Empty for a file without digests
-        that can be read."""
+        """What of the file is not what was written, a line each; all of it is read."""
         lines = self.damaged_parts()
         if not lines:
             bad = np.flatnonzero(self.finished() & ~self.intact())
@@ -315,8 +297,6 @@ class Features:
         return block[(slice(None), *columns)] if columns else block
 
     def _check(self, rows: np.ndarray, block: np.ndarray) -> None:
-        if not self._file.sealed:
-            return
         if self._good is None:
             self._good = ~self._file.finished()
         new = np.flatnonzero(~self._good[rows])
@@ -329,8 +309,6 @@ class Features:
 
     def differs(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:
         """(len(rows),) bool: which rows are not what their digests say; `block` holds their features."""
-        if not self._file.sealed:
-            return np.zeros(len(rows), bool)
         if not len(rows):
             return np.zeros(0, bool)
         if self._columns is None:
@@ -389,7 +367,7 @@ class PartialFile:
         try:
             self._reader.check_sealed()
             finished = found.finished()
-            if found.sealed and finished.any() and not (good := found.intact())[finished].all():
+            if finished.any() and not (good := found.intact())[finished].all():
                 self.damaged = int((finished & ~good).sum())
                 self._forget(good)
         except BaseException:
@@ -425,9 +403,8 @@ class PartialFile:
         features = np.asarray(features, self.dtype)
         number = np.array([self._reason_number(text) for text in reasons], np.uint16)
         columns = {"features": features, "status": status, "reason": number}
-        if "digest" in self._data:
-            columns["digest"] = row_digests(features, status, number, self._table)
-        if content is not None and "content" in self._data:
+        columns["digest"] = row_digests(features, status, number, self._table)
+        if content is not None:
             columns["content"] = content
         try:
             for first, last in _runs(rows):
@@ -560,7 +537,7 @@ def _borrow(file: h5py.File, source: FeatureFile, rows: np.ndarray) -> None:
     file["reasons"][...] = np.array(table, f"S{_REASON_WIDTH}")
     number = np.array([slot.get(text, 0) for text in reasons], np.uint16)
     here = np.flatnonzero(rows >= 0)
-    here = here[np.argsort(rows[here], kind="stable")]  # as they are, unless an earlier version sorted odd names
+    here = here[np.argsort(rows[here], kind="stable")]  # in the source's order
     there = rows[here]
     for start in range(0, source.n, _COPY_ROWS):
         low, high = np.searchsorted(there, (start, start + _COPY_ROWS))

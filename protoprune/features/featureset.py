@@ -98,7 +98,6 @@ class Part:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Part:
         failed = plain.get("failed")
-        plain = {name: value for name, value in plain.items() if name != "usable"}  # which nobody asked for
         return cls(**{**plain, "name": native(plain["name"]), "failed": tuple(failed) if failed else None})
 
 
@@ -335,10 +334,6 @@ class FeatureSet:
     def finished(self) -> np.ndarray:
         return np.ones(self.n, bool)
 
-    @property
-    def sealed(self) -> bool:
-        return all(file.sealed for file in self._files())
-
     def damage(self) -> list[str]:
         """What of its files is not what was written; see `FeatureFile.damage`."""
         return [f"{file.path}: {line}" for file in self._files() for line in file.damage()]
@@ -384,7 +379,7 @@ class FeatureSet:
         """
         if self._labels is None:
             self._labels = _joined([
-                (file.labels, file.classes, file.provenance.get("labels_from", "")) for file in self._files()
+                (file.labels, file.classes, file.provenance["labels_from"]) for file in self._files()
             ])  # fmt: skip
         return self._labels
 

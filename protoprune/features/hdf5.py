@@ -32,7 +32,6 @@ from protoprune.paths import STEP, Block, Paths, encoded
 from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
-_LARGEST_STRUCTURE = 16 << 20  # bytes of a file of ours that belong to no dataset
 _PIECE = 1 << 22  # bytes of names that are read at once
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 
@@ -68,10 +67,9 @@ class Reader:
     """A file of ours, open: what it says of itself is checked before it is believed or memory is taken for it.
 
     Attributes: path, file (h5py), data (name -> dataset), raw (the same file, plainly open), attributes (plain values),
-    dims (name of a dimension -> size). With a seal (see `seals`) every byte is known to be what was written before it
-    is used; in files of earlier versions, which have none, shapes, types and sizes must at least agree. Whatever is
-    wrong is one ProtopruneError. All that is read is of the file that was there when it was opened, whatever takes its
-    name later.
+    dims (name of a dimension -> size). By its seal (see `seals`) every byte is known to be what was written before it
+    is used. Whatever is wrong is one ProtopruneError. All that is read is of the file that was there when it was
+    opened, whatever takes its name later.
     """
 
     def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
@@ -116,7 +114,7 @@ class Reader:
         """A dataset, checked."""
         with self.trouble(f"its {name}"):
             array = self.data[name][()]
-        was = self.seal.digest(name) if self.seal else None
+        was = self.seal.digest(name)
         if was is not None and seals.digest(array) != was:
             raise self.damaged(f"its {name} is not what was written")
         return array
@@ -145,7 +143,7 @@ class Reader:
             ends, last = np.flatnonzero(piece == 0), text[-1:]
             places.append(start + 1 + ends[-(seen + 1) % STEP :: STEP])
             seen += len(ends)
-        was = self.seal.digest(name) if self.seal else None
+        was = self.seal.digest(name)
         if was is not None and digest.hexdigest() != was:
             raise self.damaged(f"its {name} is not what was written")
         if last != b"\0" or seen != count:
@@ -172,8 +170,8 @@ class Reader:
             raise self.damaged(f"its {name} is not what was written")
 
     def damaged_datasets(self, only: Collection[str] | None = None) -> list[str]:
-        """Names of the datasets, or of `only` some of them, that are not what the seal says; none without a seal."""
-        return seals.damaged_datasets(self.raw, self.seal, only) if self.seal else []
+        """Names of the datasets, or of `only` some of them, that are not what the seal says."""
+        return seals.damaged_datasets(self.raw, self.seal, only)
 
     def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
@@ -192,19 +190,17 @@ class Reader:
                 raise ProtopruneError(f"{self.path}: was closed, and is read no more; open it again") from None
             raise self.damaged(what) from None
 
-    def _open(self, mode: str) -> tuple[BinaryIO, seals.Seal | None, h5py.File]:
+    def _open(self, mode: str) -> tuple[BinaryIO, seals.Seal, h5py.File]:
         """(the file, its seal, the file in HDF5): one file, though another may take its name at this very moment."""
         for _ in range(_TRIES):
-            try:
-                self.raw = raw = open(self.path, "rb")  # noqa: SIM115 - it stays open
-            except OSError:
-                open_file(self.path, mode, self.kind).close()  # says why
-                continue
+            self.raw = raw = _open_raw(self.path, self.kind)
             file = None
             try:
                 with self.trouble("its HDF5 structure"):
                     seal = seals.read(raw)
-                    file = open_file(self.path, mode, self.kind)
+                    if seal is None:
+                        raise _not_ours(self.path, self.kind)
+                    file = _open_hdf5(self.path, mode, self.kind)
                     if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
                         return raw, seal, file
                 file.close()
@@ -298,75 +294,48 @@ def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
     return True
 
 
-class _Endless(ValueError):
-    """Reading on would never end."""
-
-
-def _check_heaps(path: str, file: h5py.File) -> None:
-    """Raise _Endless where HDF5 would never come to the end of a heap of attributes' texts.
-
-    It follows the sizes of the heap's objects without a look at where they lead. A seal says before HDF5 is asked that
-    they are what was written; files of earlier versions have none.
-    """
-    if seals.format_of(path) is not None:
-        return
+def _open_raw(path: str, kind: Kind) -> BinaryIO:
     try:
-        extents = [(file[name].id.get_offset() or 0, file[name].id.get_storage_size()) for name in file]
-    except _TROUBLES:  # a group, or damage, about which others say more
-        extents = []
-    end, gaps = 0, []
-    for offset, size in sorted(extents):
-        gaps.append((end, offset))
-        end = max(end, offset + size)
-    gaps.append((end, os.path.getsize(path)))
-    if sum(max(0, last - first) for first, last in gaps) > _LARGEST_STRUCTURE:
-        return  # none of ours
-    with open(path, "rb") as raw:
-        for first, last in gaps:
-            raw.seek(first)
-            text = raw.read(max(0, last - first))
-            for found in re.finditer(b"GCOL", text):
-                if not _ends(text, found.start()):
-                    raise _Endless(f"the heap at byte {first + found.start()}")
+        return open(path, "rb")
+    except OSError as error:
+        _refuse_now(path, error)
+        if not os.path.exists(path):
+            raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`") from None
+        raise _not_opened(path, kind, error) from None
 
 
-def _ends(text: bytes, place: int) -> bool:
-    """Whether HDF5's walk over a global heap (signature, version, size; then number, count, size of each object) ends:
-    it adds 64-bit numbers, and nothing keeps it from standing still or going back."""
-    whole = int.from_bytes(text[place + 8 : place + 16], "little")
-    end, place = min(place + whole, len(text)), place + 16
-    while place + 16 <= end:
-        number, size = int.from_bytes(text[place : place + 2], "little"), text[place + 8 : place + 16]
-        need = int.from_bytes(size, "little")
-        if number:
-            need = (16 + (need + 7) // 8 * 8) % (1 << 64)
-        if not 0 < need < 1 << 63:
-            return False
-        place += need
-    return True
+def _not_ours(path: str, kind: Kind) -> ProtopruneError:
+    """The error for a file without a seal, of which HDF5 is not asked: damaged, it may never answer."""
+    with open(path, "rb") as file:
+        if file.read(len(seals.SIGNATURE)) != seals.SIGNATURE:
+            return _not_opened(path, kind)
+    if path.endswith(".partial"):
+        return _damaged(path, kind, "it has no seal")
+    return ProtopruneError(
+        f"{path}: an HDF5 file, but not a {kind.what} as `{kind.maker}` writes it (it has no seal); run that with "
+        "another -o"
+    )
 
 
-def open_file(path: str, mode: str, kind: Kind) -> h5py.File:
-    """The file, if it is there, can be read and is of this kind; else ProtopruneError."""
-    if not os.path.exists(path):
-        raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`")
+def _not_opened(path: str, kind: Kind, error: OSError | None = None) -> ProtopruneError:
+    if isinstance(error, PermissionError) or "ermission" in str(error):
+        return ProtopruneError(f"{path}: permission denied")
+    if path.endswith(".partial"):
+        return _damaged(path, kind, "not a readable HDF5 file")
+    return ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{kind.maker}` wrote")
+
+
+def _open_hdf5(path: str, mode: str, kind: Kind) -> h5py.File:
+    """A file that has a seal, if it can be read and is of this kind; else ProtopruneError."""
     try:
         file = h5py.File(path, mode, locking="best-effort")  # some network file systems have no locks
     except OSError as error:
         _refuse_now(path, error)
-        if isinstance(error, PermissionError) or "ermission" in str(error):
-            raise ProtopruneError(f"{path}: permission denied") from None
-        if "unable to lock" in str(error):  # not merely "lock": a truncated file's message names its superblock
+        if "unable to lock" in str(error):
             raise ProtopruneError(f"{path}: being written by another process; wait for it to end") from None
-        if path.endswith(".partial"):
-            raise _damaged(path, kind, "not a readable HDF5 file") from None
-        raise ProtopruneError(f"{path}: not a readable HDF5 file; give a file that `{kind.maker}` wrote") from None
+        raise _not_opened(path, kind, error) from None
     try:
-        _check_heaps(path, file)
         format, version = _attribute(file, "format"), _attribute(file, "format_version")
-    except _Endless:
-        file.close()
-        raise _damaged(path, kind, "its HDF5 structure") from None
     except _TROUBLES as error:
         _refuse_now(path, error)
         format = version = None
@@ -396,18 +365,6 @@ def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
     seals.make(path, kind.format, extents, [name for name in extents if name not in changing])
 
 
-def format_of(path: str) -> str | None:
-    """What an HDF5 file says that it is, by seal or attributes: '' for nothing, None where it cannot be read."""
-    try:
-        if (known := seals.format_of(path)) is not None:
-            return known or None  # of a damaged seal HDF5 is not asked, which may never answer
-        with h5py.File(path, "r", locking="best-effort") as file:
-            _check_heaps(path, file)
-            return _attribute(file, "format") if "format" in file.attrs else ""
-    except _TROUBLES:
-        return None
-
-
 def partial_path(out: str) -> str:
     """What a file is called as long as a run fills it."""
     return out + ".partial"
@@ -423,12 +380,7 @@ def finish(out: str, but: Collection[str]) -> None:
 
 def check_replaceable(path: str, kind: Kind) -> None:
     """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
-    format = format_of(path)
-    if format is None:
-        with open(path, "rb") as file:
-            damaged = file.read(len(seals.SIGNATURE)) in (b"", seals.SIGNATURE) or seals.format_of(path) == ""
-        format = kind.format if damaged else None
-    if format != kind.format:
+    if seals.format_of(path) not in (kind.format, "") and os.path.getsize(path):
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 

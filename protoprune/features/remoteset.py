@@ -56,8 +56,7 @@ def _note(data: bytes | None, file: stores.Seen | None) -> dict[str, Any] | None
         return None
     try:
         found: dict[str, Any] = parse_json(data.decode())
-        digest = found.pop("digest", None)  # those of earlier versions have none
-        if digest is not None and digest != _digest(found):
+        if found.pop("digest") != _digest(found):
             return None  # damaged: the file itself is asked again
         if "failed" in found:
             return found

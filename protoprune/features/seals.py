@@ -61,7 +61,7 @@ def read(file: BinaryIO) -> Seal | None:
     head = file.read(BLOCK)
     sealed = head.startswith(_MARK)
     if not sealed and file.read(len(SIGNATURE)) != SIGNATURE:
-        return None  # an older file, or none of ours
+        return None  # none of ours
     seal = _parse(head) if sealed else None
     if seal is None:
         raise Damaged("its first line, the seal, is not what was written")
@@ -74,11 +74,14 @@ def read(file: BinaryIO) -> Seal | None:
 
 
 def format_of(path: str) -> str | None:
-    """The format that a file's seal names: '' where the seal is damaged, None for a file without one."""
-    with open(path, "rb") as file:
-        head = file.read(BLOCK)
-        if not head.startswith(_MARK):
-            return "" if file.read(len(SIGNATURE)) == SIGNATURE else None
+    """The format that a file's seal names: '' where the seal is damaged, None for a file without one, or none."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(BLOCK)
+            if not head.startswith(_MARK):
+                return "" if file.read(len(SIGNATURE)) == SIGNATURE else None
+    except OSError:
+        return None
     seal = _parse(head)
     return seal.format if seal else ""
 
@@ -95,13 +98,9 @@ def make(path: str, format: str, extents: Mapping[str, tuple[int, int]], constan
 
 
 def complete(path: str, but: Iterable[str] = ()) -> None:
-    """Seal the other datasets too, when nothing is written any more; not those (`but`) that have digests of their own.
-
-    A file without a seal, begun by an earlier version, stays without one.
-    """
+    """Seal the other datasets too, when nothing is written any more; but not those that have digests of their own."""
     with open(path, "r+b") as file:
-        seal = _parse(file.read(BLOCK))
-        if seal is not None:
+        if (seal := _parse(file.read(BLOCK))) is not None:  # else it was damaged meanwhile: whoever reads it is told
             _fill(file, seal, [name for name in seal.datasets if seal.digest(name) is None and name not in set(but)])
 
 

@@ -110,7 +110,7 @@ def _check_options(name: str, metric: Metric, given: dict[str, Any]) -> None:
 def open_source(metric: Metric, path: str | os.PathLike[str], is_record: bool | None = None) -> Record | Source:
     """The file that a metric reads, opened: a training record or a feature file; for a metric that takes either
     `is_record` says which, and without it the file itself."""
-    from protoprune.features import hdf5
+    from protoprune.features import seals
     from protoprune.features.opening import open_features
     from protoprune.records import KIND, Record
 
@@ -118,7 +118,7 @@ def open_source(metric: Metric, path: str | os.PathLike[str], is_record: bool | 
         is_record = metric.needs == "record"
     if is_record is None:
         name = os.fspath(path)
-        is_record = KIND.format in (hdf5.format_of(name), hdf5.format_of(f"{name}.partial"))
+        is_record = KIND.format in (seals.format_of(name), seals.format_of(f"{name}.partial"))
     return Record(path) if is_record else open_features(path)
 
 

@@ -399,7 +399,7 @@ def _cached(cache: str, key: str, shape: tuple[int, ...]) -> tuple[torch.Tensor,
             return torch.from_numpy(good), failed
     except Exception:  # numpy raises whatever it stumbles over; decoding again is always right
         pass
-    warn(f"{cache}: damaged, or of an earlier version; the images are decoded again")
+    warn(f"{cache}: damaged; the images are decoded again")
     return None
 
 
