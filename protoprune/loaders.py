@@ -22,6 +22,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.sources.finding import SUFFIXES, split_id
+from protoprune.sources.keys import key_of
 from protoprune.text import with_slashes
 from protoprune.units import many
 
@@ -56,27 +57,23 @@ def keep_only(
     known, and raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs
     is listed. Go through the data set once in one process to check all of it.)
     """
-    listed = _listed(kept)
+    listed = _listed(kept, "keep_only")
     if isinstance(dataset, Mapping):
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
-    whole, places = _whole(dataset)
+    whole, _ = _whole(dataset)
     if _is_hugging_face(dataset) and "__key__" in dataset.features:  # of load_dataset("webdataset", …)
         return dataset.select([row["__row__"] for row in _KeptSamples(_rows(dataset), listed, whole=True)])
     if _in_files(whole) or _is_hugging_face(whole):
-        ids, base, where = _identified(whole, root)
-        wanted = set(_in_order(listed, base, ids))
-        _all_present(wanted - set(ids), len(wanted), where, base, ids)
-        mine = ids if places is None else [ids[place] for place in places]
-        rows = [row for row, one in enumerate(mine) if one in wanted]
-        _some_left(len(rows), len(mine))
+        ids, entries = _matched(dataset, listed, root)
+        wanted = set(entries)
+        rows = [row for row, one in enumerate(ids) if one in wanted]
         if _is_hugging_face(dataset):
             return dataset.select(rows)
         from torch.utils.data import Subset
 
         return Subset(dataset, rows)
-    streamed = hasattr(whole, "features") and "__key__" not in (whole.features or ())
-    if streamed or not hasattr(whole, "__iter__"):
+    if not _has_samples(whole):
         timm = "; for timm see docs/loaders.md (select --links, or reshard)" if hasattr(whole, "reader") else ""
         raise UsageError(
             f"{type(whole).__name__}: expected .samples, a Hugging Face data set that is not streamed, or samples with "
@@ -86,15 +83,15 @@ def keep_only(
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
 
 
-def _listed(kept: Iterable[str] | str | os.PathLike[str]) -> list[str]:
-    """The paths of a list, or those that are given. Raises UsageError where there are none."""
+def _listed(kept: Iterable[str] | str | os.PathLike[str], who: str) -> list[str]:
+    """The paths of a list, or those that are given to `who`. Raises UsageError where there are none."""
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
     found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
     numbers = isinstance(found, np.ndarray) and found.dtype.kind in "iufb"
     paths = [] if numbers or getattr(found, "ndim", 1) != 1 else list(found)
     if numbers or any(hasattr(path, "__index__") for path in paths):
         raise UsageError(
-            f"{name}keep_only takes paths; row indices count protoprune's own order of images, not the data set's"
+            f"{name}{who} takes paths; row indices count protoprune's own order of images, not the data set's"
         )
     paths = texts("kept", paths or found)
     if not paths:
@@ -121,10 +118,7 @@ def table_rows(
     from protoprune.sources.shard import ShardError
     from protoprune.sources.tables import table_ids
 
-    listed = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
-    if isinstance(listed, np.ndarray) and listed.dtype.kind in "iufb":
-        raise UsageError("table_rows takes paths; row indices count the rows of the feature file")
-    listed = texts("kept", listed)
+    listed = _listed(kept, "table_rows")
     places = [os.path.abspath(file) for file in texts("files", files)]
     if not places:
         raise UsageError(
@@ -144,8 +138,6 @@ def table_rows(
         rows.append(start + here)
         left.difference_update(f"{name}/{ids[row]}" for row in here.tolist())
         start += len(ids)
-    if not listed:
-        raise ProtopruneError("the list keeps no image; select some")
     if left:
         of = f"of {len(set(listed)):,} listed images"
         raise ProtopruneError(
@@ -172,35 +164,40 @@ def weights_of(
         raise UsageError("the list holds no image with a weight")
     for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
-    whole, places = _whole(dataset)
+    whole, _ = _whole(dataset)
     if not _in_files(whole) and not _is_hugging_face(whole):
         raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
     if root is None and not _in_files(whole):
         raise UsageError(
             "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
         )
-    ids, base, where = _identified(whole, root)
-    listed = dict(zip(_in_order(list(weights), base, ids), weights.values(), strict=True))
-    _all_present(listed.keys() - set(ids), len(listed), where, base, ids)
-    mine = ids if places is None else [ids[place] for place in places]
-    have = sum(one in listed for one in mine)
-    _some_left(have, len(mine))
-    if places is not None and have < len(mine):
-        of = f"of the {len(mine):,} images of this part of the data set"
+    ids, entries = _matched(dataset, list(weights), root)
+    listed = dict(zip(entries, weights.values(), strict=True))
+    lacking = sum(one not in listed for one in ids)
+    if whole is not dataset and lacking:
+        of = f"of the {len(ids):,} images of this part of the data set"
         warn(
-            f"{many(len(mine) - have, f'{of} has', f'{of} have')} no weight in the list, and a weight of 0; take the "
-            "part that `keep_only` makes with this list"
+            f"{many(lacking, f'{of} has', f'{of} have')} no weight in the list, and a weight of 0; take the part that "
+            "`keep_only` makes with this list"
         )
-    return np.array([listed.get(one, 0) for one in mine], np.float32)
+    return np.array([listed.get(one, 0) for one in ids], np.float32)
 
 
-def _some_left(kept: int, of: int) -> None:
-    """Raise ProtopruneError for a part of a data set (a split of it) of which nothing would be left."""
-    if not kept:
+def _matched(dataset: object, listed: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], list[str]]:
+    """(the path of each item, the listed paths), as `_identified` has them. Raises ProtopruneError for a list that
+    names what the data set lacks, and for a part of it (a split) of which nothing would be left."""
+    whole, places = _whole(dataset)
+    ids, base, where = _identified(whole, root)
+    entries = _in_order(listed, base, ids)
+    wanted = set(entries)
+    _all_present(wanted - set(ids), len(wanted), where, base, ids)
+    mine = ids if places is None else [ids[place] for place in places]
+    if wanted.isdisjoint(mine):
         raise ProtopruneError(
-            f"none of the {of:,} images of this part of the data set is in the list, so that nothing would be left to "
-            "train on; filter the whole data set, and split what is kept"
+            f"none of the {len(mine):,} images of this part of the data set is in the list, so that nothing would be "
+            "left to train on; filter the whole data set, and split what is kept"
         )
+    return mine, entries
 
 
 def _whole(dataset: object) -> tuple[object, np.ndarray | None]:
@@ -215,6 +212,12 @@ def _whole(dataset: object) -> tuple[object, np.ndarray | None]:
 
 def _is_hugging_face(dataset: object) -> bool:
     return hasattr(dataset, "select") and hasattr(dataset, "features")
+
+
+def _has_samples(dataset: object) -> bool:
+    """Whether it may be gone through as samples with `__key__`: a streamed Hugging Face data set knows of its own."""
+    fields = getattr(dataset, "features", ["__key__"])
+    return hasattr(dataset, "__iter__") and "__key__" in (fields or ())
 
 
 def _in_files(dataset: object) -> bool:
@@ -271,7 +274,7 @@ def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
 
 def _rows(dataset: datasets.Dataset) -> Iterator[Sample]:
     """Key, URL and number of each row, and the fields of images that it has, which are not decoded."""
-    fields = [one for one in dataset.features if _suffix(f"x.{one}") in image_suffixes()]
+    fields = _image_fields(dataset.features)
     names = ["__key__", *(["__url__"] if "__url__" in dataset.features else [])]
     number = 0
     for batch in dataset.select_columns([*names, *fields]).with_format("arrow").iter(batch_size=1000):
@@ -331,7 +334,9 @@ class _KeptSamples:
         self.listed: dict[str, dict[str, str]] = {}  # key -> what follows it in the file's name -> the listed path
         for path in kept:
             for spelt in {path, path.replace("\\", "/")} if "/" not in path else {path}:
-                key, extension = _key(os.path.normpath(spelt).lstrip("/"))
+                name = os.path.normpath(spelt).lstrip("/")
+                key = key_of(name)
+                extension = name[len(key) + 1 :].lower()
                 if self.listed.setdefault(key, {}).setdefault(extension, path) != path:
                     raise ProtopruneError(f"{path} and {self.listed[key][extension]}: one key and suffix; rename one")
         self.count = len(set(kept))
@@ -348,14 +353,7 @@ class _KeptSamples:
                 warn(f"none of the first {number:,} samples is in the list; {_OTHER_LIST}")
             key = _key_of(sample)
             first = first or f"{key} in {_shown(sample.get('__url__'))}"
-            one = next((one for one in _keys(sample, key) if one in self.listed), key)
-            names = self.listed.get(one)
-            if names and one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
-                both = f"{_shown(shards[one])} and in {_shown(sample['__url__'])}"
-                raise ProtopruneError(
-                    f"{one} is in {both}: two shards of one name; list them by their paths below a common root"
-                )
-            if names and (found := _named_in(sample, names)):
+            if found := self._found(sample, key, shards):
                 unseen -= found
                 any_kept = True
                 yield sample
@@ -363,6 +361,18 @@ class _KeptSamples:
             _all_present(unseen, self.count, f"(by key; its first sample is {first or 'none'})")
         elif number and not any_kept:
             warn(f"none of the {number:,} samples that this process saw is in the list; {_OTHER_LIST}")
+
+    def _found(self, sample: Sample, key: str, shards: dict[str, str | None]) -> set[str]:
+        """The listed paths that a sample is; `shards` gets to know where those that are listed by shard are."""
+        one = next((one for one in _keys(sample, key) if one in self.listed), None)
+        if one is None:
+            return set()
+        if one != key and shards.setdefault(one, sample["__url__"]) != sample["__url__"]:
+            both = f"{_shown(shards[one])} and in {_shown(sample['__url__'])}"
+            raise ProtopruneError(
+                f"{one} is in {both}: two shards of one name; list them by their paths below a common root"
+            )
+        return _named_in(sample, self.listed[one])
 
 
 def _key_of(sample: Any) -> str:
@@ -419,25 +429,28 @@ def _named_in(sample: Sample, names: dict[str, str]) -> set[str]:
     suffix than the listed file has, or under another field, as long as it is clear which it is; beside `a.jpg`, fields
     with a word (`a.mask.png`) belong to it. Raises ProtopruneError for a sample of which only a part is listed.
     """
-    held = {
-        field for field, value in sample.items()
-        if value is not None and not field.startswith("__") and _suffix(f"x.{field}") in image_suffixes()
-    }  # fmt: skip
+    held = {field for field in _image_fields(sample) if sample[field] is not None}
     exact, others = held & names.keys(), held - names.keys()
     if not any(map(_middle, names)):
         others = {field for field in others if not _WORD.fullmatch(_middle(field))}
     if exact and not others:
         return {names[one] for one in exact}
-    alike = [] if exact else _stored_otherwise(held, others, names)
-    if held and not exact and not alike:
-        return set()
-    if len(alike) == len(names) == 1 and len(others) <= 1:
-        return {names[alike[0]]}
+    if not exact:
+        alike = _stored_otherwise(held, others, names)
+        if held and not alike:
+            return set()
+        if len(alike) == len(names) == 1 and len(others) <= 1:
+            return {names[alike[0]]}
     raise ProtopruneError(
         f"the key {sample['__key__']} is that of {', '.join(sorted(held)) or 'no image'} in the data set and of "
         f"{', '.join(sorted(names.values()))} in the list: keys end at a name's first dot; pack the images under names "
         "without other dots"
     )
+
+
+def _image_fields(fields: Iterable[str]) -> list[str]:
+    """Those fields of samples that hold images, by their names: what follows the key in those of files."""
+    return [one for one in fields if not one.startswith("__") and _suffix(f"x.{one}") in image_suffixes()]
 
 
 def _stored_otherwise(held: set[str], others: set[str], names: dict[str, str]) -> list[str]:
@@ -464,10 +477,3 @@ def _sees_a_part() -> bool:
 
     worker = get_worker_info()
     return worker is not None and worker.num_workers > 1
-
-
-def _key(path: str) -> tuple[str, str]:
-    """WebDataset's key of a file, its path up to the first dot of the file name, and what follows that dot."""
-    folder, _, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()

@@ -564,7 +564,7 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
         protoprune.table_rows(["a"], [])
     with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
-    with pytest.raises(ProtopruneError, match="the list keeps no image"):
+    with pytest.raises(ProtopruneError, match="lists no image, so that"):
         table_rows([], files)
     with pytest.raises(ProtopruneError, match="has no column x, only image, name"):
         table_rows(kept, files, id_column="x")
