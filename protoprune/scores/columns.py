@@ -55,25 +55,20 @@ def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Co
     score = _named(names, _SCORES)
     if key is not None and score is not None:
         return Columns(key, score, _kind(names[key]), True)
-    numeric = _numeric(first, rest or rows)
+    data = rest or rows
+    numeric = _numeric(first, data)
     if not rest and key is not None and not numeric:
         raise ProtopruneError("a header and no rows")
-    if not rest or not (key is not None or score is not None or _is_header(first, numeric)):
-        return _without_header(rows, numeric)
+    header = _is_header(rows, numeric, (key, score) != (None, None))
     if len(first) == 1 and numeric:
-        return Columns(None, 0, "index", True)
-    key = _find_key(first, names, rest, numeric, score) if key is None else key
-    score = _find_score(first, rest, numeric, key, names) if score is None else score
-    return Columns(key, score, _kind(names[key]), True)
-
-
-def _without_header(rows: Sequence[Sequence[str]], numeric: list[int]) -> Columns:
-    """Columns by what they hold."""
-    first, rest = rows[0], rows[1:] or rows
-    if len(first) == 1 and numeric:
-        return Columns(None, 0, "index", False)
-    key = _find_key(first, [""] * len(first), rest, numeric, None)
-    return Columns(key, _find_score(first, rest, numeric, key, None), "unsure", False)
+        return Columns(None, 0, "index", header)
+    if not header:  # what looks like names is data
+        names, key, score = [""] * len(first), None, None
+    if key is None:
+        key = _find_key(first, names, data, numeric, score)
+    if score is None:
+        score = _find_score(first, data, numeric, key, names if header else None)
+    return Columns(key, score, _kind(names[key]), header)
 
 
 def _kind(name: str) -> str:
@@ -177,10 +172,12 @@ def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
     return bool(given) and all(number(value) is not None for value in given)
 
 
-def _is_header(first: Sequence[str], numeric: list[int]) -> bool:
-    """Names stand where the other rows have numbers, or no path at all (pandas writes `,0` over a Series)."""
-    cells = [first[column].strip() for column in numeric]
-    return first[0].strip() == "" or (bool(cells) and all(cell and number(cell) is None for cell in cells))
+def _is_header(rows: Sequence[Sequence[str]], numeric: list[int], named: bool) -> bool:
+    """Whether the first of several rows is a header: it has names that we know, or stand where the other rows have
+    numbers, or no path at all (pandas writes `,0` over a Series)."""
+    cells = [rows[0][column].strip() for column in numeric]
+    above_numbers = bool(cells) and all(cell and number(cell) is None for cell in cells)
+    return len(rows) > 1 and (named or above_numbers or not rows[0][0].strip())
 
 
 def number(text: str) -> float | None:

@@ -50,7 +50,6 @@ RELEASED = (
     "memorization", "random-100", "random-101", "random-102", "random-103", "random-104",
     "self-supervised-prototypes", "supervised-prototypes",
 )  # fmt: skip
-# What numpy, pyarrow and json raise for bytes that they cannot make sense of.
 _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
 
@@ -230,9 +229,14 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
     if keys is not None:
         keys = keys if header else _without_dots(keys)
         _refuse_duplicates(source, keys)
-    released = _RELEASED_FILE.fullmatch(os.path.basename(file))
-    metric = column or header.get("metric") or (released[1] if released else "")
-    return Table(source, keys, kind, scores, str(metric), direction, header.get("provenance") or {})
+    metric = str(column or header.get("metric") or _released(file))
+    return Table(source, keys, kind, scores, metric, direction, header.get("provenance") or {})
+
+
+def _released(file: str) -> str:
+    """The metric of a released file, by the file's name; '' for any other."""
+    found = _RELEASED_FILE.fullmatch(os.path.basename(file))
+    return found[1] if found else ""
 
 
 def _without_dots(keys: Sequence[str]) -> Sequence[str]:
@@ -316,7 +320,7 @@ def _direction(source: str, header: dict[str, Any], higher_is: str | None) -> tu
     """(harder or easier, who says so)."""
     given = None if higher_is is None else _HIGHER[higher_is]
     own, who, whose = header.get("higher"), "header", "its own header says"
-    if own is None and _RELEASED_FILE.fullmatch(os.path.basename(source)):
+    if own is None and _released(source):
         own, who, whose = "harder", "released", "it has the name of a released file, in which higher means"
     if own is None:
         return (given, "given") if given else ("harder", "assumed")

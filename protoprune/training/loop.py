@@ -159,9 +159,7 @@ def epochs(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         epoch, step, seconds = resume["epoch"], resume["step"], resume["seconds"]
-    if steps is not None and steps < 1:
-        raise UsageError(f"{steps} steps: expected at least 1")
-    total = steps if steps is not None else _total_steps(mask, sampler, recipe)
+    total = _total_steps(mask, recipe, steps, sampler)
     source = _Batches(data, device)
     labels = torch.from_numpy(data.labels).to(device)
     weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
@@ -169,18 +167,11 @@ def epochs(
     cast = autocast(recipe.precision, device, recipe.model)
     while step < total:
         began = time.perf_counter()
-        if sampler is None:
-            order = np.random.default_rng([seed, 1, epoch]).permutation(n)
-            chosen = order[mask[order]]
-        else:
-            sampler.set_epoch(epoch)
-            chosen = np.fromiter(sampler, np.int64)
-            if not len(chosen):
-                raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
+        chosen = _chosen(mask, sampler, seed, epoch)
         augmentation = _Augmentation(recipe.augment, data.inputs.shape, seed, epoch)
         model.train()
         losses_seen = []
-        batches = split(torch.from_numpy(np.ascontiguousarray(chosen)), recipe.batch_size)[: total - step]
+        batches = split(torch.from_numpy(chosen), recipe.batch_size)[: total - step]
         with _seeded([seed, 2, epoch]), source.stream(batches) as stream:  # dropout and its like
             for picked, inputs in stream:
                 for group in optimizer.param_groups:
@@ -310,10 +301,24 @@ def _mask(rows: np.ndarray, n: int) -> np.ndarray:
     return mask
 
 
-def _total_steps(mask: np.ndarray, sampler: PruningSampler | None, recipe: Recipe) -> int:
+def _total_steps(mask: np.ndarray, recipe: Recipe, steps: int | None, sampler: PruningSampler | None) -> int:
+    if steps is None and sampler is not None:
+        raise UsageError("a run with a sampler needs the number of steps: its epochs differ in length")
+    if steps is not None and steps < 1:
+        raise UsageError(f"{steps} steps: expected at least 1")
+    return steps or recipe.epochs * steps_per_epoch(int(mask.sum()), recipe.batch_size)
+
+
+def _chosen(mask: np.ndarray, sampler: PruningSampler | None, seed: int, epoch: int) -> np.ndarray:
+    """(m,) int64: the rows of an epoch in the order they are shown: all are permuted, then filtered."""
     if sampler is None:
-        return recipe.epochs * steps_per_epoch(int(mask.sum()), recipe.batch_size)
-    raise UsageError("a run with a sampler needs the number of steps: its epochs differ in length")
+        order = np.random.default_rng([seed, 1, epoch]).permutation(len(mask))
+        return order[mask[order]]
+    sampler.set_epoch(epoch)
+    chosen = np.fromiter(sampler, np.int64)
+    if not len(chosen):
+        raise ProtopruneError(f"the sampler chose no examples in epoch {epoch}; keep more")
+    return chosen
 
 
 def steps_per_epoch(m: int, batch_size: int) -> int:
