@@ -23,7 +23,7 @@ from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.sources.finding import SUFFIXES, split_id
 from protoprune.sources.keys import key_of
-from protoprune.text import with_slashes
+from protoprune.text import as_known
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _matched(dataset: object, listed: list[str], root: str | os.PathLike[str] | 
     names what the data set lacks, and for a part of it (a split) of which nothing would be left."""
     whole, places = _whole(dataset)
     ids, base, where = _identified(whole, root)
-    entries = _in_order(listed, base, ids)
+    entries = as_known(listed, base, set(ids))
     wanted = set(entries)
     _all_present(wanted - set(ids), len(wanted), where, base, ids)
     mine = ids if places is None else [ids[place] for place in places]
@@ -263,13 +263,6 @@ def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[l
         root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths if p])
     base = os.path.join(os.path.abspath(root), "")
     return [path and os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
-
-
-def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
-    """Entries of a list as `_identified` has its ids: they may be absolute, begin with ./ or have backslashes."""
-    known = set(ids)
-    kept = with_slashes(kept, known.__contains__)
-    return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in kept]
 
 
 def _rows(dataset: datasets.Dataset) -> Iterator[Sample]:
