@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -39,7 +39,11 @@ Sample = dict[str, Any]  # of a WebDataset: field -> value
 
 @checked
 def keep_only(
-    dataset: Any, kept: Iterable[str] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+    dataset: Any,
+    kept: Iterable[str] | str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    paths: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Any:
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
 
@@ -49,9 +53,12 @@ def keep_only(
       `dataset.select(...)`;
     - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
       file's name; where that makes one key of several images, of which some are to go, the sample is refused. A list
-      that was made from shards is matched by shard and key.
+      that was made from shards is matched by shard and key;
+    - any other that has a length, with `paths`: the image's path of each of its items, in their order, one or several
+      times. Of COCO `[dataset.coco.imgs[one]["file_name"] for one in dataset.ids]`, of a table its column of paths.
 
-    `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
+    `root` is the folder that the listed paths are relative to, by default the data set's own; `paths` are below it,
+    or relative to it. Raises UsageError for an
     empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and
     when none is in the part), so that a wrong root can never train on less than was asked for; for an iterable this is
     known, and raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs
@@ -62,10 +69,11 @@ def keep_only(
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
     whole, _ = _whole(dataset)
-    if _is_hugging_face(dataset) and "__key__" in dataset.features:  # of load_dataset("webdataset", …)
+    tars = _is_hugging_face(dataset) and "__key__" in dataset.features  # of load_dataset("webdataset", …)
+    if tars and paths is None:
         return dataset.select([row["__row__"] for row in _KeptSamples(_rows(dataset), listed, whole=True)])
-    if _in_files(whole) or _is_hugging_face(whole):
-        ids, entries = _matched(dataset, listed, root)
+    if paths is not None or _in_files(whole) or _is_hugging_face(whole):
+        ids, entries = _matched(dataset, listed, root, paths)
         wanted = set(entries)
         rows = [row for row, one in enumerate(ids) if one in wanted]
         if _is_hugging_face(dataset):
@@ -77,7 +85,7 @@ def keep_only(
         timm = "; for timm see docs/loaders.md (select --links, or reshard)" if hasattr(whole, "reader") else ""
         raise UsageError(
             f"{type(whole).__name__}: expected .samples, a Hugging Face data set that is not streamed, or samples with "
-            f"__key__{timm}"
+            f"__key__; of another, give paths=, the path of each of its items{timm}"
         )
     samples = _KeptSamples(dataset, listed)
     return dataset.compose(samples.stage) if hasattr(dataset, "compose") else samples
@@ -149,15 +157,19 @@ def table_rows(
 
 @checked
 def weights_of(
-    dataset: object, kept: Mapping[str, float] | str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+    dataset: object,
+    kept: Mapping[str, float] | str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    paths: Sequence[str | os.PathLike[str]] | None = None,
 ) -> np.ndarray:
     """(len(dataset),) float32: the weight of each image of `dataset`, in its order; 0 for one that is not listed.
 
     dataset: what `keep_only` returned or took, except iterables (`read_weights` gives those their weights by path);
     kept: a calibrated list, or what `read_weights` gives. For a loss (weight each image's), or for
-    `torch.utils.data.WeightedRandomSampler` (draw by weight). `root` as for `keep_only`, which must be given for a
-    Hugging Face data set. Raises UsageError for an empty list and ProtopruneError when a listed image is not in the
-    data set (for a Subset: in the whole of it).
+    `torch.utils.data.WeightedRandomSampler` (draw by weight). `root` and `paths` as for `keep_only`; without `paths`
+    the root must be given for a Hugging Face data set. Raises UsageError for an empty list and ProtopruneError when a
+    listed image is not in the data set (for a Subset: in the whole of it).
     """
     weights = kept if isinstance(kept, Mapping) else read_weights(kept)
     if not weights:
@@ -165,13 +177,16 @@ def weights_of(
     for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, _ = _whole(dataset)
-    if not _in_files(whole) and not _is_hugging_face(whole):
-        raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
-    if root is None and not _in_files(whole):
+    if paths is None and not _in_files(whole) and not _is_hugging_face(whole):
+        raise UsageError(
+            f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the path "
+            "of each of its items, or see read_weights"
+        )
+    if paths is None and root is None and not _in_files(whole):
         raise UsageError(
             "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
         )
-    ids, entries = _matched(dataset, list(weights), root)
+    ids, entries = _matched(dataset, list(weights), root, paths)
     listed = dict(zip(entries, weights.values(), strict=True))
     lacking = sum(one not in listed for one in ids)
     if whole is not dataset and lacking:
@@ -183,11 +198,16 @@ def weights_of(
     return np.array([listed.get(one, 0) for one in ids], np.float32)
 
 
-def _matched(dataset: object, listed: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], list[str]]:
+def _matched(
+    dataset: object,
+    listed: list[str],
+    root: str | os.PathLike[str] | None,
+    paths: Sequence[str | os.PathLike[str]] | None,
+) -> tuple[list[str], list[str]]:
     """(the path of each item, the listed paths), as `_identified` has them. Raises ProtopruneError for a list that
     names what the data set lacks, and for a part of it (a split) of which nothing would be left."""
     whole, places = _whole(dataset)
-    ids, base, where = _identified(whole, root)
+    ids, base, where = _identified(whole, root) if paths is None else _named(whole, root, paths)
     entries = as_known(listed, base, set(ids))
     wanted = set(entries)
     _all_present(wanted - set(ids), len(wanted), where, base, ids)
@@ -263,6 +283,25 @@ def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[l
         root = os.fspath(root) if root is not None else os.path.commonpath([os.path.dirname(p) for p in paths if p])
     base = os.path.join(os.path.abspath(root), "")
     return [path and os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
+
+
+def _named(
+    dataset: object, root: str | os.PathLike[str] | None, paths: Sequence[str | os.PathLike[str]]
+) -> tuple[list[str], str, str]:
+    """The same of a data set whose items somebody else names."""
+    names = texts("paths", paths)
+    items = len(dataset) if isinstance(dataset, Sized) else None
+    if items != len(names):
+        has = f"{items:,} items" if items is not None else "no length"
+        raise UsageError(
+            f"{type(dataset).__name__}: has {has}, and paths= names {len(names):,}; give the path of each item"
+        )
+    root = os.fspath(root if root is not None else getattr(dataset, "root", ""))
+    base = os.path.join(os.path.abspath(root), "")
+    places = [os.path.abspath(name) for name in names]
+    if not all(place.startswith(base) for place in places):  # then they are relative to the root, not to where we are
+        places = [os.path.normpath(os.path.join(base, name)) for name in names]
+    return [place.removeprefix(base) for place in places], base, f"under {base}"
 
 
 def _rows(dataset: datasets.Dataset) -> Iterator[Sample]:
