@@ -12,7 +12,7 @@ IMAGES ?= $(DEMO)/digits
 EXPERIMENTS := theory cifar10 svhn metrics k balance transfer calibration dynamic imagenet choice
 SIZE ?= small
 
-.PHONY: help venv demo test test-all lint docs bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
+.PHONY: help venv demo test test-all test-oldest lint docs bench encoder reproduce $(EXPERIMENTS:%=reproduce-%) clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -47,6 +47,15 @@ test: $(READY) ## Run the tests (fast, offline).
 test-all: $(READY) ## Run every test, slow and GPU ones included.
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800 --hypothesis-profile thorough
 
+test-oldest: ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest.
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip compile --quiet --no-deps --no-annotate --resolution lowest-direct pyproject.toml \
+	    --extra cpu --extra tables --extra remote --extra ray --extra labels | grep -v torchvision > .venv-oldest/oldest.txt
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --constraints .venv-oldest/oldest.txt \
+	    --editable '.[cpu,dev]'
+	.venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
+
 lint: $(READY) ## Check style, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,4 +87,4 @@ $(EXPERIMENTS:%=reproduce-%): reproduce-%: $(READY)
 	    $(if $(DATASET),--dataset '$(DATASET)')
 
 clean: ## Remove what the other targets made, the environment included.
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

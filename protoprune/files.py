@@ -309,12 +309,12 @@ def lock(out: str) -> Iterator[None]:
         raise BusyError(f"{out}: another protoprune is writing it ({who or path}); wait for it to end") from None
     except OSError as error:
         raise ProtopruneError(f"{path}: {error.strerror}; choose an output in a folder that can be written") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        file.close()
+    with file:  # closed, and so given back, whatever interrupts the rest
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def _locked(path: str) -> IO[str]:

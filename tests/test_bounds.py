@@ -19,8 +19,8 @@ def numeric():
     words = {"k", "alpha_tot", "alpha_prune", "theta", "keep", "size", "selection_seconds"}
     for name, command in walk():
         for one in command.params:
-            kind = str(one.type_descriptor.annotation)
-            if one.opts[0].startswith("-") and (re.search(r"\b(int|float)\b", kind) or one.name in words):
+            kind = str(vars(one).get("type_descriptor") or one.type).lower()  # typer's, and click's before typer 0.29
+            if one.opts[0].startswith("-") and (re.search(r"\b(int|float)(range)?\b", kind) or one.name in words):
                 yield name, one.opts[0], "int" if "int" in kind or one.name in ("k", "size") else "float"
 
 

@@ -299,3 +299,17 @@ def test_a_lock_on_a_full_disk_is_held_and_leaves_nothing(tmp_path, monkeypatch)
             pass
     monkeypatch.setattr(os, "write", real)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_given_back_though_its_end_is_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C in a notebook, whose traceback keeps what was open: the next call must not find itself in its own way."""
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    out = str(tmp_path / "f.h5")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as kept, files.lock(out):
+        patched.setattr(os, "unlink", interrupted)
+    with files.lock(out):
+        assert kept.traceback
+    assert os.listdir(tmp_path) == []

@@ -205,9 +205,9 @@ def silence_libtiff() -> None:
     import ctypes
     import glob
 
-    import PIL
+    from PIL import Image  # loads the library, and what it needs in turn
 
-    bundled = os.path.join(os.path.dirname(os.path.dirname(PIL.__file__)), "pillow.libs", "libtiff*")
+    bundled = os.path.join(os.path.dirname(os.path.dirname(Image.__file__)), "pillow.libs", "libtiff*")
     for path in glob.glob(bundled):
         library = ctypes.CDLL(path)
         for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
