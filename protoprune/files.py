@@ -369,6 +369,19 @@ def disk_trouble(path: str, error: OSError) -> str:
     return f"{path}: cannot write ({reason}); what is done is kept: make room or choose another -o, and run it again"
 
 
+def make_folder(path: str | os.PathLike[str], way_on: str = "choose another place") -> None:
+    """Make a folder that need not be new. Raises ProtopruneError where it cannot be made."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ProtopruneError(f"{os.fspath(path)}: cannot make this folder ({error.strerror}); {way_on}") from None
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: str) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)

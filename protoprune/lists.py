@@ -33,6 +33,7 @@ from protoprune.text import (
     PATH_NAMES,
     check_file,
     contents,
+    json_lines,
     parse_json,
     plain_bytes,
     plain_name,
@@ -207,6 +208,14 @@ def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[st
     return found.paths if every else found.kept(found.paths)
 
 
+def read_paths(source: str | os.PathLike[str], *, every: bool = False) -> list[str]:
+    """`read_list` where rows would say nothing: UsageError for a list of them."""
+    found = read_list(source, every=every)
+    if isinstance(found, np.ndarray):
+        raise UsageError(f"{os.fspath(source)}: row indices do not name images; give a list of paths")
+    return found
+
+
 @checked
 def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
     """path -> weight of a calibrated list (`protoprune select --calibrate A -o kept.csv`), csv, jsonl or a manifest.
@@ -269,7 +278,7 @@ def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:
         if whole is not None:
             return _from_records(whole)
     if suffix in (".jsonl", ".ndjson") or (suffix not in _TABLES and _begins_with_record(plain)):
-        return _from_records([parse_json(line) for line in os.fsdecode(plain).split("\n") if line.strip()])
+        return _from_records(json_lines(os.fsdecode(plain)))
     if suffix in _TABLES or _begins_with_header(plain):
         return _from_table(plain)
     return _Rows(split_list(plain, source), table=False)

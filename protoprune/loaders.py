@@ -4,13 +4,14 @@ the lists' formats."""
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import posixpath
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -25,7 +26,7 @@ from protoprune.images.listing import describe_counts, image_suffixes
 from protoprune.lists import read_list, read_weights
 from protoprune.sources.finding import SUFFIXES, split_id
 from protoprune.sources.keys import key_of
-from protoprune.text import with_slashes
+from protoprune.text import as_known
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def keep_only(
     kept: Iterable[str] | str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
+    paths: Sequence[str | os.PathLike[str]] | None = None,
     part: bool = False,
 ) -> Any:
     """`dataset` without the images that are not in `kept` (a list file, or paths as `read_list` gives them).
@@ -59,9 +61,12 @@ def keep_only(
       `dataset.select(...)`;
     - WebDataset pipelines and other iterables of dicts with `__key__`: the kept samples. Keys end at the first dot of a
       file's name; where that makes one key of several images, of which some are to go, the sample is refused. A list
-      that was made from shards is matched by shard and key.
+      that was made from shards is matched by shard and key;
+    - any other that has a length, with `paths`: the image's path of each of its items, in their order, one or several
+      times. Of COCO `[dataset.coco.imgs[one]["file_name"] for one in dataset.ids]`, of a table its column of paths.
 
-    `root` is the folder that the listed paths are relative to, by default the data set's own. Raises UsageError for an
+    `root` is the folder that the listed paths are relative to, by default the data set's own; `paths` are below it,
+    or relative to it. Raises UsageError for an
     empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and
     when none is in the part), so that a wrong root can never train on less than was asked for; for an iterable this is
     known, and raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs
@@ -74,10 +79,15 @@ def keep_only(
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
     whole, _ = _whole(dataset)
-    if _is_hugging_face(dataset) and "__key__" in dataset.features:  # of load_dataset("webdataset", …)
+    own = _own_paths(dataset) if paths is None else None
+    if own is not None:
+        ids, entries = _matched(dataset, listed, root, own, part)
+        return list(itertools.compress(dataset, map(set(entries).__contains__, ids)))
+    tars = _is_hugging_face(dataset) and "__key__" in dataset.features  # of load_dataset("webdataset", …)
+    if tars and paths is None:
         return dataset.select([row["__row__"] for row in _KeptSamples(_rows(dataset), listed, whole=True, part=part)])
-    if _in_files(whole) or _is_hugging_face(whole):
-        ids, entries = _matched(dataset, listed, root, part)
+    if paths is not None or _in_files(whole) or _is_hugging_face(whole):
+        ids, entries = _matched(dataset, listed, root, paths, part)
         wanted = set(entries)
         return _only(dataset, [row for row, one in enumerate(ids) if one in wanted])
     _check_samples(whole)
@@ -90,8 +100,6 @@ def keep_only(
 
 def _only(dataset: Any, rows: list[int]) -> Any:
     """The same kind of data set with these of its items."""
-    if isinstance(dataset, (list, tuple)):
-        return [dataset[row] for row in rows]
     if _is_hugging_face(dataset):
         return dataset.select(rows)
     reader = _reader(dataset)
@@ -123,7 +131,8 @@ def _check_samples(dataset: Any) -> None:
         )
     instead = "; for timm's readers of tars write what is kept with `protoprune reshard`" if timm else ""
     raise UsageError(
-        f"{name}: expected .samples, a list of paths, a Hugging Face data set or samples with __key__{instead}"
+        f"{name}: expected .samples, a list of paths, a Hugging Face data set or samples with __key__; of another, "
+        f"give paths=, the path of each of its items{instead}"
     )
 
 
@@ -208,15 +217,16 @@ def weights_of(
     kept: Mapping[str, float] | str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
+    paths: Sequence[str | os.PathLike[str]] | None = None,
     part: bool = False,
 ) -> np.ndarray:
     """(len(dataset),) float32: the weight of each image of `dataset`, in its order; 0 for one that is not listed.
 
     dataset: what `keep_only` returned or took, except iterables (`read_weights` gives those their weights by path);
     kept: a calibrated list, or what `read_weights` gives. For a loss (weight each image's), or for
-    `torch.utils.data.WeightedRandomSampler` (draw by weight). `root` (which must be given for a Hugging Face data set)
-    and `part` as for `keep_only`. Raises UsageError for an empty list and ProtopruneError when a listed image is not in
-    the data set (for a Subset: in the whole of it).
+    `torch.utils.data.WeightedRandomSampler` (draw by weight). `root`, `paths` and `part` as for `keep_only`; without
+    `paths` the root must be given for a Hugging Face data set. Raises UsageError for an empty list and ProtopruneError
+    when a listed image is not in the data set (for a Subset: in the whole of it).
     """
     weights = kept if isinstance(kept, Mapping) else read_weights(kept)
     if not weights:
@@ -224,13 +234,17 @@ def weights_of(
     for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, places = _whole(dataset)
-    if not _in_files(whole) and not _is_hugging_face(whole):
-        raise UsageError(f"{type(whole).__name__}: expected .samples or a Hugging Face data set; see read_weights")
-    if root is None and not _in_files(whole):
+    paths = _own_paths(dataset) if paths is None else paths
+    if paths is None and not _in_files(whole) and not _is_hugging_face(whole):
+        raise UsageError(
+            f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the path "
+            "of each of its items, or see read_weights"
+        )
+    if paths is None and root is None and not _in_files(whole):
         raise UsageError(
             "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
         )
-    ids, entries = _matched(dataset, list(weights), root, part)
+    ids, entries = _matched(dataset, list(weights), root, paths, part)
     listed = dict(zip(entries, weights.values(), strict=True))
     lacking = sum(one not in listed for one in ids)
     if lacking and (part or places is not None):
@@ -243,13 +257,17 @@ def weights_of(
 
 
 def _matched(
-    dataset: object, listed: list[str], root: str | os.PathLike[str] | None, part: bool
+    dataset: object,
+    listed: list[str],
+    root: str | os.PathLike[str] | None,
+    paths: Sequence[str | os.PathLike[str]] | None,
+    part: bool,
 ) -> tuple[list[str], list[str]]:
     """(the path of each item, the listed paths), as `_identified` has them. Raises ProtopruneError for a list that
     names what the data set lacks, unless it is a `part`, and for a part (a split) of which nothing would be left."""
     whole, places = _whole(dataset)
-    ids, base, where = _identified(whole, root)
-    entries = _in_order(listed, base, ids)
+    ids, base, where = _identified(whole, root) if paths is None else _named(whole, root, paths)
+    entries = as_known(listed, base, set(ids))
     wanted = set(entries)
     if not part:
         _all_present(wanted - set(ids), len(wanted), where, base, ids)
@@ -298,8 +316,6 @@ def _in_files(dataset: object) -> bool:
     parts = getattr(dataset, "datasets", None)
     if hasattr(dataset, "cumulative_sizes") and isinstance(parts, list):
         return all(_in_files(_whole(part)[0]) for part in parts)
-    if isinstance(dataset, (list, tuple)):
-        return bool(dataset) and isinstance(_first(dataset[0]), (str, os.PathLike))
     return hasattr(dataset, "samples")
 
 
@@ -308,10 +324,16 @@ def _first(sample: Any) -> Any:
     return sample[0] if isinstance(sample, (tuple, list)) and sample else sample
 
 
+def _own_paths(dataset: object) -> list[Any] | None:
+    """The paths of a list of them, or of tuples that begin with one; None of anything else."""
+    if not isinstance(dataset, (list, tuple)) or not dataset:
+        return None
+    return [_first(sample) for sample in dataset] if isinstance(_first(dataset[0]), (str, os.PathLike)) else None
+
+
 def _files_of(dataset: Any) -> tuple[list[str], set[str]]:
     """(the path of each item, the roots that are known)."""
-    listed = isinstance(dataset, (list, tuple))
-    if not listed and not hasattr(dataset, "samples"):
+    if not hasattr(dataset, "samples"):
         paths: list[str] = []
         roots: set[str] = set()
         for part in dataset.datasets:
@@ -320,7 +342,7 @@ def _files_of(dataset: Any) -> tuple[list[str], set[str]]:
             paths += own if places is None else [own[place] for place in places]
             roots |= its
         return paths, roots
-    paths = [_first(sample) for sample in (dataset if listed else dataset.samples)]
+    paths = [_first(sample) for sample in dataset.samples]
     if not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise UsageError(f"{type(dataset).__name__}: its samples do not begin with the path of a file")
     if hasattr(dataset, "__len__") and len(dataset) != len(paths):  # whose numbers are not those of its items
@@ -328,8 +350,6 @@ def _files_of(dataset: Any) -> tuple[list[str], set[str]]:
             f"{type(dataset).__name__}: has {len(paths):,} samples and {len(dataset):,} items, so that nothing "
             "says which item is which image; filter what it is made of"
         )
-    if listed:
-        return paths, {os.curdir}  # relative paths are what the list has, or are below root=
     return paths, {os.fspath(dataset.root)} if hasattr(dataset, "root") else set()
 
 
@@ -348,11 +368,23 @@ def _identified(dataset: object, root: str | os.PathLike[str] | None) -> tuple[l
     return [path and os.path.abspath(path).removeprefix(base) for path in paths], base, f"under {root}"
 
 
-def _in_order(kept: list[str], base: str, ids: list[str]) -> list[str]:
-    """Entries of a list as `_identified` has its ids: they may be absolute, begin with ./ or have backslashes."""
-    known = set(ids)
-    kept = with_slashes(kept, known.__contains__)
-    return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in kept]
+def _named(
+    dataset: object, root: str | os.PathLike[str] | None, paths: Sequence[str | os.PathLike[str]]
+) -> tuple[list[str], str, str]:
+    """The same of a data set whose items somebody else names."""
+    names = texts("paths", paths)
+    items = len(dataset) if isinstance(dataset, Sized) else None
+    if items != len(names):
+        has = f"{items:,} items" if items is not None else "no length"
+        raise UsageError(
+            f"{type(dataset).__name__}: has {has}, and paths= names {len(names):,}; give the path of each item"
+        )
+    root = os.fspath(root if root is not None else getattr(dataset, "root", ""))
+    base = os.path.join(os.path.abspath(root), "")
+    places = [os.path.abspath(name) for name in names]
+    if not all(place.startswith(base) for place in places):  # then they are relative to the root, not to where we are
+        places = [os.path.normpath(os.path.join(base, name)) for name in names]
+    return [place.removeprefix(base) for place in places], base, f"under {base}"
 
 
 def _rows(dataset: datasets.Dataset) -> Iterator[Sample]:

@@ -17,6 +17,9 @@ from typing import overload
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from protoprune.errors import ProtopruneError
+from protoprune.units import many
+
 BATCH = 65_536  # names that are in memory at once
 STEP = 64  # names between two whose places are known
 _NEAR = 512  # names that are read along with one, for its neighbours are mostly next
@@ -136,6 +139,19 @@ def chosen(names: Sequence[str], rows: np.ndarray) -> Sequence[str]:
         return list(itertools.chain.from_iterable(encoded(names, rows[first:last])))
 
     return Paths(len(rows), read)
+
+
+def of_rows(rows: np.ndarray, paths: Sequence[str], name: str, of: str) -> list[str]:
+    """The paths that a list of row indices, called `name`, stands for. Raises ProtopruneError where they are none."""
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ProtopruneError(f"{name}: {rows.dtype} of shape {rows.shape}, expected one row index an image")
+    outside = rows[(rows < 0) | (rows >= len(paths))]
+    if len(outside):
+        some = many(len(outside), "of its row indices is", "of its row indices are")
+        raise ProtopruneError(
+            f"{name}: {some} not in the {of} of {len(paths):,} images (first: {outside[0]}); it is for another one"
+        )
+    return picked(paths, rows)
 
 
 def digests(names: Sequence[str], seed: int = 0) -> np.ndarray:

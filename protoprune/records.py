@@ -74,8 +74,7 @@ class Record:
     @checked
     def __init__(self, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         self.path = os.fspath(path)
-        there = self.path if unfinished or os.path.exists(self.path) else partial_path(self.path)
-        self._reader = hdf5.Reader(there if os.path.exists(there) else self.path, KIND)
+        self._reader = hdf5.Reader(self.path if unfinished else hdf5.there(self.path), KIND)
         try:
             self.models, self.epochs, self.n = (self._reader.dims[name] for name in _EACH)
             if not unfinished:
@@ -334,7 +333,7 @@ class PartialRecord:
 
     def write(self, models: slice, epoch: int, values: dict[str, np.ndarray]) -> None:
         """Write (models, n) or (models, t) arrays by dataset name for one recorded epoch. They survive a kill."""
-        try:
+        with files.told(partial_path(self.out)):
             for name, value in values.items():
                 with np.errstate(over="ignore"):
                     stored = np.asarray(value).astype(self._file[name].dtype)
@@ -342,15 +341,11 @@ class PartialRecord:
                 digests = [digest(one) for one in stored]
                 self._file["digest"][self._digests.names.index(name), models, epoch] = digests
             self._file.flush()
-        except OSError as error:
-            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def write_probabilities(self, models: slice, rows: slice, values: np.ndarray) -> None:
         """Write (models, rows, classes) class probabilities at the last recorded epoch."""
-        try:
+        with files.told(partial_path(self.out)):
             self._file["probability"][models, rows] = values
-        except OSError as error:
-            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def sync(self) -> None:
         """Wait until what was written is on the disk: it survives a power cut."""

@@ -11,7 +11,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
 from typing import Any
 
 from protoprune.errors import ProtopruneError, UsageError
@@ -114,6 +115,30 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_lines(text: str) -> list[Any]:
+    """What is on each line that is not empty. Raises ValueError."""
+    return [parse_json(line) for line in text.split("\n") if line.strip()]
+
+
+def parquet(path: str = "") -> ModuleType:
+    """pyarrow, with its Parquet, to read or write this file. Raises ProtopruneError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ProtopruneError(
+            f"{path and f'{path}: '}Parquet needs pyarrow, which is not installed; pip install 'protoprune[tables]'"
+        ) from None
+    return pyarrow
+
+
+def as_known(entries: Sequence[str], base: str, known: Collection[str]) -> list[str]:
+    """Entries of a list as the `known` paths below `base/` have them: they may be absolute, begin with ./ or have
+    backslashes."""
+    entries = with_slashes(entries, known.__contains__)
+    return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in entries]
 
 
 def with_slashes(entries: Sequence[str], known: Callable[[str], bool]) -> list[str]:

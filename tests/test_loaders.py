@@ -756,3 +756,63 @@ def test_data_sets_that_are_joined(image_tree, tmp_path):
         keep_only(joined, [*kept, "one/cat/000.png"], root=tmp_path / "all")
     with pytest.raises(UsageError, match="ConcatDataset: expected"):
         keep_only(ConcatDataset([one, [1, 2]]), kept)
+
+
+class Detection:
+    """What torchvision's CocoDetection has (looked at with 0.28 and pycocotools 2.0): numbers in place of samples."""
+
+    def __init__(self, root, names):
+        self.root, self.names = root, names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, item):
+        return self.names[item], []
+
+
+def test_a_data_set_whose_items_somebody_else_names(image_folder, tmp_path, monkeypatch):
+    """Below its root or relative to it, absolute or from where we are, an image once or several times."""
+    names = ["dog/003.png", "cat/000.png", "cat/001.png", "dog/000.png", "cat/001.png"]
+    dataset = Detection(image_folder.root, names)
+    above = os.path.dirname(image_folder.root)
+    monkeypatch.chdir(above)
+    absolute = [os.path.join(image_folder.root, name) for name in names]
+    for root, paths in (
+        (None, names), (None, absolute), (None, [Path(name) for name in absolute]), (None, np.array(names)),
+        (image_folder.root, [os.path.relpath(name) for name in absolute]), ("images", names), ("./images/", names),
+    ):  # fmt: skip
+        kept = keep_only(dataset, KEPT, root=root, paths=paths)
+        assert [name for name, _ in kept] == ["dog/003.png", "cat/001.png", "dog/000.png", "cat/001.png"]
+        assert weights_of(kept, BY_PATH, root=root, paths=paths).tolist() == [2.5, 1, 4, 1]
+    assert keep_only(dataset, [f"images/{one}" for one in KEPT], root=above, paths=absolute).indices == [0, 2, 3, 4]
+    assert keep_only(list(names), KEPT, paths=names).indices == [0, 2, 3, 4]  # no root: as they are
+    with pytest.raises(ProtopruneError, match=r"1 of 4 listed images is not in the data set .*first: cat/9\.png"):
+        keep_only(dataset, [*KEPT, "cat/9.png"], paths=names)
+    with pytest.raises(UsageError, match="Detection: has 5 items, and paths= names 4; give the path of each item"):
+        keep_only(dataset, KEPT, paths=names[1:])
+    with pytest.raises(UsageError, match="generator: has no length, and paths= names 5"):
+        keep_only((name for name in names), KEPT, paths=names)
+    with pytest.raises(UsageError, match=r"paths 'cat/000\.png': expected a list"):
+        keep_only(dataset, KEPT, paths="cat/000.png")
+    for call in (lambda: keep_only(dataset, KEPT), lambda: weights_of(dataset, BY_PATH)):
+        with pytest.raises(UsageError, match="of another, give paths=, the path of each of its items"):
+            call()
+
+
+def test_a_part_of_a_data_set_whose_items_somebody_else_names(image_folder):
+    from torch.utils.data import Subset
+
+    names = ["dog/003.png", "cat/000.png", "cat/001.png", "dog/000.png"]
+    part = Subset(Detection(image_folder.root, names), [3, 1, 2])
+    kept = keep_only(part, KEPT, paths=names)  # of the whole
+    assert [name for name, _ in kept] == ["dog/000.png", "cat/001.png"]
+    assert weights_of(kept, BY_PATH, paths=names).tolist() == [4, 1]
+
+
+def test_a_table_of_paths_in_hugging_face(image_folder):
+    datasets = pytest.importorskip("datasets")
+    names = ["dog/003.png", "cat/000.png", "cat/001.png", "dog/000.png"]
+    data = datasets.Dataset.from_dict({"file": names, "number": list(range(4))})
+    assert keep_only(data, KEPT, paths=data["file"])["number"] == [0, 2, 3]
+    assert weights_of(data, BY_PATH, paths=data["file"]).tolist() == [2.5, 0, 1, 4]

@@ -1,5 +1,6 @@
 """Every example of the README and of docs/ runs: each fenced block after a `<!-- run: name -->` marker, with images."""
 
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,28 @@ def test_tables(here):
         parquet.write_table(table, f"data/train-{part}.parquet")
     Path("kept-rows.txt").write_text("train-0.parquet/000003\ntrain-1.parquet/000000\n")
     assert list(run_block("tables")["kept"]["value"]) == [3, 10]
+
+
+def test_any_data_set(here):
+    names = sorted((str(path) for path in Path("images").rglob("*.png")), key=lambda path: path[::-1])
+    given = run_block("any_data_set", my_dataset=[*map(str.upper, names)], my_paths=names)
+    assert sorted(item.lower() for item in given["kept"]) == [f"images/{path}" for path in here]
+
+
+def test_coco(here):
+    paths = sorted(str(path.relative_to("images")) for path in Path("images").rglob("*.png"))
+    coco = {
+        "images": [{"id": 7 * place, "file_name": path} for place, path in enumerate(paths)],
+        "annotations": [{"id": place, "image_id": 7 * (place % 20)} for place in range(60)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    Path("annotations.json").write_text(json.dumps(coco))
+    run_block("coco")
+    kept = json.loads(Path("kept.json").read_text())
+    assert [one["file_name"] for one in kept["images"]] == here
+    assert kept["categories"] == coco["categories"]
+    wanted = [7 * paths.index(path) for path in here]
+    assert sorted(one["image_id"] for one in kept["annotations"]) == sorted(3 * wanted)
 
 
 def test_subset(here):
@@ -265,6 +288,7 @@ def test_shell(here):
     assert len(Path("listing.txt").read_text().splitlines()) == len(here)
     if not rsync:
         assert sorted(str(p.relative_to("kept-copy")) for p in Path("kept-copy").rglob("*.png")) == here
+    assert Path("labelled.txt").read_text().splitlines() == [f"{path} {path[1]}" for path in here]
 
 
 def test_python(here, capsys):

@@ -220,7 +220,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     """(source of shards or None, entries of a list or None)."""
     from protoprune.formats import archive_kind
     from protoprune.images.listing import image_suffixes
-    from protoprune.lists import split_list
+    from protoprune.lists import read_paths, split_list
     from protoprune.sources import find_shards, list_shards
     from protoprune.sources.finding import looks_like_shards
     from protoprune.stores import is_url, public
@@ -239,12 +239,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
             raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
         if os.path.splitext(images)[1].lower() in image_suffixes() or _begins_like(images, archive_kind) == "an image":
             raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
-        from protoprune.lists import read_list
-
-        listed = read_list(images)
-        if not isinstance(listed, list):
-            raise UsageError(f"{images}: row indices do not name images; give a list of paths")
-        entries = listed
+        entries = read_paths(images)
     if looks_like_shards(entries):
         return list_shards(entries, root), None
     if (url := next((one for one in entries if is_url(one)), None)) is not None:

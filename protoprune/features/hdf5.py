@@ -370,6 +370,11 @@ def partial_path(out: str) -> str:
     return out + ".partial"
 
 
+def there(path: str) -> str:
+    """A file, or the unfinished one of this name where there is only that."""
+    return path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
+
+
 def finish(out: str, but: Collection[str]) -> None:
     """Give a finished file, which is closed, its name; `but`: the datasets that have digests of their own."""
     partial = partial_path(out)

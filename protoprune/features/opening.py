@@ -9,9 +9,9 @@ import numpy as np
 from protoprune import files, stores
 from protoprune.arguments import checked
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.features import hdf5
 from protoprune.features.featurefile import KEY, FeatureFile, PartialFile, check_new, create_partial
 from protoprune.features.featureset import FeatureSet, open_set
-from protoprune.features.hdf5 import partial_path
 from protoprune.features.remoteset import local_copy
 from protoprune.images.decode import ON_WHITE
 from protoprune.images.listing import ImageList, is_feature_set
@@ -29,9 +29,9 @@ def open_features(path: str | os.PathLike[str]) -> FeatureFile | FeatureSet:
     folder = os.path.splitext(path)[0]
     if os.path.isdir(path):
         return open_set(path)
-    if not os.path.exists(path) and not os.path.exists(partial_path(path)) and is_feature_set(folder):
+    there = hdf5.there(path)
+    if not os.path.exists(there) and is_feature_set(folder):
         raise UsageError(f"{path}: no such feature file; the feature set is {folder}: give that")
-    there = path if os.path.exists(path) or not os.path.exists(partial_path(path)) else partial_path(path)
     file = FeatureFile(there)
     try:
         done = int(file.finished().sum())
@@ -56,7 +56,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 def missing(path: str | os.PathLike[str], what: str = "image folder or feature file") -> ProtopruneError:
     """The error for a file that is not there: an unfinished feature file says how to finish it."""
-    if os.path.exists(partial_path(os.fspath(path))):
+    if os.path.exists(hdf5.partial_path(os.fspath(path))):
         try:
             open_features(path).close()
         except ProtopruneError as error:

@@ -27,6 +27,8 @@ from protoprune.text import (
     CLASS_NAMES,
     contents,
     is_class_number,
+    json_lines,
+    parquet,
     parse_json,
     plain_bytes,
     plain_name,
@@ -184,17 +186,14 @@ def _json(text: str) -> list[dict[str, Any]]:
     try:
         whole = parse_json(text)
     except ValueError:
-        return [parse_json(line) for line in text.split("\n") if line.strip()]
+        return json_lines(text)
     if isinstance(whole, dict) and all(isinstance(value, (str, int)) for value in whole.values()) and len(whole) > 1:
         return [{"path": path, "label": value} for path, value in whole.items()]
     return whole if isinstance(whole, list) else [whole]
 
 
 def _parquet(source: str, data: bytes) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ProtopruneError(f"{source}: Parquet needs pyarrow; pip install 'protoprune[tables]'") from None
+    pyarrow = parquet(source)
     schema = pyarrow.parquet.read_schema(io.BytesIO(data))
     flat = [name for name, kind in zip(schema.names, schema.types, strict=True) if not pyarrow.types.is_nested(kind)]
     return pyarrow.parquet.read_table(io.BytesIO(data), columns=flat).to_pylist()
@@ -415,7 +414,7 @@ def _one_each(source: str, found: dict[int, set[str]], paths: Sequence[str]) -> 
 
 def _below(source: str, keys: list[str], paths: Sequence[str], root: str) -> list[str]:
     """The keys relative to the root where they are relative to the file's own folder below it (metadata.csv)."""
-    folder = os.path.relpath(os.path.dirname(os.path.abspath(source)), root).replace(os.sep, "/")
+    folder = os.path.relpath(os.path.dirname(os.path.abspath(source)), root)
     if folder in (".", "..") or folder.startswith("../"):
         return keys
     moved, known = [f"{folder}/{key}" for key in keys], set(paths)

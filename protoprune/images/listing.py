@@ -8,14 +8,12 @@ is the same image in every array of the program. Names that are not valid UTF-8 
 from __future__ import annotations
 
 import os
-import posixpath
 import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,7 +158,7 @@ def list_paths(
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
-    ids = [_relative_id(_possible_name(entry), root) for entry in entries]
+    ids = [relative_id(_possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
     if chosen and all(mtime < 0 for _, _, mtime, _ in found) and all(map(os.path.isfile, unique)):
@@ -415,16 +413,11 @@ def _possible_name(entry: str) -> str:
     raise UsageError(f"{entry!r}: no file can have this name; give a list that holds file names")
 
 
-def _relative_id(entry: str, root: str) -> str:
+def relative_id(entry: str, root: str, what: str = "image") -> str:
     """Entry as an id; a lexical operation, so that links inside the root stay the names that the user gave them."""
-    if os.path.isabs(entry):
-        base = os.path.abspath(root)
-        path = os.path.relpath(os.path.normpath(entry), base)
-    else:
-        path = os.path.normpath(entry)
-    path = Path(path).as_posix() if os.sep != "/" else path
-    if path == ".." or path.startswith("../") or posixpath.isabs(path):
-        raise UsageError(f"{entry}: outside the root {root}; give --root a folder that holds every listed image")
+    path = os.path.normpath(os.path.relpath(entry, os.path.abspath(root)) if os.path.isabs(entry) else entry)
+    if path == ".." or path.startswith("../"):
+        raise UsageError(f"{entry}: outside the root {root}; give --root a folder that holds every {what}")
     return path
 
 

@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,11 @@ from protoprune import __version__
 from protoprune.arguments import as_numbers, checked, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
-from protoprune.lists import read_list
+from protoprune.lists import read_paths
 from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import Paths, distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import check_file, contents, parse_json, plain_bytes, unpacked
+from protoprune.text import check_file, contents, parquet, parse_json, plain_bytes, unpacked
 from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
@@ -171,7 +170,7 @@ def _quoted(path: str) -> str:
 
 
 def _parquet(path: str, paths: Sequence[str], scores: np.ndarray, header: str) -> bytes:
-    pyarrow = _pyarrow(path)
+    pyarrow = parquet(path)
     raw = [os.fsencode(one) for one in paths]
     try:
         names = pyarrow.array(raw, pyarrow.binary()).cast(pyarrow.string())
@@ -182,18 +181,6 @@ def _parquet(path: str, paths: Sequence[str], scores: np.ndarray, header: str) -
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()
-
-
-def _pyarrow(path: str = "") -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ProtopruneError(
-            f"{path + ': ' if path else ''}Parquet needs pyarrow, which is not installed; "
-            "pip install 'protoprune[tables]', or take a .csv instead"
-        ) from None
-    return pyarrow
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -278,9 +265,7 @@ def named(table: Table, rows: str | os.PathLike[str] | Sequence[str]) -> Table:
     what = os.fspath(rows) if isinstance(rows, str | os.PathLike) else "rows"
     if table.keys is not None and table.kind == "name":
         raise UsageError(f"{table.source}: names its images itself; --rows goes with a table that does not")
-    names = read_list(rows, every=True) if isinstance(rows, str | os.PathLike) else texts("rows", rows, "names")
-    if isinstance(names, np.ndarray):
-        raise UsageError(f"--rows {what}: holds row numbers; give a list of names, one a line, in the table's order")
+    names = read_paths(rows, every=True) if isinstance(rows, str | os.PathLike) else texts("rows", rows, "names")
     if table.keys is None:
         keys = names
         if len(names) != len(table.scores):
@@ -461,7 +446,7 @@ def _read_json_lines(data: bytes, column: str | None) -> _Read:
 
 
 def _read_parquet(data: bytes, wanted: str | None) -> _Read:
-    pyarrow = _pyarrow()
+    pyarrow = parquet()
     table = pyarrow.parquet.read_table(io.BytesIO(data))
     header = (table.schema.metadata or {}).get(_META)
     columns = {}

@@ -33,6 +33,7 @@ from protoprune.formats import archive_kind
 from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import image_suffixes
 from protoprune.lists import read_list
+from protoprune.paths import of_rows
 from protoprune.sources.finding import SUFFIXES, Shard, shard_above, split_id
 from protoprune.sources.keys import key_of, levels, stem_of
 from protoprune.sources.reading import open_shard
@@ -140,7 +141,7 @@ def _entries(
 
     with open_features(features) as file:
         if isinstance(listed, np.ndarray):
-            listed = _by_number(listed, file.paths, name)
+            listed = of_rows(listed, file.paths, name, "feature file")
         root, entries = _sorted(listed, name, file.provenance["root"] if root is None else root)
         return root, entries, options or ShardOptions.of(file.provenance), digests_of(file, entries)
 
@@ -165,15 +166,6 @@ def _sorted(
         if one == other:
             raise UsageError(f"{name}: {one} is listed more than once; list each image once")
     return root, entries
-
-
-def _by_number(rows: np.ndarray, paths: Sequence[str], name: str) -> list[str]:
-    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
-        raise ProtopruneError(f"{name}: {rows.dtype} of shape {rows.shape}, expected one row index an image")
-    wrong = rows[(rows < 0) | (rows >= len(paths))]
-    if len(wrong):
-        raise ProtopruneError(f"{name}: row {wrong[0]} of {len(paths):,} images; it was made for another feature file")
-    return [paths[row] for row in np.sort(rows).tolist()]
 
 
 def _below(listed: Sequence[str], root: str, name: str) -> list[str]:

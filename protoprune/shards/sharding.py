@@ -401,10 +401,7 @@ def _place(path: str) -> Iterator[str]:
         with files.temporary_folder() as folder:
             yield os.path.join(folder, "features.h5")
         return
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    except OSError as error:
-        raise ProtopruneError(f"{os.path.dirname(path)}: cannot make the folder ({error.strerror})") from None
+    files.make_folder(os.path.dirname(path))
     yield path
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images.decode import size_and_times
-from protoprune.images.listing import describe_counts, is_image_name
+from protoprune.images.listing import describe_counts, is_image_name, relative_id
 from protoprune.stores import is_url, without_query
 from protoprune.text import parse_json
 from protoprune.units import bytes_text, many
@@ -252,9 +252,7 @@ def _saved_to_disk(folder: str) -> Source:
 def _local(root: str, paths: list[str], skipped: Counter[str] | None = None) -> Source:
     shards = []
     for path in paths:
-        name = os.path.relpath(path, root).replace(os.sep, "/")
-        if name == ".." or name.startswith("../"):
-            raise UsageError(f"{path}: outside the root {root}; give --root a folder that holds every shard")
+        name = relative_id(path, root, "shard")
         try:
             shards.append(Shard(name, path, *size_and_times(os.stat(path))))
         except OSError:

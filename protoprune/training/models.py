@@ -6,7 +6,6 @@ this module does not know: data sets, losses, seeds.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import sha256_of
 
 MODELS = ("head", "cnn", "resnet18")  # and timm:NAME
 _PATCH_PIXELS = 2**19  # of the images that whitening is measured on: 512 of 32 x 32
@@ -235,8 +235,7 @@ def _classifier(model: Normalised) -> tuple[str, ...]:
 def file_digest(path: str | os.PathLike[str]) -> str:
     """sha256 of a file of weights, for keys."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UsageError(f"--weights {path}: cannot be read ({error.strerror}); give a file of weights") from None
 

@@ -320,10 +320,7 @@ def _record_heads(job: _Job, partial: records.PartialRecord) -> None:
 def _record_networks(job: _Job, partial: records.PartialRecord) -> None:
     recipe, laid_out = job.recipe, job.laid_out
     numbers, folder = laid_out.epoch_numbers, _state_folder(partial.out)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ProtopruneError(f"{folder}: {error.strerror}; checkpoints go there, move what is in the way") from None
+    files.make_folder(folder, "checkpoints go there, move what is in the way")
     for number in partial.damaged:  # its checkpoint comes after rows that are not what was written
         with contextlib.suppress(OSError):
             os.unlink(_state_path(folder, number))
