@@ -410,7 +410,10 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
     assert "duplicates: 10 of 50 images removed (cosine to a kept one above 0.98); 40 remain" in result.stderr
     assert "for a cosine" not in result.stderr
     said = "warning: 0.98 is 1 - cosine: whatever has a cosine above 0.02 to a kept image counts as its duplicate; "
-    assert f"{said}for a cosine above 0.98 give 0.02\n" in run("select", "twice.h5", "--keep", "1", "--dedup", "0.98").stderr
+    assert (
+        f"{said}for a cosine above 0.98 give 0.02\n"
+        in run("select", "twice.h5", "--keep", "1", "--dedup", "0.98").stderr
+    )
     assert "kept 20 of 40 (50.0 %, hard first), removed 20" in result.stderr
     kept = result.stdout.splitlines()
     assert sorted(kept + read_list("gone.txt")) == [f"{i:02d}.png" for i in range(50)]

@@ -103,9 +103,10 @@ def test_sheet_warns_of_images_that_are_gone(coloured, run):
     easiest = PATHS[cells("sheet.png", 2, 1)[0][0]]
     (coloured / "images" / easiest).parent.mkdir(parents=True)
     os.rename(coloured / "moved" / easiest, coloured / "images" / easiest)
-    assert f"warning: 3 images could not be read any more, or changed since; {where}" in run(
-        "sheet", "--k", "3", "--count", "2"
-    ).stderr
+    assert (
+        f"warning: 3 images could not be read any more, or changed since; {where}"
+        in run("sheet", "--k", "3", "--count", "2").stderr
+    )
     assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
 
 

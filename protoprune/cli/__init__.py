@@ -49,7 +49,9 @@ _PLAINER = {
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
-_LEAVES_OUT = re.compile(r"^No such option: (--(?:drop|prune|remove|discard|delete|ratio|fraction|rate|percent)[\w-]*).*$", re.DOTALL)
+_LEAVES_OUT = re.compile(
+    r"^No such option: (--(?:drop|prune|remove|discard|delete|ratio|fraction|rate|percent)[\w-]*).*$", re.DOTALL
+)
 _WORDS = "protoprune.words"  # of the command line, in the context of what reads them
 _LONG_WORD = re.compile(r"\S{600,}")
 _ENCODERS = ("torch", "torchvision", "timm", "safetensors")  # of the extras cpu and gpu; `select` comes without
@@ -137,7 +139,9 @@ def _explain(error: Any, context: Any) -> None:
     if wrong := _WRONG.match(said):
         said = _of_a_value(wrong[1], wrong[2], [] if error.ctx is None else error.ctx.meta.get(_WORDS, []))
     if error.ctx is not None and any(one.name == "keep" for one in error.ctx.command.params):
-        said = _LEAVES_OUT.sub(r"No such option: \1; --keep is the fraction that stays: --keep 0.7 leaves out 30 %", said)
+        said = _LEAVES_OUT.sub(
+            r"No such option: \1; --keep is the fraction that stays: --keep 0.7 leaves out 30 %", said
+        )
     said = said.replace("Missing option '--keep'", "Missing option '--keep', the fraction to keep, such as --keep 0.7")
     _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error.ctx, context)} --help`")
     raise typer.Exit(error.exit_code) from None

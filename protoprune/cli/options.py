@@ -377,7 +377,9 @@ def numbers(
         except ValueError:
             value = math.nan
         if not ((low <= value if closed else low < value) and value <= high and value != math.inf):
-            raise UsageError(f"{option} {word}: not a number{_range(low, high, closed)}{meant(word)}; separate several by commas")
+            raise UsageError(
+                f"{option} {word}: not a number{_range(low, high, closed)}{meant(word)}; separate several by commas"
+            )
         values.append(value)
     return values
 
