@@ -41,7 +41,7 @@ def training_source(
     model = model or ("head" if features is not None or is_file else "cnn")
     if model == "head":
         if features is not None and images is not None:
-            raise UsageError(f"--images {images}: heads train on --features; leave it out, or name a --model for images")
+            raise UsageError(f"--images {images}: heads train on --features; leave it out, or name a --model for it")
         return source, model
     if images is None or is_file:
         raise UsageError(f"--model {model} trains on images: give --images FOLDER")
