@@ -179,6 +179,21 @@ def test_timm(here):
     assert dataset[0][0].size == (24, 24)
 
 
+def test_timm_python(here):
+    pytest.importorskip("timm")
+    given = run_block("timm_python")
+    assert sorted(given["kept"].filenames()) == here
+    assert given["kept"][0][0].shape == (3, 64, 64)
+
+
+def test_datasets_split(here, monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = run_block("datasets_split")
+    other = protoprune.keep_only(given["splits"]["test"], "kept.txt", root="images", part=True)
+    assert 0 < len(other) < len(given["train"]) < len(given["train"]) + len(other) == len(here)
+
+
 def test_datasets(here, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
