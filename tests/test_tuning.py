@@ -74,7 +74,7 @@ def test_all_lists_are_of_one_size_where_a_table_lacks_images():
     assert not (used % 5 == 0).any()
     assert {len(rows) for rows, held in judge.asked if held[0] != judge.asked[-1][1][0]} == {19}  # .25 * 4/5 * 96
     pool.tables["few.csv"][:] = np.nan
-    with pytest.raises(UsageError, match="--scores few.csv: gives none of the images a score"):
+    with pytest.raises(UsageError, match=r"--scores few\.csv: gives none of the images a score"):
         tune(pool, 0.25, heads=judge)
 
 
