@@ -161,8 +161,8 @@ def test_who_makes_the_links_second_reads_that_they_are_there(tmp_path, image_tr
     write_classes = files._write_classes
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(files, "_write_classes", write_classes)
-        write_links(tmp_path / "kept", root, ["cat/000.png"])
+        (tmp_path / "kept/cat").mkdir(parents=True)  # as the first has it
+        (tmp_path / "kept/cat/000.png").symlink_to(root / "cat/000.png")
         write_classes(*arguments)
 
     monkeypatch.setattr(files, "_write_classes", meanwhile)
