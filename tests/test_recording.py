@@ -554,7 +554,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_can_go_on(tmp_path
 
 def test_what_is_in_the_way_of_checkpoints_is_named(tmp_path):
     (tmp_path / "r.h5.state").write_text("a file")
-    with pytest.raises(ProtopruneError, match=r"r.h5.state: File exists"):
+    with pytest.raises(ProtopruneError, match=r"r.h5.state: cannot make this folder \(File exists\); checkpoints"):
         run(pixels(), None, CNN, tmp_path / "r.h5")
 
 

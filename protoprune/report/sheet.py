@@ -14,7 +14,7 @@ from protoprune.sources.shard import ShardOptions
 if TYPE_CHECKING:
     from PIL import Image
 
-_GAP, _LABEL = 4, 14
+_THUMB, _GAP, _LABEL = 96, 4, 14  # pixels
 
 
 def contact_sheet(
@@ -23,10 +23,9 @@ def contact_sheet(
     *,
     options: ShardOptions | None = None,
     content: Mapping[str, int] | None = None,
-    thumb: int = 96,
     heads: tuple[str, str] = ("easiest (most prototypical)", "hardest"),
 ) -> tuple[bytes, int]:
-    """A PNG with one line a row: (title, easiest image paths, hardest image paths); `thumb` is their side in pixels.
+    """A PNG with one line a row: (title, easiest image paths, hardest image paths).
 
     `heads` says what stands left and right, where that is something else, `options` how shards were read, `content`
     what the images were when they were embedded (see `current.digests_of`).
@@ -39,7 +38,7 @@ def contact_sheet(
 
     easy = max(len(one) for _, one, _ in rows)
     hard = max(len(one) for _, _, one in rows)
-    cell = thumb + _GAP
+    cell = _THUMB + _GAP
     middle = easy * cell + 3 * _GAP
     line = cell + _LABEL
     sheet = Image.new("RGB", (middle + hard * cell + _GAP, _LABEL + len(rows) * line + _GAP), "white")
@@ -53,10 +52,10 @@ def contact_sheet(
             draw.text((_GAP, top + 1), title.encode("ascii", "replace").decode(), fill="gray")
             for left, paths in ((_GAP, easiest), (middle, hardest)):
                 for column, path in enumerate(paths):
-                    picture = _thumbnail(read, path, thumb)
+                    picture = _thumbnail(read, path, _THUMB)
                     unreadable += picture is None
                     place = (left + column * cell, top + _LABEL)
-                    sheet.paste(picture or Image.new("RGB", (thumb, thumb), "lightgray"), place)
+                    sheet.paste(picture or Image.new("RGB", (_THUMB, _THUMB), "lightgray"), place)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue(), unreadable
