@@ -266,6 +266,7 @@ def write_links(
         _write_classes(folder, os.path.join(building, CLASSES), classes)
         os.replace(building, folder)
     except OSError as error:
+        check_free(folder)  # another process has made it in the meantime
         raise ProtopruneError(
             f"--links {folder}: {error.strerror} ({error.filename2 or error.filename})"
             + ("; hard links cannot cross file systems, use symbolic ones" if hard else "")

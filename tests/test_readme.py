@@ -179,6 +179,19 @@ def test_timm(here):
     assert dataset[0][0].size == (24, 24)
 
 
+def test_data_frames(here):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    result = protoprune.select(keep=0.7)
+    distance = np.linspace(0, 1, 20)
+    rows = zip(result.ranking.paths, result.keep.astype(int), distance, strict=True)
+    Path("all.csv").write_text("path,keep,distance\n" + "".join(f"{path},{keep},{far}\n" for path, keep, far in rows))
+    given = run_block("data_frames")
+    kept = sorted(os.path.relpath(path, "images") for path, _ in given["kept"].samples)
+    near = set(np.array(result.ranking.paths)[:18])
+    assert kept == [path for path in here if path in near]
+
+
 def test_timm_python(here):
     pytest.importorskip("timm")
     given = run_block("timm_python")

@@ -161,7 +161,7 @@ def _embed_images(
         def on_start(total: int, left: int) -> None:
             state.update(total=total, left=left)
             if left < total:
-                say(f"{total - left:,} of {total:,} images are embedded already, {left:,} to go")
+                say(f"{total - left:,} of {total:,} images are done already, {left:,} to go")
             progress.start(left)
 
         def on_compare(count: int) -> None:

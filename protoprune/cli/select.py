@@ -372,10 +372,9 @@ def _say_selected(chosen: Selected) -> None:
     groups, sizes = int((sizes > 0).sum()), sizes[1:]
     shares[sizes == 0] = np.nan
     low, high = np.nanargmin(shares), np.nanargmax(shares)
-    say(
-        f"classes: smallest kept share {100 * shares[low]:.1f} % ({ranking.classes[low]}), "
-        f"largest {100 * shares[high]:.1f} % ({ranking.classes[high]})"
-    )
+    least, most = f"{100 * shares[low]:.1f} %", f"{100 * shares[high]:.1f} %"
+    span = f"smallest kept share {least} ({ranking.classes[low]}), largest {most} ({ranking.classes[high]})"
+    say(f"classes: {f'{least} of each is kept' if least == most else span}")
     gone = int((shares == 0).sum())
     if gone:
         say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, groups)}")

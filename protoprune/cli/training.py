@@ -123,6 +123,9 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
 
         data = load_examples(path, cache=cache, on_progress=show, **options)
     say(f"{what}: {len(data):,} examples in {len(data.classes):,} classes, {path}")
+    without = [name for number, name in enumerate(data.classes) if number not in set(data.labels.tolist())]
+    if without:
+        say(f"warning: {path} has no image of {len(without):,} of {len(data.classes):,} classes, first {without[0]}")
     if data.unlabelled:
         left = many(data.unlabelled, f"image of {path} has no class and is", f"images of {path} have no class and are")
         say(f"warning: {left} left out")

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from protoprune.errors import ProtopruneError
 from protoprune.images.decode import ImageError, decode
 from protoprune.sources.reader import ImageReader
 from protoprune.sources.shard import ShardOptions
+from protoprune.stores import public
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +33,7 @@ def contact_sheet(
     what the images were when they were embedded (see `current.digests_of`).
 
     Returns the PNG's bytes and how many images could not be read any more, or are other ones now (grey squares).
+    Raises ProtopruneError when that is all of them.
     """
     import io
 
@@ -56,6 +59,11 @@ def contact_sheet(
                     unreadable += picture is None
                     place = (left + column * cell, top + _LABEL)
                     sheet.paste(picture or Image.new("RGB", (_THUMB, _THUMB), "lightgray"), place)
+    if unreadable == sum(len(side) for _, *sides in rows for side in sides):
+        raise ProtopruneError(
+            f"none of the {unreadable:,} images of the sheet could be read any more, or they changed since; --root "
+            f"says where they are now, if not below {public(root)}"
+        )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue(), unreadable
