@@ -265,6 +265,8 @@ def test_lightning(tmp_path, monkeypatch):
     assert 2 * 64 < counts.sum() < 8 * 64
     assert given["sampler"].state_dict()["trained"] == 64  # so none of the last epoch was cut off
     assert accuracy(model.cpu(), points, labels) > 0.6
+    state = torch.load(given["trainer"].checkpoint_callback.best_model_path, weights_only=True)["sampler"]
+    assert (state["epoch"], state["trained"]) == (7, 64)
 
 
 def test_trainer(tmp_path, monkeypatch):
@@ -291,6 +293,8 @@ def test_trainer(tmp_path, monkeypatch):
     assert given["sampler"].counts.sum() == 5 * 19
     assert given["sampler"].state_dict()["trained"] == 19
     assert linear.weight.abs().sum() > 0
+    state = torch.load("checkpoints/checkpoint-15/sampler.pt", weights_only=True)
+    assert (state["epoch"], state["trained"]) == (4, 19)
 
 
 def test_shell(here):
