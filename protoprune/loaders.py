@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from protoprune import stores
-from protoprune.arguments import checked, texts
+from protoprune.arguments import checked, one_column, texts
 from protoprune.bounds import check_number
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.images.listing import describe_counts, image_suffixes
@@ -149,9 +149,9 @@ def _check_lengths(dataset: Any, count: int) -> None:
 def _listed(kept: Iterable[str] | str | os.PathLike[str], who: str) -> list[str]:
     """The paths of a list, or those that are given to `who`. Raises UsageError where there are none."""
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
-    found = read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept
+    found = one_column(read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept)
     numbers = isinstance(found, np.ndarray) and found.dtype.kind in "iufb"
-    paths = [] if numbers or getattr(found, "ndim", 1) != 1 else list(found)
+    paths = [] if numbers or getattr(found, "ndim", 1) != 1 or hasattr(found, "columns") else list(found)
     if numbers or any(hasattr(path, "__index__") for path in paths):
         raise UsageError(
             f"{name}{who} takes paths; row indices count protoprune's own order of images, not the data set's"
@@ -235,15 +235,16 @@ def weights_of(
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, places = _whole(dataset)
     paths = _own_paths(dataset) if paths is None else paths
-    if paths is None and not _in_files(whole) and not _is_hugging_face(whole):
-        raise UsageError(
-            f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the path "
-            "of each of its items, or see read_weights"
-        )
-    if paths is None and root is None and not _in_files(whole):
-        raise UsageError(
-            "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
-        )
+    if paths is None and not _in_files(whole):
+        if not _is_hugging_face(whole):
+            raise UsageError(
+                f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the "
+                "path of each of its items, or see read_weights"
+            )
+        if root is None:
+            raise UsageError(
+                "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
+            )
     ids, entries = _matched(dataset, list(weights), root, paths, part)
     listed = dict(zip(entries, weights.values(), strict=True))
     lacking = sum(one not in listed for one in ids)

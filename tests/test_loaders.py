@@ -716,10 +716,24 @@ def test_a_table_is_no_list_of_paths(image_folder):
     """Gone through, it would be the names of its columns."""
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"path": KEPT})
-    with pytest.raises(UsageError, match="kept of type DataFrame: expected a list of paths"):
+    with pytest.raises(UsageError, match="kept of type DataFrame: expected a list of paths; give one"):
         keep_only(image_folder, table)
     assert sample_ids(keep_only(image_folder, table["path"])) == KEPT
+    assert sample_ids(keep_only(image_folder, table.values)) == KEPT  # (3, 1)
+    assert sample_ids(keep_only(image_folder, [(one,) for one in KEPT])) == KEPT  # a database's rows
+    pyarrow = pytest.importorskip("pyarrow")
+    assert sample_ids(keep_only(image_folder, pyarrow.chunked_array([KEPT[:1], KEPT[1:]]))) == KEPT
     assert sample_ids(keep_only(image_folder, np.array(KEPT))) == KEPT
+
+
+def test_lists_whose_lines_are_in_quotes(image_folder, tmp_path):
+    """Of `ls -Q`, and of tables that were written without a header and with all fields in quotes."""
+    kept = tmp_path / "kept.txt"
+    kept.write_text("".join(f'"{one}"\n' for one in KEPT))
+    assert sample_ids(keep_only(image_folder, kept)) == KEPT
+    odd = types.SimpleNamespace(samples=['"1.png"', '2"".png'], root=".")
+    assert keep_only(odd, ['"1.png"']).samples == ['"1.png"']  # the image's own
+    assert keep_only(odd, ['"2"""".png"']).samples == ['2"".png']
 
 
 def test_samples_that_are_not_the_items_are_refused(image_folder):

@@ -179,6 +179,19 @@ def test_timm(here):
     assert dataset[0][0].size == (24, 24)
 
 
+def test_data_frames(here):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    result = protoprune.select(keep=0.7)
+    distance = np.linspace(0, 1, 20)
+    rows = zip(result.ranking.paths, result.keep.astype(int), distance, strict=True)
+    Path("all.csv").write_text("path,keep,distance\n" + "".join(f"{path},{keep},{far}\n" for path, keep, far in rows))
+    given = run_block("data_frames")
+    kept = sorted(os.path.relpath(path, "images") for path, _ in given["kept"].samples)
+    near = set(np.array(result.ranking.paths)[:18])
+    assert kept == [path for path in here if path in near]
+
+
 def test_timm_python(here):
     pytest.importorskip("timm")
     given = run_block("timm_python")
@@ -252,6 +265,8 @@ def test_lightning(tmp_path, monkeypatch):
     assert 2 * 64 < counts.sum() < 8 * 64
     assert given["sampler"].state_dict()["trained"] == 64  # so none of the last epoch was cut off
     assert accuracy(model.cpu(), points, labels) > 0.6
+    state = torch.load(given["trainer"].checkpoint_callback.best_model_path, weights_only=True)["sampler"]
+    assert (state["epoch"], state["trained"]) == (7, 64)
 
 
 def test_trainer(tmp_path, monkeypatch):
@@ -278,6 +293,8 @@ def test_trainer(tmp_path, monkeypatch):
     assert given["sampler"].counts.sum() == 5 * 19
     assert given["sampler"].state_dict()["trained"] == 19
     assert linear.weight.abs().sum() > 0
+    state = torch.load("checkpoints/checkpoint-15/sampler.pt", weights_only=True)
+    assert (state["epoch"], state["trained"]) == (4, 19)
 
 
 def test_shell(here):
