@@ -238,15 +238,16 @@ def weights_of(
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
     whole, places = _whole(dataset)
     paths = _own_paths(dataset) if paths is None else paths
-    if paths is None and not _in_files(whole) and not _is_hugging_face(whole):
-        raise UsageError(
-            f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the path "
-            "of each of its items, or see read_weights"
-        )
-    if paths is None and root is None and not _in_files(whole):
-        raise UsageError(
-            "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
-        )
+    if paths is None and not _in_files(whole):
+        if not _is_hugging_face(whole):
+            raise UsageError(
+                f"{type(whole).__name__}: expected .samples or a Hugging Face data set; of another, give paths=, the "
+                "path of each of its items, or see read_weights"
+            )
+        if root is None:
+            raise UsageError(
+                "weights_of needs root= for a Hugging Face data set: the folder that the paths are relative to"
+            )
     ids, entries = _matched(dataset, list(weights), root, paths, part)
     listed = dict(zip(entries, weights.values(), strict=True))
     lacking = sum(one not in listed for one in ids)

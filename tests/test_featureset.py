@@ -252,7 +252,7 @@ def test_missing_and_foreign_parts_are_errors_that_name_them(tars, mini, tmp_pat
     with pytest.raises(ProtopruneError, match=r"a folder without set\.json"):
         open_features(tars)
     for other in (tars / "0000.tar", tmp_path / "nothing"):
-        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json; give"):
+        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json"):
             protoprune.merge(other, tmp_path / "m.h5")
 
 
