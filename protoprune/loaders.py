@@ -32,6 +32,7 @@ from protoprune.units import many
 if TYPE_CHECKING:
     import datasets
 
+_PATH = (str, os.PathLike)
 _WORD = re.compile(r"[A-Za-z_]+")
 _LONG = 10_000  # samples of a stream after which one should have been listed
 _BY_ROWS = "of one that was loaded from Parquet or Arrow files, protoprune.table_rows gives the rows"
@@ -119,6 +120,8 @@ def _only(dataset: Any, rows: list[int]) -> Any:
 def _check_samples(dataset: Any) -> None:
     """Raise UsageError for what cannot be gone through as samples with `__key__`."""
     name = type(dataset).__name__
+    if isinstance(dataset, _PATH):
+        raise UsageError(f"{dataset}: a path; give the data set that reads it, or the list of its files")
     if hasattr(dataset, "batch_sampler"):
         raise UsageError(f"a {name}: give its data set, and make the loader of what keep_only returns")
     timm = hasattr(dataset, "reader")  # whose streams are of images and classes, without keys
@@ -327,9 +330,9 @@ def _first(sample: Any) -> Any:
 
 def _own_paths(dataset: object) -> list[Any] | None:
     """The paths of a list of them, or of tuples that begin with one; None of anything else."""
-    if not isinstance(dataset, (list, tuple)) or not dataset:
+    if not isinstance(dataset, (Sequence, np.ndarray)) or isinstance(dataset, (str, bytes)) or not len(dataset):
         return None
-    return [_first(sample) for sample in dataset] if isinstance(_first(dataset[0]), (str, os.PathLike)) else None
+    return [_first(sample) for sample in dataset] if isinstance(_first(dataset[0]), _PATH) else None
 
 
 def _files_of(dataset: Any) -> tuple[list[str], set[str]]:

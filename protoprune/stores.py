@@ -51,6 +51,15 @@ def given(path: str | os.PathLike[str]) -> str:
     return f"/{rest}" if match[1] == "file" else f"{match[1]}://{rest}"
 
 
+def refuse_url(path: str | os.PathLike[str], option: str = "") -> None:
+    """Raise UsageError for a URL as the name of what is written, which as a path would be a folder called `s3:`."""
+    if is_url(url := given(path)):
+        raise UsageError(
+            f"{option}{public(url)}: only feature sets of shards are written to a URL; write to this machine, and copy "
+            "it"
+        )
+
+
 def public(url: str) -> str:
     """A URL without user, password, query and fragment; a path as it is. The names of objects may hold ? and #."""
     if _protocol(url) in _OBJECTS:

@@ -8,6 +8,7 @@ import os
 import tarfile
 import types
 import warnings
+from collections import UserList
 from pathlib import Path
 
 import numpy as np
@@ -423,6 +424,11 @@ def test_lists_of_paths(image_folder, tmp_path, monkeypatch):
     relative = [Path(os.path.relpath(path, image_folder.root)) for path in paths]
     assert keep_only(relative, KEPT) == [Path(one) for one in KEPT]
     assert weights_of(KEPT, BY_PATH).tolist() == [1, 4, 2.5]
+    assert keep_only(np.array(relative, dtype=object), KEPT) == [Path(one) for one in KEPT]
+
+    assert keep_only(UserList(relative), KEPT) == [Path(one) for one in KEPT]  # as fastai's L, which is no list either
+    with pytest.raises(UsageError, match="images: a path; give the data set"):
+        keep_only(image_folder.root, KEPT)
     with pytest.raises(ProtopruneError, match="3 of 3 listed images are not in the data set under"):
         keep_only(paths, KEPT)
 

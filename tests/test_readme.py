@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,27 @@ def test_timm(here):
         == here
     )
     assert dataset[0][0].size == (24, 24)
+
+
+@pytest.mark.skipif(find_spec("fastai") is None, reason="fastai is no part of the dev extra; run with 2.8.12")
+def test_fastai(here):
+    loaders = run_block("fastai")["loaders"]
+    items = [*loaders.train.items, *loaders.valid.items]
+    assert sorted(str(path.relative_to("images")) for path in items) == here
+    assert list(loaders.vocab) == ["c0", "c1"]
+
+
+@pytest.mark.skipif(find_spec("streaming") is None, reason="mosaicml-streaming is no part of dev; run with 0.10.0")
+def test_mosaic(here):
+    import streaming
+
+    for path in Path("images").rglob("*.png"):  # "jpeg" takes files of that format
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    Path("kept.txt").write_text("".join(f"{path.replace('png', 'jpg')}\n" for path in here))
+    run_block("mosaic")
+    labels = [sample["label"] for sample in streaming.StreamingDataset(local="mds", batch_size=4)]
+    assert sorted(labels) == sorted(int(path[1]) for path in here)
 
 
 def test_data_frames(here):
