@@ -107,7 +107,7 @@ class Record:
             )
 
     def __repr__(self) -> str:
-        return f"Record({self.path!r}, {self.models:,} models x {self.epochs:,} recorded epochs x {self.n:,} images)"
+        return f"Record({self.path!r}, models={self.models}, epochs={self.epochs}, n={self.n})"
 
     def __enter__(self) -> Record:
         return self

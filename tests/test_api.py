@@ -81,8 +81,8 @@ def test_what_a_notebook_shows_is_a_line(tmp_path, feature_file, image_tree):
     with protoprune.FeatureFile(tmp_path / "f.h5") as file, protoprune.Record(tmp_path / "r.h5") as record:
         shown = {
             repr(file): f"FeatureFile({str(tmp_path / 'f.h5')!r}, 30 images x 30)",
-            repr(file.features): "Features(30 x 30 float16, in the file; [:] reads them)",
-            repr(record): f"Record({str(tmp_path / 'r.h5')!r}, 1 models x 1 recorded epochs x 2 images)",
+            repr(file.features): "Features(30 x 30 float32, in the file; [:] reads them)",
+            repr(record): f"Record({str(tmp_path / 'r.h5')!r}, models=1, epochs=1, n=2)",
             repr(protoprune.load_examples(file)): "Examples(30 of 2 classes, 30 torch.float32, of ",
             repr(
                 protoprune.select(file, 0.5)
