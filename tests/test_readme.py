@@ -335,6 +335,23 @@ def test_python(here, capsys):
     assert capsys.readouterr().out == "14 of 20\n"
 
 
+def test_own_scores(here):
+    with protoprune.FeatureFile("features.h5") as file:
+        paths = list(file.paths)[::-1]
+    given = run_block("own_scores", paths=paths, losses=np.arange(20.0))
+    assert given["table"].scores.tolist() == list(range(20))[::-1]
+    assert given["result"].kept_paths == sorted(paths[14:])
+
+
+def test_own_record(here):
+    logits = np.random.default_rng(0).normal(size=(20, 2))
+    given = run_block(
+        "own_record", epochs=3, train_one_epoch=lambda model: None, predict=lambda model: logits, model=None,
+        paths=[f"{i}.png" for i in range(20)], labels=np.arange(20) % 2,
+    )  # fmt: skip
+    assert given["el2n"].shape == (20,)
+
+
 def test_report(here):
     given = run_block("report")
     assert given["told"]["thumbnails"] == 20

@@ -235,23 +235,9 @@ def _options(
 
 
 for command in (
-    embed,
-    select,
-    record,
-    metrics,
-    score,
-    compare,
-    evaluate,
-    scaling,
-    tune,
-    info,
-    sheet,
-    report,
-    encoders,
-    merge,
-    reshard,
-    advise,
-):
+    embed, select, record, metrics, score, compare, evaluate, scaling, tune, info, sheet, report, encoders, merge,
+    reshard, advise,
+):  # fmt: skip
     app.command()(spread(command))
 app.command("import")(spread(import_))
 app.add_typer(theory_app, name="theory")

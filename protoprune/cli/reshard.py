@@ -51,8 +51,8 @@ def reshard(
     if report.shards < _FEW <= report.images:
         size = math.ceil(report.images / _FEW)
         say(
-            f"hint: a loader deals out whole tars, so {many(report.shards, 'tar feeds', 'tars feed')} as many workers, of "
-            f"all processes together; --shard-size {size} makes about {_FEW}"
+            f"hint: a loader deals out whole tars, so {many(report.shards, 'tar feeds', 'tars feed')} as many workers, "
+            f"of all processes together; --shard-size {size} makes about {_FEW}"
         )
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")

@@ -28,6 +28,7 @@ from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.evaluation.runs import shared_key
 from protoprune.evaluation.statistics import Interval
 from protoprune.selection import check_keep
+from protoprune.stores import refuse_url
 from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
@@ -460,6 +461,8 @@ class Log:
     """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, pool: Pool, test: Pool | None = None) -> None:
+        if folder is not None:
+            refuse_url(folder)
         self.path = None if folder is None else Path(folder, "runs.jsonl")
         self._found: dict[str, str] = {}
         if self.path is None:
