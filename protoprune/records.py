@@ -106,6 +106,9 @@ class Record:
                 "run the same `protoprune record` again, it does the rest"
             )
 
+    def __repr__(self) -> str:
+        return f"Record({self.path!r}, models={self.models}, epochs={self.epochs}, n={self.n})"
+
     def __enter__(self) -> Record:
         return self
 

@@ -22,7 +22,8 @@ class KeptSubset(Subset[Any]):
             return getattr(self.dataset, name)
         if name in _OF_EACH:
             values = getattr(self.dataset, name)
-            return [values[index] for index in self.indices]
+            self.__dict__[name] = [values[index] for index in self.indices]  # made once: loops ask for targets[i]
+            return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

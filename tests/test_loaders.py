@@ -374,6 +374,7 @@ def test_what_training_code_asks_of_an_image_folder(image_folder):
         assert (one.classes, one.class_to_idx) == (["cat", "dog", "eel"], {"cat": 0, "dog": 1, "eel": 2})
         assert one.targets == [0, 1, 1] == [label for _, label in one]
         assert one.samples == one.imgs == [(os.path.join(image_folder.root, KEPT[i]), (0, 1, 1)[i]) for i in range(3)]
+    assert kept.targets is kept.targets  # made once: loops ask for targets[i] again and again
     kept.transform = lambda image: "transformed"
     assert kept[0] == ("transformed", 0)
     assert kept.transform is image_folder.transform
@@ -414,6 +415,18 @@ def test_timm_data_sets_of_hugging_face(image_folder, tmp_path, monkeypatch):
     assert [os.path.relpath(name, image_folder.root) for name in kept.filenames()] == KEPT
     assert weights_of(kept, BY_PATH, root=image_folder.root).tolist() == [1, 4, 2.5]
     assert [label for _, label in kept] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("root", ["images", "./images/", "images/.", "elsewhere/../images", "{absolute}"])
+def test_roots_and_paths_that_are_spelt_otherwise(image_tree, tmp_path, monkeypatch, root):
+    image_tree()
+    monkeypatch.chdir(tmp_path)
+    root = root.format(absolute=tmp_path / "images")
+    for prefix in ("images/", "images//", "./images/./", f"{tmp_path}/images/", f"{tmp_path}/images/dog/../"):
+        samples = [prefix + one for one in [*KEPT, "eel/.hidden.png", ".hidden/001.png", "cat/000.png"]]
+        dataset = types.SimpleNamespace(samples=samples, root=root)
+        for kept in (KEPT, ["eel/.hidden.png"], [".hidden/001.png"]):
+            assert keep_only(dataset, kept).samples == [prefix + one for one in kept]
 
 
 def test_lists_of_paths(image_folder, tmp_path, monkeypatch):

@@ -309,8 +309,9 @@ def say_notes(notes: Iterable[str]) -> None:
 
 def say_table(ranking: Ranking, table: ScoreTable) -> None:
     """How the score table of a ranking was read, and what did not match, on either side."""
-    scored, none = int(ranking.scored.sum()), many(table.missing, "has none and is", "have none and are")
-    say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
+    if table.missing:
+        scored, none = int(ranking.scored.sum()), many(table.missing, "has none and is", "have none and are")
+        say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
     for note in table.notes():
         say(f"scores: {note}")
     if table.unmatched_rows:

@@ -242,6 +242,9 @@ class FeatureSet:
         }  # fmt: skip
         self.provenance["labels_from"] = self._classes()[2]
 
+    def __repr__(self) -> str:
+        return f"FeatureSet({self.path!r}, {self.n:,} images x {self.dim})"
+
     def __enter__(self) -> FeatureSet:
         return self
 

@@ -69,6 +69,9 @@ class Selected:
     weights: np.ndarray | None = None  # (n,) float64, NaN where not kept; None unless calibrated with a random part
     dropped: np.ndarray | None = None  # (n,) bool: the hardest, where some were to be dropped
 
+    def __repr__(self) -> str:
+        return f"Selected({int(self.keep.sum()):,} images of {self.ranking!r}, {self.rule!r})"
+
     @property
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
