@@ -146,6 +146,8 @@ def test_corrupt_truncated_and_missing_shards_are_listed_and_the_others_finish(t
     assert call("info", tmp_path / "f", "--errors").stdout.splitlines()[0].startswith("0001.tar\ttruncated\t")
     with pytest.warns(ProtopruneWarning, match="3 of 5 shards could not be used and are not in it"):
         assert len(protoprune.select(tmp_path / "f", 0.5).kept_paths) == 6
+    with pytest.warns(ProtopruneWarning, match="3 of 5 shards could not be used and are not in it"):
+        assert protoprune.merge(tmp_path / "f", tmp_path / "merged.h5") == 12  # nothing in the file says so later
     (tars / "0001.tar").write_bytes(data)  # repaired
     report = run(f"{tars}/{{0000..0004}}.tar", tmp_path / "f", mini)
     assert (report.states, report.n) == ({"unchanged": 2, "embedded": 1, "failed": 2}, 18)
