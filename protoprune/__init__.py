@@ -11,6 +11,7 @@ The public API, imported on first use so that `import protoprune` costs nothing:
     read_weights, weights_of                        calibrated list -> weights for a loss or a sampler
     Record, score, compare                          training record -> scores -> how far they agree
     read_scores, write_scores                       score tables
+    write_record                                    logits of a training of your own -> training record
     load_examples, list_rows, Kept, Recipe          what is trained on, lists as its rows, how it is trained
     evaluate, scaling                               kept lists -> does it pay?
     FeatureFile, FeatureSet, ProtopruneError
@@ -49,6 +50,7 @@ _HOME = {
     "read_weights": "lists",
     "weights_of": "loaders",
     "Record": "records",
+    "write_record": "training.importing",
     "score": "metrics.catalogue",
     "compare": "comparison",
     "read_scores": "scores",

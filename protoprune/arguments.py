@@ -80,17 +80,31 @@ def check_kind(name: str, value: Any, annotation: str, known: Mapping[str, Any])
 
 
 def texts(name: str, values: Iterable[Any], what: str = "paths") -> list[str]:
-    """Paths or other names, each as text: of a list, an array or a column of them, of text or of `Path`s.
+    """Paths or other names, each as text: of a list, an array or a column of them, of text or of `Path`s, and of rows
+    of one value, as databases give them.
 
     Raises UsageError for a single text, which would be taken letter by letter, and for what holds anything else.
     """
+    values = one_column(values)
+    if hasattr(values, "columns"):
+        raise UsageError(f"{name} {shown(values)}: expected a list of {what}; give one of its columns")
     if not _is_many(values) or isinstance(values, (os.PathLike, Mapping)) or getattr(values, "ndim", 1) != 1:
         raise UsageError(f"{name} {shown(values)}: expected a list of {what}")
-    found = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in values]
+    found = [one[0] if isinstance(one, tuple) and len(one) == 1 else one for one in values]
+    found = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in found]
     odd = [one for one in found if not isinstance(one, str)]
     if odd:
         raise UsageError(f"{name}: holds {shown(odd[0])}, expected {what}")
     return found
+
+
+def one_column(values: Any) -> Any:
+    """An array of shape (n, 1), as tables of one column become, as (n,), and a column of pyarrow as a list; anything
+    else as it is."""
+    if hasattr(values, "to_pylist"):
+        return values.to_pylist()
+    single = getattr(values, "ndim", 0) == 2 and hasattr(values, "reshape") and values.shape[1] == 1
+    return values.reshape(-1) if single else values
 
 
 def as_numbers(name: str, values: Any, what: str = "numbers") -> np.ndarray:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.stores import refuse_url
 
 CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of their numbers
 
@@ -37,6 +38,7 @@ _PRECIOUS = (
 def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Write a file, whose bytes may come in pieces, so that it appears complete or not at all; a pipe or a device is
     written to as it stands."""
+    refuse_url(path)
     path = os.fspath(path)
     pieces = _pieces(data)
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -266,6 +268,7 @@ def write_links(
         _write_classes(folder, os.path.join(building, CLASSES), classes)
         os.replace(building, folder)
     except OSError as error:
+        check_free(folder)  # another process has made it in the meantime
         raise ProtopruneError(
             f"--links {folder}: {error.strerror} ({error.filename2 or error.filename})"
             + ("; hard links cannot cross file systems, use symbolic ones" if hard else "")
@@ -286,6 +289,7 @@ def _write_classes(folder: str, path: str, classes: Sequence[str]) -> None:
 
 def check_free(folder: str | os.PathLike[str]) -> None:
     """Raise UsageError unless a folder of links can be made here: nothing is there, or an empty folder."""
+    refuse_url(folder, "--links ")
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
 
@@ -300,6 +304,7 @@ class BusyError(ProtopruneError):
 @contextlib.contextmanager
 def lock(out: str) -> Iterator[None]:
     """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
+    refuse_url(out)
     path = out + ".lock"
     try:
         file = _locked(path)
@@ -371,6 +376,7 @@ def disk_trouble(path: str, error: OSError) -> str:
 
 def make_folder(path: str | os.PathLike[str], way_on: str = "choose another place") -> None:
     """Make a folder that need not be new. Raises ProtopruneError where it cannot be made."""
+    refuse_url(path)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:

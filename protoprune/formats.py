@@ -40,6 +40,7 @@ _MAGIC = (
     (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"), (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
     (b"PAR1\x15", "a Parquet file"), (b"ARROW1\0", "an Arrow file"), (b"7z\xbc\xaf", "a 7z archive"),
     (b"Rar!\x1a", "a RAR archive"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy file"),
+    (b"\x80\x04\x95", "a pickle"), (b"\x80\x05\x95", "a pickle"), (b"\x80\x02}", "a pickle"),
     (b"\xff\xff\xff\xff", "an Arrow file"),  # a stream of Arrow, as data sets on disk are
     (b"\xff\xd8\xff", "an image"), (b"\x89PNG", "an image"), (b"GIF8", "an image"),
 )  # fmt: skip

@@ -22,15 +22,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from protoprune.arguments import checked
+from protoprune.arguments import checked, one_column
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.files import csv_bytes, plain_cell, plain_number
-from protoprune.formats import refuse_archive
+from protoprune.formats import archive_kind, refuse_archive
 from protoprune.npy import load_npy
 from protoprune.paths import BATCH, encoded
 from protoprune.text import (
     CLASS_NAMES,
     PATH_NAMES,
+    arrow_table,
     check_file,
     contents,
     json_lines,
@@ -191,9 +192,10 @@ def _gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[str] | np.ndarray:
     """The paths of a kept list, in its order; a .npy list gives the row indices, (n,) int64.
 
-    Read are csv, jsonl and npy by suffix or by content, anything else is txt, separated by NUL or line breaks; all
-    through gzip or not, and as Windows writes them (UTF-16, a mark at the start, CRLF). A table names its column path,
-    file or the like. Of a manifest, which has a keep column, the images that it keeps; with `every` all of them.
+    Read are csv, jsonl and npy by suffix or by content, Parquet and Arrow (Feather) by content, anything else is txt,
+    separated by NUL or line breaks; all through gzip or not, and as Windows writes them (UTF-16, a mark at the start,
+    CRLF). A table names its column path, file or the like. Of a manifest, which has a keep column, the images that it
+    keeps; with `every` all of them.
 
     Raises UsageError for a file that is not there or no list, ProtopruneError for one that cannot be read.
     """
@@ -270,7 +272,9 @@ def _read(source: str) -> _Rows | np.ndarray:
 def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:
     """By suffix, or by content where that says nothing."""
     if suffix == ".npy" or data.startswith(b"\x93NUMPY"):
-        return load_npy(data)
+        return one_column(load_npy(data))
+    if archive_kind(data[:512]) in ("a Parquet file", "an Arrow file"):
+        return _from_arrow(data, source)
     refuse_archive(data, source)
     plain = plain_bytes(data)
     if suffix == ".json" or plain.lstrip()[:1] == b"[":
@@ -282,6 +286,17 @@ def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:
     if suffix in _TABLES or _begins_with_header(plain):
         return _from_table(plain)
     return _Rows(split_list(plain, source), table=False)
+
+
+def _from_arrow(data: bytes, source: str) -> _Rows:
+    """What a data frame was written to; a name that is not UTF-8 may be bytes."""
+    records = arrow_table(data, source).to_pylist()
+    return _from_records(
+        [
+            {name: os.fsdecode(value) if isinstance(value, bytes) else value for name, value in one.items()}
+            for one in records
+        ]
+    )
 
 
 class _NoList(Exception):

@@ -106,6 +106,9 @@ class Record:
                 "run the same `protoprune record` again, it does the rest"
             )
 
+    def __repr__(self) -> str:
+        return f"Record({self.path!r}, models={self.models}, epochs={self.epochs}, n={self.n})"
+
     def __enter__(self) -> Record:
         return self
 
@@ -217,11 +220,6 @@ class Record:
         last, labels = slice(self.epochs - 1, None), self.labels
         right = (self.read("prediction", model, epochs=last)[0] == labels for model in range(self.models))
         return np.array([one[mine].mean() if mine.any() else np.nan for one, mine in zip(right, counts, strict=True)])
-
-    @property
-    def test_true_probability(self) -> np.ndarray:
-        """(models, t) float32 at the last recorded epoch."""
-        return self.test_at("test_true_probability", self.epochs - 1)
 
     def test_at(self, name: str, epoch: int) -> np.ndarray:
         """(models, t): test_prediction or test_true_probability at recorded epoch number `epoch` (an index)."""

@@ -138,7 +138,8 @@ class PruningSampler(Sampler[int]):
         self._final = _first_final_epoch(final_full, epochs)
         self._share_of = _check_rank(rank, num_replicas)
         self._settings = {name: getattr(self, name) for name in ("n", "keep", "every", "warm_up", "seed")}
-        self.epoch, self._warned = 0, False
+        self.epoch, self._warned, self._short = 0, False, False
+        self._batch = 0  # the largest so far
         self._counts = np.zeros(n, np.int32)
         self._new_epoch()
         if self.needs_losses:  # of the epoch under way: this process's, and those that all have exchanged
@@ -196,7 +197,8 @@ class PruningSampler(Sampler[int]):
             if len(self._waiting) >= _BATCHES_ON_DEVICE:
                 self._fetch()
         processes = torch.distributed.get_world_size() if _distributed() else 1
-        self._trained += len(index) * max(1, processes // self._world()[1])  # more where another library deals out
+        batch = len(index) * max(1, processes // self._world()[1])  # more where another library deals out
+        self._trained, self._batch = self._trained + batch, max(self._batch, batch)
         self._resumed = False
 
     def weights(self, indices: ArrayLike | torch.Tensor) -> torch.Tensor:
@@ -302,10 +304,28 @@ class PruningSampler(Sampler[int]):
         self._trained, self._exhausted, self._resumed, self._counted, self._over = 0, False, False, False, False
 
     def _enter(self, epoch: int) -> None:
+        self._check_trained()
         self._take_losses()
         self.epoch = epoch
         self._new_epoch()
         self._select()
+
+    def _check_trained(self) -> None:
+        """Warn, once, of an epoch of which the model saw far less than its indices."""
+        length, trained = len(self), self._trained
+        if self._short or not 0 < trained <= 0.75 * length or length - trained <= self._batch:  # as drop_last may leave
+            return
+        self._short = True
+        advice = "did the loop end early, or take the length of another epoch?"
+        if _distributed():
+            advice = (
+                "another library seems to deal them out again: in Lightning say use_distributed_sampler=False, with "
+                "accelerate make the sampler with rank=0, num_replicas=1"
+            )
+        warn(
+            f"{type(self).__name__}: of the {length:,} indices of epoch {self.epoch} the model was trained on "
+            f"{trained:,}; {advice}"
+        )
 
     def _select(self, first: bool = False) -> None:
         block = self._block_of(self.epoch)

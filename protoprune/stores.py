@@ -23,17 +23,22 @@ _ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not han
 _SILENCE_SECONDS = 60  # within a download
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
-_OBJECTS = ("s3", "s3a", "gs", "gcs", "memory")
+_AMAZON, _GOOGLE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("http", "https")
+_OBJECTS = (*_AMAZON, *_GOOGLE, "memory")
 _COLLAPSED = re.compile(r"([a-z][a-z0-9+]+):/+(?=[^/])")
 # Where an object appears when all of it has arrived; elsewhere a file is put under another name and renamed.
-_WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
+_WHOLE = (*_OBJECTS, "az", "abfs", "abfss", "adl", "oss", "oci")
 
 # What tells an object from another one of its name, where listings and single answers are known to agree on it.
-_MARKS = {"s3": "ETag", "s3a": "ETag", "gs": "etag", "gcs": "etag"}
+_MARKS = dict.fromkeys(_AMAZON, "ETag") | dict.fromkeys(_GOOGLE, "etag")
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0]
 
 
 def given(path: str | os.PathLike[str]) -> str:
@@ -46,9 +51,18 @@ def given(path: str | os.PathLike[str]) -> str:
     return f"/{rest}" if match[1] == "file" else f"{match[1]}://{rest}"
 
 
+def refuse_url(path: str | os.PathLike[str], option: str = "") -> None:
+    """Raise UsageError for a URL as the name of what is written, which as a path would be a folder called `s3:`."""
+    if is_url(url := given(path)):
+        raise UsageError(
+            f"{option}{public(url)}: only feature sets of shards are written to a URL; write to this machine, and copy "
+            "it"
+        )
+
+
 def public(url: str) -> str:
     """A URL without user, password, query and fragment; a path as it is. The names of objects may hold ? and #."""
-    if url.partition("://")[0] in _OBJECTS:
+    if _protocol(url) in _OBJECTS:
         return _USER.sub("", url)
     return _SECRETS.sub("", url) if is_url(url) else url
 
@@ -61,18 +75,18 @@ def below(root: str, name: str) -> str:
 
 def without_query(url: str) -> str:
     """A URL of the web without its query; elsewhere ? is part of a name, or a wildcard."""
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+    return url.partition("?")[0] if _protocol(url) in _WEB else url
 
 
 def names_version(url: str) -> bool:
     """Whether a URL is of one version of an object, which s3fs would pass over in silence."""
-    return url.startswith(("s3://", "s3a://")) and "?versionId=" in url
+    return _protocol(url) in _AMAZON and "?versionId=" in url
 
 
 def store(url: str) -> Any:
     """The fsspec file system of a URL."""
-    protocol = url.partition("://")[0]
-    if protocol in ("s3", "s3a", "gs", "gcs") and "@" in url.partition("://")[2].partition("/")[0]:
+    protocol = _protocol(url)
+    if protocol in _MARKS and "@" in url.partition("://")[2].partition("/")[0]:
         raise UsageError(
             f"{public(url)}: credentials in a URL would end up in histories and logs; set them as your store's tools "
             "expect (AWS_PROFILE or AWS_ACCESS_KEY_ID …), and leave them out of the URL"
@@ -89,12 +103,12 @@ def store(url: str) -> Any:
             f"{public(url)}: URLs need fsspec, which is not installed; pip install 'protoprune[remote]'"
         ) from None
     options: dict[str, Any] = {}
-    if protocol in ("gs", "gcs") and "GCSFS_DEBUG" not in os.environ:
+    if protocol in _GOOGLE and "GCSFS_DEBUG" not in os.environ:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints whole tracebacks of what it raises as well
-    if protocol in ("s3", "s3a"):  # botocore's own limits are minutes
+    if protocol in _AMAZON:  # botocore's own limits are minutes
         options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
     try:
-        if protocol in ("http", "https"):  # aiohttp's limit is five minutes for a whole shard, however fast it arrives
+        if protocol in _WEB:  # aiohttp's limit is five minutes for a whole shard, however fast it arrives
             import aiohttp
 
             times = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_SECONDS)
@@ -133,7 +147,7 @@ def answered(url: str, ask: Callable[[], T]) -> T:
 
 def refused(error: FileNotFoundError, url: str) -> BaseException | None:
     """What a web server said instead of a file; None where it is not there. fsspec calls both by one name."""
-    cause = error.__cause__ if url.startswith(("http://", "https://")) else None
+    cause = error.__cause__ if _protocol(url) in _WEB else None
     if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
         return None
     return cause
@@ -160,21 +174,20 @@ def trouble(error: BaseException, url: str = "") -> str:
     status = status if isinstance(status, int) else 0
     if kind == "TooManyRedirects":
         return "the server redirects without end; check the URL"
-    web = url.startswith(("http://", "https://"))
-    if status in (401, 403) and web:
+    if status in (401, 403) and _protocol(url) in _WEB:
         return f"the server refuses it ({text}); a signed URL may have expired"
     if status == 429 or status >= 500:
         return f"the server has no answer now ({text}); run the same again later"
     for kinds, words, told in _TROUBLES:
         if isinstance(error, kinds) or re.search(words, f"{kind}: {text}"):
-            amazon = url.startswith(("s3://", "s3a://")) or not url
+            amazon = _protocol(url) in (*_AMAZON, "")
             endpoint = ", the URL and the endpoint (AWS_ENDPOINT_URL)" if amazon else " and the URL"
             return told.format(text=text, credentials=_set_credentials(url), endpoint=endpoint)
     return text
 
 
 def _set_credentials(url: str) -> str:
-    if url.startswith(("gs://", "gcs://")):
+    if _protocol(url) in _GOOGLE:
         return (
             "set them as Google's tools expect (gcloud auth application-default login, or "
             "GOOGLE_APPLICATION_CREDENTIALS), or FSSPEC_GS_TOKEN=anon for a public bucket"
@@ -189,7 +202,7 @@ def _set_credentials(url: str) -> str:
 
 def _and_keys(url: str) -> str:
     """Google's library looks for credentials in many places, and asks a server for them, before it gives up."""
-    return f", and the credentials: {_set_credentials(url)}" if url.startswith(("gs://", "gcs://")) else ""
+    return f", and the credentials: {_set_credentials(url)}" if _protocol(url) in _GOOGLE else ""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -214,7 +227,7 @@ def seen(url: str) -> Seen | None:
 
 
 def _seen(url: str, facts: dict[str, Any]) -> Seen:
-    mark = facts.get(_MARKS.get(url.partition("://")[0], ""), "")
+    mark = facts.get(_MARKS.get(_protocol(url), ""), "")
     return Seen(int(facts["size"] or 0), str(mark or ""))
 
 
@@ -306,13 +319,12 @@ def _put(url: str, how: Callable[[Any, str, dict[str, str]], object], new: bool)
     Of two writers of a new file on S3 the store itself refuses the second (If-None-Match); elsewhere the second may
     replace what the first wrote a moment before.
     """
-    there, path = store(url), _path(url)
-    protocol = url.partition("://")[0]
+    there, path, protocol = store(url), _path(url), _protocol(url)
     try:
-        if new and protocol not in ("s3", "s3a") and there.exists(path):
+        if new and protocol not in _AMAZON and there.exists(path):
             raise FileExistsError(path)
         if protocol in _WHOLE:
-            how(there, path, {"mode": "create"} if new and protocol in ("s3", "s3a") else {})
+            how(there, path, {"mode": "create"} if new and protocol in _AMAZON else {})
         else:
             there.makedirs(posixpath.dirname(path), exist_ok=True)
             beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"

@@ -134,10 +134,32 @@ def parquet(path: str = "") -> ModuleType:
     return pyarrow
 
 
+def is_arrow(data: bytes) -> bool:
+    """Whether these are the bytes of a Parquet file, or of an Arrow one (Feather, a stream)."""
+    return data.startswith((b"PAR1", b"ARROW1\0", b"\xff\xff\xff\xff"))
+
+
+def arrow_table(data: bytes, source: str = "") -> Any:
+    """pyarrow's table of such a file, without what is nested (images among them). Raises ValueError for a damaged one,
+    ProtopruneError where pyarrow is not installed."""
+    pyarrow = parquet(source)
+    file = pyarrow.BufferReader(data)
+    if data.startswith(b"PAR1"):
+        flat = _flat(pyarrow, pyarrow.parquet.read_schema(file))
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=flat)
+    reader = pyarrow.ipc.open_file(file) if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
+    return reader.read_all().select(_flat(pyarrow, reader.schema))
+
+
+def _flat(pyarrow: ModuleType, schema: Any) -> list[str]:
+    """The columns that hold a plain value a row."""
+    return [name for name, kind in zip(schema.names, schema.types, strict=True) if not pyarrow.types.is_nested(kind)]
+
+
 def as_known(entries: Sequence[str], base: str, known: Collection[str]) -> list[str]:
-    """Entries of a list as the `known` paths below `base/` have them: they may be absolute, begin with ./ or have
-    backslashes."""
-    entries = with_slashes(entries, known.__contains__)
+    """Entries of a list as the `known` paths below `base/` have them: they may be absolute, begin with ./, have
+    backslashes, or be in double quotes all of them."""
+    entries = with_slashes(_without_quotes(entries, known), known.__contains__)
     return [one if one in known else os.path.normpath(os.path.join(base, one)).removeprefix(base) for one in entries]
 
 
@@ -148,3 +170,10 @@ def with_slashes(entries: Sequence[str], known: Callable[[str], bool]) -> list[s
     if not odd or any("/" in entry for entry in entries) or any(known(entry) for entry in odd):
         return list(entries)
     return [entry.replace("\\", "/") for entry in entries]
+
+
+def _without_quotes(entries: Sequence[str], known: Collection[str]) -> Sequence[str]:
+    """Lines that a table's writer or `ls -Q` put into quotes: when all are, and not one is `known` as it is."""
+    if not all(len(one) > 1 and one[0] == one[-1] == '"' for one in entries) or any(one in known for one in entries):
+        return entries
+    return [one[1:-1].replace('""', '"') for one in entries]

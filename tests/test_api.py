@@ -72,3 +72,25 @@ def test_python_refuses_what_the_command_line_refuses(call, message, tmp_path, f
 def test_what_is_no_path_or_no_list_is_said_plainly(call, message):
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_what_a_notebook_shows_is_a_line(tmp_path, feature_file, image_tree):
+    """A cell that ends in one of these objects; their fields may be millions of names."""
+    feature_file(tmp_path / "f.h5", np.eye(30), paths=[f"{'ab'[i % 2]}/{i}.png" for i in range(30)])
+    protoprune.write_record(tmp_path / "r.h5", ["a.png", "b.png"], np.array([0, 1]), np.eye(2)[None])
+    with protoprune.FeatureFile(tmp_path / "f.h5") as file, protoprune.Record(tmp_path / "r.h5") as record:
+        shown = {
+            repr(file): f"FeatureFile({str(tmp_path / 'f.h5')!r}, 30 images x 30)",
+            repr(file.features): "Features(30 x 30 float32, in the file; [:] reads them)",
+            repr(record): f"Record({str(tmp_path / 'r.h5')!r}, models=1, epochs=1, n=2)",
+            repr(protoprune.load_examples(file)): "Examples(30 of 2 classes, 30 torch.float32, of ",
+            repr(
+                protoprune.select(file, 0.5)
+            ): f"Selected(15 images of Ranking(30 images of {file.path!r}), Rule(keep=0.5",
+            repr(protoprune.list_folder(image_tree())): "ImageList(12 images in 3 classes below ",
+            repr(protoprune.load_encoder("mini")): "Encoder('mini', dim=192, image_size=64, pool='avg')",
+        }
+    for text, start in shown.items():
+        assert text.startswith(start)
+        assert "\n" not in text
+        assert len(text) < 400

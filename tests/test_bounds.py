@@ -80,9 +80,6 @@ def refused(here, name: str, option: str, kind: str) -> None:
     assert {path.name for path in here.iterdir()} - {"f.h5.clusters"} == before - {"f.h5.clusters"}
 
 
-NO_WHOLE = [0, -1, 10**12, 10**5000, 2.0, 2.5, "3", None, True, np.float32(2), float("nan")]
-
-
 def repr_(value) -> str:
     return type(value).__name__ if isinstance(value, int) else repr(value)
 

@@ -57,7 +57,7 @@ def test_the_matrix_is_on_stdout_and_what_did_not_match_on_stderr(here, run):
     assert found["a", "c"] == found["c", "a"] == -1
     assert found["a", "a"] == 1
     assert found["a", "b"] > 0.95
-    assert "a: metric el2n, direction from its header\n" in result.stderr
+    assert "direction from the header: a, b\n" in result.stderr
     assert "b: 1 table row names none of the images, first new.png\n" in result.stderr
     assert (
         "c: a higher score is taken as harder, since the table does not say (--higher-is); matched by path, relative"
@@ -150,8 +150,8 @@ def test_a_sheet_of_disagreements(here, run):
     one = Image.open("sheet.png").size
     assert one[0] == three[0]
     assert one[1] < three[1]
-    assert "warning: 8 images could not be read" in run(
-        "a.csv", "c.txt", "--root", "elsewhere", "--sheet", "sheet.png", "--count", "4"
+    assert "none of the 8 images of the sheet could be read" in run(
+        "a.csv", "c.txt", "--root", "elsewhere", "--sheet", "sheet.png", "--count", "4", code=1
     ).stderr  # fmt: skip
     again = run("a.csv", "b.csv.gz", "--root", "images", "--sheet", "a.csv", code=2)
     assert "is one of the inputs" in again.stderr

@@ -293,7 +293,7 @@ def test_a_second_run_under_another_locale_goes_on(images, run_program, tmp_path
     (root / "c1" / "é.png").unlink()
     result = run_program("embed", root, "--encoder", "mini", "--device", "cpu", env=plain)
     assert result.returncode == 0, result.stderr
-    assert b"16 of 17 images are embedded already, 1 to go" in result.stderr
+    assert b"16 of 17 images are done already, 1 to go" in result.stderr
     assert "up to date" in call(root).stderr
     with FeatureFile(tmp_path / "features.h5") as file:
         assert file.paths == sorted(file.paths, key=os.fsencode)
@@ -330,7 +330,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does_the_rest(tmp_path, monke
     again = call("images", "--batch-size", "4")
     assert again.exit_code == 0
     assert done > 0
-    assert "images are embedded already" in again.stderr
+    assert "images are done already" in again.stderr
     with FeatureFile(tmp_path / "features.h5") as file:
         assert file.usable.sum() == 400
 

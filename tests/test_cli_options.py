@@ -331,6 +331,26 @@ def test_a_feature_file_named_as_another_command_takes_it(run, words, said):
     [
         ("select --keep 70%", "--keep 70%: expected a number; for 70 % give 0.7; see `protoprune select --help`"),
         ("select --keep=x", "--keep x: expected a number; see `protoprune select --help`"),
+        ("select --keep 0,3", "--keep 0,3: expected a number; for 0,3 give 0.3; see `protoprune select --help`"),
+        ("tune --keep 30%", "--keep 30%: expected auto or the fraction to keep, such as 0.3; for 30 % give 0.3"),
+        (
+            "compare a b --keep 30%",
+            "--keep 30%: not a number; for 30 % give 0.3; separate several by commas",
+        ),
+        (
+            "select --drop 0.3",
+            "No such option: --drop; --keep is the fraction that stays: --keep 0.7 leaves out 30 %; "
+            "see `protoprune select --help`",
+        ),
+        (
+            "report --prune-ratio=0.3",
+            "No such option: --prune-ratio; --keep is the fraction that stays: --keep 0.7 leaves out 30 %; "
+            "see `protoprune report --help`",
+        ),
+        (
+            "select",
+            "Missing option '--keep', the fraction to keep, such as --keep 0.7; see `protoprune select --help`",
+        ),
         ("sheet --seed 1.5", "--seed 1.5: expected a whole number; see `protoprune sheet --help`"),
         ("sheet --count 0", "--count 0: expected at least 1; see `protoprune sheet --help`"),
         ("select --keep", "Option '--keep' requires an argument; see `protoprune select --help`"),

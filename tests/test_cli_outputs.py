@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from protoprune import files
 from protoprune.cli import app
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import same_file, write_file
 from protoprune.lists import read_list
 from protoprune.scores import write_scores
@@ -267,3 +267,51 @@ def test_one_file_by_two_names(here):
         assert same_file(b, a)
     for a, b in [("s.csv", "t.csv"), ("s.csv", "S.csv"), ("new.csv", "nowhere/new.csv"), ("a/new.csv", "b/new.csv")]:
         assert not same_file(a, b), (a, b)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "select f.h5 --keep 0.5 -o {}",
+        "select f.h5 --keep 0.5 --links {}",
+        "select f.h5 --keep 0.5 --manifest {}",
+        "sheet f.h5 -o {}.png",
+        "report f.h5 -o {}.html",
+        "score random --features f.h5 -o {}.csv",
+        "compare s.csv t.csv -o {}.csv",
+        "record f.h5 -o {}.h5",
+        "import v.npy --paths list.txt -o {}.h5",
+        "tune --features f.h5 --keep 0.5 -o {}",
+        "evaluate list.txt --features f.h5 --test other.h5 -o {}",
+        "scaling --features f.h5 --test other.h5 --size 5 -o {}",
+        "reshard list.txt {} --root .",
+        "theory error --alpha-tot 3 --keep 0.5 --order hard --csv {}.csv",
+    ],
+)
+def test_a_url_is_no_folder_of_this_machine(here, command):
+    """`pathlib` makes s3:/bucket/x of it, and a folder called `s3:` may be there from before."""
+    np.save(here / "v.npy", np.ones((1, 4)))
+    (here / "s3:").mkdir()
+    before = sorted(here.rglob("*"))
+    result = CliRunner().invoke(app, command.format("s3://user:secret@bucket/x").split())
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert "s3://bucket/x" in last
+    assert "only feature sets of shards are written to a URL; write to this machine, and copy it" in last
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_url_is_no_folder_in_python_either(here):
+    from protoprune.shards.resharding import reshard
+
+    url, said = "s3://bucket/x", "only feature sets of shards are written to a URL"
+    calls = [
+        lambda: write_scores(f"{url}.csv", PATHS, np.arange(12.0), metric="el2n"),
+        lambda: files.write_links(url, str(here), PATHS),
+        lambda: reshard("list.txt", url, root=here),
+        lambda: files.make_folder(url),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=said):
+            call()
+    assert not (here / "s3:").exists()

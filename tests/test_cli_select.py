@@ -250,8 +250,8 @@ def test_scores_of_a_table_in_which_higher_means_prune(here, run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--keep", "0.1", "--k", "3"], "in nearly all measurements (docs/results.md) the hardest 10 % trained worse"),
-        (["--keep", "0.5", "--order", "easy"], "in most measurements (docs/results.md) the easiest"),
+        (["--keep", "0.1", "--k", "3"], "in nearly all of our experiments the hardest 10 % trained worse"),
+        (["--keep", "0.5", "--order", "easy"], "in most of our experiments the easiest"),
         (["--keep", "0.6"], None),
         (["--keep", "0.1", "--order", "cover"], None),
         (["--keep", "0.1", "--order", "random"], None),
@@ -259,7 +259,7 @@ def test_scores_of_a_table_in_which_higher_means_prune(here, run):
     ],
 )
 def test_a_list_that_loses_to_random_in_measurements_is_said_to(here, run, options, said):
-    warned = [line for line in run("select", *options).stderr.splitlines() if "measurements" in line]
+    warned = [line for line in run("select", *options).stderr.splitlines() if "experiments" in line]
     assert len(warned) == (said is not None)
     assert said is None or f"warning: {said}" in warned[0]
     assert said is None or f"`protoprune tune --keep {options[1]}` compares them" in warned[0]
@@ -275,7 +275,7 @@ def test_the_command_that_compares_lists_names_the_features(here, run):
 def test_what_is_said_of_a_table_is_what_was_measured_of_its_metric(here, run, metric, warned):
     write_scores("scores.csv", PATHS, np.arange(60.0), metric=metric)
     said = run("select", "--scores", "scores.csv", "--keep", "0.2").stderr
-    assert ("in nearly all measurements" in said) is warned
+    assert ("in nearly all of our experiments" in said) is warned
 
 
 def test_scores_that_not_every_image_has(here, run):
@@ -408,6 +408,12 @@ def test_near_duplicates_go_first_and_are_accounted_for(doubled, run):
     options = ["twice.h5", "--dedup", "0.02", "--k", "1", "--manifest", "m.csv", "--removed", "gone.txt"]
     result = run("select", "--keep", "0.5", *options)
     assert "duplicates: 10 of 50 images removed (cosine to a kept one above 0.98); 40 remain" in result.stderr
+    assert "for a cosine" not in result.stderr
+    said = "warning: 0.98 is 1 - cosine: whatever has a cosine above 0.02 to a kept image counts as its duplicate; "
+    assert (
+        f"{said}for a cosine above 0.98 give 0.02\n"
+        in run("select", "twice.h5", "--keep", "1", "--dedup", "0.98").stderr
+    )
     assert "kept 20 of 40 (50.0 %, hard first), removed 20" in result.stderr
     kept = result.stdout.splitlines()
     assert sorted(kept + read_list("gone.txt")) == [f"{i:02d}.png" for i in range(50)]

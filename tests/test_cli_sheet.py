@@ -93,12 +93,19 @@ def test_sheet_has_a_row_for_each_cluster(coloured, run):
 
 def test_sheet_warns_of_images_that_are_gone(coloured, run):
     assert "any more" not in run("sheet", "--k", "3", "--count", "2").stderr
-    for path in PATHS:
-        os.unlink(coloured / "images" / path)
-    result = run("sheet", "--k", "3", "--count", "2")
+    before = (coloured / "sheet.png").read_bytes()
+    os.rename(coloured / "images", coloured / "moved")
+    where = f"--root says where they are now, if not below {coloured / 'images'}\n"
+    result = run("sheet", "--k", "3", "--count", "2", code=1)  # and nothing takes the place of a good sheet
+    assert "error: none of the 4 images of the sheet could be read any more, or they changed" in result.stderr
+    assert result.stderr.endswith(where)
+    assert (coloured / "sheet.png").read_bytes() == before
+    easiest = PATHS[cells("sheet.png", 2, 1)[0][0]]
+    (coloured / "images" / easiest).parent.mkdir(parents=True)
+    os.rename(coloured / "moved" / easiest, coloured / "images" / easiest)
     assert (
-        "warning: 4 images could not be read any more, or changed since; --root says where they are now, if not below "
-        f"{coloured / 'images'}\n" in result.stderr
+        f"warning: 3 images could not be read any more, or changed since; {where}"
+        in run("sheet", "--k", "3", "--count", "2").stderr
     )
     assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
 

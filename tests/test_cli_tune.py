@@ -242,13 +242,6 @@ def test_a_table_of_row_numbers_is_that_of_the_file(here, feature_file):
     assert pool.tables[str(here / "rows.csv")].tolist() == np.delete(values, 4).tolist()
 
 
-def test_a_table_that_lacks_images_is_said_to_make_smaller_lists(here, capsys):
-    (here / "few.csv").write_text("path,score\n" + "".join(f"{path},1\n" for path in PATHS[20:]))
-    with open_features("features.h5") as file:
-        _pool(file, [here / "few.csv"], "harder")
-    assert "few.csv lacks 20 of 150 images, which its recipes never keep" in capsys.readouterr().err
-
-
 def test_without_labels_the_command_has_the_seed(here, feature_file):
     feature_file("plain.h5", np.random.default_rng(0).normal(size=(80, 5)))
     result = run("tune", "--keep", 0.25, "--features", "plain.h5", "--seed", 3)

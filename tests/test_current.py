@@ -249,7 +249,7 @@ def test_the_command_line_says_what_moved(tmp_path):
     assert "of 8 images compared 7 are the same, 1 has other content and is embedded again" in said
     said = CliRunner().invoke(app, ["embed", str(a), *command, "--moved"]).stderr
     assert "compar" not in said
-    assert "8 of 8 images are embedded already, 0 to go" in said
+    assert "8 of 8 images are done already, 0 to go" in said
 
 
 # --- permissions

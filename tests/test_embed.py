@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -15,7 +13,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import many_scans
+from helpers import many_scans, on_a_full_disk
 from PIL import Image
 
 from protoprune import files
@@ -419,23 +417,11 @@ def test_a_cut_run_is_carried_over_when_the_images_changed_meanwhile(images, tmp
 
 
 def test_full_disk_is_one_clear_error_and_leaves_the_old_file(images, tmp_path):
-    """A file size limit stands in for a full disk: the space is asked for before the first image is decoded."""
+    """The space is asked for before the first image is decoded."""
     run(images, tmp_path / "f.h5")
     before = stored(tmp_path / "f.h5")
     make_images(images, 3, start=300)
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "sys.path.insert(0, sys.argv[3]); from test_embed import run\n"
-        "from protoprune.errors import ProtopruneError\n"
-        "try: run(sys.argv[1], sys.argv[2])\n"
-        "except ProtopruneError as error: print(error)\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(images), str(tmp_path / "f.h5"), os.path.dirname(__file__)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert "cannot write (File too large)" in out.stdout, out
+    assert "cannot write (File too large)" in on_a_full_disk(20_000, lambda: run(images, tmp_path / "f.h5"))
     assert stored(tmp_path / "f.h5").keys() == before.keys()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["f.h5"]
 

@@ -75,7 +75,9 @@ class FakeFit:
 
 def test_a_planted_winner_wins_and_a_planted_loser_loses():
     """Half the labels are random: the list without them must win, the list of them must lose."""
-    result = evaluate(TRAIN, TEST, [Kept("clean", CLEAN), Kept("wrong", WRONG)], LINEAR, seeds=4, device="cpu")
+    result = evaluate(
+        TRAIN, TEST, [Kept("clean", CLEAN), Kept("wrong", WRONG)], LINEAR, seeds=4, device="cpu", class_counts=False
+    )
     clean, wrong = result.method("clean"), result.method("wrong")
     assert clean.to_random.verdict == "better"
     assert clean.verdict.startswith("better than random by")
@@ -91,7 +93,7 @@ def test_a_planted_winner_wins_and_a_planted_loser_loses():
 def test_a_random_list_is_no_better_than_random_at_the_stated_rate(recipe):
     """Many null commands of two random lists each; the luck of a list is twice the noise of training, and all that
     there is where heads are trained to convergence."""
-    trials, false = 150, 0
+    trials, false = 100, 0
     train, test = blobs(60), blobs(2000, seed=2)
     train.fingerprint = test.fingerprint = lambda: "same"
     for world in range(trials):
@@ -210,7 +212,7 @@ def test_a_head_is_as_good_as_its_images_whatever_their_number():
     """The accuracy of a list is scikit-learn's, with few images as with many, and one number for all seeds."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     lists = [Kept("few", CLEAN[:40]), Kept("many", CLEAN)]
-    result = evaluate(TRAIN, TEST, lists, LINEAR, seeds=3, device="cpu")
+    result = evaluate(TRAIN, TEST, lists, LINEAR, seeds=2, device="cpu", class_counts=False)
     assert result.budget == "convergence"
     mean, std = TRAIN.inputs.numpy().mean(0), TRAIN.inputs.numpy().std(0, ddof=1) * 8**0.5
     inputs, new = ((one.inputs.numpy() - mean) / std for one in (TRAIN, TEST))
@@ -221,11 +223,11 @@ def test_a_head_is_as_good_as_its_images_whatever_their_number():
         assert result.method(one.name).accuracies == [row["accuracy"]]
         assert row["accuracy"] == pytest.approx(theirs, abs=0.005)
     counts = Counter(row["method"] for row in result.runs)
-    assert (counts["few"], counts["random 40"], counts["everything"]) == (1, 3, 1)
+    assert (counts["few"], counts["random 40"], counts["everything"]) == (1, 2, 1)
 
 
 def test_intervals_of_one_number_are_over_test_images():
-    result = evaluate(TRAIN, TEST, [Kept("a", WRONG)], LINEAR, seeds=2, device="cpu")
+    result = evaluate(TRAIN, TEST, [Kept("a", WRONG)], LINEAR, seeds=2, device="cpu", class_counts=False)
     one, full = result.method("a"), result.method("everything")
     p = one.accuracy.mean
     assert one.accuracy.high - one.accuracy.low == pytest.approx(3.92 * np.sqrt(p * (1 - p) / 1000), rel=0.01)
@@ -396,7 +398,7 @@ def save(folder: Path, result) -> bytes:
     return (folder / "results.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("recipe", "runs_in_all"), [(LINEAR, 7), (HEAD, 8)], ids=["converged", "network"])
+@pytest.mark.parametrize(("recipe", "runs_in_all"), [(LINEAR, 6), (HEAD, 8)], ids=["converged", "network"])
 def test_resumed_and_fresh_agree_byte_for_byte(tmp_path, recipe, runs_in_all):
     class Killed(Exception):
         pass
@@ -407,7 +409,7 @@ def test_resumed_and_fresh_agree_byte_for_byte(tmp_path, recipe, runs_in_all):
 
     lists = [Kept("clean", CLEAN), Kept("wrong", WRONG)]
     how = {"device": "cpu", "class_counts": False}
-    how |= {"seeds": 4} if recipe is LINEAR else {"seeds": 2, "min_steps": 1}
+    how |= {"seeds": 3} if recipe is LINEAR else {"seeds": 2, "min_steps": 1}
     with pytest.raises(Killed):
         evaluate(TRAIN, TEST, lists, recipe, folder=tmp_path / "runs", on_run=stop, **how)
     assert len(list((tmp_path / "runs").glob("*.json"))) == 4
@@ -628,13 +630,13 @@ def test_the_envelope_is_what_nothing_beats_with_as_few():
 
 def test_a_resumed_sweep_agrees_with_a_fresh_one(tmp_path):
     how = {"sizes": [60, 120, 240], "keeps": [1, 0.5], "orders": ["hard"], "seeds": 2, "device": "cpu"}
-    how |= {"features": TRAIN.inputs.numpy(), "bootstrap": 5}
+    how |= {"features": TRAIN.inputs.numpy(), "bootstrap": 5, "min_steps": 1}
     part = {**how, "sizes": [60, 240]}
-    scaling(TRAIN, TEST, LINEAR, folder=tmp_path / "runs", **part)
+    scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", **part)
     seen = []
-    resumed = scaling(TRAIN, TEST, LINEAR, folder=tmp_path / "runs", on_run=seen.append, **how)
+    resumed = scaling(TRAIN, TEST, HEAD, folder=tmp_path / "runs", on_run=seen.append, **how)
     assert seen[-1].cached == 2 * 2 * 2
-    fresh = scaling(TRAIN, TEST, LINEAR, **how)
+    fresh = scaling(TRAIN, TEST, HEAD, **how)
     for name, result in (("resumed", resumed), ("fresh", fresh)):
         report.save_scaling(tmp_path / name, result, {"device": "cpu"})
     for name in ("results.csv", "fits.csv"):
@@ -701,7 +703,8 @@ def test_the_files_of_an_evaluation(tmp_path):
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["config"]["recipe"]["epochs"] == 4
     assert whole["seeds"] == [0, 1]
-    assert whole["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    versions = (torch.__version__, torch.__version__.partition("+")[0])
+    assert whole["environment"]["packages"]["torch"] in versions
     assert whole["methods"][0]["to_random"]["p_adjusted"] == result.method("a").to_random.p_adjusted
     summary = list(csv.DictReader((tmp_path / "summary.csv").open(errors="surrogateescape")))
     assert summary[-1]["to_random"] == ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import on_a_full_disk
 from training_helpers import write_folder
 
 from protoprune import files
@@ -226,18 +225,9 @@ def test_one_writes_a_cache_at_a_time(folder, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_one_clear_line(folder, tmp_path):
-    """A file size limit stands in for a full disk. Without asking first, a full disk ends the process by a signal."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from protoprune.training.examples import load_examples\n"
-        "from protoprune.errors import ProtopruneError\n"
-        "try: load_examples(sys.argv[1], 16, cache=sys.argv[2])\n"
-        "except ProtopruneError as error: print(error)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "p.npy")]
-    out = subprocess.run(command, capture_output=True, text=True)
-    assert "p.npy: cannot write (File too large); make room" in out.stdout, out
+    """Without asking first, a full disk ends the process by a signal."""
+    said = on_a_full_disk(1000, lambda: load_examples(folder, 16, cache=tmp_path / "p.npy"))
+    assert "p.npy: cannot write (File too large); make room" in said
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
     with pytest.raises(ProtopruneError, match="No such file or directory"):
         load_examples(folder, 8, cache=tmp_path / "none" / "p.npy")

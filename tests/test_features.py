@@ -6,11 +6,13 @@ import h5py
 import numpy as np
 import pytest
 
-from protoprune.errors import ProtopruneError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
 from protoprune.features.featurefile import FeatureFile, PartialFile, create_partial, key_differences
+from protoprune.features.opening import open_features
 from protoprune.images.decode import Status
 from protoprune.images.listing import ImageList, folder_labels
+from protoprune.records import Record
 
 PROVENANCE = {"encoder": "e", "weights_sha256": "0", "preprocess": "{}", "precision": "fp32", "store": "float16"}
 
@@ -125,6 +127,12 @@ def test_what_is_no_feature_file_is_one_clear_line(content, tmp_path):
         FeatureFile(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_that_of_none():
+    for opened in (FeatureFile, open_features, Record):
+        with pytest.raises(UsageError, match="no such"):
+            opened("a\0b")
 
 
 def test_finishing_early_is_a_mistake_of_ours(tmp_path):

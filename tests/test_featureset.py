@@ -146,6 +146,8 @@ def test_corrupt_truncated_and_missing_shards_are_listed_and_the_others_finish(t
     assert call("info", tmp_path / "f", "--errors").stdout.splitlines()[0].startswith("0001.tar\ttruncated\t")
     with pytest.warns(ProtopruneWarning, match="3 of 5 shards could not be used and are not in it"):
         assert len(protoprune.select(tmp_path / "f", 0.5).kept_paths) == 6
+    with pytest.warns(ProtopruneWarning, match="3 of 5 shards could not be used and are not in it"):
+        assert protoprune.merge(tmp_path / "f", tmp_path / "merged.h5") == 12  # nothing in the file says so later
     (tars / "0001.tar").write_bytes(data)  # repaired
     report = run(f"{tars}/{{0000..0004}}.tar", tmp_path / "f", mini)
     assert (report.states, report.n) == ({"unchanged": 2, "embedded": 1, "failed": 2}, 18)
@@ -252,7 +254,7 @@ def test_missing_and_foreign_parts_are_errors_that_name_them(tars, mini, tmp_pat
     with pytest.raises(ProtopruneError, match=r"a folder without set\.json"):
         open_features(tars)
     for other in (tars / "0000.tar", tmp_path / "nothing"):
-        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json; give"):
+        with pytest.raises(ProtopruneError, match=r"no folder with a set\.json"):
             protoprune.merge(other, tmp_path / "m.h5")
 
 

@@ -155,6 +155,22 @@ def test_links_into_an_empty_folder_but_never_into_a_full_one(tmp_path, image_tr
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm's reader leaves its images open
+def test_who_makes_the_links_second_reads_that_they_are_there(tmp_path, image_tree, monkeypatch):
+    """Two processes make one folder of links: what the first has made stands."""
+    root = image_tree()
+    write_classes = files._write_classes
+
+    def meanwhile(*arguments):
+        (tmp_path / "kept/cat").mkdir(parents=True)  # as the first has it
+        (tmp_path / "kept/cat/000.png").symlink_to(root / "cat/000.png")
+        write_classes(*arguments)
+
+    monkeypatch.setattr(files, "_write_classes", meanwhile)
+    with pytest.raises(UsageError, match="exists and is not empty; remove it or choose another folder"):
+        write_links(tmp_path / "kept", root, ["cat/001.png"])
+    assert sorted(os.listdir(tmp_path / "kept/cat")) == ["000.png"]
+
+
 def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
     """A class that has lost all its images has no folder, so loaders that count folders shift the others."""
     timm = pytest.importorskip("timm.data")

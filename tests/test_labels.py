@@ -57,7 +57,10 @@ def test_parquet_metadata(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"file_name": ["b.png", "a.png"], "label": [10, 9]})
     parquet.write_table(table, tmp_path / "m.parquet")
+    pytest.importorskip("pyarrow.feather").write_feather(table, str(tmp_path / "m.feather"))
+    arrow = read_labels(LabelFile(tmp_path / "m.feather"), ["a.png", "b.png"], str(tmp_path))
     label, classes, _ = read_labels(LabelFile(tmp_path / "m.parquet"), ["a.png", "b.png"], str(tmp_path))
+    assert (arrow[0].tolist(), arrow[1]) == (label.tolist(), classes)
     assert (label.tolist(), classes) == ([0, 1], ["9", "10"])  # numbers in the order of numbers
 
 

@@ -101,11 +101,20 @@ def test_an_error_in_a_worker_is_the_parents():
 
 
 @pytest.mark.parametrize(("text", "devices"), [("0,1", ["cuda:0", "cuda:1"]), ("cpu, cpu", ["cpu", "cpu"])])
-def test_devices_are_parsed(text, devices):
+def test_devices_are_parsed(text, devices, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert launch.parse_devices(text) == devices
     for wrong in ("", "0,,1", "cpu,0"):
         with pytest.raises(UsageError, match="--devices"):
             launch.parse_devices(wrong)
+
+
+def test_devices_of_a_machine_without_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert launch.parse_devices("all") == ["cpu"]
+    for text in ("0", "cuda:0,cuda:1"):
+        with pytest.raises(UsageError, match=f"^--devices {text}: torch finds no NVIDIA GPU on this machine; leave"):
+            launch.parse_devices(text)
 
 
 def test_devices_of_a_machine_with_gpus(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -333,6 +334,55 @@ def test_slashes():
     assert with_slashes(["a\\1.png", "b\\2.png"], set().__contains__) == ["a/1.png", "b/2.png"]
     for entries, known in ((["a\\1.png", "b/2.png"], set()), (["a\\1.png", "c\\d.png"], {"c\\d.png"}), (["a"], set())):
         assert with_slashes(entries, known.__contains__) == entries
+
+
+@pytest.mark.parametrize("form", ["parquet", "feather", "stream"])
+def test_tables_of_data_frames(tmp_path, form):
+    """What Polars, DuckDB and pandas write a filtered manifest to, whatever the file is called."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet, feather = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow.feather")
+    table = pyarrow.table(
+        {
+            "image_path": ["a/1.png", "b/2.png", "c/3.png"],
+            "keep": [1, 0, 1],
+            "weight": [1.5, None, 2.0],
+            "image": [{"bytes": b"x"}] * 3,
+        }
+    )
+    for name in ("kept", "kept.gz", f"kept.{form}"):
+        path = tmp_path / name
+        if form == "parquet":
+            parquet.write_table(table, path)
+        elif form == "feather":
+            feather.write_feather(table, str(path))
+        else:
+            with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
+        if name == "kept.gz":
+            path.write_bytes(gzip.compress(path.read_bytes()))
+        assert read_list(path) == ["a/1.png", "c/3.png"]
+        assert read_weights(path) == {"a/1.png": 1.5, "c/3.png": 2.0}
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ProtopruneError, match=rf"kept\.{form}: not a list"):
+        read_list(path)
+
+
+def test_names_that_are_not_utf8_in_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"path": [b"b/\xe9.png"]}), tmp_path / "kept.parquet")
+    assert read_list(tmp_path / "kept.parquet") == ["b/\udce9.png"]
+
+
+def test_arrays_of_one_column_and_pickles(tmp_path):
+    np.save(tmp_path / "rows.npy", np.array([[3], [1]]))
+    np.save(tmp_path / "names.npy", np.array([["a.png"], ["b.png"]]))
+    assert read_list(tmp_path / "rows.npy").tolist() == [3, 1]
+    assert read_list(tmp_path / "names.npy").tolist() == ["a.png", "b.png"]
+    for protocol in (4, 5):
+        (tmp_path / "kept.pkl").write_bytes(pickle.dumps(["a longer name.png", "b.png"], protocol))
+        with pytest.raises(UsageError, match=r"kept\.pkl: a pickle, not a list of paths"):
+            read_list(tmp_path / "kept.pkl")
 
 
 def test_a_feature_file_is_no_list(tmp_path, feature_file):

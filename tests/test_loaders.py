@@ -8,6 +8,7 @@ import os
 import tarfile
 import types
 import warnings
+from collections import UserList
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,19 @@ class _Other:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_lengths_that_were_said_before_are_of_more_images(image_tree, tmp_path):
+    """`with_epoch` repeats what is kept until it has as many, and a schedule believes `with_length`."""
+    wds = pytest.importorskip("webdataset")
+    dataset = wds.WebDataset(shards(image_tree(), tmp_path), shardshuffle=False)
+    with pytest.warns(ProtopruneWarning, match=r"with_epoch\(12\) was called before keep_only, which keeps 3 images"):
+        keep_only(dataset.compose().with_epoch(12), KEPT)
+    with pytest.warns(ProtopruneWarning, match=r"with_length\(12\) was called before"):
+        keep_only(dataset.compose().with_length(12, silent=True), KEPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProtopruneWarning)
+        assert len(keep_only(dataset, KEPT).with_length(3, silent=True)) == 3
+
+
 def test_a_worker_that_keeps_nothing_says_so():
     from torch.utils.data import DataLoader, IterableDataset
 
@@ -334,8 +348,111 @@ def test_splits_and_streams_are_refused(image_tree):
     whole = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=str(root.parent / "cache"))
     with pytest.raises(UsageError, match=r"a DatasetDict of splits train; give one: \['train'\]"):
         keep_only(whole, KEPT)
-    with pytest.raises(UsageError, match="a Hugging Face data set that is not streamed"):
+    with pytest.raises(UsageError, match=r"stream what is kept: keep_only\(…\)\.to_iterable_dataset\(\)"):
         keep_only(whole["train"].to_iterable_dataset(), KEPT)
+    kept = keep_only(whole["train"], KEPT, root=root).to_iterable_dataset(num_shards=2)
+    names = [row["image"]["path"] for row in kept.cast_column("image", datasets.Image(decode=False))]
+    assert sorted(os.path.relpath(name, root) for name in names) == KEPT
+    split = whole["train"].train_test_split(0.5, shuffle=False)
+    with pytest.raises(ProtopruneError, match=r"listed images (is|are) not in the data set .*, or part=True"):
+        keep_only(split["train"], KEPT, root=root)
+    both = [keep_only(split[name], KEPT, root=root, part=True) for name in split]
+    assert [0 < len(one) < len(KEPT) for one in both] == [True, True]
+    weights = [weights_of(one, BY_PATH, root=root, part=True) for one in both]
+    assert sorted(np.concatenate(weights).tolist()) == [1, 2.5, 4]
+    with pytest.raises(ProtopruneError, match="none of the"):
+        keep_only(split["train"], ["eel/0.png"], root=root, part=True)
+
+
+def test_what_training_code_asks_of_an_image_folder(image_folder):
+    """torchvision's reference script counts `dataset.classes`, others weigh by `targets`."""
+    import copy
+    import pickle
+
+    kept = keep_only(image_folder, KEPT)
+    for one in (kept, copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert (one.classes, one.class_to_idx) == (["cat", "dog", "eel"], {"cat": 0, "dog": 1, "eel": 2})
+        assert one.targets == [0, 1, 1] == [label for _, label in one]
+        assert one.samples == one.imgs == [(os.path.join(image_folder.root, KEPT[i]), (0, 1, 1)[i]) for i in range(3)]
+    assert kept.targets is kept.targets  # made once: loops ask for targets[i] again and again
+    kept.transform = lambda image: "transformed"
+    assert kept[0] == ("transformed", 0)
+    assert kept.transform is image_folder.transform
+    with pytest.raises(AttributeError, match="'KeptSubset' object has no attribute 'labels'"):
+        _ = kept.labels
+    assert keep_only(kept, KEPT[:2], part=True).targets == [0, 1]
+
+
+def test_timm_data_sets_stay_what_they_are(image_folder, tmp_path):
+    """timm's loaders set a transform on the data set, which a Subset would keep to itself."""
+    data = pytest.importorskip("timm.data")
+    import torch
+
+    full = data.create_dataset("", root=image_folder.root)
+    kept = keep_only(full, KEPT)
+    assert (len(full), type(kept)) == (12, type(full))
+    assert kept.filenames() == KEPT
+    assert weights_of(kept, BY_PATH).tolist() == [1, 4, 2.5]
+    loader = data.create_loader(
+        kept, 8, 2, num_workers=0, use_prefetcher=False, device=torch.device("cpu"), persistent_workers=False
+    )
+    assert [label for images, labels in loader for label in labels.tolist()] == [0, 1, 1]
+    assert sorted(keep_only(torch.utils.data.Subset(full, range(6)), KEPT).indices) == [1, 3]
+    with tarfile.open(tmp_path / "cat.tar", "w") as tar:
+        tar.add(image_folder.samples[0][0], "000.png")
+    with pytest.raises(UsageError, match="`protoprune reshard`"):
+        keep_only(data.create_dataset("", root=str(tmp_path / "cat.tar")), KEPT)
+    with pytest.raises(UsageError, match="`protoprune reshard`"):
+        keep_only(data.IterableImageDataset("", reader=[(0, 1)]), KEPT)
+
+
+def test_timm_data_sets_of_hugging_face(image_folder, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    data = pytest.importorskip("timm.data")
+    full = data.create_dataset(f"hfds/{image_folder.root}", root=str(tmp_path / "cache"), split="train")
+    kept = keep_only(full, KEPT, root=image_folder.root)
+    assert (len(full), len(kept)) == (12, 3)
+    assert [os.path.relpath(name, image_folder.root) for name in kept.filenames()] == KEPT
+    assert weights_of(kept, BY_PATH, root=image_folder.root).tolist() == [1, 4, 2.5]
+    assert [label for _, label in kept] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("root", ["images", "./images/", "images/.", "elsewhere/../images", "{absolute}"])
+def test_roots_and_paths_that_are_spelt_otherwise(image_tree, tmp_path, monkeypatch, root):
+    image_tree()
+    monkeypatch.chdir(tmp_path)
+    root = root.format(absolute=tmp_path / "images")
+    for prefix in ("images/", "images//", "./images/./", f"{tmp_path}/images/", f"{tmp_path}/images/dog/../"):
+        samples = [prefix + one for one in [*KEPT, "eel/.hidden.png", ".hidden/001.png", "cat/000.png"]]
+        dataset = types.SimpleNamespace(samples=samples, root=root)
+        for kept in (KEPT, ["eel/.hidden.png"], [".hidden/001.png"]):
+            assert keep_only(dataset, kept).samples == [prefix + one for one in kept]
+
+
+def test_lists_of_paths(image_folder, tmp_path, monkeypatch):
+    """What data sets of one's own, and libraries that take file names, begin with."""
+    paths = [path for path, _ in image_folder.samples]
+    assert keep_only(paths, KEPT, root=image_folder.root) == [os.path.join(image_folder.root, one) for one in KEPT]
+    assert keep_only(image_folder.samples, KEPT, root=image_folder.root) == keep_only(image_folder, KEPT).samples
+    relative = [Path(os.path.relpath(path, image_folder.root)) for path in paths]
+    assert keep_only(relative, KEPT) == [Path(one) for one in KEPT]
+    assert weights_of(KEPT, BY_PATH).tolist() == [1, 4, 2.5]
+    assert keep_only(np.array(relative, dtype=object), KEPT) == [Path(one) for one in KEPT]
+
+    assert keep_only(UserList(relative), KEPT) == [Path(one) for one in KEPT]  # as fastai's L, which is no list either
+    with pytest.raises(UsageError, match="images: a path; give the data set"):
+        keep_only(image_folder.root, KEPT)
+    with pytest.raises(ProtopruneError, match="3 of 3 listed images are not in the data set under"):
+        keep_only(paths, KEPT)
+
+
+def test_loaders_and_batches_are_refused(image_folder):
+    import torch
+
+    with pytest.raises(UsageError, match="a DataLoader: give its data set"):
+        keep_only(torch.utils.data.DataLoader(image_folder), KEPT)
+    with pytest.raises(UsageError, match="the samples are batches; call keep_only before batched"):
+        list(keep_only([{"__key__": ["cat/001"]}], KEPT))
 
 
 def test_samples_that_are_no_files():
@@ -512,7 +629,16 @@ def test_hugging_face_from_tars(tmp_path, streaming):
     assert [one["json"]["is"] for one in kept] == ["0/1.jpg", "1/0.jpg", "1/4.jpg"]
     with pytest.raises(ProtopruneError, match="1 of 2 listed images is not in the data set"):
         list(keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"]))
-    if not streaming:
+    if streaming:
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(kept, batch_size=2, collate_fn=list)
+        for _ in range(2):
+            assert [one["json"]["is"] for batch in loader for one in batch] == ["0/1.jpg", "1/0.jpg", "1/4.jpg"]
+        some = keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"], part=True)
+        assert [one["json"]["is"] for one in some] == ["0/1.jpg"]
+    else:
+        assert len(keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"], part=True)) == 1
         part = keep_only(whole.select([9, 1]), ["0.tar/1.jpg"])
         assert [one["json"]["is"] for one in part] == ["0/1.jpg"]
 
@@ -564,6 +690,9 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
         protoprune.table_rows(["a"], [])
     with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
+    assert table_rows(kept, files[:2], root=tmp_path, id_column=id_column, part=True).tolist() == [0, 7]
+    with pytest.raises(ProtopruneError, match="1 of 1 listed images is in none of the files"):
+        table_rows(kept[:1], files[:2], root=tmp_path, id_column=id_column, part=True)
     with pytest.raises(ProtopruneError, match="lists no image, so that"):
         table_rows([], files)
     with pytest.raises(ProtopruneError, match="has no column x, only image, name"):
@@ -618,10 +747,24 @@ def test_a_table_is_no_list_of_paths(image_folder):
     """Gone through, it would be the names of its columns."""
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"path": KEPT})
-    with pytest.raises(UsageError, match="kept of type DataFrame: expected a list of paths"):
+    with pytest.raises(UsageError, match="kept of type DataFrame: expected a list of paths; give one"):
         keep_only(image_folder, table)
     assert sample_ids(keep_only(image_folder, table["path"])) == KEPT
+    assert sample_ids(keep_only(image_folder, table.values)) == KEPT  # (3, 1)
+    assert sample_ids(keep_only(image_folder, [(one,) for one in KEPT])) == KEPT  # a database's rows
+    pyarrow = pytest.importorskip("pyarrow")
+    assert sample_ids(keep_only(image_folder, pyarrow.chunked_array([KEPT[:1], KEPT[1:]]))) == KEPT
     assert sample_ids(keep_only(image_folder, np.array(KEPT))) == KEPT
+
+
+def test_lists_whose_lines_are_in_quotes(image_folder, tmp_path):
+    """Of `ls -Q`, and of tables that were written without a header and with all fields in quotes."""
+    kept = tmp_path / "kept.txt"
+    kept.write_text("".join(f'"{one}"\n' for one in KEPT))
+    assert sample_ids(keep_only(image_folder, kept)) == KEPT
+    odd = types.SimpleNamespace(samples=['"1.png"', '2"".png'], root=".")
+    assert keep_only(odd, ['"1.png"']).samples == ['"1.png"']  # the image's own
+    assert keep_only(odd, ['"2"""".png"']).samples == ['2"".png']
 
 
 def test_samples_that_are_not_the_items_are_refused(image_folder):

@@ -8,12 +8,13 @@ import torch
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
+from protoprune.records import STORED
 from protoprune.training import per_example
 
 
 def literal(logits: np.ndarray, labels: np.ndarray, previous: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """One example at a time, in float64."""
-    out = {name: [] for name in per_example.STATISTICS if name != "gradient_norm"}
+    out = {name: [] for name in ("prediction", *STORED) if name != "gradient_norm"}
     for i, (z, y) in enumerate(zip(logits.astype(np.float64), labels, strict=True)):
         p, q = softmax(z), None if previous is None else softmax(previous[i].astype(np.float64))
         out["prediction"].append(int(np.argmax(z)))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,55 @@ def test_timm(here):
     assert dataset[0][0].size == (24, 24)
 
 
+@pytest.mark.skipif(find_spec("fastai") is None, reason="fastai is no part of the dev extra; run with 2.8.12")
+def test_fastai(here):
+    loaders = run_block("fastai")["loaders"]
+    items = [*loaders.train.items, *loaders.valid.items]
+    assert sorted(str(path.relative_to("images")) for path in items) == here
+    assert list(loaders.vocab) == ["c0", "c1"]
+
+
+@pytest.mark.skipif(find_spec("streaming") is None, reason="mosaicml-streaming is no part of dev; run with 0.10.0")
+def test_mosaic(here):
+    import streaming
+
+    for path in Path("images").rglob("*.png"):  # "jpeg" takes files of that format
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    Path("kept.txt").write_text("".join(f"{path.replace('png', 'jpg')}\n" for path in here))
+    run_block("mosaic")
+    labels = [sample["label"] for sample in streaming.StreamingDataset(local="mds", batch_size=4)]
+    assert sorted(labels) == sorted(int(path[1]) for path in here)
+
+
+def test_data_frames(here):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    result = protoprune.select(keep=0.7)
+    distance = np.linspace(0, 1, 20)
+    rows = zip(result.ranking.paths, result.keep.astype(int), distance, strict=True)
+    Path("all.csv").write_text("path,keep,distance\n" + "".join(f"{path},{keep},{far}\n" for path, keep, far in rows))
+    given = run_block("data_frames")
+    kept = sorted(os.path.relpath(path, "images") for path, _ in given["kept"].samples)
+    near = set(np.array(result.ranking.paths)[:18])
+    assert kept == [path for path in here if path in near]
+
+
+def test_timm_python(here):
+    pytest.importorskip("timm")
+    given = run_block("timm_python")
+    assert sorted(given["kept"].filenames()) == here
+    assert given["kept"][0][0].shape == (3, 64, 64)
+
+
+def test_datasets_split(here, monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = run_block("datasets_split")
+    other = protoprune.keep_only(given["splits"]["test"], "kept.txt", root="images", part=True)
+    assert 0 < len(other) < len(given["train"]) < len(given["train"]) + len(other) == len(here)
+
+
 def test_datasets(here, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -237,6 +287,8 @@ def test_lightning(tmp_path, monkeypatch):
     assert 2 * 64 < counts.sum() < 8 * 64
     assert given["sampler"].state_dict()["trained"] == 64  # so none of the last epoch was cut off
     assert accuracy(model.cpu(), points, labels) > 0.6
+    state = torch.load(given["trainer"].checkpoint_callback.best_model_path, weights_only=True)["sampler"]
+    assert (state["epoch"], state["trained"]) == (7, 64)
 
 
 def test_trainer(tmp_path, monkeypatch):
@@ -263,6 +315,8 @@ def test_trainer(tmp_path, monkeypatch):
     assert given["sampler"].counts.sum() == 5 * 19
     assert given["sampler"].state_dict()["trained"] == 19
     assert linear.weight.abs().sum() > 0
+    state = torch.load("checkpoints/checkpoint-15/sampler.pt", weights_only=True)
+    assert (state["epoch"], state["trained"]) == (4, 19)
 
 
 def test_shell(here):
@@ -279,6 +333,23 @@ def test_shell(here):
 def test_python(here, capsys):
     run_block("python")
     assert capsys.readouterr().out == "14 of 20\n"
+
+
+def test_own_scores(here):
+    with protoprune.FeatureFile("features.h5") as file:
+        paths = list(file.paths)[::-1]
+    given = run_block("own_scores", paths=paths, losses=np.arange(20.0))
+    assert given["table"].scores.tolist() == list(range(20))[::-1]
+    assert given["result"].kept_paths == sorted(paths[14:])
+
+
+def test_own_record(here):
+    logits = np.random.default_rng(0).normal(size=(20, 2))
+    given = run_block(
+        "own_record", epochs=3, train_one_epoch=lambda model: None, predict=lambda model: logits, model=None,
+        paths=[f"{i}.png" for i in range(20)], labels=np.arange(20) % 2,
+    )  # fmt: skip
+    assert given["el2n"].shape == (20,)
 
 
 def test_report(here):

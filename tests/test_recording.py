@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import on_a_full_disk
 from scipy.special import softmax
 from torch import nn
 from training_helpers import pixels, vectors
@@ -517,19 +516,12 @@ def test_one_process_writes_a_record(tmp_path):
 
 
 def test_a_record_that_does_not_fit_is_one_clear_line_before_the_training(tmp_path):
-    """A file size limit stands in for a full disk."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "sys.path.insert(0, sys.argv[2]); from test_recording import HEAD, run, vectors, ProtopruneError\n"
-        "try: run(vectors(), None, HEAD, sys.argv[1], on_start=lambda *s: print('training'))\n"
-        "except ProtopruneError as error: print(error)\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "r.h5"), os.path.dirname(__file__)], capture_output=True, text=True
-    )
-    assert "cannot write (File too large)" in out.stdout, out
-    assert "training" not in out.stdout
+
+    def began(*_: int) -> None:
+        raise ProtopruneError("training began")
+
+    said = on_a_full_disk(20_000, lambda: run(vectors(), None, HEAD, tmp_path / "r.h5", on_start=began))
+    assert "cannot write (File too large)" in said
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
@@ -554,7 +546,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_can_go_on(tmp_path
 
 def test_what_is_in_the_way_of_checkpoints_is_named(tmp_path):
     (tmp_path / "r.h5.state").write_text("a file")
-    with pytest.raises(ProtopruneError, match=r"r.h5.state: File exists"):
+    with pytest.raises(ProtopruneError, match=r"r.h5.state: cannot make this folder \(File exists\); checkpoints"):
         run(pixels(), None, CNN, tmp_path / "r.h5")
 
 

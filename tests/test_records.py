@@ -82,7 +82,7 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, models, epochs, n, te
             assert record.last(name).dtype == (np.int64 if name == "prediction" else np.float32)
         if test:
             np.testing.assert_array_equal(record.test_prediction, seen[-1])
-            np.testing.assert_array_equal(record.test_true_probability, seen[-1] / 8)
+            np.testing.assert_array_equal(record.test_at("test_true_probability", -1), seen[-1] / 8)
             assert record.test_paths == [f"t/{i}.png" for i in range(test)]
             assert record.test_labels.tolist() == [i % 2 for i in range(test)]
         else:

@@ -157,13 +157,18 @@ def test_an_experiment_runs_uses_every_key_and_resumes_without_training(name, to
 
     monkeypatch.setattr(runs, "_train", trained)
     monkeypatch.setattr(heads, "epochs", trained)
-    # The same figure takes seconds; what begins like a picture may take the place of one.
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"\x89PNG"))
+    draw_nothing(monkeypatch)
     again = toy_lab(name)
     assert EXPERIMENTS[name].run(again) == claims
 
 
-def test_the_other_ranking_of_cifar10_and_an_unknown_one(toy_lab):
+def draw_nothing(monkeypatch):
+    """A figure takes seconds; what begins like a picture may take the place of one."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"\x89PNG"))
+
+
+def test_the_other_ranking_of_cifar10_and_an_unknown_one(toy_lab, monkeypatch):
+    draw_nothing(monkeypatch)
     claims = cifar10.run(toy_lab("cifar10", metric="prototypes"))
     assert len(claims) == 6
     with pytest.raises(framework.UsageError, match="metric = 'best': expected el2n or prototypes"):

@@ -554,3 +554,17 @@ def test_columns_of_a_table_go_along_as_json(tmp_path):
     assert found["p_two.png"] == png[1]
     assert json.loads(found["p_two.json"])["text"] == "b"
     assert io.BytesIO(found["p_two.png"]).read(4) == b"\x89PNG"
+
+
+def test_few_tars_are_few_workers(image_tree, tmp_path):
+    """timm's reader leaves out the share of a worker that has no tar (1.0.31), and WebDataset wants one for each."""
+    root = image_tree({"cat": 5, "dog": 6})
+    kept = tmp_path / "kept.txt"
+    kept.write_text("".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*.png"))))
+    command = ["reshard", str(kept), str(tmp_path / "one"), "--root", str(root)]
+    result = CliRunner().invoke(app, command)
+    assert "hint: a loader deals out whole tars, so 1 tar feeds as many workers, of all" in result.stderr
+    assert "--shard-size 2 makes about 8" in result.stderr
+    several = CliRunner().invoke(app, [*command[:2], str(tmp_path / "several"), *command[3:], "--shard-size", "1"])
+    assert "11 images in 11 tars" in several.stderr
+    assert "hint" not in several.stderr

@@ -620,6 +620,33 @@ def test_indices_of_another_set_are_noticed():
                 right.update(index, torch.ones(len(index)))
 
 
+def test_an_epoch_that_was_seen_in_part_is_noticed(monkeypatch):
+    """A library that deals out what this process was given already: Lightning does so by default (2.6), accelerate
+    where the sampler has a share of its own (1.15)."""
+
+    def train_on(part):
+        sampler = RandomDynamicSampler(40, 0.5, rank=0, num_replicas=2)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            for index in list(batches(sampler, 2))[part]:
+                sampler.update(index, np.ones(len(index)))
+        return sampler
+
+    with pytest.warns(
+        ProtopruneWarning, match=r"of the 10 indices of epoch 0 the model was trained on 6; did"
+    ) as found:
+        train_on(slice(None, None, 2))
+    assert len(found) == 1
+    monkeypatch.setattr(samplers, "_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(ProtopruneWarning, match=r"use_distributed_sampler=False, .* with rank=0, num_replicas=1"):
+        train_on(slice(None, None, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_on(slice(None))
+        train_on(slice(-1))  # as with drop_last
+
+
 def test_a_state_is_independent_of_what_follows():
     sampler = make(UCBSampler)
     train(sampler, 1)

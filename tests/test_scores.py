@@ -91,19 +91,19 @@ def test_what_cannot_be_read(tmp_path, data, message):
     ("array", "message"),
     [
         (np.zeros(2), r"shape \(2,\), expected \(3,\)"),
-        (np.zeros((3, 1)), r"shape \(3, 1\), expected \(n,\)"),
+        (np.zeros((3, 2)), r"shape \(3, 2\), expected \(n,\)"),
         (np.array(["a", "b", "c"]), "holds <U1, expected numbers"),
         (np.array([1, "a", None], object), "pickled Python objects, which are never read"),
         (np.zeros(3, [("a", float), ("b", float)]), "expected numbers"),
         (None, "not a .npy array of numbers"),
-        ("npz", r"its array a has shape \(3, 1\), expected \(n,\)"),
+        ("npz", r"its array a has shape \(3, 2\), expected \(n,\)"),
     ],
 )
 def test_arrays_that_cannot_be_used(tmp_path, array, message):
     (tmp_path / "s.npy").touch()
     if isinstance(array, str):
         with open(tmp_path / "s.npy", "wb") as file:
-            np.savez(file, a=np.zeros((3, 1)))
+            np.savez(file, a=np.zeros((3, 2)))
     elif array is not None:
         np.save(tmp_path / "s.npy", array, allow_pickle=True)
     with pytest.raises(ProtopruneError, match=message):
@@ -240,6 +240,17 @@ def test_parquet_is_text_for_others_unless_a_name_is_not_utf8(tmp_path):
     assert json.loads(table.schema.metadata[b"protoprune-scores"])["metric"] == "m"
     write_scores(tmp_path / "s.parquet", ["\udce9.png"], np.ones(1), metric="m")
     assert pq.read_table(tmp_path / "s.parquet").to_pydict()["path"] == [b"\xe9.png"]
+
+
+def test_arrow_tables_and_arrays_of_one_column(tmp_path):
+    feather = pytest.importorskip("pyarrow.feather")
+    pyarrow = pytest.importorskip("pyarrow")
+    feather.write_feather(pyarrow.table({"path": ["b", "a"], "score": [2.0, 1.0]}), str(tmp_path / "s.feather"))
+    np.save(tmp_path / "s.npy", np.array([[1.0], [2.0]]))
+    np.savez(tmp_path / "s.npz", loss=np.array([[1.0], [2.0]]))
+    assert read_scores(tmp_path / "s.feather", ["a", "b"]).scores.tolist() == [1, 2]
+    for name in ("s.npy", "s.npz"):
+        assert read_scores(tmp_path / name, ["a", "b"], rows=["a", "b"]).scores.tolist() == [1, 2]
 
 
 def test_without_pyarrow_one_line_says_so(tmp_path, monkeypatch):

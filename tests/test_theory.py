@@ -157,7 +157,7 @@ def test_solution_satisfies_the_papers_three_equations(margin, theta):
 
 def test_more_data_never_hurts_and_a_worse_probe_does():
     for order in theory.ORDERS:
-        errors = [solve(a, 0.3, 15, order).error for a in np.geomspace(0.1, 200, 25)]
+        errors = [solve(a, 0.3, 15, order).error for a in np.geomspace(0.1, 200, 12)]
         assert np.all(np.diff(errors) < 0)
     assert np.all(np.diff([solve(20, 0.2, theta).error for theta in np.linspace(0, 35, 8)]) > 0)
     assert np.all(np.diff([best_keep(alpha_prune=4, theta=theta).error for theta in (0, 10, 20, 40, 80)]) > 0)
@@ -375,12 +375,6 @@ def test_error_command_takes_the_size_after_pruning():
     assert [round(float(row["error"]), 4) for row in rows] == [0.3210, 0.0998]
 
 
-def test_error_command_simulates():
-    (row,) = rows_of(run_line("theory error --alpha-tot 2 --keep 1 --order hard --simulate 3 --dimension 20 --csv -"))
-    assert 0.05 < float(row["simulated"]) < 0.35
-    assert float(row["standard_error"]) > 0
-
-
 def test_tables_fit_and_say_shared_values_once():
     result = run("theory", "error", "--alpha-tot", "5")
     assert result.exit_code == 0
@@ -390,11 +384,13 @@ def test_tables_fit_and_say_shared_values_once():
     assert "0.09983" in run_line("theory error --alpha-tot 5 --keep 0.5 --order hard").stdout
 
 
-def test_no_number_is_cut_where_there_is_no_terminal():
+def test_it_simulates_and_no_number_is_cut_where_there_is_no_terminal(tmp_path):
     narrow = {"COLUMNS": "20", "TERMINAL_WIDTH": "20"}
     line = ["theory", "error", "--alpha-tot", "2.5", "--keep", "0.5,0.2", "--simulate", "2", "--dimension", "20"]
-    result = CliRunner().invoke(app, line, env=narrow)
-    rows = rows_of(run(*line, "--csv", "-"))
+    result = CliRunner().invoke(app, [*line, "--csv", str(tmp_path / "rows.csv")], env=narrow)
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert all(abs(float(row["simulated"]) - float(row["error"])) < 0.15 for row in rows)
+    assert all(float(row["standard_error"]) > 0 for row in rows)
     header, *lines = result.stdout.splitlines()[1:-1]
     names = re.split(r"  +", header.strip())
     assert [dict(zip(names, one.split(), strict=True)) for one in lines] == [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from training_helpers import pixels
 
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation.statistics import Interval
 from protoprune.training.loop import Recipe
 from protoprune.tuning import choosing, judging, report, running, unlabelled
@@ -60,6 +60,22 @@ class Nearest(Ridge):
         known = self.pool.vectors[rows]
         near = (2 * x @ known.T - (known**2).sum(1)).argmax(1)
         return self.pool.labels[rows][near] == labels
+
+
+def test_all_lists_are_of_one_size_where_a_table_lacks_images():
+    rng = np.random.default_rng(0)
+    pool = pool_of(rng.normal(size=(150, 4)), np.arange(150) % 3, **{"few.csv": rng.random(150)})
+    pool.tables["few.csv"][::5] = np.nan
+    judge = Ridge(pool)
+    with pytest.warns(ProtopruneWarning, match="few.csv lacks 30 of 150 images: recipes are compared on those that it"):
+        result = tune(pool, 0.25, recipes=[COVER, Candidate(scores="few.csv")], rounds=(2,), seeds=2, heads=judge)
+    assert result.images == 120
+    used = np.concatenate([np.concatenate(pair) for pair in judge.asked]).astype(int)
+    assert not (used % 5 == 0).any()
+    assert {len(rows) for rows, held in judge.asked if held[0] != judge.asked[-1][1][0]} == {19}  # .25 * 4/5 * 96
+    pool.tables["few.csv"][:] = np.nan
+    with pytest.raises(UsageError, match=r"--scores few\.csv: gives none of the images a score"):
+        tune(pool, 0.25, heads=judge)
 
 
 # --- splits and halving ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from protoprune.cli.compare import compare
 from protoprune.cli.embed import embed, encoders
 from protoprune.cli.evaluate import evaluate
 from protoprune.cli.imports import import_
-from protoprune.cli.options import spread
+from protoprune.cli.options import meant, spread
 from protoprune.cli.progress import say
 from protoprune.cli.record import record
 from protoprune.cli.report import report
@@ -49,6 +49,9 @@ _PLAINER = {
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
+_LEAVES_OUT = re.compile(
+    r"^No such option: (--(?:drop|prune|remove|discard|delete|ratio|fraction|rate|percent)[\w-]*).*$", re.DOTALL
+)
 _WORDS = "protoprune.words"  # of the command line, in the context of what reads them
 _LONG_WORD = re.compile(r"\S{600,}")
 _ENCODERS = ("torch", "torchvision", "timm", "safetensors")  # of the extras cpu and gpu; `select` comes without
@@ -135,6 +138,11 @@ def _explain(error: Any, context: Any) -> None:
     said = _UNEXPECTED.sub(_first_of_many, error.format_message().rstrip("."))
     if wrong := _WRONG.match(said):
         said = _of_a_value(wrong[1], wrong[2], [] if error.ctx is None else error.ctx.meta.get(_WORDS, []))
+    if error.ctx is not None and any(one.name == "keep" for one in error.ctx.command.params):
+        said = _LEAVES_OUT.sub(
+            r"No such option: \1; --keep is the fraction that stays: --keep 0.7 leaves out 30 %", said
+        )
+    said = said.replace("Missing option '--keep'", "Missing option '--keep', the fraction to keep, such as --keep 0.7")
     _complain(f"{said}{_where_features_go(error.ctx, said)}; see `{_command(error.ctx, context)} --help`")
     raise typer.Exit(error.exit_code) from None
 
@@ -146,9 +154,7 @@ def _of_a_value(option: str, expected: str, words: list[str]) -> str:
         value = words[words.index(option) + 1]
     for their, ours in _PLAINER.items():
         expected = re.sub(their, ours, expected)
-    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)
-    hint = f"; for {share[1]} % give {float(share[1]) / 100:g}" if share and expected == "a number" else ""
-    return f"{option} {value}".rstrip() + f": expected {expected}{hint}"
+    return f"{option} {value}".rstrip() + f": expected {expected}{meant(value) if expected == 'a number' else ''}"
 
 
 def _first_of_many(words: re.Match[str]) -> str:
@@ -229,23 +235,9 @@ def _options(
 
 
 for command in (
-    embed,
-    select,
-    record,
-    metrics,
-    score,
-    compare,
-    evaluate,
-    scaling,
-    tune,
-    info,
-    sheet,
-    report,
-    encoders,
-    merge,
-    reshard,
-    advise,
-):
+    embed, select, record, metrics, score, compare, evaluate, scaling, tune, info, sheet, report, encoders, merge,
+    reshard, advise,
+):  # fmt: skip
     app.command()(spread(command))
 app.command("import")(spread(import_))
 app.add_typer(theory_app, name="theory")

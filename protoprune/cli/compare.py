@@ -195,8 +195,12 @@ def _as_told(table: Table, reading: TableOptions) -> Table:
 def _say_tables(matched: dict[str, ScoreTable], images: int, arrays: dict[str, np.ndarray], result: Comparison) -> None:
     import numpy as np
 
+    plain = [name for name, table in matched.items() if table.direction == "header" and len(table.notes()) == 1]
+    if plain:
+        say(f"direction from the header: {', '.join(plain)}")
     for name, table in matched.items():
-        say(f"{name}: {'; '.join(table.notes())}")
+        if name not in plain:
+            say(f"{name}: {'; '.join(table.notes())}")
         scored = int((~np.isnan(arrays[name])).sum())
         if scored < images:
             say(f"{name}: has no score for {images - scored:,} of {images:,} images")
@@ -230,10 +234,9 @@ def _say_result(result: Comparison, bootstrap: int) -> None:
     for keep, shares in result.class_shares.items():
         for name, row in zip(result.names, shares, strict=True):
             low, high = np.argmin(row), np.argmax(row)
-            say(
-                f"{name} at {keep:g}: keeps {100 * row[low]:.1f} % of {result.classes[low]} "
-                f"to {100 * row[high]:.1f} % of {result.classes[high]}"
-            )
+            least, most = f"{100 * row[low]:.1f} %", f"{100 * row[high]:.1f} %"
+            span = f"of {result.classes[low]} to {most} of {result.classes[high]}"
+            say(f"{name} at {keep:g}: keeps {least} {'of every class' if least == most else span}")
 
 
 def _write_sheet(

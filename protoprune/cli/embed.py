@@ -88,7 +88,7 @@ def embed(
     ] = False,
 ) -> None:
     """Turn images into a feature file; run it again for what is new."""
-    from protoprune.stores import given, is_url
+    from protoprune.stores import given, refuse_url
 
     inputs = [images, weights, classes.labels, classes.class_names]
     check_outputs(errors, inputs=inputs)
@@ -105,10 +105,7 @@ def embed(
     source, entries = _find(images, root)
     single = _is_single(source, out)
     if source is None or single:
-        if is_url(target):
-            raise UsageError(
-                f"-o {target}: only feature sets of shards are written to a URL; write a file, and copy it"
-            )
+        refuse_url(target, "-o ")
         file = out or Path("features.h5")
         check_outputs(errors, hdf5=file, inputs=inputs)
         _refuse_shard_options(**vars(processes) | {"engine": None if processes.engine == "local" else processes.engine})
@@ -161,7 +158,7 @@ def _embed_images(
         def on_start(total: int, left: int) -> None:
             state.update(total=total, left=left)
             if left < total:
-                say(f"{total - left:,} of {total:,} images are embedded already, {left:,} to go")
+                say(f"{total - left:,} of {total:,} images are done already, {left:,} to go")
             progress.start(left)
 
         def on_compare(count: int) -> None:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -346,6 +347,14 @@ def several(given: str | Sequence[str] | None) -> list[str]:
     return [one.strip() for text in given for one in text.split(",") if one.strip()]
 
 
+def meant(value: str) -> str:
+    """What to type in the place of a share that is no number: '; for 70 % give 0.7', '; for 0,7 give 0.7'; else ''."""
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value):
+        return f"; for {share[1]} % give {float(share[1]) / 100:g}"
+    comma = re.fullmatch(r"(\d*),(\d+)", value)
+    return f"; for {value} give {float(f'{comma[1]}.{comma[2]}'):g}" if comma else ""
+
+
 def numbers(
     given: str | Sequence[str] | None,
     option: str,
@@ -368,7 +377,9 @@ def numbers(
         except ValueError:
             value = math.nan
         if not ((low <= value if closed else low < value) and value <= high and value != math.inf):
-            raise UsageError(f"{option} {word}: not a number{_range(low, high, closed)}; separate several by commas")
+            raise UsageError(
+                f"{option} {word}: not a number{_range(low, high, closed)}{meant(word)}; separate several by commas"
+            )
         values.append(value)
     return values
 

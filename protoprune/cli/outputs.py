@@ -10,6 +10,7 @@ from pathlib import Path
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 from protoprune.files import holds, same_file
+from protoprune.stores import refuse_url
 
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
 _RESULTS = (  # of evaluate, scaling and tune
@@ -141,6 +142,7 @@ def check_folder(out: Path | None, command: str, inputs: Iterable[Path | None]) 
     """
     if out is None:
         return
+    refuse_url(out, "-o ")
     sources = [one for one in inputs if one is not None and one.exists()]
     if out.exists() and not out.is_dir():
         raise UsageError(f"-o {out}: a file; name a folder, for the tables and the results of single runs")
@@ -188,6 +190,7 @@ def _lies_in_set(path: Path, source: str | Path) -> bool:
 
 
 def _check_place(path: Path) -> None:
+    refuse_url(path)
     if path.is_dir():
         raise UsageError(f"{path}: a folder; name a file")
     folder = Path(os.path.realpath(path)).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.units import bytes_text, many
+
+_FEW = 8  # tars, below which four workers on two GPUs have none for each
 
 
 def reshard(
@@ -45,6 +48,12 @@ def reshard(
         )
     there = f" ({report.there:,} were there already)" if report.there else ""
     say(f"{out}: {many(report.images, 'image')} in {many(report.shards, 'tar')}{there}, {bytes_text(report.bytes)}")
+    if report.shards < _FEW <= report.images:
+        size = math.ceil(report.images / _FEW)
+        say(
+            f"hint: a loader deals out whole tars, so {many(report.shards, 'tar feeds', 'tars feed')} as many workers, "
+            f"of all processes together; --shard-size {size} makes about {_FEW}"
+        )
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")
     if len(report.fields) > 1:

@@ -309,8 +309,9 @@ def say_notes(notes: Iterable[str]) -> None:
 
 def say_table(ranking: Ranking, table: ScoreTable) -> None:
     """How the score table of a ranking was read, and what did not match, on either side."""
-    scored, none = int(ranking.scored.sum()), many(table.missing, "has none and is", "have none and are")
-    say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
+    if table.missing:
+        scored, none = int(ranking.scored.sum()), many(table.missing, "has none and is", "have none and are")
+        say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
     for note in table.notes():
         say(f"scores: {note}")
     if table.unmatched_rows:
@@ -372,10 +373,9 @@ def _say_selected(chosen: Selected) -> None:
     groups, sizes = int((sizes > 0).sum()), sizes[1:]
     shares[sizes == 0] = np.nan
     low, high = np.nanargmin(shares), np.nanargmax(shares)
-    say(
-        f"classes: smallest kept share {100 * shares[low]:.1f} % ({ranking.classes[low]}), "
-        f"largest {100 * shares[high]:.1f} % ({ranking.classes[high]})"
-    )
+    least, most = f"{100 * shares[low]:.1f} %", f"{100 * shares[high]:.1f} %"
+    span = f"smallest kept share {least} ({ranking.classes[low]}), largest {most} ({ranking.classes[high]})"
+    say(f"classes: {f'{least} of each is kept' if least == most else span}")
     gone = int((shares == 0).sum())
     if gone:
         say(f"warning: {gone} of {len(sizes)} classes lost every image; {_to_keep_each(chosen, groups)}")

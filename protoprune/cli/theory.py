@@ -68,6 +68,7 @@ OneMargin = Annotated[
 ]
 Start = Annotated[float, typer.Option("--from", help="Smallest number of examples a dimension.")]
 Stop = Annotated[float, typer.Option("--to", help="Largest number of examples a dimension.")]
+MinKeep = Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")]
 Points = Annotated[int, typer.Option("--points", min=2, max=500, help="Points on each line.")]
 _MOST = 1e9  # examples a dimension, as `theory.solver.MAX_ALPHA`, whose numpy costs a tenth of a second
 
@@ -187,7 +188,7 @@ def pareto(
     start: Start = 0.5,
     stop: Stop = 16.0,
     points: Points = 10,
-    min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
+    min_keep: MinKeep = 0.01,
     answer: Answer,
 ) -> None:
     """Lowest test error at each pruned size."""
@@ -208,7 +209,7 @@ def best_keep(
     theta: Thetas = ["0,10,20,40"],
     order: OneOrder = Order.hard,
     margin: OneMargin = Margin.absolute,
-    min_keep: Annotated[float, typer.Option("--min-keep", min=1e-4, max=0.99, help="Smallest fraction tried.")] = 0.01,
+    min_keep: MinKeep = 0.01,
     answer: Answer,
 ) -> None:
     """The fraction kept with the lowest test error.
@@ -412,17 +413,7 @@ def _solve_rows(points: list[tuple[float, float, float, str, str]], simulation: 
 
 
 def _row(solution: Solution) -> dict[str, Any]:
-    names = (
-        "alpha_tot",
-        "keep",
-        "alpha_prune",
-        "theta",
-        "order",
-        "margin",
-        "error",
-        "overlap",
-        "kappa",
-    )
+    names = ("alpha_tot", "keep", "alpha_prune", "theta", "order", "margin", "error", "overlap", "kappa")
     return {name: getattr(solution, name) for name in names}
 
 

@@ -40,23 +40,14 @@ def training_source(
         raise UsageError("no training set: give --images FOLDER, or --features FILE for --model head")
     model = model or ("head" if features is not None or is_file else "cnn")
     if model == "head":
-        _check_head(source, images, features)
+        if features is not None and images is not None:
+            raise UsageError(f"--images {images}: heads train on --features; leave it out, or name a --model for it")
         return source, model
     if images is None or is_file:
         raise UsageError(f"--model {model} trains on images: give --images FOLDER")
     if features is not None and not ranking:
         raise UsageError(f"--features goes with --model head, not {model}")
     return images, model
-
-
-def _check_head(source: Path, images: Path | None, features: Path | None) -> None:
-    if is_image_folder(source):
-        raise UsageError(
-            f"--model head trains on features, and {source} is a folder; run `protoprune embed {source}` and give "
-            "its file with --features, or take --model cnn"
-        )
-    if features is not None and images is not None:
-        raise UsageError(f"--images {images}: heads train on --features; leave it out, or name a --model for images")
 
 
 def load_sets(
@@ -112,7 +103,8 @@ def _check_sets(source: Path, test: Path | None, model: str) -> None:
         raise UsageError(f"--model {model} trains on images, and {source} is a file; give a folder, or --model head")
     if model == "head" and is_image_folder(source):
         raise UsageError(
-            f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it"
+            f"--model head trains on features; run `protoprune embed {source} -o features.h5`, then use it, or take "
+            "--model cnn"
         )
     if test is not None and is_image_folder(test) != is_image_folder(source):
         raise UsageError(f"--test {test}: give the test set in the form of the training set, images or features")
@@ -131,6 +123,9 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
 
         data = load_examples(path, cache=cache, on_progress=show, **options)
     say(f"{what}: {len(data):,} examples in {len(data.classes):,} classes, {path}")
+    without = [name for number, name in enumerate(data.classes) if number not in set(data.labels.tolist())]
+    if without:
+        say(f"warning: {path} has no image of {len(without):,} of {len(data.classes):,} classes, first {without[0]}")
     if data.unlabelled:
         left = many(data.unlabelled, f"image of {path} has no class and is", f"images of {path} have no class and are")
         say(f"warning: {left} left out")

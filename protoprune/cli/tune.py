@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.bounds import check_number
-from protoprune.cli.options import HigherIs, TrainingOptions, refuse_idle, table_file
+from protoprune.cli.options import HigherIs, TrainingOptions, meant, refuse_idle, table_file
 from protoprune.cli.outputs import check_folder, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
@@ -139,7 +139,7 @@ def _fraction(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        raise UsageError(f"--keep {text}: expected auto or the fraction to keep, such as 0.3") from None
+        raise UsageError(f"--keep {text}: expected auto or the fraction to keep, such as 0.3{meant(text)}") from None
     check_keep(value)
     if value == 1:
         raise UsageError("--keep 1: keeps every image, whatever the recipe; give a smaller fraction, or auto")
@@ -185,15 +185,7 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
     pool = _pool_of(examples)
     tables = {}
     for table in scores:
-        found = read_table(table, examples, higher_is=higher_is)
-        if np.isnan(found).all():
-            raise UsageError(f"--scores {table}: gives none of the images a score; leave it out")
-        if missing := int(np.isnan(found).sum()):
-            say(
-                f"warning: {table} lacks {missing:,} of {len(found):,} images, which its recipes never keep: "
-                "their lists are so much smaller than the random ones that they are compared with"
-            )
-        tables[os.fspath(table)] = found
+        tables[os.fspath(table)] = read_table(table, examples, higher_is=higher_is)
     say(f"{file.path}: {len(examples):,} images of {len(examples.classes):,} classes")
     if examples.unlabelled:
         some = many(examples.unlabelled, "image has", "images have")
@@ -329,6 +321,6 @@ def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path
     best = next(one.candidate for one in result.rows if one.candidate.order == "cover")
     typer.echo(
         "without labels coverage, near-duplicates and stability can be judged, accuracy cannot; where it was measured, "
-        "cover beat random at 10 % kept and less (docs/results.md):"
+        "cover beat random at 10 % kept and less:"
     )
     echo(best.command(features, keep, out / "kept.txt") + _seed_words(seed))

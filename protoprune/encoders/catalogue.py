@@ -113,6 +113,6 @@ CATALOGUE = {
         _lite(0, 3.4, 224, 256, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
         _lite(1, 4.1, 240, 274, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
         _lite(2, 4.8, 260, 297, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
-        EncoderInfo("mini", "patch dictionary", 192, 3.1, 64, "bundled, see docs/encoder-card.md", "Apache-2.0"),
+        EncoderInfo("mini", "patch dictionary", 192, 3.1, 64, "bundled, trained by this project", "Apache-2.0"),
     )
 }

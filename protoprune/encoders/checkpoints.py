@@ -114,10 +114,11 @@ def _why(path: str, said: str) -> str:
         except Exception:  # the older format: the first one is known at least
             pass
         return _runs_code(wanted)
-    if kind := _other_kind(path):
-        return f"{kind}; give a .pth, .pt or .safetensors state dict"
-    if wanted := _pickled_globals(path):
+    kind = _other_kind(path)
+    if kind in ("", "a pickle") and (wanted := _pickled_globals(path)):
         return _runs_code(wanted)
+    if kind:
+        return f"{kind}; give a .pth, .pt or .safetensors state dict"
     reason = re.search(r"WeightsUnpickler error: (.*)", said) or re.search(r"trusted source\.\s+(.*)", said)
     line = (reason.group(1) if reason else said.splitlines()[0]).strip()[:120]
     known = f" ({line})" if line and not line.isdigit() else ""

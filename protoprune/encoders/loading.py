@@ -37,6 +37,9 @@ class Encoder:
     pool: str = ""  # what becomes of the tokens or of the map: token, avg, or the model's own word
     fp32_only: bool = False  # the model loses too much in half precision
 
+    def __repr__(self) -> str:
+        return f"Encoder({self.name!r}, dim={self.dim}, image_size={self.preprocess.size}, pool={self.pool!r})"
+
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model(batch)
 

@@ -52,14 +52,14 @@ class PatchDictionary(nn.Module):
     quadrants: Tensor
     offset: Tensor
 
-    def __init__(self, scale: Scale, size: int = MINI_INPUT_SIZE):
+    def __init__(self, scale: Scale):
         super().__init__()
         self.shrink = scale.shrink
         self.whiten = nn.Conv2d(3, RANK, PATCH, stride=scale.stride, bias=False)
         self.offset = nn.Parameter(torch.zeros(RANK))
         self.atoms = nn.Linear(RANK, scale.atoms)  # its bias is minus the threshold
         self.precision = torch.float32  # bfloat16 during training, where the CPU has it: 2.5x faster
-        side = (size // scale.shrink - PATCH) // scale.stride + 1
+        side = (MINI_INPUT_SIZE // scale.shrink - PATCH) // scale.stride + 1
         self.register_buffer("quadrants", quadrant_means(side), persistent=False)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ class PatchDictionary(nn.Module):
 class MiniEncoder(nn.Module):
     """(B, 3, 64, 64) normalised images -> (B, MINI_DIM) float32 features, centred."""
 
-    def __init__(self, scales: tuple[Scale, ...] = SCALES, dim: int = MINI_DIM):
+    def __init__(self) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(PatchDictionary(scale) for scale in scales)
-        self.project = nn.Linear(4 * sum(scale.atoms for scale in scales), dim)
+        self.scales = nn.ModuleList(PatchDictionary(scale) for scale in SCALES)
+        self.project = nn.Linear(4 * sum(scale.atoms for scale in SCALES), MINI_DIM)
 
     def pooled(self, images: Tensor) -> Tensor:
         """(B, 3, 64, 64) -> (B, 4 * all atoms): what the projection sees."""

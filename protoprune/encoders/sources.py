@@ -35,13 +35,13 @@ def hub_overlay(name: str, hub_id: str) -> dict[str, Any] | None:
     raise ProtopruneError(cannot_download(name, "model.safetensors", f"{constants.ENDPOINT}/{hub_id}", error))
 
 
-def _unreachable(url: str, timeout: float = 4.0) -> str | None:
+def _unreachable(url: str) -> str | None:
     """Why `url` cannot be reached, None when something answers."""
     import urllib.error
     import urllib.request
 
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4.0).close()
     except urllib.error.HTTPError:
         return None  # it answered
     except (OSError, ValueError) as error:

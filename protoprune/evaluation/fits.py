@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoprune.bounds import check_confidence, check_seed, check_whole
+from protoprune.bounds import check_whole
 from protoprune.errors import UsageError
 
 LAWS = {"power": ("a", "b"), "exponential": ("a", "b"), "power with offset": ("a", "b", "c")}
@@ -65,14 +65,7 @@ def predict(name: str, parameters: dict[str, float], sizes: Sequence[float] | np
     return a * np.exp(-b * n) if name == "exponential" else a * n**-b + parameters.get("c", 0.0)
 
 
-def fit_laws(
-    sizes: Sequence[float],
-    errors: np.ndarray | Sequence[float],
-    *,
-    bootstrap: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Fits:
+def fit_laws(sizes: Sequence[float], errors: np.ndarray | Sequence[float], *, bootstrap: int = 200) -> Fits:
     """Fit every law to the errors, (m,) or (seeds, m), at (m,) different sizes, m >= 3.
 
     Each mean is weighted by its standard error over seeds, drawn towards the one that all sizes share (as a fraction of
@@ -80,19 +73,17 @@ def fit_laws(
     spread is not believed more than it should be. Raises UsageError for fewer than 3 sizes, or errors not above 0.
     """
     check_whole("bootstrap", bootstrap, 0, 100_000)
-    check_seed(seed)
-    check_confidence(confidence)
     at, table = _check(sizes, errors)
     mean, sigma = table.mean(0), _standard_errors(table)
     found = {name: _fit(name, at, mean, sigma, _starts(name, at, mean)) for name in LAWS}
     aicc = {name: _aicc(found[name][1], len(at), len(LAWS[name])) for name in LAWS}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     samples, won = _bootstrap(at, table, found, bootstrap, rng) if len(table) > 1 and bootstrap else (None, None)
     laws = []
     for name in LAWS:
         parameters = _natural(name, found[name][0], at, mean)
         gap = np.log(mean / np.maximum(predict(name, parameters, at), 1e-300))
-        intervals = _intervals(parameters, samples[name], len(table), confidence) if samples else None
+        intervals = _intervals(parameters, samples[name], len(table)) if samples else None
         wins = won[name] if won and aicc[name] is not None else None
         laws.append(Law(name, parameters, intervals, aicc[name], wins, float(np.sqrt(np.mean(gap**2)))))
     return _choose(laws, len(at), len(table))
@@ -252,13 +243,11 @@ def _bootstrap(
     return parameters, {name: count / samples for name, count in wins.items()}
 
 
-def _intervals(
-    estimate: dict[str, float], samples: list[dict[str, float]], seeds: int, confidence: float
-) -> dict[str, list[float]]:
+def _intervals(estimate: dict[str, float], samples: list[dict[str, float]], seeds: int) -> dict[str, list[float]]:
     """Percentile intervals, widened about the estimate by what a bootstrap of n seeds lacks: t for z, n - 1 for n."""
     from scipy.stats import norm, t
 
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = np.array([0.025, 0.975])
     widen = math.sqrt(seeds / (seeds - 1)) * t.ppf(tails[1], seeds - 1) / norm.ppf(tails[1])
     intervals = {}
     for key, value in estimate.items():

@@ -99,6 +99,9 @@ class FeatureFile:
         self.provenance = self._reader.attributes
         self.features = Features(self)
 
+    def __repr__(self) -> str:
+        return f"FeatureFile({self.path!r}, {self.n:,} images x {self.dim})"
+
     def __enter__(self) -> FeatureFile:
         return self
 
@@ -274,6 +277,9 @@ class Features:
         self._map: np.ndarray | None = None
         self._columns: tuple[np.ndarray, np.ndarray, list[bytes]] | None = None  # see `differs`
         self._digest: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        return f"Features({self.shape[0]:,} x {self.shape[1]} {self.dtype}, in the file; [:] reads them)"
 
     def __len__(self) -> int:
         return self.shape[0]

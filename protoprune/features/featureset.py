@@ -125,7 +125,9 @@ def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Part]]:
         is_folder = os.path.isdir(folder) or stores.is_url(folder)
         what = f"a folder without {SET_FILE}" if is_folder else f"no folder with a {SET_FILE}"
         where = stores.public(os.fspath(folder))
-        raise ProtopruneError(f"{where}: {what}; give a feature file or a feature set") from None
+        raise ProtopruneError(
+            f"{where}: {what}, so no feature set; `protoprune embed` makes features of images and shards"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtopruneError(
             f"{shown}: damaged ({' '.join(str(error).split())[:80]}); run the same `protoprune embed` again with "
@@ -239,6 +241,9 @@ class FeatureSet:
             "unreadable_folder_count": 0, "unreadable_folders": "[]",
         }  # fmt: skip
         self.provenance["labels_from"] = self._classes()[2]
+
+    def __repr__(self) -> str:
+        return f"FeatureSet({self.path!r}, {self.n:,} images x {self.dim})"
 
     def __enter__(self) -> FeatureSet:
         return self

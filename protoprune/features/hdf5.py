@@ -297,7 +297,7 @@ def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
 def _open_raw(path: str, kind: Kind) -> BinaryIO:
     try:
         return open(path, "rb")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no file can have a NUL in its name
         _refuse_now(path, error)
         if not os.path.exists(path):
             raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`") from None
@@ -317,7 +317,7 @@ def _not_ours(path: str, kind: Kind) -> ProtopruneError:
     )
 
 
-def _not_opened(path: str, kind: Kind, error: OSError | None = None) -> ProtopruneError:
+def _not_opened(path: str, kind: Kind, error: Exception | None = None) -> ProtopruneError:
     if isinstance(error, PermissionError) or "ermission" in str(error):
         return ProtopruneError(f"{path}: permission denied")
     if path.endswith(".partial"):

@@ -68,12 +68,12 @@ def missing(path: str | os.PathLike[str], what: str = "image folder or feature f
 def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Make one feature file of a set, with the same rows in the same order; returns their number.
 
-    Shards that failed have no rows in it. Raises UsageError when `out` exists (unless `overwrite`), ProtopruneError
-    when the set is not whole or the file cannot be written.
+    Shards that failed have no rows in it, of which is warned. Raises UsageError when `out` exists (unless `overwrite`),
+    ProtopruneError when the set is not whole or the file cannot be written.
     """
     out = os.fspath(out)
     check_new(out, overwrite)
-    with FeatureSet(local_path(folder)) as whole, files.lock(out):
+    with open_set(local_path(folder)) as whole, files.lock(out):
         (labels, classes, labels_from), left_out = whole._classes(), whole.left_out
         images = ImageList(
             root=whole.provenance["root"], paths=whole.paths, size=whole.size, mtime_ns=whole.mtime_ns, labels=labels,

@@ -80,7 +80,7 @@ def format_of(path: str) -> str | None:
             head = file.read(BLOCK)
             if not head.startswith(_MARK):
                 return "" if file.read(len(SIGNATURE)) == SIGNATURE else None
-    except OSError:
+    except (OSError, ValueError):
         return None
     seal = _parse(head)
     return seal.format if seal else ""

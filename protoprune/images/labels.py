@@ -25,10 +25,11 @@ from protoprune.formats import refuse_archive
 from protoprune.scores.matching import match_names
 from protoprune.text import (
     CLASS_NAMES,
+    arrow_table,
     contents,
+    is_arrow,
     is_class_number,
     json_lines,
-    parquet,
     parse_json,
     plain_bytes,
     plain_name,
@@ -46,8 +47,8 @@ _WNID = re.compile(r"n\d{8}")
 class LabelFile:
     """A file of labels and how to read it.
 
-    path    CSV, TSV, text, JSON, JSON lines or Parquet: a path and a class a row; or text with one class a line, the
-            i-th for the i-th image in the order of names (ImageNet's ILSVRC2012_validation_ground_truth.txt)
+    path    CSV, TSV, text, JSON, JSON lines, Parquet or Arrow: a path and a class a row; or text with one class a line,
+            the i-th for the i-th image in the order of names (ImageNet's ILSVRC2012_validation_ground_truth.txt)
     column  name of the class column, where the file has several that could be it
     names   file that turns class numbers into names: lines of number and name in either order (map_clsloc.txt), one
             name a line (synsets.txt), or JSON (imagenet_class_index.json)
@@ -151,7 +152,7 @@ def check_there(file: LabelFile) -> None:
 
 def _read(source: str) -> bytes:
     data = contents(source)
-    if not data.startswith(b"PAR1"):
+    if not is_arrow(data):
         refuse_archive(data, source, "a table of classes")
     return data
 
@@ -162,8 +163,8 @@ def _read(source: str) -> bytes:
 def _parse(source: str, data: bytes, column: str | None) -> tuple[list[str] | None, list[str]]:
     """(paths or None for one class a line, classes) of a file's rows; a class is '' where the row has none."""
     try:
-        if data.startswith(b"PAR1"):
-            return _from_records(_parquet(source, data), column)
+        if is_arrow(data):
+            return _from_records(arrow_table(data, source).to_pylist(), column)
         text = _text(data)
         if text.lstrip()[:1] in ("{", "["):
             return _from_records(_json(text), column)
@@ -190,13 +191,6 @@ def _json(text: str) -> list[dict[str, Any]]:
     if isinstance(whole, dict) and all(isinstance(value, (str, int)) for value in whole.values()) and len(whole) > 1:
         return [{"path": path, "label": value} for path, value in whole.items()]
     return whole if isinstance(whole, list) else [whole]
-
-
-def _parquet(source: str, data: bytes) -> list[dict[str, Any]]:
-    pyarrow = parquet(source)
-    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
-    flat = [name for name, kind in zip(schema.names, schema.types, strict=True) if not pyarrow.types.is_nested(kind)]
-    return pyarrow.parquet.read_table(io.BytesIO(data), columns=flat).to_pylist()
 
 
 def _from_records(records: list[dict[str, Any]], column: str | None) -> tuple[list[str], list[str]]:

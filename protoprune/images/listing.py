@@ -61,6 +61,11 @@ class ImageList:
     why: list[str] | None = None  # a reason for each of them, where it is known already
     ctime_ns: np.ndarray | None = None  # (n,) int64, of the last change of content, name or rights; -1: not known
 
+    def __repr__(self) -> str:
+        """In a line: a notebook shows what a cell ends in, and these may be millions of names."""
+        classes = f" in {len(self.classes):,} classes" if self.classes else ""
+        return f"ImageList({len(self.paths):,} images{classes} below {self.root!r})"
+
     def __post_init__(self) -> None:
         """Raise UsageError where a column has not a value an image: one that was forgotten when a list was cut."""
         for name in ("size", "mtime_ns", "labels", "ctime_ns"):

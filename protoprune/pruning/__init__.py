@@ -30,23 +30,7 @@ from protoprune.pruning.rules import Clusters, Rule
 from protoprune.pruning.seeds import StabilityRow, check_stability, restart_overlap, stability
 
 __all__ = [
-    "Clusters",
-    "Ranking",
-    "Rule",
-    "Selected",
-    "StabilityRow",
-    "add_clusters",
-    "add_scores",
-    "check_stability",
-    "cover_places",
-    "deduplicate",
-    "groups_of",
-    "prune",
-    "rank",
-    "rank_by_table",
-    "restart_overlap",
-    "select",
-    "stability",
-    "unranked",
-    "unscored",
-]
+    "Clusters", "Ranking", "Rule", "Selected", "StabilityRow", "add_clusters", "add_scores", "check_stability",
+    "cover_places", "deduplicate", "groups_of", "prune", "rank", "rank_by_table", "restart_overlap", "select",
+    "stability", "unranked", "unscored",
+]  # fmt: skip

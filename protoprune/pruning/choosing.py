@@ -69,6 +69,9 @@ class Selected:
     weights: np.ndarray | None = None  # (n,) float64, NaN where not kept; None unless calibrated with a random part
     dropped: np.ndarray | None = None  # (n,) bool: the hardest, where some were to be dropped
 
+    def __repr__(self) -> str:
+        return f"Selected({int(self.keep.sum()):,} images of {self.ranking!r}, {self.rule!r})"
+
     @property
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
@@ -84,8 +87,8 @@ class Selected:
         named = "" if self.ranking.file in ("", "features.h5") else f" --features {shlex.quote(self.ranking.file)}"
         often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0
         return [
-            f"in {often} measurements (docs/results.md) the {_EXTREME[rule.order]} {100 * rule.keep:.3g} % trained "
-            "worse models than random images, and `--order cover` better ones; "
+            f"in {often} of our experiments the {_EXTREME[rule.order]} {100 * rule.keep:.3g} % trained worse models "
+            "than random images, and `--order cover` better ones; "
             f"`protoprune tune{named} --keep {rule.keep:.3g}` compares them on your images"
         ]
 

@@ -11,6 +11,7 @@ from protoprune.errors import warn
 from protoprune.pruning.ranking import Ranking, first_clustering, scratch
 
 LARGE = 50_000  # images a cluster from which on --dedup takes long
+UNLIKE = 0.5  # 1 - cosine from which on nobody would speak of duplicates, and a cosine was meant
 _WORKERS = 16  # clusters that are gone through at once, each with some 200 MB of similarities
 
 
@@ -27,6 +28,11 @@ def deduplicate(
     selection.check_duplicates(epsilon, prefer)
     one = first_clustering(ranking, "--dedup")
     _warn_of_large(one)
+    if epsilon >= UNLIKE:
+        warn(
+            f"{epsilon:g} is 1 - cosine: whatever has a cosine above {1 - epsilon:g} to a kept image counts as its "
+            f"duplicate; for a cosine above {epsilon:g} give {1 - epsilon:g}"
+        )
     thresholds = sorted({*selection.THRESHOLDS, epsilon}) if count else ()
     ranking.duplicate_of, found = selection.near_duplicates(
         ranking.features, one.cluster, one.distance, epsilon, ids=ranking.paths, prefer=prefer, seed=seed,

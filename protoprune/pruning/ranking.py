@@ -62,6 +62,9 @@ class Ranking:
     shard_options: ShardOptions | None = None  # how shards were read, where the images lie in shards
     source: Source | None = None  # the feature file, open until `close`; None where there are vectors
 
+    def __repr__(self) -> str:
+        return f"Ranking({len(self.paths):,} images of {self.file!r})"
+
     def __enter__(self) -> Ranking:
         return self
 

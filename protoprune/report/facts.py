@@ -26,6 +26,7 @@ from protoprune.report.stops import NEVER, Stops
 POINTS = 50_000  # of the map
 ENDS = 24  # images at each end of a gallery
 GROUP_ENDS = 4  # images at each end of a class or cluster
+BORDER = 6  # images at each stop of the fraction kept
 GROUPS = 400  # classes or clusters that a page has thumbnails and rows for
 DUPLICATE_GROUPS = 60
 BINS = 60
@@ -266,13 +267,13 @@ def _ends(order: np.ndarray, group: np.ndarray, number: int) -> dict[str, list[i
     return ends
 
 
-def _border(found: Stops, seed: int, most: int = 6) -> dict[int, list[int]]:
+def _border(found: Stops, seed: int) -> dict[int, list[int]]:
     """stop -> some of the images that enter the list there."""
     rows = _shuffled(np.flatnonzero(found.first != NEVER), seed)
     rows = rows[np.argsort(found.first[rows], kind="stable")]
     starts = np.searchsorted(found.first[rows], np.arange(len(found.fractions) + 1))
     return {
-        stop: rows[starts[stop] : min(starts[stop] + most, starts[stop + 1])].tolist()
+        stop: rows[starts[stop] : min(starts[stop] + BORDER, starts[stop + 1])].tolist()
         for stop in range(len(found.fractions))
         if starts[stop + 1] > starts[stop]
     }

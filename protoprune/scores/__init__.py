@@ -14,17 +14,6 @@ from protoprune.scores.ranks import mean_overlap, overlap, spearman
 from protoprune.scores.table import Table, named, read_table, split_source, turned, write_scores
 
 __all__ = [
-    "ScoreTable",
-    "Table",
-    "check_reading",
-    "match",
-    "mean_overlap",
-    "named",
-    "overlap",
-    "read_scores",
-    "read_table",
-    "spearman",
-    "split_source",
-    "turned",
-    "write_scores",
-]
+    "ScoreTable", "Table", "check_reading", "match", "mean_overlap", "named", "overlap", "read_scores",
+    "read_table", "spearman", "split_source", "turned", "write_scores",
+]  # fmt: skip

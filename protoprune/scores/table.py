@@ -27,14 +27,14 @@ import numpy as np
 from xxhash import xxh3_64
 
 from protoprune import __version__
-from protoprune.arguments import as_numbers, checked, texts
+from protoprune.arguments import as_numbers, checked, one_column, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
 from protoprune.lists import read_paths
 from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import Paths, distinct, encoded
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import check_file, contents, parquet, parse_json, plain_bytes, unpacked
+from protoprune.text import arrow_table, check_file, contents, is_arrow, parquet, parse_json, plain_bytes, unpacked
 from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
@@ -367,7 +367,7 @@ def _parsed(data: bytes, suffix: str, column: str | None) -> _Read:
         raise ProtopruneError(
             "an HDF5 file, not a score table; `protoprune score METRIC` makes one of a record or a feature file"
         )
-    if data.startswith(b"PAR1"):
+    if is_arrow(data):
         return _read_parquet(data, column)
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _read_json_lines(data, column)
@@ -409,7 +409,7 @@ def _header(text: str) -> dict[str, Any]:
 def _read_array(data: bytes, column: str | None) -> _Read:
     if column is not None:
         raise ProtopruneError(f"has no array {column!r}: a .npy file is one array")
-    array = load_npy(data)
+    array = one_column(load_npy(data))
     if array.dtype.kind not in "fiub":
         raise ProtopruneError(f"holds {array.dtype}, expected numbers")
     array = array.astype(np.float64)
@@ -420,7 +420,7 @@ def _read_array(data: bytes, column: str | None) -> _Read:
 
 def _read_arrays(data: bytes, wanted: str | None) -> _Read:
     """An .npz: arrays are columns, of which those that could be the score are named where there are several."""
-    arrays = load_npz(data)
+    arrays = {name: one_column(array) for name, array in load_npz(data).items()}
     scores = could_be_scores([name for name, array in arrays.items() if array.dtype.kind in "fiub"])
     shown = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if wanted is None and len(scores) != 1:
@@ -446,8 +446,7 @@ def _read_json_lines(data: bytes, column: str | None) -> _Read:
 
 
 def _read_parquet(data: bytes, wanted: str | None) -> _Read:
-    pyarrow = parquet()
-    table = pyarrow.parquet.read_table(io.BytesIO(data))
+    pyarrow, table = parquet(), arrow_table(data)
     header = (table.schema.metadata or {}).get(_META)
     columns = {}
     for name in table.column_names:

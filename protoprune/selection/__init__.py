@@ -34,29 +34,10 @@ from protoprune.selection.orders import COVERS, ORDERS, by_key, check_order, dro
 from protoprune.selection.quotas import by_quota, complexity, complexity_shares
 
 __all__ = [
-    "COVERS",
-    "ORDERS",
-    "THRESHOLDS",
-    "Likeness",
-    "by_key",
-    "by_quota",
-    "by_score",
-    "calibrated",
-    "check",
-    "check_balance",
-    "check_calibration",
-    "check_duplicates",
-    "check_keep",
-    "check_order",
-    "complexity",
-    "complexity_shares",
-    "cover",
-    "cut",
-    "dropped_count",
-    "kept_mask",
-    "near_duplicates",
-    "ranking",
-]
+    "COVERS", "ORDERS", "THRESHOLDS", "Likeness", "by_key", "by_quota", "by_score", "calibrated", "check",
+    "check_balance", "check_calibration", "check_duplicates", "check_keep", "check_order", "complexity",
+    "complexity_shares", "cover", "cut", "dropped_count", "kept_mask", "near_duplicates", "ranking",
+]  # fmt: skip
 
 
 def kept_mask(

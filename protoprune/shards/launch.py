@@ -38,8 +38,12 @@ def parse_devices(text: str) -> list[str]:
     names = [f"cuda:{one}" if one.isdecimal() else one for one in (part.strip() for part in text.split(","))]
     if not all(names) or len({name.partition(":")[0] for name in names}) != 1:
         raise UsageError(f"--devices {text}: expected all, or devices of one kind such as 0,1 or cpu,cpu")
-    count = torch.cuda.device_count()  # without any, the first of them says why
-    if count and not set(names) <= {"cpu", "cuda", "mps", *(f"cuda:{number}" for number in range(count))}:
+    count = torch.cuda.device_count()
+    if not count and any(name.startswith("cuda") for name in names):
+        raise UsageError(
+            f"--devices {text}: torch finds no NVIDIA GPU on this machine; leave --devices out, or give cpu,cpu"
+        )
+    if not set(names) <= {"cpu", "cuda", "mps", *(f"cuda:{number}" for number in range(count))}:
         raise UsageError(f"--devices {text}: this machine has {count:,} GPUs, numbered from 0")
     return names
 

@@ -89,6 +89,7 @@ def reshard(
     Raises UsageError for a list or a folder that will not do, ProtopruneError for an image that cannot be read now.
     """
     check_whole("--shard-size", shard_size)
+    stores.refuse_url(out)
     out, name = os.fspath(out), os.fspath(kept) if isinstance(kept, (str, os.PathLike)) else "the list"
     asked = options
     root, entries, options, content = _entries(kept, name, root, features, asked)

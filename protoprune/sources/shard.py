@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from protoprune import formats
@@ -55,13 +55,7 @@ class ShardOptions:
     @classmethod
     def of(cls, provenance: dict[str, Any]) -> ShardOptions:
         """Those that a feature file was made with."""
-        try:
-            said = parse_json(provenance.get("shard_options", "{}"))
-            given: dict[str, Any] = {one.name: said[one.name] for one in fields(cls) if one.name in said}
-        except (ValueError, TypeError):
-            return cls()
-        plain = {name for name, value in given.items() if value is None or isinstance(value, (str, int))}
-        return cls(**{name: given[name] for name in plain})
+        return cls(**parse_json(provenance.get("shard_options", "{}")))
 
     def check(self, shards: Iterable[str]) -> None:
         """Raise UsageError for options that do nothing beside the others, or in shards of these names."""

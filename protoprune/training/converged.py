@@ -15,6 +15,7 @@ of steps rather than hundreds. What this module does not know: files, lists, tes
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -266,14 +267,14 @@ class _Problem:
         gradient, inner = torch.zeros_like(weight), torch.zeros_like(bias)
         value = 0.5 * penalty * float(weight.double().square().sum())
         self.evaluations += 1
-        for inputs, labels, share in self.blocks():
+        for inputs, labels, share, minus_one in self.blocks:
             logits = torch.addmm(bias, inputs, weight.T)
             log_sum = logits.logsumexp(1, keepdim=True)
-            true = logits.gather(1, labels[:, None])
-            value += float(((log_sum - true)[:, 0].double() * share).sum())
+            true = logits.gather(1, labels)
+            value += float(((log_sum - true).double() * share).sum())
             error = logits.sub_(log_sum).exp_()  # softmax less one-hot
-            error.scatter_add_(1, labels[:, None], error.new_full((len(labels), 1), -1.0))
-            error *= share[:, None]
+            error.scatter_add_(1, labels, minus_one)
+            error *= share
             gradient.addmm_(error.T, inputs)
             inner += error.sum(0)
         gradient += penalty * weight
@@ -283,10 +284,10 @@ class _Problem:
         """Mean loss in nats, without the penalty, at the best of _SCALES of the logits."""
         weight, bias = self.split(parameters)
         losses = np.zeros(len(_SCALES))
-        for inputs, labels, share in self.blocks():
+        for inputs, labels, share, _ in self.blocks:
             logits = torch.addmm(bias, inputs, weight.T)
             losses += [
-                float(nn.functional.cross_entropy(scale * logits, labels, reduction="none") @ share)
+                float(nn.functional.cross_entropy(scale * logits, labels[:, 0], reduction="none") @ share[:, 0])
                 for scale in _SCALES
             ]
         return float(losses.min())
@@ -295,9 +296,12 @@ class _Problem:
         both = torch.from_numpy(parameters).to(self.inputs.device, torch.float32)
         return both[:, :-1].contiguous(), both[:, -1].contiguous()
 
-    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    @functools.cached_property
+    def blocks(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(inputs (b, d); label, share of the loss and -1 of each, (b, 1)): made once for hundreds of steps."""
+        columns = self.labels[:, None], self.share[:, None], torch.full_like(self.share, -1)[:, None]
         size = max(1, _BLOCK // self.classes)
-        return zip(self.inputs.split(size), self.labels.split(size), self.share.split(size), strict=True)
+        return list(zip(*(one.split(size) for one in (self.inputs, *columns)), strict=True))
 
 
 def _choose(problem: _Problem, seed: int) -> tuple[float, np.ndarray | None, dict[float, float]]:

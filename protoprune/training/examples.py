@@ -62,6 +62,12 @@ class Examples:
     )  # of vectors: encoder, weights, preprocessing, ... (`features.KEY`)
     every_path: Sequence[str] = ()  # of the source, left out ones too, in its order: what row indices of a list count
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.inputs.shape[1:]))
+        return (
+            f"Examples({len(self):,} of {len(self.classes):,} classes, {shape} {self.inputs.dtype}, of {self.root!r})"
+        )
+
     def __len__(self) -> int:
         return len(self.paths)
 

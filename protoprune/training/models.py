@@ -142,12 +142,12 @@ class Scaled(nn.Module):
         return inputs * self.factor
 
 
-def whiten(first: nn.Conv2d, images: torch.Tensor, least: float = 5e-4) -> None:
+def whiten(first: nn.Conv2d, images: torch.Tensor) -> None:
     """Set a convolution of 24 filters of 2x2 to the principal directions of the images' patches, scaled to unit
     variance, and their negatives; `images` are normalised (n, 3, h, w)."""
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (directions / (variances + least).sqrt()).T.reshape(12, 3, 2, 2)
+    filters = (directions / (variances + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
     with torch.no_grad():
         first.weight.copy_(torch.cat([filters, -filters]))
 

@@ -1,5 +1,14 @@
 """What a training record keeps of one example at one moment: numbers computed from its logits.
 
+    prediction        class with the largest logit; all others are stored as float16
+    true_probability  softmax probability of the true class
+    margin            logit of the true class minus the largest other logit
+    error_norm        L2 norm of softmax minus one-hot label (EL2N, Paul et al. 2021)
+    loss              cross entropy, nats
+    entropy           entropy of the softmax, nats
+    change            KL divergence from the previous recorded epoch's softmax to this one's, nats
+    gradient_norm     L2 norm of the loss gradient with respect to all parameters (GraNd)
+
 Pure tensors. What this module does not know: models, epochs, files.
 """
 
@@ -7,17 +16,6 @@ from __future__ import annotations
 
 import torch
 
-# name -> what it is; all but prediction are stored as float16
-STATISTICS = {
-    "prediction": "class with the largest logit",
-    "true_probability": "softmax probability of the true class",
-    "margin": "logit of the true class minus the largest other logit",
-    "error_norm": "L2 norm of softmax minus one-hot label (EL2N, Paul et al. 2021)",
-    "loss": "cross entropy, nats",
-    "entropy": "entropy of the softmax, nats",
-    "change": "KL divergence from the previous recorded epoch's softmax to this one's, nats",
-    "gradient_norm": "L2 norm of the loss gradient with respect to all parameters (GraNd)",
-}
 LARGEST = 60_000.0  # float16 ends at 65,504
 
 

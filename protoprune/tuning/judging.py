@@ -14,6 +14,7 @@ import numpy as np
 
 from protoprune.evaluation import statistics
 from protoprune.evaluation.statistics import Difference, Interval
+from protoprune.tuning import choosing
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,15 @@ def _compared(ours: np.ndarray, others: np.ndarray, confidence: float, *, one_dr
     return statistics.judge([one], confidence=confidence)[0]
 
 
-def resampled(gaps: np.ndarray, confidence: float = 0.95, held_out: float = 0.25) -> Interval:
-    """Mean and interval of (splits,) differences whose training parts overlap: the corrected resampled t.
+def resampled(gaps: np.ndarray) -> Interval:
+    """Mean and 95 % interval of (splits,) differences whose training parts overlap: the corrected resampled t.
 
-    Nadeau & Bengio 2003: the variance of the mean is (1 / splits + held out / trained on) s^2; `held_out` is that ratio
-    of the numbers of images.
+    Nadeau & Bengio 2003: the variance of the mean is (1 / splits + held out / trained on) s^2.
     """
     from scipy.stats import t
 
     n, mean = len(gaps), float(np.mean(gaps))
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt((1 / n + held_out) * np.var(gaps, ddof=1))
+    half = float(t.ppf(0.975, n - 1)) * math.sqrt((1 / n + 1 / (choosing.FOLDS - 1)) * np.var(gaps, ddof=1))
     return Interval(mean, mean - half, mean + half, n)

@@ -24,10 +24,11 @@ import protoprune
 from protoprune.arguments import checked
 from protoprune.bounds import check_number, check_seed, check_whole
 from protoprune.clustering.vectors import check_finite
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.evaluation.runs import shared_key
 from protoprune.evaluation.statistics import Interval
 from protoprune.selection import check_keep
+from protoprune.stores import refuse_url
 from protoprune.text import parse_json
 from protoprune.tuning import choosing, judging
 from protoprune.tuning.choosing import Standing
@@ -211,6 +212,7 @@ def tune(
 ) -> Tuned:
     """The best recipe for the fraction `keep` (None: the smallest that costs less than `tolerance`), and its judgement.
 
+    Recipes are compared on the images that have a score in every table, so that all their lists are of one size.
     recipes: default `recipes.candidates`; rounds: see `choosing.halve`; seeds: random lists that judge, and models of
     the winner; networks: judge the finalists and the winner in place of heads. With a folder every training is kept
     there and not done again. Raises UsageError where too few images would be kept to compare anything.
@@ -222,19 +224,20 @@ def tune(
     if keep is not None:
         check_keep(keep)
     _check_vectors(pool, test, alike=networks is None)
+    rows = _scored(pool)
     if recipes is None:
-        recipes = candidates(len(pool), len(pool.classes), list(pool.tables))
+        recipes = candidates(len(rows), len(pool.classes), list(pool.tables))
     everyone = [*REFERENCES, *recipes]
-    choosers, judges = _divided(pool, test, seed)
+    choosers, judges = _divided(pool.labels, rows, test, seed)
     lab = _Lab(pool, choosers, heads or Heads(pool, choosers, test), Log(folder, pool, test), seed)
-    _check(pool, len(choosers), SCREENED if keep is None else keep)
+    _check(pool, rows, len(choosers), SCREENED if keep is None else keep)
     if networks is not None:
         networks.check()
 
     standings = _standings(lab, everyone, SCREENED if keep is None else keep, rounds, say)
     ranked = [everyone[one.number] for one in standings if one.number >= len(REFERENCES)]
     result = Tuned(
-        keep or 1.0, everyone, standings, ranked[0], None, len(pool),
+        keep or 1.0, everyone, standings, ranked[0], None, len(rows),
         networks.recipe.model if networks else "linear heads", tolerance if keep is None else None,
     )  # fmt: skip
 
@@ -252,12 +255,28 @@ def tune(
     return result
 
 
-def _divided(pool: Pool, test: Pool | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _scored(pool: Pool) -> np.ndarray:
+    """Rows of the images that all tables score: a recipe never keeps others, and its lists would be smaller than the
+    random ones, and lose to them by that alone."""
+    has = np.ones(len(pool), bool)
+    for name, scores in pool.tables.items():
+        mine = ~np.isnan(np.asarray(scores, float))
+        if not mine.any():
+            raise UsageError(f"--scores {name}: gives none of the images a score; leave it out")
+        if missing := int((~mine).sum()):
+            warn(f"{name} lacks {missing:,} of {len(pool):,} images: recipes are compared on those that it scores")
+        has &= mine
+    return np.flatnonzero(has)
+
+
+def _divided(
+    labels: np.ndarray, rows: np.ndarray, test: Pool | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(rows that choose, rows that judge); None: the test set judges."""
     if test is not None:
-        return np.arange(len(pool)), None
-    held = choosing.fold_of(pool.labels, 0, seed + 977)
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        return rows, None
+    held = choosing.fold_of(labels[rows], 0, seed + 977)
+    return rows[~held], rows[held]
 
 
 def _standings(
@@ -307,18 +326,18 @@ def _check_vectors(pool: Pool, test: Pool | None, alike: bool) -> None:
             check_finite(name, one.vectors, one.paths)
 
 
-def _check(pool: Pool, choosers: int, keep: float) -> None:
+def _check(pool: Pool, rows: np.ndarray, choosers: int, keep: float) -> None:
     kept, least = _kept(choosers, keep), _least(pool)
     if keep == 1:
         raise UsageError("--keep 1: keeps every image, whatever the recipe; give a smaller fraction")
     if kept < least:
         raise UsageError(
-            f"--keep {keep:g}: a split of {len(pool):,} images would keep {kept}, too few to compare anything; keep "
+            f"--keep {keep:g}: a split of {len(rows):,} images would keep {kept}, too few to compare anything; keep "
             f"{least} at least, or take random images"
         )
     if without := int((pool.labels < 0).sum()):
         raise UsageError(f"{many(without, 'image has', 'images have')} no class (label -1); leave such images out")
-    sizes = np.bincount(pool.labels, minlength=len(pool.classes))
+    sizes = np.bincount(pool.labels[rows], minlength=len(pool.classes))
     if len(pool.classes) < 2 or np.sort(sizes)[-2] < 2:
         raise ProtopruneError("comparing recipes needs two classes with two images or more")
 
@@ -442,6 +461,8 @@ class Log:
     """Answers that were given before, a JSON line each; a line that a killed run left half-written is none."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, pool: Pool, test: Pool | None = None) -> None:
+        if folder is not None:
+            refuse_url(folder)
         self.path = None if folder is None else Path(folder, "runs.jsonl")
         self._found: dict[str, str] = {}
         if self.path is None:

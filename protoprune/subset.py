@@ -1,0 +1,44 @@
+"""What `keep_only` makes of torch's data sets: a Subset with what is asked of an ImageFolder, and a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset, Subset
+
+_OF_ALL = ("classes", "class_to_idx", "root", "transform", "target_transform", "transforms")
+_OF_EACH = ("samples", "imgs", "targets")  # a value an item
+
+
+class KeptSubset(Subset[Any]):
+    """A Subset that has the attributes of an ImageFolder, where its data set has them: those of all images (`classes`,
+    `class_to_idx`, `transform`), and of the kept ones alone `samples`, `imgs` and `targets`.
+
+    A transform that is set on it is set on the data set, whose items these are (timm's `create_loader` does so).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_ALL:
+            return getattr(self.dataset, name)
+        if name in _OF_EACH:
+            values = getattr(self.dataset, name)
+            self.__dict__[name] = [values[index] for index in self.indices]  # made once: loops ask for targets[i]
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("transform", "target_transform", "transforms"):
+            setattr(self.dataset, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class KeptStream(IterableDataset[Any]):
+    """Samples, pass after pass, for torch's loaders. Their source deals itself out to workers, as Hugging Face's do."""
+
+    def __init__(self, samples: Iterable[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)

@@ -1,0 +1,106 @@
+"""A training record of somebody's own training: its scores are those of the logits; what does not fit is refused."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import protoprune
+from protoprune.errors import UsageError
+from protoprune.records import Record, partial_path
+from protoprune.training import importing
+
+N, C, E, M = 11, 4, 3, 2
+PATHS = [f"{'ab'[i % 2]}-{i}/{i}.png" if i % 3 else f"a/{i}.png" for i in range(N)]
+LABELS = np.arange(N) % C
+LOGITS = np.random.default_rng(0).normal(size=(M, E, N, C)) * 3
+SUBSET = np.array([[i != 0 for i in range(N)], [i != 1 for i in range(N)]])
+
+
+def softmax(x):
+    shifted = np.exp(x - x.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def scores(metric: str, out, **options) -> np.ndarray:
+    """In the order of PATHS."""
+    with Record(out) as record:
+        found = dict(zip(record.paths, protoprune.score(metric, record, **options).values, strict=True))
+    return np.array([found[path] for path in PATHS])
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_scores_are_those_of_the_logits(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(importing, "_ROWS", rows)
+    out = tmp_path / "own.h5"
+    protoprune.write_record(out, PATHS, LABELS, LOGITS, classes=list("wxyz"), epochs=[0, 5, 10], probabilities=True)
+    with Record(out) as record:
+        assert record.paths == sorted(PATHS)
+        assert (record.models, record.epochs, record.n, record.classes) == (M, E, N, list("wxyz"))
+        assert record.epoch_numbers.tolist() == [0, 5, 10]
+        assert not record.damage()
+        order = [PATHS.index(path) for path in record.paths]
+        assert np.allclose(record.probabilities(1), softmax(LOGITS[1, -1])[order], atol=1e-3)
+    p = softmax(LOGITS)
+    errors = np.linalg.norm(p - np.eye(C)[LABELS], axis=-1)
+    assert np.allclose(scores("el2n", out), errors[:, 2].mean(0), atol=2e-3)
+    assert np.allclose(scores("el2n", out, epoch=5), errors[:, 1].mean(0), atol=2e-3)
+    losses = -np.log(np.take_along_axis(p, LABELS[None, None, :, None], -1))[..., 0]
+    assert np.allclose(scores("loss", out), losses[:, -1].mean(0), rtol=2e-3, atol=2e-3)
+    with Record(out) as record:  # nats from one moment to the next
+        change = (p[0, 2] * (np.log(p[0, 2]) - np.log(p[0, 1]))).sum(-1)
+        assert np.allclose(record.read("change", 0)[2], change[order], rtol=3e-3, atol=3e-3)
+
+
+def test_one_model_lists_tensors_and_subsets(tmp_path):
+    protoprune.write_record(tmp_path / "a.h5", PATHS, LABELS, LOGITS[0])
+    protoprune.write_record(
+        tmp_path / "b.h5", PATHS, torch.from_numpy(LABELS), [torch.tensor(one, requires_grad=True) for one in LOGITS[0]]
+    )
+    assert (scores("forgetting", tmp_path / "a.h5") == scores("forgetting", tmp_path / "b.h5")).all()
+    protoprune.write_record(tmp_path / "c.h5", PATHS, LABELS, [list(one) for one in LOGITS], subset=SUBSET)
+    with Record(tmp_path / "c.h5") as record:
+        assert (record.subset == SUBSET[:, [PATHS.index(path) for path in record.paths]]).all()
+    wrong = softmax(LOGITS)[:, -1].argmax(-1) != LABELS
+    assert scores("ddd", tmp_path / "c.h5")[:2].tolist() == [wrong[0, 0], wrong[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"paths": [*PATHS[:-1], PATHS[0]]}, "paths: 1 occur twice"),
+        ({"labels": LABELS[:-1]}, r"labels of shape \(10,\)"),
+        ({"labels": LABELS + 1}, "labels from 1 to 4: expected 0 to 3"),
+        ({"labels": LABELS / 1.0}, "expected 11 numbers of classes"),
+        ({"logits": LOGITS[:, :, :-1]}, r"logits of model 0, moment 0: of shape \(10, 4\), expected \(11, 4\)"),
+        ({"logits": [LOGITS[0], LOGITS[1, :2]]}, "logits of model 1: of 2 moments, expected 3"),
+        ({"logits": np.where(LOGITS[1, 2, 3, 0] == LOGITS, np.nan, LOGITS)}, "model 1, moment 2: NaN, infinite"),
+        ({"logits": LOGITS[0, 0]}, "logits: expected"),
+        ({"logits": []}, "logits: expected"),
+        ({"classes": ["a"]}, "classes: 1 names for logits of 4 classes"),
+        ({"epochs": [1, 1, 2]}, "expected 3 growing numbers"),
+        ({"subset": SUBSET[:1]}, r"subset of shape \(1, 11\): expected \(2, 11\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, changed, message):
+    given = {"paths": PATHS, "labels": LABELS, "logits": LOGITS, **changed}
+    with pytest.raises(UsageError, match=message):
+        protoprune.write_record(tmp_path / "own.h5", **given)
+    assert not os.listdir(tmp_path)
+
+
+def test_nothing_is_replaced_unasked(tmp_path):
+    out = tmp_path / "own.h5"
+    (tmp_path / "own.h5.partial").write_bytes(b"a run under way")
+    with pytest.raises(UsageError, match=r"own.h5.partial: exists"):
+        protoprune.write_record(out, PATHS, LABELS, LOGITS)
+    os.unlink(partial_path(str(out)))
+    protoprune.write_record(out, PATHS, LABELS, LOGITS)
+    with pytest.raises(UsageError, match=r"own.h5: exists; choose another name, or replace it with overwrite=True"):
+        protoprune.write_record(out, PATHS, LABELS, LOGITS)
+    protoprune.write_record(out, PATHS, LABELS, LOGITS[:1], overwrite=True)
+    with Record(out) as record:
+        assert record.models == 1
