@@ -94,9 +94,21 @@ def keep_only(
     _check_samples(whole)
     samples = _KeptSamples(dataset, listed, part=part)
     if not hasattr(dataset, "compose"):
-        return samples
+        return _streamed(dataset, samples)
     _check_lengths(dataset, samples.count)
     return dataset.compose(samples.stage)
+
+
+def _streamed(dataset: Any, samples: _KeptSamples) -> Any:
+    """The samples, as a torch IterableDataset where the data set is one, so that loaders take them."""
+    if "torch" in sys.modules:
+        from torch.utils.data import IterableDataset
+
+        if isinstance(dataset, IterableDataset):
+            from protoprune.subset import KeptStream
+
+            return KeptStream(samples)
+    return samples
 
 
 def _only(dataset: Any, rows: list[int]) -> Any:

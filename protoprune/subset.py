@@ -1,10 +1,11 @@
-"""What `keep_only` makes of a torch data set: a Subset with what training code asks of an ImageFolder."""
+"""What `keep_only` makes of torch's data sets: a Subset with what is asked of an ImageFolder, and a stream."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 _OF_ALL = ("classes", "class_to_idx", "root", "transform", "target_transform", "transforms")
 _OF_EACH = ("samples", "imgs", "targets")  # a value an item
@@ -31,3 +32,13 @@ class KeptSubset(Subset[Any]):
             setattr(self.dataset, name, value)
         else:
             super().__setattr__(name, value)
+
+
+class KeptStream(IterableDataset[Any]):
+    """Samples, pass after pass, for torch's loaders. Their source deals itself out to workers, as Hugging Face's do."""
+
+    def __init__(self, samples: Iterable[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)

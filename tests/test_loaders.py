@@ -629,7 +629,16 @@ def test_hugging_face_from_tars(tmp_path, streaming):
     assert [one["json"]["is"] for one in kept] == ["0/1.jpg", "1/0.jpg", "1/4.jpg"]
     with pytest.raises(ProtopruneError, match="1 of 2 listed images is not in the data set"):
         list(keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"]))
-    if not streaming:
+    if streaming:
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(kept, batch_size=2, collate_fn=list)
+        for _ in range(2):
+            assert [one["json"]["is"] for batch in loader for one in batch] == ["0/1.jpg", "1/0.jpg", "1/4.jpg"]
+        some = keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"], part=True)
+        assert [one["json"]["is"] for one in some] == ["0/1.jpg"]
+    else:
+        assert len(keep_only(whole, ["0.tar/1.jpg", "2.tar/1.jpg"], part=True)) == 1
         part = keep_only(whole.select([9, 1]), ["0.tar/1.jpg"])
         assert [one["json"]["is"] for one in part] == ["0/1.jpg"]
 
@@ -681,6 +690,9 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
         protoprune.table_rows(["a"], [])
     with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
+    assert table_rows(kept, files[:2], root=tmp_path, id_column=id_column, part=True).tolist() == [0, 7]
+    with pytest.raises(ProtopruneError, match="1 of 1 listed images is in none of the files"):
+        table_rows(kept[:1], files[:2], root=tmp_path, id_column=id_column, part=True)
     with pytest.raises(ProtopruneError, match="lists no image, so that"):
         table_rows([], files)
     with pytest.raises(ProtopruneError, match="has no column x, only image, name"):
