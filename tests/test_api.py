@@ -94,3 +94,9 @@ def test_what_a_notebook_shows_is_a_line(tmp_path, feature_file, image_tree):
         assert text.startswith(start)
         assert "\n" not in text
         assert len(text) < 400
+
+
+@pytest.mark.parametrize(("opener", "what"), [("FeatureFile", "feature file"), ("Record", "training record")])
+def test_a_folder_is_called_one(tmp_path, opener, what):
+    with pytest.raises(protoprune.ProtopruneError, match=f"a folder, not a {what}; `protoprune .* IMAGES` makes one"):
+        getattr(protoprune, opener)(tmp_path)
