@@ -31,6 +31,11 @@ def test_an_unknown_name_is_an_attribute_error():
         protoprune.prunes  # noqa: B018
 
 
+def test_samplers_need_no_import_of_their_own(monkeypatch):
+    monkeypatch.delattr(protoprune, "samplers", raising=False)  # as before anything has imported it
+    assert protoprune.samplers.RS2Sampler(10, 0.5).n == 10
+
+
 NONE = ImageList("", [], np.empty(0), np.empty(0), np.empty(0), [])
 MODULES = list(pkgutil.walk_packages(protoprune.__path__, "protoprune."))
 
