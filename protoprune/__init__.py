@@ -67,6 +67,8 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "samplers":  # a module, which nothing else may have imported yet
+        return import_module("protoprune.samplers")
     if name not in _HOME:
         raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
     return getattr(import_module(f"protoprune.{_HOME[name]}"), name)

@@ -66,14 +66,13 @@ def keep_only(
     - any other that has a length, with `paths`: the image's path of each of its items, in their order, one or several
       times. Of COCO `[dataset.coco.imgs[one]["file_name"] for one in dataset.ids]`, of a table its column of paths.
 
-    `root` is the folder that the listed paths are relative to, by default the data set's own; `paths` are below it,
-    or relative to it. Raises UsageError for an
-    empty list and ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and
-    when none is in the part), so that a wrong root can never train on less than was asked for; for an iterable this is
-    known, and raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs
-    is listed. Go through the data set once in one process to check all of it.) `part` says that the data set is a part
-    of what the list was made for, as `train_test_split` and `select` of Hugging Face make them: then one listed image
-    is enough.
+    `root` is the folder that the listed paths are relative to, by default the data set's own; `paths` are below it, or
+    relative to it. `part` says that the data set is a part of what the list was made for, as `train_test_split` and
+    `select` of Hugging Face make them: then one listed image is enough. Raises UsageError for an empty list and
+    ProtopruneError when a listed image is not in the data set (for a Subset: in the whole of it, and when none is in
+    the part), so that a wrong root can never train on less than was asked for; for an iterable this is known, and
+    raised, at its end. (Several loader workers or processes see a part each: they warn when none of theirs is listed.
+    Go through the data set once in one process to check all of it.)
     """
     listed = _listed(kept, "keep_only")
     if isinstance(dataset, Mapping):

@@ -53,7 +53,10 @@ def given(path: str | os.PathLike[str]) -> str:
 
 def refuse_url(path: str | os.PathLike[str], option: str = "") -> None:
     """Raise UsageError for a URL as the name of what is written, which as a path would be a folder called `s3:`."""
-    if is_url(url := given(path)):
+    url = given(path)
+    if url != os.fspath(path) and not is_url(url):
+        raise UsageError(f"{option}file://{url}: give the path itself, {url}")
+    if is_url(url):
         raise UsageError(
             f"{option}{public(url)}: only feature sets of shards are written to a URL; write to this machine, and copy "
             "it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset, Subset
@@ -20,18 +20,28 @@ class KeptSubset(Subset[Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_ALL:
-            return getattr(self.dataset, name)
+            return getattr(_whole(self)[0], name)
         if name in _OF_EACH:
-            values = getattr(self.dataset, name)
-            self.__dict__[name] = [values[index] for index in self.indices]  # made once: loops ask for targets[i]
+            whole, places = _whole(self)
+            values = getattr(whole, name)
+            self.__dict__[name] = [values[place] for place in places]  # made once: loops ask for targets[i]
             return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("transform", "target_transform", "transforms"):
-            setattr(self.dataset, name, value)
+            setattr(_whole(self)[0], name, value)
         else:
             super().__setattr__(name, value)
+
+
+def _whole(subset: Subset[Any]) -> tuple[Any, Sequence[int]]:
+    """(what it is a part of, perhaps as a part of a part, the places of its items there)."""
+    dataset, places = subset.dataset, subset.indices
+    while isinstance(dataset, Subset):
+        places = [dataset.indices[place] for place in places]
+        dataset = dataset.dataset
+    return dataset, places
 
 
 class KeptStream(IterableDataset[Any]):

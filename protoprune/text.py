@@ -144,11 +144,17 @@ def arrow_table(data: bytes, source: str = "") -> Any:
     ProtopruneError where pyarrow is not installed."""
     pyarrow = parquet(source)
     file = pyarrow.BufferReader(data)
-    if data.startswith(b"PAR1"):
-        flat = _flat(pyarrow, pyarrow.parquet.read_schema(file))
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=flat)
-    reader = pyarrow.ipc.open_file(file) if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
-    return reader.read_all().select(_flat(pyarrow, reader.schema))
+    try:
+        if data.startswith(b"PAR1"):
+            flat = _flat(pyarrow, pyarrow.parquet.read_schema(file))
+            table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=flat)
+        else:
+            reader = pyarrow.ipc.open_file(file) if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
+            table = reader.read_all().select(_flat(pyarrow, reader.schema))
+        table.validate(full=True)  # damaged offsets are read as they stand, and end the process
+    except (OSError, pyarrow.ArrowException, KeyError) as error:
+        raise ValueError(str(error).splitlines()[0] if str(error) else "damaged") from None
+    return table
 
 
 def _flat(pyarrow: ModuleType, schema: Any) -> list[str]:

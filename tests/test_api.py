@@ -31,6 +31,11 @@ def test_an_unknown_name_is_an_attribute_error():
         protoprune.prunes  # noqa: B018
 
 
+def test_samplers_need_no_import_of_their_own(monkeypatch):
+    monkeypatch.delattr(protoprune, "samplers", raising=False)  # as before anything has imported it
+    assert protoprune.samplers.RS2Sampler(10, 0.5).n == 10
+
+
 NONE = ImageList("", [], np.empty(0), np.empty(0), np.empty(0), [])
 MODULES = list(pkgutil.walk_packages(protoprune.__path__, "protoprune."))
 
@@ -94,3 +99,9 @@ def test_what_a_notebook_shows_is_a_line(tmp_path, feature_file, image_tree):
         assert text.startswith(start)
         assert "\n" not in text
         assert len(text) < 400
+
+
+@pytest.mark.parametrize(("opener", "what"), [("FeatureFile", "feature file"), ("Record", "training record")])
+def test_a_folder_is_called_one(tmp_path, opener, what):
+    with pytest.raises(protoprune.ProtopruneError, match=f"a folder, not a {what}; `protoprune .* IMAGES` makes one"):
+        getattr(protoprune, opener)(tmp_path)

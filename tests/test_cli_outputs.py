@@ -311,6 +311,8 @@ def test_a_url_is_no_folder_in_python_either(here):
         lambda: reshard("list.txt", url, root=here),
         lambda: files.make_folder(url),
     ]
+    with pytest.raises(UsageError, match="file:///tmp/x: give the path itself, /tmp/x"):
+        reshard("list.txt", "file:///tmp/x", root=here)
     for call in calls:
         with pytest.raises(UsageError, match=said):
             call()

@@ -368,6 +368,28 @@ def test_tables_of_data_frames(tmp_path, form):
         read_list(path)
 
 
+def test_an_arrow_file_whose_offsets_are_damaged(tmp_path):
+    """pyarrow reads beyond its memory, which ended the process, unless it is told to check them; in shards too."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from protoprune.sources.shard import ShardError
+    from protoprune.sources.tables import table_ids
+
+    table = pyarrow.table({"path": ["a/1.png", "b/2.png", "c/3.png", "d/4.png"], "image": [b"x"] * 4})
+    offsets = np.arange(0, 35, 7, dtype="<i4")
+    for name, new in (("kept.arrow", pyarrow.ipc.new_file), ("kept.stream", pyarrow.ipc.new_stream)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        data = (tmp_path / name).read_bytes()
+        assert data.count(offsets.tobytes()) == 1
+        wrong = offsets.copy()
+        wrong[2] = 2**30
+        (tmp_path / name).write_bytes(data.replace(offsets.tobytes(), wrong.tobytes()))
+        with pytest.raises(ProtopruneError, match=rf"{name}: not a list that protoprune wrote"):
+            read_list(tmp_path / name)
+        with pytest.raises(ShardError):
+            table_ids(str(tmp_path / name), "path")
+
+
 def test_names_that_are_not_utf8_in_parquet(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"path": [b"b/\xe9.png"]}), tmp_path / "kept.parquet")

@@ -369,6 +369,8 @@ def test_what_training_code_asks_of_an_image_folder(image_folder):
     import copy
     import pickle
 
+    import torch
+
     kept = keep_only(image_folder, KEPT)
     for one in (kept, copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
         assert (one.classes, one.class_to_idx) == (["cat", "dog", "eel"], {"cat": 0, "dog": 1, "eel": 2})
@@ -381,6 +383,11 @@ def test_what_training_code_asks_of_an_image_folder(image_folder):
     with pytest.raises(AttributeError, match="'KeptSubset' object has no attribute 'labels'"):
         _ = kept.labels
     assert keep_only(kept, KEPT[:2], part=True).targets == [0, 1]
+    split = torch.utils.data.Subset(image_folder, [6, 3, 0])  # as random_split makes them
+    some = keep_only(split, KEPT)
+    assert (some.classes, some.targets, len(some)) == (image_folder.classes, [1, 1], 2)
+    some.transform = lambda image: "another"
+    assert some[0] == ("another", 1)
 
 
 def test_timm_data_sets_stay_what_they_are(image_folder, tmp_path):

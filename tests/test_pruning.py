@@ -316,6 +316,11 @@ def test_a_rule_and_clusters_say_the_same_as_their_fields(copies):
     assert np.array_equal(whole.keep, prune(whole.ranking, rule).keep)
     with pytest.raises(TypeError, match="colour"):
         protoprune.select(copies, 0.5, colour="red")
+    for call in (protoprune.select, protoprune.rank, lambda file, **options: prune(whole.ranking, 0.5, **options)):
+        name = "sead" if call is protoprune.rank else "balanced"
+        meant = {"sead": "seed", "balanced": "balance"}[name]
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean {meant}[?]"):
+            call(copies, **{name: 1})
 
 
 def test_nothing_to_keep_is_an_error(copies, tmp_path):

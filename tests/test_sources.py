@@ -121,8 +121,12 @@ def test_a_missing_shard_of_a_pattern_is_known_and_all_missing_is_an_error(folde
     assert [shard.size < 0 for shard in source.shards] == [False, False, True]
     with pytest.raises(ProtopruneError, match="none of the 3 shards is there"):
         find_shards(f"{tmp_path}/x{{0..2}}.tar")
-    with pytest.raises(UsageError, match="matches no file"):
-        find_shards(f"{tmp_path}/x*.tar")
+    for name, way_on in (
+        ("x*.tar", "look at the folder"),
+        ("*.JPG", "patterns are for shards: give the folder of the"),
+    ):
+        with pytest.raises(UsageError, match=f"matches no file; {way_on}"):
+            find_shards(f"{tmp_path}/{name}")
 
 
 def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):

@@ -552,7 +552,11 @@ def test_nothing_beats_random_is_said_with_numbers():
     pool = pool_of(rng.standard_normal((200, 5)), np.sort(rng.integers(0, 2, 200)))
     result = tune(pool, 0.3, recipes=[Candidate()], rounds=(1,), seeds=4, heads=Ridge(pool))
     text = report.sentence(result)
-    assert text.startswith("keep 30%: nothing beats random here; a random list is written (the best recipe, hard, is ")
+    gap = 100 * result.judgement.random_to_everything.mean
+    assert text.startswith(
+        f"keep 30%: nothing beats random here, which is {abs(gap):.1f} {'below' if gap <= 0 else 'above'} everything; "
+        "a random list is written (the best recipe, hard, is "
+    )
     assert "points over random (" in text
 
 

@@ -301,6 +301,8 @@ def _open_raw(path: str, kind: Kind) -> BinaryIO:
         _refuse_now(path, error)
         if not os.path.exists(path):
             raise UsageError(f"{path}: no such {kind.what}; make one with `{kind.command} -o {path}`") from None
+        if os.path.isdir(path):
+            raise ProtopruneError(f"{path}: a folder, not a {kind.what}; `{kind.command}` makes one") from None
         raise _not_opened(path, kind, error) from None
 
 

@@ -5,8 +5,9 @@ Everything that is wrong with a question is found here, for the command line and
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict, cast
 
@@ -148,18 +149,30 @@ class Rule:
                 )
 
 
+def _check_names(options: Mapping[str, object], *kinds: type) -> None:
+    """TypeError for an option that none of these dataclasses has, with the one that may be meant."""
+    names = {one.name for kind in kinds for one in fields(kind)}
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), 1)
+            raise TypeError(f"unexpected keyword argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def as_rule(keep: float | Rule, options: RuleOptions) -> Rule:
+    _check_names(options, Rule)
     if isinstance(keep, Rule):
         return replace(keep, **options)
     return Rule(keep, **options)
 
 
 def as_clusters(clusters: Clusters | None, options: ClusterOptions) -> Clusters:
+    _check_names(options, Clusters)
     return replace(clusters, **options) if clusters is not None else Clusters(**options)
 
 
 def rule_and_clusters(keep: float | Rule, clusters: Clusters | None, options: Options) -> tuple[Rule, Clusters]:
     """Both, with the options by their names; one that neither has is a TypeError."""
+    _check_names(options, Rule, Clusters)
     names = {one.name for one in fields(Rule)}
     rule = {name: value for name, value in options.items() if name in names}
     other = {name: value for name, value in options.items() if name not in names or name == "seed"}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.images.decode import size_and_times
-from protoprune.images.listing import describe_counts, is_image_name, relative_id
+from protoprune.images.listing import describe_counts, image_suffixes, is_image_name, relative_id
 from protoprune.stores import is_url, without_query
 from protoprune.text import parse_json
 from protoprune.units import bytes_text, many
@@ -159,6 +159,11 @@ def _range(text: str) -> list[str] | None:
     return [f"{number:0{width}d}" for number in numbers]
 
 
+def _of_images(spec: str) -> bool:
+    """Whether a pattern is meant for images: 'photos/*.jpg'."""
+    return os.path.splitext(spec)[1].lower() in image_suffixes() - set(SUFFIXES)
+
+
 def _pattern(spec: str) -> Source:
     above, rest = _as_written(spec)
     found: list[str] = []
@@ -167,7 +172,8 @@ def _pattern(spec: str) -> Source:
         found += sorted(glob.glob(path, recursive=True)) if glob.has_magic(name) else [os.path.join(above, name)]
     found = [os.path.abspath(path) for path in dict.fromkeys(found) if not os.path.isdir(path)]
     if not found:
-        raise UsageError(f"{spec}: matches no file; give a pattern in quotes, such as 'shards/{{0000..0099}}.tar'")
+        way_on = "patterns are for shards: give the folder of the images" if _of_images(spec) else "look at the folder"
+        raise UsageError(f"{spec}: matches no file; {way_on}")
     if all(is_image_name(path) and not path.lower().endswith(SUFFIXES) for path in found):
         raise UsageError(
             f"{spec}: matches {many(len(found), 'image')}, and patterns are for shards; give the folder of the images, "

@@ -133,7 +133,9 @@ def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
             (reader.get_batch(i) for i in range(reader.num_record_batches)) if head.startswith(b"ARROW1") else reader
         )
         for batch in every:
-            yield batch.select(columns)
+            wanted = batch.select(columns)
+            wanted.validate(full=True)  # damaged offsets are read as they stand, and end the process
+            yield wanted
 
     return reader.schema, some, None
 

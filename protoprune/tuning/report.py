@@ -44,11 +44,10 @@ def sentence(result: Tuned) -> str:
     best = f"the best recipe, {result.best.name}, is {why} it: {_over_random(one)}"
     if one.even_better:
         gain = f"{_signed(one.balanced_to_random)} points over random ({_span(one.balanced_to_random)})"
-        return (
-            f"{head}: nothing beats random by class here, which is {gain}; such a list is written ({best}), "
-            f"{_below(one.balanced_to_everything)}"
-        )
-    return f"{head}: nothing beats random here; a random list is written ({best}), {_below(one.random_to_everything)}"
+        below = _below(one.balanced_to_everything)
+        return f"{head}: nothing beats random by class here, which is {gain}, {below}; such a list is written ({best})"
+    below = _below(one.random_to_everything)
+    return f"{head}: nothing beats random here, which is {below}; a random list is written ({best})"
 
 
 def _left_out(result: Tuned, one: Judgement) -> str:
