@@ -44,9 +44,10 @@ def test_a_folder_is_recorded_and_only_once(images, record, tmp_path):
     assert lines[:2] == [
         f"training: 12 examples in 3 classes, {images}", f"test: 3 examples in 3 classes, {tmp_path / 'test'}"
     ]  # fmt: skip
-    assert lines[2].startswith("warning: 3 of the 3 test images are training images too (first: dog/000.png); ")
-    assert lines[3].startswith("record: 2 models x 2 recorded epochs x 12 examples, ")
-    assert lines[3].endswith("kB in record.h5")
+    assert lines[2] == f"warning: {tmp_path / 'test'} has no image of 1 of 3 classes, first cat"
+    assert lines[3].startswith("warning: 3 of the 3 test images are training images too (first: dog/000.png); ")
+    assert lines[4].startswith("record: 2 models x 2 recorded epochs x 12 examples, ")
+    assert lines[4].endswith("kB in record.h5")
     assert lines[-1].startswith("record.h5: 2 x cnn, 2 epochs, in ")
     with Record(tmp_path / "record.h5") as found:
         assert (found.models, found.epochs, found.n) == (2, 2, 12)

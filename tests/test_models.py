@@ -125,7 +125,7 @@ def test_wrong_weights_are_one_clear_line(tmp_path):
     torch.save({"model": {}, "epoch": 3}, tmp_path / "nested.pt")
     for name, model, words in [
         ("wide.pt", "cnn", "tensors fit the model .*network.2.0.weight"),
-        ("text.pt", "cnn", "not readable; give a .pth"),
+        ("text.pt", "cnn", r"not readable(;| \(Unsupported operand 110\);) give a .pth"),
         ("list.pt", "cnn", "a list instead of a state dict"),
         ("nested.pt", "cnn", "no tensors in it"),
         ("none.pt", "cnn", "no such file"),

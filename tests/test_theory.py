@@ -410,7 +410,7 @@ def test_it_simulates_and_no_number_is_cut_where_there_is_no_terminal(tmp_path):
         ("theory curve --points many", "--points"),
         ("theory curve --order best", "--order"),
         ("select --kep 0.5", "No such option: --kep"),
-        ("select", "Missing option '--keep'; see `protoprune select --help`"),
+        ("select", "Missing option '--keep', the fraction to keep, such as --keep 0.7; see `protoprune select --help`"),
         ("--bogus", "No such option: --bogus; see `protoprune --help`"),
         ("select a b --keep 1", "b"),
     ],
