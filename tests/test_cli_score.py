@@ -238,7 +238,7 @@ def test_a_score_that_most_images_share_is_warned_about(recorded):
         (["random", "--record", "features.h5"], "an HDF5 file, but not a training record"),
         (["el2n", "--record", "list.txt"], "list.txt: not a readable HDF5 file"),
         (["k_center", "--features", "list.txt"], "list.txt: not a readable HDF5 file"),
-        (["el2n", "--record", "."], ".: not a readable HDF5 file"),
+        (["el2n", "--record", "."], ".: a folder, not a training record; `protoprune record IMAGES` makes one"),
         (["random", "--record", "a.h5", "--features", "b.h5"], "give the one that the metric needs"),
         (["random", "--epoch", "3"], "--epoch does not go with random; it goes with aum, ddd"),
         (["random", "-o", "features.h5"], "score tables are written as"),

@@ -69,6 +69,13 @@ def write_record(out: str, *, models: int = 4, epochs: int = 4, upto: int | None
     return out
 
 
+def _put(path: Path, data: bytes) -> None:
+    """A file of its own, as a damaged copy is: where this process still has the old one open, HDF5 would answer from
+    what it remembers of that one, in forked processes too."""
+    path.unlink()
+    path.write_bytes(data)
+
+
 def _but_for_flags(damaged: bytes, data: bytes) -> bytes:
     """The bytes with the flags that say whether HDF5 has the file open, which no seal covers, as they were."""
     at, size = seals._OPEN_FLAGS
@@ -167,9 +174,9 @@ def check(calls: dict, path: Path, count: int, *, recomputes=False, unsigned=Fal
     expected = {name: call() for name, call in calls.items()}  # here, so that the forks need not import anything
     assert all(one[0] == 0 for one in expected.values()), expected
     for number, damaged in enumerate(mutations(data, count, len(path.name))):
-        path.write_bytes(damaged)
+        _put(path, damaged)
         outcomes = run_apart(lambda: {name: call() for name, call in calls.items()})
-        path.write_bytes(data)
+        _put(path, data)
         assert isinstance(outcomes, dict), f"mutation {number}: {outcomes}"
         for name, outcome in outcomes.items():
             where = f"mutation {number}, {name}: {outcome}"
