@@ -81,7 +81,11 @@ def test_one_model_lists_tensors_and_subsets(tmp_path):
         ({"logits": LOGITS[0, 0]}, "logits: expected"),
         ({"logits": []}, "logits: expected"),
         ({"classes": ["a"]}, "classes: 1 names for logits of 4 classes"),
-        ({"epochs": [1, 1, 2]}, "expected 3 growing numbers"),
+        ({"epochs": [1, 1, 2]}, "expected 3 growing whole numbers"),
+        ({"epochs": [1.5, 2, 3]}, "expected 3 growing whole numbers"),
+        ({"paths": [f"/data/{path}" for path in PATHS]}, "paths: '/data/.*' is not below a folder; give root="),
+        ({"paths": ["", *PATHS[1:]]}, "paths: '' is not below a folder"),
+        ({"paths": ["../up.png", *PATHS[1:]], "root": "/data"}, "outside the root /data"),
         ({"subset": SUBSET[:1]}, r"subset of shape \(1, 11\): expected \(2, 11\)"),
     ],
 )
@@ -90,6 +94,15 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, changed, mess
     with pytest.raises(UsageError, match=message):
         protoprune.write_record(tmp_path / "own.h5", **given)
     assert not os.listdir(tmp_path)
+
+
+def test_absolute_paths_are_below_the_root(tmp_path):
+    """As the samples of a data set with an absolute root have them; a record of them as they are could not be read."""
+    absolute = [f"/data/train/{path}" for path in PATHS]
+    protoprune.write_record(tmp_path / "own.h5", absolute, LABELS, LOGITS, root="/data/train/")
+    with Record(tmp_path / "own.h5") as record:
+        assert sorted(record.paths) == sorted(PATHS)
+        assert record.provenance["root"] == "/data/train"
 
 
 def test_nothing_is_replaced_unasked(tmp_path):

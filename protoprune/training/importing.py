@@ -18,6 +18,7 @@ from protoprune.arguments import as_numbers, checked, texts
 from protoprune.bounds import shown
 from protoprune.errors import UsageError
 from protoprune.features import hdf5
+from protoprune.images.listing import relative_id
 
 _ROWS = 16_384  # whose statistics are computed at once
 _LARGEST = 1e30  # of a logit: the squares and differences of larger ones are no numbers
@@ -30,6 +31,7 @@ def write_record(
     labels: np.ndarray,
     logits: Any,
     *,
+    root: str | os.PathLike[str] | None = None,
     classes: Sequence[str] | None = None,
     epochs: Sequence[int] | None = None,
     subset: np.ndarray | None = None,
@@ -41,21 +43,18 @@ def write_record(
     logits: (e, n, c) of n images and c classes at e moments of one training, or (m, e, n, c) of m models: an array, a
     memory map, a tensor, or a list of such parts, of which one epoch of one model is read at a time. Log-probabilities
     do as well. Row i is image `paths[i]`, with the class number `labels[i]`; the order is any.
+    root: the folder that the paths are relative to, or below if they are absolute, as the feature file has it;
     classes: names of the c classes [their numbers]; epochs: (e,) after how many epochs of training each moment was
     [1 to e; 0 is the untrained model]; subset: (m, n) which images each model was trained on [all]; probabilities:
     keep those of the last moment too, for `label_issues`.
 
     Raises UsageError for what does not fit together or is no number, and where `out` is there, unless `overwrite`.
     """
-    out, names = os.fspath(out), texts("paths", paths)
+    out, names = os.fspath(out), _names(paths, root)
     _check_new(out, overwrite)
     models = _models(logits)
-    if len(set(names)) < len(names):
-        raise UsageError(f"paths: {len(names) - len(set(names)):,} occur twice; give each image once")
     n, count, width = len(names), len(models[0]), np.shape(models[0][0])[-1]
-    numbers = list(range(1, count + 1)) if epochs is None else [int(one) for one in epochs]
-    if len(numbers) != count or any(b <= a for a, b in zip([-1, *numbers], numbers, strict=False)):
-        raise UsageError(f"epochs {shown(epochs)}: expected {count:,} growing numbers, one for each moment")
+    numbers = _epochs(range(1, count + 1) if epochs is None else epochs, count)
     kinds = [str(number) for number in range(width)] if classes is None else texts("classes", classes, "names")
     own = _labels(labels, n, width)
     if len(kinds) != width:
@@ -64,8 +63,9 @@ def write_record(
     order = np.array(sorted(range(n), key=lambda row: os.fsencode(names[row])), np.int64)
     with files.lock(out):
         records.create(
-            out, _provenance(len(models), trained, numbers), paths=[names[row] for row in order], labels=own[order],
-            classes=kinds, subset=trained[:, order], epoch_numbers=numbers, probabilities=probabilities,
+            out, _provenance(root, len(models), trained, numbers), paths=[names[row] for row in order],
+            labels=own[order], classes=kinds, subset=trained[:, order], epoch_numbers=numbers,
+            probabilities=probabilities,
         )  # fmt: skip
         partial = records.PartialRecord(out)
         try:
@@ -77,6 +77,25 @@ def write_record(
             with contextlib.suppress(OSError):
                 os.unlink(hdf5.partial_path(out))
             raise
+
+
+def _names(paths: Sequence[str], root: str | os.PathLike[str] | None) -> list[str]:
+    """The paths as records have them, below a folder."""
+    names = texts("paths", paths)
+    if root is not None:
+        names = [relative_id(name, os.fspath(root)) for name in names]
+    if (odd := next(filter(files.leads_out, names), None)) is not None:
+        raise UsageError(f"paths: {odd!r} is not below a folder; give root=, the folder that the images are in")
+    if len(set(names)) < len(names):
+        raise UsageError(f"paths: {len(names) - len(set(names)):,} occur twice; give each image once")
+    return names
+
+
+def _epochs(epochs: Sequence[int], count: int) -> list[int]:
+    found = as_numbers("epochs", epochs)
+    if found.shape != (count,) or found.dtype.kind not in "iu" or (np.diff(found, prepend=-1) <= 0).any():
+        raise UsageError(f"epochs {shown(epochs)}: expected {count:,} growing whole numbers, one for each moment")
+    return found.tolist()
 
 
 def _models(logits: Any) -> Any:
@@ -120,9 +139,12 @@ def _subset(subset: np.ndarray | None, models: int, n: int) -> np.ndarray:
     return found.astype(bool)
 
 
-def _provenance(models: int, subset: np.ndarray, epochs: Sequence[int]) -> dict[str, Any]:
+def _provenance(
+    root: str | os.PathLike[str] | None, models: int, subset: np.ndarray, epochs: Sequence[int]
+) -> dict[str, Any]:
+    folder = "unknown" if root is None else os.path.abspath(root)
     return {
-        "recipe": json.dumps({"model": "a training of your own"}), "root": "unknown", "models": models,
+        "recipe": json.dumps({"model": "a training of your own"}), "root": folder, "models": models,
         "subset_fraction": float(subset.mean()) if subset.size else 1.0, "epochs_recorded": json.dumps(list(epochs)),
     }  # fmt: skip
 
