@@ -51,7 +51,8 @@ test-oldest: ## Run the tests with the oldest versions that pyproject.toml allow
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet uv
 	.venv-oldest/bin/uv pip compile --quiet --no-deps --no-annotate --resolution lowest-direct pyproject.toml \
-	    --extra cpu --extra tables --extra remote --extra ray --extra labels | grep -v torchvision > .venv-oldest/oldest.txt
+	    --extra cpu --extra tables --extra remote --extra ray --extra labels --no-emit-package torchvision \
+	    --output-file .venv-oldest/oldest.txt
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --constraints .venv-oldest/oldest.txt \
 	    --editable '.[cpu,dev]'
 	.venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
