@@ -301,7 +301,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     for kept, others in zip(names.tolist(), members, strict=True):
         rows = [kept, *others.tolist()]
-        labels = {int(ranking.labels[row]) for row in rows} if ranking.classes else {0}
+        labels = {int(ranking.labels[row]) for row in rows} - {-1}  # of no class is of no other one
         groups.append({"rows": rows[:8], "size": len(rows), "mixed": len(labels) > 1})
     mixed = sum(one["mixed"] for one in groups)
     groups.sort(key=lambda one: (not one["mixed"], -one["size"], one["rows"][0]))
