@@ -43,7 +43,7 @@ class Options:
     thumbnails: bool = True
     tables: Sequence[str] = ()  # score tables to compare the ranking with
     evaluation: str | None = None  # a folder that `evaluate -o` wrote
-    command: tuple[str, str] = ("protoprune select --keep ", " > kept.txt")  # what makes the list, around the fraction
+    command: tuple[str, str] | None = None  # what makes the list, around the fraction; None: not shown
     seed: int = 0
 
 
@@ -127,7 +127,7 @@ def _data(
         "duplicates": [{**one, "rows": at(one["rows"])} for one in duplicates["groups"]],
         "disagreements": [{**one, "rows": at(one["rows"])} for one in tables["pairs"]],
         "classes": [shown(name) for name in ranking.classes],
-        "command": list(options.command),
+        "command": options.command and list(options.command),
     }
 
 
@@ -359,5 +359,6 @@ def _map(chosen: Selected, sample: np.ndarray, options: Options) -> tuple[np.nda
 
 def shown(name: str) -> str:
     """A file name as text: bytes that are no UTF-8 and control characters are escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
