@@ -233,6 +233,18 @@ def test_without_names_rows_have_numbers(tmp_path):
         assert np.array_equal(file.features[:], VECTORS)
 
 
+def test_names_that_are_no_text_stand_where_a_list_of_images_has_them(tmp_path):
+    """`scaling` and `tune --model` match the rows of images and vectors by their order: text is not sorted as bytes."""
+    names = [os.fsdecode(name) for name in ("é.png".encode(), b"\x80.png", "中.png".encode(), b"z.png")]
+    for name in names:
+        write_image(tmp_path / "images" / name)
+    np.save(tmp_path / "v.npy", VECTORS[:4])
+    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names, root=tmp_path / "images")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == list(protoprune.list_folder(tmp_path / "images").paths)
+        assert np.array_equal(file.features[:], VECTORS[[names.index(name) for name in file.paths]])
+
+
 def test_names_that_are_files_have_size_and_time(tmp_path):
     for name in NAMES[:-1]:
         write_image(tmp_path / "images" / name)

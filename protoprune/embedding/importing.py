@@ -305,10 +305,10 @@ def _read_names(path: str, column: str | None) -> list[str]:
 
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
-    """(ids sorted by code point, root, the vector of each)."""
+    """(ids sorted as images are, root, the vector of each)."""
     base = _base(names, root)
     names = [_plain(name if base is None else _below(name, base)) for name in names]
-    order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    order = np.array(sorted(range(len(names)), key=lambda row: os.fsencode(names[row])), np.int64)
     ordered = [names[i] for i in order]
     twice = [one for one, other in itertools.pairwise(ordered) if one == other]
     if twice:
