@@ -220,6 +220,7 @@ def test_select_takes_every_option_by_name(copies):
     plain = protoprune.select(copies, 0.5, k=1)
     assert plain.keep.sum() == 25
     assert plain.weights is None
+    assert protoprune.select(copies, k=1).rule == Rule(0.7)
     chosen = protoprune.select(
         copies, 0.5, dedup=0.01, order="easy", calibrate=0.5, quota="dbp", balance=0.5, k=1, seed=3
     )

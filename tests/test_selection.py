@@ -311,7 +311,7 @@ def test_nan_among_usable_scores_is_an_error(order):
         kept_mask(np.array([1, np.nan, 2, np.nan]), 0.5, ids=ids_of(4), order=order)
 
 
-@pytest.mark.parametrize("value", [0, -0.1, 1.0001, 150, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -0.1, 1.0001, 100, 150, math.nan, math.inf])
 def test_fractions_out_of_range(value):
     with pytest.raises(UsageError, match=r"--keep .*above 0 and at most 1") as caught:
         kept_mask(PLANTED, value, ids=ids_of(5))
