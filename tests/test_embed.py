@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 import types
@@ -739,6 +740,23 @@ def test_threads_that_stepped_back_are_relieved_where_others_have_the_cores(wait
     assert hunger.starved() is starved
     clock["monotonic"], clock["process_time"] = 10.0, used + 9  # the next seconds are judged by themselves
     assert not hunger.starved()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there has each thread a priority of its own")
+@pytest.mark.parametrize("nice", [0, 19])
+def test_a_run_that_is_nice_stays_so(nice, images, tmp_path, monkeypatch):
+    """`nice -n 19 protoprune embed`: nobody but an administrator may step forward again, and nobody means to."""
+
+    def step(which, thread, to):
+        asked.append(to)
+        if to < nice:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    asked = []
+    monkeypatch.setattr(pipeline.os, "getpriority", lambda which, thread: nice)
+    monkeypatch.setattr(pipeline.os, "setpriority", step)
+    assert run(images, tmp_path / "f.h5").embedded == 21
+    assert set(asked) == {max(nice, 10)}
 
 
 def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monkeypatch):

@@ -326,11 +326,13 @@ def _alone(step_back: bool = False) -> None:
     """Set up a decoding thread, which works by itself.
 
     Decoding threads beside a forward pass on the CPU step back, so that they run when a core is free (Linux gives each
-    thread a priority of its own).
+    thread a priority of its own). Those of `nice -n 19` stay there: stepping forward is for administrators only.
     """
     alone()
     if step_back and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
+        own = threading.get_native_id()
+        with contextlib.suppress(OSError):  # where containers forbid the call, all goes on as it is
+            os.setpriority(os.PRIO_PROCESS, own, max(_STEP_BACK, os.getpriority(os.PRIO_PROCESS, own)))
 
 
 def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:
