@@ -26,7 +26,7 @@ import numpy as np
 
 from protoprune import files
 from protoprune.arguments import checked
-from protoprune.device import cores
+from protoprune.device import cores, full_fp32
 from protoprune.embedding import earlier
 from protoprune.embedding.ahead import Halves, whole
 from protoprune.embedding.engine import PIECE, Encoder, Engine, alone, resolve_precision
@@ -210,7 +210,7 @@ def _run(
                 decoders.relieve(alone)
                 hunger = None
             if on_cpu and not engine.compile:
-                features = torch.cat(list(engine.pieces.map(forward, _pieces(buffer, len(rows)))))
+                features = torch.cat(list(engine.each(forward, _pieces(buffer, len(rows)))))
             else:
                 features = forward(buffer)
             ready = _recorded(engine.device)
@@ -283,12 +283,14 @@ def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool, 
 
 @contextlib.contextmanager
 def own_threads() -> Iterator[None]:
-    """Leave torch with the number of threads that it had: what a decoding thread sets is set for the others too."""
+    """Leave torch with the number of threads that it had: what a decoding thread sets is set for the others too. What
+    is computed within in fp32 is, whatever the program asked for."""
     import torch
 
     threads = torch.get_num_threads()
     try:
-        yield
+        with full_fp32():
+            yield
     finally:
         torch.set_num_threads(threads)
 
