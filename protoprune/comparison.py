@@ -127,8 +127,9 @@ def _check(
 def _present(labels: np.ndarray, classes: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Of the classes that have images: names, numbers of images, and which of them each image is of, -1 for none."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    if len(counts) > len(classes):
-        raise UsageError(f"label {len(counts) - 1}: expected 0 to {len(classes) - 1}, the numbers of the classes")
+    for label in (labels.min(), len(counts) - 1):
+        if not -1 <= label < len(classes):
+            raise UsageError(f"label {label}: expected a class's number, 0 to {len(classes) - 1}, or -1 for none")
     present = np.flatnonzero(counts)
     number = np.full(len(classes) + 1, -1, np.int32)  # the last is of images without one
     number[present] = np.arange(len(present))

@@ -263,6 +263,7 @@ def test_what_was_typed_is_forgotten_when_the_command_ends(here):
         (lambda: protoprune.select("f.h5", 0.5, scores="a.csv", cache=False), "no --no-cache with it"),
         (lambda: protoprune.select("f.h5", 0.5, order="cover", k=5), "--order cover ranks nothing: no --k with it"),
         (lambda: protoprune.select("f.h5", 0.5, order="random", restarts=2), "no --restarts with it"),
+        (lambda: protoprune.select("f.h5", 0.5, order="cover", restarts=2, dedup=0.1), "no --restarts with it"),
         (lambda: stability(protoprune.select("f.h5", 0.5, order="random")), "--order random is none"),
         (lambda: import_features("v.npy", "new.h5", vector_column="x"), "--vector-column x: v.npy has one array"),
         (lambda: join({"a": read_table("a.csv"), "b": read_table("b.csv")}, by_place=True), "--by-place: all of these"),
@@ -277,7 +278,7 @@ def test_restarts_and_clusters_where_they_do_something(here):
     """The neighbours of what is refused above."""
     for options in (
         {"order": "random", "restarts": 2, "drop_hardest": 0.2},
-        {"order": "random", "restarts": 2, "dedup": 0.1},
+        {"order": "cover", "restarts": 2, "drop_hardest": 0.2},
         {"order": "cover", "k": 5, "by": "cluster"},
         {"order": "cover", "k": 5, "quota": "dbp"},
     ):

@@ -16,6 +16,7 @@ import pytest
 from conftest import write_features
 from helpers import write_image
 
+from protoprune import Rule, prune, rank
 from protoprune.images.decode import Status
 from protoprune.lists import read_list, read_weights
 from protoprune.scores import write_scores
@@ -542,6 +543,18 @@ def test_restarts_and_stability_report_how_far_to_trust_the_list(here, run):
     assert [(int(k), int(seed)) for k, seed, _, _ in rows] == [(3, 1), (3, 2), (3, 3), (1, 0), (6, 0)]
     assert all(-1 <= float(spearman) <= 1 and 0 <= float(share) <= 100 for _, _, spearman, share in rows)
     assert stability.stdout == select(run, "--keep", "0.5").stdout
+
+
+def test_restarts_and_stability_of_a_cover_without_the_hardest(here, run):
+    """Single seeds drop other images, and so cover others: the overlap is that of the lists that they would give."""
+    options = ["--keep", "0.5", "--order", "cover", "--drop-hardest", "0.3", "--by", "cluster", "--k", "4"]
+    result = select(run, *options, "--restarts", "2", "--stability")
+    rule = Rule(0.5, "cover", drop_hardest=0.3, by="cluster")
+    single = [prune(rank("features.h5", k=4, seed=seed), rule).keep for seed in (0, 1)]
+    share = (single[0] & single[1]).sum() / single[0].sum()
+    assert share < 1
+    assert f"the sets that single seeds keep overlap by {100 * share:.1f} %" in result.stderr
+    assert "kept sets overlap" in result.stderr
 
 
 def test_seed_changes_a_random_list_and_nothing_else_does(here, run):

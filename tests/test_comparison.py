@@ -157,7 +157,8 @@ def test_class_shares_by_hand():
     ("options", "message"),
     [
         ({"labels": np.zeros(5, int), "classes": ["x"]}, r"labels: shape \(5,\), expected one number for each of 6"),
-        ({"labels": np.arange(6), "classes": ["x"]}, "label 5: expected 0 to 0"),
+        ({"labels": np.arange(6), "classes": ["x"]}, "label 5: expected a class's number, 0 to 0"),
+        ({"labels": np.arange(6) - 2, "classes": list("vwxyz")}, "label -2: .* 0 to 4, or -1 for none"),
         ({"paths": list("uvwxy")}, r"a: shape \(6,\), expected one number for each of 5 paths"),
         ({"tables": {"a": np.arange(6.0), "b": np.arange(7.0)}}, r"b: shape \(7,\)"),
         ({"level": 95}, "confidence 95"),

@@ -927,5 +927,5 @@ def test_an_encoder_that_gives_no_vector_an_image_is_told_so(tmp_path, broken, s
     encoder = types.SimpleNamespace(**{**usual, "pool": "", "fp32_only": False, **broken})
     images = list_folder(make_images(tmp_path / "images", 8))
     with pytest.raises(UsageError, match=said):
-        embed(images, encoder, tmp_path / "f.h5", device="cpu", batch_size=8)
+        embed(images, encoder, tmp_path / "f.h5", device="cpu", batch_size=8, precision="fp32")
     assert not (tmp_path / "f.h5").exists()

@@ -284,6 +284,10 @@ def test_merge_is_the_set_in_one_file(tars, mini, tmp_path):
     assert call("merge", tmp_path / "f", "-o", tmp_path / "m.h5").exit_code == 2
     assert call("merge", tmp_path / "f", "-o", tmp_path / "m.h5", "--overwrite").exit_code == 0
     assert call("merge", tmp_path / "m.h5", "-o", tmp_path / "n.h5").exit_code == 2
+    (tmp_path / "n.h5.partial").write_bytes(b"hours of a GPU")
+    result = call("merge", tmp_path / "f", "-o", tmp_path / "n.h5")
+    assert (result.exit_code, "n.h5.partial: an unfinished run of `protoprune embed`" in result.stderr) == (2, True)
+    assert (tmp_path / "n.h5.partial").read_bytes() == b"hours of a GPU"
 
 
 def test_one_shard_into_one_file(tars, folder, reference, tmp_path):

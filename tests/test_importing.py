@@ -17,7 +17,8 @@ from protoprune.cli import app
 from protoprune.embedding import importing
 from protoprune.embedding.importing import import_features
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
-from protoprune.features.featurefile import FeatureFile
+from protoprune.features.featurefile import IMPORTED, KEY, FeatureFile, create_partial
+from protoprune.images.listing import ImageList
 
 N, DIM = 12, 5
 NAMES = [f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(N)]  # not sorted
@@ -232,6 +233,18 @@ def test_without_names_rows_have_numbers(tmp_path):
         assert np.array_equal(file.features[:], VECTORS)
 
 
+def test_names_that_are_no_text_stand_where_a_list_of_images_has_them(tmp_path):
+    """`scaling` and `tune --model` match the rows of images and vectors by their order: text is not sorted as bytes."""
+    names = [os.fsdecode(name) for name in ("é.png".encode(), b"\x80.png", "中.png".encode(), b"z.png")]
+    for name in names:
+        write_image(tmp_path / "images" / name)
+    np.save(tmp_path / "v.npy", VECTORS[:4])
+    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names, root=tmp_path / "images")
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.paths == list(protoprune.list_folder(tmp_path / "images").paths)
+        assert np.array_equal(file.features[:], VECTORS[[names.index(name) for name in file.paths]])
+
+
 def test_names_that_are_files_have_size_and_time(tmp_path):
     for name in NAMES[:-1]:
         write_image(tmp_path / "images" / name)
@@ -321,13 +334,23 @@ def test_at_the_command_line_and_never_over_another_file(tmp_path):
     assert "imported: v.npy" in said
 
 
-def test_what_a_killed_import_left_is_said_and_replaced(tmp_path):
+def test_what_a_killed_import_left_is_replaced_and_nothing_else(tmp_path):
+    """An import starts again, and so does a merge; an unfinished run of `embed` may be hours of a GPU."""
     np.savez(tmp_path / "v.npz", features=np.eye(4, dtype=np.float32), paths=np.array(list("abcd")))
-    (tmp_path / "f.h5.partial").write_bytes(b"\x89HDF")
-    with pytest.raises(UsageError, match=r"of `protoprune embed` or `import`; let it end.* with --overwrite"):
-        import_features(tmp_path / "v.npz", tmp_path / "f.h5")
+    partial, key = tmp_path / "f.h5.partial", dict.fromkeys(KEY, "x") | {"store": "float32"}
+    images = ImageList("/", ["a"], np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, -1, np.int32), [])
+    for own in ({**key, "precision": IMPORTED}, {**key, "merged_from": "0" * 32}):
+        create_partial(str(tmp_path / "f.h5"), images, 4, own)
+        assert import_features(tmp_path / "v.npz", tmp_path / "f.h5").n == 4
+        (tmp_path / "f.h5").unlink()
+    create_partial(str(tmp_path / "f.h5"), images, 4, key)
+    for before in (partial.read_bytes(), b"\x89HDF"):  # the second one may be anything
+        partial.write_bytes(before)
+        with pytest.raises(UsageError, match=r"f\.h5\.partial: an unfinished run of `protoprune embed`.* --overwrite"):
+            import_features(tmp_path / "v.npz", tmp_path / "f.h5")
+        assert partial.read_bytes() == before
     assert import_features(tmp_path / "v.npz", tmp_path / "f.h5", overwrite=True).n == 4
-    assert not (tmp_path / "f.h5.partial").exists()
+    assert not partial.exists()
 
 
 def test_names_of_images_in_shards(tmp_path):

@@ -404,6 +404,8 @@ def test_label_issues_need_probabilities_models_that_did_not_see_the_image_and_c
     record.subset[:] = True
     with pytest.raises(UsageError, match=r"label_issues asks models that did not see an image, .* --models trained"):
         score("label_issues", record)
+    with pytest.raises(ProtopruneError, match="gives no image a score; too few models, or --models asks for those"):
+        score("label_issues", record, models="held-out")
     record.statistics = ("prediction",)
     with pytest.raises(UsageError, match=r"needs probability, which fake\.h5 does not hold; .* --probabilities"):
         score("label_issues", record)

@@ -103,6 +103,21 @@ def test_tune_says_that_its_list_is_of_all_images(here, capsys):
     )
 
 
+def test_images_without_a_class_are_of_none_of_them(here):
+    """On the sheet they stood as the last class; a near-duplicate of a labelled one was called a likely label error."""
+    from protoprune import pruning
+    from protoprune.cli.show import _rows
+    from protoprune.report import facts
+
+    titles = [title for title, *_ in _rows(pruning.rank("f.h5"), "class", 2, 0)]
+    assert titles == ["no class (16)", "ape (12)", "bee (12)"]
+    found = facts.gather(select("f.h5", 0.5), facts.Options(duplicates=0.9))
+    labels = found.blocks["label"]
+    mixed = [{int(labels[at]) for at in one["rows"]} - {-1} for one in found.data["duplicates"] if one["mixed"]]
+    assert all(len(one) > 1 for one in mixed)
+    assert any({-1, 0} == {int(labels[at]) for at in one["rows"]} for one in found.data["duplicates"])
+
+
 def test_advice_is_about_images_that_have_a_class(here):
     assert run("advise --features f.h5").stdout.startswith("24 images, 2 classes, 12 a class on average.")
 

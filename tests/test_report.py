@@ -187,6 +187,26 @@ def test_command(many, tmp_path, monkeypatch):
         assert len(run.stderr.strip().splitlines()) == 1
 
 
+def test_a_page_made_in_python_names_no_command_that_would_make_another_list(many):
+    html, _ = page(pruning.select(many, 0.3, order="easy"))
+    assert b"The command that makes this list" not in html
+    assert b'"command":null' in html
+
+
+def test_names_that_are_no_utf8_are_escaped_wherever_they_come_from(many, tmp_path):
+    """Class names in the results of `evaluate`, and what an import calls its encoder, ended in a UnicodeEncodeError."""
+    method = {
+        "name": "k\udcff", "kept": 75, "fraction": 0.5, "accuracy": {"mean": 0.9}, "worst_class": "c\udcfe\u202e",
+        "worst_class_accuracy": 0.71,
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"methods": [method]}))
+    chosen = pruning.select(many, 0.5)
+    chosen.ranking.source.provenance["encoder"] = "e\udcfd<"
+    html, _ = page(chosen, Options(thumbnails=False, evaluation=os.fspath(tmp_path)))
+    for name in (b"k\\udcff", b"c\\udcfe\\u202e", b"e\\udcfd&lt;"):
+        assert name in html
+
+
 def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     from protoprune.errors import ProtopruneError
 

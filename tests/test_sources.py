@@ -908,3 +908,10 @@ def test_what_unpacks_to_more_than_can_be_meant_or_than_there_is_room_for(kind, 
     assert re.fullmatch(r"unpacks to more than [\d.,]+ (bytes|kB), 10 times its size", said["times"])
     assert said["free"] == f"unpacks to more than 900 bytes, nine tenths of what is free in {folder}"
     assert said["full"] == f"no room for it in {folder} (No space left on device); TMPDIR names another place"
+
+
+def test_options_of_a_later_version_are_refused_in_a_line():
+    assert ShardOptions.of({"shard_options": ShardOptions(class_level=2).as_text()}) == ShardOptions(class_level=2)
+    later = {"shard_options": json.dumps({"labels": True, "crop": 3, "audio": None}), "protoprune": "7.1"}
+    with pytest.raises(ProtopruneError, match=r"of protoprune 7\.1, .* does not know \(audio, crop\); upgrade it"):
+        ShardOptions.of(later)

@@ -616,6 +616,17 @@ def test_coverage_duplicates_and_stability_are_those_of_brute_force():
     assert rows["random"].stability < 0.25
 
 
+def test_without_labels_images_of_zeros_are_left_out():
+    """They have no cluster; `select` keeps none of them."""
+    pool = modes()
+    others = np.setdiff1d(np.arange(len(pool)), (3, 900))
+    pool.vectors[[3, 900]] = 0
+    part = Pool([pool.paths[row] for row in others], pool.labels[others], pool.classes, pool.vectors[others])
+    assert unlabelled.describe(pool, 0.1) == unlabelled.describe(part, 0.1)
+    with pytest.raises(UsageError, match="0 of 0 images"):
+        unlabelled.describe(Pool(["a", "b"], np.full(2, -1), [], np.zeros((2, 3))), 0.5)
+
+
 def test_every_recipe_has_a_place_among_the_candidates():
     found = candidates(50_000, 10, ["t.csv"])
     parts = itertools.product(("hard", "stratified"), (0.0, 0.5), (0.0, 0.1), (None, 40))

@@ -341,7 +341,7 @@ def _rows(ranking: Ranking, by: str, count: int, seed: int) -> list[tuple[str, l
         rows = order[groups[order] == group]
         ends = min(count, (len(rows) + 1) // 2)
         easiest, hardest = rows[:ends], rows[len(rows) - min(ends, len(rows) - ends) :][::-1]
-        name = "all images" if by == "none" else titles[group] if titles else f"cluster {group}"
+        name = "all images" if by == "none" else f"cluster {group}" if titles is None else [*titles, "no class"][group]
         easy, hard = ([ranking.paths[row] for row in part] for part in (easiest, hardest))
         lines.append((f"{name} ({len(rows):,})", easy, hard))
     return lines

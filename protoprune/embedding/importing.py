@@ -28,7 +28,6 @@ from protoprune import files, stores
 from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial
-from protoprune.features.hdf5 import partial_path
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
 from protoprune.images.listing import (
@@ -139,11 +138,6 @@ def import_features(
     check_labels(labels, class_level)
     if isinstance(paths, (str, os.PathLike)) and not os.path.exists(paths):
         raise UsageError(f"--paths {os.fspath(paths)}: no such file; give a list of the images' names")
-    if os.path.exists(partial_path(out)) and not overwrite:
-        raise UsageError(
-            f"{partial_path(out)}: an unfinished run of `protoprune embed` or `import`; let it end, choose another -o, "
-            "or replace it with --overwrite"
-        )
     with contextlib.ExitStack() as stack:
         columns = _Columns(vector_column, path_column, own_names=paths is None)
         read, parts = _read(vectors, columns, stack)
@@ -311,10 +305,10 @@ def _read_names(path: str, column: str | None) -> list[str]:
 
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
-    """(ids sorted by code point, root, the vector of each)."""
+    """(ids sorted as images are, root, the vector of each)."""
     base = _base(names, root)
     names = [_plain(name if base is None else _below(name, base)) for name in names]
-    order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    order = np.array(sorted(range(len(names)), key=lambda row: os.fsencode(names[row])), np.int64)
     ordered = [names[i] for i in order]
     twice = [one for one, other in itertools.pairwise(ordered) if one == other]
     if twice:

@@ -298,6 +298,7 @@ class Features:
             else:
                 if self._map is None:
                     self._map = self._file._reader.mapped("features")
+                self._file._reader.check_same()
                 block = self._map[numbers]
         self._check(numbers, block)
         return block[(slice(None), *columns)] if columns else block
@@ -452,13 +453,28 @@ class PartialFile:
 
 
 def check_new(out: str, overwrite: bool) -> None:
-    """Raise UsageError where a whole new feature file would take the place of something, unless it is asked to."""
+    """Raise UsageError where a whole new feature file would take the place of something, unless it is asked to: of an
+    unfinished run of `embed` too, which may be hours of a GPU."""
     if os.path.isdir(out):
         raise UsageError(f"{out}: a folder; name a file")
     if os.path.exists(out):
         if not overwrite:
             raise UsageError(f"{out}: exists; choose another -o, or replace it with --overwrite")
         hdf5.check_replaceable(out, KIND)
+    if not overwrite and os.path.exists(partial_path(out)) and not _made_at_once(partial_path(out)):
+        raise UsageError(
+            f"{partial_path(out)}: an unfinished run of `protoprune embed`; run that again to finish it, choose "
+            "another -o, or replace it with --overwrite"
+        )
+
+
+def _made_at_once(partial: str) -> bool:
+    """Whether an unfinished file is one of `merge` or `import`, which nobody misses: they start again."""
+    try:
+        with FeatureFile(partial) as file:
+            return "merged_from" in file.provenance or file.provenance["precision"] == IMPORTED
+    except ProtopruneError:
+        return False
 
 
 def create_partial(

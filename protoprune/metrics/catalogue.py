@@ -350,11 +350,14 @@ def _label_issues(record: Record, *, models: str | None = None) -> Scored:
         count += counts
         for rows in _blocks(record.n, 8 * len(record.classes)):
             total[rows] += record.probabilities(model, rows) * counts[rows, None]
-    values = np.full(record.n, np.nan, np.float32)
+    values, last = np.full(record.n, np.nan, np.float32), slice(len(record.epoch_numbers) - 1, None)
+    if not members:
+        return Scored(values, _used(record, last, 0, averaged_over=models))
     known = count > 0
-    quality, issues = ensembles.label_issues(record.labels[known], total[known] / count[known, None])
+    total = total[known]
+    total /= count[known, None]
+    quality, issues = ensembles.label_issues(record.labels[known], total)
     values[known] = 1 - quality + issues
-    last = slice(len(record.epoch_numbers) - 1, None)
     return Scored(values, _used(record, last, len(members), averaged_over=models, issues=int(issues.sum())))
 
 

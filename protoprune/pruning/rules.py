@@ -194,7 +194,7 @@ def check_together(
     if rule.quota and clusters.euclidean:
         raise UsageError(NO_QUOTA)
     if scores is None:
-        if not by_scores(rule) and dedup is None:
+        if not by_scores(rule):
             refuse_clusters(clusters, ("restarts",), f"--order {rule.order} takes no ranking into account")
     elif dedup is not None or rule.quota:
         refuse_clusters(clusters, ("restarts",), "--scores ranks without clustering")

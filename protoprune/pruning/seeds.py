@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from protoprune import selection
 from protoprune.errors import UsageError
 from protoprune.pruning.choosing import Selected, prune
 from protoprune.pruning.ranking import Ranking, rank
 from protoprune.pruning.rules import Rule, by_scores
 from protoprune.scores import mean_overlap, overlap, spearman
+from protoprune.selection import COVERS
 
 
 @dataclass
@@ -32,7 +32,7 @@ def stability(reference: Selected, *, seeds: int = 3) -> list[StabilityRow]:
     if ranking.table is not None or clusters is None or ranking.source is None:
         raise UsageError("--scores ranks without clustering: no --stability with it")
     check_stability(reference.rule)
-    rule = replace(reference.rule, quota=None, balance=0.0, by=None, calibrate=None)
+    rule = _by_order_alone(reference.rule)
     base, seed = ranking.clusterings[0].k, ranking.clusterings[0].seed
     m = int(ranking.scored.sum())
     # Other seeds come after those of the restarts, which the reference has used up.
@@ -57,11 +57,10 @@ def check_stability(rule: Rule) -> None:
 
 def restart_overlap(ranking: Ranking, rule: Rule) -> float:
     """Mean overlap of the sets that the single restarts would keep, by order alone: what one seed is worth."""
-    masks = [
-        selection.kept_mask(
-            one.distance, rule.keep, ids=ranking.paths, usable=ranking.usable, order=rule.order, seed=rule.seed,
-            drop_hardest=rule.drop_hardest,
-        )
-        for one in ranking.clusterings
-    ]  # fmt: skip
-    return mean_overlap(masks)
+    singles = [replace(ranking, scores=one.distance, clusterings=[one]) for one in ranking.clusterings]
+    return mean_overlap([prune(one, _by_order_alone(rule)).keep for one in singles])
+
+
+def _by_order_alone(rule: Rule) -> Rule:
+    by = rule.by if rule.order in COVERS else None  # which also says what is covered
+    return replace(rule, quota=None, balance=0.0, by=by, calibrate=None)

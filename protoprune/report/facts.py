@@ -43,7 +43,7 @@ class Options:
     thumbnails: bool = True
     tables: Sequence[str] = ()  # score tables to compare the ranking with
     evaluation: str | None = None  # a folder that `evaluate -o` wrote
-    command: tuple[str, str] = ("protoprune select --keep ", " > kept.txt")  # what makes the list, around the fraction
+    command: tuple[str, str] | None = None  # what makes the list, around the fraction; None: not shown
     seed: int = 0
 
 
@@ -127,7 +127,7 @@ def _data(
         "duplicates": [{**one, "rows": at(one["rows"])} for one in duplicates["groups"]],
         "disagreements": [{**one, "rows": at(one["rows"])} for one in tables["pairs"]],
         "classes": [shown(name) for name in ranking.classes],
-        "command": list(options.command),
+        "command": options.command and list(options.command),
     }
 
 
@@ -301,7 +301,7 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     for kept, others in zip(names.tolist(), members, strict=True):
         rows = [kept, *others.tolist()]
-        labels = {int(ranking.labels[row]) for row in rows} if ranking.classes else {0}
+        labels = {int(ranking.labels[row]) for row in rows} - {-1}  # of no class is of no other one
         groups.append({"rows": rows[:8], "size": len(rows), "mixed": len(labels) > 1})
     mixed = sum(one["mixed"] for one in groups)
     groups.sort(key=lambda one: (not one["mixed"], -one["size"], one["rows"][0]))
@@ -359,5 +359,6 @@ def _map(chosen: Selected, sample: np.ndarray, options: Options) -> tuple[np.nda
 
 def shown(name: str) -> str:
     """A file name as text: bytes that are no UTF-8 and control characters are escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

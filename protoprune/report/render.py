@@ -68,7 +68,7 @@ def page(
         sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
     place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
     blocks["thumb"] = _block(place)
-    if _broken(chosen):  # lines cannot hold the names, and the command must make the list
+    if facts.data["command"] and _broken(chosen):  # lines cannot hold the names, and the command must make the list
         first, last = facts.data["command"]
         facts.data["command"] = [first, last.removesuffix(" > kept.txt") + " -o kept.jsonl"]
     facts.data |= {"side": thumbnails.SIDE, "across": thumbnails.ACROSS, "saves": saves}
@@ -133,15 +133,15 @@ def _render(facts: Facts, blocks: dict[str, Any], sprites: list[bytes]) -> bytes
 
     environment = Environment(
         loader=PackageLoader("protoprune.report", "page"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: shown(value) if type(value) is str else value,
     )  # fmt: skip
-    environment.filters["shown"] = shown
     folder = resources.files("protoprune.report") / "page"
     style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
     html = environment.get_template("page.html").render(
-        **facts.text, style=style, script=script, style_digest=_digest(style), script_digest=_digest(script),
-        data=_json(facts.data), blocks=blocks, sprites=[base64.b64encode(one).decode() for one in sprites],
-        version=__version__, now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **facts.text, command=facts.data["command"], style=style, script=script, style_digest=_digest(style),
+        script_digest=_digest(script), data=_json(facts.data), blocks=blocks,
+        sprites=[base64.b64encode(one).decode() for one in sprites], version=__version__,
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     return html.encode()
 

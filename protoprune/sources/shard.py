@@ -8,12 +8,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from protoprune import formats
+from protoprune import __version__, formats
 from protoprune.arguments import check_fields
-from protoprune.errors import UsageError
+from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images.decode import ImageError, Status, check_bytes
 from protoprune.images.listing import ImageList, check_labels
 from protoprune.text import parse_json
@@ -54,8 +54,14 @@ class ShardOptions:
 
     @classmethod
     def of(cls, provenance: dict[str, Any]) -> ShardOptions:
-        """Those that a feature file was made with."""
-        return cls(**parse_json(provenance.get("shard_options", "{}")))
+        """Those that a feature file was made with. Raises ProtopruneError for such as a later version has."""
+        found = parse_json(provenance.get("shard_options", "{}"))
+        if unknown := sorted(set(found) - {one.name for one in fields(cls)}):
+            raise ProtopruneError(
+                f"the features are of protoprune {provenance.get('protoprune', 'unknown')}, which has options of "
+                f"shards that {__version__} does not know ({', '.join(unknown)}); upgrade it"
+            )
+        return cls(**found)
 
     def check(self, shards: Iterable[str]) -> None:
         """Raise UsageError for options that do nothing beside the others, or in shards of these names."""

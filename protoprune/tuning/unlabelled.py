@@ -52,15 +52,16 @@ def recipes() -> list[Candidate]:
 
 def describe(pool: Pool, keep: float, seed: int = 0) -> Unlabelled:
     """Coverage, near-duplicates and stability of every recipe's list of the pool, whose labels are not looked at."""
-    n = len(pool)
     check_keep(keep)
+    vectors.check_finite("the features", pool.vectors, pool.paths)
+    placed = np.flatnonzero(pool.vectors.any(axis=1))  # zeros resemble nothing, and no recipe keeps them
+    n = len(placed)
     if not 1 <= round(keep * n) < n:
         raise UsageError(f"--keep {keep:g}: {round(keep * n):,} of {n:,} images, which leaves nothing to compare")
-    vectors.check_finite("the features", pool.vectors, pool.paths)
     unit = vectors.unit(np.asarray(pool.vectors, np.float32))
-    sample = np.sort(np.random.default_rng([seed, 77]).permutation(n)[:SAMPLE])
-    blind = Pool(pool.paths, np.full(n, -1), [], pool.vectors)
-    first, second = (Part(blind, np.arange(n), seed=one) for one in (seed, seed + 1))
+    sample = np.sort(np.random.default_rng([seed, 77]).permutation(placed)[:SAMPLE])
+    blind = Pool(pool.paths, np.full(len(pool), -1), [], pool.vectors)
+    first, second = (Part(blind, np.arange(len(pool)), seed=one) for one in (seed, seed + 1))
     rows = []
     for one in recipes():
         kept, other = first.select(one, keep), second.select(one, keep)
@@ -73,11 +74,11 @@ def describe(pool: Pool, keep: float, seed: int = 0) -> Unlabelled:
             )
         )  # fmt: skip
     cluster = prototypes.cluster(pool.vectors, prototypes.auto_k(n), seed=seed).cluster
-    neighbours = _nearest(unit, sample, np.arange(n), min(NEIGHBOURS, n - 1))
+    neighbours = _nearest(unit, sample, placed, min(NEIGHBOURS, n - 1))
     same = cluster[neighbours] == cluster[sample][:, None]
-    share = np.bincount(cluster) / n
+    share = np.bincount(cluster[placed]) / n
     return Unlabelled(
-        rows, float(same.mean()), float(np.square(share).sum()), _alike(unit, sample, np.arange(n)), len(sample)
+        rows, float(same.mean()), float(np.square(share).sum()), _alike(unit, sample, placed), len(sample)
     )
 
 

@@ -131,9 +131,9 @@
     $("card-removed").textContent = count(out);
     const size = megabytes[stop], all = megabytes[last];
     const unit = (value) => value >= 1e6 ? (value / 1e6).toFixed(2) + " TB" : value >= 1e3 ? (value / 1e3).toFixed(2) + " GB" : value.toFixed(1) + " MB";
-    $("card-bytes").textContent = `${unit(size)} of ${unit(all)}`;
+    $("card-bytes").textContent = all ? `${unit(size)} of ${unit(all)}` : "not known";
     $("card-saved").textContent = whole ? `${(100 * out / whole).toFixed(1)} % less` : "";
-    $("command").textContent = data.command[0] + data.stops[stop] + data.command[1];
+    if (data.command) $("command").textContent = data.command[0] + data.stops[stop] + data.command[1];
     $("save").disabled = !data.saves || !number;
     bars.forEach(({ fill, whole }, bin) => { fill.style.height = whole ? (100 * histogram[stop * bars.length + bin] / whole) + "%" : "0"; });
     for (const entry of shown) mark(entry);
@@ -386,7 +386,7 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
   $("save").addEventListener("click", save);
-  $("copy").addEventListener("click", async () => {
+  $("copy")?.addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText($("command").textContent);
       $("copy").textContent = "Copied";
