@@ -5,6 +5,7 @@ import os
 import h5py
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
@@ -48,6 +49,8 @@ def test_layout_is_what_the_docstring_says_and_plain_h5py_reads_it(tmp_path):
         np.testing.assert_array_equal(file["label"][:], [0, 0, 1, 1])
         assert file.attrs["encoder"] == "e"
         assert file.attrs["root"] == "/data"
+    numbers = ", ".join(f"{int(status)} {status.label}" for status in Status if status)
+    assert f"| {numbers} (see" in (REPOSITORY / "docs/files.md").read_text()  # what stands in files stays what it is
 
 
 def test_names_that_are_not_utf8_or_hold_line_breaks_survive(tmp_path):

@@ -344,7 +344,8 @@ def test_usage_errors_name_the_value(options, message):
 def test_keep_everything_and_nothing_to_choose_from():
     assert kept_mask(PLANTED, 1.0, ids=ids_of(5)).all()
     assert not kept_mask(PLANTED, 0.001, ids=ids_of(5)).any()
-    assert len(kept_mask(np.empty(0), 0.5, ids=[])) == 0
+    for one in ORDERS:
+        assert len(kept_mask(np.empty(0), 0.5, ids=[], order=one)) == 0
     assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), usable=np.zeros(3, bool)).any()
     nothing = {"usable": np.zeros(3, bool), "groups": np.zeros(3, int), "balance": 0.5}
     assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), **nothing).any()
