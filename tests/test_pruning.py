@@ -250,7 +250,12 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     values = np.arange(50.0)
     values[:5] = np.nan  # a/00.png … have no score: they neither stay nor remove anything
     np.save(scores, values)
-    assert not protoprune.select(copies, 0.5, scores=scores, by_place=True).ranking.clusterings
+    plain = protoprune.select(copies, 0.4, scores=scores, by_place=True)
+    assert not plain.ranking.clusterings
+    paths = plain.ranking.paths[:]
+    assert plain.kept_paths == paths[-18:]
+    backwards = protoprune.select(copies, 0.4, scores=scores, rows=paths[::-1], higher_is="easier")
+    assert backwards.kept_paths == paths[27:45]  # the least that there is, of which the first five rows have none
     chosen = protoprune.select(copies, 0.5, scores=scores, by_place=True, dedup=0.01, k=1)
     assert len(chosen.ranking.clusterings) == 1
     unscored = np.flatnonzero(np.isnan(values))
