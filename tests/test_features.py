@@ -82,6 +82,19 @@ def test_reasons_are_stored_once_each_and_the_table_may_fill_up(tmp_path):
     assert failures[1200][2] == "reason 0000"
 
 
+def test_reasons_of_two_earlier_files_stay_their_own(tmp_path):
+    names, reasons = ["a.jpg", "b.jpg"], ["cut off", "a bad checksum"]
+    images = images_of(names)
+    for name, reason in zip(names, reasons, strict=True):
+        written(tmp_path / name, [name], np.zeros((1, 2)), np.array([Status.CORRUPT], np.uint8), [reason])
+    with FeatureFile(tmp_path / "a.jpg") as one, FeatureFile(tmp_path / "b.jpg") as other:
+        known = [np.array([0, -1]), np.array([-1, 0])]
+        create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [one, other], known)
+    PartialFile(str(tmp_path / "f.h5")).finish()
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert [reason for _, _, reason in file.failures()] == reasons
+
+
 def test_rows_in_pieces_are_written_where_they_belong(tmp_path):
     images = images_of([f"{i}.jpg" for i in range(9)])
     earlier = images_of(["1.jpg", "4.jpg"])

@@ -256,6 +256,8 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     assert plain.kept_paths == paths[-18:]
     backwards = protoprune.select(copies, 0.4, scores=scores, rows=paths[::-1], higher_is="easier")
     assert backwards.kept_paths == paths[27:45]  # the least that there is, of which the first five rows have none
+    with pytest.raises(UsageError, match="scores ranks without clustering: no --stability with it"):
+        pruning.stability(backwards)
     chosen = protoprune.select(copies, 0.5, scores=scores, by_place=True, dedup=0.01, k=1)
     assert len(chosen.ranking.clusterings) == 1
     unscored = np.flatnonzero(np.isnan(values))
@@ -275,6 +277,8 @@ def test_stability_compares_the_same_images(copies):
     assert all(0 < row.overlap <= 1 for row in rows)
     alone = pruning.stability(protoprune.select(copies, 0.5, dedup=0.01, k=1, order="easy"), seeds=1)
     assert (alone[0].k, alone[0].overlap) == (1, 1.0)  # one cluster: no seed can differ, and no duplicate comes back
+    with pytest.raises(UsageError, match="--order random is none"):
+        pruning.stability(protoprune.select(copies, 0.5, k=1, order="random"))
 
 
 @pytest.mark.parametrize(
