@@ -88,11 +88,19 @@ class Block:
     """Names in a file, each followed by a NUL byte, which can be read from any thread.
 
     handle: a descriptor of the file, which is closed with the block; start: the first byte; places: where the rows 0,
-    STEP, 2 * STEP, … begin after it, and the end; damaged: makes the error for a file that is too short.
+    STEP, 2 * STEP, … begin after it, and the end; damaged: makes the error for a file that is too short; check: raises
+    where what was read may be of another file than was opened.
     """
 
-    def __init__(self, handle: int, start: int, places: np.ndarray, damaged: Callable[[], Exception]):
-        self.handle, self.start, self.places, self.damaged = handle, start, places, damaged
+    def __init__(
+        self,
+        handle: int,
+        start: int,
+        places: np.ndarray,
+        damaged: Callable[[], Exception],
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.handle, self.start, self.places, self.damaged, self.check = handle, start, places, damaged, check
         weakref.finalize(self, os.close, handle)
 
     def read(self, first: int, last: int) -> list[bytes]:
@@ -101,6 +109,7 @@ class Block:
 
     def _bytes(self, low: int, high: int) -> bytes:
         block = os.pread(self.handle, high - low, self.start + low)
+        self.check()
         if len(block) < high - low:
             raise self.damaged()
         return block

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy machine are slower 
 os.environ["COLUMNS"] = "200"  # help texts and tables must not wrap
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job: programs that tests start would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignore Ctrl-C too
 
 import numpy as np
 import pytest

@@ -116,6 +116,9 @@ def test_a_second_call_does_only_the_rest(here, run):
     assert Path("out/results.csv").read_bytes() == before
     more = run("evaluate", "good.txt", "bad.txt", *QUICK, "--seeds", "2", "-o", "out").stderr
     assert len(re.findall("^run ", more, re.M)) == 5  # the other list, and random subsets of its size and classes
+    seeds = run("evaluate", "good.txt", *QUICK, "--seeds", "3", "-o", "out").stderr
+    assert "6 of 8 runs were there already, in out/runs" in seeds
+    assert re.findall("already|^run ./8", seeds, re.M) == ["already", "run 7/8", "run 8/8"]
 
 
 def test_row_indices_count_unreadable_images_too(here, run):

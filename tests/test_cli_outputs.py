@@ -72,6 +72,9 @@ def contents(folder) -> dict:
         ("evaluate list.txt --features f.h5 --test other.h5 -o list.txt", "-o list.txt: a file; name a folder"),
         ("evaluate pays/results.csv --features f.h5 --test other.h5 -o pays", "results.csv: is one of the inputs"),
         ("scaling --features f.h5 --test other.h5 --size 4 --scores pays/points.csv -o pays", "is one of the inputs"),
+        ("evaluate list.txt --images images --test images --pixels p", "p.training: is a feature file"),
+        ("scaling --images images --test images --order random --size 4 --pixels p", "p.training: is a feature file"),
+        ("tune --features f.h5 --keep 0.5 --model cnn --images images --pixels p", "p.training: is a feature file"),
         (" ".join([*THEORY, "--csv", "rows.csv", "--plot", "other.png"]), "other.png: is a feature file"),
         (" ".join([*THEORY, "--csv", "photo.jpg"]), "photo.jpg: is an image"),
     ],
@@ -82,6 +85,8 @@ def test_nothing_is_written_over(here, line, message):
     for name in ("results", "points"):
         (here / "pays" / f"{name}.csv").write_text("path,score\n" + "".join(f"{path},1\n" for path in PATHS))
     os.link("other.h5", "other.png")
+    if line.endswith("--pixels p"):
+        os.link("other.h5", "p.training")
     before = contents(here)
     result = CliRunner().invoke(app, line.split())
     assert result.exit_code == 2, result.output

@@ -257,6 +257,17 @@ def test_another_folder_with_the_same_names_sizes_and_times_has_pixels_of_its_ow
     assert values == [[0, 9], [255, 99]] * 2
 
 
+def test_decoding_that_is_interrupted_leaves_nothing_behind(folder, tmp_path):
+    """It is begun anew, and what it reserves may be hundreds of gigabytes."""
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_examples(folder, 8, cache=tmp_path / "p.npy", on_progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("p.npy")] in ([], ["p.npy.lock"])
+
+
 def test_a_cache_with_another_pixel_is_decoded_again(folder, tmp_path):
     """A flipped bit of a pixel cannot be seen, and changes what is learned: the side file has a digest."""
     cache = tmp_path / "p.npy"

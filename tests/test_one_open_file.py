@@ -3,6 +3,7 @@ opened, or a refusal, never a mixture."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -148,6 +149,34 @@ def test_a_part_of_a_set_that_is_embedded_again_is_refused(tmp_path, monkeypatch
     assert dedup.exit_code == 1
     assert "names; if it was embedded again since this began, run this again" in dedup.stderr
     assert "Traceback" not in dedup.stderr
+
+
+@pytest.mark.parametrize("n", [N // 4, N, 2 * N])
+def test_what_is_written_over_an_open_file_is_refused(two_files, feature_file, tmp_path, n):
+    """As `cp other.h5 f.h5` does in a notebook: HDF5 goes on showing what it has read of a file that is open."""
+    file, other = two_files
+    feature_file(other, np.random.default_rng(1).normal(size=(n, 6)), paths=[f"b/other{i:03d}.png" for i in range(n)])
+    check_written_over(file, other)
+    gc.collect()  # the ranking has the file open
+    assert protoprune.select(file, 0.4).kept_paths == protoprune.select(other, 0.4).kept_paths
+
+
+def check_written_over(file, other):
+    ranking = protoprune.rank(file, k=5)
+    with FeatureFile(file) as features, open_features(file) as whole:
+        assert whole.paths[0] == "a/0000.png"
+        assert len(features.features[[1, 7]])
+        shutil.copyfile(other, file)
+        for read in (
+            lambda: list(protoprune.prune(ranking, 0.4).kept_paths),
+            lambda: list(whole.paths),
+            lambda: list(features.paths),
+            lambda: features.features[[3, 8]],
+        ):
+            with pytest.raises(ProtopruneError, match=r"f\.h5: was written over since it was opened; open it again$"):
+                read()
+        with pytest.raises(ProtopruneError, match=r"f\.h5: was written over while this program has it open; close it"):
+            protoprune.select(file, 0.4)
 
 
 def test_opening_while_another_takes_the_name_never_mixes_two_files(two_files, tmp_path):

@@ -544,6 +544,15 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_can_go_on(tmp_path
     assert stored(tmp_path / "r.h5") == stored(tmp_path / "whole.h5")
 
 
+@pytest.mark.parametrize("kind", ["cnn", "head"])
+def test_what_else_lies_in_the_folder_of_checkpoints_stays(kind, tmp_path):
+    (tmp_path / "r.h5.state").mkdir()
+    (tmp_path / "r.h5.state" / "notes.txt").write_text("mine")
+    train, test, recipe, layout = KINDS[kind]
+    run(train, test, recipe, tmp_path / "r.h5", **layout)
+    assert [path.name for path in (tmp_path / "r.h5.state").iterdir()] == ["notes.txt"]
+
+
 def test_what_is_in_the_way_of_checkpoints_is_named(tmp_path):
     (tmp_path / "r.h5.state").write_text("a file")
     with pytest.raises(ProtopruneError, match=r"r.h5.state: cannot make this folder \(File exists\); checkpoints"):

@@ -26,7 +26,7 @@ from protoprune.cli.options import (
     refuse_idle,
     several,
 )
-from protoprune.cli.outputs import check_folder
+from protoprune.cli.outputs import check_folder, check_outputs
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
@@ -123,7 +123,9 @@ def evaluate(
     recipe = training.recipe(model, hidden)
     refuse_length(recipe)
     check_options(lists, samplers, recipe, budget, min_steps, target_accuracy, training.device)
-    check_folder(out, "evaluate", [*lists, source, test, training.weights, *labels.files])
+    inputs = [*lists, source, test, training.weights, *labels.files]
+    check_folder(out, "evaluate", inputs)
+    check_outputs(*training.caches, inputs=inputs)
     labels.arguments()
     listed = [read_list(path) for path in lists]
     train, tested = load_both(source, test, model, training, labels.arguments(), out)

@@ -251,6 +251,11 @@ class TrainingOptions:
         given |= {"weights": self.weights and os.fspath(self.weights), "compile": self.compile or None}
         return Recipe.for_model(model, hidden=hidden, **given)
 
+    @property
+    def caches(self) -> list[str]:
+        """The files of --pixels."""
+        return [] if self.pixels is None else [f"{self.pixels}.{part}" for part in ("training", "test")]
+
     def given(self) -> dict[str, Any]:
         """The options that were given, as far as that can be told from their values."""
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)

@@ -51,8 +51,7 @@ def record(
     The images need labels. What `protoprune score` makes of a record are EL2N, forgetting, memorization and more.
     """
     started = time.monotonic()
-    caches = [] if training.pixels is None else [f"{training.pixels}.{part}" for part in ("training", "test")]
-    check_outputs(*caches, hdf5=out, inputs=[source, test, training.weights, *labels.files])
+    check_outputs(*training.caches, hdf5=out, inputs=[source, test, training.weights, *labels.files])
     if test is None:
         refuse_idle("is of the test images, and there are none without --test", "test_labels")
     labels.arguments()  # what is wrong with them is said before torch loads

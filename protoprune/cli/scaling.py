@@ -29,7 +29,7 @@ from protoprune.cli.options import (
     table_file,
     whole_numbers,
 )
-from protoprune.cli.outputs import check_folder
+from protoprune.cli.outputs import check_folder, check_outputs
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
@@ -103,6 +103,7 @@ def scaling(
     _check_ranking(orders, scores, features, model)
     inputs = [table_file(scores), reading.rows, features, source, test, training.weights, *labels.files]
     check_folder(out, "scaling", inputs)
+    check_outputs(*training.caches, inputs=inputs)
     train, tested = load_both(source, test, model, training, labels.arguments(), out)
     known, vectors = None, None
     if scores is not None:

@@ -193,12 +193,13 @@ def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
 
 
 def show_run(out: Path | None) -> Callable[[Step], None]:
-    """A line on stderr after each run that was trained here."""
+    """A line on stderr after each run that was trained here, and one about those that were there before."""
 
     def show(step: Step) -> None:
-        if step.outcome.cached:
-            if step.done == step.total and out:  # else lists are the same
-                say(f"{step.cached:,} of {step.total:,} runs were there already, in {out / 'runs'}")
+        cached = step.outcome.cached
+        if step.cached and out and (step.done == step.total if cached else step.done - step.cached == 1):
+            say(f"{step.cached:,} of {step.total:,} runs were there already, in {out / 'runs'}")
+        if cached:
             return
         left = f", {duration(step.seconds_left)} left" if step.seconds_left and step.done < step.total else ""
         say(

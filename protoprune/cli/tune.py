@@ -11,7 +11,7 @@ import typer
 
 from protoprune.bounds import check_number
 from protoprune.cli.options import HigherIs, TrainingOptions, meant, refuse_idle, table_file
-from protoprune.cli.outputs import check_folder, check_results
+from protoprune.cli.outputs import check_folder, check_outputs, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
 from protoprune.cli.training import is_image_folder, load_sets, read_table
@@ -93,6 +93,7 @@ def tune(
     _check_files(features, test if model is None else None)
     inputs = [features, test, images, test_labels, training.weights, *map(table_file, scores)]
     check_folder(out, "tune", inputs)
+    check_outputs(*training.caches, inputs=inputs)
     resolve_device(training.device)  # now, and not when everything is done
     started = time.monotonic()
     source = open_features(features)  # once: the list that is written is of what was tuned on

@@ -298,6 +298,7 @@ class Features:
             else:
                 if self._map is None:
                     self._map = self._file._reader.mapped("features")
+                self._file._reader.check_same()
                 block = self._map[numbers]
         self._check(numbers, block)
         return block[(slice(None), *columns)] if columns else block

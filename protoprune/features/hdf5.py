@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import re
+import threading
 import uuid
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ from protoprune.text import native
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 _PIECE = 1 << 22  # bytes of names that are read at once
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
+_OPEN: weakref.WeakSet[Reader] = (
+    weakref.WeakSet()
+)  # to all that a process opens of a file HDF5 shows what it read first
+_OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Reader:
     Attributes: path, file (h5py), data (name -> dataset), raw (the same file, plainly open), attributes (plain values),
     dims (name of a dimension -> size). By its seal (see `seals`) every byte is known to be what was written before it
     is used. Whatever is wrong is one ProtopruneError. All that is read is of the file that was there when it was
-    opened, whatever takes its name later.
+    opened, whatever takes its name later; what is written over it, as `cp` does, is refused.
     """
 
     def __init__(self, path: str, kind: Kind, mode: str = "r") -> None:
@@ -77,6 +82,7 @@ class Reader:
         self.raw, self.seal, self.file = self._open(mode)
         self._close_raw = weakref.finalize(self, self.raw.close)  # some callers leave closing to garbage collection
         try:
+            self._check_shared()
             with self.trouble("its attributes"):
                 self.attributes = {name: _attribute(self.file, name) for name in self.file.attrs}
             missing = [name for name in kind.attributes if name not in self.attributes]
@@ -152,7 +158,8 @@ class Reader:
         damaged = partial(_damaged, self.path, self.kind, f"its {name}")
         with self.trouble(f"its {name}"):
             handle = os.dup(self.raw.fileno())
-        paths = Paths(count, Block(handle, start, every, damaged).read)
+        check = partial(_check_state, self.path, handle, self._state)
+        paths = Paths(count, Block(handle, start, every, damaged, check).read)
         if odd and (outside := next(filter(leads_out, paths), None)) is not None:
             raise self.damaged(f"its {name} holds {outside!r}, which leads out of the folder of the images")
         return paths
@@ -163,6 +170,10 @@ class Reader:
         if array.size and not (low <= array.min() and array.max() < high):
             raise self.damaged(f"its {name} holds {array.min()} to {array.max()}, expected {low} to {high - 1}")
         return array
+
+    def check_same(self) -> None:
+        """ProtopruneError where the file was written over: a memory map of one that is shorter now ends the process."""
+        _check_state(self.path, self.raw.fileno(), self._state)
 
     def check_sealed(self) -> None:
         """ProtopruneError unless every dataset with a digest in the seal is what was written."""
@@ -175,6 +186,8 @@ class Reader:
 
     def damaged(self, what: str, way_on: str = "") -> ProtopruneError:
         """The error that says what is damaged, and the way on."""
+        if not self.raw.closed and _changed(self.raw.fileno(), self._state):
+            return _written_over(self.path)
         return _damaged(self.path, self.kind, what, way_on)
 
     @contextlib.contextmanager
@@ -194,14 +207,18 @@ class Reader:
         """(the file, its seal, the file in HDF5): one file, though another may take its name at this very moment."""
         for _ in range(_TRIES):
             self.raw = raw = _open_raw(self.path, self.kind)
-            file = None
+            file = self._state = None
             try:
                 with self.trouble("its HDF5 structure"):
+                    if not self.path.endswith(".partial"):
+                        self._state = _state(raw.fileno())
                     seal = seals.read(raw)
                     if seal is None:
                         raise _not_ours(self.path, self.kind)
                     file = _open_hdf5(self.path, mode, self.kind)
-                    if os.path.samestat(os.fstat(raw.fileno()), os.fstat(file.id.get_vfd_handle())):
+                    status = os.fstat(raw.fileno())
+                    if os.path.samestat(status, os.fstat(file.id.get_vfd_handle())):
+                        self._inode = status.st_dev, status.st_ino
                         return raw, seal, file
                 file.close()
             except BaseException as error:
@@ -213,6 +230,18 @@ class Reader:
                 raise
             raw.close()
         raise ProtopruneError(f"{self.path}: another file takes its place again and again; run it when that has ended")
+
+    def _check_shared(self) -> None:
+        """Raise ProtopruneError where HDF5 may show what was in the file before it was written over."""
+        with _OPENING:
+            others = [one for one in _OPEN if not one.raw.closed]
+            _OPEN.add(self)
+        for other in others:
+            if other._state and other._inode == self._inode and other._state != self._state:
+                raise ProtopruneError(
+                    f"{self.path}: was written over while this program has it open; close it there (in a notebook, "
+                    "restart the kernel), then open it again"
+                )
 
     def _check_layout(self) -> dict[str, int]:
         """The dimensions; ProtopruneError where datasets do not agree with each other or with the file's size."""
@@ -253,6 +282,25 @@ def _refuse_now(path: str, error: BaseException) -> None:
     if number in _NOW:
         ways = "raise `ulimit -n`" if number in (errno.EMFILE, errno.ENFILE) else "run it again"
         raise ProtopruneError(f"{path}: cannot be read now ({os.strerror(number)}); {ways}") from None
+
+
+def _state(handle: int) -> tuple[int, int]:
+    """What changes when a file is written over."""
+    status = os.fstat(handle)
+    return status.st_mtime_ns, status.st_size
+
+
+def _changed(handle: int, state: tuple[int, int] | None) -> bool:
+    return state is not None and _state(handle) != state
+
+
+def _check_state(path: str, handle: int, state: tuple[int, int] | None) -> None:
+    if _changed(handle, state):
+        raise _written_over(path)
+
+
+def _written_over(path: str) -> ProtopruneError:
+    return ProtopruneError(f"{path}: was written over since it was opened; open it again")
 
 
 def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneError:

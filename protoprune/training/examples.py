@@ -314,11 +314,11 @@ def _fill_cache(
         files.reserve(partial_path, "wb", math.prod(shape))
         array = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
         files.reserve(partial_path, "r+b", os.path.getsize(partial_path))  # numpy has cut the file
-    except OSError:
+        failed = decode(array, on_progress)
+    except BaseException:  # a later run begins anew
         with contextlib.suppress(OSError):
             os.unlink(partial_path)
         raise
-    failed = decode(array, on_progress)
     pixels = _compact(array, failed)
     array.flush()
     with contextlib.suppress(FileNotFoundError):

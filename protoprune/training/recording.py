@@ -11,11 +11,11 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,10 +156,10 @@ def record(
         finally:
             partial.close()
             if failed_at_once:
-                shutil.rmtree(_state_folder(out), ignore_errors=True)
+                _forget_states(out)
                 with contextlib.suppress(OSError):
                     os.unlink(hdf5.partial_path(out))
-        shutil.rmtree(_state_folder(out), ignore_errors=True)  # only checkpoints, and only ours
+        _forget_states(out)
 
 
 def _provenance(
@@ -215,7 +215,7 @@ def _prepare(
             if damage := record.damage():
                 raise record.damaged(f"{damage[0]} is not what was written")
         return False
-    shutil.rmtree(_state_folder(out), ignore_errors=True)  # checkpoints of a run that was given up
+    _forget_states(out)  # of a run that was given up
     records.create(
         out, {**provenance, "overwrite": int(overwrite)}, paths=train.paths, labels=train.labels,
         classes=train.classes, subset=laid_out.subset, epoch_numbers=laid_out.epoch_numbers, gradients=gradients,
@@ -462,6 +462,14 @@ def _state_folder(out: str) -> str:
 
 def _state_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"model-{number:04d}.pt")
+
+
+def _forget_states(out: str) -> None:
+    """Remove checkpoints, and their folder where it holds nothing else."""
+    with contextlib.suppress(OSError):
+        for path in Path(_state_folder(out)).glob("model-[0-9]*.pt*"):
+            path.unlink()
+        os.rmdir(_state_folder(out))
 
 
 def _save_state(folder: str, number: int, state: dict[str, Any]) -> None:
