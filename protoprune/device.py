@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from protoprune.bounds import shown
 from protoprune.errors import ProtopruneError, UsageError, warn
@@ -67,6 +68,32 @@ def native_bf16(device: torch.device) -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products of fp32 within are of all its digits: after torch.set_float32_matmul_precision they are of TF32 or bf16,
+    under the same name."""
+    import torch
+
+    backends: Any = torch.backends
+    if not hasattr(backends.mkldnn, "matmul"):  # of torch 2.8 and before
+        asked = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(asked)
+        return
+    places = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def warn_if_emulated(precision: str, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 import types
@@ -17,7 +18,7 @@ from helpers import many_scans, on_a_full_disk
 from PIL import Image
 
 from protoprune import files
-from protoprune.embedding import pipeline
+from protoprune.embedding import engine, pipeline
 from protoprune.embedding.pipeline import embed, resolve_precision
 from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, UsageError
@@ -741,6 +742,23 @@ def test_threads_that_stepped_back_are_relieved_where_others_have_the_cores(wait
     assert not hunger.starved()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there has each thread a priority of its own")
+@pytest.mark.parametrize("nice", [0, 19])
+def test_a_run_that_is_nice_stays_so(nice, images, tmp_path, monkeypatch):
+    """`nice -n 19 protoprune embed`: nobody but an administrator may step forward again, and nobody means to."""
+
+    def step(which, thread, to):
+        asked.append(to)
+        if to < nice:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    asked = []
+    monkeypatch.setattr(pipeline.os, "getpriority", lambda which, thread: nice)
+    monkeypatch.setattr(pipeline.os, "setpriority", step)
+    assert run(images, tmp_path / "f.h5").embedded == 21
+    assert set(asked) == {max(nice, 10)}
+
+
 def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monkeypatch):
     run(images, tmp_path / "a.h5")
     relieved = []
@@ -781,6 +799,109 @@ def test_a_module_in_training_mode_gives_the_features_of_its_evaluation(tmp_path
             found.append(file.features[:])
     assert np.array_equal(found[0], found[2])
     assert np.array_equal(found[1], found[2])
+
+
+class Watched(torch.nn.Module):
+    """Keeps what a layer gives, as forward hooks do, and comes back to it after a while."""
+
+    def __init__(self, keep=None):
+        super().__init__()
+        self.layer, self.drop = torch.nn.AvgPool2d(SIDE // 2), torch.nn.Dropout(0.5)
+        self.layer.register_forward_hook(keep or self.keep)
+
+    def keep(self, layer, given, result):
+        self.seen = result
+
+    def forward(self, x):
+        return self.features(x)
+
+    def features(self, x):
+        self.layer(x)
+        time.sleep(0.002)
+        return self.drop(self.seen.flatten(1))
+
+
+def _of_a_function():
+    seen = {}
+    watched = Watched(lambda layer, given, result: seen.update(x=result)).eval()
+
+    def model(x):
+        watched.layer(x)
+        time.sleep(0.002)
+        return seen["x"].flatten(1)
+
+    return model
+
+
+def _of_a_module():
+    seen = {}
+    watched = Watched(lambda layer, given, result: seen.update(x=result))
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = watched
+
+        def forward(self, x):
+            self.inside.layer(x)
+            time.sleep(0.002)
+            return seen["x"].flatten(1)
+
+    return Wrapped()
+
+
+def _in_place():
+    room = torch.empty(8, 12)
+    return lambda x: room.copy_(torch.nn.functional.avg_pool2d(x, SIDE // 2).flatten(1))
+
+
+@pytest.mark.parametrize("make", [_of_a_function, _of_a_module, _in_place, Watched, lambda: Watched().features])
+def test_an_encoder_may_keep_what_it_sees(make, images, tmp_path, monkeypatch):
+    """On a CPU several threads compute at once: they got the vectors of each other's images. A method of a network is
+    one of its copy, in evaluation mode."""
+    monkeypatch.setattr(engine, "cores", lambda: 3)
+    encoder = Encoder("own", make(), 12, Preprocess(SIDE, SIDE), "0")
+    run(images, tmp_path / "a.h5", encoder, batch_size=24)
+    run(images, tmp_path / "b.h5", batch_size=24)
+    expected = stored(tmp_path / "b.h5")
+    assert all(np.array_equal(vector, expected[path]) for path, vector in stored(tmp_path / "a.h5").items())
+
+
+def test_a_model_of_which_no_copy_can_be_made_is_said(images, tmp_path):
+    class Own(Watched):
+        def __init__(self):
+            super().__init__(lambda layer, given, result: setattr(self, "seen", result))
+
+    class Locked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+    for model, said in ((Own(), "writes into this Own, .* hook in a method"), (Locked(), "cannot be copied .*lock")):
+        with pytest.raises(UsageError, match=said):
+            run(images, tmp_path / "f.h5", Encoder("own", model, 12, Preprocess(SIDE, SIDE), "0"))
+
+
+def test_fp32_is_what_it_says_whatever_the_program_asked_for(images, tmp_path):
+    """torch.set_float32_matmul_precision and autocast are a program's; features are compared with those of others."""
+    given, asked = [], torch.get_float32_matmul_precision()
+
+    def precision():
+        new = hasattr(torch.backends.mkldnn, "matmul")  # of torch 2.9
+        return torch.backends.mkldnn.matmul.fp32_precision if new else torch.get_float32_matmul_precision()
+
+    def model(x):
+        given.append((precision(), torch.is_autocast_enabled("cpu")))
+        return torch.nn.functional.avg_pool2d(x, SIDE // 2).flatten(1)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            run(images, tmp_path / "f.h5", Encoder("own", model, 12, Preprocess(SIDE, SIDE), "0"))
+        assert (torch.get_float32_matmul_precision(), precision()) in (("medium", "bf16"), ("medium", "medium"))
+    finally:
+        torch.set_float32_matmul_precision(asked)
+    assert set(given) in ({("ieee", False)}, {("highest", False)})
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_heads_at_a_toy_size_and_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tune": [0.1]}, "0.1 is not among keeps"), ({"networks": [{"methods": ["hard"]}]}, "expected random among them")],
+    [({"tune": [0.1]}, "0.1 is not among keeps"), ({"networks": [{"methods": ["hard"]}]}, "expected random among")],
 )
 def test_what_would_have_nothing_to_be_compared_with_is_said_before_the_training(changes, message, tmp_path):
     settings = {"networks": [], "keeps": [0.3], "resolution": 1e-3, "tune": [0.3], "sets": []} | changes

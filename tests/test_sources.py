@@ -531,6 +531,72 @@ def test_a_damaged_member_of_a_zip_fails_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("compression", "old", "new", "status", "reason"),
+    [
+        (zipfile.ZIP_STORED, "é".encode(), b"\xff\xa9", Status.CORRUPT, "codec can't decode"),  # in front of the member
+        (zipfile.ZIP_DEFLATED, b"\x08\0", b"\x09\0", Status.UNSUPPORTED, "compression method is not supported"),
+        (zipfile.ZIP_BZIP2, b"BZh9", b"BZh!", Status.CORRUPT, "Invalid data stream"),
+    ],
+)
+def test_a_member_of_a_zip_that_cannot_be_read_says_why(compression, old, new, status, reason, tmp_path):
+    path = write_zip(tmp_path / "s.zip", [("é.png", PNG), ("z.png", PNG)], compression)
+    head, mark, rest = path.read_bytes().rpartition(b"PK\x01\x02")  # of the second member, in the directory
+    head, first, directory = head.rpartition(b"PK\x01\x02")
+    if status == Status.UNSUPPORTED:
+        directory = directory.replace(old, new, 1)
+    path.write_bytes(head.replace(old, new, 1) + first + directory + mark + rest)
+    with opened(path) as images:
+        with pytest.raises(ImageError) as error:
+            images.read(images.paths.index("s.zip/é.png"))
+        assert images.read(images.paths.index("s.zip/z.png")) == PNG
+    assert (error.value.status, reason in error.value.reason) == (status, True), error.value.reason
+
+
+def _directory(old: bytes, new: bytes) -> bytes:
+    """A zip whose directory says something else."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("é.png", PNG)
+    head, mark, directory = buffer.getvalue().rpartition(b"PK\x01\x02")
+    return head + mark + directory.replace(old, new, 1)
+
+
+def _back_again() -> bytes:
+    """A tar whose second member ends where it begins."""
+    info = tarfile.TarInfo("a.png")
+    info.size = len(PNG)
+    one = info.tobuf(tarfile.USTAR_FORMAT) + PNG + bytes(-len(PNG) % 512)
+    head = bytearray(tarfile.TarInfo("b.png").tobuf(tarfile.USTAR_FORMAT))
+    head[124:136], head[148:156] = (256**12 - 512).to_bytes(12, "big"), b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return one + bytes(head) + bytes(1024)
+
+
+def _odd_holes() -> bytes:
+    info = tarfile.TarInfo("a.png")
+    info.size = len(PNG)
+    info.pax_headers = {"GNU.sparse.map": "0,$96", "GNU.sparse.size": "4096"}
+    return info.tobuf(tarfile.PAX_FORMAT) + PNG + bytes(-len(PNG) % 512 + 1024)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("make", "status", "reason"),
+    [
+        (lambda: _directory("é".encode(), b"\xff\xa9"), Status.CORRUPT, "codec can't decode"),
+        (lambda: _directory(b"\x14\x03\x14\0", b"\x14\x03\x63\0"), Status.UNSUPPORTED, "zip file version 9.9"),
+        (_back_again, Status.CORRUPT, ""),
+        (_odd_holes, Status.CORRUPT, "invalid"),
+    ],
+)
+def test_damage_of_every_kind_is_the_shards_trouble(make, status, reason, tmp_path):
+    """Libraries stumble over it in errors of their own, which ended the whole run, or never come to an end."""
+    (tmp_path / "s").write_bytes(make())
+    found, why = refused(tmp_path / "s")
+    assert (found, reason in why) == (status, True), why
+
+
+@pytest.mark.parametrize(
     ("name", "data", "status", "reason"),
     [
         ("s.tar", b"", Status.EMPTY, "zero bytes"),

@@ -9,14 +9,17 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from protoprune.bounds import is_whole, shown
 from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images.decode import LARGEST_SIDE, Preprocess
+from protoprune.text import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +39,9 @@ class Encoder(Protocol):
     """What is asked of an encoder. `encoders.load_encoder` gives one (an `encoders.Encoder`), and so may you.
 
     name        in the feature file
-    model       normalised float images (b, 3, s, s) -> features (b, dim). Of a torch.nn.Module a copy is moved to the
-                device, in its precision; another function is called as it is, with what lies there
+    model       normalised float images (b, 3, s, s) -> features (b, dim). Of a torch.nn.Module (or that whose method it
+                is) a copy is moved to the device, in its precision; another function is called as it is, by one thread
+                at a time, with what lies there
     dim         numbers in a vector
     preprocess  image file -> the pixels that are normalised, (s, s, 3)
     digest      of the weights, or what else says when features are no longer comparable
@@ -107,9 +111,10 @@ class Engine:
         return _forward(self.encoder, self.device, self.precision, self.compile, self.batch_size)
 
     @functools.cached_property
-    def pieces(self) -> ThreadPoolExecutor:
-        """Threads that compute pieces of a batch on a CPU, each by itself; what torch makes for each is made once."""
-        return ThreadPoolExecutor(cores(), initializer=alone)
+    def each(self) -> Callable[[Forward, list[torch.Tensor]], Iterable[torch.Tensor]]:
+        """`map` for pieces of a batch on a CPU: in as many threads as there are cores, each by itself, what torch makes
+        for each made once; in this one where the model may keep what it sees in a place of its own."""
+        return map if _keeps_something(self.encoder.model) else ThreadPoolExecutor(cores(), initializer=alone).map
 
 
 def check_options(precision: str, batch_size: int | None, workers: int | None, store: str) -> None:
@@ -179,6 +184,65 @@ def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
     return "bf16" if native_bf16(device) else "fp32"
 
 
+def _network(model: Forward) -> torch.nn.Module | None:
+    """The network that a model is, or is a method of; None for other functions."""
+    import torch
+
+    whose = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    return whose if isinstance(whose, torch.nn.Module) else None
+
+
+def _hooks(network: torch.nn.Module) -> list[Callable[..., object]]:
+    """The functions that are called beside its forward passes, without methods of objects, which are copied with it."""
+    every = [hook for part in network.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)
+             for hook in hooks.values()]  # fmt: skip
+    return [hook for hook in every if isinstance(hook, (types.FunctionType, functools.partial))]
+
+
+def _keeps_something(model: Forward) -> bool:
+    """Whether threads may find there what another one left: in a function, or in one that is hooked into a network."""
+    network = _network(model)
+    return network is None or bool(_hooks(network))
+
+
+def _own_copy(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Forward:
+    """The network, ready to be used: neither place nor type of the caller's must change. Raises UsageError where a hook
+    would go on with the caller's."""
+    import torch
+
+    for hook in _hooks(cast(torch.nn.Module, _network(encoder.model))):
+        for cell in getattr(hook, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                if isinstance(cell.cell_contents, torch.nn.Module):
+                    raise UsageError(
+                        f"the encoder {encoder.name}: a function hooked into its model writes into this "
+                        f"{type(cell.cell_contents).__name__}, and embedding uses a copy of it; hook in a method of it"
+                    )
+    try:
+        model = copy.deepcopy(encoder.model)
+    except (TypeError, RuntimeError) as error:
+        said = shortened(" ".join(str(error).split()))
+        raise UsageError(
+            f"the encoder {encoder.name}: its model cannot be copied ({said}); give a function that calls it"
+        ) from None
+    network = cast(torch.nn.Module, _network(model)).to(device=device, dtype=dtype)
+    network.to(memory_format=torch.channels_last).eval()  # with dropout and batch norm features would never be the same
+    return model
+
+
+def _one_a_thread(model: Forward) -> Forward:
+    """The model, of which each thread that calls it has a copy with the same weights: a network may keep what it sees
+    in its own attributes."""
+    own, weights = threading.local(), {id(one): one for one in cast("torch.nn.Module", _network(model)).parameters()}
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        if not hasattr(own, "model"):
+            own.model = copy.deepcopy(model, dict(weights))
+        return own.model(batch)
+
+    return forward
+
+
 def _forward(
     encoder: Encoder, device: torch.device, precision: str, compile: bool, batch_size: int | None
 ) -> tuple[Forward, int]:
@@ -191,11 +255,12 @@ def _forward(
     size = batch_size or _BATCH.get(device.type, 4 * PIECE * cores())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = encoder.model
-    if isinstance(model, torch.nn.Module):  # a copy: neither place nor type of the caller's encoder must change
-        model = copy.deepcopy(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        model.eval()  # as it comes from a constructor, dropout and batch norm would make other features each time
+    if _network(model) is not None:
+        model = _own_copy(encoder, device, dtype)
     if compile:
         model = compiled(model)
+    elif _network(model) is not None and device.type == "cpu":
+        model = _one_a_thread(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     scale = 1 / (torch.tensor(encoder.preprocess.std, device=device).view(1, 3, 1, 1) * 255)
 
@@ -205,13 +270,18 @@ def _forward(
         """cuDNN's own default for fp32 convolutions is TF32, with a mantissa of fp16."""
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if cuda else contextlib.nullcontext()
 
+    def as_asked() -> contextlib.AbstractContextManager[None]:
+        """Not as an autocast around the caller has it."""
+        known = device.type in ("cpu", "cuda")
+        return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
     def forward(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             pixels = batch.to(device, non_blocking=cuda).permute(0, 3, 1, 2)  # (b, 3, s, s), channels last in memory
-            with exact():
+            with exact(), as_asked():
                 features = model(((pixels.float() - mean) * scale).to(dtype))
             _check_features(features, encoder, len(batch))
-            return features.float().to("cpu", non_blocking=cuda)
+            return features.to("cpu", torch.float32, non_blocking=cuda, copy=True)  # the model may use its memory again
 
     side = encoder.preprocess.size
     while device.type == "cuda":

@@ -26,7 +26,7 @@ import numpy as np
 
 from protoprune import files
 from protoprune.arguments import checked
-from protoprune.device import cores
+from protoprune.device import cores, full_fp32
 from protoprune.embedding import earlier
 from protoprune.embedding.ahead import Halves, whole
 from protoprune.embedding.engine import PIECE, Encoder, Engine, alone, resolve_precision
@@ -210,7 +210,7 @@ def _run(
                 decoders.relieve(alone)
                 hunger = None
             if on_cpu and not engine.compile:
-                features = torch.cat(list(engine.pieces.map(forward, _pieces(buffer, len(rows)))))
+                features = torch.cat(list(engine.each(forward, _pieces(buffer, len(rows)))))
             else:
                 features = forward(buffer)
             ready = _recorded(engine.device)
@@ -283,12 +283,14 @@ def _decoders(images: ImageList, encoder: Encoder, count: int, step_back: bool, 
 
 @contextlib.contextmanager
 def own_threads() -> Iterator[None]:
-    """Leave torch with the number of threads that it had: what a decoding thread sets is set for the others too."""
+    """Leave torch with the number of threads that it had: what a decoding thread sets is set for the others too. What
+    is computed within in fp32 is, whatever the program asked for."""
     import torch
 
     threads = torch.get_num_threads()
     try:
-        yield
+        with full_fp32():
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -326,11 +328,13 @@ def _alone(step_back: bool = False) -> None:
     """Set up a decoding thread, which works by itself.
 
     Decoding threads beside a forward pass on the CPU step back, so that they run when a core is free (Linux gives each
-    thread a priority of its own).
+    thread a priority of its own). Those of `nice -n 19` stay there: stepping forward is for administrators only.
     """
     alone()
     if step_back and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STEP_BACK)
+        own = threading.get_native_id()
+        with contextlib.suppress(OSError):  # where containers forbid the call, all goes on as it is
+            os.setpriority(os.PRIO_PROCESS, own, max(_STEP_BACK, os.getpriority(os.PRIO_PROCESS, own)))
 
 
 def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import lzma
 import os
 import posixpath
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import IO, Any
@@ -46,6 +44,8 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
     duplicates = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
+            if member.size < 0:  # tarfile goes back then, and round for ever
+                raise ShardError(Status.CORRUPT, f"a negative size of {member.name}")
             if member.isdir():
                 continue
             if member.isreg() and member.offset_data + sum(size for _, size in _pieces(member)) > end:
@@ -170,14 +170,17 @@ def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """A member, from any thread. Raises ImageError."""
     try:
         return read_member(archive, info)
+    except NotImplementedError as error:  # which is a RuntimeError too
+        raise ImageError(Status.UNSUPPORTED, reason_of(error, "the zip")) from None
     except RuntimeError:  # zipfile's word for a password
         raise ImageError(Status.UNSUPPORTED, "encrypted in the zip") from None
-    except NotImplementedError as error:
-        raise ImageError(Status.UNSUPPORTED, reason_of(error, "the zip")) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
-        raise ImageError(Status.CORRUPT, reason_of(error, "the zip").split(" for ")[0]) from None
     except OSError as error:
-        raise ImageError(Status.UNREADABLE, error.strerror or "cannot read the zip") from None
+        status = Status.UNREADABLE if error.errno else Status.CORRUPT  # bz2 has no errors of its own
+        raise ImageError(status, error.strerror or reason_of(error, "the zip")) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # BadZipFile, zlib.error, EOFError, LZMAError, a name that is not UTF-8, …
+        raise ImageError(Status.CORRUPT, reason_of(error, "the zip").split(" for ")[0]) from None
 
 
 def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -14,14 +14,12 @@ import io
 import itertools
 import lzma
 import os
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import IO
 
 import numpy as np
 
+from protoprune.errors import ProtopruneError
 from protoprune.files import leads_out
 from protoprune.formats import archive_kind
 from protoprune.images.decode import ImageError, Status, size_and_times
@@ -59,15 +57,19 @@ def open_shard(shard: Shard, path: str, options: ShardOptions, root: str) -> Sha
         raise ShardError(Status.MISSING, "no such file") from None
     except TooMuchError as error:
         raise ShardError(Status.TOO_LARGE, str(error)) from None
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        cut = isinstance(error, EOFError)
-        raise ShardError(Status.TRUNCATED if cut else Status.CORRUPT, reason_of(error, "the compressed data")) from None
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ShardError(Status.CORRUPT, reason_of(error, "the archive")) from None
+    except EOFError as error:
+        raise ShardError(Status.TRUNCATED, reason_of(error, "the compressed data")) from None
     except OSError as error:
-        raise ShardError(Status.UNREADABLE, error.strerror or reason_of(error, "the file")) from None
+        status = Status.UNREADABLE if error.errno else Status.CORRUPT  # without a number it is of what is in the file
+        raise ShardError(status, error.strerror or reason_of(error, "the file")) from None
     except MemoryError:
         raise ShardError(Status.UNREADABLE, "not enough memory to read what it says of itself") from None
+    except NotImplementedError as error:
+        raise ShardError(Status.UNSUPPORTED, reason_of(error, "the archive")) from None
+    except ProtopruneError:
+        raise
+    except Exception as error:  # tarfile, zipfile and pyarrow stumble over damage in every way
+        raise ShardError(Status.CORRUPT, reason_of(error, "the file")) from None
 
 
 def _unchanged(handle: int) -> Callable[[], None]:
@@ -137,7 +139,12 @@ def _images(
     """Sorted by id, with classes."""
 
     def read(row: int) -> bytes:
-        data = found.read(order[row])
+        try:
+            data = found.read(order[row])
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # as when it is opened
+            raise ImageError(Status.CORRUPT, reason_of(error, "the shard")) from None
         unchanged()
         return data
 

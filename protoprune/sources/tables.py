@@ -66,7 +66,9 @@ def read_table(path: str, file: IO[bytes], options: ShardOptions, stack: context
         spool.flush()
     except MemoryError:  # pyarrow's too
         raise
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise
         text = reason_of(error, "the table")
         raise ShardError(Status.TRUNCATED if _CUT.search(text) else Status.CORRUPT, text) from None
     if options.id_column is None:
@@ -88,10 +90,9 @@ def table_ids(path: str, id_column: str | None = None) -> list[str]:
                 return _row_numbers(count or 0)
             values = (one for batch in batches([id_column]) for one in batch.column(id_column).to_pylist())
             return [str(one) if one is None else _id(one) for one in values]
-    except OSError as error:
-        raise ShardError(Status.UNREADABLE, error.strerror or reason_of(error, "the table")) from None
-    except pa.ArrowException as error:
-        raise ShardError(Status.CORRUPT, reason_of(error, "the table")) from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        status = Status.UNREADABLE if getattr(error, "errno", None) else Status.CORRUPT
+        raise ShardError(status, getattr(error, "strerror", None) or reason_of(error, "the table")) from None
 
 
 def _row_numbers(count: int) -> list[str]:
