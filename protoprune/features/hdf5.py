@@ -417,7 +417,7 @@ def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
 
 def partial_path(out: str) -> str:
     """What a file is called as long as a run fills it."""
-    return out + ".partial"
+    return files.target(out) + ".partial"
 
 
 def there(path: str) -> str:
