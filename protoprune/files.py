@@ -44,7 +44,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> N
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         _write_device(path, pieces)
         return
-    path = os.path.realpath(path)  # what a link points to, so that the link stays
+    path = target(path)
     what, first = holds(path), next(pieces, b"")
     if what and what != _kind(first[:16]):
         raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
@@ -54,6 +54,11 @@ def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> N
             file.writelines(pieces)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def target(path: str) -> str:
+    """What a link points to, so that the link stays, and what is read by either name is what was written."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
@@ -184,6 +189,7 @@ def creating(path: str) -> Iterator[str]:
 
 def publish(partial: str, path: str) -> None:
     """Give a finished file its name. It is on the disk before the rename, and the rename before the return."""
+    path = target(path)
     with told(partial):
         sync(partial)
         os.replace(partial, path)
@@ -226,9 +232,16 @@ def write_stdout(data: bytes | Iterable[bytes]) -> None:
 
 
 def write_links(
-    folder: str | os.PathLike[str], root: str, paths: Sequence[str], *, classes: Sequence[str] = (), hard: bool = False
+    folder: str | os.PathLike[str],
+    root: str,
+    paths: Sequence[str],
+    *,
+    classes: Sequence[str] = (),
+    hard: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist or be empty.
+    """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist, be empty, or with
+    `overwrite` hold what an earlier call has made of the images below this root, and nothing else.
 
     Of all `classes`, one a line, in the order of their numbers, is made `classes.txt` in it: a loader that counts the
     folders numbers the classes anew where one has lost all its images, and timm takes it as --class-map.
@@ -237,7 +250,8 @@ def write_links(
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched. A
     name that leads out of the folder is refused before anything is made.
     """
-    check_free(folder)
+    if not overwrite:
+        check_free(folder)
     if (outside := next(filter(leads_out, paths), None)) is not None:
         raise ProtopruneError(f"--links {folder}: {outside!r} leads out of the folder; links are made below it only")
     folder, root = os.path.abspath(folder), os.path.abspath(root)
@@ -266,9 +280,9 @@ def write_links(
             else:
                 os.symlink(target, link)
         _write_classes(folder, os.path.join(building, CLASSES), classes)
-        os.replace(building, folder)
+        _put(building, folder, root, overwrite)
     except OSError as error:
-        check_free(folder)  # another process has made it in the meantime
+        check_free(folder, root, overwrite)  # another process has made it in the meantime
         raise ProtopruneError(
             f"--links {folder}: {error.strerror} ({error.filename2 or error.filename})"
             + ("; hard links cannot cross file systems, use symbolic ones" if hard else "")
@@ -287,11 +301,64 @@ def _write_classes(folder: str, path: str, classes: Sequence[str]) -> None:
             file.write(os.fsencode("".join(f"{name}\n" for name in classes)))
 
 
-def check_free(folder: str | os.PathLike[str]) -> None:
-    """Raise UsageError unless a folder of links can be made here: nothing is there, or an empty folder."""
+def _put(building: str, folder: str, root: str, overwrite: bool) -> None:
+    """Give a finished tree of links its name; where an earlier one has it, there is none for a moment."""
+    check_free(folder, root, overwrite)
+    before = temporary_name(f"{folder}.before")
+    if overwrite and os.path.isdir(folder):
+        os.rename(folder, before)
+    try:
+        os.replace(building, folder)
+    except BaseException:
+        if os.path.lexists(before):
+            os.rename(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)  # links and nothing else: see `check_free`
+
+
+def check_free(folder: str | os.PathLike[str], root: str = "", overwrite: bool = False) -> None:
+    """Raise UsageError unless a folder of links can be made here: nothing is there, or an empty folder, or, with
+    `overwrite`, links to the images below `root` as they are made here, and nothing else."""
     refuse_url(folder, "--links ")
-    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise UsageError(f"--links {folder}: exists and is not empty; remove it or choose another folder")
+    if not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder)):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"--links {folder}: exists and is not empty; choose another folder, or replace the links of an earlier run "
+            "with --overwrite"
+        )
+    own = f"--links {folder}: --overwrite replaces links to the images below {root} and nothing else, and"
+    if os.path.islink(folder) or not os.path.isdir(folder):
+        raise UsageError(f"{own} this is no folder of them; choose another one")
+    if (other := _not_ours(os.fspath(folder), os.path.abspath(root))) is not None:
+        raise UsageError(f"{own} {other} is none; look at it, and choose another folder or remove this one")
+
+
+def _not_ours(folder: str, root: str) -> str | None:
+    """The first thing in a folder of links that would be lost with it: that is neither a symbolic link to the image of
+    its path below the root, nor another name of that very image, nor the list of classes."""
+    for here, folders, names in os.walk(folder):
+        for name in (*names, *(one for one in folders if os.path.islink(os.path.join(here, one)))):
+            path = os.path.join(here, name)
+            inside = os.path.relpath(path, folder)
+            if not _leads_to(path, os.path.join(root, inside)) and not (inside == CLASSES and _lists(path, folders)):
+                return inside
+    return None
+
+
+def _lists(path: str, folders: Sequence[str]) -> bool:
+    """Whether a file is a list of classes, of which these have folders."""
+    with open(path, "rb") as file:
+        return {os.fsencode(name) for name in folders} <= set(file.read().split(b"\n"))
+
+
+def _leads_to(path: str, target: str) -> bool:
+    """Whether a file is a link to another one, which stays when the link goes: no other name of the folder it is in."""
+    if os.path.islink(path):
+        return os.readlink(path) == target
+    if not os.path.exists(target) or not os.path.samefile(path, target):
+        return False
+    return not os.path.samefile(os.path.dirname(path), os.path.dirname(os.path.realpath(target)))
 
 
 class BusyError(ProtopruneError):
@@ -305,7 +372,7 @@ class BusyError(ProtopruneError):
 def lock(out: str) -> Iterator[None]:
     """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
     refuse_url(out)
-    path = out + ".lock"
+    path = target(out) + ".lock"
     try:
         file = _locked(path)
     except BlockingIOError:

@@ -37,6 +37,7 @@ from protoprune.features import hdf5
 from protoprune.features.hdf5 import Column, partial_path
 
 STORED = ("true_probability", "margin", "error_norm", "loss", "entropy", "change", "gradient_norm")
+MOST_CLASSES = 1 << 16  # predictions are uint16
 _PROBABILITY_ROWS = 65_536  # that are read at once
 _OVERHEAD = 65_536  # bytes of HDF5's own
 _EACH = ("m", "e", "n")
@@ -367,6 +368,12 @@ class PartialRecord:
 
     def close(self) -> None:
         self._reader.close()
+
+
+def check_classes(count: int) -> None:
+    """Raise UsageError for more classes than a prediction has numbers for."""
+    if count > MOST_CLASSES:
+        raise UsageError(f"{count:,} classes: a record holds at most {MOST_CLASSES:,}")
 
 
 def size(models: int, epochs: int, n: int, test: int = 0, *, gradients: bool = False, classes: int = 0) -> int:

@@ -221,6 +221,13 @@ def test_links_are_an_image_folder_of_the_kept(here, run, hard, feature_file):
     assert os.path.samefile(here / "linked" / kept[0], here / "images" / kept[0])
     again = select(run, "--keep", "0.5", "--links", "linked", code=2)
     assert "exists and is not empty" in again.stderr
+    fewer = select(run, "--keep", "0.2", "--links", "linked", "--overwrite", *hard).stdout.splitlines()
+    assert sorted(str(path.relative_to(here / "linked")) for path in (here / "linked").rglob("*.png")) == fewer
+    os.rename(here / "linked" / fewer[0], here / "linked/own.png")
+    os.unlink(here / "images" / fewer[0])
+    refused = select(run, "--keep", "0.5", "--links", "linked", "--overwrite", "--removed", "new.txt", code=2)
+    assert "and own.png is none; look at it" in refused.stderr
+    assert not os.path.exists("new.txt")  # found out before anything is written
 
 
 def test_scores_from_a_table(here, run):
@@ -610,6 +617,7 @@ def test_names_that_are_not_utf8(here, run_program, feature_file):
         (["--order", "cover", "--calibrate", "0.5"], 2, "--calibrate does not go with --order cover"),
         (["--order", "cover", "--stability"], 2, "--stability compares rankings by prototypes; --order cover is none"),
         (["--hard-links"], 2, "--hard-links goes with --links"),
+        (["--overwrite"], 2, "--overwrite goes with --links"),
         (["--balance", "2"], 2, "--balance 2"),
         (["--drop-hardest", "1"], 2, "--drop-hardest 1: expected a fraction from 0 to below 1"),
         (["--quota", "even"], 2, "--quota even: expected dbp"),

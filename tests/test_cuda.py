@@ -11,7 +11,7 @@ import protoprune
 from protoprune import records
 from protoprune.clustering import prototypes
 from protoprune.features.opening import open_features
-from protoprune.samplers import UCBSampler
+from protoprune.samplers import InfoBatchSampler, UCBSampler
 from protoprune.scores import spearman
 from protoprune.training import converged, heads, loop, recording
 from protoprune.training.loop import Recipe
@@ -58,6 +58,16 @@ def test_a_sampler_takes_losses_from_the_device():
     data, sampler = pixels(60, size=32), UCBSampler(60, 0.5, every=1)
     loop.fit(data, data, Recipe.for_model("cnn", batch_size=10, width=4), sampler=sampler, steps=12, device="cuda")
     assert sampler.counts.sum() >= 60
+
+
+def test_a_sampler_resumes_from_a_checkpoint_loaded_onto_the_device():
+    """As `torch.load(path, map_location="cuda")` gives it."""
+    sampler, after = InfoBatchSampler(8, final_full=0), InfoBatchSampler(8, final_full=0)
+    sampler.update(range(8), torch.arange(8.0))
+    state = {name: one.to("cuda") if torch.is_tensor(one) else one for name, one in sampler.state_dict().items()}
+    after.load_state_dict(state)
+    assert list(after) == list(sampler)
+    assert after.selected().tolist() == sampler.selected().tolist() != [True] * 8
 
 
 def test_an_ensemble_measures_what_the_cpu_measures():

@@ -531,6 +531,20 @@ def test_members_that_belong_to_no_image_are_listed_by_name(kind, folder, mini, 
     assert call("info", tmp_path / "m.h5", "--verify").exit_code == 0
 
 
+def test_info_of_an_unfinished_set_vouches_for_nothing_and_lists_what_is_known(tars, mini, tmp_path):
+    write_tar(tars / "0001.tar", [("ant/1.png", b"broken")])
+    run(tars, tmp_path / "f", mini)
+    listed = call("info", tmp_path / "f", "--errors").stdout
+    assert listed.startswith("0001.tar/ant/1.png\tnot an image\t")
+    plan = json.loads((tmp_path / "f/set.json").read_text())
+    plan["shards"][2] = {name: plan["shards"][2][name] for name in ("name", "size", "version")}  # not noted as done
+    (tmp_path / "f/set.json").write_text(json.dumps(plan))
+    assert call("info", tmp_path / "f", "--errors").stdout == listed
+    result = call("info", tmp_path / "f", "--verify")
+    assert (result.exit_code, "f: not finished, 3 of 4 shards are done" in result.stderr) == (1, True)
+    assert call("info", tmp_path / "f").exit_code == 0
+
+
 def test_damage_is_found_and_mended(tars, mini, tmp_path):
     run(tars, tmp_path / "f", mini)
     before = arrays(tmp_path / "f")

@@ -166,7 +166,7 @@ def test_who_makes_the_links_second_reads_that_they_are_there(tmp_path, image_tr
         write_classes(*arguments)
 
     monkeypatch.setattr(files, "_write_classes", meanwhile)
-    with pytest.raises(UsageError, match="exists and is not empty; remove it or choose another folder"):
+    with pytest.raises(UsageError, match="exists and is not empty; choose another folder, or replace"):
         write_links(tmp_path / "kept", root, ["cat/001.png"])
     assert sorted(os.listdir(tmp_path / "kept/cat")) == ["000.png"]
 
@@ -189,6 +189,75 @@ def test_a_class_with_the_name_of_the_list_of_classes(tmp_path, image_tree):
     root = image_tree({"ape": 1, "classes.txt": 1})
     write_links(tmp_path / "kept", root, ["classes.txt/000.png"], classes=["ape", "classes.txt"])
     assert [p.name for p in (tmp_path / "kept").rglob("*.png")] == ["000.png"]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_links_replace_those_of_an_earlier_run_where_that_is_meant(tmp_path, image_tree, hard, monkeypatch):
+    root = image_tree({"cat": 2, "dog": 2})
+    classes = {"classes": ["cat", "dog"], "hard": hard, "overwrite": True}
+    for path in ("cat/001.png", "dog/000.png", "dog/001.png"):
+        write_links(tmp_path / "kept", root, [path], **classes)
+        there = sorted(str(p.relative_to(tmp_path / "kept")) for p in (tmp_path / "kept").rglob("*.*"))
+        assert there == sorted(["classes.txt", path])
+    os.unlink(root / "dog/000.png")
+    before = snapshot(tmp_path / "kept")
+    monkeypatch.setattr(os, "replace", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+    with pytest.raises(ProtopruneError, match="No space left"):
+        write_links(tmp_path / "kept", root, ["cat/001.png"], **classes)
+    assert snapshot(tmp_path / "kept") == before
+    assert sorted(os.listdir(tmp_path)) == ["images", "kept"]
+
+
+def _of_their_own(folder, root):
+    """Ways to lose something with a folder of links, by what is in it."""
+    (folder / "notes.txt").write_text("mine")
+    yield "notes.txt"
+    os.rename(folder / "notes.txt", folder / "classes.txt")
+    yield "classes.txt"
+    os.rename(folder / "classes.txt", folder / "cat/001.png")  # beside an image of this name
+    yield "cat/001.png"
+    os.unlink(folder / "cat/001.png")
+    os.symlink(root / "dog/000.png", folder / "cat/001.png")  # a link, but not to the image of its name
+    yield "cat/001.png"
+    os.unlink(folder / "cat/001.png")
+    os.link(root / "cat/001.png", folder / "cat/001.png")
+    os.unlink(root / "cat/001.png")  # the link holds the last of it
+    yield "cat/001.png"
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path, image_tree):
+    root, kept = image_tree({"cat": 2, "dog": 2}), tmp_path / "kept"
+    write_links(kept, root, ["cat/000.png"])
+    for name in _of_their_own(kept, root):
+        before = snapshot(kept)
+        with pytest.raises(UsageError, match=f"replaces links to the images .* nothing else, and {name} is none"):
+            write_links(kept, root, ["dog/000.png"], overwrite=True)
+        assert snapshot(kept) == before
+    os.symlink(kept, tmp_path / "link")
+    with pytest.raises(UsageError, match="this is no folder of them"):
+        write_links(tmp_path / "link", root, ["dog/000.png"], overwrite=True)
+
+
+def test_the_images_themselves_are_not_replaced_by_links(tmp_path, image_tree):
+    """By whatever name their folder is given, and where the images that are listed are links to them."""
+    root = image_tree({"cat": 1})
+    os.rename(root, tmp_path / "store")
+    os.symlink("store", root)
+    farm = tmp_path / "farm/cat"
+    farm.mkdir(parents=True)
+    os.symlink(tmp_path / "store/cat/000.png", farm / "000.png")
+    os.link(tmp_path / "store/cat/000.png", tmp_path / "another name.png")
+    before = snapshot(tmp_path)
+    for folder, of in (
+        ("store", "store"),
+        ("store", "images"),
+        ("store", "farm"),
+        ("farm", "farm"),
+        ("images", "farm"),
+    ):
+        with pytest.raises(UsageError, match=r"is none; look at it|this is no folder of them"):
+            write_links(tmp_path / folder, tmp_path / of, ["cat/000.png"], overwrite=True)
+    assert snapshot(tmp_path) == before
 
 
 def snapshot(folder):

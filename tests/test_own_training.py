@@ -68,9 +68,52 @@ def test_one_model_lists_tensors_and_subsets(tmp_path):
     assert scores("ddd", tmp_path / "c.h5")[:2].tolist() == [wrong[0, 0], wrong[1, 1]]
 
 
+TESTED = ["z/1.png", "y/0.png", "y/2.png"]  # not in their order
+TEST_LABELS = np.array([3, 1, 0])
+TEST_LOGITS = np.random.default_rng(1).normal(size=(M, E, 3, C))
+
+
+def test_influence_and_grand_of_somebodys_own_training(tmp_path):
+    norms = np.random.default_rng(2).random((M, E, N)) * 9
+    norms[1, 0, 3] = 1e6  # more than float16 holds
+    test, out = (TESTED, TEST_LABELS, list(TEST_LOGITS)), tmp_path / "own.h5"
+    protoprune.write_record(out, PATHS, LABELS, LOGITS, subset=SUBSET, gradient_norms=norms, test=test)
+    with Record(out) as record:
+        assert record.test_paths == sorted(TESTED)
+        order = [TESTED.index(path) for path in record.test_paths]
+        assert record.test_labels.tolist() == TEST_LABELS[order].tolist()
+        assert (record.test_prediction == TEST_LOGITS[:, -1].argmax(-1)[:, order]).all()
+        assert record.read("gradient_norm", 1)[0].max() == pytest.approx(60_000, rel=1e-3)
+        assert not record.damage()
+    assert np.allclose(scores("grand", out)[2:], norms[:, -1, 2:].mean(0), rtol=2e-3)  # the first have a model each
+    right = TEST_LOGITS[:, -1].argmax(-1) == TEST_LABELS
+    gained = right[1].astype(int) - right[0]  # image 0 is in model 1 and not in model 0
+    assert scores("influence_max", out)[0] == gained.max()
+    assert scores("influence_sum_abs", out)[0] == np.abs(gained).sum()
+    absolute = ([f"/data/test/{path}" for path in TESTED], TEST_LABELS, TEST_LOGITS[0])
+    protoprune.write_record(out, PATHS, LABELS, LOGITS[0], gradient_norms=norms[0], test=absolute, overwrite=True)
+    with Record(out) as record:
+        assert record.test_paths == sorted(TESTED)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"test": (TESTED, TEST_LABELS)}, r"test \(.*: expected \(paths, labels, logits\) of the test images"),
+        ({"test": ([], TEST_LABELS[:0], TEST_LOGITS[:, :, :0])}, "test: holds no image; leave it out"),
+        ({"test": (TESTED[:2], TEST_LABELS, TEST_LOGITS)}, r"labels of shape \(3,\)"),
+        (
+            {"test": (TESTED, TEST_LABELS, TEST_LOGITS[:, :2])},
+            r"are \(2, 2, 4\), expected \(2, 3, 4\), as of the others",
+        ),
+        ({"test": (TESTED, TEST_LABELS, TEST_LOGITS[:, :, :2])}, "test logits of model 0, moment 0: of shape"),
+        ({"test": (TESTED, TEST_LABELS, TEST_LOGITS * np.inf)}, "test logits of model 0, moment 0: NaN"),
+        ({"gradient_norms": np.ones((E, N))}, r"gradient_norms of shape \(1, 3, 11\): expected \(2, 3, 11\)"),
+        ({"gradient_norms": -np.ones((M, E, N))}, "below 0; give lengths"),
+        (
+            {"logits": np.broadcast_to(np.float32(0), (E, N, 1 << 17)), "labels": LABELS},
+            "131,072 classes: a record holds at most 65,536",
+        ),
         ({"paths": [*PATHS[:-1], PATHS[0]]}, "paths: 1 occur twice"),
         ({"labels": LABELS[:-1]}, r"labels of shape \(10,\)"),
         ({"labels": LABELS + 1}, "labels from 1 to 4: expected 0 to 3"),

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import random
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -518,6 +519,23 @@ def test_the_length_stays_the_epochs_until_the_next_begins():
     assert len(sampler) == 40  # for a mean over the epoch that has just ended
     sampler.set_epoch(1)
     assert len(sampler) < 40
+
+
+def test_a_pass_holds_no_python_number_for_each_index(monkeypatch):
+    """Of 100 million examples a list of them takes 4 GB."""
+    whole = list(RandomDynamicSampler(1000, 0.5))
+    monkeypatch.setattr(samplers, "_AT_ONCE", 7)
+    assert list(RandomDynamicSampler(1000, 0.5)) == whole
+    assert all(type(index) is int for index in whole)
+    monkeypatch.undo()
+    n = 400_000
+    sampler = RandomDynamicSampler(n, 1.0)
+    tracemalloc.start()
+    indices = iter(sampler)
+    next(indices)
+    assert tracemalloc.get_traced_memory()[0] < 20 * n
+    tracemalloc.stop()
+    assert sum(1 for _ in indices) == n - 1
 
 
 # Resuming.

@@ -14,8 +14,9 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("k", [1, 2, 7, 40])
-def test_complexity_is_what_the_paper_says(k):
+@pytest.mark.parametrize(("k", "pairs"), [(1, 4), (2, 1), (7, 4_000_000), (40, 100), (40, 4_000_000)])
+def test_complexity_is_what_the_paper_says(k, pairs, monkeypatch):
+    monkeypatch.setattr("protoprune.selection.quotas._PAIRS", pairs)
     rng = np.random.default_rng(k)
     centroids = unit(rng.normal(size=(k, 5))).astype(np.float32)
     cluster, distance = rng.integers(0, k, 60), rng.uniform(0, 1, 60).astype(np.float32)

@@ -43,6 +43,9 @@ class ListOptions:
     removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None
     links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None
     hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the links of an earlier --links, if the folder holds no more.")
+    ] = False
     manifest: Annotated[Path | None, typer.Option(help="Write one row an image, .csv or .jsonl.")] = None
 
     @property
@@ -72,9 +75,10 @@ class ListOptions:
         from protoprune.lists import check_list
 
         need_stdout(self.file)
-        if self.hard_links and self.links is None:
-            raise UsageError("--hard-links goes with --links DIR")
-        if self.links is not None:
+        for option, given in (("--hard-links", self.hard_links), ("--overwrite", self.overwrite)):
+            if given and self.links is None:
+                raise UsageError(f"{option} goes with --links DIR")
+        if self.links is not None and not self.overwrite:
             check_free(self.links)
         self._check_root()
         check_outputs(self.removed, self.manifest, inputs=inputs, links=self.links, stdout=self.file)
@@ -121,6 +125,7 @@ def select(
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
     from protoprune import pruning, stores
+    from protoprune.files import check_free
 
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     lists.check([features, table_file(scores), reading.rows])
@@ -143,6 +148,7 @@ def select(
     if lists.links is not None:
         if stores.is_url(place):
             raise UsageError(f"--links: the images are on a store ({stores.public(place)}), to which no link can lead")
+        check_free(lists.links, place, lists.overwrite)
         check_beside(lists.links, place, ranking.paths, f"--links {lists.links}")
     _write(chosen, lists, place)
     if "npy" in (lists.kind, lists.removed and lists.kind_of_removed):
@@ -202,21 +208,22 @@ def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
         chunks = manifest_chunks(lambda rows: _columns(chosen, zeros[rows], rows), len(chosen.keep), kind)
         write_file(lists.manifest, packed(lists.manifest, chunks))
     if lists.links is not None:
-        _write_links(lists.links, root, chosen, lists.hard_links)
+        _write_links(lists.links, root, chosen, lists.hard_links, lists.overwrite)
     if lists.file is not None:
         write_file(lists.file, text(kept, lists.file, lists.kind, chosen.weights))
     else:
         write_stdout(text(kept, None, lists.kind, chosen.weights))
 
 
-def _write_links(folder: Path, root: str, chosen: Selected, hard: bool) -> None:
+def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrite: bool) -> None:
     from protoprune.files import CLASSES, write_links
     from protoprune.images.listing import folder_labels
 
     paths = chosen.ranking.paths
     classes = folder_labels(paths)[1]
-    write_links(folder, root, chosen.kept_paths, classes=classes, hard=hard)
-    kept = {path.partition("/")[0] for path in chosen.kept_paths}
+    kept_paths = chosen.kept_paths
+    write_links(folder, root, kept_paths, classes=classes, hard=hard, overwrite=overwrite)
+    kept = {path.partition("/")[0] for path in kept_paths}
     lost = [name for name in classes if name not in kept]
     if lost:
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5:,} more" if len(lost) > 5 else "")

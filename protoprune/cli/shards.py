@@ -243,12 +243,28 @@ def show_set(folder: str, errors: bool) -> bool:
 
     _, parts = read_plan(folder)
     failed = [(part.name, *part.failed) for part in parts if part.failed]  # (name, status, reason)
+    whole = any(part.done for part in parts) and not any(part.pending for part in parts)
     if errors:
-        for one in failed:
+        for one in (*failed, *(() if whole else _problems_so_far(folder, parts))):
             echo_fields(*one)
     else:
         _print_states(folder, parts, failed)
-    return any(part.done for part in parts) and not any(part.pending for part in parts)
+    return whole
+
+
+def _problems_so_far(folder: str, parts: list[Part]) -> Iterator[tuple[str, str, str]]:
+    """What the feature files that are there say of images without features, as the set does when it is finished."""
+    from protoprune.features.featurefile import FeatureFile
+    from protoprune.features.featureset import shard_file
+    from protoprune.stores import is_url, public
+
+    if is_url(folder):
+        say(f"warning: {public(folder)} is not finished, and only shards that failed are listed until it is")
+        return
+    for path in (shard_file(folder, part.name) for part in parts):
+        if os.path.exists(path):
+            with FeatureFile(path) as file:
+                yield from file.problems()
 
 
 def _print_states(folder: str, parts: list[Part], failed: list[tuple[str, str, str]]) -> None:

@@ -68,7 +68,7 @@ def info(
     if is_feature_set(there):
         from protoprune.cli.shards import show_set
 
-        if not show_set(there, errors):
+        if not show_set(there, errors) and not verify:  # opening it says what is amiss
             return
     with open_features(there) if is_feature_set(there) else FeatureFile(there) as features:
         if errors:

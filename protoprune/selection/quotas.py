@@ -15,6 +15,7 @@ import numpy as np
 from protoprune.selection.orders import place_in_group
 
 NEIGHBOURS = 20  # nearest other centroids, as the authors' code has it
+_PAIRS = 1 << 22  # of centroids that are looked at at once
 TEMPERATURE = 0.1  # our default; the authors' code takes it as an option
 
 
@@ -31,10 +32,13 @@ def complexity(centroids: np.ndarray, cluster: np.ndarray, distance: np.ndarray)
     present = np.flatnonzero(sizes)
     points = np.asarray(centroids, np.float64)[present]
     near = min(NEIGHBOURS, len(present) - 1)
-    for position, one in enumerate(present):  # a row at a time: k x k distances would be large at k = 100,000
-        others = np.delete(1 - points @ points[position], position)
-        d_inter = np.partition(others, near - 1)[:near].mean() if near else 1.0
-        result[one] = max(d_inter, 0) * inside[one] / sizes[one]
+    d_inter, rows = np.ones(len(present)), max(1, _PAIRS // max(1, len(present)))
+    for first in range(0, len(present) if near else 0, rows):  # k x k distances would be large at k = 100,000
+        distance = 1 - points[first : first + rows] @ points.T
+        own = np.arange(len(distance))
+        distance[own, first + own] = np.inf
+        d_inter[first : first + rows] = np.partition(distance, near - 1, axis=1)[:, :near].mean(axis=1)
+    result[present] = np.maximum(d_inter, 0) * inside[present] / sizes[present]
     return result
 
 

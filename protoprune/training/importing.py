@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from protoprune.bounds import shown
 from protoprune.errors import UsageError
 from protoprune.features import hdf5
 from protoprune.images.listing import relative_id
+
+if TYPE_CHECKING:
+    import torch
 
 _ROWS = 16_384  # whose statistics are computed at once
 _LARGEST = 1e30  # of a logit: the squares and differences of larger ones are no numbers
@@ -35,6 +39,8 @@ def write_record(
     classes: Sequence[str] | None = None,
     epochs: Sequence[int] | None = None,
     subset: np.ndarray | None = None,
+    gradient_norms: np.ndarray | None = None,
+    test: tuple[Sequence[str], np.ndarray, Any] | None = None,
     probabilities: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -50,33 +56,101 @@ def write_record(
 
     Raises UsageError for what does not fit together or is no number, and where `out` is there, unless `overwrite`.
     """
-    out, names = os.fspath(out), _names(paths, root)
+    out, own = os.fspath(out), _images("", paths, labels, logits, root)
     _check_new(out, overwrite)
-    models = _models(logits)
-    n, count, width = len(names), len(models[0]), np.shape(models[0][0])[-1]
-    numbers = _epochs(range(1, count + 1) if epochs is None else epochs, count)
+    n, width = len(own.names), own.width
+    records.check_classes(width)
+    numbers = _epochs(range(1, own.moments + 1) if epochs is None else epochs, own.moments)
     kinds = [str(number) for number in range(width)] if classes is None else texts("classes", classes, "names")
-    own = _labels(labels, n, width)
     if len(kinds) != width:
         raise UsageError(f"classes: {len(kinds):,} names for logits of {width:,} classes")
-    trained = _subset(subset, len(models), n)
-    order = np.array(sorted(range(n), key=lambda row: os.fsencode(names[row])), np.int64)
+    trained = _subset(subset, len(own.models), n)
+    norms = None if gradient_norms is None else _norms(gradient_norms, (len(own.models), own.moments, n))
+    others = None if test is None else _test_images(test, own)
     with files.lock(out):
         records.create(
-            out, _provenance(root, len(models), trained, numbers), paths=[names[row] for row in order],
-            labels=own[order], classes=kinds, subset=trained[:, order], epoch_numbers=numbers,
-            probabilities=probabilities,
+            out, _provenance(root, len(own.models), trained, numbers), paths=own.names, labels=own.labels,
+            classes=kinds, subset=trained[:, own.order], epoch_numbers=numbers, gradients=norms is not None,
+            probabilities=probabilities, test_paths=() if others is None else others.names,
+            test_labels=None if others is None else others.labels,
         )  # fmt: skip
         partial = records.PartialRecord(out)
         try:
-            for number, model in enumerate(models):
-                _write_model(partial, number, model, own[order], order, (count, n, width), probabilities)
+            for number in range(len(own.models)):
+                _write_model(partial, number, own, others, norms, probabilities)
             partial.finish()
         except BaseException:
             partial.close()
             with contextlib.suppress(OSError):
                 os.unlink(hdf5.partial_path(out))
             raise
+
+
+@dataclass
+class _Images:
+    """Images in the order of a record, and what the models said of them, in the order given."""
+
+    what: str  # '' or 'test ', for messages
+    names: list[str]
+    labels: np.ndarray  # (n,) int64
+    models: Any  # m times e times (n, c) logits
+    order: np.ndarray  # (n,) int64: where each image is in the logits
+
+    @property
+    def moments(self) -> int:
+        return len(self.models[0])
+
+    @property
+    def width(self) -> int:
+        return int(np.shape(self.models[0][0])[-1])
+
+    def logits(self, number: int, moment: int) -> np.ndarray:
+        """(n, c), in the order given."""
+        found = as_numbers(self.at(number, moment), self.models[number][moment])
+        if found.shape != (expected := (len(self.names), self.width)):
+            raise UsageError(f"{self.at(number, moment)}: of shape {found.shape}, expected {expected}, a row an image")
+        return found
+
+    def at(self, number: int, moment: int) -> str:
+        return f"{self.what}logits of model {number}, moment {moment}"
+
+
+def _images(
+    what: str, paths: Sequence[str], labels: np.ndarray, logits: Any, root: str | os.PathLike[str] | None
+) -> _Images:
+    names, models = _names(paths, root), _models(logits)
+    moments = len(models[0])
+    for number, model in enumerate(models):
+        if len(model) != moments:
+            raise UsageError(
+                f"{what}logits of model {number}: of {len(model):,} moments, expected {moments:,}, as of model 0"
+            )
+    own = _labels(labels, len(names), np.shape(models[0][0])[-1])
+    order = np.array(sorted(range(len(names)), key=lambda row: os.fsencode(names[row])), np.int64)
+    return _Images(what, [names[row] for row in order], own[order], models, order)
+
+
+def _test_images(test: tuple[Sequence[str], np.ndarray, Any], own: _Images) -> _Images:
+    if not isinstance(test, tuple) or len(test) != 3:
+        raise UsageError(f"test {shown(test)}: expected (paths, labels, logits) of the test images")
+    if not (names := texts("paths of test images", test[0])):
+        raise UsageError("test: holds no image; leave it out")
+    absolute = all(map(os.path.isabs, names))
+    found = _images("test ", names, *test[1:], os.path.commonpath(map(os.path.dirname, names)) if absolute else None)
+    shape, expected = ((len(one.models), one.moments, one.width) for one in (found, own))
+    if shape != expected:
+        raise UsageError(f"test logits: (models, moments, classes) are {shape}, expected {expected}, as of the others")
+    return found
+
+
+def _norms(values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    found = as_numbers("gradient_norms", values)
+    found = found[None] if found.ndim == 2 else found
+    if found.shape != shape:
+        raise UsageError(f"gradient_norms of shape {found.shape}: expected {shape}: models, moments, images")
+    if not (np.isfinite(found) & (found >= 0)).all():
+        raise UsageError("gradient_norms: NaN, infinite or below 0; give lengths")
+    return found
 
 
 def _names(paths: Sequence[str], root: str | os.PathLike[str] | None) -> list[str]:
@@ -152,37 +226,52 @@ def _provenance(
 def _write_model(
     partial: records.PartialRecord,
     number: int,
-    model: Any,
-    labels: np.ndarray,
-    order: np.ndarray,
-    shape: tuple[int, int, int],
+    own: _Images,
+    test: _Images | None,
+    norms: np.ndarray | None,
     probabilities: bool,
 ) -> None:
     """The statistics of one model at every moment."""
+    from protoprune.training.per_example import LARGEST
+
+    one, previous = slice(number, number + 1), None
+    for moment in range(own.moments):
+        now = own.logits(number, moment)
+        values = _statistics(own, now, previous, own.at(number, moment))
+        if norms is not None:
+            values["gradient_norm"] = norms[number, moment, own.order].clip(max=LARGEST)
+        if test is not None:
+            seen = _statistics(test, test.logits(number, moment), None, test.at(number, moment))
+            values |= {f"test_{name}": seen[name] for name in ("prediction", "true_probability")}
+        partial.write(one, moment, {name: array[None] for name, array in values.items()})
+        previous = now
+    if probabilities:
+        for start in range(0, len(own.order), _ROWS):
+            rows = own.order[start : start + _ROWS]
+            shares = _tensor(now, rows).softmax(-1)[None].numpy()
+            partial.write_probabilities(one, slice(start, start + len(rows)), shares)
+    partial.commit(one, own.moments)
+
+
+def _statistics(images: _Images, now: np.ndarray, previous: np.ndarray | None, at: str) -> dict[str, np.ndarray]:
+    """Each (n,), in the order of the record."""
     import torch
 
     from protoprune.training.per_example import from_logits
 
-    if len(model) != shape[0]:
-        raise UsageError(f"logits of model {number}: of {len(model):,} moments, expected {shape[0]:,}, as of model 0")
-    one, previous = slice(number, number + 1), None
-    for epoch in range(shape[0]):
-        at = f"logits of model {number}, moment {epoch}"
-        now = as_numbers(at, model[epoch])
-        if now.shape != shape[1:]:
-            raise UsageError(f"{at}: of shape {now.shape}, expected {shape[1:]}, a row an image")
-        parts: dict[str, list[np.ndarray]] = {}
-        for start in range(0, shape[1], _ROWS):
-            rows = order[start : start + _ROWS]
-            here = torch.from_numpy(now[rows].astype(np.float32))
-            if not bool((here.abs() < _LARGEST).all()):
-                raise UsageError(f"{at}: NaN, infinite or larger than {_LARGEST:g}; give what the model said")
-            before = None if previous is None else torch.from_numpy(previous[rows].astype(np.float32))
-            own = torch.from_numpy(labels[start : start + _ROWS])
-            for name, values in from_logits(here, own, before).items():
-                parts.setdefault(name, []).append(values.numpy())
-            if probabilities and epoch == shape[0] - 1:
-                partial.write_probabilities(one, slice(start, start + len(rows)), here.softmax(-1)[None].numpy())
-        partial.write(one, epoch, {name: np.concatenate(values)[None] for name, values in parts.items()})
-        previous = now
-    partial.commit(one, shape[0])
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(images.order), _ROWS):
+        rows = images.order[start : start + _ROWS]
+        here, before = _tensor(now, rows), None if previous is None else _tensor(previous, rows)
+        if not bool((here.abs() < _LARGEST).all()):
+            raise UsageError(f"{at}: NaN, infinite or larger than {_LARGEST:g}; give what the model said")
+        labels = torch.from_numpy(images.labels[start : start + _ROWS])
+        for name, values in from_logits(here, labels, before).items():
+            parts.setdefault(name, []).append(values.numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _tensor(table: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(table[rows].astype(np.float32))

@@ -80,8 +80,7 @@ def plan(
         check_same_inputs(train, test)
     if recipe.model == "head" and recipe.precision == "bf16":
         raise UsageError("--precision bf16: heads are recorded in fp32, many at once; leave it out")
-    if len(train.classes) > 65_536:
-        raise UsageError(f"{len(train.classes):,} classes: a record holds at most 65,536")
+    records.check_classes(len(train.classes))
     n = len(train)
     numbers = sorted({*range(every, recipe.epochs + 1, every), recipe.epochs, *([0] if initial else [])})
     subset = np.ones((models, n), bool)
