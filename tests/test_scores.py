@@ -392,6 +392,7 @@ def test_what_protoprune_itself_lists_is_read(tmp_path):
         ("s.csv", b"index,score\n-1,1\n", "row number -1, expected 0 to 3"),
         ("s.csv", b"index,score\n1,1\n01,1\n", "a row number occurs twice"),
         ("s.csv", b"index,score\ncat/a.png,1\n", "its index column holds no row number"),
+        ("s.csv", "²,1\n³,2\n".encode(), "none of its 2 rows names an image"),
         ("s.csv", b"1\n2\n", r"shape \(2,\), expected \(4,\)"),
         ("s.csv", b"# protoprune-scores: {\npath,score\na,1\n", "header protoprune-scores is not valid JSON"),
         ("s.csv", b'# protoprune-scores: {"higher": "up"}\npath,score\na,1\n', "says higher is 'up'"),
