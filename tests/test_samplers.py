@@ -478,6 +478,14 @@ def test_the_epoch_is_over_when_its_last_index_was_taken():
             next(iterator)
 
 
+def test_an_epoch_that_is_asked_for_again_is_gone_through_again():
+    sampler = make(RandomDynamicSampler)
+    first = list(sampler)
+    sampler.update(first, np.ones(len(first)))
+    sampler.set_epoch(0)
+    assert (list(sampler), sampler.epoch) == (first, 0)
+
+
 def test_a_pass_left_over_from_another_epoch_ends_nothing():
     sampler = make(RandomDynamicSampler)
     left_over = iter(sampler)
