@@ -772,6 +772,22 @@ def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monke
         assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
 
 
+def test_a_link_to_the_features_stays_one(images, tmp_path):
+    """The link was replaced by a file, and who read what it led to read the old features."""
+    (tmp_path / "disk").mkdir()
+    link, there = tmp_path / "f.h5", tmp_path / "disk" / "features.h5"
+    link.symlink_to("disk/features.h5")  # of which nothing is there yet
+    run(images, link)
+    make_images(images, 1, start=30)
+    with files.lock(str(there)), pytest.raises(files.BusyError):
+        run(images, link)
+    assert run(images, link).embedded == 1
+    assert link.is_symlink()
+    assert stored(there).keys() == stored(link).keys()
+    assert (len(stored(there)), sorted(os.listdir(tmp_path / "disk"))) == (22, ["features.h5"])
+    assert sorted(os.listdir(tmp_path)) == ["disk", "f.h5", "images"]
+
+
 class Forgetful(torch.nn.Module):
     """As it comes from its constructor: dropout and batch norm at work."""
 

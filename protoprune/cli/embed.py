@@ -150,6 +150,8 @@ def _embed_images(
     state = {"done": 0, "left": 0, "total": 0}
 
     def so_far() -> str:
+        if not state["total"]:
+            return "nothing is embedded yet"
         done = state["total"] - state["left"] + state["done"]
         return f"{done:,} of {state['total']:,} images are embedded"
 
