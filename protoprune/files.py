@@ -44,7 +44,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> N
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         _write_device(path, pieces)
         return
-    path = os.path.realpath(path)  # what a link points to, so that the link stays
+    path = target(path)
     what, first = holds(path), next(pieces, b"")
     if what and what != _kind(first[:16]):
         raise ProtopruneError(f"{path}: is {what}, and not written over; choose another name, or delete it first")
@@ -54,6 +54,11 @@ def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> N
             file.writelines(pieces)
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot write ({error.strerror}); choose another place") from None
+
+
+def target(path: str) -> str:
+    """What a link points to, so that the link stays, and what is read by either name is what was written."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
@@ -184,6 +189,7 @@ def creating(path: str) -> Iterator[str]:
 
 def publish(partial: str, path: str) -> None:
     """Give a finished file its name. It is on the disk before the rename, and the rename before the return."""
+    path = target(path)
     with told(partial):
         sync(partial)
         os.replace(partial, path)
@@ -366,7 +372,7 @@ class BusyError(ProtopruneError):
 def lock(out: str) -> Iterator[None]:
     """Hold `<out>.lock` while writing; a second process is refused at once. The lock dies with its process."""
     refuse_url(out)
-    path = out + ".lock"
+    path = target(out) + ".lock"
     try:
         file = _locked(path)
     except BlockingIOError:

@@ -24,7 +24,7 @@ from protoprune import records, scores
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import hdf5, seals
-from protoprune.features.featurefile import KIND, PartialFile
+from protoprune.features.featurefile import KIND, FeatureFile, PartialFile
 from protoprune.features.opening import open_features
 from protoprune.records import KIND as RECORD
 from protoprune.records import PartialRecord, Record
@@ -445,12 +445,35 @@ def test_a_file_without_a_seal_is_not_looked_into(here, feature_file, name):
     for line, command in ((f"info {out}", "embed"), (score, "record" if is_record else "embed")):
         result = CliRunner().invoke(app, line.split())
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+        of_the_kind = is_record == (command == "record")
         if name.endswith(".partial"):
-            assert "a damaged unfinished run (it has no seal); delete it" in result.stderr
+            what = "an unfinished run of another version of protoprune" if of_the_kind else "a damaged unfinished run"
+            assert f"{what} (it has no seal)" in result.stderr
+            assert "delete it" in result.stderr
+        elif of_the_kind:
+            what = "training record" if is_record else "feature file"
+            assert f"a {what} of another version of protoprune (it has no seal), which is not read" in result.stderr
         else:
             assert f"as `protoprune {command}` writes it (it has no seal); run that with another -o" in result.stderr
+    kinds = (RECORD, KIND) if is_record else (KIND, RECORD)
+    hdf5.check_replaceable(name, kinds[0])
     with pytest.raises(UsageError, match="and --overwrite replaces nothing else"):
-        hdf5.check_replaceable(name, RECORD if is_record else KIND)
+        hdf5.check_replaceable(name, kinds[1])
+
+
+@pytest.mark.parametrize("lacking", ["content", "weights_sha256"])
+@pytest.mark.parametrize("ending", ["", ".partial"])
+def test_a_file_that_is_whole_and_lacks_something_is_of_another_version(here, feature_file, lacking, ending):
+    """It was called damaged, and who has it looked for what had broken it."""
+    feature_file("f.h5", blobs(), paths=PATHS, finish=not ending)
+    with h5py.File(f"f.h5{ending}", "r+") as file:
+        columns = file.attrs if lacking in file.attrs else file
+        del columns[lacking]
+    hdf5.seal(f"f.h5{ending}", KIND, set(KIND.layout) if ending else {"features"})
+    way_on = "delete it and run `protoprune embed` again" if ending else "run `protoprune embed` again with --overwrite"
+    said = rf"of another version of protoprune \(\d.*: it has no (attribute )?{lacking}\).*{way_on}"
+    with pytest.raises(ProtopruneError, match=said):
+        FeatureFile(f"f.h5{ending}")
 
 
 def test_a_damaged_seal_is_not_looked_behind(here, feature_file):

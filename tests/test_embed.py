@@ -25,6 +25,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
 from protoprune.features.featurefile import FeatureFile, partial_path
 from protoprune.features.opening import open_features
+from protoprune.images import decode
 from protoprune.images.decode import Preprocess, Status
 from protoprune.images.listing import list_folder, list_paths
 
@@ -770,6 +771,38 @@ def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monke
     assert stored(tmp_path / "a.h5").keys() == stored(tmp_path / "b.h5").keys()
     for path, row in stored(tmp_path / "a.h5").items():
         assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
+
+
+def test_vectors_of_another_length_are_other_features(images, tmp_path):
+    """Of an encoder of one's own whose digest was not changed: nothing was embedded, or it ended in a traceback."""
+    run(images, tmp_path / "f.h5")
+    wider = Encoder("fake", lambda x: x.flatten(1)[:, :24], 24, Preprocess(SIDE, SIDE), "0" * 64)
+    make_images(images, 1, start=30)
+    with pytest.raises(ProtopruneError, match=r"holds other features \(dimensions: 12, not 24\); .* --overwrite"):
+        run(images, tmp_path / "f.h5", wider)
+    assert run(images, tmp_path / "f.h5", wider, overwrite=True).embedded == 22
+
+
+def test_a_file_that_gives_less_than_it_says_has_changed(images, tmp_path, monkeypatch):
+    """As some network file systems do: it was decoded as far as it went, and kept as cut off."""
+    monkeypatch.setattr(decode, "read_bounded", lambda file, size: file.read(size - 1))
+    assert run(images, tmp_path / "f.h5").failures == {"changed": 21}
+
+
+def test_a_link_to_the_features_stays_one(images, tmp_path):
+    """The link was replaced by a file, and who read what it led to read the old features."""
+    (tmp_path / "disk").mkdir()
+    link, there = tmp_path / "f.h5", tmp_path / "disk" / "features.h5"
+    link.symlink_to("disk/features.h5")  # of which nothing is there yet
+    run(images, link)
+    make_images(images, 1, start=30)
+    with files.lock(str(there)), pytest.raises(files.BusyError):
+        run(images, link)
+    assert run(images, link).embedded == 1
+    assert link.is_symlink()
+    assert stored(there).keys() == stored(link).keys()
+    assert (len(stored(there)), sorted(os.listdir(tmp_path / "disk"))) == (22, ["features.h5"])
+    assert sorted(os.listdir(tmp_path)) == ["disk", "f.h5", "images"]
 
 
 class Forgetful(torch.nn.Module):

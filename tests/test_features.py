@@ -5,6 +5,7 @@ import os
 import h5py
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
@@ -48,6 +49,8 @@ def test_layout_is_what_the_docstring_says_and_plain_h5py_reads_it(tmp_path):
         np.testing.assert_array_equal(file["label"][:], [0, 0, 1, 1])
         assert file.attrs["encoder"] == "e"
         assert file.attrs["root"] == "/data"
+    numbers = ", ".join(f"{int(status)} {status.label}" for status in Status if status)
+    assert f"| {numbers} (see" in (REPOSITORY / "docs/files.md").read_text()  # what stands in files stays what it is
 
 
 def test_names_that_are_not_utf8_or_hold_line_breaks_survive(tmp_path):
@@ -77,6 +80,19 @@ def test_reasons_are_stored_once_each_and_the_table_may_fill_up(tmp_path):
     assert [reason for _, _, reason in failures[:1023]] == reasons[:1023]
     assert failures[1100][2] == ""  # beyond the table; the status still tells
     assert failures[1200][2] == "reason 0000"
+
+
+def test_reasons_of_two_earlier_files_stay_their_own(tmp_path):
+    names, reasons = ["a.jpg", "b.jpg"], ["cut off", "a bad checksum"]
+    images = images_of(names)
+    for name, reason in zip(names, reasons, strict=True):
+        written(tmp_path / name, [name], np.zeros((1, 2)), np.array([Status.CORRUPT], np.uint8), [reason])
+    with FeatureFile(tmp_path / "a.jpg") as one, FeatureFile(tmp_path / "b.jpg") as other:
+        known = [np.array([0, -1]), np.array([-1, 0])]
+        create_partial(str(tmp_path / "f.h5"), images, 2, PROVENANCE, [one, other], known)
+    PartialFile(str(tmp_path / "f.h5")).finish()
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert [reason for _, _, reason in file.failures()] == reasons
 
 
 def test_rows_in_pieces_are_written_where_they_belong(tmp_path):

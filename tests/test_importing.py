@@ -353,6 +353,46 @@ def test_what_a_killed_import_left_is_replaced_and_nothing_else(tmp_path):
     assert not partial.exists()
 
 
+def test_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", VECTORS)
+    monkeypatch.setattr(importing.PartialFile, "commit", interrupt)
+    result = CliRunner().invoke(app, ["import", "v.npy"])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert os.listdir() == ["v.npy"]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "store", "way_on"),
+    [
+        (np.full((3, 4), 1e-9, np.float32), "float16", "import them with --store float32"),
+        (np.full((3, 4), 1e-50), "auto", "scale them up"),
+    ],
+)
+def test_vectors_that_a_type_has_no_digits_for_are_refused(vectors, store, way_on, tmp_path):
+    """They all became zeros, of which no two images differ."""
+    vectors = vectors * [[1], [0], [1]]  # a vector of zeros is one
+    np.save(tmp_path / "v.npy", vectors)
+    with pytest.raises(ProtopruneError, match=rf"2 vectors of a block \(first: c\) underflow float.*; {way_on}"):
+        import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=["c", "d", "e"], store=store)
+    assert os.listdir(tmp_path) == ["v.npy"]
+
+
+def test_names_that_no_file_can_have_are_refused_and_others_sorted_as_files_are(tmp_path):
+    samples = [{"filepath": name, "emb": [1.0, float(number)]} for number, name in enumerate(("a\ud800.jpg", "b.jpg"))]
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    with pytest.raises(UsageError, match=r"'a\\ud800.jpg': no file can have this name"):
+        import_features(tmp_path / "samples.json", tmp_path / "f.h5")
+    names = [os.fsdecode(name) for name in (b"\xff.jpg", "\uff21.jpg".encode(), "\U0001f600.jpg".encode())]
+    np.save(tmp_path / "v.npy", np.eye(3, dtype=np.float32))
+    import_features(tmp_path / "v.npy", tmp_path / "f.h5", paths=names)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert list(file.paths) == sorted(names, key=os.fsencode) != sorted(names)
+
+
 def test_names_of_images_in_shards(tmp_path):
     """The shards are no classes, the folders in them are; and an image in a shard that is there is there."""
     names = [f"{shard:04d}.tar/{kind}/{i}.jpg" for shard in range(2) for kind in ("ant", "bee") for i in range(3)]

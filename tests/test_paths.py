@@ -68,6 +68,8 @@ def test_a_sequence_of_names(small_steps, names, data):
 @settings(max_examples=12)
 @given(NAMES, st.data())
 def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
+    if data.draw(st.booleans()):
+        names = [name for name in names if not leads_out(name)]
     outside = next(filter(leads_out, names), None)
     path = tmp_path_factory.mktemp("f") / "f.h5"
     kind = hdf5.Kind("names", 1, "file of names", "x", {"path": hdf5.Column(("uint8",), ("*",))}, ())
@@ -82,7 +84,7 @@ def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
         return
     assert list(reader.paths("path", len(names))) == names == reader.names("path")
     kept, raw = reader.paths("path", len(names)), [os.fsencode(name) for name in names]
-    for first, last in data.draw(st.lists(st.tuples(*[st.integers(0, len(names))] * 2), max_size=9)):
+    for first, last in data.draw(st.lists(st.tuples(*[st.integers(0, len(names))] * 2), min_size=1, max_size=9)):
         assert kept.read(first, last) == raw[first:last]
     for wrong in {len(names) + 1, max(len(names) - 1, 0)} - {len(names)}:
         with pytest.raises(ProtopruneError, match="its path is no list of"):

@@ -220,6 +220,7 @@ def test_select_takes_every_option_by_name(copies):
     plain = protoprune.select(copies, 0.5, k=1)
     assert plain.keep.sum() == 25
     assert plain.weights is None
+    assert protoprune.select(copies, k=1).rule == Rule(0.7)
     chosen = protoprune.select(
         copies, 0.5, dedup=0.01, order="easy", calibrate=0.5, quota="dbp", balance=0.5, k=1, seed=3
     )
@@ -249,7 +250,14 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     values = np.arange(50.0)
     values[:5] = np.nan  # a/00.png … have no score: they neither stay nor remove anything
     np.save(scores, values)
-    assert not protoprune.select(copies, 0.5, scores=scores, by_place=True).ranking.clusterings
+    plain = protoprune.select(copies, 0.4, scores=scores, by_place=True)
+    assert not plain.ranking.clusterings
+    paths = plain.ranking.paths[:]
+    assert plain.kept_paths == paths[-18:]
+    backwards = protoprune.select(copies, 0.4, scores=scores, rows=paths[::-1], higher_is="easier")
+    assert backwards.kept_paths == paths[27:45]  # the least that there is, of which the first five rows have none
+    with pytest.raises(UsageError, match="scores ranks without clustering: no --stability with it"):
+        pruning.stability(backwards)
     chosen = protoprune.select(copies, 0.5, scores=scores, by_place=True, dedup=0.01, k=1)
     assert len(chosen.ranking.clusterings) == 1
     unscored = np.flatnonzero(np.isnan(values))
@@ -269,6 +277,8 @@ def test_stability_compares_the_same_images(copies):
     assert all(0 < row.overlap <= 1 for row in rows)
     alone = pruning.stability(protoprune.select(copies, 0.5, dedup=0.01, k=1, order="easy"), seeds=1)
     assert (alone[0].k, alone[0].overlap) == (1, 1.0)  # one cluster: no seed can differ, and no duplicate comes back
+    with pytest.raises(UsageError, match="--order random is none"):
+        pruning.stability(protoprune.select(copies, 0.5, k=1, order="random"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(HOME / "scripts" / "reproduce"))
 import experiment_choice as choice  # noqa: E402
 from lab import Lab, report  # noqa: E402
 
+from protoprune.errors import UsageError  # noqa: E402
 from protoprune.training import converged  # noqa: E402
 from protoprune.training.examples import Examples  # noqa: E402
 from protoprune.tuning.recipes import Candidate  # noqa: E402
@@ -137,6 +138,16 @@ def test_heads_at_a_toy_size_and_again(tmp_path, monkeypatch):
     assert len(fits) == len(table) - 1 + 3  # all of it was there
     assert (tmp_path / "summary.csv").read_text().count("\n") == 2 * len(choice.METHODS) + 1 + 1 + 1
     assert (tmp_path / "seconds.csv").read_text().count("\n") == 1 + len(choice.METHODS) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tune": [0.1]}, "0.1 is not among keeps"), ({"networks": [{"methods": ["hard"]}]}, "expected random among")],
+)
+def test_what_would_have_nothing_to_be_compared_with_is_said_before_the_training(changes, message, tmp_path):
+    settings = {"networks": [], "keeps": [0.3], "resolution": 1e-3, "tune": [0.3], "sets": []} | changes
+    with pytest.raises(UsageError, match=message):
+        choice.run(Lab("choice", "small", settings, tmp_path, tmp_path, "cpu"))
 
 
 def test_some_classes_are_numbered_anew():

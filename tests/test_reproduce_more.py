@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -282,11 +283,19 @@ def test_fit_and_count_is_fit_with_fewer_looks(vectors, tmp_path):
     assert ours.steps == theirs.steps == 36
     assert np.array_equal(ours.losses, theirs.losses)
     assert looked == [9, 18, 27, 36]  # epochs of 3 steps, a look at every 9
-    times, passes = dynamic.read_counts(tmp_path, 90)["dynamic random", 1 / 3]
+    times, passes = dynamic.read_counts(tmp_path)["dynamic random", 1 / 3]
     assert passes == 12
     assert times.sum() == 12 * 30
     assert 0 < times.max() < 12
-    assert dynamic.read_counts(tmp_path, 91) == {}
+
+
+def test_counts_are_of_the_set_that_was_trained_on(vectors, tmp_path):
+    """Kept runs are not trained again, and the counts of another set of as many images stood in for theirs."""
+    lab = Lab("dynamic", "small", {"every": 1}, tmp_path, tmp_path, "cpu")
+    recipe = Recipe.for_model("head", epochs=1)
+    own, again = (dynamic.tally_of(lab, vectors, vectors, recipe) for _ in range(2))
+    other = dataclasses.replace(vectors, labels=vectors.labels[::-1].copy())
+    assert own == again != dynamic.tally_of(lab, other, vectors, recipe)
 
 
 def test_a_curve_with_more_looks_is_thinned_to_what_fewer_would_have_seen():

@@ -311,7 +311,7 @@ def test_nan_among_usable_scores_is_an_error(order):
         kept_mask(np.array([1, np.nan, 2, np.nan]), 0.5, ids=ids_of(4), order=order)
 
 
-@pytest.mark.parametrize("value", [0, -0.1, 1.0001, 150, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -0.1, 1.0001, 100, 150, math.nan, math.inf])
 def test_fractions_out_of_range(value):
     with pytest.raises(UsageError, match=r"--keep .*above 0 and at most 1") as caught:
         kept_mask(PLANTED, value, ids=ids_of(5))
@@ -344,7 +344,8 @@ def test_usage_errors_name_the_value(options, message):
 def test_keep_everything_and_nothing_to_choose_from():
     assert kept_mask(PLANTED, 1.0, ids=ids_of(5)).all()
     assert not kept_mask(PLANTED, 0.001, ids=ids_of(5)).any()
-    assert len(kept_mask(np.empty(0), 0.5, ids=[])) == 0
+    for one in ORDERS:
+        assert len(kept_mask(np.empty(0), 0.5, ids=[], order=one)) == 0
     assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), usable=np.zeros(3, bool)).any()
     nothing = {"usable": np.zeros(3, bool), "groups": np.zeros(3, int), "balance": 0.5}
     assert not kept_mask(np.full(3, np.nan), 0.5, ids=ids_of(3), **nothing).any()

@@ -107,6 +107,9 @@ def _in_one_line(context: Any = None) -> Iterator[None]:
             raise
         _complain(f"this needs {name}, which is not installed; run: pip install 'protoprune[cpu]' (or [gpu])")
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
     except BrokenPipeError as error:  # `| head`
         streams.stdout_failed(error)
         raise typer.Exit(0) from None
@@ -212,7 +215,6 @@ def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -246,4 +248,7 @@ app.add_typer(theory_app, name="theory")
 def main() -> None:
     """The `protoprune` program."""
     streams.open_closed()
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # while it is still put together
+        sys.exit(130)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
-from protoprune.files import holds, same_file
+from protoprune.files import holds, same_file, target
 from protoprune.stores import refuse_url
 
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
@@ -82,7 +82,7 @@ def _check_replaced(path: Path, sources: list[Path], written: list[Path], links:
 
 def _beside_hdf5(path: Path, sources: list[Path]) -> list[Path]:
     """What is written beside an HDF5 file until it is finished."""
-    written = [Path(f"{path}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
+    written = [Path(f"{target(os.fspath(path))}{suffix}") for suffix in (".partial", ".partial.new", ".lock")]
     if any(same_file(one, source) for one in written for source in sources):
         raise UsageError(f"{path}: its partial file or lock is one of the inputs; choose another name")
     return written

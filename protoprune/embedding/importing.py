@@ -27,7 +27,7 @@ import numpy as np
 from protoprune import files, stores
 from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError, warn
-from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial
+from protoprune.features.featurefile import IMPORTED, KEY, PartialFile, check_new, create_partial, vanished
 from protoprune.files import leads_out
 from protoprune.images.decode import Status
 from protoprune.images.listing import (
@@ -36,6 +36,7 @@ from protoprune.images.listing import (
     check_labels,
     folder_labels,
     image_labels,
+    possible_name,
     relative_id,
     stat_files,
 )
@@ -205,7 +206,13 @@ def _write(
             with np.errstate(over="ignore"):
                 stored = np.where(good[:, None], block, 0).astype(provenance["store"])
             if not np.isfinite(stored).all():
-                raise ProtopruneError(f"vectors overflow {provenance['store']}; import them with --store float32")
+                raise ProtopruneError(f"vectors overflow {stored.dtype}; import them with --store float32")
+            if (few := good & vanished(block, stored.dtype)).any():
+                way_on = "scale them up" if stored.dtype == np.float32 else "import them with --store float32"
+                raise ProtopruneError(
+                    f"{many(int(few.sum()), 'vector')} of a block (first: {images.paths[start + int(few.argmax())]}) "
+                    f"underflow {stored.dtype}, which has no digits for so small numbers; {way_on}"
+                )
             unusable += int((~good).sum())
             status = np.where(good, Status.OK, Status.CORRUPT).astype(np.uint8)
             said = ["" if one else _NOT_FINITE for one in good]
@@ -213,11 +220,9 @@ def _write(
         if unusable == len(order):
             raise ProtopruneError(f"all {unusable:,} vectors hold NaN or infinity")
         partial.finish()
-    except ProtopruneError:
+    except BaseException:  # what is there is no start: it is copied from the beginning
         partial.discard()
         raise
-    finally:
-        partial.close()
     return unusable
 
 
@@ -337,8 +342,8 @@ def _below(name: str, base: str) -> str:
 
 
 def _plain(name: str) -> str:
-    name = name.removeprefix("./")
-    if not name or "\0" in name:
+    name = possible_name(name).removeprefix("./")
+    if not name:
         raise UsageError(f"{name!r}: an image needs a name")
     if leads_out(name):
         raise UsageError(f"{name}: not below one folder as the others are; give --root a folder that holds every image")

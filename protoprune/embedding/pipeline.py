@@ -32,7 +32,7 @@ from protoprune.embedding.ahead import Halves, whole
 from protoprune.embedding.engine import PIECE, Encoder, Engine, alone, resolve_precision
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features.current import content_digest
-from protoprune.features.featurefile import FeatureFile, PartialFile
+from protoprune.features.featurefile import FeatureFile, PartialFile, vanished
 from protoprune.images.crew import Crew, Part
 from protoprune.images.decode import Status, crop, silence_libtiff
 from protoprune.images.listing import ImageList
@@ -385,16 +385,10 @@ def _write(
     with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(dtype)
     stored[status != Status.OK] = 0
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & _vanished(values, dtype)))
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1) | ((status == Status.OK) & vanished(values, dtype)))
     if len(bad):
         _refuse(int(rows[bad[0]]), values[bad[0]], dtype, len(bad))
     partial.commit(rows, stored, status, [reason for _, reason in outcome], content[rows])
-
-
-def _vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """(b,) bool: rows that are not all zeros, but so small that `dtype` has few digits for them or none."""
-    largest = np.abs(values).max(axis=1)
-    return (largest > 0) & (largest < np.finfo(dtype).tiny)
 
 
 def _refuse(row: int, values: np.ndarray, dtype: np.dtype, count: int) -> None:

@@ -24,7 +24,7 @@ import protoprune
 from protoprune.evaluation import fits
 from protoprune.evaluation.comparing import EVERYTHING, Evaluation, Method
 from protoprune.evaluation.curves import ALL, Curve, Point, Scaling
-from protoprune.evaluation.runs import device_kind
+from protoprune.evaluation.runs import CONVERGENCE, device_kind
 from protoprune.evaluation.statistics import Difference, Interval
 from protoprune.files import make_folder, table_csv, write_file
 
@@ -206,7 +206,8 @@ def _draw_dots(axes: Axes, result: Evaluation) -> None:
         axes.plot(100 * one.accuracy.mean, place, "o", color=colour)
     axes.set_yticks(range(len(result.methods)), [_shown(one.name) for one in result.methods])
     axes.invert_yaxis()
-    axes.set_xlabel(f"test accuracy (%), mean and {100 * result.confidence:g} % interval, {len(result.seeds)} seeds")
+    over = f"{len(result.seeds)} seeds{' (of one run: over test images)' if result.budget == CONVERGENCE else ''}"
+    axes.set_xlabel(f"test accuracy (%), mean and {100 * result.confidence:g} % interval over {over}")
 
 
 def _draw_by_size(axes: Axes, result: Evaluation) -> None:

@@ -347,6 +347,12 @@ def row_numbers(rows: Index, n: int) -> np.ndarray:
     return np.where(numbers < 0, numbers + n, numbers)
 
 
+def vanished(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(b,) bool: rows that are not all zeros, but so small that `dtype` has few digits for them or none."""
+    largest = np.abs(values).max(axis=1)
+    return (largest > 0) & (largest < np.finfo(dtype).tiny)
+
+
 def row_digests(features: np.ndarray, status: np.ndarray, reason: np.ndarray, reasons: Sequence[bytes]) -> np.ndarray:
     """(b,) uint64 digests of rows: features (b, d), status and reason (b,), and what the reasons stand for."""
     raw = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data

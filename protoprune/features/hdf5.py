@@ -34,6 +34,7 @@ from protoprune.text import native
 
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes
 _PIECE = 1 << 22  # bytes of names that are read at once
+_HEAD = 1 << 20  # bytes of a file in which HDF5 puts the attributes that it is made with
 _TRIES = 10  # to open a file whose name is taken by another one meanwhile
 _OPEN: weakref.WeakSet[Reader] = (
     weakref.WeakSet()
@@ -85,9 +86,9 @@ class Reader:
             self._check_shared()
             with self.trouble("its attributes"):
                 self.attributes = {name: _attribute(self.file, name) for name in self.file.attrs}
-            missing = [name for name in kind.attributes if name not in self.attributes]
-            if missing:
-                raise self.damaged(f"it has no attribute {missing[0]}")
+            for name in kind.attributes:
+                if name not in self.attributes:
+                    raise self._of_another_version(f"it has no attribute {name}")
             with self.trouble("its HDF5 structure"):
                 self.dims = self._check_layout()
         except BaseException:
@@ -190,6 +191,10 @@ class Reader:
             return _written_over(self.path)
         return _damaged(self.path, self.kind, what, way_on)
 
+    def _of_another_version(self, what: str) -> ProtopruneError:
+        """The error for a file that is whole, as its seal says, and laid out in another way."""
+        return _of_another_version(self.path, self.kind, f"{self.attributes.get('protoprune', '?')}: {what}")
+
     @contextlib.contextmanager
     def trouble(self, what: str) -> Iterator[None]:
         """Whatever h5py raises while it reads `what` becomes one line."""
@@ -252,7 +257,7 @@ class Reader:
             column = self.kind.layout.get(name)
             if name not in self.data:
                 if column is not None and not column.optional:
-                    raise self.damaged(f"it has no {name}")
+                    raise self._of_another_version(f"it has no {name}")
                 continue
             dataset = self.data[name]
             if not isinstance(dataset, h5py.Dataset):
@@ -310,6 +315,18 @@ def _damaged(path: str, kind: Kind, what: str, way_on: str = "") -> ProtopruneEr
     return ProtopruneError(f"{path}: damaged ({what}); {way_on}")
 
 
+def _of_another_version(path: str, kind: Kind, which: str) -> ProtopruneError:
+    if path.endswith(".partial"):
+        return ProtopruneError(
+            f"{path}: an unfinished run of another version of protoprune ({which}); finish it with that version, or "
+            f"delete it and run `{kind.maker}` again"
+        )
+    return ProtopruneError(
+        f"{path}: a {kind.what} of another version of protoprune ({which}), which is not read here; run `{kind.maker}` "
+        "again with --overwrite, or with another -o"
+    )
+
+
 def _attribute(file: h5py.File, name: str) -> Any:
     identity = h5py.h5a.open(file.id, name.encode())
     if identity.shape not in ((), None) or identity.get_storage_size() > _LARGEST_ATTRIBUTE:
@@ -361,12 +378,21 @@ def _not_ours(path: str, kind: Kind) -> ProtopruneError:
     with open(path, "rb") as file:
         if file.read(len(seals.SIGNATURE)) != seals.SIGNATURE:
             return _not_opened(path, kind)
+    if _before_seals(path, kind):
+        return _of_another_version(path, kind, "it has no seal")
     if path.endswith(".partial"):
         return _damaged(path, kind, "it has no seal")
     return ProtopruneError(
         f"{path}: an HDF5 file, but not a {kind.what} as `{kind.maker}` writes it (it has no seal); run that with "
         "another -o"
     )
+
+
+def _before_seals(path: str, kind: Kind) -> bool:
+    """Whether a file is of a version that had no seals, by its attributes, which HDF5 has among its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    return head.startswith(seals.SIGNATURE) and kind.format.encode() in head
 
 
 def _not_opened(path: str, kind: Kind, error: Exception | None = None) -> ProtopruneError:
@@ -419,7 +445,7 @@ def seal(path: str, kind: Kind, changing: Collection[str]) -> None:
 
 def partial_path(out: str) -> str:
     """What a file is called as long as a run fills it."""
-    return out + ".partial"
+    return files.target(out) + ".partial"
 
 
 def there(path: str) -> str:
@@ -437,7 +463,8 @@ def finish(out: str, but: Collection[str]) -> None:
 
 def check_replaceable(path: str, kind: Kind) -> None:
     """Raise UsageError for a file that --overwrite would destroy by mistake: neither of this kind nor a damaged one."""
-    if seals.format_of(path) not in (kind.format, "") and os.path.getsize(path):
+    ours = seals.format_of(path) in (kind.format, "") or _before_seals(path, kind)
+    if not ours and os.path.getsize(path):
         raise UsageError(f"{path}: not a {kind.what}, and --overwrite replaces nothing else; choose another -o")
 
 

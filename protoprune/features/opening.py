@@ -92,6 +92,7 @@ def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwr
                 said = [reasons.get(path, "") for path in images.paths[start : start + len(rows)]]
                 partial.commit(rows, whole.features[start : start + len(rows)], status[rows], said, content[rows])
             partial.finish()
-        finally:
-            partial.close()
+        except BaseException:
+            partial.discard()
+            raise
         return whole.n

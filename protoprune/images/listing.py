@@ -162,8 +162,8 @@ def list_paths(
     root = _common_root(entries) if root is None else os.fspath(root)
     if not os.path.isdir(root):
         raise UsageError(f"--root {root}: no such folder")
-    entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, _possible_name(entry))))
-    ids = [relative_id(_possible_name(entry), root) for entry in entries]
+    entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, possible_name(entry))))
+    ids = [relative_id(possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
     found = [(path, *_size_and_times(os.path.join(root, path))) for path in unique]
     if chosen and all(mtime < 0 for _, _, mtime, _ in found) and all(map(os.path.isfile, unique)):
@@ -408,7 +408,7 @@ def _common_root(entries: list[str]) -> str:
     return os.path.commonpath([os.path.dirname(entry) for entry in entries])
 
 
-def _possible_name(entry: str) -> str:
+def possible_name(entry: str) -> str:
     """The entry itself; a NUL or a lone surrogate (from a JSON list) would break the feature file's block of names."""
     try:
         if b"\0" not in os.fsencode(entry):

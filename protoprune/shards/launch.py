@@ -1,8 +1,8 @@
 """Worker processes on this machine, one a device: each asks for a shard, embeds it, and asks for the next.
 
 A worker that dies (out of memory, `kill -9`) is started again and its shard given to somebody, a few times; what it had
-committed is in the partial file. Workers that lose the parent end by themselves after the shard in hand. What is handed
-out to whom (`Tasks`) is the same on a cluster, see `cluster`.
+committed is in the partial file. Workers that lose the parent end at once, so that the same command, given again, finds
+no shard in other hands. What is handed out to whom (`Tasks`) is the same on a cluster, see `cluster`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,7 @@ def _death(worker: _Worker[Task]) -> str:
 def _serve(connection: Connection, device: str, number: int, of: int) -> None:
     """A worker's life: with its first task it asks for `work` and `start`. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     state: Any = None
     ignore_pillow()
     if device == "cpu" and of > 1:
@@ -242,6 +244,14 @@ def _serve(connection: Connection, device: str, number: int, of: int) -> None:
     finally:
         if state is not None and hasattr(state, "close"):
             state.close()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes nothing in order, and an orphan would hold its shard, and a GPU, for minutes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _share_cores(number: int, of: int) -> None:

@@ -30,6 +30,7 @@ from claims import Claim, bars, gathered, interval_text
 from lab import Lab, vectors_of
 
 import protoprune
+from protoprune.errors import UsageError
 from protoprune.evaluation import runs, statistics
 from protoprune.files import write_file
 from protoprune.training import converged
@@ -54,6 +55,7 @@ Key = tuple[str, str, float, str]  # (data set with encoder, judge, keep, method
 
 def run(lab: Lab) -> list[Claim]:
     rows: list[dict] = []
+    check(lab.settings)
     for one in lab.settings["sets"]:
         rows += heads(lab, **one)
         lab.save_table(rows)
@@ -65,6 +67,15 @@ def run(lab: Lab) -> list[Claim]:
     lab.save_table(list(times(rows)), "seconds")
     draw(lab, found)
     return judge(found, lab.settings["resolution"])
+
+
+def check(settings: Mapping) -> None:
+    """UsageError where there would be nothing to compare with, which came out when all had been trained."""
+    if other := set(settings["tune"]) - set(settings["keeps"]):
+        raise UsageError(f"tune = {settings['tune']}: {min(other):g} is not among keeps, whose random lists it needs")
+    for one in settings["networks"]:
+        if "random" not in one["methods"]:
+            raise UsageError(f"methods = {one['methods']}: expected random among them, which all are compared with")
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

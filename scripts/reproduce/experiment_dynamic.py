@@ -8,6 +8,8 @@ and no method lives by the luck of one draw.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from lab import Lab, accuracies, drawn, table_of
 from protoprune import selection
 from protoprune.clustering import prototypes
 from protoprune.evaluation.comparing import time_to
-from protoprune.evaluation.runs import Run, steps_for
+from protoprune.evaluation.runs import Run, shared_key, steps_for
 from protoprune.training import loop
 
 FULL = "everything"
@@ -37,19 +39,26 @@ def run(lab: Lab) -> list[Claim]:
     settings, recipe = lab.settings, lab.recipe()
     train, test = lab.some()
     runs = plan(lab, train, test, recipe)
-    tally = lab.shared / "counts"
-    tally.mkdir(exist_ok=True)
+    tally = tally_of(lab, train, test, recipe)
 
     def fit(*data, **how):
         return fit_and_count(*data, looks=settings["looks"], tally=tally, **how)
 
     found = lab.outcomes(runs, train, test, recipe, curves=True, fit=fit)
-    counts = {key: values for key, values in read_counts(tally, len(train)).items() if key[1] in settings["keep"]}
+    counts = {key: values for key, values in read_counts(tally).items() if key[1] in settings["keep"]}
     lab.save_table(table(found, settings["target_accuracy"], settings["looks"]))
     lab.save_table(tally_rows(counts), "sometimes")
     draw(lab, accuracies(found))
     draw_counts(lab, counts)
     return claims(accuracies(found), settings["keep"])
+
+
+def tally_of(lab: Lab, train, test, recipe) -> Path:
+    """Where the counts of these very runs lie: those of another set are not theirs, though of as many images."""
+    key = json.dumps([shared_key(train, test, recipe, lab.device), lab.settings["every"]], sort_keys=True)
+    tally = lab.shared / "counts" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    tally.mkdir(parents=True, exist_ok=True)
+    return tally
 
 
 def plan(lab: Lab, train, test, recipe) -> list[Run]:
@@ -127,16 +136,15 @@ def save_counts(tally: Path, sampler) -> None:
     np.savez(tally / name, counts=sampler.counts, passes=sampler.epoch + 1, **about)
 
 
-def read_counts(tally: Path, n: int) -> dict[tuple[str, float], tuple[np.ndarray, int]]:
-    """{(method, keep): (times that each of the n examples was selected, passes)}, of the first seed."""
+def read_counts(tally: Path) -> dict[tuple[str, float], tuple[np.ndarray, int]]:
+    """{(method, keep): (times that each example was selected, passes)}, of the first seed."""
     from protoprune.evaluation import runs
 
     shown = {runs.DYNAMIC[kind]: name for kind, name in DYNAMIC.items()}
     found = {}
     for path in sorted(tally.glob("*.npz")):
         with np.load(path) as file:
-            if len(file["counts"]) == n:
-                found[shown[str(file["kind"])], float(file["keep"])] = file["counts"], int(file["passes"])
+            found[shown[str(file["kind"])], float(file["keep"])] = file["counts"], int(file["passes"])
     return found
 
 
