@@ -20,7 +20,47 @@ The public API, imported on first use so that `import protoprune` costs nothing:
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr__` imports it
+    from protoprune import samplers as samplers
+    from protoprune.comparison import compare as compare
+    from protoprune.embedding.engine import Encoder as Encoder
+    from protoprune.embedding.importing import import_features as import_features
+    from protoprune.embedding.pipeline import embed as embed
+    from protoprune.encoders import load_encoder as load_encoder
+    from protoprune.errors import ProtopruneError as ProtopruneError
+    from protoprune.evaluation import Kept as Kept
+    from protoprune.evaluation import evaluate as evaluate
+    from protoprune.evaluation import scaling as scaling
+    from protoprune.evaluation.runs import list_rows as list_rows
+    from protoprune.features.featurefile import FeatureFile as FeatureFile
+    from protoprune.features.featureset import FeatureSet as FeatureSet
+    from protoprune.features.opening import merge as merge
+    from protoprune.images.decode import Preprocess as Preprocess
+    from protoprune.images.labels import LabelFile as LabelFile
+    from protoprune.images.listing import list_folder as list_folder
+    from protoprune.images.listing import list_paths as list_paths
+    from protoprune.lists import read_list as read_list
+    from protoprune.lists import read_weights as read_weights
+    from protoprune.loaders import keep_only as keep_only
+    from protoprune.loaders import table_rows as table_rows
+    from protoprune.loaders import weights_of as weights_of
+    from protoprune.metrics.catalogue import score as score
+    from protoprune.pruning import Clusters as Clusters
+    from protoprune.pruning import Rule as Rule
+    from protoprune.pruning import prune as prune
+    from protoprune.pruning import rank as rank
+    from protoprune.pruning import select as select
+    from protoprune.records import Record as Record
+    from protoprune.scores import read_scores as read_scores
+    from protoprune.scores import write_scores as write_scores
+    from protoprune.shards.resharding import reshard as reshard
+    from protoprune.shards.sharding import embed_shards as embed_shards
+    from protoprune.sources import find_shards as find_shards
+    from protoprune.training.examples import load_examples as load_examples
+    from protoprune.training.importing import write_record as write_record
+    from protoprune.training.loop import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -66,9 +106,15 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "samplers":  # a module, which nothing else may have imported yet
-        return import_module("protoprune.samplers")
-    if name not in _HOME:
-        raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
-    return getattr(import_module(f"protoprune.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # to whom every name would be there
+
+    def __getattr__(name: str) -> Any:
+        if name == "samplers":  # a module, which nothing else may have imported yet
+            return import_module("protoprune.samplers")
+        if name not in _HOME:
+            raise AttributeError(f"module 'protoprune' has no attribute {name!r}")
+        return getattr(import_module(f"protoprune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "samplers"})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from protoprune.bounds import shown
 from protoprune.errors import ProtopruneError, UsageError, warn
+from protoprune.memory import control_groups, words_of
 from protoprune.text import shortened
 
 if TYPE_CHECKING:
@@ -110,5 +111,12 @@ def warn_if_emulated(precision: str, device: torch.device) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; of a container no more than it gets the time of."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in control_groups("cpu"):
+        quota = words_of(folder, "cpu.max") or words_of(folder, "cpu.cfs_quota_us") + words_of(
+            folder, "cpu.cfs_period_us"
+        )
+        if len(quota) == 2 and all(word.isdecimal() for word in quota) and int(quota[1]):
+            count = min(count, max(1, -(-int(quota[0]) // int(quota[1]))))
+    return count

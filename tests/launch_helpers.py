@@ -2,8 +2,9 @@
 
 import os
 import signal
+import time
 
-from protoprune.errors import UsageError
+from protoprune.errors import UsageError, warn
 
 
 def start(device):
@@ -17,9 +18,19 @@ def work(state, task, ahead):
         if path:
             open(path, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "warn":
+        warn("what is odd")
     if kind == "error":
         raise UsageError("a bad task")
     return task, state
+
+
+def nap(state, task, ahead):
+    """Longer than any test; `task` is the file that says which process it is."""
+    with open(task + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace(task + ".new", task)
+    time.sleep(600)
 
 
 def work_with(weights, state, task, ahead):

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import torch
 
+import protoprune
 from protoprune import encoders
 from protoprune.clustering import vectors
 from protoprune.embedding import engine
@@ -42,3 +43,9 @@ def an_encoder(loaded: encoders.Encoder, own: OwnEncoder) -> list[engine.Encoder
 
 def rows(array: np.ndarray, dataset: h5py.Dataset, file: FeatureFile, whole: FeatureSet) -> list[vectors.Rows]:
     return [array, dataset, file.features, whole.features]
+
+
+def what_the_package_shows() -> None:
+    """Names of the top level have their types: were they Any, nothing would be there to ignore."""
+    protoprune.select("f.h5", kep=0.5)  # type: ignore[call-arg]
+    protoprune.nothing  # type: ignore[attr-defined] # noqa: B018

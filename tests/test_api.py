@@ -1,7 +1,9 @@
 """The public names stay what they say, whatever was imported before."""
 
+import ast
 import importlib
 import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,17 @@ def test_public_names_are_documented_callables(name):
     assert callable(value)
     assert value.__doc__
     assert value.__module__.startswith("protoprune.")
+
+
+def test_editors_and_type_checkers_see_what_there_is():
+    """What is imported on first use stands once more for those who only read: without it all of it was Any."""
+    tree = ast.parse(Path(protoprune.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    shown = {one.asname: node.module for node in block.body for one in node.names}
+    assert shown.pop("samplers") == "protoprune"
+    assert shown == {name: f"protoprune.{home}" for name, home in protoprune._HOME.items()}
+    assert {*protoprune.__all__, "samplers"} <= set(dir(protoprune))
 
 
 def test_an_unknown_name_is_an_attribute_error():

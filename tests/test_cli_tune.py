@@ -128,6 +128,7 @@ def test_networks_judge_the_finalists(here):
     result = run("tune", "--keep", 0.3, "--seeds", 2, "--model", "cnn", "--images", "images", "--epochs", 1, "--width",
                  4, "--image-size", 16, "--device", "cpu")  # fmt: skip
     assert "% by networks" in result.stderr
+    assert "hint: 1 epoch of 36 images is 1 optimizer step, and networks that take fewer than 500" in result.stderr
     (here / "w.pt").write_text("no weights")
     for options, message in (("--weights w.pt", "w.pt: "), ("--batch-size 1", "batches of 2 images and more")):
         refused = CliRunner().invoke(

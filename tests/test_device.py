@@ -1,12 +1,15 @@
 """Arithmetic that the hardware imitates is said, in every command that computes in it."""
 
+import os
+
 import pytest
 import torch
 from helpers import write_image
 from torch._dynamo.exc import TorchDynamoException
 from training_helpers import pixels
 
-from protoprune.device import warn_if_emulated
+from protoprune import memory
+from protoprune.device import cores, warn_if_emulated
 from protoprune.embedding.pipeline import embed
 from protoprune.encoders import Encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning
@@ -17,6 +20,36 @@ from protoprune.training import recording
 from protoprune.training.loop import Recipe, fit
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="no Linux")
+@pytest.mark.parametrize(
+    ("own", "files", "count", "free"),
+    [
+        ("0::/", {"cpu.max": "150000 100000", "memory.max": "9000", "memory.current": "5000",
+                  "memory.stat": "anon 1\nfile 3000\ninactive_file 2000"}, 2, 6000),
+        ("0::/job/step", {"job/cpu.max": "100000 100000", "job/step/cpu.max": "max 100000", "job/memory.max": "9000",
+                          "job/memory.current": "9500", "job/step/memory.max": "max"}, 1, 0),
+        ("4:memory:/a\n3:cpuset:/\n2:cpu,cpuacct:/a", {
+            "cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000", "cpu/a/cpu.cfs_quota_us": "-1",
+            "cpu/a/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": "9000",
+            "memory/memory.usage_in_bytes": "1000"}, 3, 8000),
+        ("0::/", {}, 64, None), ("", {}, 64, None), ("0::/", {"cpu.max": "garbage", "memory.max": "max"}, 64, None),
+    ],
+)  # fmt: skip
+def test_a_container_has_what_it_may_use(own, files, count, free, tmp_path, monkeypatch):
+    """On a server of 64 cores a container of two had 64 decoding threads, and batches of 2,048 images in memory."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(memory, "_GROUPS", str(tmp_path))
+    monkeypatch.setattr(memory, "_OWN", str(tmp_path / "own"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert cores() == count
+    assert memory.free_memory() == free if free is not None else memory.free_memory() > 9000
+    monkeypatch.setattr(memory, "_OWN", str(tmp_path / "none"))
+    assert (cores(), memory.free_memory() > 9000) == (64, True)
 
 
 @pytest.fixture(params=[True, False], ids=["native", "emulated"])

@@ -25,6 +25,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
 from protoprune.features.featurefile import FeatureFile, partial_path
 from protoprune.features.opening import open_features
+from protoprune.images import decode
 from protoprune.images.decode import Preprocess, Status
 from protoprune.images.listing import list_folder, list_paths
 
@@ -768,6 +769,34 @@ def test_a_run_that_is_starved_ends_in_the_same_features(images, tmp_path, monke
     run(images, tmp_path / "b.h5")
     assert relieved == [1]
     assert stored(tmp_path / "a.h5").keys() == stored(tmp_path / "b.h5").keys()
+    for path, row in stored(tmp_path / "a.h5").items():
+        assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
+
+
+def test_vectors_of_another_length_are_other_features(images, tmp_path):
+    """Of an encoder of one's own whose digest was not changed: nothing was embedded, or it ended in a traceback."""
+    run(images, tmp_path / "f.h5")
+    wider = Encoder("fake", lambda x: x.flatten(1)[:, :24], 24, Preprocess(SIDE, SIDE), "0" * 64)
+    make_images(images, 1, start=30)
+    with pytest.raises(ProtopruneError, match=r"holds other features \(dimensions: 12, not 24\); .* --overwrite"):
+        run(images, tmp_path / "f.h5", wider)
+    assert run(images, tmp_path / "f.h5", wider, overwrite=True).embedded == 22
+
+
+def test_a_file_that_gives_less_than_it_says_has_changed(images, tmp_path, monkeypatch):
+    """As some network file systems do: it was decoded as far as it went, and kept as cut off."""
+    monkeypatch.setattr(decode, "read_bounded", lambda file, size: file.read(size - 1))
+    assert run(images, tmp_path / "f.h5").failures == {"changed": 21}
+
+
+def test_the_default_device_of_a_program_is_not_where_images_are_decoded(images, tmp_path):
+    """torch.set_default_device("cuda"), as notebooks have it: meta is one that is everywhere."""
+    run(images, tmp_path / "a.h5")
+    torch.set_default_device("meta")
+    try:
+        run(images, tmp_path / "b.h5")
+    finally:
+        torch.set_default_device(None)
     for path, row in stored(tmp_path / "a.h5").items():
         assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
 

@@ -95,6 +95,40 @@ def test_tasks_are_set_aside_for_who_will_have_them_next_as_long_as_nobody_goes_
     assert tasks.take(1) is None
 
 
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """In the middle of a task: it went on for minutes, held its shard and a GPU, and the next run found it busy."""
+    program = (
+        "from protoprune.shards import launch; from launch_helpers import nap, start\n"
+        f"if __name__ == '__main__': list(launch.run(nap, start, [{str(tmp_path / 'pid')!r}], ['this']))"
+    )
+    (tmp_path / "main.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "main.py"], env=environment)
+    try:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+    finally:
+        parent.kill()
+        parent.wait()
+    until, pid = time.monotonic() + 20, int((tmp_path / "pid").read_text())
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it outlived its parent")
+
+
+def test_what_workers_warn_of_is_the_parents_to_say_and_once(capfd):
+    """It came on stderr as Python writes warnings, a line of code with it, from each worker."""
+    with pytest.warns(ProtopruneWarning, match="^what is odd$") as caught:
+        assert run(["warn:1", "warn:2"]) == ["warn:1", "warn:2"]
+    assert (len(caught), capfd.readouterr().err) == (1, "")
+
+
 def test_an_error_in_a_worker_is_the_parents():
     with pytest.raises(UsageError, match="a bad task"):
         run(["1", "error"])

@@ -29,7 +29,7 @@ from protoprune.formats import archive_kind
 from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import list_folder
 from protoprune.report.sheet import contact_sheet
-from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, tables
+from protoprune.sources import ShardError, ShardOptions, find_shards, list_shards, open_shard, shards_of, tables
 from protoprune.sources.finding import Shard, expand, fixed_part, in_order, is_shard, split_id, splits_among
 from protoprune.sources.reader import ImageReader
 
@@ -130,18 +130,21 @@ def test_a_missing_shard_of_a_pattern_is_known_and_all_missing_is_an_error(folde
 
 
 def test_folders_of_images_and_lists_are_no_shards(folder, tmp_path):
-    assert find_shards(folder) is None
+    assert shards_of(os.fspath(folder)) is None
     with pytest.raises(UsageError, match=rf"matches {len(members(folder))} images, and patterns are for shards"):
         find_shards(f"{folder}/**/*.*")
     write_tar(tmp_path / "mixed/a.tar", [("1.png", PNG)])
     (tmp_path / "mixed/2.png").write_bytes(PNG)
-    assert find_shards(tmp_path / "mixed") is None
+    assert shards_of(os.fspath(tmp_path / "mixed")) is None
     assert list_folder(tmp_path / "mixed").skipped == {".tar": 1}
     (tmp_path / "list.txt").write_text("a.png\n")
-    assert find_shards(tmp_path / "list.txt") is None
+    assert shards_of(os.fspath(tmp_path / "list.txt")) is None
     (tmp_path / "list.gz").write_bytes(gzip.compress(b"a.png\n"))
-    assert find_shards(tmp_path / "list.gz") is None
-    assert find_shards(tmp_path / "nowhere") is None
+    assert shards_of(os.fspath(tmp_path / "list.gz")) is None
+    assert shards_of(os.fspath(tmp_path / "nowhere")) is None
+    for place, what in ((folder, "no shards there"), (tmp_path / "nowhere", "no such file or folder")):
+        with pytest.raises(UsageError, match=rf"{place}: {what}; give a tar, .* \(images that are .* list_folder"):
+            find_shards(place)
 
 
 def test_what_lies_beside_shards_hides_them_not(folder, tmp_path):
@@ -161,7 +164,7 @@ def test_what_lies_beside_shards_hides_them_not(folder, tmp_path):
     source = find_shards(place)
     assert [shard.name for shard in source.shards] == ["train/0000.tar", "train/0001.tar"]
     (place / "cover").write_bytes(PNG)  # an image, whatever it is called
-    assert find_shards(place) is None
+    assert shards_of(os.fspath(place)) is None
 
 
 def test_shards_beside_images_are_said(folder, tmp_path):
@@ -832,6 +835,18 @@ def test_tables_that_hold_paths_or_lists_say_what_to_do(tmp_path):
     parquet.write_table(pyarrow.table({"pages": lists}), tmp_path / "l.parquet")
     for options in ({}, {"image_column": "pages"}):
         assert "its column pages holds lists of images" in refused(tmp_path / "l.parquet", **options)[1]
+
+
+def test_nan_is_no_class(tmp_path):
+    """What a column of numbers has for nothing, and Python's json writes; null is none in either."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [PNG] * 3, "label": [1.0, float("nan"), None]})
+    parquet.write_table(table, tmp_path / "s.parquet")
+    write_tar(tmp_path / "s.tar", [("a.png", PNG), ("a.json", b'{"label": 1}'), ("b.png", PNG),
+                                   ("b.json", b'{"label": NaN}'), ("c.png", PNG)])  # fmt: skip
+    for name in ("s.parquet", "s.tar"):
+        with opened(tmp_path / name) as images:
+            assert (images.classes, images.labels.tolist()) == (["1"], [0, -1, -1]), name
 
 
 def test_where_classes_are_from_is_said(tmp_path):

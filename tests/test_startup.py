@@ -113,3 +113,12 @@ def test_public_names_exist():
         assert getattr(protoprune, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = protoprune.nothing
+
+
+def test_the_shell_completes_commands_and_options():
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_PROTOPRUNE_COMPLETE": "complete_bash"}
+        return CliRunner().invoke(app, [], env=words, prog_name="protoprune").stdout.split()
+
+    assert completed("protoprune sc") == ["score", "scaling"]
+    assert completed("protoprune select --dedup") == ["--dedup", "--dedup-prefer"]

@@ -215,7 +215,6 @@ def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -220,7 +220,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     from protoprune.formats import archive_kind
     from protoprune.images.listing import image_suffixes
     from protoprune.lists import read_paths, split_list
-    from protoprune.sources import find_shards, list_shards
+    from protoprune.sources import list_shards, shards_of
     from protoprune.sources.finding import looks_like_shards
     from protoprune.stores import is_url, public
 
@@ -229,7 +229,7 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
             raise UsageError("-: standard input is closed; pipe a list of paths into it, or give a file")
         entries = split_list(sys.stdin.buffer.read(), "the list on stdin")
     else:
-        source = find_shards(images)
+        source = shards_of(images)
         if source is not None or os.path.isdir(images):
             if root is not None:
                 raise UsageError("--root goes with a list of paths; a folder or a pattern has its own")

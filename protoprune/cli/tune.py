@@ -14,7 +14,7 @@ from protoprune.cli.options import HigherIs, TrainingOptions, meant, refuse_idle
 from protoprune.cli.outputs import check_folder, check_outputs, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
-from protoprune.cli.training import is_image_folder, load_sets, read_table
+from protoprune.cli.training import hint_steps, is_image_folder, load_sets, read_table
 from protoprune.errors import UsageError
 from protoprune.units import duration, many, rounded
 
@@ -107,6 +107,8 @@ def tune(
     networks, tested = None, None
     if model is not None and images is not None:
         networks, tested = _networks(pool, model, images, test, test_labels, training)
+        choose = len(pool) if tested is not None else round(0.8 * len(pool))  # else a fifth judges
+        hint_steps(networks.recipe, max(1, round((fraction or running.SCREENED) * choose)), 0)
     elif test is not None and examples is not None:
         tested = _tested(test, examples)
     with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):

@@ -72,7 +72,7 @@ def prepare(
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
-        left = _left(out, provenance, overwrite, stack)
+        left = _left(out, engine, overwrite, stack)
         started, finished = left.started, left.finished
         if os.path.exists(out):
             _check_findable(out, images)
@@ -98,17 +98,24 @@ def prepare(
     return before
 
 
-def _left(out: str, wanted: dict[str, str], overwrite: bool, stack: contextlib.ExitStack) -> _Left:
+def _left(out: str, engine: Engine, overwrite: bool, stack: contextlib.ExitStack) -> _Left:
     """An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
     which it will replace; without that, a file of other features is never touched."""
     started, finished = _opened(partial_path(out), overwrite, stack), _opened(out, overwrite, stack)
-    differences = [] if started is None else feature_file.key_differences(started.provenance, wanted)
+    differences = [] if started is None else _differences(started, engine)
     goes_on = started is not None and not differences and bool(started.provenance.get("overwrite"))
     if overwrite or goes_on:
         return _Left(started if goes_on else None, None, [], replacing=True)
-    if finished is not None and (other := feature_file.key_differences(finished.provenance, wanted)):
+    if finished is not None and (other := _differences(finished, engine)):
         raise ProtopruneError(_other_features(out, finished, other))
     return _Left(started, finished, differences, replacing=False)
+
+
+def _differences(file: FeatureFile, engine: Engine) -> list[str]:
+    """Between the features of a file and those that the engine makes: an encoder of one's own may be changed, and its
+    digest forgotten."""
+    dims = [] if file.dim == engine.encoder.dim else [f"dimensions: {file.dim}, not {engine.encoder.dim}"]
+    return feature_file.key_differences(file.provenance, engine.provenance) or dims
 
 
 def _opened(path: str, overwrite: bool, stack: contextlib.ExitStack) -> FeatureFile | None:

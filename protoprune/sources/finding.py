@@ -53,7 +53,7 @@ class Source:
 
 
 def local_shards(spec: str) -> Source | None:
-    """The shards on this machine that `spec` names, see `find_shards`."""
+    """The shards on this machine that `spec` names, see `shards_of`."""
     if os.path.isdir(spec):
         return _folder(spec)
     if os.path.isfile(spec):

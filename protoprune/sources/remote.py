@@ -45,7 +45,7 @@ _MARKS = (
 
 
 def find_remote(url: str) -> Source | None:
-    """The shards of a URL: one file, a pattern or a folder. See `find_shards`."""
+    """The shards of a URL: one file, a pattern or a folder. See `shards_of`."""
     if url.startswith("file://"):
         return local_shards(url.removeprefix("file://"))
     skipped: Counter[str] = Counter()
