@@ -385,7 +385,7 @@ def test_what_protoprune_itself_lists_is_read(tmp_path):
             "no score table: none of its columns path, label holds numbers",
         ),
         ("s.csv", b"path,label,el2n\ncat/a.png,3,0.5\n", "which of its columns path, label, el2n is the score"),
-        ("s.csv", b"cat/a.png, 3, 0.5\ncat/b.png, 9, 0.1\n", "which of its columns cat/a.png, 3, 0.5 is the score.*header"),
+        ("s.csv", b"cat/a.png, 3, 5\ncat/b.png, 9, 1\n", "which of its columns cat/a.png, 3, 5 is the score.*header"),
         ("s.csv", b"cat/a.png,cat,0.5\ncat/b.png,cat,0.1\n", "which of its columns .* is the path"),
         ("s.csv", b"0.1,0.5\n0.2,0.1\n", "which of its columns 0.1, 0.5 is the path"),
         ("s.csv", b"index,score\n0,1\n4,1\n", "row number 4, expected 0 to 3"),
