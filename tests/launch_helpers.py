@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from protoprune.errors import UsageError
+from protoprune.errors import UsageError, warn
 
 
 def start(device):
@@ -18,6 +18,8 @@ def work(state, task, ahead):
         if path:
             open(path, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "warn":
+        warn("what is odd")
     if kind == "error":
         raise UsageError("a bad task")
     return task, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -267,3 +268,20 @@ def test_a_cluster_that_takes_long_is_said_with_a_larger_k(monkeypatch, feature_
     monkeypatch.setattr("protoprune.pruning.duplicates.LARGE", 100)
     with pytest.warns(ProtopruneWarning, match=r"largest of 2 clusters has 300 images.* --k 30, --dedup takes less"):
         protoprune.select(path, 0.5, k=2, dedup=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_group_larger_than_a_bucket_stays_in_its_file(monkeypatch, tmp_path, count):
+    """A third of all images in one class, or all in one cluster, were held in memory twice."""
+    x = Counted(np.arange(60_000 * 16, dtype=np.float32).reshape(-1, 16))
+    groups = [np.arange(first, 60_000, count) for first in range(count)]
+    monkeypatch.setattr(buckets, "MEMORY", 100_000)
+    monkeypatch.setattr(buckets, "CHUNK", 1000)
+    tracemalloc.start()
+    for some, fetch in buckets.grouped(x, groups, tmp_path):
+        for own in some:
+            found = fetch(own)
+            assert np.array_equal(found[-50:], own[-50:, None] * 16 + np.arange(16))
+    assert tracemalloc.get_traced_memory()[1] < 60_000 * 16 * 4 / count  # of which it reads each row once
+    tracemalloc.stop()
+    assert not list(tmp_path.iterdir())

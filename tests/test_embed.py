@@ -789,6 +789,18 @@ def test_a_file_that_gives_less_than_it_says_has_changed(images, tmp_path, monke
     assert run(images, tmp_path / "f.h5").failures == {"changed": 21}
 
 
+def test_the_default_device_of_a_program_is_not_where_images_are_decoded(images, tmp_path):
+    """torch.set_default_device("cuda"), as notebooks have it: meta is one that is everywhere."""
+    run(images, tmp_path / "a.h5")
+    torch.set_default_device("meta")
+    try:
+        run(images, tmp_path / "b.h5")
+    finally:
+        torch.set_default_device(None)
+    for path, row in stored(tmp_path / "a.h5").items():
+        assert np.array_equal(row, stored(tmp_path / "b.h5")[path])
+
+
 def test_a_link_to_the_features_stays_one(images, tmp_path):
     """The link was replaced by a file, and who read what it led to read the old features."""
     (tmp_path / "disk").mkdir()

@@ -21,7 +21,7 @@ from protoprune.cli import app
 from protoprune.embedding import importing
 from protoprune.encoders.checkpoints import read_state
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.features import featureset
+from protoprune.features import featureset, hdf5, seals
 from protoprune.features.opening import open_features
 from protoprune.files import leads_out, write_links
 from protoprune.images.decode import ImageError
@@ -315,3 +315,16 @@ def test_lists_hold_no_infinite_scores_and_null_for_none(tmp_path):
     for format in ("csv", "jsonl", "txt"):
         with pytest.raises(UsageError, match="1 score is infinite; give numbers, or NaN for none"):
             format_list(["a", "b"], rows, np.array([-np.inf, 0]), format)
+
+
+@pytest.mark.parametrize(
+    "command", ["select x --keep 0.5", "info x", "score el2n --record x", "score random --record x"]
+)
+def test_a_pipe_for_a_feature_file_is_no_endless_wait(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("x")
+    for module in (hdf5, seals):  # whoever opens it waits for somebody who writes
+        monkeypatch.setattr(module, "open", lambda *_: pytest.fail("opened"), raising=False)
+    result = CliRunner().invoke(app, command.split())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "x: a pipe or a device, which can be read only once; give a " in result.stderr

@@ -122,6 +122,13 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     pytest.fail("it outlived its parent")
 
 
+def test_what_workers_warn_of_is_the_parents_to_say_and_once(capfd):
+    """It came on stderr as Python writes warnings, a line of code with it, from each worker."""
+    with pytest.warns(ProtopruneWarning, match="^what is odd$") as caught:
+        assert run(["warn:1", "warn:2"]) == ["warn:1", "warn:2"]
+    assert (len(caught), capfd.readouterr().err) == (1, "")
+
+
 def test_an_error_in_a_worker_is_the_parents():
     with pytest.raises(UsageError, match="a bad task"):
         run(["1", "error"])

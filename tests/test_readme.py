@@ -60,6 +60,13 @@ def test_torchvision(here):
     assert sorted(f"c{label}" for _, label in given["kept"]) == sorted(path.partition("/")[0] for path in here)
 
 
+def test_bar(here, capsys):
+    os.unlink("features.h5")
+    given = run_block("bar")
+    assert (given["bar"].n, given["bar"].total) == (given["report"].n,) * 2
+    assert "100%" in capsys.readouterr().err
+
+
 def test_evaluate_python(here, capsys):
     shutil.copy("features.h5", "test.h5")
     given = run_block("evaluate_python")

@@ -837,6 +837,18 @@ def test_tables_that_hold_paths_or_lists_say_what_to_do(tmp_path):
         assert "its column pages holds lists of images" in refused(tmp_path / "l.parquet", **options)[1]
 
 
+def test_nan_is_no_class(tmp_path):
+    """What a column of numbers has for nothing, and Python's json writes; null is none in either."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [PNG] * 3, "label": [1.0, float("nan"), None]})
+    parquet.write_table(table, tmp_path / "s.parquet")
+    write_tar(tmp_path / "s.tar", [("a.png", PNG), ("a.json", b'{"label": 1}'), ("b.png", PNG),
+                                   ("b.json", b'{"label": NaN}'), ("c.png", PNG)])  # fmt: skip
+    for name in ("s.parquet", "s.tar"):
+        with opened(tmp_path / name) as images:
+            assert (images.classes, images.labels.tolist()) == (["1"], [0, -1, -1]), name
+
+
 def test_where_classes_are_from_is_said(tmp_path):
     files = [("a.png", PNG), ("a.json", b'{"label": "x"}'), ("b.png", PNG), ("b.cls", b"y")]
     write_tar(tmp_path / "s.tar", files)

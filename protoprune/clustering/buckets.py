@@ -21,7 +21,7 @@ import numpy as np
 from protoprune.clustering.vectors import CHUNK, Rows
 from protoprune.errors import ProtopruneError
 
-MEMORY = 1 << 27  # bytes of features that are in memory at once, unless a group alone is larger
+MEMORY = 1 << 27  # bytes of features that are in memory at once; of a larger group they stay in its file
 _MOST = 200  # buckets, each of which is an open file
 
 Fetch = Callable[[np.ndarray], np.ndarray]  # rows (m,) of a bucket -> their features (m, d)
@@ -55,8 +55,9 @@ def grouped(
         return
     row_bytes = features.shape[1] * getattr(features, "dtype", np.dtype(np.float64)).itemsize
     sizes = np.array([len(rows) for rows in groups], np.int64)
-    shares = _shares(sizes * row_bytes, max(MEMORY, int(sizes.sum()) * row_bytes // _MOST))
-    if len(shares) == 1:
+    most = max(MEMORY, int(sizes.sum()) * row_bytes // _MOST)
+    shares = _shares(sizes * row_bytes, most)
+    if len(shares) == 1 and int(sizes.sum()) * row_bytes <= most:
         yield groups, partial(_of, _all(features, groups))
         return
     folder = os.fspath(folder or tempfile.gettempdir())
@@ -70,8 +71,12 @@ def grouped(
             dtype = _spread(features, bucket_of, files)
         for number, (first, last) in enumerate(shares):
             rows = np.flatnonzero(bucket_of == number)
-            files[number].seek(0)
-            vectors = np.fromfile(files[number], dtype).reshape(len(rows), features.shape[1])
+            shape = len(rows), features.shape[1]
+            if len(rows) * row_bytes > most:
+                vectors: np.ndarray = np.memmap(files[number], dtype, "r", shape=shape)
+            else:
+                files[number].seek(0)
+                vectors = np.fromfile(files[number], dtype).reshape(shape)
             files[number].close()
             bucket = [rows, vectors]
             del rows, vectors
@@ -93,7 +98,7 @@ def _shares(sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
 def _of(bucket: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:
     """The vectors of the rows `own`, in its order, of a bucket: its rows, ascending, and their vectors."""
     rows, vectors = bucket
-    return vectors[np.searchsorted(rows, own)]
+    return vectors if np.array_equal(rows, own) else vectors[np.searchsorted(rows, own)]
 
 
 def _all(features: Rows, groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

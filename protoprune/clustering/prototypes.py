@@ -128,19 +128,19 @@ def cluster(
     trained = len(points)
     centroids = engine(points, start, iterations, spherical, seed)
     del points
-    labels, distance, length = np.full(n, -1, np.int32), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)
+    labels, distance = np.full(n, -1, np.int32), np.full(n, np.nan, np.float32)
+    length, objective = np.full(0 if spherical else n, np.nan, np.float32), 0.0
     for here, x in vectors.slices(features, usable, unit=spherical):
         if spherical:
             directed = x.any(axis=1)
             here, x = here[directed], x[directed]
         if len(here):
             nearest = assign(x, centroids, spherical)
-            labels[here], distance[here] = nearest, _distance(x, centroids, nearest, spherical)
-            length[here] = np.linalg.norm(x, axis=1)
-    placed = labels >= 0
-    cost = distance[placed].astype(np.float64)
-    objective = float(cost.sum() if spherical else (cost**2).sum())
-    by_length = None if spherical else spearman(distance[placed], length[placed])
+            labels[here], distance[here] = nearest, (found := _distance(x, centroids, nearest, spherical))
+            objective += float((found if spherical else found.astype(np.float64) ** 2).sum(dtype=np.float64))
+            if not spherical:
+                length[here] = np.linalg.norm(x, axis=1)
+    by_length = None if spherical else spearman(distance, length)
     name = engine.__name__[1:]
     return Clustering(centroids, labels, distance, objective, seed, spherical, iterations, trained, name, by_length)
 

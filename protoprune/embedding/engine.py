@@ -286,7 +286,7 @@ def _forward(
     side = encoder.preprocess.size
     while device.type == "cuda":
         try:
-            forward(torch.zeros(size, side, side, 3, dtype=torch.uint8))
+            forward(torch.zeros(size, side, side, 3, dtype=torch.uint8, device="cpu"))
             torch.cuda.synchronize(device)
             break
         except torch.cuda.OutOfMemoryError:

@@ -235,7 +235,7 @@ def _ring(engine: Engine, batch_size: int) -> Iterator[SimpleQueue[torch.Tensor]
     try:
         room = engine.rooms.pop()
     except IndexError:
-        room = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
+        room = [torch.zeros(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(_RING)]
     ring: SimpleQueue[torch.Tensor] = SimpleQueue()
     for buffer in room:
         ring.put(buffer)
@@ -344,7 +344,7 @@ def _pieces(buffer: torch.Tensor, count: int) -> list[torch.Tensor]:
 
     pieces = list(buffer[:count].split(PIECE))
     if len(pieces[-1]) < PIECE:
-        full = torch.zeros(PIECE, *buffer.shape[1:], dtype=buffer.dtype)
+        full = torch.zeros(PIECE, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
         full[: len(pieces[-1])] = pieces[-1]
         pieces[-1] = full
     return pieces

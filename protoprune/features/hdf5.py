@@ -360,6 +360,8 @@ def _fits(dataset: h5py.Dataset, column: Column, dims: dict[str, int]) -> bool:
 
 
 def _open_raw(path: str, kind: Kind) -> BinaryIO:
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # opening it may never end
+        raise UsageError(f"{path}: a pipe or a device, which can be read only once; give a {kind.what}")
     try:
         return open(path, "rb")
     except (OSError, ValueError) as error:  # no file can have a NUL in its name

@@ -14,6 +14,7 @@ Digests are xxh3-64 in hexadecimal. Knows nothing of HDF5 but that its datasets 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -76,6 +77,8 @@ def read(file: BinaryIO) -> Seal | None:
 def format_of(path: str) -> str | None:
     """The format that a file's seal names: '' where the seal is damaged, None for a file without one, or none."""
     try:
+        if not os.path.isfile(path):  # opening a pipe may never end
+            return None
         with open(path, "rb") as file:
             head = file.read(BLOCK)
             if not head.startswith(_MARK):

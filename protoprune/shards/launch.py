@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
-from protoprune.errors import ProtopruneError, UsageError, ignore_pillow, warn
+from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError, ignore_pillow, warn
 
 _END_SECONDS = 5  # for a worker without a task to end by itself
 
@@ -151,6 +152,7 @@ def run(
     code = pickle.dumps((work, start))
     todo = Tasks(tasks, tries)
     workers: list[_Worker[Task]] = []
+    said: set[str] = set()
     try:
         for number, device in enumerate(devices[: len(todo)]):
             workers.append(_launch(device, number, len(devices)))
@@ -170,9 +172,13 @@ def run(
                     continue
                 if kind == "error":
                     raise value
+                if kind == "warning" and value not in said:  # of several workers once
+                    said.add(value)
+                    warn(value)
                 if kind == "code":
                     with contextlib.suppress(OSError):  # it died meanwhile, as below
                         worker.connection.send_bytes(code)
+                if kind != "result":
                     continue
                 worker.task = None
                 todo.done()
@@ -226,24 +232,46 @@ def _serve(connection: Connection, device: str, number: int, of: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     state: Any = None
+    one_by_one = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        with one_by_one:
+            connection.send((kind, value))
+
     ignore_pillow()
+    _tell_warnings(send)
     if device == "cpu" and of > 1:
         _share_cores(number, of)
     try:
         task, ahead = connection.recv()
-        connection.send(("code", None))
+        send("code", None)
         work, start = pickle.loads(connection.recv_bytes())
         state = start(device)
         while True:
-            connection.send(("result", work(state, task, ahead)))
+            send("result", work(state, task, ahead))
             task, ahead = connection.recv()
     except ProtopruneError as error:
-        connection.send(("error", error))
+        send("error", error)
     except (EOFError, OSError):  # the parent is gone, or has no more tasks
         pass
     finally:
         if state is not None and hasattr(state, "close"):
             state.close()
+
+
+def _tell_warnings(send: Callable[[str, Any], None]) -> None:
+    """Have the parent show what this process warns of, in its own way."""
+    otherwise = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, ProtopruneWarning):
+            with contextlib.suppress(OSError):
+                send("warning", str(message))
+        else:
+            otherwise(message, category, *where, **more)
+
+    warnings.simplefilter("always", ProtopruneWarning)
+    warnings.showwarning = show
 
 
 def _end_with_parent() -> None:

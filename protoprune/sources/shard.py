@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -162,6 +163,8 @@ def reason_of(error: Exception, what: str) -> str:
 
 def class_name(value: object, names: list[str]) -> str:
     if value is None or value == "" or value == -1:  # -1: ClassLabel of a test split without labels
+        return ""
+    if isinstance(value, float) and math.isnan(value):  # what a column of numbers has for nothing
         return ""
     if isinstance(value, bytes):
         return os.fsdecode(value)
