@@ -88,6 +88,8 @@ def texts(name: str, values: Iterable[Any], what: str = "paths") -> list[str]:
     values = one_column(values)
     if hasattr(values, "columns"):
         raise UsageError(f"{name} {shown(values)}: expected a list of {what}; give one of its columns")
+    if hasattr(values, "readline"):  # whose lines end in line breaks
+        raise UsageError(f"{name}: an open file, expected a list of {what}; protoprune.read_list takes its path, or -")
     if not _is_many(values) or isinstance(values, (os.PathLike, Mapping)) or getattr(values, "ndim", 1) != 1:
         raise UsageError(f"{name} {shown(values)}: expected a list of {what}")
     found = [one[0] if isinstance(one, tuple) and len(one) == 1 else one for one in values]

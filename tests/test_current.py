@@ -294,6 +294,25 @@ def test_images_that_may_not_be_looked_at_are_not_gone_either(tmp_path, run, mon
     assert (tmp_path / "f.h5").read_bytes() == before
 
 
+def test_an_image_that_may_not_be_read_any_more_keeps_its_features(tmp_path, run, monkeypatch):
+    """Its rights were changed, and its size and time of modification were not."""
+    a = tree(tmp_path / "a", range(N))
+    run(a)
+    before = stored(tmp_path / "f.h5")
+    (a / "3.ppm").chmod(0)
+    opened = os.open
+
+    def refuse(path, *rest, **more):
+        if str(path).endswith("/3.ppm"):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    report, compared = run(a)
+    assert (report.embedded, report.failures, compared) == (0, {}, 1)
+    assert stored(tmp_path / "f.h5") == before
+
+
 # --- shards
 
 

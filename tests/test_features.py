@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from xxhash import xxh3_64_intdigest
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featurefile as feature_file
@@ -93,6 +94,15 @@ def test_reasons_of_two_earlier_files_stay_their_own(tmp_path):
     PartialFile(str(tmp_path / "f.h5")).finish()
     with FeatureFile(tmp_path / "f.h5") as file:
         assert [reason for _, _, reason in file.failures()] == reasons
+
+
+@pytest.mark.parametrize("status", [[1, 1], [1, 8]])
+def test_digests_of_rows_are_those_documented(tmp_path, status):
+    features, reasons = np.arange(4, dtype=np.float16).reshape(2, 2), ["" if one == 1 else "why" for one in status]
+    written(tmp_path / "f.h5", ["a.jpg", "b.jpg"], features, np.array(status, np.uint8), reasons)
+    seeds = [xxh3_64_intdigest(bytes([one]) + reason.encode()) for one, reason in zip(status, reasons, strict=True)]
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert file["digest"][:].tolist() == [*map(xxh3_64_intdigest, map(bytes, features), seeds)]
 
 
 def test_rows_in_pieces_are_written_where_they_belong(tmp_path):

@@ -478,6 +478,14 @@ def test_the_epoch_is_over_when_its_last_index_was_taken():
             next(iterator)
 
 
+def test_an_epoch_that_is_asked_for_again_is_gone_through_again():
+    sampler = make(RandomDynamicSampler)
+    first = list(sampler)
+    sampler.update(first, np.ones(len(first)))
+    sampler.set_epoch(0)
+    assert (list(sampler), sampler.epoch) == (first, 0)
+
+
 def test_a_pass_left_over_from_another_epoch_ends_nothing():
     sampler = make(RandomDynamicSampler)
     left_over = iter(sampler)
@@ -642,11 +650,11 @@ def test_an_epoch_that_was_seen_in_part_is_noticed(monkeypatch):
     """A library that deals out what this process was given already: Lightning does so by default (2.6), accelerate
     where the sampler has a share of its own (1.15)."""
 
-    def train_on(part):
+    def train_on(part, batch=2):
         sampler = RandomDynamicSampler(40, 0.5, rank=0, num_replicas=2)
         for epoch in range(3):
             sampler.set_epoch(epoch)
-            for index in list(batches(sampler, 2))[part]:
+            for index in list(batches(sampler, batch))[part]:
                 sampler.update(index, np.ones(len(index)))
         return sampler
 
@@ -662,7 +670,7 @@ def test_an_epoch_that_was_seen_in_part_is_noticed(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_on(slice(None))
-        train_on(slice(-1))  # as with drop_last
+        train_on(slice(-1), 6)  # as with drop_last
 
 
 def test_a_state_is_independent_of_what_follows():

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protoprune
+from protoprune import paths
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.paths import held
 from protoprune.scores import mean_overlap, overlap, read_scores, read_table, spearman, turned, write_scores
 from protoprune.scores.table import RELEASED
 
@@ -221,6 +224,24 @@ def test_the_file_says_what_it_is(tmp_path):
     assert path.read_bytes() == plain
 
 
+@pytest.mark.parametrize("name", ["s.csv", "s.tsv.gz"])
+@pytest.mark.parametrize("odd", ["", '"', "\t"])
+def test_a_table_is_written_in_pieces(tmp_path, monkeypatch, name, odd):
+    """As one text it took 200 bytes an image. Whether names are quoted is decided for all of them."""
+    n = 20_000
+    ids = held(f"{row % 50:02d}.tar/{row:09d}{odd if row == n - 1 else ''}.jpg".encode() for row in range(n))
+    scores = np.random.default_rng(0).random(n).astype(np.float32)
+    write_scores(tmp_path / f"whole-{name}", ids, scores, metric="x")
+    monkeypatch.setattr(paths, "BATCH", 500)
+    tracemalloc.start()
+    write_scores(tmp_path / name, ids, scores, metric="x")
+    assert tracemalloc.get_traced_memory()[1] < 60 * n
+    tracemalloc.stop()
+    assert read_table(tmp_path / name).keys[n - 1] == ids[n - 1]
+    unpacked = gzip.decompress if name.endswith(".gz") else bytes
+    assert unpacked((tmp_path / name).read_bytes()) == unpacked((tmp_path / f"whole-{name}").read_bytes())
+
+
 def test_gzip_has_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     import time
 
@@ -385,13 +406,14 @@ def test_what_protoprune_itself_lists_is_read(tmp_path):
             "no score table: none of its columns path, label holds numbers",
         ),
         ("s.csv", b"path,label,el2n\ncat/a.png,3,0.5\n", "which of its columns path, label, el2n is the score"),
-        ("s.csv", b"cat/a.png,3,0.5\ncat/b.png,9,0.1\n", "which of its columns cat/a.png, 3, 0.5 is the score.*header"),
+        ("s.csv", b"cat/a.png, 3, 5\ncat/b.png, 9, 1\n", "which of its columns cat/a.png, 3, 5 is the score.*header"),
         ("s.csv", b"cat/a.png,cat,0.5\ncat/b.png,cat,0.1\n", "which of its columns .* is the path"),
         ("s.csv", b"0.1,0.5\n0.2,0.1\n", "which of its columns 0.1, 0.5 is the path"),
         ("s.csv", b"index,score\n0,1\n4,1\n", "row number 4, expected 0 to 3"),
         ("s.csv", b"index,score\n-1,1\n", "row number -1, expected 0 to 3"),
         ("s.csv", b"index,score\n1,1\n01,1\n", "a row number occurs twice"),
         ("s.csv", b"index,score\ncat/a.png,1\n", "its index column holds no row number"),
+        ("s.csv", "²,1\n³,2\n".encode(), "none of its 2 rows names an image"),
         ("s.csv", b"1\n2\n", r"shape \(2,\), expected \(4,\)"),
         ("s.csv", b"# protoprune-scores: {\npath,score\na,1\n", "header protoprune-scores is not valid JSON"),
         ("s.csv", b'# protoprune-scores: {"higher": "up"}\npath,score\na,1\n', "says higher is 'up'"),

@@ -109,7 +109,7 @@ def evaluate(
     """
     from protoprune.evaluation.comparing import check_options
     from protoprune.evaluation.comparing import evaluate as compare
-    from protoprune.lists import read_list
+    from protoprune.lists import check_again, read_list
 
     need_stdout(out)
     lists = lists or []
@@ -127,6 +127,8 @@ def evaluate(
     check_folder(out, "evaluate", inputs)
     check_outputs(*training.caches, inputs=inputs)
     labels.arguments()
+    for path in lists:
+        check_again(os.fspath(path))  # for its weights
     listed = [read_list(path) for path in lists]
     train, tested = load_both(source, test, model, training, labels.arguments(), out)
     kept = [_kept(*one, train) for one in zip(lists, listed, costs, strict=True)]

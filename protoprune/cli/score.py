@@ -135,13 +135,13 @@ def _check_out(out: Path, source: Path) -> None:
 
 def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
     from protoprune.files import write_stdout
-    from protoprune.scores.table import table_bytes, write_scores
+    from protoprune.scores.table import table_chunks, write_scores
 
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if out is not None:
         write_scores(out, paths, result.values, metric=name, provenance=provenance)
         return
-    write_stdout(table_bytes("scores.csv", paths, result.values, metric=name, provenance=provenance))
+    write_stdout(table_chunks("scores.csv", paths, result.values, metric=name, provenance=provenance))
 
 
 def _why_without(metric: Metric, used: dict[str, Any]) -> str:
