@@ -194,7 +194,7 @@ def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
 
 def kept_in(path: Path | None, what: str = "the runs done are") -> Callable[[], str] | None:
     """What Ctrl-C leaves of the work, for `resumable`."""
-    return path and (lambda: f"{what} kept in {path}" if path.exists() else "nothing was done yet")
+    return None if path is None else lambda: f"{what} kept in {path}" if path.exists() else "nothing was done yet"
 
 
 def show_run(out: Path | None) -> Callable[[Step], None]:
