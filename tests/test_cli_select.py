@@ -281,7 +281,13 @@ def test_the_command_that_compares_lists_names_the_features(here, run):
     assert "`protoprune tune --features 'my features.h5' --keep 0.1` compares them on your images" in said
 
 
-@pytest.mark.parametrize(("metric", "warned"), [("el2n", True), ("random", False), ("mine", False)])
+@pytest.mark.parametrize(
+    ("metric", "warned"),
+    [
+        *[("el2n", True), ("EL2N-20-models", True), ("DDD", True), ("self-supervised-prototypes", True)],
+        *[("random", False), ("mine", False), ("lossless", False), ("k_center", False)],
+    ],
+)
 def test_what_is_said_of_a_table_is_what_was_measured_of_its_metric(here, run, metric, warned):
     write_scores("scores.csv", PATHS, np.arange(60.0), metric=metric)
     said = run("select", "--scores", "scores.csv", "--keep", "0.2").stderr
@@ -691,7 +697,7 @@ def test_info(here, run, inputs):
     assert "encoder     made-up" in text
     assert "clusterings" not in text
     select(run, "--keep", "0.5")
-    assert "clusterings 1 in features.h5.clusters" in run("info").stdout
+    assert re.search(r"clusterings 1 in features\.h5\.clusters, [\d.]+ kB", run("info").stdout)
 
 
 def test_info_lists_what_could_not_be_read(here, run):

@@ -116,7 +116,8 @@ def _describe_features(file: Source) -> Iterator[str]:
         yield f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})"
     folder = file.path + ".clusters"
     if os.path.isdir(folder):
-        yield f"clusterings {len(os.listdir(folder))} in {folder}"
+        sizes = [one.stat().st_size for one in os.scandir(folder)]
+        yield f"clusterings {len(sizes)} in {folder}, {bytes_text(sum(sizes))}"
 
 
 def _describe_record(record: Record) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,10 +52,11 @@ if TYPE_CHECKING:
 
 # Metrics whose extremes were compared with random images (docs/results.md, "All metrics").
 _EXTREME = {"hard": "hardest", "easy": "easiest"}
-_MEASURED = frozenset((
-    "el2n", "grand", "forgetting", "memorization", "ddd", "ensemble_active_learning", "aum", "margin", "entropy",
-    "loss", "dyn_unc", "tdds", "supervised_prototypes", "self_supervised_prototypes",
-))  # fmt: skip
+_MEASURED = re.compile(
+    "(el2n|grand|forgetting|memorization|ddd|ensemble_active_learning|aum|margin|entropy|loss|dyn_unc|tdds"
+    "|(self_)?supervised_prototypes)(_|$)",
+    re.IGNORECASE,
+)  # also as others call them, such as EL2N-20-models of the released files
 
 
 ScoreFile = str | os.PathLike[str]  # by another name: what else is given has a hint of its own, see `select`
@@ -102,7 +104,7 @@ class Selected:
         rule, table = self.rule, self.ranking.table
         if rule.order not in _EXTREME or rule.keep > 0.5 or rule.calibrate is not None:
             return []
-        if table is not None and table.metric not in _MEASURED:
+        if table is not None and not _MEASURED.match(table.metric.replace("-", "_")):
             return []  # nothing is known of a score from elsewhere; covers and random draws are no extremes
         named = "" if self.ranking.file in ("", "features.h5") else f" --features {shlex.quote(self.ranking.file)}"
         often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0
