@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClassOptions
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import (
     IdColumn,
@@ -28,6 +28,7 @@ from protoprune.cli.shards import (
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import check_suffix
 from protoprune.units import duration, many
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import duration, many
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, refuse_idle, table_file
-from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
+from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import bytes_text, many
 
 if TYPE_CHECKING:

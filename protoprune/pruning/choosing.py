@@ -17,6 +17,8 @@ from protoprune.clustering import partition
 from protoprune.clustering.prototypes import Clustering
 from protoprune.device import cores
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix, holds, write_file
+from protoprune.lists import check_list, list_chunks, list_format, packed
 from protoprune.paths import picked
 from protoprune.pruning.duplicates import deduplicate
 from protoprune.pruning.ranking import (
@@ -78,6 +80,24 @@ class Selected:
     def kept_paths(self) -> list[str]:
         """Ids of the kept images, sorted."""
         return picked(self.ranking.paths, np.flatnonzero(self.keep))
+
+    @checked
+    def write(self, path: str | os.PathLike[str], *, removed: bool = False) -> None:
+        """Write the kept images, as `protoprune select -o PATH` does: with rows, scores and weights where the name ends
+        in .csv or .jsonl, their rows where it ends in .npy, else a path a line; through gzip where .gz follows.
+
+        With `removed` the readable images that are not kept. The file appears whole or not at all. Raises UsageError
+        for a name of another format or of a file that is better, and for names of images that lines cannot hold;
+        ProtopruneError when it cannot be written.
+        """
+        check_suffix(path, (".csv", ".jsonl", ".npy"), "")
+        if what := holds(path):
+            raise UsageError(f"{os.fspath(path)}: is {what}; choose another name, or delete it first")
+        ranking, format = self.ranking, list_format(path) or "txt"
+        rows = np.flatnonzero(ranking.readable & ~self.keep if removed else self.keep)
+        check_list(ranking.paths, rows, format)
+        weights = None if removed else self.weights
+        write_file(path, packed(path, list_chunks(ranking.paths, rows, ranking.scores, format, weights=weights)))
 
     def notes(self) -> list[str]:
         """What a user should know before training on the list, a line each: docs/results.md, "Which list?"."""
