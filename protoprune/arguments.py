@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from fractions import Fraction
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -61,7 +62,10 @@ def check_fields(one: Any, known: Mapping[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """A number of numpy as Python's, which libraries in C and JSON take too: the one that its digits say. The float32
-    of 0.7 is a little less, and a share of millions of images would be another number of them."""
+    of 0.7 is a little less, and a share of millions of images would be another number of them. Fractions become floats.
+    """
+    if isinstance(value, Fraction):
+        return float(value)
     if not isinstance(value, np.generic):
         return value
     return float(str(value)) if isinstance(value, np.floating) else value.item()
@@ -88,6 +92,8 @@ def texts(name: str, values: Iterable[Any], what: str = "paths") -> list[str]:
     values = one_column(values)
     if hasattr(values, "columns"):
         raise UsageError(f"{name} {shown(values)}: expected a list of {what}; give one of its columns")
+    if hasattr(values, "readline"):  # whose lines end in line breaks
+        raise UsageError(f"{name}: an open file, expected a list of {what}; protoprune.read_list takes its path, or -")
     if not _is_many(values) or isinstance(values, (os.PathLike, Mapping)) or getattr(values, "ndim", 1) != 1:
         raise UsageError(f"{name} {shown(values)}: expected a list of {what}")
     found = [one[0] if isinstance(one, tuple) and len(one) == 1 else one for one in values]

@@ -34,6 +34,13 @@ _PRECIOUS = (
     (b"II*\0", "an image"), (b"MM\0*", "an image"), (b"PK\x03\x04", "a zip archive, perhaps weights"),
 )  # fmt: skip
 
+# Suffixes that say what a file holds, so that something else in it would mislead people and programs.
+_TELLING = frozenset((
+    ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
+    ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
+    ".pth", ".safetensors", ".gz",
+))  # fmt: skip
+
 
 def write_file(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Write a file, whose bytes may come in pieces, so that it appears complete or not at all; a pipe or a device is
@@ -63,6 +70,20 @@ def target(path: str) -> str:
 
 def _pieces(data: bytes | Iterable[bytes]) -> Iterator[bytes]:
     return iter([data] if isinstance(data, bytes) else data)
+
+
+def check_suffix(
+    path: str | os.PathLike[str] | None, right: Sequence[str], option: str = "-o", *, only: bool = False
+) -> None:
+    """Raise UsageError for a name whose suffix promises another format than the `right` ones that can be written; with
+    `only` for every other suffix. `.gz` after it does not count where tables are written: they go through gzip."""
+    if path is None or str(path) == "-":
+        return
+    name = os.fspath(path).lower()
+    suffix = os.path.splitext(name.removesuffix(".gz") if ".csv" in right else name)[1]
+    if suffix not in right and (only or suffix in _TELLING):
+        name = f"{option} {os.fspath(path)}".strip()
+        raise UsageError(f"{name}: is written as {' or '.join(right)}; give it a name that ends so")
 
 
 def holds(path: str | os.PathLike[str]) -> str:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,11 +196,11 @@ def read_list(source: str | os.PathLike[str], *, every: bool = False) -> list[st
     Read are csv, jsonl and npy by suffix or by content, Parquet and Arrow (Feather) by content, anything else is txt,
     separated by NUL or line breaks; all through gzip or not, and as Windows writes them (UTF-16, a mark at the start,
     CRLF). A table names its column path, file or the like. Of a manifest, which has a keep column, the images that it
-    keeps; with `every` all of them.
+    keeps; with `every` all of them. `-` is standard input; a pipe is read to its end.
 
     Raises UsageError for a file that is not there or no list, ProtopruneError for one that cannot be read.
     """
-    found = _read(os.fspath(source))
+    found = _read(os.fspath(source), once=True)
     if not isinstance(found, _Rows):
         return found
     if found.scored and not every:
@@ -257,16 +258,33 @@ class _Rows:
         return values if self.keep is None else list(itertools.compress(values, self.keep))
 
 
-def _read(source: str) -> _Rows | np.ndarray:
+def check_again(source: str) -> None:
+    """UsageError unless a list is a file, which can be read again."""
     missing = f"no such list; make one with `protoprune select --keep 0.7 > {source}`"
     check_file(source, missing, "that lists the images")
-    data = unpacked(contents(source), source)
+
+
+def _read(source: str, once: bool = False) -> _Rows | np.ndarray:
+    """`once`: nothing reads it again, so that it may be a pipe, or `-`, standard input."""
+    if once and source == "-":
+        source, data = "the list on stdin", _stdin()
+    else:
+        if not once or not os.path.exists(source) or os.path.isdir(source):
+            check_again(source)
+        data = contents(source)
+    data = unpacked(data, source)
     try:
         return _parsed(data, source, os.path.splitext(source.lower().removesuffix(".gz"))[1])
     except _NoList as error:
         raise ProtopruneError(f"{source}: {error}") from None
     except (ValueError, TypeError, AttributeError, EOFError, csv.Error) as error:
         raise ProtopruneError(f"{source}: not a list that protoprune wrote ({error})") from None
+
+
+def _stdin() -> bytes:
+    if sys.stdin is None:  # `<&-`
+        raise UsageError("-: standard input is closed; pipe a list into it, or give a file")
+    return sys.stdin.buffer.read()
 
 
 def _parsed(data: bytes, source: str, suffix: str) -> _Rows | np.ndarray:

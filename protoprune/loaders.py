@@ -165,7 +165,8 @@ def _listed(kept: Iterable[str] | str | os.PathLike[str], who: str) -> list[str]
     name = f"{os.fspath(kept)}: " if isinstance(kept, (str, os.PathLike)) else ""
     found = one_column(read_list(kept) if isinstance(kept, (str, os.PathLike)) else kept)
     numbers = isinstance(found, np.ndarray) and found.dtype.kind in "iufb"
-    paths = [] if numbers or getattr(found, "ndim", 1) != 1 or hasattr(found, "columns") else list(found)
+    several = getattr(found, "ndim", 1) == 1 and not hasattr(found, "columns") and not hasattr(found, "readline")
+    paths = list(found) if several and not numbers else []
     if numbers or any(hasattr(path, "__index__") for path in paths):
         raise UsageError(
             f"{name}{who} takes paths; row indices count protoprune's own order of images, not the data set's"

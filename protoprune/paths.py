@@ -166,7 +166,7 @@ def of_rows(rows: np.ndarray, paths: Sequence[str], name: str, of: str) -> list[
 def digests(names: Sequence[str], seed: int = 0) -> np.ndarray:
     """(n,) uint64: a hash of each name."""
     found, done = np.empty(len(names), np.uint64), 0
-    for part in encoded(names, np.arange(len(names))):
+    for part in all_encoded(names):
         found[done : done + len(part)] = [xxh3_64_intdigest(name, seed) for name in part]
         done += len(part)
     return found
@@ -196,6 +196,12 @@ def encoded(names: Sequence[str], rows: np.ndarray) -> Iterator[list[bytes]]:
             back = np.empty(len(some), np.int64)
             back[order] = np.arange(len(some))
             yield [found[place] for place in back.tolist()]
+
+
+def all_encoded(names: Sequence[str]) -> Iterator[list[bytes]]:
+    """The same of all names."""
+    for first in range(0, len(names), BATCH):
+        yield from encoded(names, np.arange(first, min(first + BATCH, len(names))))
 
 
 def picked(names: Sequence[str], rows: np.ndarray) -> list[str]:

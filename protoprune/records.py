@@ -133,7 +133,7 @@ class Record:
     @property
     def subset(self) -> np.ndarray:
         """(models, n) bool: which examples each model was trained on."""
-        return self._reader.within("subset", 0, 2).astype(bool)
+        return self._reader.within("subset", 0, 2).view(bool)
 
     @property
     def committed(self) -> np.ndarray:

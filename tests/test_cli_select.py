@@ -16,7 +16,9 @@ import pytest
 from conftest import write_features
 from helpers import write_image
 
+import protoprune
 from protoprune import Rule, prune, rank
+from protoprune.errors import UsageError
 from protoprune.images.decode import Status
 from protoprune.lists import read_list, read_weights
 from protoprune.scores import write_scores
@@ -279,7 +281,13 @@ def test_the_command_that_compares_lists_names_the_features(here, run):
     assert "`protoprune tune --features 'my features.h5' --keep 0.1` compares them on your images" in said
 
 
-@pytest.mark.parametrize(("metric", "warned"), [("el2n", True), ("random", False), ("mine", False)])
+@pytest.mark.parametrize(
+    ("metric", "warned"),
+    [
+        *[("el2n", True), ("EL2N-20-models", True), ("DDD", True), ("self-supervised-prototypes", True)],
+        *[("random", False), ("mine", False), ("lossless", False), ("k_center", False)],
+    ],
+)
 def test_what_is_said_of_a_table_is_what_was_measured_of_its_metric(here, run, metric, warned):
     write_scores("scores.csv", PATHS, np.arange(60.0), metric=metric)
     said = run("select", "--scores", "scores.csv", "--keep", "0.2").stderr
@@ -689,9 +697,40 @@ def test_info(here, run, inputs):
     assert "encoder     made-up" in text
     assert "clusterings" not in text
     select(run, "--keep", "0.5")
-    assert "clusterings 1 in features.h5.clusters" in run("info").stdout
+    assert re.search(r"clusterings 1 in features\.h5\.clusters, [\d.]+ kB", run("info").stdout)
 
 
 def test_info_lists_what_could_not_be_read(here, run):
     assert run("info", "--errors").stdout == "ape/000.png\ttruncated\tmade up truncated\n"
     assert run("info", "nowhere.h5", code=2).stderr.startswith("error: nowhere.h5")
+
+
+@pytest.mark.parametrize("name", ["kept.txt", "kept", "kept.csv", "kept.jsonl.gz", "kept.npy"])
+def test_python_writes_what_the_command_writes(feature_file, run, tmp_path, name):
+    file = feature_file(tmp_path / "f.h5", np.random.default_rng(0).normal(size=(40, 5)), failed={3: Status.CORRUPT})
+    chosen = protoprune.select(file, keep=0.4, calibrate=0.5)
+    for removed in (False, True):
+        out, mine = tmp_path / f"command-{name}", tmp_path / name
+        options = ["--removed", str(out), "-o", str(tmp_path / "other")] if removed else ["-o", str(out)]
+        run("select", file, "--keep", "0.4", "--calibrate", "0.5", *options)
+        chosen.write(mine, removed=removed)
+        assert mine.read_bytes() == out.read_bytes() != b""
+
+
+def test_python_writes_over_nothing_that_is_better(feature_file, tmp_path):
+    file = feature_file(
+        tmp_path / "f.h5", np.random.default_rng(0).normal(size=(40, 5)), paths=["a\nb.png", *PATHS[:39]]
+    )
+    chosen = protoprune.select(file, keep=1.0)
+    os.link(file, tmp_path / "kept.txt")
+    for name, message in (
+        ("kept.txt", "kept.txt: is a feature file or a training record; choose"),
+        ("kept.parquet", "kept.parquet: is written as .csv or .jsonl or .npy"),
+        ("s3://bucket/kept.jsonl", "s3://bucket/kept.jsonl: "),
+        ("new.txt", "1 file names hold a line break"),
+        ("", "path"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            chosen.write(tmp_path / name if name and "//" not in name else name)
+    assert not (tmp_path / "new.txt").exists()
+    assert (tmp_path / "kept.txt").samefile(file)

@@ -912,6 +912,28 @@ def test_an_encoder_may_keep_what_it_sees(make, images, tmp_path, monkeypatch):
     assert all(np.array_equal(vector, expected[path]) for path, vector in stored(tmp_path / "a.h5").items())
 
 
+def test_a_compiled_network_is_compiled_once(images, tmp_path, monkeypatch):
+    """And not for each thread: that took minutes."""
+
+    class Compiled(torch.nn.Module):  # as torch.compile makes one
+        def __init__(self):
+            super().__init__()
+            self._orig_mod = torch.nn.Sequential(torch.nn.AvgPool2d(SIDE // 2), torch.nn.Flatten())
+
+        def __deepcopy__(self, memo):
+            threads.append("copied")
+            return self
+
+        def forward(self, x):
+            threads.append(threading.get_ident())
+            return self._orig_mod(x)
+
+    threads = []
+    monkeypatch.setattr(engine, "cores", lambda: 3)
+    run(images, tmp_path / "f.h5", Encoder("own", Compiled(), 12, Preprocess(SIDE, SIDE), "0"), batch_size=24)
+    assert threads == ["copied", *[threading.get_ident()] * 3]
+
+
 def test_a_model_of_which_no_copy_can_be_made_is_said(images, tmp_path):
     class Own(Watched):
         def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from helpers import format_list
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+import protoprune
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.formats import archive_kind
 from protoprune.lists import manifest_chunks, read_list, read_weights, split_list
@@ -468,3 +470,32 @@ def test_a_score_table_that_is_given_as_a_list_is_said(tmp_path, recwarn, name, 
     recwarn.clear()
     read_list(tmp_path / name, every=True)
     assert not len(recwarn)
+
+
+def test_lists_come_through_pipes(tmp_path, monkeypatch):
+    """`protoprune select | python train.py`, with keep_only(…, "-"), and `train.py --list <(protoprune select …)`."""
+    for data in (b"a.png\nb.png\n", b"path,index\na.png,0\nb.png,1\n", gzip.compress(b"a.png\0b.png\0")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert read_list("-") == ["a.png", "b.png"]
+        end, start = os.pipe()
+        os.write(start, data)
+        os.close(start)
+        assert protoprune.keep_only(["a.png", "b.png", "c.png"], f"/dev/fd/{end}", root=tmp_path) == ["a.png", "b.png"]
+        with pytest.raises(UsageError, match=r"a pipe or a device, which can be read only once"):
+            read_weights(f"/dev/fd/{end}")
+        os.close(end)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="-: standard input is closed; pipe a list into it"):
+        read_list("-")
+
+
+def test_an_open_file_is_no_list_of_paths(tmp_path):
+    (tmp_path / "kept.txt").write_text("a.png\n")
+    with open(tmp_path / "kept.txt") as file:
+        for call in (
+            lambda: protoprune.keep_only(["a.png"], file, root=tmp_path),
+            lambda: protoprune.list_paths(file, root=tmp_path),
+            lambda: protoprune.reshard(file, tmp_path / "out", root=tmp_path),
+        ):
+            with pytest.raises(UsageError, match=r"an open file, expected a list of paths; .* takes its path"):
+                call()

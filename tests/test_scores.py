@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protoprune
+from protoprune import paths
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.paths import held
 from protoprune.scores import mean_overlap, overlap, read_scores, read_table, spearman, turned, write_scores
 from protoprune.scores.table import RELEASED
 
@@ -219,6 +222,24 @@ def test_the_file_says_what_it_is(tmp_path):
     plain = path.read_bytes()
     write_scores(path, ["a,b.png", "c.png", 'd"e.png', "f\ng.png"], scores, metric="aum", provenance={"n": np.int64(3)})
     assert path.read_bytes() == plain
+
+
+@pytest.mark.parametrize("name", ["s.csv", "s.tsv.gz"])
+@pytest.mark.parametrize("odd", ["", '"', "\t"])
+def test_a_table_is_written_in_pieces(tmp_path, monkeypatch, name, odd):
+    """As one text it took 200 bytes an image. Whether names are quoted is decided for all of them."""
+    n = 20_000
+    ids = held(f"{row % 50:02d}.tar/{row:09d}{odd if row == n - 1 else ''}.jpg".encode() for row in range(n))
+    scores = np.random.default_rng(0).random(n).astype(np.float32)
+    write_scores(tmp_path / f"whole-{name}", ids, scores, metric="x")
+    monkeypatch.setattr(paths, "BATCH", 500)
+    tracemalloc.start()
+    write_scores(tmp_path / name, ids, scores, metric="x")
+    assert tracemalloc.get_traced_memory()[1] < 60 * n
+    tracemalloc.stop()
+    assert read_table(tmp_path / name).keys[n - 1] == ids[n - 1]
+    unpacked = gzip.decompress if name.endswith(".gz") else bytes
+    assert unpacked((tmp_path / name).read_bytes()) == unpacked((tmp_path / f"whole-{name}").read_bytes())
 
 
 def test_gzip_has_the_same_bytes_at_any_time(tmp_path, monkeypatch):

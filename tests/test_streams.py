@@ -7,10 +7,15 @@ import io
 import os
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 from every_command import LINES, main_with, text, walk
+
+from protoprune import cli
+from protoprune.cli import _pass_on
 
 FULL = Path("/dev/full")
 FILES = ("embed", "record", "sheet", "report", "merge", "reshard", "import", "tune")  # commands that write files
@@ -179,3 +184,40 @@ def test_a_package_of_an_extra_that_is_missing_is_one_line(here, monkeypatch):
     monkeypatch.setattr(features, "open_features", fault)
     with pytest.raises(ModuleNotFoundError, match="nothing"):
         main_with("advise --features f.h5", text(), io.StringIO())
+
+
+def test_an_interrupt_that_python_cannot_raise_comes_a_moment_later(monkeypatch, capfd):
+    """In a callback of a weak reference, of which h5py has one for each of its objects: it was printed, and no more."""
+
+    class Thing:
+        pass
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    def go_on():
+        things.clear()
+        time.sleep(20)
+
+    monkeypatch.setattr(sys, "unraisablehook", _pass_on)
+    things = [Thing()]
+    reference = weakref.ref(things[0], interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert reference() is None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("when", "said"), [("at first", ""), ("at work", "interrupted\n")])
+def test_an_interrupt_is_no_traceback(when, said, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    if when == "at first":  # while Typer puts the command line together
+        monkeypatch.setattr(cli, "app", interrupt)
+    else:
+        monkeypatch.setattr(cli._Group.__mro__[1], "invoke", interrupt)
+    monkeypatch.setattr(sys, "argv", ["protoprune", "metrics"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert (caught.value.code, capsys.readouterr().err) == (130, said)

@@ -320,7 +320,6 @@ def test_selection_keeps_the_right_end():
     assert sorted(select(y, w, 0.25, 45, "hard", "signed", rng)) == [3]  # the probe is surest of it, and wrong
     assert sorted(select(y, w, 0.25, 45, "easy", "absolute", rng)) == [3]
     assert len(select(y, w, 1, 0, "easy", "absolute", rng)) == 4
-    assert len(select(y, w, 0.01, 0, "random", "absolute", rng)) == 1
 
 
 def test_the_pool_changes_no_number():
@@ -337,6 +336,8 @@ def test_simulation_errors_name_the_value():
         simulate(2, 0.5, order="hardest")
     with pytest.raises(UsageError, match="no example at all"):
         simulate(0.01, dimension=20)
+    with pytest.raises(UsageError, match=r"alpha_tot 2 in 20 dimensions, 0\.001 of it kept, is no example at all"):
+        simulate(2, 0.001, dimension=20)  # one was kept, 25 times as many as asked for
     with pytest.raises(UsageError, match=r"in 100,000 dimensions takes 1[\d.,]+ TB a seed"):
         simulate(1000, dimension=100_000)  # the process would be killed
 

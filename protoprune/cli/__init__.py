@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -245,10 +247,22 @@ app.command("import")(spread(import_))
 app.add_typer(theory_app, name="theory")
 
 
+def _pass_on(lost: Any) -> None:
+    """Ctrl-C at a moment when Python cannot raise it, in a callback of its own (HDF5's objects have many): it was
+    printed, and the command went on. It is raised a moment later."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> None:
     """The `protoprune` program."""
     streams.open_closed()
+    before, sys.unraisablehook = sys.unraisablehook, _pass_on
     try:
         app()
     except KeyboardInterrupt:  # while it is still put together
         sys.exit(130)
+    finally:
+        sys.unraisablehook = before

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protoprune.cli.options import TableOptions, numbers, refuse_idle, table_file
-from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
+from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import many
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClassOptions
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.shards import (
     IdColumn,
@@ -28,6 +28,7 @@ from protoprune.cli.shards import (
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import check_suffix
 from protoprune.units import duration, many
 
 if TYPE_CHECKING:
@@ -219,16 +220,12 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     """(source of shards or None, entries of a list or None)."""
     from protoprune.formats import archive_kind
     from protoprune.images.listing import image_suffixes
-    from protoprune.lists import read_paths, split_list
+    from protoprune.lists import read_paths
     from protoprune.sources import list_shards, shards_of
     from protoprune.sources.finding import looks_like_shards
     from protoprune.stores import is_url, public
 
-    if images == "-":
-        if sys.stdin is None:  # `<&-`
-            raise UsageError("-: standard input is closed; pipe a list of paths into it, or give a file")
-        entries = split_list(sys.stdin.buffer.read(), "the list on stdin")
-    else:
+    if images != "-":
         source = shards_of(images)
         if source is not None or os.path.isdir(images):
             if root is not None:
@@ -236,9 +233,10 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
             return source, None
         if not os.path.exists(images):
             raise UsageError(f"{images}: no such folder or list; give an image folder, a text file of paths, or -")
-        if os.path.splitext(images)[1].lower() in image_suffixes() or _begins_like(images, archive_kind) == "an image":
+        named = os.path.splitext(images)[1].lower() in image_suffixes()
+        if named or (os.path.isfile(images) and _begins_like(images, archive_kind) == "an image"):
             raise UsageError(f"{images}: a single image; give its folder, or a text file of paths")
-        entries = read_paths(images)
+    entries = read_paths(images)
     if looks_like_shards(entries):
         return list_shards(entries, root), None
     if (url := next((one for one in entries if is_url(one)), None)) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from protoprune.cli.progress import say
 from protoprune.errors import UsageError
-from protoprune.files import holds, same_file, target
+from protoprune.files import check_suffix, holds, same_file, target
 from protoprune.stores import refuse_url
 
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
@@ -47,25 +47,6 @@ def check_outputs(
             _check_kind(path)
         written.append(path)
     check_suffix(hdf5, (".h5", ".hdf5"))
-
-
-# Suffixes that say what a file holds, so that something else in it would mislead people and programs.
-_TELLING = frozenset((
-    ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
-    ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
-    ".pth", ".safetensors", ".gz",
-))  # fmt: skip
-
-
-def check_suffix(path: str | Path | None, right: Sequence[str], option: str = "-o", *, only: bool = False) -> None:
-    """Raise UsageError for a name whose suffix promises another format than the `right` ones that can be written; with
-    `only` for every other suffix. `.gz` after it does not count where tables are written: they go through gzip."""
-    if path is None or str(path) == "-":
-        return
-    name = os.fspath(path).lower()
-    suffix = os.path.splitext(name.removesuffix(".gz") if ".csv" in right else name)[1]
-    if suffix not in right and (only or suffix in _TELLING):
-        raise UsageError(f"{option} {path}: is written as {' or '.join(right)}; give it a name that ends so")
 
 
 def _check_replaced(path: Path, sources: list[Path], written: list[Path], links: Path | None) -> None:

@@ -19,10 +19,11 @@ from protoprune.cli.options import (
     refuse_idle,
     table_file,
 )
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.select import say_notes
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import bytes_text, many
 
 

@@ -16,7 +16,9 @@ _FEW = 8  # tars, below which four workers on two GPUs have none for each
 
 
 def reshard(
-    kept: Annotated[Path, typer.Argument(metavar="LIST", help="Kept list that `protoprune select` wrote.")],
+    kept: Annotated[
+        Path, typer.Argument(metavar="LIST", help="Kept list that `protoprune select` wrote, - for stdin.")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the tars; a second call resumes.")],
     root: Annotated[
         str | None, typer.Option(help="Folder (or URL) of the images or shards [default: that of --features].")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import duration, many
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
@@ -135,13 +136,13 @@ def _check_out(out: Path, source: Path) -> None:
 
 def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
     from protoprune.files import write_stdout
-    from protoprune.scores.table import table_bytes, write_scores
+    from protoprune.scores.table import table_chunks, write_scores
 
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if out is not None:
         write_scores(out, paths, result.values, metric=name, provenance=provenance)
         return
-    write_stdout(table_bytes("scores.csv", paths, result.values, metric=name, provenance=provenance))
+    write_stdout(table_chunks("scores.csv", paths, result.values, metric=name, provenance=provenance))
 
 
 def _why_without(metric: Metric, used: dict[str, Any]) -> str:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, RuleOptions, Scores, TableOptions, table_file
-from protoprune.cli.outputs import below, check_beside, check_outputs, check_suffix
+from protoprune.cli.outputs import below, check_beside, check_outputs
 from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import many
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import ClusterOptions, Features, Root, TableOptions, given_words, refuse_idle, table_file
-from protoprune.cli.outputs import check_outputs, check_picture, check_suffix
+from protoprune.cli.outputs import check_outputs, check_picture
 from protoprune.cli.progress import say
 from protoprune.cli.select import say_ranking
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import bytes_text, many
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def _describe_features(file: Source) -> Iterator[str]:
         yield f"folders     {facts['unreadable_folder_count']} could not be read (first: {first[0]}: {first[1]})"
     folder = file.path + ".clusters"
     if os.path.isdir(folder):
-        yield f"clusterings {len(os.listdir(folder))} in {folder}"
+        sizes = [one.stat().st_size for one in os.scandir(folder)]
+        yield f"clusterings {len(sizes)} in {folder}, {bytes_text(sum(sizes))}"
 
 
 def _describe_record(record: Record) -> Iterator[str]:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from protoprune.cli.options import numbers, refuse_idle, spread
-from protoprune.cli.outputs import check_outputs, check_suffix
+from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import printable
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix
 from protoprune.units import many
 
 if TYPE_CHECKING:

@@ -200,9 +200,10 @@ def _hooks(network: torch.nn.Module) -> list[Callable[..., object]]:
 
 
 def _keeps_something(model: Forward) -> bool:
-    """Whether threads may find there what another one left: in a function, or in one that is hooked into a network."""
+    """Whether threads may find there what another one left: in a function, or in one that is hooked into a network. One
+    of torch.compile would be compiled for each of them."""
     network = _network(model)
-    return network is None or bool(_hooks(network))
+    return network is None or hasattr(network, "_orig_mod") or bool(_hooks(network))
 
 
 def _own_copy(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Forward:
@@ -259,7 +260,7 @@ def _forward(
         model = _own_copy(encoder, device, dtype)
     if compile:
         model = compiled(model)
-    elif _network(model) is not None and device.type == "cpu":
+    elif device.type == "cpu" and not _keeps_something(model):
         model = _one_a_thread(model)
     mean = torch.tensor(encoder.preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     scale = 1 / (torch.tensor(encoder.preprocess.std, device=device).view(1, 3, 1, 1) * 255)

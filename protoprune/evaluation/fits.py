@@ -202,7 +202,7 @@ def _fit(
         least_squares(
             lambda free: np.clip((_curve(name, free, sizes, ceiling) - mean) / sigma, -1e100, 1e100),
             start,
-            method="lm" if len(sizes) >= len(start) else "trf",
+            method="lm",
             max_nfev=400,
         )
         for start in starts

@@ -2,10 +2,10 @@
 
 import protoprune
 result = protoprune.select("features.h5", keep=0.7)
-result.kept_paths
+result.write("kept.txt")  # or result.kept_paths
 
 A ranking says how hard each image is, `Clusters` how the features were clustered for it, a `Rule` what to keep of it.
-Knows nothing of how any of it is written down.
+How any of it is written down `lists` knows.
 
     rules       what can be asked for, checked
     ranking     feature file -> `Ranking`

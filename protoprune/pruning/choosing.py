@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from protoprune.clustering import partition
 from protoprune.clustering.prototypes import Clustering
 from protoprune.device import cores
 from protoprune.errors import UsageError
+from protoprune.files import check_suffix, holds, write_file
+from protoprune.lists import check_list, list_chunks, list_format, packed
 from protoprune.paths import picked
 from protoprune.pruning.duplicates import deduplicate
 from protoprune.pruning.ranking import (
@@ -49,10 +52,11 @@ if TYPE_CHECKING:
 
 # Metrics whose extremes were compared with random images (docs/results.md, "All metrics").
 _EXTREME = {"hard": "hardest", "easy": "easiest"}
-_MEASURED = frozenset((
-    "el2n", "grand", "forgetting", "memorization", "ddd", "ensemble_active_learning", "aum", "margin", "entropy",
-    "loss", "dyn_unc", "tdds", "supervised_prototypes", "self_supervised_prototypes",
-))  # fmt: skip
+_MEASURED = re.compile(
+    "(el2n|grand|forgetting|memorization|ddd|ensemble_active_learning|aum|margin|entropy|loss|dyn_unc|tdds"
+    "|(self_)?supervised_prototypes)(_|$)",
+    re.IGNORECASE,
+)  # also as others call them, such as EL2N-20-models of the released files
 
 
 ScoreFile = str | os.PathLike[str]  # by another name: what else is given has a hint of its own, see `select`
@@ -77,12 +81,30 @@ class Selected:
         """Ids of the kept images, sorted."""
         return picked(self.ranking.paths, np.flatnonzero(self.keep))
 
+    @checked
+    def write(self, path: str | os.PathLike[str], *, removed: bool = False) -> None:
+        """Write the kept images, as `protoprune select -o PATH` does: with rows, scores and weights where the name ends
+        in .csv or .jsonl, their rows where it ends in .npy, else a path a line; through gzip where .gz follows.
+
+        With `removed` the readable images that are not kept. The file appears whole or not at all. Raises UsageError
+        for a name of another format or of a file that is better, and for names of images that lines cannot hold;
+        ProtopruneError when it cannot be written.
+        """
+        check_suffix(path, (".csv", ".jsonl", ".npy"), "")
+        if what := holds(path):
+            raise UsageError(f"{os.fspath(path)}: is {what}; choose another name, or delete it first")
+        ranking, format = self.ranking, list_format(path) or "txt"
+        rows = np.flatnonzero(ranking.readable & ~self.keep if removed else self.keep)
+        check_list(ranking.paths, rows, format)
+        weights = None if removed else self.weights
+        write_file(path, packed(path, list_chunks(ranking.paths, rows, ranking.scores, format, weights=weights)))
+
     def notes(self) -> list[str]:
         """What a user should know before training on the list, a line each: docs/results.md, "Which list?"."""
         rule, table = self.rule, self.ranking.table
         if rule.order not in _EXTREME or rule.keep > 0.5 or rule.calibrate is not None:
             return []
-        if table is not None and table.metric not in _MEASURED:
+        if table is not None and not _MEASURED.match(table.metric.replace("-", "_")):
             return []  # nothing is known of a score from elsewhere; covers and random draws are no extremes
         named = "" if self.ranking.file in ("", "features.h5") else f" --features {shlex.quote(self.ranking.file)}"
         often = "nearly all" if rule.keep <= 0.3 else "most"  # hard at 50 %: -.7, -1.7, -9.7 points, and +.3 with lite0

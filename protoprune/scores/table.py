@@ -13,13 +13,12 @@ is read is turned round so that a larger score means harder. This module does no
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +29,9 @@ from protoprune import __version__
 from protoprune.arguments import as_numbers, checked, one_column, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.files import write_file
-from protoprune.lists import read_paths
+from protoprune.lists import packed, read_paths
 from protoprune.npy import load_npy, load_npz, reason
-from protoprune.paths import Paths, distinct, encoded
+from protoprune.paths import Paths, all_encoded, distinct
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import arrow_table, check_file, contents, is_arrow, parquet, parse_json, plain_bytes, unpacked
 from protoprune.units import many
@@ -88,18 +87,18 @@ def write_scores(
     file name can; in Parquet the column is binary when one of them is not UTF-8. Raises UsageError for an array of
     another shape or type and for a name of another format, ProtopruneError when the file cannot be written.
     """
-    write_file(path, table_bytes(path, paths, scores, metric=metric, provenance=provenance))
+    write_file(path, table_chunks(path, paths, scores, metric=metric, provenance=provenance))
 
 
-def table_bytes(
+def table_chunks(
     path: str | os.PathLike[str],
     paths: Sequence[str],
     scores: np.ndarray,
     *,
     metric: str,
     provenance: dict[str, Any] | None = None,
-) -> bytes:
-    """What `write_scores` writes to a file of that name."""
+) -> Iterable[bytes]:
+    """What `write_scores` writes to a file of that name, in pieces; what it refuses is refused now."""
     path = os.fspath(path)
     paths, scores = paths if isinstance(paths, Paths) else texts("paths", paths), as_numbers("scores", scores)
     if scores.shape != (len(paths),):
@@ -122,9 +121,9 @@ def table_bytes(
     except (TypeError, ValueError) as error:
         raise UsageError(f"provenance: {error}; expected names and plain values") from None
     header = json.dumps({**facts, "digest": _digest(facts, paths, scores)})
-    suffix = check_name(path)
-    data = _parquet(path, paths, scores, header) if suffix == ".parquet" else _csv(paths, scores, header, suffix)
-    return gzip.compress(data, 6, mtime=0) if path.endswith(".gz") else data
+    if (suffix := check_name(path)) == ".parquet":
+        return packed(path, [_parquet(path, paths, scores, header)])
+    return packed(path, _csv(paths, scores, header, "\t" if suffix == ".tsv" else ","))
 
 
 def check_name(path: str | os.PathLike[str]) -> str:
@@ -142,7 +141,7 @@ def _suffix(path: str) -> str:
 def _digest(header: dict[str, Any], paths: Sequence[str], scores: np.ndarray) -> str:
     """xxh3-64 of a header without its digest, the paths and the scores in their own type."""
     digest = xxh3_64(json.dumps({key: header[key] for key in sorted(header) if key != "digest"}).encode())
-    for place, part in enumerate(encoded(paths, np.arange(len(paths)))):
+    for place, part in enumerate(all_encoded(paths)):
         digest.update((b"\0" if place else b"") + b"\0".join(part))
     digest.update(np.where(np.isnan(scores), scores.dtype.type(np.nan), scores).data)  # a NaN comes back as another one
     return digest.hexdigest()
@@ -152,21 +151,25 @@ def _plain_value(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _csv(paths: Sequence[str], scores: np.ndarray, header: str, suffix: str) -> bytes:
-    delimiter = "\t" if suffix == ".tsv" else ","
-    cells = scores.astype(str).tolist()  # the shortest digits that give this number in its own type
-    for row in np.flatnonzero(np.isnan(scores)).tolist():
-        cells[row] = ""
-    joined = "\n".join(paths)
-    if not any(mark in joined for mark in ('"', "\r", delimiter)) and joined.count("\n") == max(0, len(paths) - 1):
-        body = "".join([f"{path}{delimiter}{cell}\n" for path, cell in zip(paths, cells, strict=True)])
-    else:
-        body = "".join([f"{_quoted(path)}{delimiter}{cell}\n" for path, cell in zip(paths, cells, strict=True)])
-    return os.fsencode(f"{_MARK}{header}\npath{delimiter}score\n{body}")
+def _csv(paths: Sequence[str], scores: np.ndarray, header: str, delimiter: str) -> Iterator[bytes]:
+    yield os.fsencode(f"{_MARK}{header}\npath{delimiter}score\n")
+    plain = all(_is_plain(part, delimiter.encode()) for part in all_encoded(paths))
+    done = 0
+    for part in all_encoded(paths):
+        some = scores[done : done + len(part)]
+        done += len(part)
+        cells = some.astype("S32").tolist()  # the shortest digits that give this number in its own type
+        for row in np.flatnonzero(np.isnan(some)).tolist():
+            cells[row] = b""
+        names = part if plain else [b'"%b"' % name.replace(b'"', b'""') for name in part]
+        pairs = zip(names, cells, strict=True)
+        yield b"".join([b"%b%b%b\n" % (name, delimiter.encode(), cell) for name, cell in pairs])
 
 
-def _quoted(path: str) -> str:
-    return '"' + path.replace('"', '""') + '"'
+def _is_plain(names: list[bytes], delimiter: bytes) -> bool:
+    """Whether a table holds these names without quotation marks."""
+    text = b"\n".join(names)
+    return text.count(b"\n") == len(names) - 1 and not any(mark in text for mark in (b'"', b"\r", delimiter))
 
 
 def _parquet(path: str, paths: Sequence[str], scores: np.ndarray, header: str) -> bytes:

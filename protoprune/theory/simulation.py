@@ -84,8 +84,8 @@ def _closest_hull_point(signed: np.ndarray) -> np.ndarray:
 def select(
     y: np.ndarray, w: np.ndarray, keep: float, theta: float, order: str, margin: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Indices of the max(round(keep n), 1) kept examples, from fields along the teacher and beside it, both (n,)."""
-    kept = max(round(keep * y.size), 1)
+    """Indices of the round(keep n) kept examples, from fields along the teacher and beside it, both (n,)."""
+    kept = round(keep * y.size)
     if order == "random":
         return rng.choice(y.size, kept, replace=False)
     t = np.radians(theta)
@@ -134,8 +134,9 @@ def simulate(
     check_whole("--simulate", seeds, 1, 100_000)
     check_seed(seed)
     examples = round(alpha_tot * dimension)
-    if examples < 1:
-        raise UsageError(f"alpha_tot {alpha_tot} in {dimension} dimensions is no example at all: raise one of them")
+    if round(keep * examples) < 1:
+        what = f"alpha_tot {alpha_tot:g} in {dimension:,} dimensions, {keep:g} of it kept,"
+        raise UsageError(f"{what} is no example at all: raise one of them")
     needed, free = 16 * dimension * max(round(keep * examples), 4 * dimension) + 32 * examples, free_memory()
     if free is not None and needed > free / cores():
         raise UsageError(
