@@ -256,10 +256,11 @@ def test_a_score_table_is_clustered_only_where_that_is_needed(copies, tmp_path):
     assert plain.kept_paths == paths[-18:]
     backwards = protoprune.select(copies, 0.4, scores=scores, rows=paths[::-1], higher_is="easier")
     assert backwards.kept_paths == paths[27:45]  # the least that there is, of which the first five rows have none
-    with pytest.raises(UsageError, match="scores ranks without clustering: no --stability with it"):
-        pruning.stability(backwards)
     chosen = protoprune.select(copies, 0.5, scores=scores, by_place=True, dedup=0.01, k=1)
     assert len(chosen.ranking.clusterings) == 1
+    for one in (backwards, chosen):
+        with pytest.raises(UsageError, match="scores ranks without clustering: no --stability with it"):
+            pruning.stability(one)
     unscored = np.flatnonzero(np.isnan(values))
     assert not np.isin(chosen.ranking.duplicate_of, unscored).any()
     assert (chosen.ranking.duplicate_of[unscored] == -1).all()
