@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from fractions import Fraction
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -61,7 +62,10 @@ def check_fields(one: Any, known: Mapping[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """A number of numpy as Python's, which libraries in C and JSON take too: the one that its digits say. The float32
-    of 0.7 is a little less, and a share of millions of images would be another number of them."""
+    of 0.7 is a little less, and a share of millions of images would be another number of them. Fractions become floats.
+    """
+    if isinstance(value, Fraction):
+        return float(value)
     if not isinstance(value, np.generic):
         return value
     return float(str(value)) if isinstance(value, np.floating) else value.item()

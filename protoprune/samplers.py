@@ -50,6 +50,7 @@ import torch
 import torch.distributed
 from torch.utils.data import Dataset, Sampler
 
+from protoprune.arguments import plain
 from protoprune.bounds import SEEDS, check_whole
 from protoprune.errors import ProtopruneError, UsageError, warn
 
@@ -500,6 +501,7 @@ class UCBSampler(PruningSampler):
     _variance: np.ndarray
 
     def __init__(self, n: int, keep: float, *, c: float = 1.0, decay: float = 0.8, **options: Any) -> None:
+        c = plain(c)
         if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 <= c < math.inf:
             raise UsageError(f"c={c}: expected a number of deviations, 0 or more")
         self.c, self.decay = float(c), _decay(decay)
@@ -644,7 +646,8 @@ def _check_integers(name: str, index: torch.Tensor) -> None:
 
 
 def _fraction(name: str, value: float, what: str = "a number from 0 to 1", above: bool = False) -> float:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    value = plain(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (above and value == 0):
         raise UsageError(f"{name}={value}: expected {what}")
     return float(value)
@@ -659,6 +662,7 @@ def _decay(value: float) -> float:
 
 def _first_final_epoch(final_full: int | float, epochs: int | None) -> float:
     """The epoch from which all the data is used; infinity for never."""
+    final_full = plain(final_full)
     if isinstance(final_full, bool) or not isinstance(final_full, (int, float)) or not 0 <= final_full < math.inf:
         raise UsageError(f"final_full={final_full}: expected a number of epochs (int) or a fraction of them (float)")
     if isinstance(final_full, float) and final_full > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import os
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,11 @@ def test_numbers_of_numpy_give_the_list_of_pythons(world):
         "f.h5", np.float32(0.5), seed=np.int64(3), k=np.uint8(2), iterations=np.int32(4), restarts=np.int16(2)
     )
     assert of_numpy.kept_paths == plain_list.kept_paths
-    assert of_numpy.rule == plain_list.rule
+    assert (
+        of_numpy.rule
+        == plain_list.rule
+        == protoprune.select("f.h5", Fraction(1, 2), seed=3, k=2, iterations=4, restarts=2).rule
+    )
     again = protoprune.score("random", "f.h5", seed=np.int64(1))
     assert again.values.tolist() == protoprune.score("random", "f.h5", seed=1).values.tolist()
 

@@ -271,6 +271,10 @@ def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
     monkeypatch.setattr(converged, "fit_head", interrupted)
     error = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out", code=130).stderr
     assert "interrupted: the runs done are kept in out/runs" in error
+    calls[:] = [0, 0]
+    error = run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "new", code=130).stderr
+    assert "interrupted: nothing was done yet; to go on, run the same again:" in error  # and there is no such folder
+    assert not Path("new").exists()
     run("evaluate", "good.txt", *QUICK, "--seeds", "2", "-o", "out")
     assert len(calls) == 3 + 4
 

@@ -198,6 +198,11 @@ def test_a_dimension_without_variance_is_no_trouble():
     ("change", "message"),
     [
         ({"rows": np.array([], int)}, "at least one training image"),
+        ({"rows": np.arange(20) < 9}, r"rows: a mask, expected the rows of the subset"),
+        ({"rows": np.array([0.0, 2.7])}, r"rows of type float64 and shape \(2,\)"),
+        ({"rows": np.array([[0, 2]])}, r"rows of type int64 and shape \(1, 2\)"),
+        ({"rows": np.array([0, 20])}, "rows 0 to 20 of 20 images; expected 0 to 19"),
+        ({"rows": np.array([-1, 3])}, "rows -1 to 3 of 20 images"),
         ({"weights": np.zeros(20)}, "at least one training image"),
         ({"weights": np.full(20, -1.0)}, "numbers of 0 or more"),
         ({"weights": np.full(20, np.nan)}, "numbers of 0 or more"),

@@ -387,6 +387,7 @@ def test_covering_clusters_where_it_is_asked_to(feature_file, tmp_path):
     for options in (
         {"dedup": 0.01},
         {"drop_hardest": 0.1},
+        {"quota": "dbp"},
         {"by": "cluster", "k": 3},
         {"by": "cluster", "balance": 0.5},
     ):

@@ -450,6 +450,11 @@ def test_what_is_refused(folder, tmp_path):
         reshard(kept, tmp_path / "one", root=folder, shard_size=3)
     with pytest.raises(UsageError, match=r"holds other things \(ant\)"):
         reshard(kept, folder, root=folder)
+    write_tar(folder / "ant.tar", members(folder))
+    shutil.copy(folder / "bee/000.png", folder / "ant/ant_000.png")  # which is what ant/000.png of ant.tar becomes
+    with pytest.raises(ProtopruneError, match=r"ant/ant_000\.png: two files of the list would have this name"):
+        reshard(["ant.tar/ant/000.png", "ant/ant_000.png"], tmp_path / "twice", root=folder)
+    assert not tars(tmp_path / "twice")
 
 
 def test_a_wrong_root_can_be_put_right(folder, tmp_path):

@@ -546,6 +546,14 @@ def test_a_pass_holds_no_python_number_for_each_index(monkeypatch):
     assert sum(1 for _ in indices) == n - 1
 
 
+def test_numbers_of_numpy_are_those_that_they_say():
+    """The float32 of 0.3 is a little more, which is one image of 100 million."""
+    ours = UCBSampler(np.int64(50), np.float32(0.3), c=np.float32(2), decay=np.float64(0.5), epochs=np.int64(9))
+    assert (ours.keep, ours.c, ours.decay) == (0.3, 2.0, 0.5)
+    for final_full in (np.int64(2), np.float32(0.25)):
+        assert len(InfoBatchSampler(8, np.float16(0.5), final_full=final_full, epochs=8)) == 8
+
+
 # Resuming.
 
 

@@ -651,6 +651,8 @@ def test_what_r_and_sql_write_for_nothing_is_no_score(tmp_path, nothing):
     found = read_scores(tmp_path / "s.csv", ["a.png", "b.png", "c.png"]).scores
     assert found.tolist()[::2] == [0.5, 2]
     assert np.isnan(found[1])
+    (tmp_path / "beside.csv").write_text("path,note,x\na.png,NA,0.5\nb.png,,2\n")
+    assert read_scores(tmp_path / "beside.csv", ["a.png", "b.png"]).scores.tolist() == [0.5, 2]  # nor is a column of it
     (tmp_path / "none.csv").write_text(f"path,score\na.png,{nothing}\nb.png,unknown\n")
     with pytest.raises(ProtopruneError):
         read_scores(tmp_path / "none.csv", ["a.png", "b.png"])

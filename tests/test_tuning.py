@@ -14,7 +14,7 @@ from protoprune.evaluation.statistics import Interval
 from protoprune.training.loop import Recipe
 from protoprune.tuning import choosing, judging, report, running, unlabelled
 from protoprune.tuning import recipes as recipes_module
-from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Pool, candidates
+from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool, candidates
 from protoprune.tuning.running import Log, tune
 
 COVER = Candidate("cover", by="class")
@@ -359,6 +359,15 @@ def test_what_judges_chooses_nothing():
         assert not held & (set(trained) | set(tested))
         assert not set(trained) & set(tested)
     assert all(not held & set(trained) for trained, _ in final)
+
+
+def test_what_is_judged_is_the_list_of_this_seed():
+    whole = modes()
+    pool = Pool(whole.paths[::5], whole.labels[::5], whole.classes, whole.vectors[::5])
+    judge = Ridge(pool, pool)
+    result = tune(pool, 0.1, test=pool, recipes=[Candidate("stratified")], rounds=(1,), seeds=2, heads=judge, seed=3)
+    expected = Part(pool, np.arange(len(pool)), 3).select(result.best, 0.1)
+    assert list(judge.asked[-8][0]) == expected.tolist()
 
 
 def test_a_test_set_judges_once_and_never_chooses():

@@ -30,7 +30,15 @@ from protoprune.cli.outputs import check_folder, check_outputs
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_both, refuse_length, show_run, time_text, training_source
+from protoprune.cli.training import (
+    hint_steps,
+    kept_in,
+    load_both,
+    refuse_length,
+    show_run,
+    time_text,
+    training_source,
+)
 from protoprune.errors import UsageError
 from protoprune.units import rounded
 
@@ -134,7 +142,7 @@ def evaluate(
     kept = [_kept(*one, train) for one in zip(lists, listed, costs, strict=True)]
     few = len(train) if budget == "steps" else min((len(one.rows) for one in kept), default=len(train))
     hint_steps(recipe, few, min_steps)
-    with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
+    with resumable(kept_in(out and out / "runs")):
         result = compare(
             train, tested, kept, recipe, seeds=seeds, budget=budget, min_steps=min_steps, dynamic=samplers,
             everything=everything, class_counts=class_counts, target_accuracy=target_accuracy,

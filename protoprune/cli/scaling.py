@@ -33,7 +33,15 @@ from protoprune.cli.outputs import check_folder, check_outputs
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
-from protoprune.cli.training import hint_steps, load_both, read_table, refuse_length, show_run, training_source
+from protoprune.cli.training import (
+    hint_steps,
+    kept_in,
+    load_both,
+    read_table,
+    refuse_length,
+    show_run,
+    training_source,
+)
 from protoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +119,7 @@ def scaling(
     else:
         vectors = _vectors(features, train)
     hint_steps(recipe, max(1, round(min(sizes) * min(keeps))) if budget == "epochs" else max(sizes), min_steps)
-    with resumable(f"the runs done are kept in {out / 'runs'}" if out else None):
+    with resumable(kept_in(out and out / "runs")):
         result = sweep(
             train, tested, recipe, sizes=sizes, keeps=keeps, orders=orders, scores=known, features=vectors, seeds=seeds,
             k=clusters, balance=balance,

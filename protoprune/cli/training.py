@@ -192,6 +192,11 @@ def hint_steps(recipe: Recipe, rows: int, least: int | None = None) -> None:
         )
 
 
+def kept_in(path: Path | None, what: str = "the runs done are") -> Callable[[], str] | None:
+    """What Ctrl-C leaves of the work, for `resumable`."""
+    return None if path is None else lambda: f"{what} kept in {path}" if path.exists() else "nothing was done yet"
+
+
 def show_run(out: Path | None) -> Callable[[Step], None]:
     """A line on stderr after each run that was trained here, and one about those that were there before."""
 

@@ -14,7 +14,7 @@ from protoprune.cli.options import HigherIs, TrainingOptions, meant, refuse_idle
 from protoprune.cli.outputs import check_folder, check_outputs, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
-from protoprune.cli.training import hint_steps, is_image_folder, load_sets, read_table
+from protoprune.cli.training import hint_steps, is_image_folder, kept_in, load_sets, read_table
 from protoprune.errors import UsageError
 from protoprune.units import duration, many, rounded
 
@@ -111,7 +111,7 @@ def tune(
         hint_steps(networks.recipe, max(1, round((fraction or running.SCREENED) * choose)), 0)
     elif test is not None and examples is not None:
         tested = _tested(test, examples)
-    with resumable(f"what was trained is kept in {out / 'runs.jsonl'}"):
+    with resumable(kept_in(out / "runs.jsonl", "what was trained is")):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
             networks=networks, folder=out, on_progress=say,

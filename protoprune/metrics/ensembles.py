@@ -20,7 +20,7 @@ def difference(
     right_in: np.ndarray, models_in: np.ndarray, right_out: np.ndarray, models_out: np.ndarray
 ) -> np.ndarray:
     """(n,) float32 memorization (Feldman & Zhang 2020): P[right | trained on it] - P[right | not], NaN for 0 models."""
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):
         return (right_in / models_in - right_out / models_out).astype(np.float32)
 
 
@@ -46,7 +46,7 @@ def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max",
         count = inside.sum(axis=0)[:, None]  # (b, 1)
         matrix = inside.T @ right  # (b, n_test): models that have i and get j right
         without = total - matrix
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             matrix /= count
             without /= models - count
         matrix -= without
