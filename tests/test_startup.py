@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import protoprune
+from protoprune.__main__ import main as program
 from protoprune.cli import app
 
 HEAVY = {"torch", "torchvision", "timm", "scipy", "faiss", "h5py", "PIL", "datasets", "simplejpeg"}
@@ -122,3 +125,16 @@ def test_the_shell_completes_commands_and_options():
 
     assert completed("protoprune sc") == ["score", "scaling"]
     assert completed("protoprune select --dedup") == ["--dedup", "--dedup-prefer"]
+
+
+def test_ctrl_c_while_the_program_is_imported(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "protoprune.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "protoprune.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        program()
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")

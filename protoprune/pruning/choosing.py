@@ -169,7 +169,8 @@ def select(
     count: bool = False,
     **options: Unpack[Options],
 ) -> Selected:
-    """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does.
+    """`rank`, `deduplicate` and `prune` in one call: what `protoprune select` does. The `Selected` that it gives has
+    `kept_paths` and `weights`, and writes the list (`write`).
 
     `keep` is the fraction to keep or a `Rule`; `options` are the other fields of `Rule` (order, drop_hardest, quota,
     balance, by, calibrate, seed) and, without `clusters`, those of `Clusters` (k, euclidean, restarts, …); a `seed`
