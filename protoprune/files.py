@@ -334,7 +334,15 @@ def _put(building: str, folder: str, root: str, overwrite: bool) -> None:
         if os.path.lexists(before):
             os.rename(before, folder)
         raise
-    shutil.rmtree(before, ignore_errors=True)  # links and nothing else: see `check_free`
+    if (
+        os.path.isdir(before) and (other := _not_ours(before, root)) is not None
+    ):  # it came after `check_free` had looked
+        os.rename(before, f"{folder}.before")
+        raise ProtopruneError(
+            f"--links {folder}: {other} was put among the earlier links while they were replaced; they are in "
+            f"{folder}.before now, and the new ones in their place"
+        )
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def check_free(folder: str | os.PathLike[str], root: str = "", overwrite: bool = False) -> None:

@@ -238,6 +238,24 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path, image_tree)
         write_links(tmp_path / "link", root, ["dog/000.png"], overwrite=True)
 
 
+def test_what_comes_while_links_are_replaced_is_not_lost(tmp_path, image_tree, monkeypatch):
+    root, kept = image_tree({"cat": 2}), tmp_path / "kept"
+    write_links(kept, root, ["cat/000.png"])
+    looked = files.check_free
+
+    def late(*arguments):
+        looked(*arguments)
+        (kept / "cat/notes.txt").write_text("mine")
+
+    monkeypatch.setattr(files, "check_free", late)
+    with pytest.raises(
+        ProtopruneError, match=r"cat/notes\.txt was put among the earlier links .* they are in .*before now"
+    ):
+        write_links(kept, root, ["cat/001.png"], overwrite=True)
+    assert (tmp_path / "kept.before/cat/notes.txt").read_text() == "mine"
+    assert [path.name for path in kept.rglob("*.png")] == ["001.png"]
+
+
 def test_the_images_themselves_are_not_replaced_by_links(tmp_path, image_tree):
     """By whatever name their folder is given, and where the images that are listed are links to them."""
     root = image_tree({"cat": 1})
