@@ -324,7 +324,8 @@ def _is_hugging_face(dataset: object) -> bool:
 def _has_samples(dataset: object) -> bool:
     """Whether it may be gone through as samples with `__key__`: a streamed Hugging Face data set knows of its own."""
     fields = getattr(dataset, "features", ["__key__"])
-    return hasattr(dataset, "__iter__") and "__key__" in (fields or ())
+    scalar = getattr(dataset, "ndim", 1) == 0  # numpy gives it __iter__ all the same
+    return hasattr(dataset, "__iter__") and not scalar and "__key__" in (fields or ())
 
 
 def _in_files(dataset: object) -> bool:
@@ -342,7 +343,9 @@ def _first(sample: Any) -> Any:
 
 def _own_paths(dataset: object) -> list[Any] | None:
     """The paths of a list of them, or of tuples that begin with one; None of anything else."""
-    if not isinstance(dataset, (Sequence, np.ndarray)) or isinstance(dataset, (str, bytes)) or not len(dataset):
+    if not isinstance(dataset, (Sequence, np.ndarray)) or isinstance(dataset, (str, bytes)):
+        return None
+    if getattr(dataset, "ndim", 1) == 0 or not len(dataset):
         return None
     return [_first(sample) for sample in dataset] if isinstance(_first(dataset[0]), _PATH) else None
 

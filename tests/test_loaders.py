@@ -122,8 +122,11 @@ def test_weights_of_what_has_no_paths(image_folder):
 
 
 def test_data_sets_of_another_kind_are_refused():
-    with pytest.raises(UsageError, match="int: expected"):
-        keep_only(3, KEPT)
+    for dataset, what in ((3, "int"), (np.array(3), "ndarray")):
+        with pytest.raises(UsageError, match=f"{what}: expected"):
+            keep_only(dataset, KEPT)
+        with pytest.raises(UsageError, match=f"{what}: expected"):
+            weights_of(dataset, {"a.png": 1.0})
 
 
 def test_hugging_face(image_tree):
