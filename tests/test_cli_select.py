@@ -18,7 +18,7 @@ from helpers import write_image
 
 import protoprune
 from protoprune import Rule, prune, rank
-from protoprune.errors import UsageError
+from protoprune.errors import ProtopruneError
 from protoprune.images.decode import Status
 from protoprune.lists import read_list, read_weights
 from protoprune.scores import write_scores
@@ -722,15 +722,15 @@ def test_python_writes_over_nothing_that_is_better(feature_file, tmp_path):
         tmp_path / "f.h5", np.random.default_rng(0).normal(size=(40, 5)), paths=["a\nb.png", *PATHS[:39]]
     )
     chosen = protoprune.select(file, keep=1.0)
-    os.link(file, tmp_path / "kept.txt")
+    os.link(file, tmp_path / "kept.jsonl")
     for name, message in (
-        ("kept.txt", "kept.txt: is a feature file or a training record; choose"),
+        ("kept.jsonl", "kept.jsonl: is a feature file or a training record, and not written over"),
         ("kept.parquet", "kept.parquet: is written as .csv or .jsonl or .npy"),
         ("s3://bucket/kept.jsonl", "s3://bucket/kept.jsonl: "),
         ("new.txt", "1 file names hold a line break"),
         ("", "path"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(ProtopruneError, match=message):
             chosen.write(tmp_path / name if name and "//" not in name else name)
     assert not (tmp_path / "new.txt").exists()
-    assert (tmp_path / "kept.txt").samefile(file)
+    assert (tmp_path / "kept.jsonl").samefile(file)

@@ -17,7 +17,7 @@ from protoprune.clustering import partition
 from protoprune.clustering.prototypes import Clustering
 from protoprune.device import cores
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix, holds, write_file
+from protoprune.files import check_suffix, write_file
 from protoprune.lists import check_list, list_chunks, list_format, packed
 from protoprune.paths import picked
 from protoprune.pruning.duplicates import deduplicate
@@ -87,12 +87,10 @@ class Selected:
         in .csv or .jsonl, their rows where it ends in .npy, else a path a line; through gzip where .gz follows.
 
         With `removed` the readable images that are not kept. The file appears whole or not at all. Raises UsageError
-        for a name of another format or of a file that is better, and for names of images that lines cannot hold;
-        ProtopruneError when it cannot be written.
+        for a name of another format, and for names of images that lines cannot hold; ProtopruneError when it cannot be
+        written, or holds features, a record or an image.
         """
         check_suffix(path, (".csv", ".jsonl", ".npy"), "")
-        if what := holds(path):
-            raise UsageError(f"{os.fspath(path)}: is {what}; choose another name, or delete it first")
         ranking, format = self.ranking, list_format(path) or "txt"
         rows = np.flatnonzero(ranking.readable & ~self.keep if removed else self.keep)
         check_list(ranking.paths, rows, format)
