@@ -262,5 +262,7 @@ def main() -> None:
     before, sys.unraisablehook = sys.unraisablehook, _pass_on
     try:
         app()
+    except KeyboardInterrupt:  # while it is still put together
+        sys.exit(130)
     finally:
         sys.unraisablehook = before
