@@ -55,7 +55,7 @@ _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "i
 _NAMES = ("path", "paths", "image_path", "image_paths", "filepath", "file_path", "filename", "file_name", "filenames",
           "names", "file", "image", "key", "id", "ids", "uid", "url")  # fmt: skip
 _LACKS = {
-    "--vector-column": "holds no vectors; expected an array of (images, dimensions), or a column with a list of numbers "
+    "--vector-column": "holds no vectors; expected an array (images, dimensions), or a column with a list of numbers "
     "in each row, not a column for each dimension",
     "--path-column": "holds no names; expected an array or a column of text, or a list by --paths",
 }
