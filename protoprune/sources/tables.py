@@ -29,7 +29,7 @@ from protoprune.sources.shard import (
     pread,
     reason_of,
 )
-from protoprune.text import parse_json
+from protoprune.text import STREAM, check_stream_end, parse_json
 from protoprune.unpacking import Spool
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     Batches = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]  # names of columns -> the rows of these
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
-_STREAM, _STREAM_END = b"\xff" * 4, b"\xff" * 4 + bytes(4)  # how Arrow's streams begin, since 2019, and end
-_CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
+_CUT = re.compile("cut off|footer|magic bytes|(?i:eof|expected to read)")  # in what is said of a table cut short
 _ONLY_A_PATH = "no bytes in its row, only a path: to_parquet of datasets leaves images out, save_to_disk puts them in"
 # Rows and about as many bytes of a Parquet file that are in memory at once; without a buffer a whole row group is.
 _BATCH, _AT_ONCE, _BUFFER = 64, 64 << 20, 1 << 20
@@ -138,10 +137,8 @@ def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
             wanted = batch.select(columns)
             wanted.validate(full=True)  # damaged offsets are read as they stand, and end the process
             yield wanted
-        if head.startswith(_STREAM):  # pyarrow takes the end of the file for the end of the stream
-            file.seek(-len(_STREAM_END), os.SEEK_CUR)
-            if file.read(len(_STREAM_END)) != _STREAM_END:
-                raise ShardError(Status.TRUNCATED, "cut off: it has no end marker")
+        if head.startswith(STREAM):
+            check_stream_end(file)
 
     return reader.schema, some, None
 
