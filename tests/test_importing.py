@@ -153,6 +153,27 @@ def test_what_clip_retrieval_makes_of_img2dataset(tmp_path):
     same_vectors(tmp_path / "f.h5", keys)
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_parts_of_other_numbers_are_not_paired(beside, tmp_path):
+    """A copy that lacks one file of vectors and another one of names: as many of both, of other images."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "out/img_emb").mkdir(parents=True)
+    names = tmp_path / ("out/metadata" if beside else "names")
+    names.mkdir()
+    for number in range(3):
+        np.save(tmp_path / f"out/img_emb/img_emb_{number}.npy", VECTORS[:4] + number)
+        parquet.write_table(
+            pyarrow.table({"key": [f"{number}/{row}" for row in range(4)]}), names / f"metadata_{number:02d}.parquet"
+        )
+    options = {} if beside else {"paths": names}
+    (tmp_path / "out/img_emb/img_emb_1.npy").unlink()
+    (names / "metadata_02.parquet").unlink()
+    with pytest.raises(ProtopruneError, match=r"img_emb_2\.npy: metadata_01\.parquet has the next names, of another"):
+        import_features(tmp_path / "out", tmp_path / "f.h5", **options)
+    (tmp_path / "out/img_emb/img_emb_2.npy").rename(tmp_path / "out/img_emb/img_emb_1.npy")
+    assert import_features(tmp_path / "out", tmp_path / "f.h5", **options).n == 8
+
+
 def test_img2datasets_metadata_as_names(tmp_path):
     """NNNNN.parquet beside its tars lists the images that could not be downloaded too; those have no vector."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

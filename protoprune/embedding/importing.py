@@ -150,6 +150,8 @@ def import_features(
         columns.check(vectors, paths)
         dim, dtype = _check_shapes(vectors, parts)
         n = sum(len(part.vectors) for part in parts)
+        if isinstance(paths, (str, os.PathLike)) and os.path.isdir(paths):
+            _check_numbers(read, _natural(os.fspath(paths), ".parquet"))
         names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
         there = root is not None and not stores.is_url(base)
@@ -371,6 +373,7 @@ def _read(source: str, columns: _Columns, stack: contextlib.ExitStack) -> tuple[
         columns.of_names = True
         if len(names) != len(parts):
             raise ProtopruneError(f"{source}: {len(parts):,} files of vectors and {len(names):,} of metadata")
+        _check_numbers(read, names)
         for part, path in zip(parts, names, strict=True):
             part.names = _read_names(path, columns.names)
             if len(part.names) != len(part.vectors):
@@ -399,6 +402,22 @@ def _natural(folder: str, suffix: str) -> list[str]:
     names = [name for name in os.listdir(folder) if name.lower().endswith(suffix) and not name.startswith(".")]
     names.sort(key=lambda name: [int(one) if one.isdecimal() else one for one in re.split(r"(\d+)", name)])
     return [os.path.join(folder, name) for name in names]
+
+
+def _check_numbers(vectors: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ProtopruneError for as many files of names as of vectors which have other numbers: of each one is away."""
+    if len(vectors) != len(names):
+        return
+    numbers = [[int((re.findall(r"\d+", os.path.basename(path)) or [-1])[-1]) for path in some]
+               for some in (vectors, names)]  # fmt: skip
+    if any(len(set(some)) < max(2, len(some)) for some in numbers):  # not those of parts
+        return
+    for vector, name, one, other in zip(vectors, names, *numbers, strict=True):
+        if one != other:
+            raise ProtopruneError(
+                f"{vector}: {os.path.basename(name)} has the next names, of another number; bring the files that are "
+                "missing, or give the names in one list with --paths"
+            )
 
 
 def _is_table(path: str) -> bool:
