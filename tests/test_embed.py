@@ -446,6 +446,23 @@ def test_precision_auto_is_fp32_where_bf16_would_be_emulated(monkeypatch):
     assert resolve_precision("fp16", device, fake_encoder()) == "fp16"
     with pytest.raises(UsageError, match=r"fp8.*expected one of auto, fp32"):
         resolve_precision("fp8", device, fake_encoder())
+    monkeypatch.setattr("protoprune.embedding.engine.native_bf16", lambda device: False)
+    assert resolve_precision("auto", torch.device("cuda"), fake_encoder()) == "fp16"  # of before 2020
+
+
+def test_more_than_the_device_can_hold_is_one_line_and_what_is_done_stays(images, tmp_path):
+    class Full(CountingModel):
+        def __call__(self, x):
+            if len(self.batches) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore of it")
+            return super().__call__(x)
+
+    encoder = Encoder("fake", Full(), 12, Preprocess(SIDE, SIDE), "0" * 64)
+    with pytest.raises(
+        ProtopruneError, match=r"cpu ran out of memory \(CUDA .* 2 GiB\.\); what is done is kept: run it"
+    ):
+        run(images, tmp_path / "f.h5", encoder, batch_size=8)
+    assert (tmp_path / "f.h5.partial").exists()
 
 
 def test_half_precision_leaves_the_callers_encoder_alone(images, tmp_path):

@@ -201,6 +201,35 @@ def test_urls_are_shown_without_secrets(monkeypatch):
     assert "abc" not in str(error.value)
 
 
+def test_a_store_that_shows_what_has_not_arrived_yet_gets_it_under_another_name_first(tmp_path, monkeypatch):
+    """All but object stores. Of two writers of a new file the second is refused; a cut connection leaves nothing."""
+    url = f"local://{tmp_path}/set/a.json"
+    stores.write(url, b"one", new=True)
+    with pytest.raises(FileExistsError):
+        stores.write(url, b"two", new=True)
+    stores.write(url, b"three")
+    local = fsspec.get_filesystem_class("local")
+
+    def cut(self, path, data, **_):
+        with open(path, "wb") as file:
+            file.write(data[:2])
+        raise ConnectionError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "pipe_file", cut)
+        with pytest.raises(ProtopruneError, match=r"a\.json: cannot be reached .* what was written before is kept"):
+            stores.write(url, b"four")
+    assert (stores.read(url), os.listdir(tmp_path / "set")) == (b"three", ["a.json"])
+    with pytest.raises(ProtopruneError, match=r"b\.json: no such bucket, folder or file"):
+        stores.get(f"local://{tmp_path}/set/b.json", str(tmp_path / "got"))
+
+
+def test_a_path_is_no_url(tmp_path):
+    assert stores.given(f"file:/{tmp_path}") == str(tmp_path)
+    with pytest.raises(UsageError, match=rf"-o file://{tmp_path}/x: give the path itself, {tmp_path}/x$"):
+        stores.refuse_url(f"file://{tmp_path}/x", "-o ")
+
+
 def test_what_arrives_short_or_is_gone_meanwhile(memory, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     with pytest.raises(ShardError) as error, remote.fetched(Shard("0000.tar", "memory://set/tars/0000.tar", 5, 1)):
