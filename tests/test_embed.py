@@ -605,6 +605,16 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_halved_unless_it_was_asked_for(
         run(images, tmp_path / "new.h5", encoder, device=cuda, batch_size=16)
 
 
+def test_features_of_another_precision_say_how_to_go_on(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    with pytest.raises(ProtopruneError) as error:
+        run(images, tmp_path / "f.h5", precision="bf16")
+    assert str(error.value) == (
+        f"{tmp_path / 'f.h5'} holds other features (precision: fp32, not bf16); go on with --precision fp32, write to "
+        "another file with -o, or replace it with --overwrite"
+    )
+
+
 # --- a finished file is never replaced by less
 
 

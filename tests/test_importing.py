@@ -354,6 +354,22 @@ def test_tables_and_folders_that_do_not_fit(make, options, message, tmp_path, mo
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
 
 
+def test_names_that_are_given_are_looked_for_nowhere_else(tmp_path):
+    np.savez(tmp_path / "v.npz", features=VECTORS, one=np.array(NAMES), other=np.array(NAMES))
+    import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=NAMES)
+    same_vectors(tmp_path / "f.h5")
+    pytest.importorskip("pyarrow")
+    names = of_vectors(tmp_path, VECTORS.tolist(), one=NAMES, other=NAMES[::-1])
+    import_features(tmp_path / "v.npz", tmp_path / "g.h5", paths=names, path_column="one")
+    same_vectors(tmp_path / "g.h5")
+
+
+def test_a_list_of_nothing_is_no_vector(tmp_path):
+    samples = [{"filepath": name, "tags": [], "clip": row.tolist()} for name, row in zip(NAMES, VECTORS, strict=True)]
+    import_features(of_samples(tmp_path, samples), tmp_path / "f.h5")
+    same_vectors(tmp_path / "f.h5")
+
+
 @pytest.mark.parametrize("data", [b"PAR1 and no table", b"no table"])
 def test_files_that_are_no_vectors(data, tmp_path):
     for name, said in (
@@ -493,6 +509,9 @@ def test_names_of_images_in_shards(tmp_path):
     with pytest.raises(UsageError, match=r"s3://other/0000.tar/ant/0.jpg: outside the root s3://bucket/set"):
         import_features(tmp_path / "v.npy", tmp_path / "w.h5", paths=[f"s3://other/{one}" for one in names],
                         root="s3://bucket/set")  # fmt: skip
+    import_features(tmp_path / "v.npy", tmp_path / "r.h5", paths=names, root="s3://bucket/set")
+    with FeatureFile(tmp_path / "r.h5") as file:
+        assert (file.provenance["root"], list(file.paths)) == ("s3://bucket/set", names)
     flat = [name.replace("/ant/", "/a").replace("/bee/", "/b") for name in names]
     (tmp_path / "0001.tar").unlink()
     with pytest.warns(ProtopruneWarning, match=r"6 of 12 names are no files below it \(first: 0001.tar/a0.jpg"):
