@@ -403,6 +403,34 @@ def test_several_arrays_ask_which(tmp_path):
         assert np.array_equal(file.features[:], (VECTORS + 1)[sorted(range(N), key=NAMES.__getitem__)])
 
 
+def test_what_holds_no_vectors_says_what_would(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"path": NAMES, "0": VECTORS[:, 0], "1": VECTORS[:, 1]}), tmp_path / "wide.parquet")
+    np.savez(tmp_path / "v.npz", labels=np.arange(N))
+    for name in ("wide.parquet", "v.npz"):
+        for column in (None, "0"):
+            with pytest.raises(
+                UsageError, match=f"{name}: holds no vectors; expected an array .* in each row, not a col"
+            ):
+                import_features(tmp_path / name, tmp_path / "f.h5", paths=NAMES, vector_column=column)
+    (tmp_path / "image.index").write_bytes(b"IxFI")
+    with pytest.raises(
+        UsageError, match=r"image.index: expected .npy, .* an index of faiss\) by numpy.save, .* --paths"
+    ):
+        import_features(tmp_path / "image.index", tmp_path / "f.h5", paths=NAMES)
+
+
+def test_a_table_of_names_has_other_columns(tmp_path, recwarn):
+    """They are of images that vectors were made of, not a list of what to keep: nothing is to be said of that."""
+    np.save(tmp_path / "v.npy", VECTORS)
+    rows = "".join(f"{name},{640 + i},{i % 2}\n" for i, name in enumerate(NAMES))
+    for column in ("height", "keep"):
+        (tmp_path / "names.csv").write_text(f"path,width,{column}\n{rows}")
+        import_features(tmp_path / "v.npy", tmp_path / f"{column}.h5", paths=tmp_path / "names.csv")
+        same_vectors(tmp_path / f"{column}.h5", NAMES)
+    assert not recwarn.list
+
+
 def test_at_the_command_line_and_never_over_another_file(tmp_path):
     np.save(tmp_path / "v.npy", VECTORS)
     (tmp_path / "names.csv").write_text("path\n" + "\n".join(NAMES) + "\n")

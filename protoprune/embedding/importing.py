@@ -54,6 +54,11 @@ _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "i
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
 _NAMES = ("path", "paths", "image_path", "image_paths", "filepath", "file_path", "filename", "file_name", "filenames",
           "names", "file", "image", "key", "id", "ids", "uid", "url")  # fmt: skip
+_LACKS = {
+    "--vector-column": "holds no vectors; expected an array (images, dimensions), or a column with a list of numbers "
+    "in each row, not a column for each dimension",
+    "--path-column": "holds no names; expected an array or a column of text, or a list by --paths",
+}
 _ROWS = 16_384  # rows that are copied at once
 _LARGEST = 1 << 24  # bytes that one vector of FiftyOne may unpack to
 _NOT_FINITE = "the vector holds NaN or infinity"
@@ -308,7 +313,7 @@ def _read_names(path: str, column: str | None) -> list[str]:
         return _strings(names)
     from protoprune.lists import read_paths
 
-    return read_paths(path)
+    return read_paths(path, every=True)
 
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
@@ -437,7 +442,10 @@ def _file(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
         raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot be read ({error.strerror or error})") from None
-    raise UsageError(f"{path}: expected .npy, .npz, .parquet, a samples.json of FiftyOne, or a folder of them")
+    raise UsageError(
+        f"{path}: expected .npy, .npz, .parquet, a samples.json of FiftyOne, or a folder of them; save what is in "
+        "another file (.pt, .csv, an index of faiss) by numpy.save, and give the names by --paths"
+    )
 
 
 def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
@@ -460,16 +468,18 @@ def _npz(path: str, columns: _Columns) -> _Part:
 
 def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
     """The array or column that was asked for, the only one, or the first that has a usual name."""
+    if not names:
+        raise UsageError(f"{path}: {_LACKS[option]}")
     if asked is not None:
         if asked not in names:
-            raise UsageError(f"{path}: no {asked} that could be it, only {', '.join(names) or 'none'}")
+            raise UsageError(f"{path}: no {asked} that could be it, only {', '.join(names)}")
         return asked
     plain = {name.lower(): name for name in names}
     found = next((plain[name] for name in usual if name in plain), None)
     if found is None and len(names) == 1:
         found = names[0]
     if found is None:
-        raise UsageError(f"{path}: which of {', '.join(names) or 'no columns'} is it? give {option} NAME")
+        raise UsageError(f"{path}: which of {', '.join(names)} is it? give {option} NAME")
     return found
 
 
