@@ -168,6 +168,12 @@ def sentence(one: Difference, *, against: str = "random") -> str:
     return text
 
 
+def span(value: float, low: float | None, high: float | None, *, sign: str = "", digits: int = 1) -> str:
+    """'92.31 (92.02 to 92.60)' of fractions; the value alone where there is no interval."""
+    text, *ends = ("" if one is None else rounded(100 * one, digits, sign) for one in (value, low, high))
+    return f"{text} ({' to '.join(ends)})" if all(ends) else text
+
+
 def _points(value: float) -> str:
     return rounded(100 * value)
 
