@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.stores import refuse_url
+from protoprune.units import many
 
 CLASSES = "classes.txt"  # in a folder of links: all classes, in the order of their numbers
 
@@ -316,7 +317,8 @@ def _write_classes(folder: str, path: str, classes: Sequence[str]) -> None:
     """One a line, unless there is something: a class may be called as the file is."""
     broken = [name for name in classes if "\n" in name or "\r" in name]
     if broken:
-        warn(f"{folder}: no {CLASSES}, since {len(broken):,} class names hold a line break (first: {broken[0]!r})")
+        some = many(len(broken), "class name holds", "class names hold")
+        warn(f"{folder}: no {CLASSES}, since {some} a line break (first: {broken[0]!r})")
     elif classes and not os.path.exists(path):
         with open(path, "wb") as file:
             file.write(os.fsencode("".join(f"{name}\n" for name in classes)))

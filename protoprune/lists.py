@@ -113,7 +113,8 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
     broken = [name for names in encoded(ids, rows) for name in _broken(names)]
     if broken:
         first = os.fsdecode(broken[0])
-        raise UsageError(f"{len(broken)} file names hold a line break (first: {first!r}); use -0 or --format jsonl")
+        some = many(len(broken), "file name holds", "file names hold")
+        raise UsageError(f"{some} a line break (first: {first!r}); use -0 or --format jsonl")
     if len(rows) and (first := ids[rows[0]]).startswith("\ufeff"):
         raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
 

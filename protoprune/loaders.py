@@ -37,6 +37,10 @@ _WORD = re.compile(r"[A-Za-z_]+")
 _LONG = 10_000  # samples of a stream after which one should have been listed
 _BY_ROWS = "of one that was loaded from Parquet or Arrow files, protoprune.table_rows gives the rows"
 _PART = "or part=True, where this is a part of what it was made for (a split, some of the files)"
+_SPLITS = (
+    "load_dataset makes splits of files and folders that are called so (test, val_1.jpg): data_files={'train': "
+    "'FOLDER/**'} takes all of them; else "
+)
 _OTHER_LIST = "was the list made for these shards? A pass over all of them in one process names what is missing"
 
 Sample = dict[str, Any]  # of a WebDataset: field -> value
@@ -286,7 +290,9 @@ def _matched(
     entries = as_known(listed, base, set(ids))
     wanted = set(entries)
     if not part:
-        _all_present(wanted - set(ids), len(wanted), where, base, ids)
+        missing = wanted - set(ids)
+        sorted_out = _is_hugging_face(whole) and missing and os.path.isfile(os.path.join(base, min(missing)))
+        _all_present(missing, len(wanted), where, base, ids, _SPLITS if sorted_out else "")
     mine = ids if places is None else [ids[place] for place in places]
     if wanted.isdisjoint(mine):
         raise ProtopruneError(
@@ -454,7 +460,9 @@ def _hugging_face_paths(dataset: datasets.Dataset) -> list[str]:
     return paths
 
 
-def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids: Iterable[str] = ()) -> None:
+def _all_present(
+    missing: set[str], listed: int, where: str, base: str = "", ids: Iterable[str] = (), hint: str = ""
+) -> None:
     """Raise ProtopruneError for listed images that the data set lacks, with what may be the reason."""
     if not missing:
         return
@@ -471,7 +479,7 @@ def _all_present(missing: set[str], listed: int, where: str, base: str = "", ids
     elif len(missing) < listed:
         advice = f"{advice}, {_PART}" if base else f"{advice} Give them, {_PART}"
     some = many(len(missing), f"of {listed:,} listed images is", f"of {listed:,} listed images are")
-    raise ProtopruneError(f"{some} not in the data set {where} (first: {min(missing)}); {advice}")
+    raise ProtopruneError(f"{some} not in the data set {where} (first: {min(missing)}); {hint}{advice}")
 
 
 def _suffix(path: str) -> str:

@@ -26,6 +26,9 @@ PATH_NAMES = ("path", "file", "filename", "filepath", "imagepath", "imgpath", "r
 CLASS_NAMES = ("label", "class", "classname", "labelname", "category", "target", "wnid", "synset", "species", "classid",
                "categoryid", "labelid", "labels", "predictionstring", "y")  # fmt: skip
 
+STREAM = b"\xff" * 4  # how a stream of Arrow begins, since 2019
+_STREAM_END = STREAM + bytes(4)
+
 
 def plain_name(name: str) -> str:
     """A column's name without case, blanks and punctuation: 'Image Path', 'image_path' and 'image-path' are one."""
@@ -134,9 +137,17 @@ def parquet(path: str = "") -> ModuleType:
     return pyarrow
 
 
+def check_stream_end(file: Any) -> None:
+    """Raise OSError where a stream of Arrow that was read has no end of its own: its writer was killed between two
+    batches, and pyarrow takes the end of the file for that of the stream."""
+    file.seek(-len(_STREAM_END), os.SEEK_CUR)
+    if file.read(len(_STREAM_END)) != _STREAM_END:
+        raise OSError("cut off: it has no end marker")
+
+
 def is_arrow(data: bytes) -> bool:
     """Whether these are the bytes of a Parquet file, or of an Arrow one (Feather, a stream)."""
-    return data.startswith((b"PAR1", b"ARROW1\0", b"\xff\xff\xff\xff"))
+    return data.startswith((b"PAR1", b"ARROW1\0", STREAM))
 
 
 def arrow_table(data: bytes, source: str = "") -> Any:
@@ -151,6 +162,8 @@ def arrow_table(data: bytes, source: str = "") -> Any:
         else:
             reader = pyarrow.ipc.open_file(file) if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream(file)
             table = reader.read_all().select(_flat(pyarrow, reader.schema))
+            if data.startswith(STREAM):
+                check_stream_end(file)
         table.validate(full=True)  # damaged offsets are read as they stand, and end the process
     except (OSError, pyarrow.ArrowException, KeyError) as error:
         raise ValueError(str(error).splitlines()[0] if str(error) else "damaged") from None

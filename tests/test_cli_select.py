@@ -727,7 +727,7 @@ def test_python_writes_over_nothing_that_is_better(feature_file, tmp_path):
         ("kept.jsonl", "kept.jsonl: is a feature file or a training record, and not written over"),
         ("kept.parquet", "kept.parquet: is written as .csv or .jsonl or .npy"),
         ("s3://bucket/kept.jsonl", "s3://bucket/kept.jsonl: "),
-        ("new.txt", "1 file names hold a line break"),
+        ("new.txt", "1 file name holds a line break"),
         ("", "path"),
     ):
         with pytest.raises(ProtopruneError, match=message):

@@ -153,6 +153,27 @@ def test_what_clip_retrieval_makes_of_img2dataset(tmp_path):
     same_vectors(tmp_path / "f.h5", keys)
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_parts_of_other_numbers_are_not_paired(beside, tmp_path):
+    """A copy that lacks one file of vectors and another one of names: as many of both, of other images."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "out/img_emb").mkdir(parents=True)
+    names = tmp_path / ("out/metadata" if beside else "names")
+    names.mkdir()
+    for number in range(3):
+        np.save(tmp_path / f"out/img_emb/img_emb_{number}.npy", VECTORS[:4] + number)
+        parquet.write_table(
+            pyarrow.table({"key": [f"{number}/{row}" for row in range(4)]}), names / f"metadata_{number:02d}.parquet"
+        )
+    options = {} if beside else {"paths": names}
+    (tmp_path / "out/img_emb/img_emb_1.npy").unlink()
+    (names / "metadata_02.parquet").unlink()
+    with pytest.raises(ProtopruneError, match=r"img_emb_2\.npy: metadata_01\.parquet has the next names, of another"):
+        import_features(tmp_path / "out", tmp_path / "f.h5", **options)
+    (tmp_path / "out/img_emb/img_emb_2.npy").rename(tmp_path / "out/img_emb/img_emb_1.npy")
+    assert import_features(tmp_path / "out", tmp_path / "f.h5", **options).n == 8
+
+
 def test_img2datasets_metadata_as_names(tmp_path):
     """NNNNN.parquet beside its tars lists the images that could not be downloaded too; those have no vector."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -305,6 +326,34 @@ def test_several_arrays_ask_which(tmp_path):
     import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=NAMES, vector_column="b")
     with FeatureFile(tmp_path / "f.h5") as file:
         assert np.array_equal(file.features[:], (VECTORS + 1)[sorted(range(N), key=NAMES.__getitem__)])
+
+
+def test_what_holds_no_vectors_says_what_would(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"path": NAMES, "0": VECTORS[:, 0], "1": VECTORS[:, 1]}), tmp_path / "wide.parquet")
+    np.savez(tmp_path / "v.npz", labels=np.arange(N))
+    for name in ("wide.parquet", "v.npz"):
+        for column in (None, "0"):
+            with pytest.raises(
+                UsageError, match=f"{name}: holds no vectors; expected an array .* in each row, not a col"
+            ):
+                import_features(tmp_path / name, tmp_path / "f.h5", paths=NAMES, vector_column=column)
+    (tmp_path / "image.index").write_bytes(b"IxFI")
+    with pytest.raises(
+        UsageError, match=r"image.index: expected .npy, .* an index of faiss\) by numpy.save, .* --paths"
+    ):
+        import_features(tmp_path / "image.index", tmp_path / "f.h5", paths=NAMES)
+
+
+def test_a_table_of_names_has_other_columns(tmp_path, recwarn):
+    """They are of images that vectors were made of, not a list of what to keep: nothing is to be said of that."""
+    np.save(tmp_path / "v.npy", VECTORS)
+    rows = "".join(f"{name},{640 + i},{i % 2}\n" for i, name in enumerate(NAMES))
+    for column in ("height", "keep"):
+        (tmp_path / "names.csv").write_text(f"path,width,{column}\n{rows}")
+        import_features(tmp_path / "v.npy", tmp_path / f"{column}.h5", paths=tmp_path / "names.csv")
+        same_vectors(tmp_path / f"{column}.h5", NAMES)
+    assert not recwarn.list
 
 
 def test_at_the_command_line_and_never_over_another_file(tmp_path):

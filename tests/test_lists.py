@@ -370,6 +370,23 @@ def test_tables_of_data_frames(tmp_path, form):
         read_list(path)
 
 
+def test_a_stream_of_arrow_without_its_end_is_no_shorter_list(tmp_path):
+    """Its writer was killed between two batches; pyarrow reads what is there and says nothing."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table, ends = pyarrow.table({"path": ["a/1.png", "b/2.png", "c/3.png"]}), []
+    path = str(tmp_path / "kept.arrow")
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        for batch in table.to_batches(1):
+            writer.write_batch(batch)
+            ends.append(file.tell())
+    assert len(read_list(tmp_path / "kept.arrow")) == 3
+    data = (tmp_path / "kept.arrow").read_bytes()
+    for end in ends:
+        (tmp_path / "kept.arrow").write_bytes(data[:end])
+        with pytest.raises(ProtopruneError, match=r"kept\.arrow: .*cut off: it has no end marker"):
+            read_list(tmp_path / "kept.arrow")
+
+
 def test_an_arrow_file_whose_offsets_are_damaged(tmp_path):
     """pyarrow reads beyond its memory, which ended the process, unless it is told to check them; in shards too."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -150,6 +150,20 @@ def test_hugging_face(image_tree):
         assert some.with_format(None)["label"] == kept["label"]
 
 
+def test_what_hugging_face_took_for_another_split_is_not_said_to_be_a_part(image_tree):
+    """load_dataset("imagefolder") leaves a class `test`, and images called val_1.jpg, out of the split `train`."""
+    datasets = pytest.importorskip("datasets")
+    root = image_tree()
+    paths = [str(path) for path in sorted(root.rglob("*.png")) if path.parent.name == "dog"]
+    dogs = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    with pytest.raises(
+        ProtopruneError, match=r"load_dataset makes splits .* data_files={'train': 'FOLDER/\*\*'} takes"
+    ):
+        keep_only(dogs, KEPT, root=root)
+    with pytest.raises(ProtopruneError, match=r"in the data set under \S+ \(first: cat/999.png\); give the root"):
+        keep_only(dogs, [*(one for one in KEPT if one.startswith("dog")), "cat/999.png"], root=root)
+
+
 def test_hugging_face_without_images_or_paths():
     datasets = pytest.importorskip("datasets")
     with pytest.raises(UsageError, match="no image column, only text"):

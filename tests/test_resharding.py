@@ -568,8 +568,8 @@ def test_few_tars_are_few_workers(image_tree, tmp_path):
     kept.write_text("".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*.png"))))
     command = ["reshard", str(kept), str(tmp_path / "one"), "--root", str(root)]
     result = CliRunner().invoke(app, command)
-    assert "hint: a loader deals out whole tars, so 1 tar feeds as many workers, of all" in result.stderr
-    assert "--shard-size 2 makes about 8" in result.stderr
+    assert "hint: a loader deals out whole tars: 1 tar keeps 1 worker busy, of all" in result.stderr
+    assert "--shard-size 2 makes about 8 tars" in result.stderr
     several = CliRunner().invoke(app, [*command[:2], str(tmp_path / "several"), *command[3:], "--shard-size", "1"])
     assert "11 images in 11 tars" in several.stderr
     assert "hint" not in several.stderr

@@ -457,6 +457,25 @@ def test_links_in_a_tar(tmp_path):
         assert (error.value.status, error.value.reason) == (Status.MISSING, "a link to what is not in the shard")
 
 
+def test_a_hard_link_is_to_what_had_the_name_before_it(tmp_path):
+    """`tar -r` puts another a.png behind, and the link is none to that. A file that is given twice, and has two names,
+    becomes a link to itself, which unpacking passes over."""
+    other = encoded(picture(seed=9), "PNG")
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    tar = ["tar", "--format=gnu", "-C", tmp_path, "-f", tmp_path / "s.tar"]
+    subprocess.run([*tar, "-c", "a.png", "a.png", "b.png"], check=True)
+    assert contents(tmp_path / "s.tar") == {"s.tar/a.png": PNG, "s.tar/b.png": PNG}
+    with opened(tmp_path / "s.tar") as images:
+        assert (images.duplicates, images.links) == (0, 1)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").write_bytes(other)
+    subprocess.run([*tar, "-r", "a.png"], check=True)
+    assert contents(tmp_path / "s.tar") == {"s.tar/a.png": other, "s.tar/b.png": PNG}
+    with opened(tmp_path / "s.tar") as images:
+        assert (images.duplicates, images.links) == (1, 1)
+
+
 def test_rows_without_bytes_fail_one_by_one(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "/x.png"}, None, {"bytes": b"", "path": "/x.png"}]
@@ -879,6 +898,32 @@ def test_a_stream_of_arrow_is_known_by_its_content(tmp_path):
         stream.write_table(table)
     assert archive_kind((tmp_path / "stream").read_bytes()[:512]) == "an Arrow file"
     assert is_shard(str(tmp_path / "stream"))
+
+
+def test_a_stream_of_arrow_that_ends_between_two_batches_is_cut_off(tmp_path):
+    """Whoever wrote it was killed: the images that it lacks are not left out in silence."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table, ends = pyarrow.table({"image": [PNG] * 4}), []
+    with pyarrow.OSFile(str(tmp_path / "s.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        for batch in table.to_batches(2):
+            stream.write_batch(batch)
+            ends.append(file.tell())
+    data = (tmp_path / "s.arrow").read_bytes()
+    assert len(contents(tmp_path / "s.arrow")) == 4
+    for end in ends:
+        (tmp_path / "cut.arrow").write_bytes(data[:end])
+        assert refused(tmp_path / "cut.arrow") == (Status.TRUNCATED, "cut off: it has no end marker")
+    (tmp_path / "more.arrow").write_bytes(data + b"0123456789")
+    assert len(contents(tmp_path / "more.arrow")) == 4
+
+
+def test_columns_of_views_hold_images_too(tmp_path):
+    """Polars writes them into Arrow files."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": pyarrow.array([PNG] * 2, pyarrow.binary_view()), "caption": ["x", "y"]})
+    with pyarrow.ipc.new_file(tmp_path / "s.arrow", table.schema) as file:
+        file.write_table(table)
+    assert list(contents(tmp_path / "s.arrow").values()) == [PNG] * 2
 
 
 # --- what comes out of packed files

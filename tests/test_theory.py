@@ -4,9 +4,11 @@ import csv
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -327,6 +329,22 @@ def test_the_pool_changes_no_number():
     with worker_pool(2) as pool:
         assert simulate(**point, pool=pool).errors.tolist() == simulate(**point).errors.tolist()
     assert simulate(**point | {"seed": 6}).errors.tolist() != simulate(**point).errors.tolist()
+
+
+def test_an_interrupt_is_the_parents_business_and_ends_the_pool_at_once():
+    def asleep():
+        with worker_pool(1) as pool:
+            worker = pool.submit(os.getpid).result()
+            os.kill(worker, signal.SIGINT)  # as a terminal sends it to all of them
+            assert pool.submit(os.getpid).result() == worker
+            pool.submit(time.sleep, 60)
+            raise KeyboardInterrupt
+
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        asleep()
+    assert time.monotonic() - before < 30
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_simulation_errors_name_the_value():

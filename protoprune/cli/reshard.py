@@ -54,8 +54,9 @@ def reshard(
     if report.shards < _FEW <= report.images:
         size = math.ceil(report.images / _FEW)
         say(
-            f"hint: a loader deals out whole tars, so {many(report.shards, 'tar feeds', 'tars feed')} as many workers, "
-            f"of all processes together; --shard-size {size} makes about {_FEW}"
+            f"hint: a loader deals out whole tars: {many(report.shards, 'tar keeps', 'tars keep')} "
+            f"{many(report.shards, 'worker')} busy, of all processes together; --shard-size {size} makes about "
+            f"{_FEW} tars"
         )
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")

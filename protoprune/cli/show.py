@@ -110,7 +110,8 @@ def _describe_features(file: Source) -> Iterator[str]:
     yield f"encoder     {facts['encoder']}, weights sha256 {facts['weights_sha256'][:16]}…, {facts['precision']}"
     if facts.get("pool"):
         yield f"pooling     {facts['pool']}"
-    yield f"preprocess  {facts['preprocess']}"
+    if facts["preprocess"] != "{}":  # as of what was imported
+        yield f"preprocess  {facts['preprocess']}"
     yield f"written     {facts['created']} by protoprune {facts['protoprune']}, id {facts['uuid']}"
     if facts.get("unreadable_folder_count"):
         first = file.unreadable_folders[0]

@@ -154,7 +154,10 @@ def _check_features(features: object, encoder: Encoder, count: int) -> None:
     import torch
 
     if not isinstance(features, torch.Tensor):
-        raise UsageError(f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim)")
+        raise UsageError(
+            f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim); let a function take "
+            "the vectors out of it, as in lambda batch: network(batch).pooler_output"
+        )
     if tuple(features.shape) != (count, encoder.dim) or features.is_complex():
         raise UsageError(
             f"the encoder {encoder.name} gave {features.dtype} of shape {tuple(features.shape)} for a batch of "

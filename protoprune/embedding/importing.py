@@ -54,6 +54,11 @@ _VECTORS = ("embedding", "embeddings", "image_embedding", "image_embeddings", "i
             "vector", "vectors", "emb", "x", "arr_0")  # fmt: skip
 _NAMES = ("path", "paths", "image_path", "image_paths", "filepath", "file_path", "filename", "file_name", "filenames",
           "names", "file", "image", "key", "id", "ids", "uid", "url")  # fmt: skip
+_LACKS = {
+    "--vector-column": "holds no vectors; expected an array (images, dimensions), or a column with a list of numbers "
+    "in each row, not a column for each dimension",
+    "--path-column": "holds no names; expected an array or a column of text, or a list by --paths",
+}
 _ROWS = 16_384  # rows that are copied at once
 _LARGEST = 1 << 24  # bytes that one vector of FiftyOne may unpack to
 _NOT_FINITE = "the vector holds NaN or infinity"
@@ -145,6 +150,8 @@ def import_features(
         columns.check(vectors, paths)
         dim, dtype = _check_shapes(vectors, parts)
         n = sum(len(part.vectors) for part in parts)
+        if isinstance(paths, (str, os.PathLike)) and os.path.isdir(paths):
+            _check_numbers(read, _natural(os.fspath(paths), ".parquet"))
         names, origin = _names(vectors, parts, paths, columns.names, n)
         names, base, order = _ids(names, root)
         there = root is not None and not stores.is_url(base)
@@ -306,7 +313,7 @@ def _read_names(path: str, column: str | None) -> list[str]:
         return _strings(names)
     from protoprune.lists import read_paths
 
-    return read_paths(path)
+    return read_paths(path, every=True)
 
 
 def _ids(names: list[str], root: str | os.PathLike[str] | None) -> tuple[list[str], str, np.ndarray]:
@@ -366,6 +373,7 @@ def _read(source: str, columns: _Columns, stack: contextlib.ExitStack) -> tuple[
         columns.of_names = True
         if len(names) != len(parts):
             raise ProtopruneError(f"{source}: {len(parts):,} files of vectors and {len(names):,} of metadata")
+        _check_numbers(read, names)
         for part, path in zip(parts, names, strict=True):
             part.names = _read_names(path, columns.names)
             if len(part.names) != len(part.vectors):
@@ -396,6 +404,22 @@ def _natural(folder: str, suffix: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
+def _check_numbers(vectors: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ProtopruneError for as many files of names as of vectors which have other numbers: of each one is away."""
+    if len(vectors) != len(names):
+        return
+    numbers = [[int((re.findall(r"\d+", os.path.basename(path)) or [-1])[-1]) for path in some]
+               for some in (vectors, names)]  # fmt: skip
+    if any(len(set(some)) < max(2, len(some)) for some in numbers):  # not those of parts
+        return
+    for vector, name, one, other in zip(vectors, names, *numbers, strict=True):
+        if one != other:
+            raise ProtopruneError(
+                f"{vector}: {os.path.basename(name)} has the next names, of another number; bring the files that are "
+                "missing, or give the names in one list with --paths"
+            )
+
+
 def _is_table(path: str) -> bool:
     """Whether `_read_names` looks for a column in it."""
     return os.path.isdir(path) or path.lower().endswith((".parquet", ".pq"))
@@ -418,7 +442,10 @@ def _file(path: str, columns: _Columns, stack: contextlib.ExitStack) -> _Part:
         raise ProtopruneError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
     except OSError as error:
         raise ProtopruneError(f"{path}: cannot be read ({error.strerror or error})") from None
-    raise UsageError(f"{path}: expected .npy, .npz, .parquet, a samples.json of FiftyOne, or a folder of them")
+    raise UsageError(
+        f"{path}: expected .npy, .npz, .parquet, a samples.json of FiftyOne, or a folder of them; save what is in "
+        "another file (.pt, .csv, an index of faiss) by numpy.save, and give the names by --paths"
+    )
 
 
 def _two_dimensions(path: str, array: np.ndarray) -> np.ndarray:
@@ -441,16 +468,18 @@ def _npz(path: str, columns: _Columns) -> _Part:
 
 def _one_of(path: str, names: Sequence[str], usual: Sequence[str], asked: str | None, option: str) -> str:
     """The array or column that was asked for, the only one, or the first that has a usual name."""
+    if not names:
+        raise UsageError(f"{path}: {_LACKS[option]}")
     if asked is not None:
         if asked not in names:
-            raise UsageError(f"{path}: no {asked} that could be it, only {', '.join(names) or 'none'}")
+            raise UsageError(f"{path}: no {asked} that could be it, only {', '.join(names)}")
         return asked
     plain = {name.lower(): name for name in names}
     found = next((plain[name] for name in usual if name in plain), None)
     if found is None and len(names) == 1:
         found = names[0]
     if found is None:
-        raise UsageError(f"{path}: which of {', '.join(names) or 'no columns'} is it? give {option} NAME")
+        raise UsageError(f"{path}: which of {', '.join(names)} is it? give {option} NAME")
     return found
 
 

@@ -28,6 +28,7 @@ from protoprune.report.facts import Facts, Options, gather, shown
 from protoprune.report.stops import NEVER
 from protoprune.selection import check_duplicates
 from protoprune.sources.reader import ImageReader
+from protoprune.units import many
 
 if TYPE_CHECKING:
     from protoprune.report.thumbnails import Sprites
@@ -81,7 +82,7 @@ def page(
 def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | None:
     """Why the page cannot save lists; None where it can."""
     if broken := _broken(chosen):
-        return f"{broken:,} file names hold a line break, which a list of lines cannot hold"
+        return f"{many(broken, 'file name holds', 'file names hold')} a line break, which a list of lines cannot hold"
     if size > room:
         return f"the names of {facts.n:,} images would not fit"
     return None

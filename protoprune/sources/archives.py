@@ -51,7 +51,9 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
             if member.isreg() and member.offset_data + sum(size for _, size in _pieces(member)) > end:
                 raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
             name = _clean(member.name)
-            duplicates += name in members and _is_image(name)
+            if member.islnk():  # to what has that name so far: itself, where tar was given a file twice
+                member = members.get(_clean(member.linkname), member)
+            duplicates += members.get(name, member) is not member and _is_image(name)
             members[name] = member  # as unpacking would have it, the last one of a name counts
         _check_end(file, tar.offset)
     handle = file.fileno()
@@ -66,7 +68,7 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
             continue
         if target is None:
             found.failed[len(found.names)] = Status.MISSING, "a link to what is not in the shard"
-        found.links += target not in (None, member)
+        found.links += target is not None and _clean(target.name) != name
         targets.append(target or member)
         add_image(found, name, (target or member).size)
     rest.share_out(found, rest.others.by_key())

@@ -60,7 +60,9 @@ def find_remote(url: str) -> Source | None:
         )
     if not found:
         kinds = ", ".join(SUFFIXES[:2])
-        raise UsageError(f"{stores.public(url)}: matches no shard; give a folder of {kinds} …, or a pattern")
+        raise UsageError(
+            f"{stores.public(url)}: matches no shard; check the URL, and give a folder of {kinds} …, or a pattern"
+        )
     return _source(store, url, root, found, skipped)
 
 

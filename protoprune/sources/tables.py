@@ -29,7 +29,7 @@ from protoprune.sources.shard import (
     pread,
     reason_of,
 )
-from protoprune.text import parse_json
+from protoprune.text import STREAM, check_stream_end, parse_json
 from protoprune.unpacking import Spool
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Batches = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]  # names of columns -> the rows of these
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content", "data")
-_CUT = re.compile("footer|magic bytes|(?i:eof|expected to read)")  # what pyarrow says of a table that is cut short
+_CUT = re.compile("cut off|footer|magic bytes|(?i:eof|expected to read)")  # in what is said of a table cut short
 _ONLY_A_PATH = "no bytes in its row, only a path: to_parquet of datasets leaves images out, save_to_disk puts them in"
 # Rows and about as many bytes of a Parquet file that are in memory at once; without a buffer a whole row group is.
 _BATCH, _AT_ONCE, _BUFFER = 64, 64 << 20, 1 << 20
@@ -137,6 +137,8 @@ def _batches(file: IO[bytes]) -> tuple[pa.Schema, Batches, int | None]:
             wanted = batch.select(columns)
             wanted.validate(full=True)  # damaged offsets are read as they stand, and end the process
             yield wanted
+        if head.startswith(STREAM):
+            check_stream_end(file)
 
     return reader.schema, some, None
 
@@ -192,7 +194,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
     if types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _holds_lists(kind: pa.DataType) -> bool:
@@ -324,4 +326,4 @@ def _is_plain(kind: pa.DataType) -> bool:
         return all(_is_plain(one.type) for one in kind)
     if types.is_list(kind) or types.is_large_list(kind):
         return _is_plain(kind.value_type)
-    return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+    return not (_holds_bytes(kind) or types.is_fixed_size_binary(kind))

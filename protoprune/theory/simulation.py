@@ -6,7 +6,10 @@ a bias of order 1/N; the theory is the limit N -> infinity.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -148,11 +151,28 @@ def simulate(
     return Simulation(np.array(list(pool.map(run, streams) if pool else map(run, streams))))
 
 
-def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def worker_pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """A pool over all cores (or `workers`), each held to one thread: N is too small for a threaded BLAS to pay.
 
-    Spawned, so that the workers read the thread limit when they first load numpy; use it as a context manager.
+    Spawned, so that the workers read the thread limit when they first load numpy. Ctrl-C is the parent's business: the
+    workers inherit that it is held back, and an exception ends them in the middle of their work.
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    return ProcessPoolExecutor(workers or cores(), mp_context=get_context("spawn"))
+    count = workers or cores()
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(count):
+            pool.submit(int)  # each starts a process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield pool
+    except BaseException:
+        for process in pool._processes.values():  # Python 3.14 has kill_workers()
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -50,7 +50,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: finished runs are kept; run the same again to go on", file=sys.stderr)
+        print("interrupted: finished trainings are kept, and the same command goes on from them", file=sys.stderr)
         return 130
     return 0
 

@@ -42,15 +42,17 @@ LINE = np.geomspace(0.4, 20, 40)  # alpha_prune of the lines
 
 def run(lab: Lab) -> list[Claim]:
     settings = lab.settings
+    points, rows = simulated_points(settings["dots"]), []
     with worker_pool() as pool:
-        rows = [measure(point, settings, pool) for point in simulated_points(settings["dots"])]
+        for point in points:
+            row = measure(point, settings, pool)
+            rows.append(row)
+            lab.say(
+                f"point {len(rows)}/{len(points)}: alpha_tot {row['alpha_tot']:g}, keep {row['keep']:g}, theta "
+                f"{row['theta']:g}, {row['order']} ({row['margin']}): theory {row['theory']:.4f}, simulation "
+                f"{row['simulated']:.4f} +- {row['standard_error']:.4f}"
+            )
     lab.save_table(rows, "points")
-    for row in rows[: len(REFERENCE)]:
-        lab.say(
-            f"alpha_tot {row['alpha_tot']:g}, keep {row['keep']:g}, theta {row['theta']:g}, {row['order']} "
-            f"({row['margin']}): theory {row['theory']:.4f}, simulation {row['simulated']:.4f} "
-            f"+- {row['standard_error']:.4f}"
-        )
     measured = {tuple(row[name] for name in ("alpha_tot", "keep", "theta", "order", "margin")): row for row in rows}
     draw_orders(lab, measured)
     envelopes = {theta: pareto(np.geomspace(0.5, 64, settings["envelope"]), theta) for theta in THETAS}
