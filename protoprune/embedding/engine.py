@@ -155,8 +155,8 @@ def _check_features(features: object, encoder: Encoder, count: int) -> None:
 
     if not isinstance(features, torch.Tensor):
         raise UsageError(
-            f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim); let a function take "
-            "the vectors out of it, as in lambda batch: network(batch).pooler_output"
+            f"the encoder {encoder.name} gave a {type(features).__name__}, expected a tensor (b, dim); let a function "
+            "take the vectors out of it, as in lambda batch: network(batch).pooler_output"
         )
     if tuple(features.shape) != (count, encoder.dim) or features.is_complex():
         raise UsageError(
