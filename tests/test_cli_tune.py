@@ -151,7 +151,7 @@ def test_networks_learn_the_classes_of_the_feature_file(here):
     with open_features("f.h5") as file:
         pool, _ = _pool(file, [], None)
     options = TrainingOptions(image_size=16, epochs=1, width=4)
-    networks, _ = _networks(pool, "cnn", Path("images"), Path("test"), Path("tested.csv"), options)
+    networks, _ = _networks(pool, "cnn", Path("images"), Path("test"), Path("tested.csv"), options, 0.5)
     assert networks.examples.paths == pool.paths == names
     assert [networks.examples.classes[label] for label in networks.examples.labels.tolist()] == kinds
     assert (networks.examples.labels == pool.labels).all()

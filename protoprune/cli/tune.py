@@ -106,7 +106,7 @@ def tune(
         _describe(pool, features, fraction, seed, out)
         return
     if model is not None and images is not None:
-        networks, tested = _networks(pool, model, images, fraction, test, test_labels, training)
+        networks, tested = _networks(pool, model, images, test, test_labels, training, fraction)
     else:
         networks, tested = None, _tested(test, examples)
     with resumable(kept_in(out / "runs.jsonl", "what was trained is")):
@@ -215,10 +215,10 @@ def _networks(
     pool: Pool,
     model: str,
     images: Path,
-    fraction: float | None,
     test: Path | None,
     test_labels: Path | None,
     training: TrainingOptions,
+    fraction: float | None,
 ) -> tuple[Networks, Pool | None]:
     """The images of the pool, with its classes, whatever their folders are called; and those of the test set."""
     from protoprune.evaluation.runs import list_rows
