@@ -268,8 +268,6 @@ def read_all(urls: Iterable[str]) -> list[bytes | None]:
         return []
     there, paths = store(urls[0]), [_path(url) for url in urls]
     found = there.cat(paths, on_error="return")
-    if not isinstance(found, dict):
-        found = {paths[0]: found}
     results = []
     for url, path in zip(urls, paths, strict=True):
         data = found.get(path)
@@ -331,8 +329,12 @@ def _put(url: str, how: Callable[[Any, str, dict[str, str]], object], new: bool)
         else:
             there.makedirs(posixpath.dirname(path), exist_ok=True)
             beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-            how(there, beside, {})
-            there.mv(beside, path)
+            try:
+                how(there, beside, {})
+                there.mv(beside, path)
+            except BaseException:
+                remove(f"{protocol}://{beside}")
+                raise
     except FileExistsError:
         raise
     except Exception as error:

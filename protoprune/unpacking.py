@@ -45,6 +45,15 @@ class TooMuchError(ProtopruneError):
     """What is packed does not fit, or cannot be meant; without the name of the file."""
 
 
+def no_room(error: Exception, folder: str) -> TooMuchError | None:
+    """What to say of a disk that was full when something was written to the folder of temporary files; None for any
+    other trouble."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return TooMuchError(f"no room for it in {folder} ({os.strerror(number)}); TMPDIR names another place")
+
+
 class Spool:
     """An unnamed temporary file (in $TMPDIR) for what is in a file of `packed` bytes; it is closed with the stack.
 
@@ -70,7 +79,7 @@ class Spool:
         try:
             self.file.write(data)
         except OSError as error:
-            raise self._full(error) from None
+            raise no_room(error, self._folder) or error from None
         return place
 
     def flush(self) -> None:
@@ -78,10 +87,4 @@ class Spool:
         try:
             self.file.flush()
         except OSError as error:
-            raise self._full(error) from None
-
-    def _full(self, error: OSError) -> Exception:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return error
-        why = os.strerror(error.errno)
-        return TooMuchError(f"no room for it in {self._folder} ({why}); TMPDIR names another place")
+            raise no_room(error, self._folder) or error from None

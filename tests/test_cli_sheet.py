@@ -107,7 +107,8 @@ def test_sheet_warns_of_images_that_are_gone(coloured, run):
         f"warning: 3 images could not be read any more, or changed since; {where}"
         in run("sheet", "--k", "3", "--count", "2").stderr
     )
-    assert Image.open("sheet.png").size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (2 * 100 + 12 + 2 * 100 + 4, 14 + 114 + 4)
 
 
 def test_sheet_errors(here, run):

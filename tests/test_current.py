@@ -94,7 +94,9 @@ def test_another_set_of_the_same_names_sizes_and_times_does_not_get_the_features
     run(a)
     before = (tmp_path / "f.h5").read_bytes()
     second = list_paths([f"{number}.ppm" for number in range(N)], b) if as_list else b
-    with pytest.raises(ProtopruneError, match=r"is for images below .*/a, not .*/b: 8 of its 8 features would be lost"):
+    with pytest.raises(
+        ProtopruneError, match=r"is for images below .*/a, not .*/b: 8 of its 8 features would be lost; write "
+    ):
         run(second)
     assert (tmp_path / "f.h5").read_bytes() == before
     report, _ = run(second, overwrite=True)

@@ -446,6 +446,23 @@ def test_precision_auto_is_fp32_where_bf16_would_be_emulated(monkeypatch):
     assert resolve_precision("fp16", device, fake_encoder()) == "fp16"
     with pytest.raises(UsageError, match=r"fp8.*expected one of auto, fp32"):
         resolve_precision("fp8", device, fake_encoder())
+    monkeypatch.setattr("protoprune.embedding.engine.native_bf16", lambda device: False)
+    assert resolve_precision("auto", torch.device("cuda"), fake_encoder()) == "fp16"  # of before 2020
+
+
+def test_more_than_the_device_can_hold_is_one_line_and_what_is_done_stays(images, tmp_path):
+    class Full(CountingModel):
+        def __call__(self, x):
+            if len(self.batches) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore of it")
+            return super().__call__(x)
+
+    encoder = Encoder("fake", Full(), 12, Preprocess(SIDE, SIDE), "0" * 64)
+    with pytest.raises(
+        ProtopruneError, match=r"cpu ran out of memory \(CUDA .* 2 GiB\.\); what is done is kept: run it"
+    ):
+        run(images, tmp_path / "f.h5", encoder, batch_size=8)
+    assert (tmp_path / "f.h5.partial").exists()
 
 
 def test_half_precision_leaves_the_callers_encoder_alone(images, tmp_path):
@@ -586,6 +603,16 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_halved_unless_it_was_asked_for(
     assert all(np.allclose(cpu[path], gpu[path], atol=1e-3) for path in cpu)
     with pytest.raises(ProtopruneError, match="a batch of 16 images does not fit on cuda; use --batch-size 8"):
         run(images, tmp_path / "new.h5", encoder, device=cuda, batch_size=16)
+
+
+def test_features_of_another_precision_say_how_to_go_on(images, tmp_path):
+    run(images, tmp_path / "f.h5")
+    with pytest.raises(ProtopruneError) as error:
+        run(images, tmp_path / "f.h5", precision="bf16")
+    assert str(error.value) == (
+        f"{tmp_path / 'f.h5'} holds other features (precision: fp32, not bf16); go on with --precision fp32, write to "
+        "another file with -o, or replace it with --overwrite"
+    )
 
 
 # --- a finished file is never replaced by less

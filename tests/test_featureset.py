@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 
 import h5py
@@ -35,6 +36,8 @@ from protoprune.features.featureset import FeatureSet, read_plan, shard_file
 from protoprune.features.opening import open_features
 from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import list_folder
+from protoprune.shards import sharding
+from protoprune.shards.cluster import Need
 from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardOptions, find_shards, open_shard
 from protoprune.training.examples import load_examples
@@ -298,6 +301,30 @@ def test_one_shard_into_one_file(tars, folder, reference, tmp_path):
     (tmp_path / "cut.tar").write_bytes((tars / "0000.tar").read_bytes()[:3000])
     result = call("embed", tmp_path / "cut.tar", "-o", tmp_path / "c.h5", "--encoder", "mini", "--device", "cpu")
     assert (result.exit_code, "cut.tar: truncated" in result.stderr) == (1, True)
+
+
+def test_a_set_that_is_left_holds_no_file_open(tars, mini, tmp_path):
+    run(tars, tmp_path / "f", mini)
+    with FeatureSet(tmp_path / "f") as whole:
+        assert len(whole.features[:]) == 24
+        files = list(whole._open.values())
+        assert files
+    assert not whole._open
+    assert all(file._reader.raw.closed for file in files)
+
+
+def test_a_gpu_of_ray_is_asked_for_bf16_only_where_it_matters(monkeypatch):
+    monkeypatch.setattr(sharding.cluster, "need", lambda device, workers, alone: Need(device, workers or 3))
+    for device, asked, fp32_only, bf16, want in (
+        ("cuda", "auto", False, True, "bf16"), ("cuda", "auto", False, False, "fp16"),
+        ("cuda", "fp32", False, None, "fp32"), ("cuda", "auto", True, None, "auto"),
+        ("cpu", "auto", False, None, "auto"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sharding.cluster, "gpu_has_bf16", lambda bf16=bf16: bf16 if bf16 is not None else 1 / 0)
+        settings = {"workers": None, "precision": asked}
+        encoder = types.SimpleNamespace(fp32_only=fp32_only)
+        assert sharding._need_of_ray(encoder, device, settings, False) == Need(device, 3)
+        assert settings == {"workers": 3, "precision": want}
 
 
 def test_rows_read_like_an_array(tars, mini, tmp_path, monkeypatch):

@@ -101,6 +101,15 @@ def test_other_trouble_with_the_lock_is_an_error(tmp_path, monkeypatch):
         pass
 
 
+def test_a_finished_file_and_then_its_name_are_on_the_disk(tmp_path, monkeypatch):
+    """After a loss of power the file is there with all its bytes, or the old one is."""
+    (tmp_path / "f.partial").write_text("x")
+    waited = []
+    monkeypatch.setattr(files, "sync", lambda path: waited.append((path, os.path.exists(tmp_path / "f"))))
+    files.publish(str(tmp_path / "f.partial"), str(tmp_path / "f"))
+    assert waited == [(str(tmp_path / "f.partial"), False), (str(tmp_path), True)]
+
+
 def test_a_folder_that_vanishes_is_one_clear_line(tmp_path):
     folder = tmp_path / "away"
     folder.mkdir()

@@ -306,6 +306,81 @@ def test_what_does_not_fit(make, options, message, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
 
 
+def of_vectors(folder, vectors, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"embedding": pyarrow.array(vectors, pyarrow.list_(pyarrow.float32())), **columns})
+    pyarrow.parquet.write_table(table, folder / "v.parquet")
+    return folder / "v.parquet"
+
+
+def in_parts(folder, rows, count=1):
+    """`count` files of 6 vectors, with one of `rows` names beside them."""
+    for number in range(count):
+        np.save(folder / f"{number}.npy", VECTORS[:6])
+    of_vectors(folder, [[1.0]] * rows, key=NAMES[:rows])
+    return folder
+
+
+def of_samples(folder, samples):
+    (folder / "samples.json").write_text(json.dumps({"samples": samples}))
+    return folder / "samples.json"
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda f: in_parts(f, 6, count=2), {}, "2 files of vectors and 1 of metadata"),
+        (lambda f: in_parts(f, 5), {}, r"v\.parquet: 5 names for 6 vectors"),
+        (lambda f: of_vectors(f, [[1.0]]), {"vector_column": "x"}, "no x that could be it, only embedding"),
+        (lambda f: of_vectors(f, [[1.0], None]), {"paths": ["a", "b"]}, "1 rows have no vector; leave them out"),
+        (lambda f: of_vectors(f, [[1.0] * 2, [1.0] * 3]), {"paths": ["a", "b"]}, "not all of one length"),
+        (lambda f: of_vectors(f, [[1.0] * 1, [1.0] * 3]), {"paths": ["a", "b"]}, "not all of one length"),
+        (lambda f: of_vectors(f, [*[[1.0]] * 4, *[[1.0] * 2] * 4]), {"paths": list("abcdefgh")}, "of 1 and of 2 dimen"),
+        (lambda f: of_vectors(f, [[1.0], [2.0]], key=["a", None]), {}, "1 rows have no name"),
+        (lambda f: of_vectors(f, [[1.0], [2.0]], key=["a", "./"]), {}, "'': an image needs a name"),
+        (lambda f: of_vectors(f, [[1.0], [2.0]]), {"paths": "nowhere"}, "--paths nowhere: no such file"),
+        (lambda f: of_vectors(f, [[1.0]]), {"store": "float8"}, "--store float8: expected auto, float16 or float32"),
+        (lambda f: of_samples(f, []), {}, "no samples in it"),
+        (lambda f: of_samples(f, [{"emb": [1.0], "filepath": "a"}, {"emb": [1.0]}]), {}, "1 of 2 samples have no emb"),
+    ],
+)
+def test_tables_and_folders_that_do_not_fit(make, options, message, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(importing, "_ROWS", 4)
+    with pytest.raises(ProtopruneError, match=message):
+        import_features(make(tmp_path), tmp_path / "f.h5", **options)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("f.h5")]
+
+
+def test_names_that_are_given_are_looked_for_nowhere_else(tmp_path):
+    np.savez(tmp_path / "v.npz", features=VECTORS, one=np.array(NAMES), other=np.array(NAMES))
+    import_features(tmp_path / "v.npz", tmp_path / "f.h5", paths=NAMES)
+    same_vectors(tmp_path / "f.h5")
+    pytest.importorskip("pyarrow")
+    names = of_vectors(tmp_path, VECTORS.tolist(), one=NAMES, other=NAMES[::-1])
+    import_features(tmp_path / "v.npz", tmp_path / "g.h5", paths=names, path_column="one")
+    same_vectors(tmp_path / "g.h5")
+
+
+def test_a_list_of_nothing_is_no_vector(tmp_path):
+    samples = [{"filepath": name, "tags": [], "clip": row.tolist()} for name, row in zip(NAMES, VECTORS, strict=True)]
+    import_features(of_samples(tmp_path, samples), tmp_path / "f.h5")
+    same_vectors(tmp_path / "f.h5")
+
+
+@pytest.mark.parametrize("data", [b"PAR1 and no table", b"no table"])
+def test_files_that_are_no_vectors(data, tmp_path):
+    for name, said in (
+        ("v.parquet", "cannot be read"),
+        ("v.bin", r"expected \.npy, \.npz, \.parquet, a samples\.json"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ProtopruneError, match=said):
+            import_features(tmp_path / name, tmp_path / "f.h5", paths=["a"])
+
+
 @pytest.mark.parametrize("reordered", [True, False])
 def test_row_indices_of_vectors_in_another_order_are_warned_of(tmp_path, monkeypatch, reordered):
     monkeypatch.chdir(tmp_path)
@@ -462,6 +537,9 @@ def test_names_of_images_in_shards(tmp_path):
     with pytest.raises(UsageError, match=r"s3://other/0000.tar/ant/0.jpg: outside the root s3://bucket/set"):
         import_features(tmp_path / "v.npy", tmp_path / "w.h5", paths=[f"s3://other/{one}" for one in names],
                         root="s3://bucket/set")  # fmt: skip
+    import_features(tmp_path / "v.npy", tmp_path / "r.h5", paths=names, root="s3://bucket/set")
+    with FeatureFile(tmp_path / "r.h5") as file:
+        assert (file.provenance["root"], list(file.paths)) == ("s3://bucket/set", names)
     flat = [name.replace("/ant/", "/a").replace("/bee/", "/b") for name in names]
     (tmp_path / "0001.tar").unlink()
     with pytest.warns(ProtopruneWarning, match=r"6 of 12 names are no files below it \(first: 0001.tar/a0.jpg"):

@@ -83,6 +83,13 @@ def test_names_of_a_feature_file(small_steps, tmp_path_factory, names, data):
         reader.close()
         return
     assert list(reader.paths("path", len(names))) == names == reader.names("path")
+    with hdf5.create(more := f"{path}.more", kind) as file:  # one name more, which has no end
+        hdf5.dataset(file, "path", data=np.append(hdf5.block(names), np.uint8(ord("x"))))
+    hdf5.seal(more, kind, ())
+    cut = hdf5.Reader(more, kind)
+    with pytest.raises(ProtopruneError, match=f"its path is no list of {len(names)} names"):
+        cut.paths("path", len(names))
+    cut.close()
     kept, raw = reader.paths("path", len(names)), [os.fsencode(name) for name in names]
     for first, last in data.draw(st.lists(st.tuples(*[st.integers(0, len(names))] * 2), min_size=1, max_size=9)):
         assert kept.read(first, last) == raw[first:last]

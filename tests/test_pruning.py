@@ -207,6 +207,13 @@ def test_quota_needs_clusters_of_cosines():
 # --- from a feature file
 
 
+def test_a_ranking_knows_how_it_was_clustered(tmp_path, feature_file):
+    """Else what is clustered again beside it, for `--stability` or a report, is clustered in another way."""
+    path = feature_file(tmp_path / "f.h5", np.random.default_rng(0).normal(size=(12, 4)))
+    asked = pruning.Clusters(k=3, seed=7, restarts=2, cache=False)
+    assert pruning.rank(path, asked).clusters == asked
+
+
 @pytest.fixture
 def copies(tmp_path, feature_file):
     """40 images far apart and 10 near copies of the first ten, which are a little farther from everything."""

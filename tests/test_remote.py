@@ -1,6 +1,7 @@
 """Shards by URL: the same features as from the disk, and every kind of trouble in one line without secrets."""
 
 import contextlib
+import errno
 import http.server
 import json
 import os
@@ -26,11 +27,13 @@ from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation import runs
 from protoprune.features.featureset import FeatureSet, read_plan
 from protoprune.features.opening import open_features
-from protoprune.images.decode import Status
+from protoprune.images.decode import ImageError, Status
 from protoprune.images.listing import list_folder
+from protoprune.shards.resharding import reshard
 from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardError, find_shards, list_shards
 from protoprune.sources.finding import Shard
+from protoprune.sources.reader import ImageReader
 
 fsspec = pytest.importorskip("fsspec", reason="needs protoprune[remote]")
 from protoprune.sources import remote  # noqa: E402
@@ -201,6 +204,35 @@ def test_urls_are_shown_without_secrets(monkeypatch):
     assert "abc" not in str(error.value)
 
 
+def test_a_store_that_shows_what_has_not_arrived_yet_gets_it_under_another_name_first(tmp_path, monkeypatch):
+    """All but object stores. Of two writers of a new file the second is refused; a cut connection leaves nothing."""
+    url = f"local://{tmp_path}/set/a.json"
+    stores.write(url, b"one", new=True)
+    with pytest.raises(FileExistsError):
+        stores.write(url, b"two", new=True)
+    stores.write(url, b"three")
+    local = fsspec.get_filesystem_class("local")
+
+    def cut(self, path, data, **_):
+        with open(path, "wb") as file:
+            file.write(data[:2])
+        raise ConnectionError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "pipe_file", cut)
+        with pytest.raises(ProtopruneError, match=r"a\.json: cannot be reached .* what was written before is kept"):
+            stores.write(url, b"four")
+    assert (stores.read(url), os.listdir(tmp_path / "set")) == (b"three", ["a.json"])
+    with pytest.raises(ProtopruneError, match=r"b\.json: no such bucket, folder or file"):
+        stores.get(f"local://{tmp_path}/set/b.json", str(tmp_path / "got"))
+
+
+def test_a_path_is_no_url(tmp_path):
+    assert stores.given(f"file:/{tmp_path}") == str(tmp_path)
+    with pytest.raises(UsageError, match=rf"-o file://{tmp_path}/x: give the path itself, {tmp_path}/x$"):
+        stores.refuse_url(f"file://{tmp_path}/x", "-o ")
+
+
 def test_what_arrives_short_or_is_gone_meanwhile(memory, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     with pytest.raises(ShardError) as error, remote.fetched(Shard("0000.tar", "memory://set/tars/0000.tar", 5, 1)):
@@ -209,6 +241,28 @@ def test_what_arrives_short_or_is_gone_meanwhile(memory, monkeypatch):
     with pytest.raises(ShardError) as error, remote.fetched(Shard("x.tar", "memory://set/tars/x.tar", 5, 1)):
         pass
     assert error.value.status == Status.MISSING
+
+
+def test_a_full_folder_of_temporary_files_ends_the_run(memory, mini, tmp_path, monkeypatch):
+    """Each shard had failed then, one after the other, and the set was finished without them."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "get_file", full)
+        said = rf"no room for it in {tmp_path} \(No space left on device\); TMPDIR names another place"
+        with pytest.raises(ProtopruneError, match=rf"^0000\.tar: {said}$"):
+            embed_shards(find_shards("memory://set/tars"), mini, tmp_path / "f", device="cpu")
+        with pytest.raises(ProtopruneError, match=rf"^0000\.tar: {said}$"):
+            reshard(["0000.tar/ant/000.png"], tmp_path / "out", root="memory://set/tars")
+        with ImageReader("memory://set/tars") as read, pytest.raises(ImageError, match=f"0000.tar: {said}"):
+            read("0000.tar/ant/000.png")
+    report = embed_shards(find_shards("memory://set/tars"), mini, tmp_path / "f", device="cpu")
+    assert (report.states, report.finished) == ({"embedded": 3}, True)
 
 
 def test_a_shaky_store_is_tried_again(memory, monkeypatch):

@@ -68,6 +68,16 @@ def call(*arguments):
     return CliRunner().invoke(app, [str(one) for one in arguments])
 
 
+def test_where_copies_are_kept(tmp_path, monkeypatch):
+    assert remoteset.cache_folder() == str(tmp_path / "cache")
+    monkeypatch.delenv("PROTOPRUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert remoteset.cache_folder() == str(tmp_path / "xdg/protoprune")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert remoteset.cache_folder() == str(tmp_path / "home/.cache/protoprune")
+
+
 def same_bytes(local, url, tmp_path):
     """The files of two sets hold the same, but for who made them and when; mtime_ns is of the shard or its etag."""
     parts = read_plan(local)[1]

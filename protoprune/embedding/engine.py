@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from protoprune.bounds import is_whole, shown
 from protoprune.device import compiled, cores, native_bf16, resolve_device, warn_if_emulated
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.images.decode import LARGEST_SIDE, Preprocess
+from protoprune.images.decode import Preprocess
 from protoprune.text import shortened
 
 if TYPE_CHECKING:
@@ -89,8 +89,6 @@ class Engine:
     ) -> None:
         check_options(precision, batch_size, workers, store)
         check_encoder(encoder)
-        if encoder.preprocess.size > LARGEST_SIDE:
-            raise UsageError(f"--image-size {encoder.preprocess.size}: expected at most {LARGEST_SIDE}")
         self.encoder, self.batch_size, self.workers, self.compile = encoder, batch_size, workers or cores(), compile
         self.rooms: list[list[torch.Tensor]] = []  # for batches of pixels, which file after file uses, see `embedding`
         self.device = resolve_device(device)

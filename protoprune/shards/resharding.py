@@ -419,6 +419,8 @@ class _Inputs:
                 )
             except ShardError as error:
                 raise ProtopruneError(f"{shard}: {error.status.label}: {error.reason}") from None
+            except TooMuchError as error:
+                raise ProtopruneError(f"{shard}: {error}") from None
             of_key: dict[str, list[str]] = {}
             of_stem: dict[str, list[str]] = {}
             for path in images.paths:

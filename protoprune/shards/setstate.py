@@ -250,7 +250,7 @@ def done(
     again = try_again and not source_gone
     if stores.is_url(path):
         facts = remoteset.note(path) if notes is None else notes.get(path)
-        if facts is None or "failed" in facts or not _is_for(facts, shard, wanted, source_gone):
+        if facts is None or not _is_for(facts, shard, wanted, source_gone):
             return None
         return None if again and facts["try_again"] else _finished(facts)
     if not os.path.exists(path):

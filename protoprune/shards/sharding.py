@@ -36,6 +36,7 @@ from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Sou
 from protoprune.sources.finding import splits_among
 from protoprune.sources.remote import local_copy
 from protoprune.units import many
+from protoprune.unpacking import TooMuchError
 
 
 class _Settings(TypedDict):
@@ -438,6 +439,8 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
             yield images
     except ShardError as error:
         raise ProtopruneError(f"{shard.name}: {error.status.label}: {error.reason}") from None
+    except TooMuchError as error:
+        raise ProtopruneError(f"{shard.name}: {error}") from None
 
 
 def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:

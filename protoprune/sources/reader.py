@@ -17,6 +17,7 @@ from protoprune.images.decode import ImageError, Status, open_at_once, read_boun
 from protoprune.sources.finding import Shard, shard_above
 from protoprune.sources.reading import open_shard
 from protoprune.sources.shard import ShardImages, ShardOptions
+from protoprune.unpacking import TooMuchError
 
 _OPEN = 8  # shards that stay open
 _FETCHED = 2 << 30  # bytes of shards that are fetched from a store, in all
@@ -110,7 +111,10 @@ class ImageReader:
         if self._fetched + size > _FETCHED:
             self._refuse(f"{stores.public(url)} and further shards are not fetched: more than {_FETCHED:,} bytes")
         self._fetched += size
-        self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
+        try:
+            self._copies[name] = self._holding.enter_context(fetched(Shard(name, url, size, 0)))
+        except TooMuchError as error:
+            self._refuse(f"{stores.public(url)}: {error}")
         return self._copies[name]
 
     def _refuse(self, why: str) -> NoReturn:

@@ -34,6 +34,7 @@ from protoprune.sources.finding import (
 )
 from protoprune.sources.shard import ShardError
 from protoprune.stores import without_query
+from protoprune.unpacking import no_room
 
 _TRIES = 3
 _AT_ONCE = 200  # files that a web server is asked for before it counts as silent
@@ -193,7 +194,8 @@ def _shard(store: Any, path: str, base: str, facts: dict[str, Any] | str | None)
 
 @contextlib.contextmanager
 def fetched(shard: Shard) -> Iterator[str]:
-    """The path of a copy of a remote shard, for as long as the block lasts. Raises ShardError."""
+    """The path of a copy of a remote shard, for as long as the block lasts. Raises ShardError, and TooMuchError where
+    this machine has no room for it, nor perhaps for any other."""
     with files.temporary_folder() as folder:
         path = os.path.join(folder, "shard" + os.path.splitext(shard.name)[1])
         store = stores.store(shard.url)
@@ -206,6 +208,8 @@ def fetched(shard: Shard) -> Iterator[str]:
             except PermissionError as error:
                 raise ShardError(Status.UNREADABLE, stores.trouble(error, shard.url)) from None
             except Exception as error:  # every file system raises its own
+                if attempt == _TRIES and (full := no_room(error, os.path.dirname(folder))) is not None:
+                    raise full from None
                 if attempt == _TRIES:
                     raise ShardError(Status.UNREADABLE, stores.trouble(error, shard.url)) from None
                 time.sleep(attempt)
