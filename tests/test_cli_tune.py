@@ -159,7 +159,7 @@ def test_networks_learn_the_classes_of_the_feature_file(here):
     tested = [networks.test.classes[label] for label in networks.test.labels.tolist()]
     assert tested == [by_number[path] for path in networks.test.paths]
     with pytest.raises(UsageError, match=r"none of the 40 images below .*/test has a class .* is it the folder"):
-        _networks(pool, "cnn", Path("test"), None, None, options)
+        _networks(pool, "cnn", Path("test"), None, None, options, 0.5)
     run("tune", "--keep", 0.4, "--features", "f.h5", "--test-labels", "tested.csv", code=2)
 
 
