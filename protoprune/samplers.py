@@ -423,8 +423,9 @@ class RandomDynamicSampler(PruningSampler):
 class RS2Sampler(PruningSampler):
     """A fresh random subset every epoch, without replacement over epochs (RS2, Okanovic et al. 2024); needs no losses.
 
-    Epochs take the next round(keep * n) of a random permutation; where it ends, the epoch is filled from a new one,
-    avoiding what it has already. After any number of epochs no example was selected more than once more than another.
+    Selections take the next round(keep * n) of a random permutation; where it ends, the selection is filled from a new
+    one, avoiding what it has already. After any number of selections no example was in more than one more of them than
+    another.
     """
 
     def __init__(self, n: int, keep: float, *, every: int = 1, **options: Any) -> None:

@@ -16,6 +16,7 @@ from protoprune.errors import ProtopruneError, UsageError
 from protoprune.features import featureset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.ids import hashes_of, shuffled
+from protoprune.images.decode import Status
 from protoprune.selection import by_key, cover, covering
 
 
@@ -238,6 +239,22 @@ def test_groups_of_zeros_are_divided_too(directed):
     pairs = set(zip(found.tolist(), groups.tolist(), strict=True))
     assert len(pairs) == len(np.unique(found))  # a part lies within a group
     np.testing.assert_array_equal(found, partition.split(features, groups, 60, ids=ids_of(1000)))
+
+
+@pytest.mark.parametrize("by", ["class", "cluster"])
+@pytest.mark.parametrize("order", sorted(covering.METHODS))
+def test_a_table_of_places_gives_the_lists_of_the_order(order, by, feature_file, tmp_path):
+    """Without the images that neither can have a place for: vectors of zeros would move the mean of all."""
+    x, names = cloud(60, 4), [f"{'ab'[i % 2]}/{i:02d}.png" for i in range(60)]
+    x[[4, 8, 21, 40, 52]] = 0
+    path = feature_file(tmp_path / "f.h5", x, paths=names, failed={10: Status.CORRUPT})
+    scored = protoprune.score(order, path, by=by)
+    with FeatureFile(path) as file:
+        protoprune.write_scores(tmp_path / "t.csv", file.paths, scored.values, metric=order)
+    assert np.isnan(scored.values).sum() == 6
+    for keep in (0.37, 0.8):
+        by_table = protoprune.select(path, keep, scores=tmp_path / "t.csv")
+        np.testing.assert_array_equal(by_table.keep, protoprune.select(path, keep, order=order, by=by).keep)
 
 
 # --- features on the disk --------------------------------------------------------------------------------------------

@@ -418,8 +418,8 @@ def _covering(order: str) -> Callable[..., Scored]:
         from protoprune import pruning
 
         by = by or ("class" if file.classes else "cluster")
-        ranking = pruning.unranked(file)
-        places = pruning.cover_places(ranking, order, np.flatnonzero(file.usable), by, seed)
+        ranking = pruning.unscored(file)  # whose usable rows are those that `select --order` has a place for
+        places = pruning.cover_places(ranking, order, np.flatnonzero(ranking.usable), by, seed)
         return Scored((1 - places).astype(np.float32), {"by": by, "seed": seed})
 
     return scored

@@ -23,7 +23,6 @@ from protoprune.pruning.ranking import (
     groups_of,
     rank,
     rank_by_table,
-    unranked,
     unscored,
 )
 from protoprune.pruning.rules import Clusters, Rule
@@ -32,5 +31,5 @@ from protoprune.pruning.seeds import StabilityRow, check_stability, restart_over
 __all__ = [
     "Clusters", "Ranking", "Rule", "Selected", "StabilityRow", "add_clusters", "add_scores", "check_stability",
     "cover_places", "deduplicate", "groups_of", "prune", "rank", "rank_by_table", "restart_overlap", "select",
-    "stability", "unranked", "unscored",
+    "stability", "unscored",
 ]  # fmt: skip
