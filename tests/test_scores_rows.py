@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.scores import read_scores, write_scores
@@ -121,6 +122,11 @@ def test_an_array_of_several(tmp_path):
     np.savez(tmp_path / "none.npz", names=np.array(IMAGES))
     with pytest.raises(ProtopruneError, match=r"holds no array of scores, only names \(4,\)"):
         read_scores(tmp_path / "none.npz", IMAGES)
+    torch.save(torch.tensor(VALUES), tmp_path / "s.pt")  # a zip archive, as workbooks are
+    with pytest.raises(
+        ProtopruneError, match=r"s.pt: a zip archive without arrays, as Excel and torch.save write them"
+    ):
+        read_scores(tmp_path / "s.pt", IMAGES)
     np.save(tmp_path / "s.npy", VALUES)
     with pytest.raises(ProtopruneError, match=r"has no array 'el2n': a \.npy file is one array"):
         read_scores(f"{tmp_path}/s.npy:el2n", IMAGES)

@@ -563,8 +563,8 @@ def test_nothing_beats_random_is_said_with_numbers():
     text = report.sentence(result)
     gap = 100 * result.judgement.random_to_everything.mean
     assert text.startswith(
-        f"keep 31.5%: nothing beats random here, which is {abs(gap):.1f} {'below' if gap <= 0 else 'above'} everything; "
-        "a random list is written (the best recipe, hard, is "
+        f"keep 31.5%: nothing beats random here, which is {abs(gap):.1f} {'below' if gap <= 0 else 'above'} "
+        "everything; a random list is written (the best recipe, hard, is "
     )
     assert "points over random (" in text
 

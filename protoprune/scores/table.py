@@ -424,14 +424,19 @@ def _read_array(data: bytes, column: str | None) -> _Read:
 def _read_arrays(data: bytes, wanted: str | None) -> _Read:
     """An .npz: arrays are columns, of which those that could be the score are named where there are several."""
     arrays = {name: one_column(array) for name, array in load_npz(data).items()}
+    if not arrays:
+        raise ProtopruneError(
+            "a zip archive without arrays, as Excel and torch.save write them; save a table as CSV, or numbers by "
+            "numpy.save"
+        )
     scores = could_be_scores([name for name, array in arrays.items() if array.dtype.kind in "fiub"])
     shown = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if wanted is None and len(scores) != 1:
         if not scores:
-            raise ProtopruneError(f"holds no array of scores, only {shown or 'nothing'}")
+            raise ProtopruneError(f"holds no array of scores, only {shown}")
         raise ProtopruneError(f"holds the arrays {shown}; which is the score? name it: FILE.npz:{scores[0]}")
     if wanted is not None and wanted not in arrays:
-        raise ProtopruneError(f"has no array {wanted!r}; it holds {shown or 'nothing'}")
+        raise ProtopruneError(f"has no array {wanted!r}; it holds {shown}")
     wanted = wanted or scores[0]
     if arrays[wanted].ndim != 1:
         raise ProtopruneError(f"its array {wanted} has shape {arrays[wanted].shape}, expected (n,): one score an image")

@@ -48,7 +48,7 @@ def write_record(
 
     logits: (e, n, c) of n images and c classes at e moments of one training, or (m, e, n, c) of m models: an array, a
     memory map, a tensor, or a list of such parts, of which one epoch of one model is read at a time. Log-probabilities
-    do as well. Row i is image `paths[i]`, with the class number `labels[i]`; the order is any.
+    do as well, probabilities are refused. Row i is image `paths[i]`, with the class number `labels[i]`, in any order.
     root: the folder that the paths are relative to, or below if they are absolute, as the feature file has it;
     classes: names of the c classes [their numbers]; epochs: (e,) after how many epochs of training each moment was
     [1 to e; 0 is the untrained model]; subset: (m, n) which images each model was trained on [all]; probabilities:
@@ -109,6 +109,8 @@ class _Images:
         found = as_numbers(self.at(number, moment), self.models[number][moment])
         if found.shape != (expected := (len(self.names), self.width)):
             raise UsageError(f"{self.at(number, moment)}: of shape {found.shape}, expected {expected}, a row an image")
+        if found.size and 0 <= found.min() <= found.max() <= 1 and (abs(found.sum(1, np.float64) - 1) < 0.01).all():
+            raise UsageError(f"{self.at(number, moment)}: probabilities, each row adds up to 1; give their logarithms")
         return found
 
     def at(self, number: int, moment: int) -> str:
@@ -182,7 +184,10 @@ def _models(logits: Any) -> Any:
             return logits
     except (TypeError, IndexError, KeyError):
         pass
-    raise UsageError("logits: expected (moments, images, classes), or (models, moments, images, classes)")
+    raise UsageError(
+        "logits: expected (moments, images, classes), or (models, moments, images, classes); of one moment give "
+        "[logits]"
+    )
 
 
 def _check_new(out: str, overwrite: bool) -> None:

@@ -97,6 +97,8 @@ def rows(result: Tuned) -> list[dict[str, Any]]:
 def save(folder: str | os.PathLike[str], result: Tuned, command: str, config: dict[str, Any]) -> list[str]:
     """Write table.csv, results.json, figure.png and, for --keep auto, curve.csv; returns their paths."""
     folder = Path(folder)
+    if not result.curve:  # one of an earlier --keep auto would seem to be this answer's
+        (folder / "curve.csv").unlink(missing_ok=True)
     files = {"table.csv": table_csv(rows(result))}
     if result.curve:
         files["curve.csv"] = table_csv([
