@@ -112,8 +112,7 @@ def test_sigterm_ends_the_program_in_order(monkeypatch):
             assert alone
         assert signal.getsignal(signal.SIGTERM) == before
         with pytest.raises(SystemExit) as ended, cluster.connected("local"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
+            signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (ended.value.code, said) == (143, ["shutdown"] * 2)
