@@ -22,6 +22,7 @@ from protoprune.ids import row_type
 from protoprune.images.listing import folder_labels
 from protoprune.paths import Paths, chosen
 from protoprune.scores import ScoreTable, Table, match
+from protoprune.scores.ranks import mid_ranks
 from protoprune.units import many
 
 PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
@@ -72,10 +73,8 @@ def compare(
     check_whole("--bootstrap", resamples, 0, 100_000)
     check_seed(seed)
     check_confidence(level)
-    names, values = (
-        list(tables),
-        [as_numbers(*one).astype(np.float64, copy=False) for one in tables.items()],
-    )  # m times (N,)
+    names = list(tables)
+    values = [as_numbers(*one).astype(np.float64, copy=False) for one in tables.items()]  # m times (N,)
     _check(dict(zip(names, values, strict=True)), paths, keeps, labels)
     common = np.flatnonzero(~np.logical_or.reduce([np.isnan(row) for row in values])).astype(row_type(len(paths)))
     if len(common) < 2:
@@ -138,11 +137,9 @@ def _present(labels: np.ndarray, classes: Sequence[str]) -> tuple[list[str], np.
 
 def _ranks(values: Sequence[np.ndarray]) -> np.ndarray:
     """(m, n) mid-ranks, 1 to n; ties share their mean."""
-    from scipy.stats import rankdata
-
     ranks = np.empty((len(values), len(values[0])))
     for row, own in zip(ranks, values, strict=True):
-        row[:] = rankdata(own)
+        row[:] = mid_ranks(own)
     return ranks
 
 
@@ -168,15 +165,13 @@ def bootstrap(
     bootstrap of Bickel, Götze & van Zwet 1997. The interval is about the images being a sample; it does not cover how
     a metric moves when its models are trained again.
     """
-    from scipy.stats import rankdata
-
     n = len(values[0])
     size = min(n, _RESAMPLE)
     rng = np.random.default_rng(seed)
     deviations = np.empty((resamples, *estimate.shape))
     for deviation in deviations:
         drawn = rng.integers(0, n, size)
-        deviation[:] = correlations(rankdata([row[drawn] for row in values], axis=1)) - estimate
+        deviation[:] = correlations(_ranks([row[drawn] for row in values])) - estimate
     ends = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2], axis=0)
     low, high = np.clip(estimate + ends * np.sqrt(size / n), -1, 1)
     return low, high

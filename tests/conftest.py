@@ -144,6 +144,15 @@ def write_features(
 
 
 @pytest.fixture
+def quick_heads(monkeypatch):
+    """Heads of one strength: choosing it, which tests/test_converged.py looks at, takes most of the time of so small a
+    fit."""
+    from protoprune.training import converged
+
+    monkeypatch.setattr(converged, "fit_head", functools.partial(converged.fit_head, strength=1.0))
+
+
+@pytest.fixture
 def feature_file(tmp_path):
     """`write_features` with a folder of images of the test's own as `root`, where none is given."""
 

@@ -54,7 +54,7 @@ def features(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, features):
+def here(tmp_path, monkeypatch, features, quick_heads):
     """train.h5 of 240 images, half of them in the wrong class and one unreadable, test.h5, and lists of both halves."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(features, tmp_path, dirs_exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from protoprune.cli.tune import _networks, _pool
 from protoprune.errors import UsageError
 from protoprune.features.opening import open_features
 from protoprune.images.decode import Status
-from protoprune.training import converged
 from protoprune.tuning import choosing, running
 from protoprune.tuning.recipes import Candidate
 
@@ -53,7 +51,7 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, inputs):
+def here(tmp_path, monkeypatch, inputs, quick_heads):
     """features.h5 of three overlapping classes, test.h5 of the same, and only two recipes on two splits to try."""
     monkeypatch.chdir(tmp_path)
     for name in ("features.h5", "test.h5"):
@@ -63,8 +61,6 @@ def here(tmp_path, monkeypatch, inputs):
     tune = running.tune.__wrapped__  # by what checks its arguments
     monkeypatch.setattr(tune, "__kwdefaults__", {**tune.__kwdefaults__, "rounds": (1, 2)})
     monkeypatch.setattr(running, "AUTO_SPLITS", 3)
-    quick = partial(converged.fit_head, strength=1.0)  # choosing the strength takes most of the time of so small a fit
-    monkeypatch.setattr(converged, "fit_head", quick)
     monkeypatch.setattr(running, "FRACTIONS", (0.9, 0.5))
     return tmp_path
 
@@ -155,7 +151,7 @@ def test_networks_learn_the_classes_of_the_feature_file(here):
     with open_features("f.h5") as file:
         pool, _ = _pool(file, [], None)
     options = TrainingOptions(image_size=16, epochs=1, width=4)
-    networks, _ = _networks(pool, "cnn", Path("images"), Path("test"), Path("tested.csv"), options)
+    networks, _ = _networks(pool, "cnn", Path("images"), Path("test"), Path("tested.csv"), options, 0.5)
     assert networks.examples.paths == pool.paths == names
     assert [networks.examples.classes[label] for label in networks.examples.labels.tolist()] == kinds
     assert (networks.examples.labels == pool.labels).all()
@@ -163,7 +159,7 @@ def test_networks_learn_the_classes_of_the_feature_file(here):
     tested = [networks.test.classes[label] for label in networks.test.labels.tolist()]
     assert tested == [by_number[path] for path in networks.test.paths]
     with pytest.raises(UsageError, match=r"none of the 40 images below .*/test has a class .* is it the folder"):
-        _networks(pool, "cnn", Path("test"), None, None, options)
+        _networks(pool, "cnn", Path("test"), None, None, options, 0.5)
     run("tune", "--keep", 0.4, "--features", "f.h5", "--test-labels", "tested.csv", code=2)
 
 

@@ -213,7 +213,8 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     comparison = {"difference": 0.012, "low": 0.004, "high": 0.02, "seeds_low": 0.006, "seeds_high": 0.018, "p": 0.01}
     method = {
         "name": "kept<.txt", "kept": 75, "fraction": 0.5, "accuracy": {"mean": 0.9, "low": 0.89, "high": 0.91},
-        "to_random": {**comparison, "n": 5, "verdict": "better"}, "to_everything": None,
+        "to_random": {**comparison, "n": 5, "verdict": "better"},
+        "to_everything": {"mean": -0.0002, "low": -0.01, "high": 0.0004},
         "to_classes": {**comparison, "difference": -0.01, "n": 5, "verdict": "worse"},
         "worst_class": "b", "worst_class_accuracy": 0.71,
     }  # fmt: skip
@@ -224,6 +225,7 @@ def test_results_of_evaluate_stand_on_the_page(many, tmp_path):
     assert b"kept&lt;.txt: better than random by 1.2 points (0.4 to 2.0, 5 seeds)" in html
     assert b"5 seeds); worse than random images of the same class counts by 1.0 points" in html
     assert b'<td class="number">+1.2 (+0.4 to +2.0)</td>' in html
+    assert b'<td class="number">+0.0 (-1.0 to +0.0)</td>' in html  # as `evaluate` prints it, and no minus before a zero
     for other in ({}, [], {"methods": 3}, {"methods": ["x"]}, {"methods": [{**method, "to_random": [1]}]},
                   {"methods": [{**method, "kept": "many"}]}, {"methods": [{**method, "accuracy": None}]}):  # fmt: skip
         (folder / "results.json").write_text(json.dumps(other))

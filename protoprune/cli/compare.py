@@ -15,7 +15,7 @@ from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, table_csv, write_file
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def compare(
 
     Spearman rank correlations, and the overlap of the sets that would be kept.
     """
-    from protoprune import comparison, files, selection
+    from protoprune import comparison, selection
     from protoprune.lists import packed
     from protoprune.scores import check_reading
 
@@ -90,9 +90,9 @@ def compare(
         check_picture(picture, place, result.paths)
     for path, rows in ((out, comparison.pair_rows), (classes, comparison.class_rows)):
         if path is not None:
-            files.write_file(path, packed(path, [files.table_csv(rows(result))]))
+            write_file(path, packed(path, [table_csv(rows(result))]))
     if figure is not None:
-        files.write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
+        write_file(figure, comparison.draw(result, figure.suffix[1:].lower()))
     if sheet is not None:
         _write_sheet(result, sheet, place, options, count, features)
     _say_result(result, bootstrap)
@@ -246,7 +246,6 @@ def _write_sheet(
     from protoprune import comparison
     from protoprune.features.current import digests_of
     from protoprune.features.opening import open_features
-    from protoprune.files import write_file
     from protoprune.report.sheet import contact_sheet
 
     rows = []

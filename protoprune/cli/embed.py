@@ -27,8 +27,10 @@ from protoprune.cli.shards import (
 )
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
+from protoprune.device import resolve_device
 from protoprune.errors import ProtopruneError, UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, write_file
+from protoprune.stores import given, is_url, public, refuse_url
 from protoprune.units import duration, many
 
 if TYPE_CHECKING:
@@ -89,7 +91,6 @@ def embed(
     ] = False,
 ) -> None:
     """Turn images into a feature file; run it again for what is new."""
-    from protoprune.stores import given, refuse_url
 
     inputs = [images, weights, classes.labels, classes.class_names]
     check_outputs(errors, inputs=inputs)
@@ -192,9 +193,6 @@ def _check(
 
 def _check_device(device: str, images: str) -> None:
     """UsageError for a device that is not there, where there are images that it would be asked for."""
-    from protoprune.device import resolve_device
-    from protoprune.stores import is_url
-
     if device not in ("auto", "cpu") and (os.path.exists(images) or is_url(images)):
         resolve_device(device)
 
@@ -223,7 +221,6 @@ def _find(images: str, root: Path | None) -> tuple[Source | None, list[str] | No
     from protoprune.lists import read_paths
     from protoprune.sources import list_shards, shards_of
     from protoprune.sources.finding import looks_like_shards
-    from protoprune.stores import is_url, public
 
     if images != "-":
         source = shards_of(images)
@@ -335,7 +332,6 @@ def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
 def _finish(report: EmbedReport, found: ImageList, errors: Path | None, strict: bool) -> None:
     """Say what failed, write the list of it, and decide the exit code."""
     from protoprune.features.featurefile import NO_IMAGE, FeatureFile
-    from protoprune.files import write_file
     from protoprune.images.decode import Status
     from protoprune.images.listing import describe_counts, why_left_out
     from protoprune.lists import packed, table_chunks

@@ -40,7 +40,6 @@ from protoprune.cli.training import (
     training_source,
 )
 from protoprune.errors import UsageError
-from protoprune.units import rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,14 +228,16 @@ def _notes(result: Evaluation, comparisons: int) -> Iterator[str]:
 
 
 def _cells(one: Method, result: Evaluation) -> list[str]:
+    from protoprune.evaluation.statistics import span
+
     random, matched, full = one.to_random, one.to_classes, one.to_everything
     cells = [
         one.name,
         f"{one.kept:,} ({100 * one.fraction:.3g} %)",
-        _span(one.accuracy.mean, one.accuracy.low, one.accuracy.high, digits=2),
-        _span(random.difference, random.low, random.high, sign="+") if random else "",
-        _span(matched.difference, matched.low, matched.high, sign="+") if matched else "",
-        _span(full.mean, full.low, full.high, sign="+") if full else "",
+        span(one.accuracy.mean, one.accuracy.low, one.accuracy.high, digits=2),
+        span(random.difference, random.low, random.high, sign="+") if random else "",
+        span(matched.difference, matched.low, matched.high, sign="+") if matched else "",
+        span(full.mean, full.low, full.high, sign="+") if full else "",
         f"{100 * one.worst_class_accuracy:.1f} ({one.worst_class})",
         time_text(one.seconds),
         *(time_text(value) for value in (one.seconds_saved, one.selection_seconds, one.net_saved)),
@@ -245,9 +246,3 @@ def _cells(one: Method, result: Evaluation) -> list[str]:
         reached = f"{one.reached_target} of {len(one.accuracies)} seeds"
         cells.append(time_text(one.seconds_to_target) if one.seconds_to_target is not None else reached)
     return cells
-
-
-def _span(value: float, low: float | None, high: float | None, *, sign: str = "", digits: int = 1) -> str:
-    """'92.31 (92.02 to 92.60)' of fractions."""
-    text, *ends = ("" if one is None else rounded(100 * one, digits, sign) for one in (value, low, high))
-    return f"{text} ({' to '.join(ends)})" if all(ends) else text

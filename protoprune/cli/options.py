@@ -223,7 +223,7 @@ class TrainingOptions:
         int | None, typer.Option(help="Passes over the training set [default: 20 for head and resnet18, else 10].")
     ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a step [default: 256 for head, else 128].")] = None
-    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate [default: by model].")] = None
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: by model].")] = None
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay [default: by model].")] = None
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or steps (Data Diet) [default: linear].")] = None
     augment: Annotated[

@@ -11,6 +11,7 @@ from protoprune.cli.progress import say
 from protoprune.errors import UsageError
 from protoprune.files import check_suffix, holds, same_file, target
 from protoprune.stores import refuse_url
+from protoprune.text import parse_json
 
 SET_FILE = "set.json"  # as in `images`, whose numpy costs a tenth of a second
 _RESULTS = (  # of evaluate, scaling and tune
@@ -151,8 +152,6 @@ def _check_maker(out: Path, command: str) -> None:
 
 def _maker(out: Path, command: str) -> str | None:
     """The command whose results a folder holds, None where nothing says so."""
-    from protoprune.text import parse_json
-
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = parse_json((out / "results.json").read_bytes())
         if isinstance(found, dict) and "environment" in found:

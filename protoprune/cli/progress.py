@@ -75,8 +75,15 @@ class Progress(AbstractContextManager["Progress"]):
         if sys.stderr is None or not sys.stderr.isatty() or not total:
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import (
+            Progress as RichProgress,
+        )
 
         columns = (
             TextColumn(self.what),
@@ -89,6 +96,12 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar = RichProgress(*columns, console=Console(stderr=True))
         self._bar.start()
         self._task = self._bar.add_task(self.what, total=total, rate="0", failed="")
+
+    def show(self, done: int, total: int) -> None:
+        """`update`, for work whose size is first said with a step of it."""
+        if not self.started:
+            self.start(total)
+        self.update(done)
 
     def update(self, done: int, failed: int = 0, note: str = "") -> None:
         now = time.monotonic()

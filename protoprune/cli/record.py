@@ -12,6 +12,7 @@ from protoprune.cli.options import Hidden, LabelOptions, Model, TrainingOptions,
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, resumable, say
 from protoprune.cli.training import hint_steps, is_image_folder, load_sets
+from protoprune.device import resolve_device
 from protoprune.units import bytes_text, duration, many
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ def record(
     if test is None:
         refuse_idle("is of the test images, and there are none without --test", "test_labels")
     labels.arguments()  # what is wrong with them is said before torch loads
-    from protoprune.device import resolve_device
     from protoprune.training import recording
     from protoprune.training.examples import warn_of_shared
 

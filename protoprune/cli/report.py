@@ -23,7 +23,8 @@ from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.select import say_notes
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, write_file
+from protoprune.stores import public
 from protoprune.units import bytes_text, many
 
 
@@ -55,7 +56,6 @@ def report(
     It holds all that it shows: no server, no network.
     """
     from protoprune import pruning
-    from protoprune.files import write_file
     from protoprune.report import Options, page
 
     if out == Path("-"):
@@ -81,14 +81,8 @@ def report(
         dedup=how.dedup, dedup_prefer=how.dedup_prefer,
     )  # fmt: skip
     say_notes(chosen.ranking.notes() + chosen.notes())
-    with Progress("thumbnails", "img") as bar:
-
-        def on_image(done: int, total: int) -> None:
-            if not bar.started:
-                bar.start(total)
-            bar.update(done)
-
-        html, told = page(chosen, options, on_image=on_image)
+    with Progress("thumbnails") as bar:
+        html, told = page(chosen, options, on_image=bar.show)
     write_file(out, html)
     _say_told(out, told, str(root or chosen.ranking.root))
 
@@ -103,8 +97,6 @@ def _command(
 
 
 def _say_told(out: Path, told: dict[str, Any], root: str) -> None:
-    from protoprune.stores import public
-
     say(f"{out}: {bytes_text(told['bytes'])}, {many(told['thumbnails'], 'thumbnail')}; open it in any browser")
     if told["thumbnails"]:
         say("the page holds copies of images: share it as you would share them, or use --no-thumbnails")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from protoprune.cli.progress import Progress, resumable, say
+from protoprune.errors import ProtopruneError
 from protoprune.units import bytes_text, many
 
 _FEW = 8  # tars, below which four workers on two GPUs have none for each
@@ -70,7 +71,6 @@ def reshard(
 
 
 def _warn(kept: Path, out: Path, root: str | None) -> None:
-    from protoprune.errors import ProtopruneError
     from protoprune.lists import read_weights
 
     try:

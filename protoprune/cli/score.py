@@ -14,7 +14,7 @@ from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import print_table
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, write_stdout
 from protoprune.units import duration, many
 
 _FITS = 0.95  # training accuracy below which memorization says more about the models than about the images
@@ -135,7 +135,6 @@ def _check_out(out: Path, source: Path) -> None:
 
 
 def _write(out: Path | None, paths: Sequence[str], result: Scored, name: str, provenance: dict[str, Any]) -> None:
-    from protoprune.files import write_stdout
     from protoprune.scores.table import table_chunks, write_scores
 
     provenance = {key: value for key, value in provenance.items() if value is not None}

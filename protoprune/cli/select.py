@@ -17,7 +17,8 @@ from protoprune.cli.outputs import below, check_beside, check_outputs
 from protoprune.cli.progress import say
 from protoprune.cli.streams import need_stdout
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import CLASSES, check_free, check_suffix, write_file, write_links, write_stdout
+from protoprune.stores import given, is_url
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ class ListOptions:
         """Find out what cannot be written before the work is done."""
         import numpy as np
 
-        from protoprune.files import check_free
         from protoprune.lists import check_list
 
         need_stdout(self.file)
-        for option, given in (("--hard-links", self.hard_links), ("--overwrite", self.overwrite)):
-            if given and self.links is None:
+        for option, wanted in (("--hard-links", self.hard_links), ("--overwrite", self.overwrite)):
+            if wanted and self.links is None:
                 raise UsageError(f"{option} goes with --links DIR")
         if self.links is not None and not self.overwrite:
             check_free(self.links)
@@ -128,7 +128,6 @@ def select(
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""
     from protoprune import pruning, stores
-    from protoprune.files import check_free
 
     rule, clusters = how.rule(keep, clustering.seed), clustering.clusters()
     lists.check([features, table_file(scores), reading.rows])
@@ -175,8 +174,6 @@ def _warn_of_reordered(ranking: Ranking, features: Path) -> None:
 
 def _place(root: str | os.PathLike[str], absolute: bool) -> str:
     """The root as lists and links have it; with a word where absolute paths would lead nowhere."""
-    from protoprune.stores import given, is_url
-
     place = given(root)
     if is_url(place):
         return place
@@ -188,7 +185,6 @@ def _place(root: str | os.PathLike[str], absolute: bool) -> str:
 def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
     import numpy as np
 
-    from protoprune.files import write_file, write_stdout
     from protoprune.lists import check_list, list_chunks, list_format, manifest_chunks, packed
 
     ranking = chosen.ranking
@@ -219,7 +215,6 @@ def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrite: bool) -> None:
-    from protoprune.files import CLASSES, write_links
     from protoprune.images.listing import folder_labels
 
     paths = chosen.ranking.paths

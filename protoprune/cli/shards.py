@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from protoprune import stores
 from protoprune.cli.options import several
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import write_file
+from protoprune.stores import is_url, public
 from protoprune.units import bytes_text, duration, many
 
 if TYPE_CHECKING:
@@ -193,9 +196,7 @@ def _write_errors(errors: Path, report: SetReport) -> None:
     """Shards that failed, images that did, and what was left out of shards, as one list."""
     from protoprune.features.featureset import FeatureSet
     from protoprune.features.opening import local_path
-    from protoprune.files import write_file
     from protoprune.lists import packed, table_chunks
-    from protoprune.stores import is_url
 
     def rows() -> Iterator[tuple[str, str, str]]:
         yield from report.failed_shards
@@ -259,7 +260,6 @@ def _problems_so_far(folder: str, parts: list[Part]) -> Iterator[tuple[str, str,
     """What the feature files that are there say of images without features, as the set does when it is finished."""
     from protoprune.features.featurefile import FeatureFile
     from protoprune.features.featureset import shard_file
-    from protoprune.stores import is_url, public
 
     if is_url(folder):
         say(f"warning: {public(folder)} is not finished, and only shards that failed are listed until it is")
@@ -271,8 +271,6 @@ def _problems_so_far(folder: str, parts: list[Part]) -> Iterator[tuple[str, str,
 
 
 def _print_states(folder: str, parts: list[Part], failed: list[tuple[str, str, str]]) -> None:
-    from protoprune.stores import public
-
     done, pending = sum(part.done for part in parts), sum(part.pending for part in parts)
     rows = sum(part.rows for part in parts if part.done)
     states = f"{done:,} done ({many(rows, 'image')}), {len(failed):,} failed, {pending:,} not yet embedded"
@@ -286,7 +284,6 @@ def _print_states(folder: str, parts: list[Part], failed: list[tuple[str, str, s
 
 def _makers(folder: str, parts: list[Part]) -> Counter[str]:
     """Which processes embedded the shards; of the first thousand, since each is a file to open."""
-    from protoprune import stores
     from protoprune.features import remoteset
     from protoprune.features.featurefile import FeatureFile
     from protoprune.features.featureset import shard_file

@@ -17,7 +17,9 @@ from protoprune.cli.select import say_ranking
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, echo_fields
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, write_file
+from protoprune.stores import given, public
+from protoprune.text import parse_json
 from protoprune.units import bytes_text, many
 
 if TYPE_CHECKING:
@@ -52,7 +54,6 @@ def info(
     from protoprune.images.listing import is_feature_set
     from protoprune.records import KIND as RECORD
     from protoprune.records import Record
-    from protoprune.stores import given
 
     if errors and verify:
         raise UsageError("--errors and --verify: give one of them")
@@ -145,8 +146,6 @@ def _describe_record(record: Record) -> Iterator[str]:
 
 def _recipe(facts: dict[str, Any]) -> str:
     """'cnn, 10 epochs, batch size 128, lr 0.1, …': what differs from nothing."""
-    from protoprune.text import parse_json
-
     recipe = dict(parse_json(facts.get("recipe", "{}")))
     model, epochs = recipe.pop("model", "unknown"), recipe.pop("epochs", None)
     first = [str(model)] + ([f"{epochs:,} epochs"] if epochs else [])
@@ -221,10 +220,8 @@ def sheet(
 ) -> None:
     """Draw the easiest and the hardest images, or near-duplicates."""
     from protoprune.features.current import digests_of
-    from protoprune.files import write_file
     from protoprune.report.sheet import contact_sheet
     from protoprune.scores import check_reading
-    from protoprune.stores import given, public
 
     _check_rows(by, duplicates, scores)
     check_outputs(out, inputs=[features, table_file(scores), reading.rows])

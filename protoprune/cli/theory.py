@@ -19,7 +19,7 @@ from protoprune.cli.progress import printable
 from protoprune.cli.streams import need_stdout
 from protoprune.cli.tables import echo, print_table
 from protoprune.errors import UsageError
-from protoprune.files import check_suffix
+from protoprune.files import check_suffix, table_csv, write_file, write_stdout
 from protoprune.units import many
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ class Answer:
 
     def give(self, rows: list[dict[str, Any]], *, x: str, y: str, by: tuple[str, ...], title: str) -> None:
         """The rows as a table, or as CSV on stdout; besides, to files."""
-        from protoprune.files import table_csv, write_file, write_stdout
         from protoprune.lists import packed
 
         if self.plot is not None:
@@ -131,9 +130,7 @@ def error(
     alpha_prune: Prunes = None,
     keep: Keeps = ["1,0.5,0.2"],
     theta: Theta = 0.0,
-    order: Annotated[
-        Order | None, typer.Option("--order", help="Which examples are kept; all three when left out.")
-    ] = None,
+    order: Annotated[Order | None, typer.Option(help="Which examples are kept; all three when left out.")] = None,
     margin: OneMargin = Margin.absolute,
     simulation: Simulation,
     answer: Answer,
@@ -164,7 +161,7 @@ def curve(
     start: Start = 0.5,
     stop: Stop = 20.0,
     points: Points = 20,
-    against: Annotated[Size, typer.Option("--against", help="What --from and --to count.")] = Size.pruned,
+    against: Annotated[Size, typer.Option(help="What --from and --to count.")] = Size.pruned,
     simulation: Simulation,
     answer: Answer,
 ) -> None:
@@ -283,19 +280,13 @@ def information(
 
 def advise(
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Number of training images [default: as in --features].")
+        int | None, typer.Option(min=1, help="Number of training images [default: as in --features].")
     ] = None,
-    classes: Annotated[
-        int | None, typer.Option("--classes", min=1, help="Number of classes [default: as in --features].")
-    ] = None,
-    features: Annotated[
-        Path | None, typer.Option("--features", help="Feature file: images and classes are counted in it.")
-    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes [default: as in --features].")] = None,
+    features: Annotated[Path | None, typer.Option(help="Feature file: images and classes are counted in it.")] = None,
     probe_quality: Annotated[
         float | None,
-        typer.Option(
-            "--probe-quality", min=0.5, max=1, help="Share of the labels that the model behind the score gets right."
-        ),
+        typer.Option(min=0.5, max=1, help="Share of the labels that the model behind the score gets right."),
     ] = None,
 ) -> None:
     """What theory and measurements say about pruning data like this.

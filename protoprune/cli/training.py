@@ -115,13 +115,7 @@ def _load(path: Path, what: str, pixels: Path | None, **options: Any) -> Example
 
     cache = None if pixels is None else Path(f"{pixels}.{what}")
     with Progress("decode") as progress:
-
-        def show(done: int, total: int) -> None:
-            if not progress.started:
-                progress.start(total)
-            progress.update(done)
-
-        data = load_examples(path, cache=cache, on_progress=show, **options)
+        data = load_examples(path, cache=cache, on_progress=progress.show, **options)
     say(f"{what}: {len(data):,} examples in {len(data.classes):,} classes, {path}")
     without = [name for number, name in enumerate(data.classes) if number not in set(data.labels.tolist())]
     if without:

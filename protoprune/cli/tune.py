@@ -15,7 +15,9 @@ from protoprune.cli.outputs import check_folder, check_outputs, check_results
 from protoprune.cli.progress import resumable, say
 from protoprune.cli.tables import echo
 from protoprune.cli.training import hint_steps, is_image_folder, kept_in, load_sets, read_table
+from protoprune.device import resolve_device
 from protoprune.errors import UsageError
+from protoprune.files import write_file
 from protoprune.units import duration, many, rounded
 
 if TYPE_CHECKING:
@@ -79,7 +81,6 @@ def tune(
     """
     import time
 
-    from protoprune.device import resolve_device
     from protoprune.features.opening import open_features
     from protoprune.scores import check_reading
     from protoprune.tuning import report, running
@@ -104,13 +105,10 @@ def tune(
         refuse_idle(f"needs classes, and {features} has none; leave it out", *names)
         _describe(pool, features, fraction, seed, out)
         return
-    networks, tested = None, None
     if model is not None and images is not None:
-        networks, tested = _networks(pool, model, images, test, test_labels, training)
-        choose = len(pool) if tested is not None else round(0.8 * len(pool))  # else a fifth judges
-        hint_steps(networks.recipe, max(1, round((fraction or running.SCREENED) * choose)), 0)
-    elif test is not None and examples is not None:
-        tested = _tested(test, examples)
+        networks, tested = _networks(pool, model, images, test, test_labels, training, fraction)
+    else:
+        networks, tested = None, _tested(test, examples)
     with resumable(kept_in(out / "runs.jsonl", "what was trained is")):
         result = running.tune(
             pool, fraction, test=tested, seeds=seeds or (5 if model else 10), seed=seed, tolerance=tolerance / 100,
@@ -124,8 +122,6 @@ def tune(
         "recipe": networks and vars(networks.recipe), "device": training.device,
     }  # fmt: skip
     written = report.save(out, result, command, config)
-    if fraction is not None:
-        (out / "curve.csv").unlink(missing_ok=True)  # of an earlier --keep auto; it would seem to be this answer's
     _print(result, command)
     say(f"{len(result.candidates):,} recipes compared in {duration(time.monotonic() - started)}")
     say(f"wrote {', '.join([os.fspath(kept), *written])}")
@@ -196,10 +192,12 @@ def _pool(file: Source, scores: list[Path], higher_is: str | None) -> tuple[Pool
     return replace(pool, tables=tables), examples
 
 
-def _tested(test: Path, train: Examples) -> Pool:
-    """The test set of a feature file, which must be of the same encoder."""
+def _tested(test: Path | None, train: Examples | None) -> Pool | None:
+    """The test set of a feature file, which must be of the same encoder; None without one."""
     from protoprune.training.examples import check_same_inputs, load_examples, warn_of_shared
 
+    if test is None or train is None:
+        return None
     examples = load_examples(test, classes=train.classes)
     for difference in check_same_inputs(train, examples):
         say(f"warning: {test} differs from the training features in {difference}: in the last digits")
@@ -214,12 +212,18 @@ def _pool_of(examples: Examples) -> Pool:
 
 
 def _networks(
-    pool: Pool, model: str, images: Path, test: Path | None, test_labels: Path | None, training: TrainingOptions
+    pool: Pool,
+    model: str,
+    images: Path,
+    test: Path | None,
+    test_labels: Path | None,
+    training: TrainingOptions,
+    fraction: float | None,
 ) -> tuple[Networks, Pool | None]:
     """The images of the pool, with its classes, whatever their folders are called; and those of the test set."""
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset, warn_of_shared
-    from protoprune.tuning.running import Networks
+    from protoprune.tuning.running import SCREENED, Networks
 
     recipe = training.recipe(model)
     classes = {path: pool.classes[label] for path, label in zip(pool.paths, pool.labels.tolist(), strict=True)}
@@ -231,6 +235,8 @@ def _networks(
         warn_of_shared(train, tested)
     rows = list_rows(pool.paths, train, "the feature file")
     networks = Networks(subset(train, rows), tested, recipe, training.device)
+    choose = len(pool) if tested is not None else round(0.8 * len(pool))  # else a fifth judges
+    hint_steps(recipe, max(1, round((fraction or SCREENED) * choose)), 0)
     return networks, None if tested is None else _pool_of(tested)
 
 
@@ -252,7 +258,6 @@ def _write_list(result: Tuned, source: Source, features: Path, out: Path, seed: 
     import numpy as np
 
     from protoprune import lists, pruning
-    from protoprune.files import write_file
 
     one = result.winner
     chosen = pruning.select(

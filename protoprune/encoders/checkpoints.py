@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoprune.errors import ProtopruneError, UsageError
+from protoprune.files import holds
+from protoprune.formats import archive_kind
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +136,6 @@ def _runs_code(wanted: set[str]) -> str:
 
 def _other_kind(path: str) -> str:
     """What a file is that torch cannot read, where its content says it; '' else."""
-    from protoprune.files import holds
-    from protoprune.formats import archive_kind
-
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:

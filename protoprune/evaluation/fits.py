@@ -245,10 +245,10 @@ def _bootstrap(
 
 def _intervals(estimate: dict[str, float], samples: list[dict[str, float]], seeds: int) -> dict[str, list[float]]:
     """Percentile intervals, widened about the estimate by what a bootstrap of n seeds lacks: t for z, n - 1 for n."""
-    from scipy.stats import norm, t
+    from scipy.special import ndtri, stdtrit
 
     tails = np.array([0.025, 0.975])
-    widen = math.sqrt(seeds / (seeds - 1)) * t.ppf(tails[1], seeds - 1) / norm.ppf(tails[1])
+    widen = math.sqrt(seeds / (seeds - 1)) * stdtrit(seeds - 1, tails[1]) / ndtri(tails[1])
     intervals = {}
     for key, value in estimate.items():
         drawn = np.array([one[key] for one in samples])

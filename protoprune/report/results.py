@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from protoprune.errors import ProtopruneError
-from protoprune.evaluation.statistics import Difference, sentence
+from protoprune.evaluation.statistics import Difference, sentence, span
 from protoprune.text import parse_json
 
 
@@ -54,15 +54,13 @@ def _row(one: dict[str, Any]) -> list[str]:
     return [
         str(one["name"]),
         f"{one['kept']:,} ({100 * one['fraction']:.3g} %)",
-        _span(one["accuracy"]["mean"], one["accuracy"], ""),
-        _span(random["difference"], random, "+") if random else "",
-        _span(full["mean"], full, "+") if full else "",
+        _cell(one["accuracy"]),
+        _cell(random, sign="+") if random else "",
+        _cell(full, sign="+") if full else "",
         f"{100 * one['worst_class_accuracy']:.1f} ({one['worst_class']})",
     ]
 
 
-def _span(value: float, ends: dict[str, Any], sign: str) -> str:
-    """'92.3 (92.0 to 92.6)' of fractions."""
-    text = f"{100 * value:{sign}.1f}"
-    low, high = ends.get("low"), ends.get("high")
-    return text if low is None or high is None else f"{text} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+def _cell(one: dict[str, Any], sign: str = "") -> str:
+    """A mean or a difference with its interval."""
+    return span(one["mean" if "mean" in one else "difference"], one.get("low"), one.get("high"), sign=sign)

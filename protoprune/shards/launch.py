@@ -170,21 +170,26 @@ def run(
                     if lost is not None:
                         yield lost
                     continue
-                if kind == "error":
-                    raise value
-                if kind == "warning" and value not in said:  # of several workers once
-                    said.add(value)
-                    warn(value)
-                if kind == "code":
-                    with contextlib.suppress(OSError):  # it died meanwhile, as below
-                        worker.connection.send_bytes(code)
-                if kind != "result":
-                    continue
-                worker.task = None
-                todo.done()
-                yield value
+                if kind == "result":
+                    worker.task = None
+                    todo.done()
+                    yield value
+                else:
+                    _answer(worker, kind, value, code, said)
     finally:
         _dismiss(workers)
+
+
+def _answer(worker: _Worker[Task], kind: str, value: Any, code: bytes, said: set[str]) -> None:
+    """Do what a worker's message that is no result asks for; an error of its ends the run."""
+    if kind == "error":
+        raise value
+    if kind == "warning" and value not in said:  # of several workers once
+        said.add(value)
+        warn(value)
+    if kind == "code":
+        with contextlib.suppress(OSError):  # it died meanwhile, and the next `recv` says so
+            worker.connection.send_bytes(code)
 
 
 def _launch(device: str, number: int, of: int) -> _Worker[Task]:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import stdtrit
 
 from protoprune.evaluation import statistics
 from protoprune.evaluation.statistics import Difference, Interval
@@ -84,10 +85,8 @@ def resampled(gaps: np.ndarray) -> Interval:
 
     Nadeau & Bengio 2003: the variance of the mean is (1 / splits + held out / trained on) s^2.
     """
-    from scipy.stats import t
-
     n, mean = len(gaps), float(np.mean(gaps))
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt((1 / n + 1 / (choosing.FOLDS - 1)) * np.var(gaps, ddof=1))
+    half = float(stdtrit(n - 1, 0.975)) * math.sqrt((1 / n + 1 / (choosing.FOLDS - 1)) * np.var(gaps, ddof=1))
     return Interval(mean, mean - half, mean + half, n)

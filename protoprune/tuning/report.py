@@ -37,7 +37,7 @@ def sentence(result: Tuned) -> str:
         )
     if result.tolerance is not None:
         return _left_out(result, one)
-    head = f"keep {result.keep:.0%}"
+    head = f"keep {100 * result.keep:.6g}%"  # of many images one may keep 0.4 %
     if one.better:
         return f"{head}: {result.best.name}; {_over_random(one)}, {_below(one.to_everything)}"
     why = "worse than" if one.worse else "not shown to be better than"
@@ -97,6 +97,8 @@ def rows(result: Tuned) -> list[dict[str, Any]]:
 def save(folder: str | os.PathLike[str], result: Tuned, command: str, config: dict[str, Any]) -> list[str]:
     """Write table.csv, results.json, figure.png and, for --keep auto, curve.csv; returns their paths."""
     folder = Path(folder)
+    if not result.curve:  # one of an earlier --keep auto would seem to be this answer's
+        (folder / "curve.csv").unlink(missing_ok=True)
     files = {"table.csv": table_csv(rows(result))}
     if result.curve:
         files["curve.csv"] = table_csv([
