@@ -7,6 +7,7 @@ file: URLs are shown without user, password and query. Every kind of trouble is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import posixpath
@@ -22,6 +23,8 @@ T = TypeVar("T")
 _ANSWER_SECONDS = 30  # for a listing; a store that does not answer must not hang the program
 _SILENCE_SECONDS = 60  # within a download
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#]\S*")
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
+_BUSY = (errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO))  # what s3fs makes of 503 and of 500
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
 _AMAZON, _GOOGLE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("http", "https")
 _OBJECTS = (*_AMAZON, *_GOOGLE, "memory")
@@ -171,7 +174,7 @@ _TROUBLES: tuple[tuple[tuple[type[BaseException], ...], str, str], ...] = (
 
 def trouble(error: BaseException, url: str = "") -> str:
     """An exception of a store in words, without secrets, and what to do about it."""
-    text = _SECRETS.sub("", " ".join(str(error).split()))[:160] or type(error).__name__
+    text = _ERRNO.sub("", _SECRETS.sub("", " ".join(str(error).split())))[:160] or type(error).__name__
     kind = type(error).__name__
     status = getattr(error, "status", 0)  # of an answer of the web
     status = status if isinstance(status, int) else 0
@@ -179,7 +182,7 @@ def trouble(error: BaseException, url: str = "") -> str:
         return "the server redirects without end; check the URL"
     if status in (401, 403) and _protocol(url) in _WEB:
         return f"the server refuses it ({text}); a signed URL may have expired"
-    if status == 429 or status >= 500:
+    if status == 429 or status >= 500 or getattr(error, "errno", None) in _BUSY:
         return f"the server has no answer now ({text}); run the same again later"
     for kinds, words, told in _TROUBLES:
         if isinstance(error, kinds) or re.search(words, f"{kind}: {text}"):

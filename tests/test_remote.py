@@ -167,6 +167,14 @@ def test_a_store_that_does_not_answer(memory, monkeypatch):
         (OSError("Request had invalid authentication credentials. Expected OAuth 2 access token, 401"), "not accepted"),
         (FileNotFoundError("x"), "no such bucket, folder or file"),
         (ConnectionError("refused"), "cannot be reached"),
+        (
+            OSError(errno.EBUSY, "Please reduce your request rate."),
+            "no answer now (Please reduce your request rate.); run",
+        ),
+        (
+            OSError(121, "We encountered an internal error."),
+            "no answer now (We encountered an internal error.); run the",
+        ),
         (type("TooManyRedirects", (Exception,), {"status": 0})("0, message=''"), "redirects without end"),
         (type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"), "FSSPEC_S3_ANON=true"),
         (ValueError("bad http://me:pa55@host/x?X-Amz-Signature=abc"), "bad http://host/x"),
