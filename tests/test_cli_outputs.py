@@ -315,6 +315,7 @@ def test_a_url_is_no_folder_in_python_either(here):
         lambda: files.write_links(url, str(here), PATHS),
         lambda: reshard("list.txt", url, root=here),
         lambda: files.make_folder(url),
+        lambda: files.lock(url).__enter__(),
     ]
     with pytest.raises(UsageError, match="file:///tmp/x: give the path itself, /tmp/x"):
         reshard("list.txt", "file:///tmp/x", root=here)
