@@ -28,13 +28,13 @@ import protoprune
 from protoprune.cli import app
 from protoprune.embedding.engine import Engine
 from protoprune.embedding.pipeline import embed
-from protoprune.encoders import load_encoder
+from protoprune.encoders import Encoder, load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.features import featureset
 from protoprune.features.featurefile import FeatureFile
 from protoprune.features.featureset import FeatureSet, read_plan, shard_file
 from protoprune.features.opening import open_features
-from protoprune.images.decode import ImageError, Status
+from protoprune.images.decode import ImageError, Preprocess, Status
 from protoprune.images.listing import list_folder
 from protoprune.shards import sharding
 from protoprune.shards.cluster import Need
@@ -301,6 +301,18 @@ def test_one_shard_into_one_file(tars, folder, reference, tmp_path):
     (tmp_path / "cut.tar").write_bytes((tars / "0000.tar").read_bytes()[:3000])
     result = call("embed", tmp_path / "cut.tar", "-o", tmp_path / "c.h5", "--encoder", "mini", "--device", "cpu")
     assert (result.exit_code, "cut.tar: truncated" in result.stderr) == (1, True)
+
+
+def test_shards_of_encoders_with_one_digest_and_other_dimensions_are_no_set(tars, tmp_path):
+    def encoder(dim):
+        return Encoder("own", lambda x: x.flatten(1)[:, :dim].float(), dim, Preprocess(8, 8), "0" * 64)
+
+    (tars / "0003.tar").rename(tmp_path / "later.tar")
+    run(tars, tmp_path / "f", encoder(12))
+    (tmp_path / "later.tar").rename(tars / "0003.tar")
+    run(tars, tmp_path / "f", encoder(24))
+    with pytest.raises(ProtopruneError, match=r"24 dimensions, the set has 12: .*; embed into a new folder with -o"):
+        FeatureSet(tmp_path / "f")
 
 
 def test_a_set_that_is_left_holds_no_file_open(tars, mini, tmp_path):

@@ -367,7 +367,10 @@ class FeatureSet:
             )
         if self._open and file.dim != self.dim:
             file.close()
-            raise ProtopruneError(f"{path}: {file.dim} dimensions, the set has {self.dim}")
+            raise ProtopruneError(
+                f"{path}: {file.dim} dimensions, the set has {self.dim}: its encoder was another one, with the same "
+                "digest; embed into a new folder with -o"
+            )
         self._open[number] = file
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].release()
