@@ -604,6 +604,28 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_halved_unless_it_was_asked_for(
     with pytest.raises(ProtopruneError, match="a batch of 16 images does not fit on cuda; use --batch-size 8"):
         run(images, tmp_path / "new.h5", encoder, device=cuda, batch_size=16)
 
+    def full(batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for size in (None, 1):
+        with pytest.raises(ProtopruneError, match="not even one image fits on cuda; see what else runs there"):
+            run(images, tmp_path / "full.h5", Encoder("fake", full, 12, Preprocess(SIDE, SIDE), "0"), device=cuda,
+                batch_size=size)  # fmt: skip
+
+
+def test_a_hook_that_holds_nothing_is_copied_with_its_network(images, tmp_path):
+    def hook(module, arguments, output):
+        return output.flatten(1)[:, :12] * 2
+
+    network = torch.nn.Identity()
+    network.register_forward_hook(hook)
+    run(images, tmp_path / "f.h5", Encoder("fake", network, 12, Preprocess(SIDE, SIDE), "0" * 64))
+    plain = Encoder("fake", lambda x: x.flatten(1)[:, :12] * 2, 12, Preprocess(SIDE, SIDE), "0" * 64)
+    run(images, tmp_path / "g.h5", plain)
+    one, other = stored(tmp_path / "f.h5"), stored(tmp_path / "g.h5")
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
 
 def test_features_of_another_precision_say_how_to_go_on(images, tmp_path):
     run(images, tmp_path / "f.h5")

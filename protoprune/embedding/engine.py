@@ -292,9 +292,13 @@ def _forward(
             torch.cuda.synchronize(device)
             break
         except torch.cuda.OutOfMemoryError:
-            if batch_size is not None or size == 1:
+            if size == 1:
                 raise ProtopruneError(
-                    f"a batch of {size} images does not fit on {device}; use --batch-size {max(1, size // 2)}"
+                    f"not even one image fits on {device}; see what else runs there, or take another --device"
+                ) from None
+            if batch_size is not None:
+                raise ProtopruneError(
+                    f"a batch of {size} images does not fit on {device}; use --batch-size {size // 2}"
                 ) from None
             size //= 2
             torch.cuda.empty_cache()
