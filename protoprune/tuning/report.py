@@ -37,7 +37,7 @@ def sentence(result: Tuned) -> str:
         )
     if result.tolerance is not None:
         return _left_out(result, one)
-    head = f"keep {result.keep:.0%}"
+    head = f"keep {100 * result.keep:.6g}%"  # of many images one may keep 0.4 %
     if one.better:
         return f"{head}: {result.best.name}; {_over_random(one)}, {_below(one.to_everything)}"
     why = "worse than" if one.worse else "not shown to be better than"
