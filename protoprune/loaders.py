@@ -137,6 +137,8 @@ def _check_samples(dataset: Any) -> None:
     name = type(dataset).__name__
     if isinstance(dataset, _PATH):
         raise UsageError(f"{dataset}: a path; give the data set that reads it, or the list of its files")
+    if hasattr(dataset, "columns"):
+        raise UsageError(f"a {name}: give its column of paths, or paths= with the data set that reads it")
     if hasattr(dataset, "batch_sampler"):
         raise UsageError(f"a {name}: give its data set, and make the loader of what keep_only returns")
     timm = hasattr(dataset, "reader")  # whose streams are of images and classes, without keys

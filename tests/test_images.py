@@ -459,6 +459,20 @@ def test_split_folders_are_doubted(folders, warned, tmp_path):
         assert "--class-level 2" in str(said[0].message)
 
 
+def test_what_img2dataset_numbered_is_doubted(tmp_path):
+    for path in ("00000/000000000.png", "00001/000010000.png"):
+        put(tmp_path, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list_folder(tmp_path)  # as traffic signs are: classes
+        (tmp_path / "00000_stats.json").write_text("{}")
+        assert not list_folder(tmp_path, labels=False).classes
+    with pytest.warns(
+        ProtopruneWarning, match=r"first-level folders 00000, 00001, which are parts .* give --no-labels"
+    ):
+        assert list_folder(tmp_path).classes == ["00000", "00001"]
+
+
 def test_lists_over_several_disks_are_doubted(tmp_path):
     for path in ("disk1/set/cat/1.png", "disk2/set/dog/2.png"):
         put(tmp_path, path)

@@ -468,6 +468,9 @@ def test_lists_of_paths(image_folder, tmp_path, monkeypatch):
         keep_only(image_folder.root, KEPT)
     with pytest.raises(ProtopruneError, match="3 of 3 listed images are not in the data set under"):
         keep_only(paths, KEPT)
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(UsageError, match="a DataFrame: give its column of paths, or paths="):
+        keep_only(pandas.DataFrame({"path": KEPT}), KEPT)
 
 
 def test_loaders_and_batches_are_refused(image_folder):

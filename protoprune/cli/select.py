@@ -44,7 +44,7 @@ class ListOptions:
     root: Root = None
     removed: Annotated[Path | None, typer.Option(help="Write the images that were not kept here.")] = None
     links: Annotated[Path | None, typer.Option(help="Make a folder of links to the kept images.")] = None
-    hard_links: Annotated[bool, typer.Option("--hard-links", help="Make them hard links.")] = False
+    hard_links: Annotated[bool, typer.Option("--hard-links", help="Make the links of --links hard ones.")] = False
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the links of an earlier --links, if the folder holds no more.")
     ] = False
@@ -121,7 +121,9 @@ def select(
     scores: Scores = None,
     reading: TableOptions,
     clustering: ClusterOptions,
-    stability: Annotated[bool, typer.Option("--stability", help="Compare with other seeds, k/2 and 2k.")] = False,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="Say how much of the list other seeds, k/2 and 2k would keep.")
+    ] = False,
     lists: ListOptions,
 ) -> None:
     """Write the list of images to keep, on stdout or to -o FILE."""

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from protoprune.sources.finding import Source
 
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images in Parquet and Arrow shards.")]
-IdColumn = Annotated[str | None, typer.Option(help="Column of their names; in tars and zips, key of the .json beside.")]
+IdColumn = Annotated[
+    str | None, typer.Option(help="Column of the images' names; in tars and zips, key of the .json beside.")
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class WorkerOptions:
     ] = None
     engine: Annotated[str, typer.Option(help="local, or ray: workers on the machines of a Ray cluster.")] = "local"
     address: Annotated[
-        str | None, typer.Option(help="Its head, HOST:PORT or auto [default: RAY_ADDRESS, else this machine alone].")
+        str | None,
+        typer.Option(help="Head of the Ray cluster, HOST:PORT or auto [default: RAY_ADDRESS, else this machine]."),
     ] = None
 
     def arguments(self, device: str) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def image_labels(
         return read_labels(labels if isinstance(labels, LabelFile) else LabelFile(labels), paths, root)
     label, classes = folder_labels(paths, class_level)
     if class_level is None:
-        _doubt_first_level(paths, classes)
+        _doubt_first_level(root, paths, classes)
         return label, classes, "first-level folders" if classes else ""
     if not classes:
         raise UsageError(f"--class-level {class_level}: no image of {root} lies that deep; count folders from there")
@@ -231,13 +231,19 @@ def image_labels(
     return label, classes, f"folders of level {class_level}"
 
 
-def _doubt_first_level(paths: Sequence[str], classes: list[str]) -> None:
-    """Warn where the first-level folders, which are the classes, look like splits, or some images keep them from it."""
+def _doubt_first_level(root: str, paths: Sequence[str], classes: list[str]) -> None:
+    """Warn where the first-level folders, which are the classes, look like splits or are what img2dataset numbers, or
+    some images keep them from it."""
     splits = [name for name in classes if _SPLIT.fullmatch(name)]
     if len(splits) >= 2 and 2 * len(splits) >= len(classes):
         warn(
             f"the classes are the first-level folders {', '.join(classes[:6])}, which look like splits; embed one "
             "of them, or give --class-level 2 for the folders inside them, --labels FILE or --no-labels"
+        )
+    if classes and os.path.isfile(os.path.join(root, f"{classes[0]}_stats.json")):
+        warn(
+            f"the classes are the first-level folders {', '.join(classes[:6])}, which are parts that img2dataset "
+            "numbered; give --no-labels or --labels FILE"
         )
     if not classes:
         stray = [path for path in paths if "/" not in path]
