@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import h5py
 import launch_helpers
@@ -95,6 +96,26 @@ def test_every_task_once_whoever_dies(ray_here, tmp_path, monkeypatch):
 def test_errors_of_workers_are_the_drivers(tasks, begin, message, ray_here):
     with pytest.raises(ProtopruneError, match=message):
         list(cluster.run(work, begin, tasks, ONE))
+
+
+def test_sigterm_ends_the_program_in_order(monkeypatch):
+    """Ray's own handler, of C++, prints a dozen lines of addresses, and aborts."""
+    said = []
+    ray = types.SimpleNamespace(
+        is_initialized=lambda: False, shutdown=lambda: said.append("shutdown"),
+        init=lambda *_, **__: signal.signal(signal.SIGTERM, lambda *_: None),
+    )  # fmt: skip
+    monkeypatch.setattr(cluster, "_ray", lambda: ray)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with cluster.connected("local") as alone:
+            assert alone
+        assert signal.getsignal(signal.SIGTERM) == before
+        with pytest.raises(SystemExit) as ended, cluster.connected("local"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (ended.value.code, said) == (143, ["shutdown"] * 2)
 
 
 def test_what_a_worker_takes(ray_here):

@@ -227,7 +227,7 @@ def _check_denied(file: FeatureFile, images: ImageList, lost: list[str], ways: s
     if _moved_from(file, images):
         return
     for folder, reason in images.unreadable_folders:
-        below = sum(path.startswith(f"{folder}/") or folder == "." for path in lost)
+        below = sum(path.startswith(f"{folder}/") for path in lost)
         if below:
             raise LossError(
                 f"{file.path}: folder {folder}: {reason}: its {below:,} features would be lost; make it readable, "

@@ -13,7 +13,9 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,16 +55,25 @@ def connected(address: str | None = None) -> Iterator[bool]:
     _check_address(address)
     alone = address == "local"
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _LOCAL_STORE} if alone else {}
+    ended = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except Exception as error:  # Ray raises plain ones too, where it is too slow to start
         text = " ".join(str(error).split())[:160]
         way_on = "try again when the machine is less busy" if alone else "start it with `ray start`"
         raise ProtopruneError(f"--engine ray: no connection to Ray at {address} ({text}); {way_on}") from None
+    # Through `shutdown`: the one that Ray sets prints stacks, and aborts.
+    _on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield alone
     finally:
         ray.shutdown()
+        _on_sigterm(ended)
+
+
+def _on_sigterm(handler: Any) -> None:
+    with contextlib.suppress(ValueError, TypeError):  # not in the main thread, or not one of Python's
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _ray() -> ModuleType:
@@ -83,8 +94,8 @@ def _check_address(address: str) -> None:
         )
     if address in ("auto", "local"):
         return
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"--address {address}: expected HOST:PORT, such as 10.0.0.1:6379, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
