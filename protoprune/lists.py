@@ -234,11 +234,16 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
         raise UsageError(f"{source}: only csv and jsonl lists hold weights; select with --format csv")
     if found.weights is None or all(value is None for value in found.weights):
         raise UsageError(f"{source}: has no weights; make it with `protoprune select --calibrate 0.5 -o {source}`")
-    pairs = zip(found.kept(found.paths), found.kept(found.weights), strict=True)
-    try:
-        weights = {path: float(value) for path, value in pairs if value not in ("", None)}
-    except (TypeError, ValueError):
-        raise ProtopruneError(f"{source}: a weight is not a number; it is not a list that protoprune wrote") from None
+    weights: dict[str, float] = {}
+    for path, value in zip(found.kept(found.paths), found.kept(found.weights), strict=True):
+        if value in ("", None):
+            continue
+        try:
+            weights[path] = float(value)
+        except (TypeError, ValueError):
+            raise ProtopruneError(
+                f"{source}: the weight of {path} is {value!r}, which is not a number (a decimal point, no comma)"
+            ) from None
     bad = [path for path, weight in weights.items() if not 0 < weight < math.inf]
     if bad:
         raise ProtopruneError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]:g}, expected a positive number")

@@ -94,7 +94,7 @@ def test_what_is_no_path_or_no_list_is_said_plainly(call, message):
 def test_what_a_notebook_shows_is_a_line(tmp_path, feature_file, image_tree):
     """A cell that ends in one of these objects; their fields may be millions of names."""
     feature_file(tmp_path / "f.h5", np.eye(30), paths=[f"{'ab'[i % 2]}/{i}.png" for i in range(30)])
-    protoprune.write_record(tmp_path / "r.h5", ["a.png", "b.png"], np.array([0, 1]), np.eye(2)[None])
+    protoprune.write_record(tmp_path / "r.h5", ["a.png", "b.png"], np.array([0, 1]), 2 * np.eye(2)[None])
     with protoprune.FeatureFile(tmp_path / "f.h5") as file, protoprune.Record(tmp_path / "r.h5") as record:
         shown = {
             repr(file): f"FeatureFile({str(tmp_path / 'f.h5')!r}, 30 images x 30)",

@@ -199,7 +199,7 @@ def test_weights_come_back_for_any_name(tmp_path, format):
         ("l.txt", b"a.png\n", UsageError, "only csv and jsonl lists hold weights"),
         ("l.csv", b"path,index,score\na.png,0,1\n", UsageError, "has no weights; make it with `protoprune select"),
         ("l.jsonl", b'{"path": "a.png"}\n', UsageError, "has no weights"),
-        ("l.csv", b"path,weight\na.png,heavy\n", ProtopruneError, "a weight is not a number"),
+        ("l.csv", b"path,weight\na.png,heavy\n", ProtopruneError, "weight of a.png is 'heavy', which is not a number"),
         ("l.csv", b"path,weight\na.png,-1\n", ProtopruneError, r"the weight of a\.png is -1"),
         ("l.csv", b"path,weight\na.png,nan\n", ProtopruneError, r"the weight of a\.png is nan"),
     ],

@@ -403,7 +403,8 @@ def test_tables_fit_and_say_shared_values_once():
     assert "0.09983" in run_line("theory error --alpha-tot 5 --keep 0.5 --order hard").stdout
 
 
-def test_it_simulates_and_no_number_is_cut_where_there_is_no_terminal(tmp_path):
+def test_it_simulates_and_no_number_is_cut_where_there_is_no_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoprune.theory.simulation.cores", lambda: 1)  # each process takes a second to start
     narrow = {"COLUMNS": "20", "TERMINAL_WIDTH": "20"}
     line = ["theory", "error", "--alpha-tot", "2.5", "--keep", "0.5,0.2", "--simulate", "2", "--dimension", "20"]
     result = CliRunner().invoke(app, [*line, "--csv", str(tmp_path / "rows.csv")], env=narrow)

@@ -39,23 +39,7 @@ _LARGEST_SIDECAR = 1 << 20  # bytes of a .json that is read for its label
 
 
 def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
-    end = os.fstat(file.fileno()).st_size
-    members: dict[str, tarfile.TarInfo] = {}
-    duplicates = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            if member.size < 0:  # tarfile goes back then, and round for ever
-                raise ShardError(Status.CORRUPT, f"a negative size of {member.name}")
-            if member.isdir():
-                continue
-            if member.isreg() and member.offset_data + sum(size for _, size in _pieces(member)) > end:
-                raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
-            name = _clean(member.name)
-            if member.islnk():  # to what has that name so far: itself, where tar was given a file twice
-                member = members.get(_clean(member.linkname), member)
-            duplicates += members.get(name, member) is not member and _is_image(name)
-            members[name] = member  # as unpacking would have it, the last one of a name counts
-        _check_end(file, tar.offset)
+    members, duplicates = _members(file)
     handle = file.fileno()
     targets: list[tarfile.TarInfo] = []
     found = Found(lambda place: _content(handle, targets[place]), duplicates=duplicates)
@@ -73,6 +57,28 @@ def read_tar(file: IO[bytes], options: ShardOptions) -> Found:
         add_image(found, name, (target or member).size)
     rest.share_out(found, rest.others.by_key())
     return found
+
+
+def _members(file: IO[bytes]) -> tuple[dict[str, tarfile.TarInfo], int]:
+    """The members of a whole tar by name, as unpacking would have them, and how many images another one replaced."""
+    end = os.fstat(file.fileno()).st_size
+    members: dict[str, tarfile.TarInfo] = {}
+    duplicates = 0
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.size < 0:  # tarfile goes back then, and round for ever
+                raise ShardError(Status.CORRUPT, f"a negative size of {member.name}")
+            if member.isdir():
+                continue
+            if member.isreg() and member.offset_data + sum(size for _, size in _pieces(member)) > end:
+                raise ShardError(Status.TRUNCATED, f"cut off inside {member.name}")
+            name = _clean(member.name)
+            if member.islnk():  # to what has that name so far: itself, where tar was given a file twice
+                member = members.get(_clean(member.linkname), member)
+            duplicates += members.get(name, member) is not member and _is_image(name)
+            members[name] = member  # the last one of a name counts
+        _check_end(file, tar.offset)
+    return members, duplicates
 
 
 def _pieces(member: tarfile.TarInfo) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
@@ -300,6 +301,11 @@ def solve(
     """
     check_point(alpha_tot, keep, theta, order, margin)
     check_whole("iterations", iterations)
+    return _solved(float(alpha_tot), float(keep), float(theta), order, margin, iterations)
+
+
+@lru_cache(maxsize=10_000)  # of the hard examples each rival of `crossover` asks anew
+def _solved(alpha_tot: float, keep: float, theta: float, order: str, margin: str, iterations: int) -> Solution:
     region = kept_region(keep, theta, order, margin)
     alpha = alpha_tot * keep
     with np.errstate(all="ignore"):  # a rejected Newton step may overflow; the accepted one is checked below

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ROWS = 16_384  # whose statistics are computed at once
 _LARGEST = 1e30  # of a logit: the squares and differences of larger ones are no numbers
+_OF_PROBABILITIES = "np.log(np.clip(p, 1e-7, 1))"  # the logarithm of 0 is none; float16 holds 1e-7
 
 
 @checked
@@ -110,7 +111,8 @@ class _Images:
         if found.shape != (expected := (len(self.names), self.width)):
             raise UsageError(f"{self.at(number, moment)}: of shape {found.shape}, expected {expected}, a row an image")
         if found.size and 0 <= found.min() <= found.max() <= 1 and (abs(found.sum(1, np.float64) - 1) < 0.01).all():
-            raise UsageError(f"{self.at(number, moment)}: probabilities, each row adds up to 1; give their logarithms")
+            probabilities = f"{self.at(number, moment)}: probabilities, each row adds up to 1"
+            raise UsageError(f"{probabilities}; give their logarithms, {_OF_PROBABILITIES}")
         return found
 
     def at(self, number: int, moment: int) -> str:
@@ -269,7 +271,8 @@ def _statistics(images: _Images, now: np.ndarray, previous: np.ndarray | None, a
         rows = images.order[start : start + _ROWS]
         here, before = _tensor(now, rows), None if previous is None else _tensor(previous, rows)
         if not bool((here.abs() < _LARGEST).all()):
-            raise UsageError(f"{at}: NaN, infinite or larger than {_LARGEST:g}; give what the model said")
+            odd = f"{at}: NaN, infinite or larger than {_LARGEST:g}"
+            raise UsageError(f"{odd}; give what the model said, or {_OF_PROBABILITIES} of probabilities")
         labels = torch.from_numpy(images.labels[start : start + _ROWS])
         for name, values in from_logits(here, labels, before).items():
             parts.setdefault(name, []).append(values.numpy())
@@ -279,4 +282,5 @@ def _statistics(images: _Images, now: np.ndarray, previous: np.ndarray | None, a
 def _tensor(table: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(table[rows].astype(np.float32))
+    with np.errstate(over="ignore"):  # what is too large is refused by `_statistics`
+        return torch.from_numpy(table[rows].astype(np.float32))

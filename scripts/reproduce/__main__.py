@@ -13,8 +13,6 @@ import importlib
 import sys
 from pathlib import Path
 
-from lab import Lab, report
-
 from protoprune.errors import ProtopruneError
 
 NAMES = (
@@ -34,6 +32,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args()
     try:
+        from lab import Lab, report
+
         experiment = importlib.import_module(f"experiment_{options.name}")
         for lab in Lab.open(
             options.name,
