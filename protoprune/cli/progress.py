@@ -75,15 +75,8 @@ class Progress(AbstractContextManager["Progress"]):
         if sys.stderr is None or not sys.stderr.isatty() or not total:
             return
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as RichProgress,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn(self.what),
