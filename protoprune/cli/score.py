@@ -171,7 +171,7 @@ def _say_summary(name: str, metric: Metric, source: Path, result: Scored, second
         )
     if result.used.get("right_with", 1) < _FITS:
         say(
-            f"warning: the models are right about {100 * result.used['right_with']:.0f} % of their training images; "
+            f"warning: the models are right about {100 * result.used['right_with']:.1f} % of their training images; "
             "what a model cannot fit it cannot memorize: mislabelled images then have low scores. Record models that "
             "fit; for heads --hidden 128 --epochs 60 --weight-decay 0"
         )
