@@ -289,7 +289,7 @@ def test_arrays_to_import_that_are_none(tmp_path):
     for name, said in {
         "objects.npy": "pickled Python objects, which are never read",
         "objects.npz": "pickled Python objects, which are never read", "header.npy": "cannot be read",
-        "foreign.npz": "which of no columns is it", "samples.json": "nested too deeply",
+        "foreign.npz": "holds no vectors; expected an array (images, dimensions)", "samples.json": "nested too deeply",
     }.items():  # fmt: skip
         with pytest.raises(ProtopruneError) as error:
             importing.import_features(tmp_path / name, tmp_path / "f.h5")
