@@ -336,13 +336,13 @@ def _put(building: str, folder: str, root: str, overwrite: bool) -> None:
         if os.path.lexists(before):
             os.rename(before, folder)
         raise
-    if (
-        os.path.isdir(before) and (other := _not_ours(before, root)) is not None
-    ):  # it came after `check_free` had looked
-        os.rename(before, f"{folder}.before")
+    # What came after `check_free` had looked goes where nothing is, under a name that no later run clears away.
+    if os.path.isdir(before) and (other := _not_ours(before, root)) is not None:
+        aside = tempfile.mkdtemp(prefix=f"{os.path.basename(folder)}.before-", dir=os.path.dirname(folder))
+        os.rename(before, aside)
         raise ProtopruneError(
             f"--links {folder}: {other} was put among the earlier links while they were replaced; they are in "
-            f"{folder}.before now, and the new ones in their place"
+            f"{aside} now, and the new ones in their place"
         )
     shutil.rmtree(before, ignore_errors=True)
 

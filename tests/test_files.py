@@ -250,6 +250,8 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path, image_tree)
 def test_what_comes_while_links_are_replaced_is_not_lost(tmp_path, image_tree, monkeypatch):
     root, kept = image_tree({"cat": 2}), tmp_path / "kept"
     write_links(kept, root, ["cat/000.png"])
+    (tmp_path / "kept.before").mkdir()
+    (tmp_path / "kept.before/other.txt").write_text("another, of an earlier time")
     looked = files.check_free
 
     def late(*arguments):
@@ -258,10 +260,12 @@ def test_what_comes_while_links_are_replaced_is_not_lost(tmp_path, image_tree, m
 
     monkeypatch.setattr(files, "check_free", late)
     with pytest.raises(
-        ProtopruneError, match=r"cat/notes\.txt was put among the earlier links .* they are in .*before now"
+        ProtopruneError, match=r"cat/notes\.txt was put among the earlier links .* they are in .*before-.* now"
     ):
         write_links(kept, root, ["cat/001.png"], overwrite=True)
-    assert (tmp_path / "kept.before/cat/notes.txt").read_text() == "mine"
+    (aside,) = tmp_path.glob("kept.before-*")
+    assert (aside / "cat/notes.txt").read_text() == "mine"
+    assert not (tmp_path / "kept.before/cat").exists()
     assert [path.name for path in kept.rglob("*.png")] == ["001.png"]
 
 
