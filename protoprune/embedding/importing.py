@@ -494,7 +494,7 @@ def _parquet(path: str) -> pyarrow.parquet.ParquetFile:
 def _strings(column: pyarrow.ChunkedArray | pyarrow.Array) -> list[str]:
     values = column.to_pylist()
     if any(value is None for value in values):
-        raise ProtopruneError(f"{sum(value is None for value in values):,} rows have no name")
+        raise ProtopruneError(many(sum(value is None for value in values), "row has no name", "rows have no name"))
     return _as_text(values)
 
 
@@ -546,7 +546,8 @@ def _vector_blocks(
         for batch in table.iter_batches(_ROWS, columns=[column, *others]):
             values = batch.column(column)
             if values.null_count:
-                raise ProtopruneError(f"{path}: {values.null_count:,} rows have no vector; leave them out")
+                some = many(values.null_count, "row has", "rows have")
+                raise ProtopruneError(f"{path}: {some} no vector; leave them out")
             flat = values.flatten().to_numpy(zero_copy_only=False)
             if len(batch) and len(flat) % len(batch):
                 raise ProtopruneError(f"{path}: its vectors are not all of one length")
