@@ -22,7 +22,6 @@ from protoprune.ids import row_type
 from protoprune.images.listing import folder_labels
 from protoprune.paths import Paths, chosen
 from protoprune.scores import ScoreTable, Table, match
-from protoprune.scores.ranks import mid_ranks
 from protoprune.units import many
 
 PAIR_COLUMNS = ["a", "b", "spearman"]  # the first ones of `pair_rows`
@@ -137,9 +136,11 @@ def _present(labels: np.ndarray, classes: Sequence[str]) -> tuple[list[str], np.
 
 def _ranks(values: Sequence[np.ndarray]) -> np.ndarray:
     """(m, n) mid-ranks, 1 to n; ties share their mean."""
+    from scipy.stats import rankdata
+
     ranks = np.empty((len(values), len(values[0])))
     for row, own in zip(ranks, values, strict=True):
-        row[:] = mid_ranks(own)
+        row[:] = rankdata(own)
     return ranks
 
 

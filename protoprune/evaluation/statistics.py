@@ -77,10 +77,11 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0
 
 def share_of_images(right: np.ndarray, *, confidence: float = 0.95) -> Interval:
     """The share of (n,) bool with Wilson's interval (1927), which has a width where all are right, too."""
-    n, share, z = len(right), float(np.mean(right)), _normal(confidence)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(share, centre - half if share > 0 else 0.0, centre + half if share < 1 else 1.0, n)
+    from scipy.stats import binomtest
+
+    check_confidence(confidence)
+    found = binomtest(int(np.sum(right)), len(right)).proportion_ci(confidence, method="wilson")
+    return Interval(float(np.mean(right)), found.low, found.high, len(right))
 
 
 def over_images(gaps: np.ndarray, *, confidence: float = 0.95) -> Interval:

@@ -10,17 +10,13 @@ import numpy as np
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two score arrays over the rows that both have; 1.0 when one of them is constant on both."""
+    from scipy.stats import rankdata
+
     both = ~(np.isnan(a) | np.isnan(b))
-    x, y = mid_ranks(a[both]), mid_ranks(b[both])
+    x, y = rankdata(a[both]), rankdata(b[both])
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 1.0 if np.ptp(x) == np.ptp(y) else 0.0
     return float(np.corrcoef(x, y)[0, 1])
-
-
-def mid_ranks(values: np.ndarray) -> np.ndarray:
-    """(n,) ranks from 1 on; ties share their mean."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
