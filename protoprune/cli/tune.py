@@ -220,7 +220,10 @@ def _networks(
     training: TrainingOptions,
     fraction: float | None,
 ) -> tuple[Networks, Pool | None]:
-    """The images of the pool, with its classes, whatever their folders are called; and those of the test set."""
+    """The images of the pool, with its classes, whatever their folders are called; and those of the test set.
+
+    Says where a fraction of them is too few for the steps of the recipe.
+    """
     from protoprune.evaluation.runs import list_rows
     from protoprune.training.examples import subset, warn_of_shared
     from protoprune.tuning.running import SCREENED, Networks
