@@ -205,7 +205,7 @@ def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image
         (here / "images" / path).write_bytes((here / "images/ape/000.png").read_bytes())
     (here / "s.csv").write_text("".join(f"{path},{path >= 'b'}\n" for path in PATHS))
     result = run("select", "--scores", "s.csv", "--keep", "0.5", "--links", "linked")
-    assert "warning: linked has no image of 1 of 3 classes (ape), so that ImageFolder numbers" in result.stderr
+    assert "warning: linked has no image of 1 of 3 classes (ape); their folders are empty, which keeps" in result.stderr
     assert (here / "linked/classes.txt").read_text() == "ape\nbee\ncat\n"
     assert "ImageFolder" not in run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "all").stderr
     inside = run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "images/kept").stderr
