@@ -114,9 +114,9 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
     if broken:
         first = os.fsdecode(broken[0])
         some = many(len(broken), "file name holds", "file names hold")
-        raise UsageError(f"{some} a line break (first: {first!r}); use -0 or --format jsonl")
+        raise UsageError(f"{some} a line break (first: {first!r}); name the file .jsonl, or use -0 or --format jsonl")
     if len(rows) and (first := ids[rows[0]]).startswith("\ufeff"):
-        raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
+        raise UsageError(f"the first file name begins with a byte order mark ({first!r}); name the file .jsonl, or use -0 or --format jsonl")
 
 
 def _broken(names: list[bytes]) -> list[bytes]:
