@@ -189,7 +189,7 @@ def test_command(many, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("option", "said"), [("--scores", "scores: "), ("--compare", "t.csv: ")])
 def test_how_a_table_was_read_is_said(many, tmp_path, monkeypatch, option, said):
-    """A direction that was assumed, and rows that name no image: `select` said them, the page's numbers came without."""
+    """What direction was assumed, and rows that name no image: `select` said them, and `report` did not."""
     monkeypatch.chdir(tmp_path)
     names = "".join(f"{path},{row}\n" for row, path in enumerate(pruning.select(many, 1.0).kept_paths))
     Path("t.csv").write_text(f"path,score\n{names}gone.png,1\n")

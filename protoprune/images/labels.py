@@ -311,8 +311,8 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
     if together := [number for number in sorted(map(int, numbers)) if first_of[table[number]] != number]:
         name = table[together[0]]
         warn(
-            f"--class-names {names}: {len(numbers):,} numbers have {many(len(first_of), 'name')}, each of which becomes "
-            f"a class (first: {first_of[name]} and {together[0]} are {name!r})"
+            f"--class-names {names}: {len(numbers):,} numbers have {many(len(first_of), 'name')}, each of which "
+            f"becomes a class (first: {first_of[name]} and {together[0]} are {name!r})"
         )
     return [table[int(value)] if value else "" for value in values]
 
