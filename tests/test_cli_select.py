@@ -252,7 +252,7 @@ def test_scores_of_a_table_in_which_higher_means_prune(here, run):
     prune = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--higher-is", "prune")
     assert keep.stdout.splitlines() == sorted(PATHS[-10:])
     assert prune.stdout.splitlines() == sorted(PATHS[1:11])
-    assert "scores: direction from --higher-is" in prune.stderr
+    assert "scores: direction as given" in prune.stderr
     alone = run("select", "--keep", "0.5", "--higher-is", "prune", code=2)
     assert alone.stderr == "error: --higher-is prune: goes with --scores, whose direction it gives\n"
 

@@ -319,9 +319,6 @@ def say_table(ranking: Ranking, table: ScoreTable) -> None:
         say(f"scores: {many(scored, 'image has', 'images have')} one; {none} not kept")
     for note in table.notes():
         say(f"scores: {note}")
-    if table.unmatched_rows:
-        rows = many(len(table.unmatched_rows), "table row names", "table rows name")
-        say(f"scores: {rows} no image, first {table.unmatched_rows[0]}")
 
 
 def _say_duplicates(ranking: Ranking, epsilon: float) -> None:
