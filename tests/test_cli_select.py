@@ -213,7 +213,7 @@ def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image
         (here / "images" / path).write_bytes((here / "images/ape/000.png").read_bytes())
     (here / "s.csv").write_text("".join(f"{path},{path >= 'b'}\n" for path in PATHS))
     result = run("select", "--scores", "s.csv", "--keep", "0.5", "--links", "linked")
-    assert "warning: linked has no image of 1 of 3 classes (ape), so that ImageFolder numbers" in result.stderr
+    assert "warning: linked has no image of 1 of 3 classes (ape); their folders are empty, which keeps" in result.stderr
     assert (here / "linked/classes.txt").read_text() == "ape\nbee\ncat\n"
     assert "ImageFolder" not in run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "all").stderr
     inside = run("select", "--scores", "s.csv", "--keep", "0.9", "--links", "images/kept").stderr
@@ -260,7 +260,7 @@ def test_scores_of_a_table_in_which_higher_means_prune(here, run):
     prune = run("select", "--scores", "scores.csv", "--keep", 10 / 59, "--higher-is", "prune")
     assert keep.stdout.splitlines() == sorted(PATHS[-10:])
     assert prune.stdout.splitlines() == sorted(PATHS[1:11])
-    assert "scores: direction from --higher-is" in prune.stderr
+    assert "scores: direction as given" in prune.stderr
     alone = run("select", "--keep", "0.5", "--higher-is", "prune", code=2)
     assert alone.stderr == "error: --higher-is prune: goes with --scores, whose direction it gives\n"
 
