@@ -49,6 +49,7 @@ T = TypeVar("T")
 FORMATS = ("txt", "csv", "jsonl", "npy", "datacomp")
 _UID = re.compile(rb"[0-9a-fA-F]{32}")
 _TABLES = (".csv", ".tsv")
+_OTHERWISE = "name the file .jsonl, or use -0 or --format jsonl"
 _SAMPLE = 50  # rows whose numbers are looked at
 _OURS = ("index", "score", "keep", "weight")  # columns of our lists and manifests
 _TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
@@ -114,9 +115,9 @@ def check_list(ids: Sequence[str], rows: np.ndarray, format: str, *, null: bool 
     if broken:
         first = os.fsdecode(broken[0])
         some = many(len(broken), "file name holds", "file names hold")
-        raise UsageError(f"{some} a line break (first: {first!r}); use -0 or --format jsonl")
+        raise UsageError(f"{some} a line break (first: {first!r}); {_OTHERWISE}")
     if len(rows) and (first := ids[rows[0]]).startswith("\ufeff"):
-        raise UsageError(f"the first file name begins with a byte order mark ({first!r}); use -0 or --format jsonl")
+        raise UsageError(f"the first file name begins with a byte order mark ({first!r}); {_OTHERWISE}")
 
 
 def _broken(names: list[bytes]) -> list[bytes]:

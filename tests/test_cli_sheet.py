@@ -121,12 +121,12 @@ def test_sheet_says_how_it_read_the_table(coloured, run):
     lines = [f"{path},{-i}\n" for i, path in enumerate(PATHS)]
     (coloured / "s.csv").write_text("".join(lines[:-2]) + "x.png,1\n")
     said = run("sheet", "--scores", "s.csv", "--count", "2").stderr
-    assert "a higher score is taken as harder, since the table does not say (--higher-is)" in said
+    assert "a higher score is taken as harder, since the table does not say (--higher-is, or FILE:prune)" in said
     assert "57 images have one; 2 have none and are not kept" in said
     assert "1 table row names no image, first x.png" in said
-    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
+    assert "direction as given" in run("sheet", "--scores", "s.csv", "--higher-is", "easier").stderr
     assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
-    assert "direction from --higher-is" in run("sheet", "--scores", "s.csv:easier").stderr
+    assert "direction as given" in run("sheet", "--scores", "s.csv:easier").stderr
     assert cells("sheet.png", 8, 1)[0][:2] == [1, 2]
     assert "--higher-is easier: goes with --scores" in run("sheet", "--higher-is", "easier", code=2).stderr
     assert "is one of the inputs" in run("sheet", "--scores", "s.csv:easier", "-o", "s.csv", code=2).stderr

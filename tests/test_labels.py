@@ -89,6 +89,36 @@ def test_class_numbers_become_names(truth, name, mapping, tmp_path):
     assert names == ["n02119789", "n02100735", "n02100735", "n02119789"]
 
 
+@pytest.mark.parametrize(
+    ("name", "mapping"),
+    [
+        ("names.txt", "1 golf ball\n2 golf cart\n"),
+        ("names.txt", "1: golf ball\n2: golf cart\n"),
+        ("names.tsv", "golf ball\t1\ngolf cart\t2\n"),
+        ("names.csv", 'id,name\n1,"golf ball"\n2,golf cart\n'),
+    ],
+)
+def test_names_of_classes_keep_all_their_words(name, mapping, tmp_path):
+    """Their first word was taken, and the two classes became one."""
+    (tmp_path / name).write_text(mapping)
+    assert labels(tmp_path, "1\n2\n2\n1\n", NAMES, names=tmp_path / name)[0] == [
+        "golf ball", "golf cart", "golf cart", "golf ball"
+    ]  # fmt: skip
+
+
+def test_a_header_above_names_counts_as_none_of_them(tmp_path):
+    """Class 0 was called 'id,name', and class 1 '0,ant'."""
+    (tmp_path / "names.csv").write_text("id,name\n0,ant\n1,bee\n")
+    assert labels(tmp_path, "0\n1\n1\n0\n", NAMES, names=tmp_path / "names.csv")[0] == ["ant", "bee", "bee", "ant"]
+
+
+def test_numbers_of_one_name_are_said_to_become_one_class(tmp_path):
+    (tmp_path / "names.txt").write_text("crane\nbee\ncrane\n")
+    names, said = labels(tmp_path, "0\n2\n1\n0\n", NAMES, names=tmp_path / "names.txt")
+    assert names == ["crane", "crane", "bee", "crane"]
+    assert "3 numbers have 2 names, each of which becomes a class (first: 0 and 2 are 'crane')" in said[0]
+
+
 def test_numbers_that_could_count_from_0_or_from_1_are_not_guessed(tmp_path):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     with pytest.raises(UsageError, match="count from 0 or from 1"):

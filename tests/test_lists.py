@@ -72,7 +72,7 @@ def test_lines_hold_every_name_but_those_with_a_line_break(tmp_path):
     @given(paths_of)
     def check(paths):
         if any("\n" in path or path.endswith("\r") for path in paths):
-            with pytest.raises(UsageError, match=r"line break.*use -0"):
+            with pytest.raises(UsageError, match=r"line break.*or use -0"):
                 written(paths, "txt", tmp_path)
         elif paths and paths[0].startswith("\ufeff"):  # which is how Windows marks a text as UTF-8
             with pytest.raises(UsageError, match=r"byte order mark.*use -0"):

@@ -69,7 +69,9 @@ def test_lists_give_names_back(here, name):
 
 def test_lines_that_names_would_break_are_refused(here):
     result = run("select f.h5 --keep 1 -o k.txt", 2)
-    assert re.search(r"error: \d+ file names hold a line break .*; use -0 or --format jsonl", result.stderr)
+    assert re.search(
+        r"error: \d+ file names hold a line break .*; name the file .jsonl, or use -0 or --format jsonl", result.stderr
+    )
     assert not (here / "k.txt").exists()
     result = CliRunner().invoke(app, ["select", "f.h5", "--keep", "1", "-0"])
     assert result.stdout_bytes.split(b"\0")[:-1] == [os.fsencode(p) for r, p in enumerate(PATHS) if r not in BROKEN]

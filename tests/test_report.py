@@ -187,6 +187,28 @@ def test_command(many, tmp_path, monkeypatch):
         assert len(run.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("option", "said"), [("--scores", "scores: "), ("--compare", "t.csv: ")])
+def test_how_a_table_was_read_is_said(many, tmp_path, monkeypatch, option, said):
+    """What direction was assumed, and rows that name no image: `select` said them, and `report` did not."""
+    monkeypatch.chdir(tmp_path)
+    names = "".join(f"{path},{row}\n" for row, path in enumerate(pruning.select(many, 1.0).kept_paths))
+    Path("t.csv").write_text(f"path,score\n{names}gone.png,1\n")
+    run = CliRunner().invoke(app, ["report", "f.h5", option, "t.csv", "--no-thumbnails", "-o", "r.html"])
+    assert run.exit_code == 0, run.output
+    assert f"{said}a higher score is taken as harder, since the table does not say" in run.stderr
+    assert "1 table row names no image, first gone.png" in run.stderr
+
+
+def test_weights_are_in_the_list_that_the_page_names(many, tmp_path, monkeypatch):
+    """The saved list has none, and nothing said so."""
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["report", "f.h5", "--calibrate", "0.5", "--no-thumbnails", "-o", "r.html"])
+    assert run.exit_code == 0, run.output
+    html = Path("r.html").read_text()
+    assert "The list that this page saves holds no weights; the command's does." in html
+    assert '"command":["protoprune select f.h5 --keep "," --calibrate 0.5 -o kept.csv"]' in html
+
+
 def test_a_page_made_in_python_names_no_command_that_would_make_another_list(many):
     html, _ = page(pruning.select(many, 0.3, order="easy"))
     assert b"The command that makes this list" not in html
@@ -305,6 +327,7 @@ def test_the_browser_keeps_what_select_writes(browser, many, name, tmp_path, mon
     made = CliRunner().invoke(app, ["report", "f.h5", "--keep", "0.735", *rule, "--no-thumbnails", "-o", "r.html"])
     assert made.exit_code == 0, made.output
     show(browser, tmp_path / "r.html")
+    end = "-o kept.csv" if "calibrate" in RULES[name] else "> kept.txt"
     for fraction in FRACTIONS:
         written = CliRunner().invoke(app, ["select", "f.h5", "--keep", fraction, *rule])
         assert written.exit_code == 0, written.output
@@ -312,7 +335,7 @@ def test_the_browser_keeps_what_select_writes(browser, many, name, tmp_path, mon
         number = len(written.stdout_bytes.splitlines())
         assert browser.find_element("id", "card-kept").text == f"{number:,}"
         assert browser.find_element("id", "command").text == " ".join(
-            ["protoprune select f.h5 --keep", fraction, *_in_order(rule), "> kept.txt"]
+            ["protoprune select f.h5 --keep", fraction, *_in_order(rule), end]
         )
         shares = browser.execute_script(
             "return [...document.querySelectorAll('#class-table tbody tr')]"

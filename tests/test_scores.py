@@ -554,7 +554,7 @@ def test_direction_that_nobody_gives_is_said_to_be_assumed(tmp_path):
     write_with(tmp_path / "s.csv", None)
     table = read_scores(tmp_path / "s.csv", ["a", "b"])
     assert table.scores.tolist() == [1, 2]
-    assert "does not say (--higher-is)" in table.notes()[0]
+    assert "does not say (--higher-is, or FILE:prune)" in table.notes()[0]
 
 
 def test_directions_that_contradict_each_other(tmp_path):

@@ -207,11 +207,6 @@ def _say_tables(matched: dict[str, ScoreTable], images: int, arrays: dict[str, n
             say(f"{name}: has no score for {images - scored:,} of {images:,} images")
         if scored and np.nanmin(arrays[name]) == np.nanmax(arrays[name]):
             say(f"{name}: warning: all images have the same score, so that it ranks none of them before another")
-        if table.unmatched_rows:
-            say(
-                f"{name}: {many(len(table.unmatched_rows), 'table row names', 'table rows name')} none of the images, "
-                f"first {table.unmatched_rows[0]}"
-            )
     say(f"compared: {len(result.paths):,} of {images:,} images, those with a score in all {len(matched)} tables")
 
 

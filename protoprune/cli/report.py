@@ -21,7 +21,7 @@ from protoprune.cli.options import (
 )
 from protoprune.cli.outputs import check_outputs
 from protoprune.cli.progress import Progress, say
-from protoprune.cli.select import say_notes
+from protoprune.cli.select import say_notes, say_table
 from protoprune.errors import UsageError
 from protoprune.files import check_suffix, write_file
 from protoprune.stores import public
@@ -45,7 +45,8 @@ def report(
         typer.Option(help="1 - cosine of the near-duplicates to show, where --dedup removes none [default: 0.05]."),
     ] = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Score table to compare the ranking with; repeat for several.")
+        list[Path] | None,
+        typer.Option(help="Score table to compare the ranking with, FILE:prune where higher is easier; repeatable."),
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="Folder that `protoprune evaluate -o` wrote, to show its verdicts.")
@@ -80,6 +81,8 @@ def report(
         features, how.rule(keep, clustering.seed), clustering.clusters(), scores=scores, **vars(reading),
         dedup=how.dedup, dedup_prefer=how.dedup_prefer,
     )  # fmt: skip
+    if chosen.ranking.table is not None:
+        say_table(chosen.ranking, chosen.ranking.table)
     say_notes(chosen.ranking.notes() + chosen.notes())
     with Progress("thumbnails") as bar:
         html, told = page(chosen, options, on_image=bar.show)
@@ -103,5 +106,7 @@ def _say_told(out: Path, told: dict[str, Any], root: str) -> None:
     if told["missing"]:
         some = f"{many(told['missing'], 'image')} could not be read any more, or changed since"
         say(f"warning: {some}; --root says where they are now, if not below {public(root)}")
+    for note in told["notes"]:
+        say(note)
     if not told["saves"]:
         say(f"note: {told['why']}; the page shows the command instead")

@@ -305,6 +305,15 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
     if unknown:
         raise UsageError(f"--class-names {names}: has no name for {len(unknown)} class numbers (first: {unknown[0]})")
+    first_of: dict[str, int] = {}
+    for number in sorted(map(int, numbers)):
+        first_of.setdefault(table[number], number)
+    if together := [number for number in sorted(map(int, numbers)) if first_of[table[number]] != number]:
+        name = table[together[0]]
+        warn(
+            f"--class-names {names}: {len(numbers):,} numbers have {many(len(first_of), 'name')}, each of which "
+            f"becomes a class (first: {first_of[name]} and {together[0]} are {name!r})"
+        )
     return [table[int(value)] if value else "" for value in values]
 
 
@@ -331,13 +340,23 @@ def _json_names(text: str) -> list[str] | dict[str, str]:
 
 
 def _lines_of_names(text: str) -> list[str] | dict[str, str]:
-    """The same of text: number and name in either order, or a name, a line."""
+    """The same of text: number and name in either order, perhaps below a header, or a name, a line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    words = [re.split(r"[\s,:]+", line, maxsplit=2) for line in lines]
-    if all(len(word) > 1 and is_class_number(word[0]) != is_class_number(word[1]) for word in words):
-        return dict(_number_first(word[0], word[1]) for word in words)
+    pairs = [_number_and_name(line) for line in lines]
+    numbered = [pair for pair in pairs[pairs[:1] == [None] :] if pair is not None]  # below a header
+    if numbered and len(numbered) + (pairs[0] is None) == len(pairs):
+        return dict(numbered)
     wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
     return [line.split()[0] if wnids else line for line in lines]
+
+
+def _number_and_name(line: str) -> tuple[str, str] | None:
+    """Of '1 golf ball', 'golf ball,1' or 'n02119789 1 kit_fox', where the name is what stands first."""
+    if match := re.match(r"(\d{1,18})[\s,:;]+(.*\D.*)", line):
+        return match[1], match[2].strip('"')
+    if match := re.match(r"(n\d{8})[\s,:;]+(\d{1,18})\b", line) or re.match(r"(.*\D.*?)[\s,:;]+(\d{1,18})$", line):
+        return match[2], match[1].strip('"')
+    return None
 
 
 def _number_first(a: str, b: str) -> tuple[str, str]:

@@ -89,7 +89,7 @@ def gather(chosen: Selected, options: Options) -> Facts:
         blocks[f"{name}_table"] = one["table"]
     text = {
         **_summary(chosen, n), "map_how": how, "map_points": len(sample), "duplicates": duplicates["text"],
-        "spearman": tables["spearman"], "evaluation": evaluation, "groups": list(groups),
+        "spearman": tables["spearman"], "notes": tables["notes"], "evaluation": evaluation, "groups": list(groups),
     }  # fmt: skip
     return Facts(n, text, data, blocks, sample, found.first, thumbs)
 
@@ -172,6 +172,7 @@ def _summary(chosen: Selected, n: int) -> dict[str, Any]:
         "k": one.k if one else None,
         "ranked_by": "score" if ranking.table is not None else "distance to the prototype",
         "rule": describe(chosen),
+        "weighted": chosen.weights is not None,
         "total_bytes": int(size.sum()),
         "removed_duplicates": 0 if ranking.duplicate_of is None else int((ranking.duplicate_of >= 0).sum()),
     }
@@ -312,16 +313,18 @@ def _duplicates(chosen: Selected, epsilon: float) -> dict[str, Any]:
 def _tables(chosen: Selected, options: Options) -> dict[str, Any]:
     """Spearman matrix of the ranking and the score tables, and the images on which each differs most from it."""
     if not options.tables:
-        return {"spearman": None, "pairs": []}
+        return {"spearman": None, "pairs": [], "notes": []}
     from protoprune.comparison import compare
     from protoprune.scores import read_scores
 
     ranking = chosen.ranking
     own = "this ranking"
-    tables = {own: np.where(ranking.scored, ranking.scores, np.nan)}
+    tables, notes = {own: np.where(ranking.scored, ranking.scores, np.nan)}, []
     for path in options.tables:
         name = os.path.basename(path)
-        tables[name if name not in tables else os.fspath(path)] = read_scores(path, ranking.paths).scores
+        name, table = name if name not in tables else os.fspath(path), read_scores(path, ranking.paths)
+        tables[name] = table.scores
+        notes.append(f"{name}: {'; '.join(table.notes())}")
     result = compare(tables, ranking.paths, resamples=0)
     compared = np.flatnonzero(~np.any([np.isnan(scores) for scores in tables.values()], axis=0))
     pairs = []
@@ -331,7 +334,8 @@ def _tables(chosen: Selected, options: Options) -> dict[str, Any]:
             rows = compared[np.argsort(-sign * gap, kind="stable")[:12]].tolist()
             pairs.append({"title": shown(what), "rows": rows})
     matrix = [[f"{value:.2f}" for value in row] for row in result.spearman]
-    return {"spearman": {"names": result.names, "rows": matrix, "images": len(result.paths)}, "pairs": pairs}
+    spearman = {"names": result.names, "rows": matrix, "images": len(result.paths)}
+    return {"spearman": spearman, "pairs": pairs, "notes": notes}
 
 
 def _spread(ranking: pruning.Ranking, order: np.ndarray, seed: int) -> np.ndarray:

@@ -46,7 +46,8 @@ def page(
     *,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists.
+    """The page of a selection, and what is worth telling: bytes, thumbnails, missing images, whether it saves lists,
+    and how the tables compared with were read.
 
     Raises UsageError for options out of range; reads images only for thumbnails, under `options.root` or the root of
     the feature file.
@@ -69,14 +70,15 @@ def page(
         sprites = _pictures(chosen, facts, options, limit - sum(len(text) for _, text in blocks.values()), on_image)
     place = np.array([sprites.place.get(int(row), thumbnails.NONE) for row in facts.sample], np.int32)
     blocks["thumb"] = _block(place)
-    if facts.data["command"] and _broken(chosen):  # lines cannot hold the names, and the command must make the list
+    kind = "jsonl" if _broken(chosen) else "csv" if facts.text["weighted"] else ""
+    if facts.data["command"] and kind:  # lines cannot hold the names or the weights, and the command must make the list
         first, last = facts.data["command"]
-        facts.data["command"] = [first, last.removesuffix(" > kept.txt") + " -o kept.jsonl"]
+        facts.data["command"] = [first, last.removesuffix(" > kept.txt") + f" -o kept.{kind}"]
     facts.data |= {"side": thumbnails.SIDE, "across": thumbnails.ACROSS, "saves": saves}
     facts.text |= {"no_list": why, "thumbnails": len(sprites.place) - sprites.missing, "missing": sprites.missing}
     html = _render(facts, blocks, sprites.images)
     told = {"bytes": len(html), "limit": limit, "thumbnails": facts.text["thumbnails"], "missing": sprites.missing}
-    return html, told | {"saves": saves, "why": why}
+    return html, told | {"saves": saves, "why": why, "notes": facts.text["notes"]}
 
 
 def _no_list(chosen: Selected, facts: Facts, size: int, room: float) -> str | None:

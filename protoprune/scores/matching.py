@@ -47,8 +47,8 @@ class ScoreTable:
         who = {
             "header": "direction from its header",
             "released": "a released ImageNet file, in which higher means keep",
-            "given": "direction from --higher-is",
-            "assumed": "a higher score is taken as harder, since the table does not say (--higher-is)",
+            "given": "direction as given",
+            "assumed": "a higher score is taken as harder, since the table does not say (--higher-is, or FILE:prune)",
         }
         lines = [f"metric {self.metric}, {who[self.direction]}" if self.metric else who[self.direction]]
         if self.ends:
@@ -64,6 +64,9 @@ class ScoreTable:
                 f"{many(len(self.ambiguous), 'table row')} could mean several images, or share one, and are left out, "
                 f"first {self.ambiguous[0]}"
             )
+        if self.unmatched_rows:
+            rows = many(len(self.unmatched_rows), "table row names", "table rows name")
+            lines.append(f"{rows} no image, first {self.unmatched_rows[0]}")
         return lines
 
 
