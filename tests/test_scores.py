@@ -597,7 +597,8 @@ def test_what_a_manifest_gives_no_rank_has_no_score(tmp_path):
     (tmp_path / "all.csv").write_text("path,score,rank\na.png,0.1,1\nb.png,0.9,0\ntwin.png,0.9,-1\n")
     for way, first in (("easier", -1), ("harder", 1)):
         found = read_scores(f"{tmp_path}/all.csv:rank:{way}", ["a.png", "b.png", "twin.png"]).scores
-        assert (found[0], found[1]) == (first, 0) and np.isnan(found[2])
+        assert (found[0], found[1]) == (first, 0)
+        assert np.isnan(found[2])
 
 
 def test_turned_leaves_tables_with_a_direction_alone(tmp_path):

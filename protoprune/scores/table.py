@@ -34,8 +34,16 @@ from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import Paths, all_encoded, distinct
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
 from protoprune.text import (
-    arrow_table, check_file, contents, is_arrow, parquet, parse_json, plain_bytes, plain_name, unpacked,
-)  # fmt: skip
+    arrow_table,
+    check_file,
+    contents,
+    is_arrow,
+    parquet,
+    parse_json,
+    plain_bytes,
+    plain_name,
+    unpacked,
+)
 from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
