@@ -291,7 +291,7 @@ def test_samples_of_any_iterable_pass_after_pass():
     samples = [{"__key__": name, "n": i} for i, name in enumerate(("a", "b", "c"))]
     kept = keep_only(samples, ["c.png", "a.png"])
     assert [s["n"] for s in kept] == [s["n"] for s in kept] == [0, 2]
-    with pytest.raises(UsageError, match="no __key__, only x"):
+    with pytest.raises(UsageError, match="no __key__, only x; call keep_only before to_tuple, or give paths="):
         list(keep_only([{"x": 1}], ["c.png"]))
 
 
