@@ -265,8 +265,9 @@ def write_links(
     """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist, be empty, or with
     `overwrite` hold what an earlier call has made of the images below this root, and nothing else.
 
-    Of all `classes`, one a line, in the order of their numbers, is made `classes.txt` in it: a loader that counts the
-    folders numbers the classes anew where one has lost all its images, and timm takes it as --class-map.
+    All `classes` get a folder, be it empty, and a line of `classes.txt`, in the order of their numbers: a loader that
+    counts the folders would number the classes anew where one has lost all its images (ImageFolder refuses an empty one
+    unless told to take it), and timm, which counts the files' folders, takes the list as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched. A
@@ -281,6 +282,9 @@ def write_links(
     made: set[str] = set()
     try:
         os.makedirs(building)
+        for name in classes:
+            if not leads_out(name):
+                os.mkdir(os.path.join(building, name))
         for path in paths:
             target, link = os.path.join(root, path), os.path.join(building, path)
             parent = os.path.dirname(link)

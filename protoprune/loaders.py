@@ -82,6 +82,7 @@ def keep_only(
     if isinstance(dataset, Mapping):
         some = next(iter(dataset), "train")
         raise UsageError(f"a {type(dataset).__name__} of splits {', '.join(map(str, dataset))}; give one: [{some!r}]")
+    dataset = _listlike(dataset)
     whole, _ = _whole(dataset)
     own = _own_paths(dataset) if paths is None else None
     if own is not None:
@@ -254,6 +255,7 @@ def weights_of(
         raise UsageError("the list holds no image with a weight")
     for path, weight in weights.items() if weights is kept else ():  # somebody's own; those that are read are checked
         check_number(f"the weight of {path}", weight, 0, 1e30, above=True)
+    dataset = _listlike(dataset)
     whole, places = _whole(dataset)
     paths = _own_paths(dataset) if paths is None else paths
     if paths is None and not _in_files(whole):
@@ -347,6 +349,13 @@ def _in_files(dataset: object) -> bool:
 def _first(sample: Any) -> Any:
     """The path of a sample, which may have a class after it."""
     return sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+
+
+def _listlike(dataset: Any) -> Any:
+    """A column of a table (pandas, Polars, pyarrow) as a list or an array; anything else as it is."""
+    dataset = dataset if hasattr(dataset, "columns") else one_column(dataset)
+    column = hasattr(dataset, "to_numpy") and not hasattr(dataset, "columns")
+    return dataset.to_numpy() if column else dataset
 
 
 def _own_paths(dataset: object) -> list[Any] | None:

@@ -181,8 +181,9 @@ def test_who_makes_the_links_second_reads_that_they_are_there(tmp_path, image_tr
 
 
 def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
-    """A class that has lost all its images has no folder, so loaders that count folders shift the others."""
-    timm = pytest.importorskip("timm.data")
+    """A class that has lost all its images has an empty folder for loaders that count folders, and a line for those
+    that count the folders of files; torchvision refuses it instead of numbering the others anew."""
+    timm, datasets = pytest.importorskip("timm.data"), pytest.importorskip("torchvision.datasets")
     root = image_tree({"ape": 2, "bee": 2, "cow": 2})
     write_links(tmp_path / "kept", root, ["bee/000.png", "cow/001.png"], classes=["ape", "bee", "cow"])
     assert (tmp_path / "kept/classes.txt").read_text() == "ape\nbee\ncow\n"
@@ -190,6 +191,11 @@ def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
     assert [label for _, label in shifted] == [0, 1]
     mapped = timm.create_dataset("", root=tmp_path / "kept", class_map="classes.txt")
     assert [label for _, label in mapped] == [1, 2]
+    with pytest.raises(FileNotFoundError, match="no valid file for the classes ape"):
+        datasets.ImageFolder(tmp_path / "kept")
+    assert datasets.ImageFolder(tmp_path / "kept", allow_empty=True).targets == [1, 2]
+    write_links(tmp_path / "kept", root, ["ape/000.png"], classes=["ape", "bee", "cow"], overwrite=True)
+    assert datasets.ImageFolder(tmp_path / "kept", allow_empty=True).targets == [0]
     write_links(tmp_path / "other", root, ["bee/000.png"])
     assert os.listdir(tmp_path / "other") == ["bee"]
 

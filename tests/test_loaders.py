@@ -243,8 +243,10 @@ def test_a_worker_that_keeps_nothing_says_so():
         def __iter__(self):
             return iter(self.samples)
 
+    loader = iter(DataLoader(Kept(), batch_size=None, num_workers=1))  # which sees all of it
     with pytest.raises(ProtopruneError, match="3 of 3 listed images are not in the data set"):
-        list(DataLoader(Kept(), batch_size=None, num_workers=1))  # which sees all of it
+        next(loader)
+    loader._workers[0].kill()  # torch would wait 5 s for it
 
 
 def test_of_several_workers_each_says_when_none_of_its_samples_is_listed(monkeypatch):
@@ -471,6 +473,13 @@ def test_lists_of_paths(image_folder, tmp_path, monkeypatch):
     pandas = pytest.importorskip("pandas")
     with pytest.raises(UsageError, match="a DataFrame: give its column of paths, or paths="):
         keep_only(pandas.DataFrame({"path": KEPT}), KEPT)
+    column = pandas.Series(paths, index=range(7, 7 + len(paths)))
+    pyarrow = pytest.importorskip("pyarrow")
+    for one in (column, pyarrow.array(paths), pyarrow.chunked_array([paths[:2], paths[2:]]), column.to_frame().values):
+        assert keep_only(one, KEPT, root=image_folder.root) == keep_only(paths, KEPT, root=image_folder.root)
+    assert weights_of(pandas.Series(KEPT), BY_PATH).tolist() == [1, 4, 2.5]
+    with pytest.raises(UsageError, match="a Table: give its column of paths, or paths="):
+        keep_only(pyarrow.table({"path": KEPT}), KEPT)
 
 
 def test_loaders_and_batches_are_refused(image_folder):

@@ -177,8 +177,9 @@ def test_timm(here):
     from timm.data import create_dataset
 
     in_shell("timm", [("python train.py", "true python train.py")])
-    options = dict(zip(BLOCKS["timm"].split()[::1], BLOCKS["timm"].split()[1::1], strict=False))
-    dataset = create_dataset("", root=".", split=options["--train-split"], class_map=options["--class-map"])
+    root, *words = BLOCKS["timm"].partition("train.py")[2].split()
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    dataset = create_dataset("", root=root, split=options["--train-split"], class_map=options["--class-map"])
     assert dataset.reader.class_to_idx == {"c0": 0, "c1": 1}
     assert (
         sorted(os.path.relpath(name, os.path.abspath("kept-images")) for name in dataset.filenames(absolute=True))

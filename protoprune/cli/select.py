@@ -226,9 +226,9 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrit
     if lost:
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5:,} more" if len(lost) > 5 else "")
         say(
-            f"warning: {folder} has no image of {len(lost):,} of {len(classes):,} classes ({names}), so that "
-            f"ImageFolder numbers the others anew, unlike those of a validation set; {folder / CLASSES} keeps the "
-            "numbers (timm: --class-map), and so does keep_only on the whole folder"
+            f"warning: {folder} has no image of {len(lost):,} of {len(classes):,} classes ({names}); their folders are "
+            "empty, which keeps the others' numbers in Keras, DALI and Ultralytics, and which ImageFolder refuses "
+            f"without allow_empty=True; timm wants --class-map {folder / CLASSES}"
         )
     if below(folder, root):
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
