@@ -1,8 +1,10 @@
-"""`protoprune record`, in this process and as a program."""
+"""`protoprune record` as a user meets it."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from training_helpers import write_folder
 from typer.testing import CliRunner
 
 from protoprune.cli import app
-from protoprune.records import Record
+from protoprune.records import PartialRecord, Record
 from protoprune.training import examples
 
 QUICK = ["--model", "cnn", "--width", "4", "--image-size", "8", "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
@@ -191,26 +193,23 @@ def test_a_bad_option_is_said_before_anything_is_decoded(images, record, monkeyp
         assert len(lines) == 1
 
 
-def test_the_program_goes_on_after_an_interrupt(images, run_program, record, tmp_path):
-    interrupt = (
-        "import signal, os, sys\n"
-        "from protoprune.training import recording\n"
-        "write = recording.records.PartialRecord.write\n"
-        "def once(self, models, *how):\n"
-        "    if models.start == 1: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    write(self, models, *how)\n"
-        "recording.records.PartialRecord.write = once\n"
-        "sys.argv[0] = 'protoprune'\n"
-        "from protoprune.cli import main; main()\n"
-    )
-    arguments = ["record", "images", *QUICK, "--models", "2"]
-    first = run_program(*arguments, python=("-c", interrupt))
-    assert first.returncode == 130
-    assert first.stdout == b""
-    lines = first.stderr.decode().splitlines()
+def test_the_program_goes_on_after_an_interrupt(images, record, tmp_path, monkeypatch):
+    write = PartialRecord.write
+
+    def once(self, models, *how):
+        if models.start == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(self, models, *how)
+
+    arguments = ["images", *QUICK, "--models", "2"]
+    monkeypatch.setattr(sys, "argv", ["protoprune", "record", *arguments])
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialRecord, "write", once)
+        code, lines = record(*arguments)
+    assert code == 130
     assert lines[-2] == "interrupted: what is recorded is kept; to go on, run the same again:"
-    assert lines[-1] == f"  protoprune {' '.join(arguments)}"
-    code, lines = record(*arguments[1:])
+    assert lines[-1] == f"  {' '.join(sys.argv)}"
+    code, lines = record(*arguments)
     assert code == 0
     assert "2 of 4 epochs are recorded already, 2 to go" in "\n".join(lines)
     assert Record(tmp_path / "record.h5").committed.tolist() == [2, 2]

@@ -116,11 +116,11 @@ def test_formats_hold_the_same_list(here, run):
     assert sorted(here.glob("*.tmp")) == []
 
 
-def test_null_and_npy_on_stdout_are_nothing_but_the_list(here, run_program):
-    null = run_program("select", "--keep", "0.5", "-0").stdout
+def test_null_and_npy_on_stdout_are_nothing_but_the_list(here, run):
+    null = select(run, "--keep", "0.5", "-0").stdout_bytes
     assert null.endswith(b"\0")
     assert b"\n" not in null
-    array = np.load(io.BytesIO(run_program("select", "--keep", "0.5", "--format", "npy").stdout))
+    array = np.load(io.BytesIO(select(run, "--keep", "0.5", "--format", "npy").stdout_bytes))
     assert [sorted(PATHS)[row] for row in array] == os.fsdecode(null).split("\0")[:-1]
 
 
@@ -131,27 +131,35 @@ def shell(run_program, line: str):
     return run_program(line.replace("$select", select), python=("-c", program))
 
 
-def test_standard_output_by_its_name_and_a_process_as_a_file(here, run_program):
-    plain = shell(run_program, "$select").stdout
+def test_standard_output_by_its_name_and_without_the_summary(here, run, run_program):
+    """`2>&-`: the summary must not turn up among the paths."""
+    plain = select(run, "--keep", "0.5").stdout_bytes
     assert len(plain.splitlines()) == 30
-    assert shell(run_program, "$select -o /dev/stdout | cat").stdout == plain
-    assert shell(run_program, "{ $select -o >(cat >&3) >/dev/null; } 3>&1 | cat").stdout == plain
-    assert shell(run_program, "$select --removed /dev/null; test -c /dev/null || echo replaced").stdout == plain
+    line = "$select -o /dev/stdout --removed /dev/null 2>&- | cat; test -c /dev/null || echo replaced"
+    assert shell(run_program, line).stdout == plain
 
 
-def test_streams_that_are_closed_or_full(here, run_program):
-    plain = shell(run_program, "$select").stdout
-    assert shell(run_program, "$select 2>&-").stdout == plain  # the summary must not turn up among the paths
+def test_a_process_as_a_file(here, run):
+    """`-o >(sort)` is a pipe by its number."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe:
+        select(run, "--keep", "0.5", "-o", f"/dev/fd/{writing}")
+        os.close(writing)
+        assert pipe.read() == select(run, "--keep", "0.5").stdout_bytes
+
+
+def test_streams_that_are_closed_or_full(here, run, run_program):
     for line, code, message in (
-        ("$select >&-", 1, b"error: standard output is closed, and the answer would be lost"),
-        ("$select >/dev/full", 1, b"error: standard output: cannot write (No space left on device)"),
-        ("$select -o /dev/full", 1, b"error: /dev/full: cannot write (No space left on device)"),
+        (">&-", 1, b"error: standard output is closed, and the answer would be lost"),
+        (">/dev/full", 1, b"error: standard output: cannot write (No space left on device)"),
     ):
-        result = shell(run_program, line)
+        result = shell(run_program, f"$select {line}")
         assert result.returncode == code, result.stderr
         assert message in result.stderr
         assert b"Traceback" not in result.stderr
         assert b"Exception ignored" not in result.stderr
+    full = select(run, "--keep", "0.5", "-o", "/dev/full", code=1)
+    assert "error: /dev/full: cannot write (No space left on device)" in full.stderr
 
 
 def test_absolute_and_root(here, run, feature_file):
@@ -590,11 +598,11 @@ def test_flat_folders_get_the_square_root(here, run, feature_file):
     assert "no classes" in run("select", "flat.h5", "--keep", "0.5", "--balance", "0.5", "--by", "class", code=2).stderr
 
 
-def test_names_that_are_not_utf8(here, run_program, feature_file):
+def test_names_that_are_not_utf8(here, run, feature_file):
     feature_file("odd.h5", blobs(3), paths=["a/caf\udce9.png", "a/two\nlines.png", "b/c.png"])
-    assert b"line break" in run_program("select", "odd.h5", "--keep", "1").stderr
-    result = run_program("select", "odd.h5", "--keep", "1", "-0", "--manifest", "m.csv")
-    assert result.stdout == b"a/caf\xe9.png\0a/two\nlines.png\0b/c.png\0"
+    assert "line break" in run("select", "odd.h5", "--keep", "1", code=2).stderr
+    result = run("select", "odd.h5", "--keep", "1", "-0", "--manifest", "m.csv")
+    assert result.stdout_bytes == b"a/caf\xe9.png\0a/two\nlines.png\0b/c.png\0"
     assert b"caf\xe9" in (here / "m.csv").read_bytes()
 
 

@@ -647,6 +647,10 @@ def test_errors_of_zero_are_left_out_of_the_fit():
     perfect = FakeFit(level=1.0, luck=0, noise=0, effect=lambda rows: -0.2 if len(rows) < 200 else 0)
     result = scaling(TRAIN, TEST, HEAD, orders=["random"], seeds=2, fit=perfect, **SWEEP)
     assert result.curve("all").fits.sizes == 4
+    left = [one.kept for one in result.points if one.order == "all" and one.error.mean == 0]
+    shown = ", ".join(f"{kept:,}" for kept in sorted(left))
+    assert left
+    assert result.curve("all").verdict.endswith(f"; fitted without {shown} kept, where no test image is wrong")
     flat = FakeFit(level=1.0, luck=0, noise=0)
     curve = scaling(TRAIN, TEST, HEAD, orders=["random"], seeds=2, fit=flat, **SWEEP).curve("all")
     assert curve.fits is None

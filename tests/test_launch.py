@@ -188,16 +188,18 @@ def test_workers_make_the_set_that_one_process_makes(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", no_room)  # a container's /dev/shm
     monkeypatch.setattr("torch.UntypedStorage._share_filename_cpu_", no_room)
     folder = image_folder(tmp_path / "images", {"ant": 6, "bee": 6})
-    source = find_shards(write_tars(tmp_path / "tars", members(folder), 4))
+    tars = write_tars(tmp_path / "tars", members(folder), 4)
     mini = load_encoder("mini")
-    embed_shards(source, mini, tmp_path / "one", device="cpu")
-    report = embed_shards(source, mini, tmp_path / "two", devices=["cpu", "cpu"])
-    assert (report.states, report.embedded, report.finished) == ({"embedded": 4}, 12, True)
+    embed_shards(find_shards(tars), mini, tmp_path / "one", device="cpu")
+    away = [path.rename(tmp_path / path.name) for path in sorted(tars.iterdir())[2:]]
+    embed_shards(find_shards(tars), mini, tmp_path / "two", device="cpu")
+    for path in away:
+        path.rename(tars / path.name)
+    report = embed_shards(find_shards(tars), mini, tmp_path / "two", devices=["cpu", "cpu"])
+    assert (report.states, report.embedded, report.finished) == ({"unchanged": 2, "embedded": 2}, 6, True)
     with open_features(tmp_path / "one") as one, open_features(tmp_path / "two") as two:
         assert np.array_equal(one.features[:], two.features[:])
         assert one.paths == two.paths
-    report = embed_shards(source, mini, tmp_path / "two", devices=["cpu", "cpu"])
-    assert (report.states, report.embedded) == ({"unchanged": 4}, 0)
 
 
 @pytest.mark.slow

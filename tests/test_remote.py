@@ -3,11 +3,8 @@
 import contextlib
 import errno
 import http.server
-import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -371,7 +368,7 @@ def served():
 
     def start(handler) -> str:
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"127.0.0.1:{servers[-1].server_port}"
 
     yield start
@@ -424,20 +421,7 @@ def test_hugging_face_without_a_network_is_said_within_seconds(tmp_path):
     assert said.rstrip().endswith("check the network and the URL")
 
 
-_ONE_AFTER_THE_OTHER = """
-import json, sys
-from protoprune.cli import main
-for command in json.loads(sys.argv[1]):
-    sys.argv[1:] = command
-    try:
-        main()
-    except SystemExit:
-        pass
-    print("--- ended", flush=True)
-"""
-
-
-def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monkeypatch):
+def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monkeypatch, caplog, capfd):
     """User, password and signature of a URL, and the environment's keys: nothing of them in what is written."""
     secrets = ["pa55word", "SIGNATURE0123", "very-secret-value", "AKIATESTKEY"]
     serving = write_tars(tmp_path / "served", members(folder), 2)
@@ -453,9 +437,9 @@ def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monk
 
     host = served(Files)
     query = "?X-Amz-Signature=SIGNATURE0123"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(protoprune.__file__)),
-                   "PROTOPRUNE_CACHE": str(tmp_path / "run/cache")}  # fmt: skip
-    commands = []
+    monkeypatch.setenv("PROTOPRUNE_CACHE", str(tmp_path / "run/cache"))
+    monkeypatch.chdir(tmp_path / "run")
+    said = b""
     for arguments in (
         ["embed", f"http://me:pa55word@{host}/0000.tar{query}", "-o", "http"],
         ["embed", f"http://me:pa55word@{host}/{{0000..0002}}.tar{query}", "-o", "http3", "--errors", "e.csv"],
@@ -469,13 +453,10 @@ def test_secrets_are_in_no_file_and_no_output(s3, folder, served, tmp_path, monk
     ):
         if arguments[0] == "embed":
             arguments += ["--encoder", "mini", "--device", "cpu"]
-        commands.append(list(map(str, arguments)))
-    result = subprocess.run(
-        [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands)], capture_output=True, env=environment,
-        cwd=tmp_path / "run",
-    )  # fmt: skip
-    said = result.stdout + result.stderr
-    assert result.stdout.count(b"--- ended") == len(commands)
+        result = CliRunner().invoke(app, arguments)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        said += result.output.encode()
+    said += "".join([*capfd.readouterr(), caplog.text]).encode()
     written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for name in s3.find("images-bucket/secrets"):
         written[name] = s3.cat_file(name)

@@ -16,6 +16,7 @@ from every_command import LINES, main_with, text, walk
 
 from protoprune import cli
 from protoprune.cli import _pass_on
+from protoprune.features.featurefile import FeatureFile
 
 FULL = Path("/dev/full")
 FILES = ("embed", "record", "sheet", "report", "merge", "reshard", "import", "tune")  # commands that write files
@@ -121,6 +122,9 @@ def program(line: str, folder: Path) -> subprocess.CompletedProcess:
 def test_no_file_takes_the_place_of_a_closed_stream(here):
     """What is opened first gets the lowest number: with 2>&- that was the feature file, and libraries write there."""
     assert program("import v.npz -o new.h5 0<&- 1>&- 2>&-", here).returncode == 0
+    with FeatureFile(here / "new.h5") as file:
+        assert file.usable.all()
+        assert file.damage() == []
     seen = "import os; print(*(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))"
     line = f"import sys, io; from protoprune.cli.streams import open_closed as o; sys.stderr = None; o(); {seen}"
     result = subprocess.run(

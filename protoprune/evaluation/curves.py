@@ -237,7 +237,9 @@ def _curve(name: str, order: str, keep: float | None, points: list[Point], boots
         found = fits.fit_laws(
             [one.kept for one in usable], np.array([one.errors for one in usable]).T, bootstrap=bootstrap
         )
-    return Curve(name, order, keep, kept, errors, found, fits.verdict(found))
+    perfect = [f"{one.kept:,}" for one in unique if one.error.mean == 0]  # which no law here can reach
+    without = f"; fitted without {', '.join(perfect)} kept, where no test image is wrong" if perfect else ""
+    return Curve(name, order, keep, kept, errors, found, fits.verdict(found) + without)
 
 
 def _rows(planned: list[_Planned], outcomes: list[Outcome]) -> list[dict[str, Any]]:
