@@ -233,6 +233,15 @@ def test_mistakes_get_one_line(arguments, code, message, images, tmp_path, monke
     assert not os.path.exists("features.h5")
 
 
+def test_a_folder_that_has_lost_its_shards_is_said_to_hold_none(images, tmp_path):
+    """'fs: a folder; name a file' sent the user elsewhere."""
+    (tmp_path / "fs").mkdir()
+    (tmp_path / "fs" / "set.json").write_text("{}")
+    result = CliRunner().invoke(app, ["embed", str(images), "-o", str(tmp_path / "fs"), "--encoder", "mini"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"fs: a feature set, which is made of shards, and {images} holds none" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

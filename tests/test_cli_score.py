@@ -295,3 +295,12 @@ def test_fakes_have_what_the_real_ones_have(here):
         fake = FakeFeatures(file.features[:], file.labels, file.paths, file.usable)
         for metric in ("supervised_prototypes", "moderate", "k_center", "random"):
             np.testing.assert_array_equal(score(metric, fake).values, score(metric, file).values)
+
+
+def test_the_help_names_the_metrics_that_average_over_other_models():
+    """label_issues asks models that did not see an image, as ddd does."""
+    defaults = {name: metric.options["models"] for name, metric in METRICS.items() if "models" in metric.options}
+    held_out = [name for name, default in defaults.items() if default is None]
+    every = [name for name, default in defaults.items() if default == "all"]
+    expected = f"[default: trained; {' and '.join(held_out)}: held-out; {' and '.join(every)}: all]"
+    assert expected in " ".join(run("score", "--help").stdout.split())

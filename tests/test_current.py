@@ -335,6 +335,23 @@ def of_set(out) -> dict[str, bytes]:
         return {name: row.tobytes() for name, row in zip(whole.paths, whole.features[:], strict=True)}
 
 
+def test_a_shard_that_was_written_anew_is_compared_image_by_image(tmp_path):
+    """Of a shard to which an image was added, or that was touched, all images were embedded again."""
+    shards(tmp_path / "a", list(range(8)))
+    embed_set(tmp_path / "a", tmp_path / "s")
+    before = of_set(tmp_path / "s")
+    colours = [4, 77, 6, 7, 8]  # one is another one, one is new
+    write_tar(tmp_path / "a" / "1.tar", [(f"{i}.ppm", bitmap(colour)) for i, colour in enumerate(colours)])
+    report = embed_set(tmp_path / "a", tmp_path / "s")
+    assert (report.states, report.embedded, report.compared, report.other) == (
+        {"embedded": 1, "unchanged": 1}, 2, 4, 1,
+    )  # fmt: skip
+    after = of_set(tmp_path / "s")
+    assert {name for name in before if after[name] != before[name]} == {"1.tar/1.ppm"}
+    write_tar(tmp_path / "a" / "1.tar", [("9.ppm", bitmap(9))])  # most are gone, which is no loss: the shard says so
+    assert (embed_set(tmp_path / "a", tmp_path / "s").n, len(of_set(tmp_path / "s"))) == (5, 5)
+
+
 def test_shards_below_another_root_are_compared(tmp_path):
     shards(tmp_path / "a", list(range(8)))
     embed_set(tmp_path / "a", tmp_path / "s")
@@ -344,6 +361,18 @@ def test_shards_below_another_root_are_compared(tmp_path):
     assert (report.finished, report.embedded, report.n) == (True, 0, 8)
     assert of_set(tmp_path / "s") == before
     assert dict(embed_set(tmp_path / "same", tmp_path / "s").states) == {"unchanged": 2}
+    for number in range(2):  # copied without its times, or touched
+        os.utime(tmp_path / "same" / f"{number}.tar", ns=(5, 5))
+    report = embed_set(tmp_path / "same", tmp_path / "s")
+    assert (report.embedded, report.compared, report.other) == (0, 8, 0)
+    shutil.copytree(tmp_path / "same", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "0.tar", ns=(6, 6))
+    os.utime(tmp_path / "copy" / "1.tar", ns=(6, 6))
+    with pytest.raises(ProtopruneError, match="8 of its 8 features would be lost; leave --moved out, and contents are"):
+        embed_set(tmp_path / "copy", tmp_path / "s", moved=True)
+    assert embed_set(tmp_path / "copy", tmp_path / "s").embedded == 0
+    assert embed_set(tmp_path / "same", tmp_path / "s").embedded == 0
+    assert of_set(tmp_path / "s") == before
     shards(tmp_path / "other", list(range(50, 58)))
     with pytest.raises(
         ProtopruneError, match=r"is for shards below .*/same, not .*/other, and 0\.tar holds other images"

@@ -210,7 +210,7 @@ def test_another_encoder_source_or_folder_is_refused(tars, folder, mini, tmp_pat
     other = write_tars(tmp_path / "other", members(folder)[:9], 3)
     for spec, options, message in (
         (tars, {"store": "float32"}, r"holds other features \(store: float16, not float32\)"),
-        (other, {}, r"is for shards below .*/tars, not .*/other: 24 of its 24 features would be lost"),
+        (other, {}, r"is for shards below .*/tars, not .*/other, and 0000.tar holds other images"),
         (tars / "0000.tar", {}, r"is for other shards: 18 of its 24 features would be lost"),
     ):
         with pytest.raises(ProtopruneError, match=message):

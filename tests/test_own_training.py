@@ -134,6 +134,7 @@ def test_influence_and_grand_of_somebodys_own_training(tmp_path):
         ({"paths": ["", *PATHS[1:]]}, "paths: '' is not below a folder"),
         ({"paths": ["../up.png", *PATHS[1:]], "root": "/data"}, "outside the root /data"),
         ({"subset": SUBSET[:1]}, r"subset of shape \(1, 11\): expected \(2, 11\)"),
+        ({"subset": np.full((2, 11), 0.7)}, "subset: holds other values than True and False"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, changed, message):

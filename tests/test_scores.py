@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -572,6 +573,32 @@ def test_a_rank_says_from_which_end_it_counts(tmp_path):
         read_scores(f"{tmp_path}/all.csv:rank", ["a.png", "b.png"])
     assert read_scores(f"{tmp_path}/all.csv:rank:easier", ["a.png", "b.png"]).scores.tolist() == [-1, 0]
     assert read_scores(f"{tmp_path}/all.csv:rank", ["a.png", "b.png"], higher_is="harder").scores.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("write", ["csv", "only.csv", "jsonl", "npz"])
+def test_a_rank_that_is_the_only_score_says_from_which_end_too(tmp_path, write):
+    """It was taken as 'higher is harder', which would keep the easiest of a manifest's order."""
+    name = f"{tmp_path}/r.{write}"
+    if write == "npz":
+        np.savez(name, path=np.array(["a.png", "b.png"]), Rank=np.array([1, 0]))
+    else:
+        text = {"csv": "path,rank\na.png,1\nb.png,0\n", "only.csv": "rank\n1\n0\n",
+                "jsonl": '{"path": "a.png", "rank": 1}\n{"path": "b.png", "rank": 0}\n'}[write]  # fmt: skip
+        Path(name).write_text(text)
+    by = {"by_place": True} if write == "only.csv" else {}
+    with pytest.raises(UsageError, match=r": a rank may count from either end; .*:easier"):
+        read_scores(name, ["a.png", "b.png"], **by)
+    assert read_scores(f"{name}:easier", ["a.png", "b.png"], **by).scores.tolist() == [-1, 0]
+    assert turned(read_table(name), "keep").scores.tolist() == [1, 0]  # as `compare --higher-is` reads it
+
+
+def test_what_a_manifest_gives_no_rank_has_no_score(tmp_path):
+    """-1 is of what --dedup left out: turned, it came before all others."""
+    (tmp_path / "all.csv").write_text("path,score,rank\na.png,0.1,1\nb.png,0.9,0\ntwin.png,0.9,-1\n")
+    for way, first in (("easier", -1), ("harder", 1)):
+        found = read_scores(f"{tmp_path}/all.csv:rank:{way}", ["a.png", "b.png", "twin.png"]).scores
+        assert (found[0], found[1]) == (first, 0)
+        assert np.isnan(found[2])
 
 
 def test_turned_leaves_tables_with_a_direction_alone(tmp_path):

@@ -624,6 +624,7 @@ def test_advise_command_counts_a_feature_file(feature_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert "10 images, 2 classes" in result.stdout
     assert "3 to 7 images" in " ".join(result.stdout.split())
+    assert "Split half of what is kept evenly over the 2 classes (`--balance 0.5`)." in " ".join(result.stdout.split())
     assert "protoprune tune" in result.stdout
     assert "Nearest neighbours in your features are right on " in " ".join(result.stdout.split())
     others = run("advise", "--features", out, "--images", 4000).stdout

@@ -23,6 +23,7 @@ from protoprune.cli.shards import (
     check_strict,
     embed_source,
     nothing_usable,
+    say_compared,
     say_left_out,
 )
 from protoprune.cli.streams import need_stdout
@@ -107,8 +108,12 @@ def embed(
     source, entries = _find(images, root)
     single = _is_single(source, out)
     if source is None or single:
+        from protoprune.images.listing import is_feature_set
+
         refuse_url(target, "-o ")
         file = out or Path("features.h5")
+        if is_feature_set(file):
+            raise UsageError(f"-o {file}: a feature set, which is made of shards, and {images} holds none")
         check_outputs(errors, hdf5=file, inputs=inputs)
         _refuse_shard_options(**vars(processes) | {"engine": None if processes.engine == "local" else processes.engine})
     if source is None:
@@ -305,11 +310,7 @@ def _say_found(found: ImageList, errors: Path | None) -> None:
 def _say_report(report: EmbedReport, model: Encoder, seconds: float) -> None:
     if report.moved_from:
         say(f"the images were below {report.moved_from} when they were embedded")
-    if report.compared:
-        same = report.compared - report.other
-        again = many(report.other, "has other content and is", "have other content and are")
-        other = f", {again} embedded again" if report.other else ""
-        say(f"of {many(report.compared, 'image')} compared {many(same, 'is', 'are')} the same{other}")
+    say_compared(report)
     if report.transparent:
         some = many(report.transparent, "image has transparent parts; it is", "images have transparent parts; they are")
         say(f"{some} shown on white")

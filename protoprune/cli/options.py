@@ -209,8 +209,9 @@ class ClassOptions:
         from protoprune.sources import ShardOptions
 
         if self.labels is not None or self.class_names is not None:
+            option = "--labels" if self.labels is not None else "--class-names"
             raise UsageError(
-                "--labels FILE goes with images; shards have their classes in .cls, .json, a column or folders"
+                f"{option} FILE goes with images; shards have their classes in .cls, .json, a column or folders"
             )
         return ShardOptions(image_column, self.label_column, id_column, not self.no_labels, self.class_level)
 

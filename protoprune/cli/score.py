@@ -60,11 +60,13 @@ def score(
         str | None,
         typer.Option(
             help="Average over the models that were trained on an image, held out of it, or all: "
-            "trained, held-out, all [default: trained; ddd: held-out; ensemble_active_learning: all]."
+            "trained, held-out, all [default: trained; ddd and label_issues: held-out; ensemble_active_learning: all]."
         ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Epochs a window of dyn_unc and tdds [default: 10].")] = None,
-    k: Annotated[int | None, typer.Option(help="Clusters of self_supervised_prototypes [default: auto].")] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Clusters of self_supervised_prototypes [default: as `select` has].")
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(

@@ -24,6 +24,7 @@ from protoprune.units import bytes_text, duration, many
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from protoprune.embedding.pipeline import EmbedReport
     from protoprune.encoders import Encoder
     from protoprune.features.featureset import Part
     from protoprune.shards.sharding import SetReport, ShardReport
@@ -150,6 +151,7 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
     from protoprune.images.listing import describe_counts
 
     _say_skipped(report)
+    say_compared(report)
     if report.failed:
         say(f"{many(report.failed, 'image')} could not be used: {describe_counts(report.failures, 10)}")
     if report.transparent:
@@ -168,6 +170,15 @@ def _say_set(report: SetReport, model: Encoder, seconds: float) -> None:
         say(f"{many(len(report.failed_shards), 'shard')} could not be used, first {first}: {status}: {reason}")
     if not report.finished:
         say(f"{report.out} is not finished: other processes have shards left, or were stopped; run the same again")
+
+
+def say_compared(report: EmbedReport | SetReport) -> None:
+    """What became of images whose content was compared with what had been embedded."""
+    if report.compared:
+        same = report.compared - report.other
+        again = many(report.other, "has other content and is", "have other content and are")
+        other = f", {again} embedded again" if report.other else ""
+        say(f"of {many(report.compared, 'image')} compared {many(same, 'is', 'are')} the same{other}")
 
 
 def say_left_out(skipped: Counter[str], listed: str) -> None:

@@ -52,7 +52,10 @@ def tune(
     higher_is: HigherIs = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Train this on the images for the finalists and the verdict: cnn, resnet18, timm:NAME."),
+        typer.Option(
+            help="Train this on the images for the finalists (not with --keep auto) and the verdict: cnn, resnet18, "
+            "timm:NAME."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the training images, for --model; classes are those of --features.")
@@ -324,8 +327,8 @@ def _print_unlabelled(result: Unlabelled, keep: float, features: Path, out: Path
     say(f"features: {100 * result.consistency:.1f} % of an image's 10 nearest lie in its cluster (by chance "
         f"{100 * result.chance:.1f} %); {100 * result.duplicates:.1f} % have a near-duplicate "
         f"({result.sampled:,} images looked at)")  # fmt: skip
-    say("recipe: mean distance of an image to the nearest kept one, and of the farthest 1 %; near-duplicates among the "
-        "kept; overlap of the lists of two seeds")  # fmt: skip
+    say("recipe: mean distance of an image to the nearest kept one, and the one that the farthest 1 % exceed; "
+        "near-duplicates among the kept; overlap of the lists of two seeds")  # fmt: skip
     for one in result.rows:
         say(f"  {one.name}: {one.farness:.3f}, {one.farthest:.3f}; {100 * one.duplicates:.1f} %; "
             f"{100 * one.stability:.1f} %")  # fmt: skip

@@ -66,13 +66,17 @@ def prepare(
     overwrite: bool,
     moved: bool,
     on_compare: Callable[[int], None] | None,
+    changed: bool = False,
 ) -> Before:
-    """Leave a partial file for this run's rows, unless the finished file needs nothing."""
+    """Leave a partial file for this run's rows, unless the finished file needs nothing.
+
+    `changed`: what the images lie in is another version, whose features replace those of the finished file in any case.
+    """
     provenance = engine.provenance
     if overwrite and os.path.exists(out):
         hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
-        left = _left(out, engine, overwrite, stack)
+        left = _left(out, engine, overwrite, changed, stack)
         started, finished = left.started, left.finished
         if os.path.exists(out):
             _check_findable(out, images)
@@ -81,7 +85,8 @@ def prepare(
         rows = {file.path: mine for file, mine in zip(left.alike, known.rows, strict=True)}
         if finished is not None:
             before.moved_from = _moved_from(finished, images)
-            _check_losses(finished, images, rows[out], moved)
+            if not changed:
+                _check_losses(finished, images, rows[out], moved)
             _warn_of_other_classes(finished, images)
             before.dropped = len(set(finished.paths).difference(images.paths))
             if (started is None or left.differences) and _up_to_date(finished, images, engine):
@@ -98,7 +103,7 @@ def prepare(
     return before
 
 
-def _left(out: str, engine: Engine, overwrite: bool, stack: contextlib.ExitStack) -> _Left:
+def _left(out: str, engine: Engine, overwrite: bool, changed: bool, stack: contextlib.ExitStack) -> _Left:
     """An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
     which it will replace; without that, a file of other features is never touched."""
     started, finished = _opened(partial_path(out), overwrite, stack), _opened(out, overwrite, stack)
@@ -108,7 +113,7 @@ def _left(out: str, engine: Engine, overwrite: bool, stack: contextlib.ExitStack
         return _Left(started if goes_on else None, None, [], replacing=True)
     if finished is not None and (other := _differences(finished, engine)):
         raise ProtopruneError(_other_features(out, finished, other))
-    return _Left(started, finished, differences, replacing=False)
+    return _Left(started, finished, differences, replacing=changed)
 
 
 def _differences(file: FeatureFile, engine: Engine) -> list[str]:

@@ -125,12 +125,14 @@ def in_halves(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    changed: bool = False,
     moved: bool = False,
     on_compare: Callable[[int], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Halves[EmbedReport]:
     """`embed` with an engine; yields as soon as it has all that it needs but the device: images are being decoded then.
+    `changed`: see `earlier.prepare`.
 
     The first half may be done in another thread, beside the second one of other images (see `ahead`), within
     `own_threads`.
@@ -140,7 +142,7 @@ def in_halves(
         raise UsageError(f"{out}: a folder; name a file for the features, such as {os.path.join(out, 'features.h5')}")
     report = EmbedReport(out, len(images), device=str(engine.device), precision=engine.precision)
     with files.lock(out):
-        before = earlier.prepare(images, engine, out, overwrite, moved, on_compare)
+        before = earlier.prepare(images, engine, out, overwrite, moved, on_compare, changed)
         report.compared, report.other = before.compared, before.other
         report.moved_from, report.dropped = before.moved_from, before.dropped
         if before.up_to_date:

@@ -162,7 +162,7 @@ def _ranker(
         assert features is not None  # `_check` has seen to it
         subset = np.asarray(features[rows], np.float32)
         clusters = prototypes.auto_k(len(rows), len(train.classes)) if k is None else k
-        return prototypes.cluster(subset, min(clusters, len(rows)), seed=seed).distance
+        return prototypes.cluster(subset, clusters, seed=seed).distance
 
     return by_prototype
 
@@ -237,7 +237,9 @@ def _curve(name: str, order: str, keep: float | None, points: list[Point], boots
         found = fits.fit_laws(
             [one.kept for one in usable], np.array([one.errors for one in usable]).T, bootstrap=bootstrap
         )
-    return Curve(name, order, keep, kept, errors, found, fits.verdict(found))
+    perfect = [f"{one.kept:,}" for one in unique if one.error.mean == 0]  # which no law here can reach
+    without = f"; fitted without {', '.join(perfect)} kept, where no test image is wrong" if perfect else ""
+    return Curve(name, order, keep, kept, errors, found, fits.verdict(found) + without)
 
 
 def _rows(planned: list[_Planned], outcomes: list[Outcome]) -> list[dict[str, Any]]:

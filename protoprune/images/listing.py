@@ -161,7 +161,8 @@ def list_paths(
     chosen = root is not None
     root = _common_root(entries) if root is None else os.fspath(root)
     if not os.path.isdir(root):
-        raise UsageError(f"--root {root}: no such folder")
+        what = f"--root {root}: no such folder" if chosen else f"{root}: no such folder, where all listed images lie"
+        raise UsageError(what)
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, possible_name(entry))))
     ids = [relative_id(possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)

@@ -41,6 +41,10 @@ class Columns:
     kind: str
     header: bool
 
+    def name(self, first: Sequence[str]) -> str:
+        """What the score's column is called in the first row; '' where that is no header."""
+        return first[self.score].strip() if self.header else ""
+
 
 def find_columns(rows: Sequence[Sequence[str]], wanted: str | None = None) -> Columns:
     """Columns of a table whose first rows are given as text; ProtopruneError (which names no file) when unclear.
@@ -196,19 +200,18 @@ def number(text: str) -> float | None:
 
 def parse_text(
     text: bytes, delimiter: str | None = None, wanted: str | None = None
-) -> tuple[Sequence[str] | None, np.ndarray, str]:
-    """(keys or None, scores, kind of the keys) of delimited text, UTF-8.
+) -> tuple[Sequence[str] | None, np.ndarray, str, str]:
+    """(keys or None, scores, kind of the keys, name of the score's column) of delimited text, UTF-8.
 
     With a `delimiter` the columns are path and score under a header. Without it, a line that starts with # is a
     comment, unless it reads like a row: `#1.png,0.5`. `wanted` is the name of the score's column. Raises
     ProtopruneError (which names no file) and csv.Error.
     """
-    layout = (delimiter, Columns(0, 1, "name", True)) if delimiter else _layout(text, wanted)
-    keys, scores = _extract(text, *layout, comments=not delimiter and b"#" in text)
+    sign, columns, name = (delimiter, Columns(0, 1, "name", True), "score") if delimiter else _layout(text, wanted)
+    keys, scores = _extract(text, sign, columns, comments=not delimiter and b"#" in text)
     if not len(scores):
         raise ProtopruneError("a header and no rows")
-    columns = layout[1]
-    return (None if columns.key is None else keys), np.array(scores, np.float64), columns.kind
+    return (None if columns.key is None else keys), np.array(scores, np.float64), columns.kind, name
 
 
 def _rows(text: bytes, delimiter: str) -> Iterator[list[str]]:
@@ -224,8 +227,9 @@ def _rows(text: bytes, delimiter: str) -> Iterator[list[str]]:
     return (row for row in rows if row)
 
 
-def _layout(text: bytes, wanted: str | None) -> tuple[str, Columns]:
-    """The delimiter under which the first rows have clear columns, best all of one width; else why there is none."""
+def _layout(text: bytes, wanted: str | None) -> tuple[str, Columns, str]:
+    """The delimiter under which the first rows have clear columns, best all of one width, these, and the name of the
+    score's; else why there is none."""
     reason = None
     for even, delimiter in itertools.product((True, False), _DELIMITERS):
         if delimiter == "" and reason:  # or any text would end in a column of its own
@@ -233,7 +237,8 @@ def _layout(text: bytes, wanted: str | None) -> tuple[str, Columns]:
         try:
             rows = _sample(text, delimiter)
             if _could_be_rows(rows, delimiter, even):
-                return delimiter, find_columns(rows, wanted)
+                found = find_columns(rows, wanted)
+                return delimiter, found, found.name(rows[0])
         except (ProtopruneError, csv.Error) as error:
             if isinstance(error, csv.Error) or len(rows[0]) > 1:
                 reason = reason or error

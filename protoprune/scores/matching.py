@@ -22,7 +22,7 @@ from protoprune.arguments import checked, texts
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.ids import row_type
 from protoprune.paths import BATCH, Paths, digests, distinct
-from protoprune.scores.table import Table, check_higher, named, read_table
+from protoprune.scores.table import Table, check_higher, named, read_table, turned
 from protoprune.units import many
 
 _NONE, _AMBIGUOUS = -1, -2
@@ -89,7 +89,7 @@ def read_scores(
     paths = paths if isinstance(paths, Paths) else texts("paths", paths)
     if not len(paths):
         raise UsageError("paths: holds no image that a score could be of")
-    table = read_table(source, higher_is=higher_is)
+    table = turned(read_table(source, higher_is=higher_is), None)
     if by_place and table.kind == "name":
         raise UsageError(f"{table.source}: names its images, and --by-place would not look at them; leave it out")
     return match(table if rows is None else named(table, rows), paths, by_place=by_place)

@@ -33,7 +33,17 @@ from protoprune.lists import packed, read_paths
 from protoprune.npy import load_npy, load_npz, reason
 from protoprune.paths import Paths, all_encoded, distinct
 from protoprune.scores.columns import could_be_scores, find_columns, number, parse_text
-from protoprune.text import arrow_table, check_file, contents, is_arrow, parquet, parse_json, plain_bytes, unpacked
+from protoprune.text import (
+    arrow_table,
+    check_file,
+    contents,
+    is_arrow,
+    parquet,
+    parse_json,
+    plain_bytes,
+    plain_name,
+    unpacked,
+)
 from protoprune.units import many
 
 _MARK = "# protoprune-scores: "
@@ -53,7 +63,7 @@ _RELEASED_FILE = re.compile(rf"ImageNet-1K_({'|'.join(RELEASED)})(\.[a-z]+)*")
 
 # (keys or None, scores as they stand, kind of the keys, header)
 _Column = Sequence[object] | np.ndarray
-_Read = tuple[Sequence[str] | None, np.ndarray, str, dict[str, Any]]
+_Read = tuple[Sequence[str] | None, np.ndarray, str, str, dict[str, Any]]
 
 
 @dataclass
@@ -67,6 +77,7 @@ class Table:
     metric: str = ""  # empty when the file does not say
     direction: str = "assumed"  # who says what a higher score means: header, released, given or assumed
     provenance: dict[str, Any] = field(default_factory=dict)
+    ranks: bool = False  # whether the scores' column is called rank: such numbers count from either end
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -205,22 +216,19 @@ def read_table(source: str | os.PathLike[str], *, higher_is: str | None = None) 
     if own and higher_is and _HIGHER[own] != _HIGHER[higher_is]:
         raise UsageError(f"{source}: contradicts --higher-is {higher_is}; leave one of them out")
     check_file(file, f"no such score table; `protoprune score METRIC -o {file}` makes one", "that holds the scores")
-    keys, scores, kind, header = _read(file, column)
+    keys, scores, kind, name, header = _read(file, column)
     higher, direction = _direction(file, header, own or higher_is)
-    if direction == "assumed" and (column or "").lower() == "rank":
-        raise UsageError(
-            f"{source}: a rank may count from either end; {source}:easier is for one whose 0 or 1 is the hardest, as "
-            f"in a manifest, and {source}:harder for the other"
-        )
     scores = _as_written(source, header, keys or [], scores)
     _refuse_infinite(source, keys, scores)
+    if ranks := plain_name(name) in ("rank", "ranking"):
+        scores = np.where(scores == -1, np.nan, scores)  # a manifest's, of what is in no order: unreadable, a duplicate
     if higher == "easier":
         scores = 0.0 - scores
     if keys is not None:
         keys = keys if header else _without_dots(keys)
         _refuse_duplicates(source, keys)
     metric = str(column or header.get("metric") or _released(file))
-    return Table(source, keys, kind, scores, metric, direction, header.get("provenance") or {})
+    return Table(source, keys, kind, scores, metric, direction, header.get("provenance") or {}, ranks)
 
 
 def _released(file: str) -> str:
@@ -290,9 +298,19 @@ def _names_of_rows(table: Table, keys: Sequence[str], names: list[str], what: st
 
 
 def turned(table: Table, higher_is: str | None) -> Table:
-    """The table with `higher_is` (as in `read_table`) applied, unless it has a direction of its own."""
+    """The table with `higher_is` (as in `read_table`) applied, unless it has a direction of its own.
+
+    Raises UsageError for ranks whose direction nobody gives.
+    """
     check_higher(higher_is)
-    if higher_is is None or table.direction != "assumed":
+    if table.direction != "assumed":
+        return table
+    if higher_is is None and table.ranks:
+        raise UsageError(
+            f"{table.source}: a rank may count from either end; {table.source}:easier is for one whose 0 or 1 is the "
+            f"hardest, as in a manifest, and {table.source}:harder for the other"
+        )
+    if higher_is is None:
         return table
     scores = table.scores if _HIGHER[higher_is] == "harder" else 0.0 - table.scores
     return replace(table, scores=scores, direction="given")
@@ -418,7 +436,7 @@ def _read_array(data: bytes, column: str | None) -> _Read:
     array = array.astype(np.float64)
     if array.ndim != 1:
         raise ProtopruneError(f"shape {array.shape}, expected (n,): one score an image")
-    return None, array, "index", {}
+    return None, array, "index", "", {}
 
 
 def _read_arrays(data: bytes, wanted: str | None) -> _Read:
@@ -477,12 +495,12 @@ def _from_columns(columns: Mapping[str, _Column], header: dict[str, Any], wanted
     columns = {name: column for name, column in columns.items() if len(column) == length}
     sample = [[_text(column[row]) for column in columns.values()] for row in range(min(length, 50))]
     if len(columns) == 1 and wanted in (None, *columns):
-        return None, _numbers(*columns.values()), "index", header
+        return None, _numbers(*columns.values()), "index", next(iter(columns)), header
     found = find_columns([list(columns), *sample], wanted)
     values = list(columns.values())
     scores = _numbers(values[found.score])
     keys = None if found.key is None else [_text(value) for value in values[found.key]]
-    return keys, scores, found.kind, header
+    return keys, scores, found.kind, found.name(list(columns)), header
 
 
 def _numbers(column: _Column) -> np.ndarray:

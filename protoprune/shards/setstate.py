@@ -117,21 +117,27 @@ def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source
         raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
     elsewhere = plan["root"] != source.root
     shards = {shard.name: shard for shard in source.shards}
-    staying = _staying(parts, shards, elsewhere)
+    read = not moved and not any(map(stores.is_url, (out, source.root)))  # and compared with what was embedded
+    staying = _staying(parts, shards, elsewhere, read)
     stay, rows = (sum(part.rows for part in some if part.done) for some in (staying, parts))
     what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
     if elsewhere and staying and not moved:
         options = ShardOptions(**wanted["options"])
         if trouble := _other_content(shard_file(out, staying[0].name), shards[staying[0].name], source.root, options):
             raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
+    if elsewhere and moved:  # other times of modification, which --moved goes by
+        ways = f"leave --moved out, and contents are compared, {ways}"
     if 2 * stay < rows:
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
 
 
-def _staying(parts: list[Part], shards: dict[str, Shard], elsewhere: bool) -> list[Part]:
-    """The parts whose shards are there; below another root those that look the same."""
-    there = [part for part in parts if part.done and part.name in shards]
-    return [part for part in there if _unchanged(part, shards[part.name])] if elsewhere else there
+def _staying(parts: list[Part], shards: dict[str, Shard], elsewhere: bool, read: bool) -> list[Part]:
+    """The parts whose shards are there; below another root those that look the same, or are read and have its size."""
+    there = [(part, shards[part.name]) for part in parts if part.done and part.name in shards]
+    return [
+        part for part, shard in there
+        if not elsewhere or _unchanged(part, shard) or (read and part.size == shard.size)
+    ]  # fmt: skip
 
 
 def _differences(plan: Plan, wanted: Plan) -> list[str]:

@@ -59,6 +59,8 @@ class ShardReport:
     uuid: str = ""  # of its feature file
     embedded: int = 0  # images that went through the encoder or failed on the way, in this run
     failed_now: int = 0  # those of them that failed
+    compared: int = 0  # images whose content was compared with what had been embedded
+    other: int = 0  # those of them that had other content
     transparent: int = 0  # of a shard embedded in this run: images with transparent parts
     status: str = ""  # why it failed
     reason: str = ""
@@ -81,6 +83,8 @@ class SetReport:
     n: int = 0  # images in the set
     embedded: int = 0
     failed_now: int = 0
+    compared: int = 0  # images whose content was compared with what had been embedded
+    other: int = 0  # those of them that had other content
     transparent: int = 0  # images with transparent parts, in shards embedded in this run
     failed_shards: list[tuple[str, str, str]] = field(default_factory=list)  # (name, status, reason)
     failures: Counter[str] = field(default_factory=Counter)  # status label -> images, of all n
@@ -346,11 +350,13 @@ def _embedded(shard: Shard, worker: _Worker) -> Halves[ShardReport]:
             _check_there(shard)
             with local_copy(shard) as local, open_shard(shard, local, options, worker.root) as images:
                 images.provenance = _made_of(shard, options)
-                replaced = _replaces(place, shard, wanted.key)
-                result = yield from in_halves(worker.engine, images, place, overwrite=replaced, moved=worker.moved)
+                useless, changed = _what_is_there(place, shard, wanted.key)
+                result = yield from in_halves(
+                    worker.engine, images, place, overwrite=useless, changed=changed, moved=worker.moved
+                )
                 report = ShardReport(
                     shard.name, "embedded", result.n, result.uuid, result.embedded, result.failed_now,
-                    result.transparent,
+                    result.compared, result.other, result.transparent,
                     failures=result.failures, skipped=images.skipped, left_out=len(images.left_out),
                     duplicates=images.duplicates, classes=len(images.classes), classes_from=images.labels_from,
                     links=images.links,
@@ -443,14 +449,13 @@ def opened(shard: Shard, root: str, options: ShardOptions) -> Iterator[ShardImag
         raise ProtopruneError(f"{shard.name}: {error}") from None
 
 
-def _replaces(path: str, shard: Shard, key: dict[str, str]) -> bool:
-    """Whether a feature file that is there is damaged (but for single rows), of another kind or of another version of
-    the shard, or an unfinished one damaged or of another kind: what is wanted of the whole set was settled when it was
+def _what_is_there(path: str, shard: Shard, key: dict[str, str]) -> tuple[bool, bool]:
+    """Whether a feature file that is there is damaged (but for single rows) or of another kind, or an unfinished one
+    is; and whether it is of another version of the shard. What is wanted of the whole set was settled when it was
     prepared."""
     facts, started = _said(path), _said(partial_path(path))
-    if any(one is not None and feature_file.key_differences(one, key) for one in (facts, started)):
-        return True
-    return facts is not None and (facts["shard_size"], facts["shard_version"]) != (shard.size, shard.version)
+    useless = any(one is not None and feature_file.key_differences(one, key) for one in (facts, started))
+    return useless, facts is not None and (facts["shard_size"], facts["shard_version"]) != (shard.size, shard.version)
 
 
 def _said(path: str) -> dict[str, Any] | None:
@@ -470,6 +475,8 @@ def _count(report: SetReport, one: ShardReport) -> None:
     report.states[one.state] += 1
     report.embedded += one.embedded
     report.failed_now += one.failed_now
+    report.compared += one.compared
+    report.other += one.other
     report.transparent += one.transparent
     report.failures += one.failures
     report.skipped += one.skipped

@@ -168,7 +168,7 @@ def _balance(classes: int, counts: Sequence[int] | None) -> Advice:
         ratio = max(counts) / min(counts)
         known = f" Your classes hold {min(counts):,} to {max(counts):,} images, a factor of {ratio:.1f}."
     return Advice(
-        f"Guarantee each of the {classes:,} classes half of its proportional share (class balance 0.5).{known}",
+        f"Split half of what is kept evenly over the {classes:,} classes (`--balance 0.5`).{known}",
         f"measured: every score amplifies class imbalance, and every ImageNet run used a balance of 50 % ({SORSCHER})",
         "0.5 is the published setting, not an optimum for your data",
     )

@@ -217,6 +217,8 @@ def _subset(subset: np.ndarray | None, models: int, n: int) -> np.ndarray:
     found = as_numbers("subset", subset, "True or False of each model and image")
     if found.shape != (models, n):
         raise UsageError(f"subset of shape {found.shape}: expected ({models}, {n}), one of each model and image")
+    if not np.isin(found, (0, 1)).all():  # shares, weights, numbers of rows
+        raise UsageError("subset: holds other values than True and False, or 1 and 0; say which images were trained on")
     return found.astype(bool)
 
 
