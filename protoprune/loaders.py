@@ -552,7 +552,10 @@ def _key_of(sample: Any) -> str:
     """WebDataset's key of a sample. Raises UsageError where it has none."""
     if not isinstance(sample, dict) or "__key__" not in sample:
         has = ", ".join(map(str, sample)) if isinstance(sample, dict) else f"a {type(sample).__name__}"
-        raise UsageError(f"the samples have no __key__, only {has}; keep_only needs one, so call it before to_tuple")
+        raise UsageError(
+            f"the samples have no __key__, only {has}; call keep_only before to_tuple, or give paths=, the path of "
+            "each item, where they are no tar's (MDS and litdata are written from the kept files)"
+        )
     if not isinstance(sample["__key__"], str):
         raise UsageError("the samples are batches; call keep_only before batched")
     return posixpath.normpath(f"/{sample['__key__']}").lstrip("/")

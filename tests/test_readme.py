@@ -222,6 +222,15 @@ def test_data_frames(here):
     assert kept == [path for path in here if path in near]
 
 
+def test_captions(here):
+    pytest.importorskip("pandas")
+    lines = [f"images/{path}\ta photo, {path}\n" for path in protoprune.list_folder("images").paths]
+    Path("captions.tsv").write_text("".join(["filepath\ttitle\n", *lines]))
+    run_block("captions")
+    _, *kept = Path("kept.tsv").read_text().splitlines(keepends=True)
+    assert kept == [f"images/{path}\ta photo, {path}\n" for path in here]
+
+
 def test_timm_python(here):
     pytest.importorskip("timm")
     given = run_block("timm_python")
