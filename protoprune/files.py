@@ -39,7 +39,7 @@ _PRECIOUS = (
 _TELLING = frozenset((
     ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
     ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
-    ".pth", ".safetensors", ".gz",
+    ".pth", ".safetensors", ".gz", ".bz2", ".xz", ".zst", ".arrow", ".feather",
 ))  # fmt: skip
 
 
