@@ -267,8 +267,9 @@ def write_links(
     `overwrite` hold what an earlier call has made of the images below this root, and nothing else.
 
     All `folders`, those of the classes, are made, be they empty, and of the names of `classes`, in the order of their
-    numbers, `classes.txt`: a loader that counts the folders would number the classes anew where one has lost all its images (torch's
-    ImageFolder refuses it, unless told to take it), and timm, which counts those of files, takes it as --class-map.
+    numbers, `classes.txt`: a loader that counts the folders would number the classes anew where one has lost all its
+    images (torchvision's ImageFolder refuses it, unless told to take it), and timm, which counts the folders of files,
+    takes the list as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched. A

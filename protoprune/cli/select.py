@@ -154,22 +154,13 @@ def select(
         check_beside(lists.links, place, ranking.paths, f"--links {lists.links}")
     _write(chosen, lists, place)
     if "npy" in (lists.kind, lists.removed and lists.kind_of_removed):
-        _warn_of_reordered(ranking, features)
+        pruning.warn_of_reordered(ranking)
     _say_selected(chosen)
     say_notes(chosen.notes())
     if chosen.weights is not None and lists.kind in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
-
-
-def _warn_of_reordered(ranking: Ranking, features: Path) -> None:
-    """Say what row indices count, where it is not the rows of the vectors that were imported."""
-    if ranking.source is not None and ranking.source.provenance.get("reordered"):
-        say(
-            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
-            "that it was imported from; take paths, or a manifest"
-        )
 
 
 def _place(root: str | os.PathLike[str], absolute: bool) -> str:
