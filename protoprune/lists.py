@@ -227,7 +227,7 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
 
     The weights add up to the number of images that the list was chosen from. Rows without a weight and the images that
     a manifest does not keep are left out. Raises UsageError for a list that holds none, ProtopruneError for a weight
-    that is no positive number.
+    that is no positive number, and for an image that has two.
     """
     source = os.fspath(source)
     found = _read(source)
@@ -240,11 +240,15 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, float]:
         if value in ("", None):
             continue
         try:
-            weights[path] = float(value)
+            weight = float(value)
         except (TypeError, ValueError):
             raise ProtopruneError(
                 f"{source}: the weight of {path} is {value!r}, which is not a number (a decimal point, no comma)"
             ) from None
+        if path in weights and weights[path] != weight:
+            both = f"{weights[path]:g} and {weight:g}"
+            raise ProtopruneError(f"{source}: {path} has two weights, {both}; give each image one")
+        weights[path] = weight
     bad = [path for path, weight in weights.items() if not 0 < weight < math.inf]
     if bad:
         raise ProtopruneError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]:g}, expected a positive number")

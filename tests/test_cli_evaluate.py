@@ -134,6 +134,9 @@ def test_one_seed_gives_numbers_and_no_verdict(here, run):
     assert "one seed gives no interval and so no verdict" in answer
     assert "better" not in answer
     assert "one seed gives no interval" in answer.splitlines()[5].partition("; ")[2]  # against its class counts too
+    assert "are over test images (95 %)" in answer
+    assert "cover the seeds" not in answer  # what is not there is not explained
+    assert "Holm" not in answer
 
 
 def test_weights_of_a_list_are_used(here, run):
@@ -188,6 +191,10 @@ def test_scaling_sweeps_fits_and_draws(here, run):
     again = run("scaling", *QUICK, *sizes, "--seeds", "2", "--bootstrap", "3", "-o", "out")
     assert without_intervals(again.stdout) == without_intervals(result.stdout)
     assert "24 of 24 runs were there already" in again.stderr
+    assert "Intervals (95 %) cover the seeds" in result.stdout
+    one = run("scaling", *QUICK, *sizes, "--seeds", "1", "--bootstrap", "0", "-o", "out").stdout
+    assert "A law wins with AICc 6 (20 to 1) ahead." in one
+    assert "Intervals" not in one
     run("scaling", *QUICK, "--size", "30", "--keep", "1", "--seeds", "1", "-o", "out")
     assert not Path("out/fits.csv").exists()  # of the sizes before: one size has no law
 

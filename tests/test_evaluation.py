@@ -602,6 +602,14 @@ def test_prototypes_are_clustered_within_the_initial_set():
     assert kept <= here or here <= kept
 
 
+def test_more_clusters_than_an_initial_set_has_images_are_refused():
+    """Each image would be its own prototype, and hard and easy nothing but the order of ties."""
+    features = np.random.default_rng(0).normal(size=(600, 8))
+    how = {"keeps": [0.5], "orders": ["hard"], "seeds": 1, "features": features, "device": "cpu", "fit": FakeFit()}
+    with pytest.raises(UsageError, match=r"--k 50: more clusters than usable images \(30\)"):
+        scaling(TRAIN, TEST, HEAD, sizes=[30, 300], k=50, **how)
+
+
 def test_balance_keeps_some_of_each_class():
     fit, scores = FakeFit(), np.where(TRAIN.labels < 2, 1.0, 0.0)
     how = {"sizes": [200], "keeps": [0.2], "orders": ["hard"], "seeds": 1, "scores": scores, "device": "cpu"}

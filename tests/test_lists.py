@@ -202,6 +202,7 @@ def test_weights_come_back_for_any_name(tmp_path, format):
         ("l.csv", b"path,weight\na.png,heavy\n", ProtopruneError, "weight of a.png is 'heavy', which is not a number"),
         ("l.csv", b"path,weight\na.png,-1\n", ProtopruneError, r"the weight of a\.png is -1"),
         ("l.csv", b"path,weight\na.png,nan\n", ProtopruneError, r"the weight of a\.png is nan"),
+        ("l.csv", b"path,weight\na.png,1\na.png,9\n", ProtopruneError, r"a\.png has two weights, 1 and 9; give each"),
     ],
 )
 def test_lists_without_weights(tmp_path, name, data, error, message):

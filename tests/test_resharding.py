@@ -435,6 +435,11 @@ def test_what_is_refused(folder, tmp_path):
         (UsageError, r"\.\./x\.png is not below", {"kept": ["../x.png"], "root": folder}),
         (UsageError, "/etc/passwd is not below", {"kept": ["/etc/passwd"], "root": folder}),
         (UsageError, "--shard-size 0: expected at least 1", {"kept": kept, "root": folder, "shard_size": 0}),
+        (
+            UsageError,
+            "--id-column x: is for shards",
+            {"kept": kept, "root": folder, "options": protoprune.sources.ShardOptions(id_column="x")},
+        ),
         (ProtopruneError, "gone.png: No such file", {"kept": ["ant/gone.png"], "root": folder}),
     ):
         with pytest.raises(error, match=message):

@@ -212,18 +212,19 @@ def _print_evaluation(result: Evaluation) -> None:
 
 def _notes(result: Evaluation, comparisons: int) -> Iterator[str]:
     """What the table's numbers are, a sentence or two a line."""
-    yield (
-        f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by seed. "
-        "Against random they cover the seeds and, for a list, the luck of one draw."
-    )
+    if len(result.seeds) > 1:  # else only converged heads have any
+        yield (
+            f"Percentages and points with their {100 * result.confidence:g} % intervals; differences are paired by "
+            "seed. Against random they cover the seeds and, for a list, the luck of one draw."
+        )
     if result.budget == "convergence":
         yield (
             "Heads are trained to convergence, so that a list gives one number: its own interval, and that of its "
-            "difference to everything, are over test images."
+            f"difference to everything, are over test images ({100 * result.confidence:g} %)."
         )
     if any(one.to_classes for one in result.methods):
         yield "Same classes: random images with as many of each class as the list has."
-    if comparisons > 1:
+    if comparisons > 1 and len(result.seeds) > 1:
         yield f"Each interval is for its own line alone; the verdicts allow for all {comparisons} comparisons (Holm)."
 
 

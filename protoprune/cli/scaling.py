@@ -195,8 +195,10 @@ def _print_scaling(result: Scaling) -> None:
         echo(f"{curve.name}: {curve.verdict}")
     for warning in result.warnings:
         say(f"warning: {warning}")
+    if any(law.intervals for curve in result.curves if curve.fits for law in curve.fits.laws):
+        echo("Intervals (95 %) cover the seeds, not the choice of the law.")
     if laws:
-        echo("Intervals (95 %) cover the seeds, not the choice of the law; a law wins with AICc 6 (20 to 1) ahead.")
+        echo("A law wins with AICc 6 (20 to 1) ahead.")
 
 
 def _print_laws(result: Scaling) -> bool:

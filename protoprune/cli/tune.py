@@ -52,7 +52,10 @@ def tune(
     higher_is: HigherIs = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Train this on the images for the finalists and the verdict: cnn, resnet18, timm:NAME."),
+        typer.Option(
+            help="Train this on the images for the finalists (not with --keep auto) and the verdict: cnn, resnet18, "
+            "timm:NAME."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the training images, for --model; classes are those of --features.")

@@ -162,7 +162,7 @@ def _ranker(
         assert features is not None  # `_check` has seen to it
         subset = np.asarray(features[rows], np.float32)
         clusters = prototypes.auto_k(len(rows), len(train.classes)) if k is None else k
-        return prototypes.cluster(subset, min(clusters, len(rows)), seed=seed).distance
+        return prototypes.cluster(subset, clusters, seed=seed).distance
 
     return by_prototype
 

@@ -89,10 +89,10 @@ def _order(per_class: float) -> Advice:
         return Advice(
             f"Do not expect an order to beat RANDOM by much at light pruning: about {per_class:,.0f} images a class is "
             "fewer than ImageNet has.",
-            f"measured on CIFAR-10 and Imagenette ({OURS}), bundled encoder: at 80 % kept no metric was beyond chance of "
-            "random lists; at 50 and 70 % herding by class gains .5 to 1.2 points with heads, and no recipe that was "
-            "screened won on a network from pixels; with SSCD, self-supervised and right on 88 %, the hardest 80 and "
-            "70 % of Imagenette gained .4 and .6 and cost nothing",
+            f"measured on CIFAR-10 and Imagenette ({OURS}), bundled encoder: at 80 % kept no metric was beyond chance "
+            "of random lists; at 50 and 70 % herding by class gains .5 to 1.2 points with heads, no recipe that was "
+            "screened won on a network from pixels; but with SSCD, self-supervised and right on 88 %, the hardest 80 "
+            "and 70 % of Imagenette gained .4 and .6 and cost nothing",
             "heads and small networks; `protoprune tune` shows whether hard wins with your encoder",
         )
     return Advice(
