@@ -785,3 +785,14 @@ def test_rows_that_set_json_has_wrong_are_put_right(tars, mini, tmp_path):
         FeatureSet(tmp_path / "f")
     assert run(tars, tmp_path / "f", mini).embedded == 0
     assert path.read_text() == whole
+
+
+def test_classes_that_a_later_run_takes_from_elsewhere_are_told_once(tars, tmp_path):
+    """They were told for each shard, with advice that is for images, and not at all of a key of .json."""
+    run(tars, tmp_path / "f", OwnEncoder(), options=ShardOptions(class_level=1))
+    with pytest.warns(ProtopruneWarning, match="had the classes of --class-level 1, and is given those of the") as told:
+        assert run(tars, tmp_path / "f", OwnEncoder()).embedded == 0
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tars, tmp_path / "f", OwnEncoder())

@@ -392,6 +392,13 @@ def test_row_indices_of_vectors_in_another_order_are_warned_of(tmp_path, monkeyp
         assert result.exit_code == 0, result.output
         assert ("warning: row indices count the rows of f.h5, which are sorted" in result.stderr) == reordered
     assert "row indices" not in CliRunner().invoke(app, ["select", "f.h5", "--keep", "0.5", "-o", "k.txt"]).stderr
+    with warnings.catch_warnings(record=True) as caught:  # as the command does
+        warnings.simplefilter("always")
+        chosen = protoprune.select("f.h5", keep=0.5)
+        chosen.write("k.txt")
+        assert not caught
+        chosen.write("k.npy")
+    assert [str(one.message).startswith("row indices count the rows of f.h5") for one in caught] == [True] * reordered
 
 
 def test_several_arrays_ask_which(tmp_path):
@@ -445,7 +452,7 @@ def test_at_the_command_line_and_never_over_another_file(tmp_path):
     ]
     result = CliRunner().invoke(app, [*arguments, "--labels", str(tmp_path / "y.csv")])
     assert result.exit_code == 0, result.stderr
-    assert "12 vectors x 5 (float32), names: names.csv" in result.stderr
+    assert "12 vectors x 5 (float32), names: names.csv, 3 classes: y.csv, sha256" in result.stderr
     with FeatureFile(tmp_path / "f.h5") as file:
         assert file.classes == ["0", "1", "2"]
     before = (tmp_path / "f.h5").read_bytes()

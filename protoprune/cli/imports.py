@@ -41,6 +41,8 @@ def import_(
         store=store, **classes.arguments(), overwrite=overwrite,
     )  # fmt: skip
     read = f" from {len(report.files):,} files" if len(report.files) > 1 else ""
-    say(f"{out}: {many(report.n, 'vector')} x {report.dim} ({report.store}){read}, names: {report.names}")
+    of_classes = f", {many(report.classes, 'class', 'classes')}: {report.classes_from}" if report.classes else ""
+    say(f"{out}: {many(report.n, 'vector')} x {report.dim} ({report.store}){read}, names: {report.names}{of_classes}")
     if report.unusable:
-        say(f"{many(report.unusable, 'vector holds', 'vectors hold')} NaN or infinity and cannot be used")
+        some = many(report.unusable, "vector holds", "vectors hold")
+        say(f"{some} NaN or infinity and cannot be used (see `protoprune info {out} --errors`)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,22 +154,13 @@ def select(
         check_beside(lists.links, place, ranking.paths, f"--links {lists.links}")
     _write(chosen, lists, place)
     if "npy" in (lists.kind, lists.removed and lists.kind_of_removed):
-        _warn_of_reordered(ranking, features)
+        pruning.warn_of_reordered(ranking)
     _say_selected(chosen)
     say_notes(chosen.notes())
     if chosen.weights is not None and lists.kind in ("txt", "npy"):
         say("hint: this list holds no weights; write it with -o kept.csv (or --format csv), or add --manifest all.csv")
     if stability:
         _say_stability(pruning.stability(chosen))
-
-
-def _warn_of_reordered(ranking: Ranking, features: Path) -> None:
-    """Say what row indices count, where it is not the rows of the vectors that were imported."""
-    if ranking.source is not None and ranking.source.provenance.get("reordered"):
-        say(
-            f"warning: row indices count the rows of {features}, which are sorted by name, not those of the vectors "
-            "that it was imported from; take paths, or a manifest"
-        )
 
 
 def _place(root: str | os.PathLike[str], absolute: bool) -> str:
@@ -215,23 +206,38 @@ def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrite: bool) -> None:
-    from protoprune.images.listing import folder_labels
-
-    paths = chosen.ranking.paths
-    classes = folder_labels(paths)[1]
+    level, classes = _folders_of_classes(chosen.ranking)
     kept_paths = chosen.kept_paths
-    write_links(folder, root, kept_paths, classes=classes, hard=hard, overwrite=overwrite)
-    kept = {path.partition("/")[0] for path in kept_paths}
-    lost = [name for name in classes if name not in kept]
+
+    def folders(paths: Sequence[str]) -> set[str]:
+        parts = (path.split("/", level) for path in paths)
+        return {"/".join(part[:level]) for part in parts if len(part) > level} if classes else set()
+
+    every = folders(chosen.ranking.paths)
+    write_links(folder, root, kept_paths, folders=sorted(every), classes=classes, hard=hard, overwrite=overwrite)
+    lost = sorted(every - folders(kept_paths))
     if lost:
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5:,} more" if len(lost) > 5 else "")
         say(
-            f"warning: {folder} has no image of {len(lost):,} of {len(classes):,} classes ({names}); their folders are "
+            f"warning: {folder} has no image of {len(lost):,} of {len(every):,} classes ({names}); their folders are "
             "empty, which keeps the others' numbers in Keras, DALI and Ultralytics, and which ImageFolder refuses "
             f"without allow_empty=True; timm wants --class-map {folder / CLASSES}"
         )
     if below(folder, root):
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
+
+
+def _folders_of_classes(ranking: Ranking) -> tuple[int, list[str]]:
+    """(the level of the folders that the classes are called by, the classes in order); of classes that are called
+    otherwise, those that the first-level folders are."""
+    from protoprune.images.listing import folder_labels
+
+    labelled = zip(ranking.paths, ranking.labels.tolist(), strict=True)
+    named = [(path, ranking.classes[label]) for path, label in labelled if label >= 0]
+    for level in range(max((path.count("/") for path, _ in named[:1]), default=0)):
+        if all(path.split("/")[level:-1][:1] == [name] for path, name in named):
+            return level + 1, list(ranking.classes)
+    return 1, folder_labels(ranking.paths)[1]
 
 
 def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict[str, Any]:

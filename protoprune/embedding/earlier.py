@@ -217,13 +217,16 @@ def _check_losses(file: FeatureFile, images: ImageList, known: np.ndarray, moved
 
 
 def _warn_of_other_classes(file: FeatureFile, images: ImageList) -> None:
-    """Say that classes are lost or replaced which nobody asked to: the file had them from elsewhere."""
+    """Say that classes are lost or replaced which nobody asked to: the file had them from elsewhere. Of a feature set
+    that is said once, see `setstate`."""
+    if "shard" in images.provenance:
+        return
     before = file.provenance["labels_from"] or images.labels_from or "of a list of your own"
     if file.classes and before != images.labels_from and not images.labels_asked:
         now = f"{many(len(images.classes), 'class', 'classes')} ({images.labels_from})" if images.classes else "none"
         warn(
             f"{file.path}: had {many(len(file.classes), 'class', 'classes')} ({before}), and has {now} now; give "
-            "--labels or --class-level again in each run, or --no-labels where there are to be none"
+            "--labels, --label-column or --class-level again in each run, or --no-labels where there are to be none"
         )
 
 

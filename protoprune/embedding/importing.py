@@ -74,6 +74,8 @@ class ImportReport:
     store: str
     names: str  # where the names come from, in words
     unusable: int = 0  # vectors with NaN or infinity
+    classes: int = 0
+    classes_from: str = ""  # where they are from, in words
     files: list[str] = field(default_factory=list)  # that were read
 
 
@@ -168,7 +170,9 @@ def import_features(
         images.provenance = {"imported_from": os.path.abspath(vectors), "names_from": origin}
         if (np.diff(order) < 0).any():  # a row index is then another one than in the vectors
             images.provenance["reordered"] = 1
-        report = ImportReport(out, n, dim, store, origin, files=read)
+        report = ImportReport(
+            out, n, dim, store, origin, classes=len(classes), classes_from=labels_from, files=read
+        )  # fmt: skip
         with files.lock(out):
             report.unusable = _write(out, images, parts, order, dim, provenance)
     return report

@@ -14,7 +14,7 @@ How any of it is written down `lists` knows.
     seeds       how much of a list hangs on one seed
 """
 
-from protoprune.pruning.choosing import Selected, cover_places, prune, select
+from protoprune.pruning.choosing import Selected, cover_places, prune, select, warn_of_reordered
 from protoprune.pruning.duplicates import deduplicate
 from protoprune.pruning.ranking import (
     Ranking,
@@ -31,5 +31,5 @@ from protoprune.pruning.seeds import StabilityRow, check_stability, restart_over
 __all__ = [
     "Clusters", "Ranking", "Rule", "Selected", "StabilityRow", "add_clusters", "add_scores", "check_stability",
     "cover_places", "deduplicate", "groups_of", "prune", "rank", "rank_by_table", "restart_overlap", "select",
-    "stability", "unscored",
+    "stability", "unscored", "warn_of_reordered",
 ]  # fmt: skip

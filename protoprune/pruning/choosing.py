@@ -16,7 +16,7 @@ from protoprune.arguments import checked
 from protoprune.clustering import partition
 from protoprune.clustering.prototypes import Clustering
 from protoprune.device import cores
-from protoprune.errors import UsageError
+from protoprune.errors import UsageError, warn
 from protoprune.files import check_suffix, write_file
 from protoprune.lists import check_list, list_chunks, list_format, packed
 from protoprune.paths import picked
@@ -92,6 +92,8 @@ class Selected:
         """
         check_suffix(path, (".csv", ".jsonl", ".npy"), "")
         ranking, format = self.ranking, list_format(path) or "txt"
+        if format == "npy":
+            warn_of_reordered(ranking)
         rows = np.flatnonzero(ranking.readable & ~self.keep if removed else self.keep)
         check_list(ranking.paths, rows, format)
         weights = None if removed else self.weights
@@ -111,6 +113,15 @@ class Selected:
             "than random images, and `--order cover` better ones; "
             f"`protoprune tune{named} --keep {rule.keep:.3g}` compares them on your images"
         ]
+
+
+def warn_of_reordered(ranking: Ranking) -> None:
+    """Say what row indices count, where it is not the rows of the vectors that were imported."""
+    if ranking.source is not None and ranking.source.provenance.get("reordered"):
+        warn(
+            f"row indices count the rows of {ranking.file}, which are sorted by name, not those of the vectors that it "
+            "was imported from; take paths, or a manifest"
+        )
 
 
 @checked

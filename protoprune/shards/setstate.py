@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protoprune import files, stores
-from protoprune.errors import ProtopruneError, UsageError
+from protoprune.errors import ProtopruneError, UsageError, warn
 from protoprune.features import featurefile as feature_file
 from protoprune.features import remoteset
 from protoprune.features.current import content_digest
@@ -53,6 +53,7 @@ def prepare(
         plan, before = _read(out, overwrite) if there or is_feature_set(out) else (None, [])
         if plan is not None:
             _check(out, plan, before, wanted, source, overwrite, moved)
+            _warn_of_other_classes(out, plan["options"], wanted["options"])
         names = {shard.name for shard in source.shards}
         dropped = [part for part in before if part.done and part.name not in names]
         before = before if plan is not None and _agrees(plan, wanted) else []
@@ -129,6 +130,19 @@ def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source
         ways = f"leave --moved out, and contents are compared, {ways}"
     if 2 * stay < rows:
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
+
+
+def _warn_of_other_classes(out: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say that classes are replaced which nobody asked to: an earlier run had them from elsewhere."""
+    if (now["labels"], now["label_column"], now["class_level"]) != (True, None, None):
+        return
+    for name in ("label_column", "class_level"):
+        if was.get(name) is not None:
+            option = f"--{name.replace('_', '-')} {was[name]}"
+            warn(
+                f"{stores.public(out)}: had the classes of {option}, and is given those of the default now; give the "
+                "option again in each run, or --no-labels where there are to be none"
+            )
 
 
 def _staying(parts: list[Part], shards: dict[str, Shard], elsewhere: bool, read: bool) -> list[Part]:

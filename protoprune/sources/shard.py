@@ -74,10 +74,13 @@ class ShardOptions:
         if self.label_column is not None and self.class_level is not None:
             raise UsageError("--label-column and --class-level: give the one that says where the classes are")
         check_labels(True, self.class_level)
-        if self.image_column is not None and all(name.lower().endswith(_WITHOUT_COLUMNS) for name in shards):
+        names = list(shards)
+        if self.image_column is not None and all(name.lower().endswith(_WITHOUT_COLUMNS) for name in names):
             raise UsageError(
                 f"--image-column {self.image_column}: is for Parquet and Arrow files, and there is none; leave it out"
             )
+        if self.id_column is not None and not names:
+            raise UsageError(f"--id-column {self.id_column}: is for shards, and there is none; leave it out")
 
 
 @dataclass
