@@ -507,7 +507,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(most, tmp_path):
 
     weights = tmp_path / "w.pth"
     torch.save(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), weights)
-    images = make_images(tmp_path / "images", 240)
+    images = make_images(tmp_path / "images", 120)
     (images / "c0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
     # A server that has imported torch and computed nothing forks children in milliseconds, and safely.
     context = multiprocessing.get_context("forkserver")

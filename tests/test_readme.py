@@ -25,20 +25,30 @@ FOUND = re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", PAGES, re.DOTALL)
 BLOCKS = dict(FOUND)
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """images/ with two classes, features.h5 and kept.txt as the README's first two commands leave them."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """(a folder, its copy): images/ with two classes, features.h5 and kept.txt as the README's first two commands leave
+    them. The file of features knows where the images lie, so that every test has its turn in the first."""
+    folder = tmp_path_factory.mktemp("readme") / "here"
     rng = np.random.default_rng(0)
     for i in range(20):
-        path = Path("images", f"c{i % 2}", f"{i:02d}.png")
+        path = folder / "images" / f"c{i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path)
     encoder = protoprune.load_encoder("mini")
-    protoprune.embed(protoprune.list_folder("images"), encoder, device="cpu")
-    kept = protoprune.select(keep=0.7).kept_paths
-    Path("kept.txt").write_text("".join(f"{path}\n" for path in kept))
-    return kept
+    protoprune.embed(protoprune.list_folder(folder / "images"), encoder, folder / "features.h5", device="cpu")
+    kept = protoprune.select(folder / "features.h5", keep=0.7).kept_paths
+    (folder / "kept.txt").write_text("".join(f"{path}\n" for path in kept))
+    return folder, shutil.copytree(folder, folder.with_name("copy"))
+
+
+@pytest.fixture
+def here(embedded, monkeypatch):
+    """The list of the kept images, in the folder as it was embedded."""
+    folder, copy = embedded
+    shutil.rmtree(folder)
+    monkeypatch.chdir(shutil.copytree(copy, folder))
+    return Path("kept.txt").read_text().splitlines()
 
 
 def run_block(name, **given):

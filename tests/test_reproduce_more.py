@@ -352,12 +352,13 @@ def a_lab(name: str, data: Path, folder: Path, settings: dict) -> Lab:
 
 
 def again(lab: Lab, module, monkeypatch) -> list:
-    """A second run of the experiment, in which nothing may be trained."""
+    """A second run of the experiment, in which nothing may be trained, and no figure, which takes long, is drawn."""
 
     def forbidden(*_, **__):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(loop, "epochs", forbidden)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"\x89PNG"))
     return module.run(lab)
 
 
