@@ -642,6 +642,7 @@ def test_names_that_are_not_utf8(here, run, feature_file):
         (["--k", "60"], 2, "--k 60: more clusters than usable images (59)"),
         (["--keep", "0"], 2, "--keep 0: expected the fraction to keep"),
         (["--keep", "70"], 2, "for 70 % give 0.7"),
+        (["--keep", "1.0000001"], 2, "--keep 1.0000001: expected"),
         (["--keep", "0.001"], 2, "--keep 0.001 of 59 images is none"),
         (["--keep", "half"], 2, "--keep"),
         (["--order", "best"], 2, "--order best: expected one of"),
