@@ -39,7 +39,7 @@ _PRECIOUS = (
 _TELLING = frozenset((
     ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".npy", ".npz", ".parquet", ".pq", ".h5", ".hdf5", ".png", ".jpg",
     ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm", ".xlsx", ".zip", ".tar", ".pt",
-    ".pth", ".safetensors", ".gz",
+    ".pth", ".safetensors", ".gz", ".bz2", ".xz", ".zst", ".arrow", ".feather",
 ))  # fmt: skip
 
 
@@ -258,6 +258,7 @@ def write_links(
     root: str,
     paths: Sequence[str],
     *,
+    folders: Sequence[str] = (),
     classes: Sequence[str] = (),
     hard: bool = False,
     overwrite: bool = False,
@@ -265,9 +266,10 @@ def write_links(
     """A tree of links to the images, which any folder-reading loader takes. `folder` must not exist, be empty, or with
     `overwrite` hold what an earlier call has made of the images below this root, and nothing else.
 
-    All `classes` get a folder, be it empty, and a line of `classes.txt`, in the order of their numbers: a loader that
-    counts the folders would number the classes anew where one has lost all its images (ImageFolder refuses an empty one
-    unless told to take it), and timm, which counts the files' folders, takes the list as --class-map.
+    All `folders`, those of the classes, are made, be they empty, and of the names of `classes`, in the order of their
+    numbers, `classes.txt`: a loader that counts the folders would number the classes anew where one has lost all its
+    images (torchvision's ImageFolder refuses it, unless told to take it), and timm, which counts the folders of files,
+    takes the list as --class-map.
 
     Built beside its place and renamed, so that an interrupted run leaves no half tree under the final name.
     Raises ProtopruneError when an image is missing or the file system refuses the link; images are never touched. A
@@ -282,9 +284,9 @@ def write_links(
     made: set[str] = set()
     try:
         os.makedirs(building)
-        for name in classes:
+        for name in folders:
             if not leads_out(name):
-                os.mkdir(os.path.join(building, name))
+                os.makedirs(os.path.join(building, name), exist_ok=True)
         for path in paths:
             target, link = os.path.join(root, path), os.path.join(building, path)
             parent = os.path.dirname(link)
@@ -376,15 +378,22 @@ def _not_ours(folder: str, root: str) -> str | None:
         for name in (*names, *(one for one in folders if os.path.islink(os.path.join(here, one)))):
             path = os.path.join(here, name)
             inside = os.path.relpath(path, folder)
-            if not _leads_to(path, os.path.join(root, inside)) and not (inside == CLASSES and _lists(path, folders)):
+            if not _leads_to(path, os.path.join(root, inside)) and not (inside == CLASSES and _lists(path, folder)):
                 return inside
     return None
 
 
-def _lists(path: str, folders: Sequence[str]) -> bool:
-    """Whether a file is a list of classes, of which these have folders."""
+def _lists(path: str, folder: str) -> bool:
+    """Whether a file is a list of classes: names those folders that are so many levels below this one."""
     with open(path, "rb") as file:
-        return {os.fsencode(name) for name in folders} <= set(file.read().split(b"\n"))
+        names = set(file.read().split(b"\n")) - {b""}
+    level = [os.fsencode(folder)]
+    while level:
+        below = [entry for one in level for entry in os.scandir(one) if entry.is_dir(follow_symlinks=False)]
+        if names == {entry.name for entry in below}:
+            return True
+        level = [entry.path for entry in below]
+    return False
 
 
 def _leads_to(path: str, target: str) -> bool:

@@ -135,6 +135,8 @@ def test_tables_whose_names_end_so_go_through_gzip(here, line):
 @pytest.mark.parametrize("line", [
     "sheet f.h5 -o new.png.gz", "report f.h5 -o new.html.gz", "embed images -o new.h5 --errors new.json",
     "embed images -o new.csv", "record f.h5 -o new.csv", "import v.npy -o new.npz", "embed images -o new.h5.gz",
+    "score random --features f.h5 -o new.csv.bz2", "select f.h5 --keep 0.5 -o new.txt.xz",
+    "compare s.csv t.csv -o new.feather",
 ])  # fmt: skip
 def test_what_is_no_table_does_not(here, line):
     (here / "images").mkdir()

@@ -220,6 +220,23 @@ def test_links_name_the_classes_that_have_lost_all_their_images(here, run, image
     assert "lies in the folder of the images, where `protoprune embed` will find them twice" in inside
 
 
+def test_links_of_classes_on_another_level(here, run):
+    """train/ape loses all its images, val/ape does not: ape keeps its number, and its folder in both."""
+    paths = [f"{split}/{name}/{i}.png" for split in ("train", "val") for name in ("ape", "bee") for i in range(15)]
+    for path in paths:
+        (here / "splits" / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / "splits" / path).touch()
+    np.save("v.npy", blobs())
+    (here / "names.txt").write_text("\n".join(paths))
+    run("import", "v.npy", "--paths", "names.txt", "--root", "splits", "--class-level", 2, "-o", "f.h5")
+    (here / "s.csv").write_text("".join(f"{path},{path >= 'train/b'}\n" for path in paths))
+    for again in ([], ["--overwrite"]):
+        result = run("select", "f.h5", "--scores", "s.csv", "--keep", 0.75, "--links", "linked", *again)
+        assert "warning: linked has no image of 1 of 4 classes (train/ape); their folders are empty" in result.stderr
+        assert (here / "linked/classes.txt").read_text() == "ape\nbee\n"
+        assert sorted(path.name for path in (here / "linked").glob("*/*")) == ["ape", "ape", "bee", "bee"]
+
+
 @pytest.mark.parametrize("hard", [[], ["--hard-links"]])
 def test_links_are_an_image_folder_of_the_kept(here, run, hard, feature_file):
     feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})
@@ -625,6 +642,7 @@ def test_names_that_are_not_utf8(here, run, feature_file):
         (["--k", "60"], 2, "--k 60: more clusters than usable images (59)"),
         (["--keep", "0"], 2, "--keep 0: expected the fraction to keep"),
         (["--keep", "70"], 2, "for 70 % give 0.7"),
+        (["--keep", "1.0000001"], 2, "--keep 1.0000001: expected"),
         (["--keep", "0.001"], 2, "--keep 0.001 of 59 images is none"),
         (["--keep", "half"], 2, "--keep"),
         (["--order", "best"], 2, "--order best: expected one of"),

@@ -166,6 +166,7 @@ def test_sheet_of_duplicates_shows_what_dedup_removes(tmp_path, monkeypatch, fea
         (["--duplicates", "2"], "--duplicates 2: expected 1 - cosine"),
         (["--duplicates", "0.1", "--by", "class"], "--duplicates 0.1: groups images by likeness"),
         (["--duplicates", "0.1", "--scores", "s.csv"], "--duplicates 0.1: groups images by likeness"),
+        (["--duplicates", "0.1", "--restarts", "3"], "--restarts 3: ranks by several clusterings, and near-"),
     ],
 )
 def test_sheet_of_duplicates_refuses(here, run, options, message):

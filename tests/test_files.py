@@ -185,7 +185,8 @@ def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
     that count the folders of files; torchvision refuses it instead of numbering the others anew."""
     timm, datasets = pytest.importorskip("timm.data"), pytest.importorskip("torchvision.datasets")
     root = image_tree({"ape": 2, "bee": 2, "cow": 2})
-    write_links(tmp_path / "kept", root, ["bee/000.png", "cow/001.png"], classes=["ape", "bee", "cow"])
+    every = {"folders": ["ape", "bee", "cow"], "classes": ["ape", "bee", "cow"]}
+    write_links(tmp_path / "kept", root, ["bee/000.png", "cow/001.png"], **every)
     assert (tmp_path / "kept/classes.txt").read_text() == "ape\nbee\ncow\n"
     shifted = timm.create_dataset("", root=tmp_path / "kept")
     assert [label for _, label in shifted] == [0, 1]
@@ -194,8 +195,11 @@ def test_classes_of_links_keep_their_numbers(tmp_path, image_tree):
     with pytest.raises(FileNotFoundError, match="no valid file for the classes ape"):
         datasets.ImageFolder(tmp_path / "kept")
     assert datasets.ImageFolder(tmp_path / "kept", allow_empty=True).targets == [1, 2]
-    write_links(tmp_path / "kept", root, ["ape/000.png"], classes=["ape", "bee", "cow"], overwrite=True)
+    write_links(tmp_path / "kept", root, ["ape/000.png"], **every, overwrite=True)
     assert datasets.ImageFolder(tmp_path / "kept", allow_empty=True).targets == [0]
+    (tmp_path / "kept/classes.txt").write_text("ape\nbee\n")
+    with pytest.raises(UsageError, match=r"nothing else, and classes\.txt is none"):
+        write_links(tmp_path / "kept", root, ["ape/000.png"], **every, overwrite=True)
     write_links(tmp_path / "other", root, ["bee/000.png"])
     assert os.listdir(tmp_path / "other") == ["bee"]
 
@@ -209,7 +213,7 @@ def test_a_class_with_the_name_of_the_list_of_classes(tmp_path, image_tree):
 @pytest.mark.parametrize("hard", [False, True])
 def test_links_replace_those_of_an_earlier_run_where_that_is_meant(tmp_path, image_tree, hard, monkeypatch):
     root = image_tree({"cat": 2, "dog": 2})
-    classes = {"classes": ["cat", "dog"], "hard": hard, "overwrite": True}
+    classes = {"folders": ["cat", "dog"], "classes": ["cat", "dog"], "hard": hard, "overwrite": True}
     for path in ("cat/001.png", "dog/000.png", "dog/001.png"):
         write_links(tmp_path / "kept", root, [path], **classes)
         there = sorted(str(p.relative_to(tmp_path / "kept")) for p in (tmp_path / "kept").rglob("*.*"))

@@ -219,6 +219,13 @@ def test_tdds_is_the_papers_loop(epochs, window):
     np.testing.assert_allclose(dynamics.tdds(change, window), expected, rtol=1e-5)
 
 
+def test_the_window_that_is_told_is_the_one_that_was_taken():
+    short = small_record(epochs=4)
+    for metric in ("dyn_unc", "tdds"):
+        assert score(metric, short).used["window"] == 4
+        assert score(metric, short, window=3).used["window"] == 3
+
+
 def test_tdds_of_one_or_two_epochs_is_zero_and_its_decay_is_checked():
     np.testing.assert_array_equal(dynamics.tdds(np.ones((1, 4))), np.zeros(4))
     np.testing.assert_array_equal(dynamics.tdds(np.ones((2, 4))), np.zeros(4))

@@ -121,7 +121,7 @@ def test_evaluate_and_compare(here):
 def test_a_folder_of_links_has_no_list_of_classes_that_lines_cannot_hold(tmp_path):
     write_image(tmp_path / "images" / PATHS[0], seed=1)
     with pytest.warns(UserWarning, match=r"no classes.txt, since 1 class name holds a line break"):
-        write_links(tmp_path / "kept", str(tmp_path / "images"), [PATHS[0]], classes=CLASSES)
+        write_links(tmp_path / "kept", str(tmp_path / "images"), [PATHS[0]], folders=CLASSES, classes=CLASSES)
     assert (tmp_path / "kept" / PATHS[0]).is_symlink()
     assert not (tmp_path / "kept" / "classes.txt").exists()
 

@@ -578,3 +578,19 @@ def test_few_tars_are_few_workers(image_tree, tmp_path):
     several = CliRunner().invoke(app, [*command[:2], str(tmp_path / "several"), *command[3:], "--shard-size", "1"])
     assert "11 images in 11 tars" in several.stderr
     assert "hint" not in several.stderr
+
+
+def test_classes_that_are_folders_alone_stay_in_the_keys(image_tree, tmp_path):
+    """timm's reader asks for .cls, passes over samples without it, and trains on nothing."""
+    root = image_tree({"cat": 2, "dog": 2})
+    (tmp_path / "kept.txt").write_text("cat/000.png\ndog/001.png\n")
+    command = ["reshard", str(tmp_path / "kept.txt"), str(tmp_path / "out"), "--root", str(root)]
+    said = "a class that is a folder stands in the key: sample['__key__'].split('/')[0]"
+    assert said in CliRunner().invoke(app, command).stderr
+    assert [name.split("/")[0] for name in content(tmp_path / "out")] == ["cat", "dog"]
+    assert said not in CliRunner().invoke(app, command).stderr  # was there already
+    for number, path in enumerate(("cat/000.cls", "dog/001.cls")):
+        (root / path).write_text(str(number))
+    again = CliRunner().invoke(app, [*command[:2], str(tmp_path / "labelled"), *command[3:]])
+    assert "2 other files went with them" in again.stderr
+    assert said not in again.stderr

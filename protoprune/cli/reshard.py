@@ -60,6 +60,11 @@ def reshard(
         )
     if report.others:
         say(f"{many(report.others, 'other file')} went with them (.txt, .json, …)")
+    elif not report.there:
+        say(
+            "nothing else went with them, so a loader that asks for .cls or .txt has no sample; a class that is a "
+            "folder stands in the key: sample['__key__'].split('/')[0]"
+        )
     if len(report.fields) > 1:
         from protoprune.images.listing import describe_counts
 

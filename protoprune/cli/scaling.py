@@ -195,10 +195,12 @@ def _print_scaling(result: Scaling) -> None:
         echo(f"{curve.name}: {curve.verdict}")
     for warning in result.warnings:
         say(f"warning: {warning}")
-    if any(law.intervals for curve in result.curves if curve.fits for law in curve.fits.laws):
-        echo("Intervals (95 %) cover the seeds, not the choice of the law.")
     if laws:
-        echo("A law wins with AICc 6 (20 to 1) ahead.")
+        ahead = "a law wins with AICc 6 (20 to 1) ahead"
+        if any(law.intervals for curve in result.curves if curve.fits for law in curve.fits.laws):
+            echo(f"Intervals (95 %) cover the seeds, not the choice of the law; {ahead} in nine of ten samples too.")
+        else:
+            echo(f"{ahead[0].upper()}{ahead[1:]}.")
 
 
 def _print_laws(result: Scaling) -> bool:

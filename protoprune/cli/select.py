@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -206,23 +206,38 @@ def _write(chosen: Selected, lists: ListOptions, root: str) -> None:
 
 
 def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrite: bool) -> None:
-    from protoprune.images.listing import folder_labels
-
-    paths = chosen.ranking.paths
-    classes = folder_labels(paths)[1]
+    level, classes = _folders_of_classes(chosen.ranking)
     kept_paths = chosen.kept_paths
-    write_links(folder, root, kept_paths, classes=classes, hard=hard, overwrite=overwrite)
-    kept = {path.partition("/")[0] for path in kept_paths}
-    lost = [name for name in classes if name not in kept]
+
+    def folders(paths: Sequence[str]) -> set[str]:
+        parts = (path.split("/", level) for path in paths)
+        return {"/".join(part[:level]) for part in parts if len(part) > level} if classes else set()
+
+    every = folders(chosen.ranking.paths)
+    write_links(folder, root, kept_paths, folders=sorted(every), classes=classes, hard=hard, overwrite=overwrite)
+    lost = sorted(every - folders(kept_paths))
     if lost:
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5:,} more" if len(lost) > 5 else "")
         say(
-            f"warning: {folder} has no image of {len(lost):,} of {len(classes):,} classes ({names}); their folders are "
+            f"warning: {folder} has no image of {len(lost):,} of {len(every):,} classes ({names}); their folders are "
             "empty, which keeps the others' numbers in Keras, DALI and Ultralytics, and which ImageFolder refuses "
             f"without allow_empty=True; timm wants --class-map {folder / CLASSES}"
         )
     if below(folder, root):
         say(f"warning: {folder} lies in the folder of the images, where `protoprune embed` will find them twice")
+
+
+def _folders_of_classes(ranking: Ranking) -> tuple[int, list[str]]:
+    """(the level of the folders that the classes are called by, the classes in order); of classes that are called
+    otherwise, those that the first-level folders are."""
+    from protoprune.images.listing import folder_labels
+
+    labelled = zip(ranking.paths, ranking.labels.tolist(), strict=True)
+    named = [(path, ranking.classes[label]) for path, label in labelled if label >= 0]
+    for level in range(max((path.count("/") for path, _ in named[:1]), default=0)):
+        if all(path.split("/")[level:-1][:1] == [name] for path, name in named):
+            return level + 1, list(ranking.classes)
+    return 1, folder_labels(ranking.paths)[1]
 
 
 def _columns(chosen: Selected, zeros: np.ndarray, rows: slice) -> dict[str, Any]:

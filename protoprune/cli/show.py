@@ -265,7 +265,9 @@ def _check_rows(by: str, duplicates: float | None, scores: Path | None) -> None:
         raise UsageError(f"--by {by}: expected none, class or cluster")
     if duplicates is not None and (scores is not None or by != "none"):
         raise UsageError(f"--duplicates {duplicates:g}: groups images by likeness; no --scores or --by with it")
-    if by == "none" and duplicates is None:
+    if duplicates is not None:
+        refuse_idle("ranks by several clusterings, and near-duplicates are those of one; leave it out", "restarts")
+    elif by == "none":
         refuse_idle("goes with --by or --duplicates; without them there is one row", "max_rows")
 
 

@@ -212,7 +212,7 @@ def best_keep(
 ) -> None:
     """The fraction kept with the lowest test error.
 
-    For a number of examples before or after pruning.
+    For a number of examples before or after pruning; of fractions that are as good the one that takes the fewest.
     """
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta, order)
     answer.check()

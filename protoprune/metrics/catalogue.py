@@ -268,7 +268,8 @@ def _in_windows(statistic: str, reduce: Callable[[np.ndarray, int], np.ndarray])
         record: Record, *, epoch: int | None = None, models: str = "trained", window: int = dynamics.WINDOW
     ) -> Scored:
         epochs = _until(record, epoch)
-        return _mean_over_models(record, statistic, epochs, models, lambda x, _: reduce(x, window), window=window)
+        used = min(window, epochs.stop - epochs.start)  # fewer epochs make one window
+        return _mean_over_models(record, statistic, epochs, models, lambda x, _: reduce(x, window), window=used)
 
     return scored
 

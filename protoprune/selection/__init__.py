@@ -82,7 +82,7 @@ def check_keep(keep: float) -> None:
     """Raise UsageError unless `keep` is a fraction to keep."""
     if isinstance(keep, numbers.Real) and 0 < keep <= 1 and not isinstance(keep, bool):
         return
-    shown = f"{keep:g}" if isinstance(keep, numbers.Real) else repr(keep)
+    shown = f"{keep:.12g}" if isinstance(keep, numbers.Real) else repr(keep)
     percent = isinstance(keep, numbers.Real) and 1 < keep <= 100
-    hint = f"; for {keep:g} % give {keep / 100:g}" if percent else ""
+    hint = f"; for {keep:.12g} % give {keep / 100:.12g}" if percent else ""
     raise UsageError(f"--keep {shown}: expected the fraction to keep, above 0 and at most 1{hint}")
