@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from protoprune.cli import app
 from protoprune.errors import ProtopruneError, UsageError
 from protoprune.images.decode import Status
+from protoprune.theory import simulation
 from protoprune.theory import solver as theory
 from protoprune.theory.advice import advise as advice_for
 from protoprune.theory.information import energetic_gain, information_gain
@@ -332,16 +333,19 @@ def test_selection_keeps_the_right_end():
     assert len(select(y, w, 1, 0, "easy", "absolute", rng)) == 4
 
 
-def test_the_pool_changes_no_number():
+def test_the_pool_changes_no_number(monkeypatch):
+    monkeypatch.setattr(simulation, "cores", lambda: 2)
     point = {"alpha_tot": 3, "keep": 0.5, "theta": 20, "dimension": 20, "seeds": 4, "seed": 5}
-    with worker_pool(2) as pool:
+    with worker_pool() as pool:
         assert simulate(**point, pool=pool).errors.tolist() == simulate(**point).errors.tolist()
     assert simulate(**point | {"seed": 6}).errors.tolist() != simulate(**point).errors.tolist()
 
 
-def test_an_interrupt_is_the_parents_business_and_ends_the_pool_at_once():
+def test_an_interrupt_is_the_parents_business_and_ends_the_pool_at_once(monkeypatch):
+    monkeypatch.setattr(simulation, "cores", lambda: 1)
+
     def asleep():
-        with worker_pool(1) as pool:
+        with worker_pool() as pool:
             worker = pool.submit(os.getpid).result()
             os.kill(worker, signal.SIGINT)  # as a terminal sends it to all of them
             assert pool.submit(os.getpid).result() == worker

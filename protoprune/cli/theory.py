@@ -372,7 +372,7 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
     import numpy as np
 
     from protoprune.features.opening import open_features
-    from protoprune.tuning.quality import knn_accuracy
+    from protoprune.tuning.knn import knn_accuracy
 
     with open_features(path) as file:
         labels = file.labels[file.usable]
