@@ -44,9 +44,9 @@ def sorted_classes(names: set[str]) -> list[str]:
     return sorted(names, key=(lambda name: (int(name), name)) if all(map(is_class_number, names)) else None)
 
 
-def shortened(text: str, limit: int = 200) -> str:
-    """The text, or its beginning and end where it is longer than `limit` characters: for messages."""
-    return text if len(text) <= limit else f"{text[: limit * 3 // 4]}…{text[-limit // 4 :]}"
+def shortened(text: str) -> str:
+    """The text, or its beginning and end where it is longer than 200 characters: for messages."""
+    return text if len(text) <= 200 else f"{text[:150]}…{text[-50:]}"
 
 
 def native(name: str) -> str:

@@ -21,7 +21,7 @@ from protoprune.cli.tune import _networks, _pool
 from protoprune.errors import UsageError
 from protoprune.features.opening import open_features
 from protoprune.images.decode import Status
-from protoprune.tuning import choosing, running
+from protoprune.tuning import halving, running
 from protoprune.tuning.recipes import Candidate
 
 CLASSES = ("ape", "bee", "cat")
@@ -216,8 +216,8 @@ def test_what_does_not_go_is_said_in_one_line(here, inputs, arguments, code, mes
 
 
 def test_rounds_are_those_of_the_documentation():
-    assert choosing.ROUNDS == (1, 2, 4, 8)
-    assert choosing.FOLDS == 5
+    assert halving.ROUNDS == (1, 2, 4, 8)
+    assert halving.FOLDS == 5
 
 
 def test_a_test_set_that_is_the_training_set_and_a_table_of_nothing(here):

@@ -37,7 +37,7 @@ from protoprune.features.opening import open_features
 from protoprune.images.decode import ImageError, Preprocess, Status
 from protoprune.images.listing import list_folder
 from protoprune.shards import sharding
-from protoprune.shards.cluster import Need
+from protoprune.shards.on_ray import Need
 from protoprune.shards.sharding import embed_shards
 from protoprune.sources import ShardOptions, find_shards, open_shard
 from protoprune.training.examples import load_examples

@@ -7,6 +7,7 @@ import itertools
 import sys
 import warnings
 from importlib.util import find_spec
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -300,7 +301,8 @@ def test_influence_is_the_brute_force_matrix_in_any_blocks(models, n, tests, row
     subset, right = rng.random((models, n)) < 0.6, rng.random((models, tests)) < 0.5
     matrix = brute_force_influence(subset, right)
     for reduce, expected in (("max", matrix.max(axis=1)), ("sum_abs", np.abs(matrix).sum(axis=1))):
-        result = ensembles.influence(subset, right, reduce, rows)
+        with mock.patch.object(ensembles, "BLOCK_BYTES", 4 * tests * rows):
+            result = ensembles.influence(subset, right, reduce)
         assert result.dtype == np.float32
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(result, ensembles.influence(subset, right, reduce))

@@ -12,7 +12,7 @@ from training_helpers import pixels
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.evaluation.statistics import Interval
 from protoprune.training.loop import Recipe
-from protoprune.tuning import choosing, judging, report, running, unlabelled
+from protoprune.tuning import halving, judging, report, running, unlabelled
 from protoprune.tuning import recipes as recipes_module
 from protoprune.tuning.recipes import BALANCED, RANDOM, Candidate, Part, Pool, candidates
 from protoprune.tuning.running import Log, tune
@@ -83,13 +83,13 @@ def test_all_lists_are_of_one_size_where_a_table_lacks_images():
 
 def test_folds_divide_each_class_evenly_and_five_of_them_are_all():
     labels = np.repeat([0, 1, 2], [50, 23, 7])
-    folds = np.array([choosing.fold_of(labels, split) for split in range(10)])
+    folds = np.array([halving.fold_of(labels, split) for split in range(10)])
     for five in (folds[:5], folds[5:]):
         assert (five.sum(axis=0) == 1).all()
     for fold in folds:
         assert (np.abs(np.bincount(labels[fold], minlength=3) - np.array([10, 4.6, 1.4])) <= 1).all()
     assert not np.array_equal(folds[0], folds[5])
-    np.testing.assert_array_equal(folds[7], choosing.fold_of(labels, 7))
+    np.testing.assert_array_equal(folds[7], halving.fold_of(labels, 7))
 
 
 @pytest.mark.parametrize("best", range(2, 12))
@@ -100,7 +100,7 @@ def test_every_planted_candidate_wins_when_it_is_the_best(best):
         asked.append((number, split))
         return 0.5 + 0.1 * (number == best) + 0.01 * rng.standard_normal()
 
-    standings = choosing.halve(12, measure, references=(0, 1), rounds=(1, 2, 4))
+    standings = halving.halve(12, measure, references=(0, 1), rounds=(1, 2, 4))
     assert standings[0].number == best
     assert len(set(asked)) == len(asked)  # nothing twice
     splits = {one.number: len(one.accuracies) for one in standings}
@@ -350,7 +350,7 @@ def test_what_judges_chooses_nothing():
     pool = modes()
     judge = Ridge(pool)
     tune(pool, 0.1, recipes=[COVER, Candidate()], rounds=(1, 2), seeds=2, heads=judge)
-    held = set(np.flatnonzero(choosing.fold_of(pool.labels, 0, 977)).tolist())
+    held = set(np.flatnonzero(halving.fold_of(pool.labels, 0, 977)).tolist())
     final = [one for one in judge.asked if set(one[1]) == held]
     others = [one for one in judge.asked if set(one[1]) != held]
     assert len(final) == 2 * 3 + 2  # the list, random and random by class for each seed; everything for two
@@ -548,7 +548,7 @@ def test_the_files_hold_what_was_found(tmp_path):
 def test_two_equal_differences_are_no_interval():
     gaps = [[0.5, 0.5], [0.75, 0.75], [0.75, 0.5]]  # random, and two recipes
     result = running.Tuned(
-        0.5, [RANDOM, COVER, Candidate()], [choosing.Standing(n, own, 2) for n, own in enumerate(gaps)],
+        0.5, [RANDOM, COVER, Candidate()], [halving.Standing(n, own, 2) for n, own in enumerate(gaps)],
         COVER, None, 10, "linear heads",
     )  # fmt: skip
     same, other = report.rows(result)[1:]

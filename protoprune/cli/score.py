@@ -52,8 +52,8 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the last of a "
-            "short training, for el2n and grand, else the last].",
+            help="Recorded epoch to take the score at, or to follow training up to [default: the one nearest to 10 for "
+            "el2n and grand, else the last].",
         ),
     ] = None,
     models: Annotated[

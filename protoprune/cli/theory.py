@@ -212,7 +212,7 @@ def best_keep(
 ) -> None:
     """The fraction kept with the lowest test error.
 
-    For a number of examples before or after pruning.
+    For a number of examples before or after pruning; of fractions that are as good the one that takes the fewest.
     """
     (name, sizes), thetas = _sizes(alpha_tot, alpha_prune), _angles(theta, order)
     answer.check()
@@ -372,7 +372,7 @@ def _count(path: Path) -> tuple[int, list[int], float | None, str]:
     import numpy as np
 
     from protoprune.features.opening import open_features
-    from protoprune.tuning.quality import knn_accuracy
+    from protoprune.tuning.knn import knn_accuracy
 
     with open_features(path) as file:
         labels = file.labels[file.usable]

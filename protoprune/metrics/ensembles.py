@@ -24,13 +24,13 @@ def difference(
         return (right_in / models_in - right_out / models_out).astype(np.float32)
 
 
-def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max", rows: int | None = None) -> np.ndarray:
+def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max") -> np.ndarray:
     """Influence of each training example on the test set, reduced to one number (Feldman & Zhang 2020).
 
     subset: (models, n) bool; test_correct: (models, n_test) bool. infl(i, j) = P[test j right | trained on i] -
     P[test j right | not], reduced over j by its maximum ('max') or by the sum of its absolute values ('sum_abs').
-    High influence is kept first, as in the scores that Sorscher et al. released. The (n, n_test) matrix is made `rows`
-    training examples at a time (default: what BLOCK_BYTES holds). NaN where all models or none were trained on i.
+    High influence is kept first, as in the scores that Sorscher et al. released. The (n, n_test) matrix is made
+    of as many training examples at a time as BLOCK_BYTES hold. NaN where all models or none were trained on i.
     """
     if reduce not in REDUCTIONS:
         raise UsageError(f"influence reduced by {reduce!r}: expected one of {', '.join(REDUCTIONS)}")
@@ -39,7 +39,7 @@ def influence(subset: np.ndarray, test_correct: np.ndarray, reduce: str = "max",
     if right.shape[1] == 0:
         raise UsageError("influence on an empty test set: record the models with test images")
     total = right.sum(axis=0)  # (n_test,)
-    rows = rows or max(1, BLOCK_BYTES // (4 * right.shape[1]))
+    rows = max(1, BLOCK_BYTES // (4 * right.shape[1]))
     result = np.empty(n, np.float32)
     for first in range(0, n, rows):
         inside = subset[:, first : first + rows].astype(np.float32)  # (models, b)

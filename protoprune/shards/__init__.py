@@ -3,6 +3,6 @@
 sharding    `embed_shards`: one idempotent function for a shard, and the loop around it
 setstate    which shards are done, changed, failed or gone
 launch      worker processes on this machine
-cluster     workers on Ray
+on_ray      workers on a Ray cluster
 resharding  `reshard`: kept list -> new tars
 """

@@ -31,7 +31,7 @@ from protoprune.features.featureset import Part, check_folder, shard_file
 from protoprune.features.hdf5 import partial_path
 from protoprune.images.decode import Status
 from protoprune.images.listing import FOLDERS, SET_FILE
-from protoprune.shards import cluster, launch, setstate
+from protoprune.shards import launch, on_ray, setstate
 from protoprune.sources import Shard, ShardError, ShardImages, ShardOptions, Source, open_shard
 from protoprune.sources.finding import splits_among
 from protoprune.sources.remote import local_copy
@@ -140,7 +140,7 @@ def embed_shards(
     With `devices` ('cuda:0', 'cuda:1', …; 'cpu' as often as processes are wanted) a worker process on each takes shard
     after shard instead; a worker that dies is started again.
 
-    With `ray`, actors of a Ray cluster do: the one whose head is at `address` (see `cluster.connected`), each on a GPU
+    With `ray`, actors of a Ray cluster do: the one whose head is at `address` (see `on_ray.connected`), each on a GPU
     or on `workers` CPUs (one). `out` and the shards must be on storage that all machines reach under the same name.
 
     Raises UsageError for options that do not fit, ProtopruneError when `out` holds features of another encoder, of
@@ -156,7 +156,7 @@ def embed_shards(
     with contextlib.ExitStack() as stack:
         if ray:
             out = out if stores.is_url(out) else os.path.abspath(out)  # other machines, other working folders
-            need = _need_of_ray(encoder, device, settings, stack.enter_context(cluster.connected(address)))
+            need = _need_of_ray(encoder, device, settings, stack.enter_context(on_ray.connected(address)))
             device = "cpu"  # of the driver, which embeds nothing
         engine = Engine(encoder, devices[0] if devices else device, **settings)
         settings["precision"] = engine.precision
@@ -169,7 +169,7 @@ def embed_shards(
         run: Run = functools.partial(_run_here, worker)
         if ray:
             report.device = f"{need.device} of Ray"
-            run = functools.partial(cluster.run, _Worker.embed, start, need=need)
+            run = functools.partial(on_ray.run, _Worker.embed, start, need=need)
         elif devices:
             run = functools.partial(launch.run, _Worker.embed, start, devices=devices)
         seen: dict[str, tuple[str, int]] = {}
@@ -224,12 +224,12 @@ def _check_spread(
         raise UsageError(f"--device {device}: --devices says where to compute; leave one of them out")
 
 
-def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool) -> cluster.Need:
+def _need_of_ray(encoder: Encoder, device: str, settings: _Settings, alone: bool) -> on_ray.Need:
     """What a worker takes of its machine; the settings are filled in with what follows from it."""
-    need = cluster.need(device, settings["workers"], alone)
+    need = on_ray.need(device, settings["workers"], alone)
     settings["workers"] = need.cpus
     if need.gpus and settings["precision"] == "auto" and not encoder.fp32_only:
-        settings["precision"] = "bf16" if cluster.gpu_has_bf16() else "fp16"
+        settings["precision"] = "bf16" if on_ray.gpu_has_bf16() else "fp16"
     return need
 
 

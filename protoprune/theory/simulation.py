@@ -152,15 +152,15 @@ def simulate(
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool over all cores (or `workers`), each held to one thread: N is too small for a threaded BLAS to pay.
+def worker_pool() -> Iterator[ProcessPoolExecutor]:
+    """A pool over all cores, each held to one thread: N is too small for a threaded BLAS to pay.
 
     Spawned, so that the workers read the thread limit when they first load numpy. Ctrl-C is the parent's business: the
     workers inherit that it is held back, and an exception ends them in the middle of their work.
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    count = workers or cores()
+    count = cores()
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from protoprune.evaluation import statistics
 from protoprune.evaluation.statistics import Difference, Interval
-from protoprune.tuning import choosing
+from protoprune.tuning import halving
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,5 @@ def resampled(gaps: np.ndarray) -> Interval:
     n, mean = len(gaps), float(np.mean(gaps))
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(stdtrit(n - 1, 0.975)) * math.sqrt((1 / n + 1 / (choosing.FOLDS - 1)) * np.var(gaps, ddof=1))
+    half = float(stdtrit(n - 1, 0.975)) * math.sqrt((1 / n + 1 / (halving.FOLDS - 1)) * np.var(gaps, ddof=1))
     return Interval(mean, mean - half, mean + half, n)

@@ -30,8 +30,8 @@ from protoprune.evaluation.statistics import Interval
 from protoprune.selection import check_keep
 from protoprune.stores import refuse_url
 from protoprune.text import parse_json
-from protoprune.tuning import choosing, judging
-from protoprune.tuning.choosing import Standing
+from protoprune.tuning import halving, judging
+from protoprune.tuning.halving import Standing
 from protoprune.tuning.judging import Judgement
 from protoprune.tuning.recipes import BALANCED, RANDOM, REFERENCES, Candidate, Part, Pool, Ranks, candidates
 from protoprune.units import many
@@ -201,7 +201,7 @@ def tune(
     *,
     test: Pool | None = None,
     recipes: Sequence[Candidate] | None = None,
-    rounds: Sequence[int] = choosing.ROUNDS,
+    rounds: Sequence[int] = halving.ROUNDS,
     seeds: int = 10,
     seed: int = 0,
     tolerance: float = 0.005,
@@ -213,7 +213,7 @@ def tune(
     """The best recipe for the fraction `keep` (None: the smallest that costs less than `tolerance`), and its judgement.
 
     Recipes are compared on the images that have a score in every table, so that all their lists are of one size.
-    recipes: default `recipes.candidates`; rounds: see `choosing.halve`; seeds: random lists that judge, and models of
+    recipes: default `recipes.candidates`; rounds: see `halving.halve`; seeds: random lists that judge, and models of
     the winner; networks: judge the finalists and the winner in place of heads. With a folder every training is kept
     there and not done again. Raises UsageError where too few images would be kept to compare anything.
     """
@@ -275,7 +275,7 @@ def _divided(
     """(rows that choose, rows that judge); None: the test set judges."""
     if test is not None:
         return rows, None
-    held = choosing.fold_of(labels[rows], 0, seed + 977)
+    held = halving.fold_of(labels[rows], 0, seed + 977)
     return rows[~held], rows[held]
 
 
@@ -291,7 +291,7 @@ def _standings(
     def measure(number: int, split: int) -> float:
         return lab.on_split(lab.heads, everyone[number], keep, split)
 
-    return choosing.halve(len(everyone), measure, references=range(len(REFERENCES)), rounds=rounds, on_round=told)
+    return halving.halve(len(everyone), measure, references=range(len(REFERENCES)), rounds=rounds, on_round=told)
 
 
 def _settle(
@@ -344,7 +344,7 @@ def _check(pool: Pool, rows: np.ndarray, choosers: int, keep: float) -> None:
 
 def _kept(choosers: int, keep: float) -> int:
     """How many images a recipe keeps of a split."""
-    return round(keep * round(choosers * (1 - 1 / choosing.FOLDS)))
+    return round(keep * round(choosers * (1 - 1 / halving.FOLDS)))
 
 
 def _least(pool: Pool) -> int:
@@ -413,7 +413,7 @@ class _Lab:
         self._ranks = {split: {} for split in range(splits)}
 
     def _make_split(self, split: int) -> tuple[Part, np.ndarray]:
-        held = choosing.fold_of(self.pool.labels[self.choosers], split, self.seed)
+        held = halving.fold_of(self.pool.labels[self.choosers], split, self.seed)
         part = Part(self.pool, self.choosers[~held], self.seed + split, self._ranks.get(split))
         return part, self.choosers[held]
 

@@ -23,8 +23,8 @@ from protoprune.cli import app
 from protoprune.encoders import load_encoder
 from protoprune.errors import ProtopruneError, ProtopruneWarning, UsageError
 from protoprune.features.featureset import read_plan, shard_file
-from protoprune.shards import cluster, launch
-from protoprune.shards.cluster import Need
+from protoprune.shards import launch, on_ray
+from protoprune.shards.on_ray import Need
 from protoprune.shards.sharding import embed_shards
 from protoprune.sources import find_shards
 
@@ -75,10 +75,10 @@ def same_bytes(one, other):
 
 
 def test_every_task_once_whoever_dies(ray_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_TRIES", 2)
+    monkeypatch.setattr(on_ray, "_TRIES", 2)
     tasks = ["1", f"die:{tmp_path}/x", "2", "always", "3"]
     with pytest.warns(ProtopruneWarning, match=r"the Ray worker on .* died at die:.*; a new one goes on"):
-        results = list(cluster.run(work, start, tasks, ONE))
+        results = list(on_ray.run(work, start, tasks, ONE))
     lost = [one for one in results if isinstance(one, launch.Lost)]
     assert [one.task for one in lost] == ["always"]
     assert "died, for the second time (out of memory?)" in lost[0].reason
@@ -95,7 +95,7 @@ def test_every_task_once_whoever_dies(ray_here, tmp_path, monkeypatch):
 )
 def test_errors_of_workers_are_the_drivers(tasks, begin, message, ray_here):
     with pytest.raises(ProtopruneError, match=message):
-        list(cluster.run(work, begin, tasks, ONE))
+        list(on_ray.run(work, begin, tasks, ONE))
 
 
 def test_sigterm_ends_the_program_in_order(monkeypatch):
@@ -105,13 +105,13 @@ def test_sigterm_ends_the_program_in_order(monkeypatch):
         is_initialized=lambda: False, shutdown=lambda: said.append("shutdown"),
         init=lambda *_, **__: signal.signal(signal.SIGTERM, lambda *_: None),
     )  # fmt: skip
-    monkeypatch.setattr(cluster, "_ray", lambda: ray)
+    monkeypatch.setattr(on_ray, "_ray", lambda: ray)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with cluster.connected("local") as alone:
+        with on_ray.connected("local") as alone:
             assert alone
         assert signal.getsignal(signal.SIGTERM) == before
-        with pytest.raises(SystemExit) as ended, cluster.connected("local"):
+        with pytest.raises(SystemExit) as ended, on_ray.connected("local"):
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -119,24 +119,24 @@ def test_sigterm_ends_the_program_in_order(monkeypatch):
 
 
 def test_what_a_worker_takes(ray_here):
-    assert cluster.need() == Need("cpu", 1)
-    assert cluster.need("cpu", 2) == Need("cpu", 2)
+    assert on_ray.need() == Need("cpu", 1)
+    assert on_ray.need("cpu", 2) == Need("cpu", 2)
     with pytest.warns(ProtopruneWarning, match="has a GPU and 1 CPUs for a worker .* waiting up to 10 minutes"):
-        assert cluster.need("cuda") == Need("cuda", 1)
+        assert on_ray.need("cuda") == Need("cuda", 1)
     with pytest.raises(UsageError, match="--device cuda:1: Ray chooses the device"):
-        cluster.need("cuda:1")
+        on_ray.need("cuda:1")
 
 
 def test_no_room(ray_here, monkeypatch):
     with pytest.raises(ProtopruneError, match="no machine of the cluster has a GPU and 1 CPUs"):
-        cluster.need("cuda", alone=True)
-    monkeypatch.setattr(cluster, "_PATIENCE_SECONDS", 2)
-    monkeypatch.setattr(cluster, "_TELL_SECONDS", 0.5)
+        on_ray.need("cuda", alone=True)
+    monkeypatch.setattr(on_ray, "_PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(on_ray, "_TELL_SECONDS", 0.5)
     with (
         pytest.warns(ProtopruneWarning, match="waiting for room on the cluster: a worker takes 99 CPUs"),
         pytest.raises(ProtopruneError, match=r"no worker found room .* look at `ray status`"),
     ):
-        list(cluster.run(work, start, ["1"], Need("cpu", 99)))
+        list(on_ray.run(work, start, ["1"], Need("cpu", 99)))
 
 
 def test_ray_makes_the_set_that_one_process_makes(ray_here, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ProtopruneError, match=r"Ray, which is not installed; pip install 'protoprune\[ray\]'"),
-        cluster.connected(),
+        on_ray.connected(),
     ):
         pass
 
@@ -185,11 +185,11 @@ def test_addresses_that_lead_nowhere(monkeypatch):
         ("somewhere", "expected HOST:PORT"),
         ("ray://head:10001", "run it on the cluster"),
     ):
-        with pytest.raises(ProtopruneError, match=message), cluster.connected(address):
+        with pytest.raises(ProtopruneError, match=message), on_ray.connected(address):
             pass
     assert time.monotonic() - started < 30
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    with pytest.raises(ProtopruneError, match="cannot be reached"), cluster.connected():
+    with pytest.raises(ProtopruneError, match="cannot be reached"), on_ray.connected():
         pass
 
 
@@ -207,7 +207,7 @@ def test_addresses_that_lead_nowhere(monkeypatch):
 def test_options_that_do_not_go_together(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tars(tmp_path / "tars", members(image_folder(tmp_path / "images", {"ant": 2})), 1)
-    monkeypatch.setattr(cluster, "connected", None)  # would be a TypeError
+    monkeypatch.setattr(on_ray, "connected", None)  # would be a TypeError
     result = CliRunner().invoke(app, ["embed", "tars", "--encoder", "mini", *options])
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -244,19 +244,19 @@ def took_a_moment(state, task, ahead):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_each_gpu_has_one_worker_at_a_time_also_after_a_death(two_gpus, tmp_path, monkeypatch):
-    need = cluster.need()
+    need = on_ray.need()
     assert need == Need("cuda", 2)  # its share of five CPUs
-    assert cluster.need("cuda", 4) == Need("cuda", 4)
-    assert cluster.need("cpu") == Need("cpu", 1)
+    assert on_ray.need("cuda", 4) == Need("cuda", 4)
+    assert on_ray.need("cpu") == Need("cpu", 1)
     tasks = [*map(str, range(6)), f"die:{tmp_path}/x", *map(str, range(6, 12))]
     with pytest.warns(ProtopruneWarning, match="the Ray worker on .* died at die:"):
-        found = list(cluster.run(took_a_moment, seen_gpus, tasks, need))
+        found = list(on_ray.run(took_a_moment, seen_gpus, tasks, need))
     assert len(found) == len(tasks)
     assert {state for state, *_ in found} == {("cuda", "0"), ("cuda", "1")}
     for gpu in "01":
         times = sorted((began, ended) for (_, on), _, began, ended in found if on == gpu)
         assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
-    on_cpu = list(cluster.run(took_a_moment, seen_gpus, ["a", "b"], Need("cpu", 1)))
+    on_cpu = list(on_ray.run(took_a_moment, seen_gpus, ["a", "b"], Need("cpu", 1)))
     assert {gpus for (_, gpus), *_ in on_cpu} <= {None, "", "-1"}
 
 

@@ -17,7 +17,7 @@ def knn_accuracy(features: Rows, labels: np.ndarray) -> float | None:
     most 2,000 queries among 8,000 others, at random. None where fewer than two classes have two images.
     """
     rows = np.flatnonzero(labels >= 0)
-    if (np.bincount(labels[rows]) > 1).sum() < 2 if len(rows) else True:
+    if (np.bincount(labels[rows]) > 1).sum() < 2:
         return None
     rows = np.random.default_rng([0, 20]).permutation(rows)[: GALLERY + QUERIES]
     queries, gallery = np.split(rows, [max(1, min(QUERIES, len(rows) // 5))])

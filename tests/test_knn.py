@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from protoprune.tuning.quality import knn_accuracy
+from protoprune.tuning.knn import knn_accuracy
 
 
 def test_it_is_scikit_learns_weighted_vote():
