@@ -46,7 +46,7 @@ def score(
         Path | None, typer.Option(help="Training record that `protoprune record` wrote [default: record.h5].")
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Feature file that `protoprune embed` wrote [default: features.h5].")
+        Path | None, typer.Option(help="Feature file or set [default: features.h5].")
     ] = None,
     epoch: Annotated[
         int | None,
