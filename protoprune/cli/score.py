@@ -45,9 +45,7 @@ def score(
     record: Annotated[
         Path | None, typer.Option(help="Training record that `protoprune record` wrote [default: record.h5].")
     ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="Feature file or set [default: features.h5].")
-    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Feature file or set [default: features.h5].")] = None,
     epoch: Annotated[
         int | None,
         typer.Option(
