@@ -210,6 +210,8 @@ def table_rows(
         raise UsageError(
             "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
         )
+    if len(set(places)) < len(places):
+        raise UsageError(f"{max(places, key=places.count)} is given twice; a list keeps an image once")
     base = os.path.abspath(root) if root is not None else os.path.commonpath([os.path.dirname(one) for one in places])
     above = os.path.join(base, "")
     left = {one.removeprefix(above).removeprefix("./") for one in listed}

@@ -726,6 +726,8 @@ def test_rows_of_parquet_files_for_hugging_face_and_pyarrow(tmp_path, id_column)
     assert datasets.load_from_disk(tmp_path / "saved").select(rows)["image"][:] == [b"3", b"9"]
     with pytest.raises(UsageError, match="no files: give the Parquet or Arrow files"):
         protoprune.table_rows(["a"], [])
+    with pytest.raises(UsageError, match=r"part-0\.parquet is given twice"):
+        table_rows(kept, [*files, files[0]], root=tmp_path, id_column=id_column)
     with pytest.raises(ProtopruneError, match=r"1 of 3 listed images is in none of the files \(first: b/part-0"):
         table_rows(kept, files[:2], root=tmp_path, id_column=id_column)
     assert table_rows(kept, files[:2], root=tmp_path, id_column=id_column, part=True).tolist() == [0, 7]

@@ -437,3 +437,15 @@ def test_results_go_to_other_processes_and_into_caches(feature_file, tmp_path):
         with pytest.raises(UsageError, match="has neither its feature file nor vectors; make it with `rank`"):
             prune(again.ranking, 0.4, order="cover")
     assert len(prune(result.ranking, 0.4, order="cover").kept_paths) == 12  # its own file is still open
+
+
+def test_images_that_are_alone_with_their_prototype_are_said(feature_file, tmp_path):
+    angles = np.array([0.0, 0.1, 0.2, 0.3, 3.0])  # one far from the others
+    path = feature_file(tmp_path / "f.h5", np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    assert pruning.rank(path, k=1).notes() == []
+    note = "1 image is alone in a cluster and so ranks easiest; try --restarts 5 or another --k"
+    assert pruning.rank(path, k=2).notes() == [note]
+    note = "every image is its own prototype, so that this ranking says nothing; give a smaller --k"
+    assert pruning.rank(path, k=5).notes() == [note]
+    one = feature_file(tmp_path / "one.h5", np.ones((1, 2)))
+    assert pruning.rank(one, k=1).notes() == []

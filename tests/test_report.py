@@ -181,7 +181,8 @@ def test_command(many, tmp_path, monkeypatch):
     assert "148 images could not be read any more, or changed since; --root says where" in run.stderr
     data = json.loads(Path("r.html").read_text().split('id="data">')[1].split("</script>")[0])
     assert data["command"] == ["protoprune select f.h5 --keep ", " --balance 0.5 --k 4 > kept.txt"]
-    for wrong in (["-o", "-"], ["-o", "f.h5"], ["--keep", "70"]):
+    idle = ["--scores", "s.csv", "--duplicates", "0.1"]  # which makes no clusters to look for them in
+    for wrong in (["-o", "-"], ["-o", "f.h5"], ["--keep", "70"], idle):
         run = CliRunner().invoke(app, ["report", "f.h5", *wrong])
         assert run.exit_code == 2
         assert len(run.stderr.strip().splitlines()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 
 import numpy as np
 import pytest
@@ -207,3 +208,14 @@ def test_unit_rows_have_length_1_but_for_zeros():
     x = vectors.unit(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
     assert x.dtype == np.float32
     assert x.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, 0]]
+
+
+@pytest.mark.parametrize("length", [1e-37, 1e30])
+def test_vectors_whose_squares_float32_does_not_hold_get_length_1(length):
+    """They became zeros, or stayed as short as they were, in maps and in what `tune` asks of neighbours."""
+    x = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    long = x.copy()
+    long[2] *= np.float32(length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.allclose(vectors.unit(long), vectors.unit(x), atol=1e-6)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from protoprune.sources import ShardOptions
     from protoprune.training.loop import Recipe
 
-Features = Annotated[Path, typer.Argument(help="Feature file that `protoprune embed` wrote.")]
+Features = Annotated[Path, typer.Argument(help="Feature file or set that `protoprune embed` made.")]
 Scores = Annotated[
     Path | None,
     typer.Option(help="Rank by this score table (path, score; larger = harder); FILE:COLUMN is one of several."),

@@ -63,6 +63,8 @@ def report(
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
     if duplicates is not None and how.dedup is not None:
         raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
+    if scores is not None and how.quota is None:
+        refuse_idle("near-duplicates are looked for in clusters, and --scores makes none; leave it out", "duplicates")
     if not thumbnails:
         refuse_idle("says where the images of the thumbnails are, and --no-thumbnails shows none", "root")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])

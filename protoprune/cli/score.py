@@ -45,15 +45,13 @@ def score(
     record: Annotated[
         Path | None, typer.Option(help="Training record that `protoprune record` wrote [default: record.h5].")
     ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="Feature file that `protoprune embed` wrote [default: features.h5].")
-    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Feature file or set [default: features.h5].")] = None,
     epoch: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Recorded epoch to take the score at, or to follow training up to [default: 10, or the last of a "
-            "short training, for el2n and grand, else the last].",
+            help="Recorded epoch to take the score at, or to follow training up to [default: the one nearest to 10 for "
+            "el2n and grand, else the last].",
         ),
     ] = None,
     models: Annotated[

@@ -58,19 +58,26 @@ def prepared(x: np.ndarray, rows: np.ndarray, *, unit: bool) -> np.ndarray:
         too_long = ~(length <= LONGEST)
         _refuse(too_long, rows, f"longer than {LONGEST:g}", "too long for Euclidean distances: scale them")
         return x
+    _scale(x, length)
+    return x
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """The rows of x, (b, d) of any float type, at length 1, but for rows of zeros."""
+    with np.errstate(over="ignore"):
+        x = np.array(x)
+        _scale(x, np.linalg.norm(x, axis=1))
+    return x
+
+
+def _scale(x: np.ndarray, length: np.ndarray) -> None:
+    """Bring rows of this length to length 1, also those whose squares their type does not hold."""
     odd = ~((length > _SAFE[0]) & (length < _SAFE[1]))
     if odd.any():
         peak = np.abs(x[odd]).max(axis=1)
         x[odd] /= np.where(peak > 0, peak, 1)[:, None]
         length[odd] = np.linalg.norm(x[odd], axis=1)
     x /= np.where(length > 0, length, 1)[:, None]
-    return x
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """The rows of x, (b, d) of any float type, at length 1, but for rows of zeros."""
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(length > 0, length, 1)
 
 
 def check_finite(source: str, vectors: np.ndarray, names: Sequence[str]) -> None:

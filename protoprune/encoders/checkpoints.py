@@ -128,9 +128,11 @@ def _why(path: str, said: str) -> str:
 
 
 def _runs_code(wanted: set[str]) -> str:
+    first, more = sorted(wanted)[:3], len(wanted) - 3
     return (
-        f"holds {', '.join(sorted(wanted))}, and reading such an object would run code from the file; where you "
-        "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        f"holds {', '.join(first)}{f' and {more} more' if more > 0 else ''}, and reading such an object would run code "
+        "from the file; where you trust it, save its tensors alone: found = torch.load(FILE, weights_only=False), then "
+        "torch.save(found.state_dict(), NEW) of a whole model, torch.save(found['state_dict'], NEW) of a checkpoint"
     )
 
 

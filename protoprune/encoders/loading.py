@@ -195,7 +195,7 @@ def _published_timm_model(
 
     if not timm.is_model_pretrained(architecture):
         known = timm.is_model(architecture)
-        why = "no published weights for it; give --weights FILE" if known else "no such model"
+        why = "no published weights for it; give --weights FILE" if known else "no such model; see timm.list_models()"
         raise UsageError(f"--encoder {name}: timm has {why}")
     published = timm.get_pretrained_cfg(architecture)
     hub_id = published.hf_hub_id if published else None

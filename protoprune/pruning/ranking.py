@@ -134,8 +134,10 @@ class Ranking:
         if self.table is not None or not self.clusterings:
             return notes
         one = self.clusterings[0]
-        alone = int((one.sizes() == 1).sum())
-        if alone and one.k < int(self.scored.sum()):
+        alone, usable = int((one.sizes() == 1).sum()), int(self.scored.sum())
+        if one.k == usable > 1:
+            notes.append("every image is its own prototype, so that this ranking says nothing; give a smaller --k")
+        elif 0 < alone < usable:
             some = many(alone, "image is alone in a cluster and so ranks", "images are alone in a cluster and so rank")
             notes.append(f"{some} easiest; try --restarts 5 or another --k")
         if one.length_spearman is not None and abs(one.length_spearman) >= BY_LENGTH:
