@@ -106,6 +106,15 @@ def test_names_of_classes_keep_all_their_words(name, mapping, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("mapping", ["zone 1\nzone 2\n", "3 series\n5 series\n", "2 doors\n2 seats\n"])
+def test_numbers_that_belong_to_names_number_nothing(mapping, tmp_path):
+    """All classes became one, 'zone', or had none."""
+    (tmp_path / "names.txt").write_text(mapping)
+    first, second = mapping.splitlines()
+    found = labels(tmp_path, "0\n1\n1\n0\n", NAMES, names=tmp_path / "names.txt")[0]
+    assert found == [first, second, second, first]
+
+
 def test_a_header_above_names_counts_as_none_of_them(tmp_path):
     """Class 0 was called 'id,name', and class 1 '0,ant'."""
     (tmp_path / "names.csv").write_text("id,name\n0,ant\n1,bee\n")

@@ -345,7 +345,9 @@ def _lines_of_names(text: str) -> list[str] | dict[str, str]:
     pairs = [_number_and_name(line) for line in lines]
     numbered = [pair for pair in pairs[pairs[:1] == [None] :] if pair is not None]  # below a header
     if numbered and len(numbered) + (pairs[0] is None) == len(pairs):
-        return dict(numbered)
+        table = dict(numbered)
+        if len(table) == len(numbered) and (len(table) == 1 or len(set(table.values())) > 1):
+            return table  # else the numbers are part of the names: zone 1, zone 2
     wnids = all(_WNID.match(line) for line in lines)  # LOC_synset_mapping.txt adds what they mean
     return [line.split()[0] if wnids else line for line in lines]
 
