@@ -205,13 +205,7 @@ def table_rows(
     from protoprune.sources.tables import table_ids
 
     listed = _listed(kept, "table_rows")
-    places = [os.path.abspath(file) for file in texts("files", files)]
-    if not places:
-        raise UsageError(
-            "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
-        )
-    if len(set(places)) < len(places):
-        raise UsageError(f"{max(places, key=places.count)} is given twice; a list keeps an image once")
+    places = _places(files)
     base = os.path.abspath(root) if root is not None else os.path.commonpath([os.path.dirname(one) for one in places])
     above = os.path.join(base, "")
     left = {one.removeprefix(above).removeprefix("./") for one in listed}
@@ -233,6 +227,18 @@ def table_rows(
             f"and the root, that the list was made for{'' if part else f', {_PART}'}"
         )
     return np.concatenate(rows)
+
+
+def _places(files: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Absolute, each once."""
+    places = [os.path.abspath(file) for file in texts("files", files)]
+    if not places:
+        raise UsageError(
+            "no files: give the Parquet or Arrow files that were embedded, in the order they are loaded in"
+        )
+    if len(set(places)) < len(places):
+        raise UsageError(f"{max(places, key=places.count)} is given twice; a list keeps an image once")
+    return places
 
 
 @checked

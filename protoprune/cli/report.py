@@ -59,12 +59,9 @@ def report(
     from protoprune import pruning
     from protoprune.report import Options, page
 
+    _check_duplicates(duplicates, scores, how)
     if out == Path("-"):
         raise UsageError("-o -: a page is for a browser; name a file, such as report.html")
-    if duplicates is not None and how.dedup is not None:
-        raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
-    if scores is not None and how.quota is None:
-        refuse_idle("near-duplicates are looked for in clusters, and --scores makes none; leave it out", "duplicates")
     if not thumbnails:
         refuse_idle("says where the images of the thumbnails are, and --no-thumbnails shows none", "root")
     check_outputs(out, inputs=[features, table_file(scores), reading.rows, *(table_file(one) for one in compare or [])])
@@ -90,6 +87,13 @@ def report(
         html, told = page(chosen, options, on_image=bar.show)
     write_file(out, html)
     _say_told(out, told, str(root or chosen.ranking.root))
+
+
+def _check_duplicates(duplicates: float | None, scores: Path | None, how: RuleOptions) -> None:
+    if duplicates is not None and how.dedup is not None:
+        raise UsageError(f"--duplicates {duplicates:g}: is for lists without --dedup, whose duplicates are shown")
+    if scores is not None and how.quota is None:
+        refuse_idle("near-duplicates are looked for in clusters, and --scores makes none; leave it out", "duplicates")
 
 
 def _command(

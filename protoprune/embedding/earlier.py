@@ -72,9 +72,6 @@ def prepare(
 
     `changed`: what the images lie in is another version, whose features replace those of the finished file in any case.
     """
-    provenance = engine.provenance
-    if overwrite and os.path.exists(out):
-        hdf5.check_replaceable(out, feature_file.KIND)
     with contextlib.ExitStack() as stack:
         left = _left(out, engine, overwrite, changed, stack)
         started, finished = left.started, left.finished
@@ -96,7 +93,7 @@ def prepare(
             raise ProtopruneError(_other_unfinished(partial_path(out), left.differences))
         # One that is all done, and yet not in its place, was refused there.
         if started is None or started.finished().all() or not feature_file.covers(started, images):
-            replaces = {**provenance, "overwrite": int(left.replacing)}
+            replaces = {**engine.provenance, "overwrite": int(left.replacing)}
             if finished is not None and _same_features(finished, images, rows[out]):
                 replaces["uuid"] = finished.provenance["uuid"]
             feature_file.create_partial(out, images, engine.encoder.dim, replaces, left.alike, known.rows)
@@ -104,8 +101,11 @@ def prepare(
 
 
 def _left(out: str, engine: Engine, overwrite: bool, changed: bool, stack: contextlib.ExitStack) -> _Left:
-    """An unfinished run with the same key goes on. One that was started by --overwrite stands in for the finished file,
-    which it will replace; without that, a file of other features is never touched."""
+    """What is at this place, of feature files alone. An unfinished run with the same key goes on. One that was started
+    by --overwrite stands in for the finished file, which it will replace; without that, a file of other features is
+    never touched."""
+    if overwrite and os.path.exists(out):
+        hdf5.check_replaceable(out, feature_file.KIND)
     started, finished = _opened(partial_path(out), overwrite, stack), _opened(out, overwrite, stack)
     differences = [] if started is None else _differences(started, engine)
     goes_on = started is not None and not differences and bool(started.provenance.get("overwrite"))

@@ -305,16 +305,21 @@ def _rename(source: str, values: list[str], names: str) -> list[str]:
     unknown = sorted(int(value) for value in numbers if int(value) not in table)
     if unknown:
         raise UsageError(f"--class-names {names}: has no name for {len(unknown)} class numbers (first: {unknown[0]})")
+    _warn_of_shared_names(names, {number: table[number] for number in sorted(map(int, numbers))})
+    return [table[int(value)] if value else "" for value in values]
+
+
+def _warn_of_shared_names(source: str, table: dict[int, str]) -> None:
+    """Say that numbers of one name become one class."""
     first_of: dict[str, int] = {}
-    for number in sorted(map(int, numbers)):
-        first_of.setdefault(table[number], number)
-    if together := [number for number in sorted(map(int, numbers)) if first_of[table[number]] != number]:
+    for number, name in table.items():
+        first_of.setdefault(name, number)
+    if together := [number for number, name in table.items() if first_of[name] != number]:
         name = table[together[0]]
         warn(
-            f"--class-names {names}: {len(numbers):,} numbers have {many(len(first_of), 'name')}, each of which "
+            f"--class-names {source}: {len(table):,} numbers have {many(len(first_of), 'name')}, each of which "
             f"becomes a class (first: {first_of[name]} and {together[0]} are {name!r})"
         )
-    return [table[int(value)] if value else "" for value in values]
 
 
 def _class_names(names: str, used: set[int]) -> dict[int, str]:

@@ -160,9 +160,7 @@ def list_paths(
     check_labels(labels, class_level)
     chosen = root is not None
     root = _common_root(entries) if root is None else os.fspath(root)
-    if not os.path.isdir(root):
-        what = f"--root {root}: no such folder" if chosen else f"{root}: no such folder, where all listed images lie"
-        raise UsageError(what)
+    _check_root(root, chosen)
     entries = with_slashes(entries, lambda entry: os.path.lexists(os.path.join(root, possible_name(entry))))
     ids = [relative_id(possible_name(entry), root) for entry in entries]
     unique = sorted(set(ids), key=os.fsencode)
@@ -177,6 +175,12 @@ def list_paths(
     if not chosen and labels is True and class_level is None:
         _doubt_common_root(images)
     return images
+
+
+def _check_root(root: str, chosen: bool) -> None:
+    if not os.path.isdir(root):
+        what = f"--root {root}: no such folder" if chosen else f"{root}: no such folder, where all listed images lie"
+        raise UsageError(what)
 
 
 def is_feature_set(path: str | os.PathLike[str]) -> bool:

@@ -30,6 +30,7 @@ from protoprune.sources import Shard, ShardError, ShardOptions, Source, open_sha
 from protoprune.text import parse_json
 
 _LOCK_SECONDS = 60
+_WAYS = "write to another folder with -o, or replace it with --overwrite"
 
 
 class Wanted(NamedTuple):
@@ -113,21 +114,25 @@ def _check(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source
     """Refuse, without --overwrite, features of another kind, of other images by the first shard, and to lose most."""
     if overwrite or all(part.failed for part in parts):  # by a wrong column, say: there is nothing to lose
         return
-    ways = "write to another folder with -o, or replace it with --overwrite"
     if differences := _differences(plan, wanted):
-        raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {ways}")
+        raise ProtopruneError(f"{out} holds other features ({'; '.join(differences)}); {_WAYS}")
+    _check_losses(out, plan, parts, wanted, source, moved)
+
+
+def _check_losses(out: str, plan: Plan, parts: list[Part], wanted: Plan, source: Source, moved: bool) -> None:
+    ways = _WAYS
     elsewhere = plan["root"] != source.root
     shards = {shard.name: shard for shard in source.shards}
     read = not moved and not any(map(stores.is_url, (out, source.root)))  # and compared with what was embedded
     staying = _staying(parts, shards, elsewhere, read)
     stay, rows = (sum(part.rows for part in some if part.done) for some in (staying, parts))
     what = f"is for shards below {plan['root']}, not {source.root}" if elsewhere else "is for other shards"
-    if elsewhere and staying and not moved:
-        options = ShardOptions(**wanted["options"])
-        if trouble := _other_content(shard_file(out, staying[0].name), shards[staying[0].name], source.root, options):
-            raise ProtopruneError(f"{out}: {what}, and {staying[0].name} {trouble}; {ways}")
     if elsewhere and moved:  # other times of modification, which --moved goes by
         ways = f"leave --moved out, and contents are compared, {ways}"
+    elif elsewhere and staying:
+        first, options = staying[0].name, ShardOptions(**wanted["options"])
+        if trouble := _other_content(shard_file(out, first), shards[first], source.root, options):
+            raise ProtopruneError(f"{out}: {what}, and {first} {trouble}; {ways}")
     if 2 * stay < rows:
         raise ProtopruneError(f"{out}: {what}: {rows - stay:,} of its {rows:,} features would be lost; {ways}")
 
