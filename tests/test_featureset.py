@@ -326,13 +326,13 @@ def test_a_set_that_is_left_holds_no_file_open(tars, mini, tmp_path):
 
 
 def test_a_gpu_of_ray_is_asked_for_bf16_only_where_it_matters(monkeypatch):
-    monkeypatch.setattr(sharding.cluster, "need", lambda device, workers, alone: Need(device, workers or 3))
+    monkeypatch.setattr(sharding.on_ray, "need", lambda device, workers, alone: Need(device, workers or 3))
     for device, asked, fp32_only, bf16, want in (
         ("cuda", "auto", False, True, "bf16"), ("cuda", "auto", False, False, "fp16"),
         ("cuda", "fp32", False, None, "fp32"), ("cuda", "auto", True, None, "auto"),
         ("cpu", "auto", False, None, "auto"),
     ):  # fmt: skip
-        monkeypatch.setattr(sharding.cluster, "gpu_has_bf16", lambda bf16=bf16: bf16 if bf16 is not None else 1 / 0)
+        monkeypatch.setattr(sharding.on_ray, "gpu_has_bf16", lambda bf16=bf16: bf16 if bf16 is not None else 1 / 0)
         settings = {"workers": None, "precision": asked}
         encoder = types.SimpleNamespace(fp32_only=fp32_only)
         assert sharding._need_of_ray(encoder, device, settings, False) == Need(device, 3)
