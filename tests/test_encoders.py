@@ -406,6 +406,8 @@ def test_an_image_size_that_does_not_fit_is_a_usage_error(models, tmp_path):
     torch.save(models["test_vit"].state_dict(), tmp_path / "w.pth")
     with pytest.raises(UsageError, match="17"):
         load_encoder("timm:test_vit", weights=tmp_path / "w.pth", image_size=17)
+    with pytest.raises(UsageError, match="--image-size 100: patches of 16 pixels leave out the last 4; give 96 or 112"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth", image_size=100)
 
 
 def unplug(monkeypatch, tmp_path):

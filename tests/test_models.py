@@ -51,6 +51,8 @@ def test_timm_models_that_know_no_image_size_or_insist_on_one_are_trained(name):
 def test_timm_says_what_it_cannot_do():
     with pytest.raises(UsageError, match="timm:no_such: timm has no such model; see timm"):
         built("timm:no_such")
+    with pytest.raises(UsageError, match="--image-size 40: patches of 16 pixels leave out the last 8; give 32 or 48"):
+        built("timm:vit_tiny_patch16_224", sample=pixels(4, size=40).inputs)
     with pytest.raises(UsageError, match=r"takes no images of 8 x 8 pixels \(.+\); give another --image-size"):
         built("timm:test_vit", sample=pixels(4, size=8).inputs)
 

@@ -171,13 +171,28 @@ def _require_torch(*, timm: bool = True) -> None:
         ) from None
 
 
+def check_patches(model: torch.nn.Module, image_size: int) -> None:
+    """UsageError where patches do not fill the image: the last rows and columns would be left out."""
+    from timm.layers.patch_embed import PatchEmbed
+
+    patches = getattr(model, "patch_embed", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad:
+        return
+    side = max(patches.patch_size)
+    if left := image_size % side:
+        near = " or ".join(str(one) for one in (image_size - left, image_size - left + side) if one)
+        raise UsageError(f"--image-size {image_size}: patches of {side} pixels leave out the last {left}; give {near}")
+
+
 def _timm_model(architecture: str, image_size: int | None, **options: Any) -> torch.nn.Module:
     """A timm model without its head. Fixed-size transformers must be told another size; others do not take one."""
     import timm
 
     if image_size is not None:
         try:
-            return timm.create_model(architecture, num_classes=0, img_size=image_size, **options)
+            model = timm.create_model(architecture, num_classes=0, img_size=image_size, **options)
+            check_patches(model, image_size)
+            return model
         except TypeError:
             pass
         except AssertionError as error:

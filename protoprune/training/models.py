@@ -179,6 +179,8 @@ def _timm_for_size(name: str, size: int) -> Any:
     that can be told it run at their own size only; so it is tried."""
     import timm
 
+    from protoprune.encoders.loading import check_patches
+
     trouble: Exception | None = None
     tried: list[dict[str, Any]] = [{"img_size": size}, {}]
     for options in tried:
@@ -186,9 +188,11 @@ def _timm_for_size(name: str, size: int) -> Any:
             network = timm.create_model(name, pretrained=False, num_classes=0, **options)
             with torch.no_grad():
                 network.eval()(torch.zeros(1, 3, size, size))
-            return network.train()
         except Exception as error:  # whatever a model raises at a size that it was not made for
             trouble = trouble if isinstance(error, TypeError) and trouble else error
+        else:
+            check_patches(network, size)
+            return network.train()
     said = (str(trouble).splitlines() or [type(trouble).__name__])[0][:150]
     raise UsageError(
         f"--model timm:{name}: takes no images of {size} x {size} pixels ({said}); give another --image-size"
