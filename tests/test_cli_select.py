@@ -237,6 +237,21 @@ def test_links_of_classes_on_another_level(here, run):
         assert sorted(path.name for path in (here / "linked").glob("*/*")) == ["ape", "ape", "bee", "bee"]
 
 
+def test_links_beside_a_folder_that_is_no_class(here, run):
+    """classes.txt lacked that folder, so that timm knew no number for it, and --overwrite refused links of our own."""
+    paths = [f"{name}/{i:02d}.png" for name in ("ape", "bee", "new") for i in range(20)]
+    for path in paths:
+        (here / "some" / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / "some" / path).touch()
+    np.save("v.npy", blobs())
+    (here / "names.txt").write_text("\n".join(paths))
+    (here / "y.csv").write_text("path,label\n" + "".join(f"{path},{path[:3]}\n" for path in paths[:40]))
+    run("import", "v.npy", "--paths", "names.txt", "--root", "some", "--labels", "y.csv", "-o", "f.h5")
+    for again in ([], ["--overwrite"]):
+        run("select", "f.h5", "--keep", 0.5, "--links", "linked", *again)
+        assert (here / "linked/classes.txt").read_text() == "ape\nbee\nnew\n"
+
+
 @pytest.mark.parametrize("hard", [[], ["--hard-links"]])
 def test_links_are_an_image_folder_of_the_kept(here, run, hard, feature_file):
     feature_file("features.h5", blobs(), paths=PATHS, failed={0: Status.TRUNCATED})

@@ -228,14 +228,14 @@ def _write_links(folder: Path, root: str, chosen: Selected, hard: bool, overwrit
 
 
 def _folders_of_classes(ranking: Ranking) -> tuple[int, list[str]]:
-    """(the level of the folders that the classes are called by, the classes in order); of classes that are called
-    otherwise, those that the first-level folders are."""
+    """(the level of the folders that the classes are called by, all of that level and no other; the classes in order);
+    of classes that are called otherwise, those that the first-level folders are."""
     from protoprune.images.listing import folder_labels
 
-    labelled = zip(ranking.paths, ranking.labels.tolist(), strict=True)
-    named = [(path, ranking.classes[label]) for path, label in labelled if label >= 0]
-    for level in range(max((path.count("/") for path, _ in named[:1]), default=0)):
-        if all(path.split("/")[level:-1][:1] == [name] for path, name in named):
+    names = [[ranking.classes[label]] if label >= 0 else [] for label in ranking.labels.tolist()]
+    folders = [path.split("/")[:-1] for path in ranking.paths]
+    for level in range(max(map(len, folders), default=0) if ranking.classes else 0):
+        if all(own[level : level + 1] == name for own, name in zip(folders, names, strict=True)):
             return level + 1, list(ranking.classes)
     return 1, folder_labels(ranking.paths)[1]
 
