@@ -361,9 +361,10 @@ def _first(sample: Any) -> Any:
 
 def _listlike(dataset: Any) -> Any:
     """A column of a table (pandas, Polars, pyarrow) as a list or an array; anything else as it is."""
-    dataset = dataset if hasattr(dataset, "columns") else one_column(dataset)
-    column = hasattr(dataset, "to_numpy") and not hasattr(dataset, "columns")
-    return dataset.to_numpy() if column else dataset
+    if hasattr(dataset, "columns"):  # a whole table
+        return dataset
+    dataset = one_column(dataset)
+    return dataset.to_numpy() if hasattr(dataset, "to_numpy") else dataset
 
 
 def _own_paths(dataset: object) -> list[Any] | None:
